@@ -1,0 +1,39 @@
+"""Sampled weight gradients for PyTorch linear layers, with a memory of what was left out.
+
+The weight gradient of a linear layer is a sum of outer products, one per row of the batch. The
+layers of this package compute a few of them and remember the rest (Mem-AOP-GD, arXiv 2110.09164),
+which makes the backward pass cheaper. `convert_` switches the linear layers of a model over;
+`MemAOPConfig` says how many rows are computed, how they are chosen and what is remembered.
+"""
+
+from pathlib import Path as _Path
+
+# The kernels live beside this package in a checkout and inside it once installed. A checkout that
+# was not installed finds them here; a top-level `kernels` package is never created.
+_here = _Path(__file__).resolve().parent
+if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "cpu.py").is_file():
+    __path__.append(str(_here.parent))
+
+from memaop_triton.config import MemAOPConfig
+from memaop_triton.convert import convert_, revert_
+from memaop_triton.linear import MemAOPLinear, memaop_linear
+from memaop_triton.memory import ResidualMemory, SubspaceMemory, new_memory
+from memaop_triton.optim import attach_optimizer
+from memaop_triton.state import load_memory_state_dict, memory_state_dict, reset_memory
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MemAOPConfig",
+    "MemAOPLinear",
+    "ResidualMemory",
+    "SubspaceMemory",
+    "attach_optimizer",
+    "convert_",
+    "load_memory_state_dict",
+    "memaop_linear",
+    "memory_state_dict",
+    "new_memory",
+    "reset_memory",
+    "revert_",
+]

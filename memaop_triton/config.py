@@ -1,0 +1,188 @@
+"""What a layer computes of its backward pass: `MemAOPConfig`, checked when it is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable
+
+import torch
+
+DEFAULT_RATIO = 1 / 8
+
+#: Every selection policy, in the order in which `select_rows` documents them.
+SELECTIONS = ("topk", "weightedk", "randk", "priority", "crs", "bernoulli", "wta")
+#: Policies whose weighted sum of outer products has the exact gradient as its mean. `randk` joins
+#: them with `rescale=True`.
+UNBIASED_SELECTIONS = ("priority", "crs", "bernoulli", "wta")
+MEMORIES = ("none", "residual", "signed", "subspace")
+#: Memories that hold one slot per row of the batch.
+ROW_MEMORIES = ("residual", "signed")
+GRAD_INPUTS = ("exact", "sampled")
+BLOCK_ROWS = (1, 16, 32, 64, 128)
+MEMORY_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_name(argument: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise `ValueError` unless `value` is one of `allowed`, and suggest the nearest name."""
+    names = tuple(allowed)
+    if value in names:
+        return
+    near = difflib.get_close_matches(str(value).lower(), names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{argument}={value!r} is not one of {', '.join(map(repr, names))}.{hint}")
+
+
+def _check_count(argument: str, value: object, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument} must be an int ({what}), got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{argument}={value} must be at least 1 ({what}).")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemAOPConfig:
+    """How a linear layer computes the weight gradient dW = Gᵀ X from K of its M rows.
+
+    Args:
+        ratio: K/M, in (0, 1]. Defaults to 1/8 if `k` is not given.
+        k: K itself, a number of rows, instead of `ratio`. A batch of at most `k` rows is exact.
+        selection: The policy that picks the K rows: `"topk"`, `"weightedk"` and `"randk"` are the
+            paper's (arXiv 2110.09164); `"priority"`, `"crs"`, `"bernoulli"` and `"wta"` are unbiased.
+            `memaop_triton.selection.select_rows` gives the definition and source of each.
+        memory: What is kept of the rows that were not picked. `"residual"` adds them to the same
+            slots of the next batch (the paper's memory), `"signed"` does so with a random sign per
+            row, `"subspace"` computes their part in a slowly moving subspace of the inputs
+            exactly, `"none"` drops them. The first two hold M·(N+P) numbers a layer and refuse
+            unbiased policies, `"subspace"` holds N·`rank`.
+        rank: Dimension of the subspace; cut to a quarter of the layer's `in_features`.
+        refresh_every: Steps between two updates of the subspace.
+        decay: Fraction in (0, 1] of a remembered outer product that survives a step; a remembered row
+            shrinks by its square root. The authors' `memory-decay-rate`. Row memories only.
+        rescale: Weight the rows of `"randk"` by M/K, which makes it unbiased.
+        block_rows: Rows are scored and picked in blocks of this many neighbours: 1, 16, 32, 64, 128.
+        memory_dtype: Storage dtype of a row memory; `None` is the dtype of the layer's input.
+        grad_input: `"sampled"` computes the input gradient G W from K rows as well, picked by the
+            policy (which must be unbiased) on the norms of the rows of G; dW then uses the same
+            rows. `"exact"` leaves it as it is.
+
+    Raises:
+        ValueError: An argument is out of range, unknown, or contradicts another.
+        TypeError: An argument is of the wrong type.
+    """
+
+    ratio: float | None = None
+    k: int | None = None
+    selection: str = "priority"
+    memory: str = "subspace"
+    rank: int = 16
+    refresh_every: int = 8
+    decay: float = 1.0
+    rescale: bool = False
+    block_rows: int = 1
+    memory_dtype: torch.dtype | None = None
+    grad_input: str = "exact"
+
+    def __post_init__(self) -> None:
+        self._check_budget()
+        check_name("selection", self.selection, SELECTIONS)
+        check_name("memory", self.memory, MEMORIES)
+        check_name("grad_input", self.grad_input, GRAD_INPUTS)
+        _check_count("rank", self.rank, "dimensions of the subspace")
+        _check_count("refresh_every", self.refresh_every, "steps")
+        if self.block_rows not in BLOCK_ROWS:
+            raise ValueError(f"block_rows={self.block_rows!r} is not one of {BLOCK_ROWS}.")
+        if self.memory_dtype is not None and self.memory_dtype not in MEMORY_DTYPES:
+            raise ValueError(
+                f"memory_dtype={self.memory_dtype!r} is not a floating-point dtype a memory can be "
+                f"stored in: {', '.join(map(str, MEMORY_DTYPES))}, or None for the input's."
+            )
+        self._check_combinations()
+
+    def _check_budget(self) -> None:
+        if self.ratio is not None and self.k is not None:
+            raise ValueError(
+                f"ratio={self.ratio} and k={self.k} say the same thing twice: give one of them."
+            )
+        if self.k is not None:
+            _check_count("k", self.k, "rows")
+            return
+        if self.ratio is None:
+            object.__setattr__(self, "ratio", DEFAULT_RATIO)
+        elif isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
+            raise TypeError(f"ratio must be a number in (0, 1], got {self.ratio!r}.")
+        elif not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio={self.ratio} must be in (0, 1]: it is K/M, 0.125 for 1/8.")
+
+    def _check_combinations(self) -> None:
+        if not (isinstance(self.decay, (int, float)) and 0 < self.decay <= 1):
+            raise ValueError(
+                f"decay={self.decay!r} must be in (0, 1]; memory='none' remembers nothing at all."
+            )
+        if self.rescale and self.selection != "randk":
+            raise ValueError(
+                f"rescale=True only applies to selection='randk', not to {self.selection!r}, which "
+                "weights its rows by its own rule."
+            )
+        if self.has_row_memory:
+            if self.is_unbiased:
+                raise ValueError(
+                    f"memory={self.memory!r} with the unbiased selection={self.selection!r} would "
+                    "count rows twice: use memory='subspace' or 'none', or a selection of the "
+                    "paper ('topk', 'weightedk', 'randk' without rescale)."
+                )
+        else:
+            if self.decay != 1:
+                raise ValueError(
+                    f"decay={self.decay} has no meaning for memory={self.memory!r}: it shrinks the "
+                    "rows of memory='residual' and 'signed'."
+                )
+            if self.memory_dtype is not None:
+                raise ValueError(
+                    f"memory_dtype={self.memory_dtype} has no meaning for memory={self.memory!r}: "
+                    "it is the storage of memory='residual' and 'signed'."
+                )
+        if self.grad_input == "sampled" and not self.is_unbiased:
+            raise ValueError(
+                f"grad_input='sampled' needs an unbiased selection, not {self.selection!r}: use "
+                "'priority', 'crs', 'bernoulli', 'wta', or 'randk' with rescale=True."
+            )
+
+    @classmethod
+    def paper(
+        cls,
+        *,
+        k: int | None = None,
+        ratio: float | None = None,
+        selection: str = "topk",
+        memory: str = "residual",
+        decay: float = 1.0,
+    ) -> MemAOPConfig:
+        """Mem-AOP-GD as published: `topk`, `weightedk` or `randk`, with the row memory.
+
+        `memory="none"` gives the paper's variants without memory. With SGD at a learning rate that
+        changes, also call `attach_optimizer`, which keeps the update equal to the paper's.
+        """
+        check_name("selection", selection, ("topk", "weightedk", "randk"))
+        check_name("memory", memory, ("residual", "none"))
+        return cls(ratio=ratio, k=k, selection=selection, memory=memory, decay=decay)
+
+    @property
+    def is_unbiased(self) -> bool:
+        """Whether the mean of the weight gradient over the draws is the exact one."""
+        return self.selection in UNBIASED_SELECTIONS or self.rescale
+
+    @property
+    def has_row_memory(self) -> bool:
+        """Whether the memory holds one slot per row of the batch."""
+        return self.memory in ROW_MEMORIES
+
+    def num_rows(self, rows: int) -> int:
+        """K for a batch of `rows` rows: between 1 and `rows`, and 0 for an empty batch."""
+        wanted = self.k if self.k is not None else math.floor((self.ratio or 0) * rows + 0.5)
+        return min(rows, max(1, wanted))
+
+    def rank_for(self, in_features: int) -> int:
+        """Rank of the subspace in a layer with this many inputs: `rank`, at most a quarter of it."""
+        return min(self.rank, max(1, in_features // 4))

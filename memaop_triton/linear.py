@@ -1,0 +1,265 @@
+"""The drop-in layer `MemAOPLinear` and its functional form `memaop_linear`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from memaop_triton.config import MemAOPConfig
+from memaop_triton.memory import Memory, SubspaceMemory, check_memory, new_memory
+from memaop_triton.weight_grad import sampled_input_grad, select_for_both, weight_grad
+
+
+class _MemAOPLinearFunction(torch.autograd.Function):
+    """y = x Wᵀ + b, with the approximate backward pass; touches the memory in backward only."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, config: MemAOPConfig, memory: Memory | None
+    ) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, config, memory = inputs
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        # The memory stays out of the saved tensors: it changes in place between the backward
+        # passes of a layer that is used twice.
+        ctx.config, ctx.memory = config, memory
+        ctx.x_shape = x.shape
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        config: MemAOPConfig = ctx.config
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        g = grad_output.reshape(-1, grad_output.shape[-1])
+        if x is not None:
+            x = x.reshape(-1, x.shape[-1])
+        selection = None
+        if config.grad_input == "sampled" and needs_x and config.num_rows(g.shape[0]) < g.shape[0]:
+            selection = select_for_both(x, g, config)
+        dx = dw = db = None
+        if needs_x:
+            if selection is None:
+                dx = g @ weight
+            else:
+                dx = sampled_input_grad(g, weight, selection, config)
+            dx = dx.reshape(ctx.x_shape)
+        if needs_weight:
+            dw = weight_grad(x, g, config, ctx.memory, selection=selection)
+        if needs_bias:
+            db = g.sum(0)
+        return dx, dw, db, None, None
+
+
+def memaop_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: MemAOPConfig,
+    memory: Memory | None = None,
+) -> Tensor:
+    """`torch.nn.functional.linear` with an approximate weight gradient (and input gradient).
+
+    The result and the bias gradient are exact. The weight gradient is computed from K of the M rows
+    of `x` as `config` says, and likewise the input gradient with `grad_input="sampled"`. Every draw
+    comes from the default generator of the tensors' device.
+
+    Args:
+        x: [..., N], any floating dtype. The leading dimensions make M rows.
+        weight: [P, N], dtype of `x`.
+        bias: [P] or `None`.
+        config: What to compute in the backward pass.
+        memory: What `new_memory(config, N, P)` made for this weight, updated by each backward pass.
+            `None` for `memory="none"`.
+
+    Returns:
+        [..., P]. Under autocast the operands are cast as for any linear layer.
+
+    Raises:
+        TypeError: `x` is not floating point, or the dtypes differ.
+        ValueError: The shapes do not fit, or `memory` is not of the kind that `config` asks for.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check_operands(x, weight, bias)
+    check_memory(config, memory, weight.shape[1])
+    if not torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    result: Tensor = _MemAOPLinearFunction.apply(x, weight, bias, config, memory)
+    return result
+
+
+def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x must be of a floating-point dtype, got {x.dtype}: convert it, x.to({weight.dtype})."
+        )
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out_features, in_features], got {tuple(weight.shape)}.")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but weight {tuple(weight.shape)} needs rows of "
+            f"{weight.shape[1]} inputs as the last dimension."
+        )
+    if x.dtype != weight.dtype:
+        raise TypeError(
+            f"x is {x.dtype} but weight is {weight.dtype}: convert one, or use torch.autocast."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, weight needs ({weight.shape[0]},).")
+
+
+class MemAOPLinear(nn.Linear):
+    """`torch.nn.Linear` whose backward pass is computed as `config` says.
+
+    Parameters, `state_dict` and forward pass are those of `nn.Linear`. The approximation applies in
+    training mode; after `.eval()` the gradients are exact and the memory rests, as with dropout.
+
+    Args:
+        in_features: N.
+        out_features: P.
+        bias: Whether to add a learned bias.
+        config: What the backward pass computes; `MemAOPConfig()` if `None`.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Attributes:
+        config: The configuration.
+        memory: This layer's memory, `None` for `memory="none"`. Not a buffer: it is saved by
+            `memory_state_dict`, follows `.to()`, and is never synchronised between processes.
+    """
+
+    #: What `revert_` turns the layer back into.
+    dense_class: type[nn.Linear] = nn.Linear
+
+    config: MemAOPConfig
+    memory: Memory | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: MemAOPConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._set_config(MemAOPConfig() if config is None else config)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: MemAOPConfig | None = None) -> MemAOPLinear:
+        """A new layer that shares the Parameters of `linear` and keeps its hooks and mode.
+
+        Raises:
+            TypeError: `linear` is not an `nn.Linear`.
+            ValueError: `linear` is a subclass with a forward pass of its own, or not initialised.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}.")
+        # Shallow, one level deeper than copy.copy: the dictionaries of parameters and hooks are
+        # copied, what they hold is shared.
+        twin = type(linear).__new__(type(linear))
+        twin.__dict__.update(
+            {
+                name: value.copy() if isinstance(value, dict) else value
+                for name, value in linear.__dict__.items()
+            }
+        )
+        return cls.adopt_(twin, config)
+
+    @staticmethod
+    def adopt_(linear: nn.Linear, config: MemAOPConfig | None = None) -> MemAOPLinear:
+        """Turn `linear` itself into a `MemAOPLinear`: the same object, its class exchanged.
+
+        Raises:
+            ValueError: As `from_linear`, or `linear` is a `MemAOPLinear` already.
+        """
+        check_adoptable(linear)
+        linear.__class__ = _class_for(type(linear))
+        assert isinstance(linear, MemAOPLinear)
+        linear._set_config(MemAOPConfig() if config is None else config)
+        return linear
+
+    def revert_(self) -> nn.Linear:
+        """Turn this layer back into the dense class it came from; the memory is dropped."""
+        del self.config, self.memory
+        self.__class__ = self.dense_class  # type: ignore[assignment]
+        return self
+
+    def _set_config(self, config: MemAOPConfig) -> None:
+        if not isinstance(config, MemAOPConfig):
+            raise TypeError(f"config must be a MemAOPConfig, got {config!r}.")
+        self.config = config
+        self.memory = new_memory(config, self.in_features, self.out_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        if not self.training:
+            return F.linear(input, self.weight, self.bias)
+        return memaop_linear(input, self.weight, self.bias, self.config, self.memory)
+
+    def extra_repr(self) -> str:
+        """The layer's sizes and the settings that differ between layers."""
+        config = self.config
+        budget = f"k={config.k}" if config.k is not None else f"ratio={config.ratio:g}"
+        parts = [super().extra_repr(), budget, f"selection={config.selection}"]
+        parts.append(f"memory={config.memory}")
+        if isinstance(self.memory, SubspaceMemory):
+            parts.append(f"rank={self.memory.rank}")
+        if config.grad_input != "exact":
+            parts.append(f"grad_input={config.grad_input}")
+        return ", ".join(parts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemAOPLinear:
+        super()._apply(fn, recurse)
+        if self.memory is not None:
+            self.memory.convert(fn)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.dense_class is nn.Linear:
+            return super().__reduce_ex__(protocol)
+        # The class of a converted subclass is made on demand and cannot be found by its name.
+        return _blank, (self.dense_class,), self.__getstate__()
+
+
+def check_adoptable(linear: nn.Linear) -> None:
+    """Raise `ValueError` if `linear` cannot become a `MemAOPLinear`."""
+    name = type(linear).__name__
+    if isinstance(linear, MemAOPLinear):
+        raise ValueError(f"{name} is converted already: revert_ it first.")
+    if isinstance(linear.weight, nn.parameter.UninitializedTensorMixin):
+        raise ValueError(f"{name} is not initialised: run one forward pass first.")
+    if type(linear).forward is not nn.Linear.forward:
+        raise ValueError(
+            f"{name} has a forward pass of its own, which MemAOPLinear would replace: leave it out "
+            "with filter_fn, or call memaop_linear inside it."
+        )
+
+
+def _blank(dense_class: type[nn.Linear]) -> MemAOPLinear:
+    new_class = _class_for(dense_class)
+    return new_class.__new__(new_class)
+
+
+@functools.cache
+def _class_for(dense_class: type[nn.Linear]) -> type[MemAOPLinear]:
+    """The `MemAOPLinear` that keeps everything of `dense_class` but the forward pass."""
+    if dense_class is nn.Linear:
+        return MemAOPLinear
+    name = f"MemAOP{dense_class.__name__}"
+    return type(name, (MemAOPLinear, dense_class), {"dense_class": dense_class})

@@ -1,0 +1,59 @@
+"""Tying row memories to the learning rate of the optimizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from memaop_triton.convert import converted_layers
+from memaop_triton.linear import MemAOPLinear
+from memaop_triton.memory import ResidualMemory
+
+
+def attach_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Let every row memory of `model` follow the learning rate of its weight's parameter group.
+
+    The paper's memories hold rows times √η. Ours hold rows of the gradient, so when the learning
+    rate moves from η_prev to η_now the remembered rows are rescaled by √(η_prev/η_now). Without
+    this call the learning rate counts as constant. Any scheduler works: the rate is read from
+    `optimizer.param_groups` in each backward pass. In a step whose rate is zero the memory rests.
+
+    The link is weak and not copied: call this again for a `deepcopy` of the model, after unpickling,
+    and for a new optimizer. Layers without a row memory need no link and are passed over.
+
+    Args:
+        model: A model with converted layers.
+        optimizer: The one that updates their weights.
+
+    Raises:
+        ValueError: The model has no converted layer, or a trainable weight whose layer has a row
+            memory is in none of the optimizer's groups.
+    """
+    layers = list(converted_layers(model))
+    if not layers:
+        raise ValueError("model has no converted layer: call convert_(model, config) first.")
+    group_of = {
+        id(parameter): number
+        for number, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+    }
+    for name, layer in layers:
+        if not isinstance(layer.memory, ResidualMemory):
+            continue
+        weights = _weight_parameters(layer)
+        groups = [group_of[id(weight)] for weight in weights if id(weight) in group_of]
+        if groups:
+            layer.memory.attach(optimizer, groups[0])
+        elif any(weight.requires_grad for weight in weights):
+            raise ValueError(
+                f"optimizer does not hold the weight of layer {name!r}: pass the optimizer that "
+                "updates it, or freeze the weight."
+            )
+
+
+def _weight_parameters(layer: MemAOPLinear) -> list[nn.Parameter]:
+    """The Parameter `weight`, or those it is computed from if the layer is parametrised."""
+    named = dict(layer.named_parameters())
+    if "weight" in named:
+        return [named["weight"]]
+    return [p for name, p in named.items() if name.startswith("parametrizations.weight.")]
