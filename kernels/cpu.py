@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memaop_triton.kernels import native
+
 # Two operands of one chunk, split over the cores, stay within a typical second-level cache.
 _CHUNK_BYTES = 1 << 20
 _PANEL_ROWS = 256
@@ -42,10 +44,13 @@ def score_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def row_norms(a: Tensor) -> Tensor:
     """Euclidean norm of every row of `a` ([M, N]), in `score_dtype`: [M]."""
-    if a.dtype == score_dtype(a.dtype):
-        return torch.linalg.vector_norm(a, dim=1)
+    norms = native.row_norms(a)
+    if norms is None and a.dtype == score_dtype(a.dtype):
+        norms = torch.linalg.vector_norm(a, dim=1)
+    if norms is not None:
+        return norms
     # Converting inside the reduction takes ten times as long as a converted chunk in the cache.
-    norms = torch.empty(a.shape[0], dtype=score_dtype(a.dtype), device=a.device)
+    norms = torch.empty(a.shape[0], dtype=score_dtype(a.dtype))
     rows = _chunk_rows(a)
     for chunk, out in zip(a.split(rows), norms.split(rows), strict=True):
         torch.linalg.vector_norm(chunk.to(norms.dtype), dim=1, out=out)
@@ -63,23 +68,18 @@ def accumulate_and_score(memory: Tensor, rows: Tensor, carry: Tensor) -> Tensor:
     Returns:
         [M] norms of what is stored, in `score_dtype`.
     """
+    norms = native.accumulate_and_score(memory, rows, carry)
+    if norms is not None:
+        return norms
     norms = torch.empty_like(carry)
     step = _chunk_rows(memory)
-    chunks = zip(
-        memory.split(step),
-        rows.split(step),
-        carry.unsqueeze(1).split(step),
-        norms.split(step),
-        strict=True,
-    )
-    if memory.dtype == rows.dtype == carry.dtype:
-        for m, x, c, out in chunks:
+    operands = (memory, rows, carry.unsqueeze(1), norms)
+    for m, x, c, out in zip(*(a.split(step) for a in operands), strict=True):
+        if m.dtype == x.dtype == c.dtype:
             torch.addcmul(x, m, c, out=m)
-            torch.linalg.vector_norm(m, dim=1, out=out)
-    else:
-        for m, x, c, out in chunks:
+        else:
             m.copy_(torch.addcmul(x.to(c.dtype), m.to(c.dtype), c))
-            torch.linalg.vector_norm(m.to(c.dtype), dim=1, out=out)
+        torch.linalg.vector_norm(m.to(c.dtype), dim=1, out=out)
     return norms
 
 
@@ -137,7 +137,7 @@ def _scale_rows(x: Tensor, g: Tensor, weights: Tensor) -> None:
         g.mul_(weights.unsqueeze(1))
 
 
-def project(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+def project_rows(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Z = X Q and the norms of what the basis leaves of each row, √(‖x‖² − ‖z‖²).
 
     Args:
@@ -149,15 +149,36 @@ def project(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         rounding is set to the size of that rounding, so that a non-zero row can always be drawn.
     """
     z = x.new_empty((x.shape[0], basis.shape[1]))
-    norms = torch.empty(x.shape[0], dtype=score_dtype(x.dtype), device=x.device)
-    step = 4 * _chunk_rows(x)
-    for chunk, z_out, norm_out in zip(x.split(step), z.split(step), norms.split(step), strict=True):
+    norms = torch.empty(x.shape[0], dtype=score_dtype(x.dtype))
+    step = 2 * _chunk_rows(x)
+    for chunk, z_out, out in zip(*(a.split(step) for a in (x, z, norms)), strict=True):
         torch.mm(chunk, basis, out=z_out)
-        norm_out.copy_(row_norms(chunk))
+        out.copy_(row_norms(chunk))
     squared = norms.square()
     rest = squared - row_norms(z).square()
-    floor = squared * torch.finfo(x.dtype).eps
-    return z, torch.maximum(rest, floor).sqrt()
+    return z, torch.maximum(rest, squared * torch.finfo(x.dtype).eps).sqrt()
+
+
+def project_gradient(g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Zᵀ G and the row norms of G, in one pass over G.
+
+    Args:
+        g: [M, P].
+        z: [M, q], same dtype.
+
+    Returns:
+        Zᵀ G [q, P] in the dtype of `g`, and [M] norms in `score_dtype`.
+    """
+    norms = torch.empty(g.shape[0], dtype=score_dtype(g.dtype))
+    zg = torch.zeros((z.shape[1], g.shape[1]), dtype=norms.dtype)
+    step = 2 * _chunk_rows(g)
+    for chunk, z_chunk, out in zip(*(a.split(step) for a in (g, z, norms)), strict=True):
+        out.copy_(row_norms(chunk))
+        if zg.dtype == chunk.dtype:
+            zg.addmm_(z_chunk.t(), chunk)
+        else:
+            zg += z_chunk.t() @ chunk
+    return zg.to(g.dtype), norms
 
 
 def sampled_rows_mm(

@@ -49,8 +49,8 @@ class MemAOPConfig:
         ratio: K/M, in (0, 1]. Defaults to 1/8 if `k` is not given.
         k: K itself, a number of rows, instead of `ratio`. A batch of at most `k` rows is exact.
         selection: The policy that picks the K rows: `"topk"`, `"weightedk"` and `"randk"` are the
-            paper's (arXiv 2110.09164); `"priority"`, `"crs"`, `"bernoulli"` and `"wta"` are unbiased.
-            `memaop_triton.selection.select_rows` gives the definition and source of each.
+            paper's (arXiv 2110.09164); `"priority"`, `"crs"`, `"bernoulli"` and `"wta"` are
+            unbiased. `memaop_triton.selection.select_rows` defines each and names its source.
         memory: What is kept of the rows that were not picked. `"residual"` adds them to the same
             slots of the next batch (the paper's memory), `"signed"` does so with a random sign per
             row, `"subspace"` computes their part in a slowly moving subspace of the inputs
@@ -58,10 +58,10 @@ class MemAOPConfig:
             unbiased policies, `"subspace"` holds N·`rank`.
         rank: Dimension of the subspace; cut to a quarter of the layer's `in_features`.
         refresh_every: Steps between two updates of the subspace.
-        decay: Fraction in (0, 1] of a remembered outer product that survives a step; a remembered row
-            shrinks by its square root. The authors' `memory-decay-rate`. Row memories only.
+        decay: Fraction in (0, 1] of a remembered outer product that survives a step; a remembered
+            row shrinks by its square root. The authors' `memory-decay-rate`. Row memories only.
         rescale: Weight the rows of `"randk"` by M/K, which makes it unbiased.
-        block_rows: Rows are scored and picked in blocks of this many neighbours: 1, 16, 32, 64, 128.
+        block_rows: Rows are scored and picked in blocks of 1, 16, 32, 64 or 128 neighbours.
         memory_dtype: Storage dtype of a row memory; `None` is the dtype of the layer's input.
         grad_input: `"sampled"` computes the input gradient G W from K rows as well, picked by the
             policy (which must be unbiased) on the norms of the rows of G; dW then uses the same
@@ -184,5 +184,5 @@ class MemAOPConfig:
         return min(rows, max(1, wanted))
 
     def rank_for(self, in_features: int) -> int:
-        """Rank of the subspace in a layer with this many inputs: `rank`, at most a quarter of it."""
+        """Rank of the subspace in a layer with this many inputs: at most a quarter of them."""
         return min(self.rank, max(1, in_features // 4))

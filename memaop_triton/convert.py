@@ -33,8 +33,8 @@ def convert_(
         filter_fn: `filter_fn(module, fqn)`, called with every `nn.Linear` of the model (subclasses
             included) and its qualified name; layers for which it is false stay dense. By default
             the layers whose class is exactly `nn.Linear`, and a warning names the others.
-        overrides: Configuration by name pattern (shell style, `"blocks.*.mlp.*"`), `None` to leave a
-            layer dense. Of several patterns that match, the last one counts.
+        overrides: Configuration by name pattern (shell style, `"blocks.*.mlp.*"`), `None` to leave
+            a layer dense. Of several patterns that match, the last one counts.
 
     Returns:
         `model`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +35,7 @@ class _MemAOPLinearFunction(torch.autograd.Function):
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         config: MemAOPConfig = ctx.config
@@ -242,7 +241,7 @@ def check_adoptable(linear: nn.Linear) -> None:
     name = type(linear).__name__
     if isinstance(linear, MemAOPLinear):
         raise ValueError(f"{name} is converted already: revert_ it first.")
-    if isinstance(linear.weight, nn.parameter.UninitializedTensorMixin):
+    if isinstance(linear.weight, nn.UninitializedParameter):
         raise ValueError(f"{name} is not initialised: run one forward pass first.")
     if type(linear).forward is not nn.Linear.forward:
         raise ValueError(
@@ -256,10 +255,13 @@ def _blank(dense_class: type[nn.Linear]) -> MemAOPLinear:
     return new_class.__new__(new_class)
 
 
-@functools.cache
 def _class_for(dense_class: type[nn.Linear]) -> type[MemAOPLinear]:
     """The `MemAOPLinear` that keeps everything of `dense_class` but the forward pass."""
-    if dense_class is nn.Linear:
-        return MemAOPLinear
-    name = f"MemAOP{dense_class.__name__}"
-    return type(name, (MemAOPLinear, dense_class), {"dense_class": dense_class})
+    if dense_class not in _classes:
+        name = f"MemAOP{dense_class.__name__}"
+        bases = (MemAOPLinear, dense_class)
+        _classes[dense_class] = type(name, bases, {"dense_class": dense_class})
+    return _classes[dense_class]
+
+
+_classes: dict[type[nn.Linear], type[MemAOPLinear]] = {nn.Linear: MemAOPLinear}

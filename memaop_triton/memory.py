@@ -24,7 +24,8 @@ class ResidualMemory:
     outer products of K slots and empties these. c is the carry `√(decay · η_prev/η_now)`, which
     makes the stored rows a gradient at the current learning rate, and σ a random sign for the
     `signed` memory (the same for X and G), 1 otherwise. A slot belongs to a position in the batch:
-    a shorter batch uses the first slots, a longer one adds slots.
+    a shorter batch adds to the first slots (the carry applies to the others too), a longer one
+    makes more slots.
 
     Args:
         in_features: N, length of a row of X.
@@ -73,7 +74,7 @@ class ResidualMemory:
         return sum(t.nbytes for t in (self.x, self.g, self.filled) if t is not None)
 
     def slots(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The first `rows` slots `(x, g, filled)`, on the device of `like`; more are made if short."""
+        """The first `rows` slots `(x, g, filled)` on the device of `like`, made if missing."""
         dtype = self.dtype or like.dtype
         if self.x is None or self.g is None or self.filled is None:
             self.x = like.new_zeros((rows, self.in_features), dtype=dtype)
@@ -111,7 +112,7 @@ class ResidualMemory:
     def attach(self, optimizer: torch.optim.Optimizer, group: int) -> None:
         """Read the learning rate from parameter group `group` of `optimizer` from now on.
 
-        The optimizer is held weakly; a copy of the memory, by `deepcopy` or pickle, is not attached.
+        The optimizer is held weakly, and a copy of the memory (`deepcopy`, pickle) is not attached.
         """
         self._optimizer = weakref.ref(optimizer)
         self._group = group
@@ -127,6 +128,12 @@ class ResidualMemory:
         self._last_rate = now
         change = before / now if now and before else 1.0
         return math.sqrt(self.decay * change)
+
+    def carry_slots_after(self, rows: int, carry: float) -> None:
+        """Apply the carry to the slots beyond a batch of `rows` rows."""
+        if carry != 1 and self.x is not None and self.g is not None:
+            self.x[rows:] *= carry
+            self.g[rows:] *= carry
 
     def draw_signs(self, rows: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
         """σ: ±1 for each of `rows` rows, in the dtype and on the device of `like`."""
@@ -338,12 +345,11 @@ def check_memory(config: MemAOPConfig, memory: Memory | None, in_features: int) 
             f"memory is {have}, but config.memory={config.memory!r} needs {need}: pass "
             "memory=new_memory(config, in_features, out_features), made once and kept."
         )
-    if isinstance(wanted, ResidualMemory) and isinstance(memory, ResidualMemory):
-        if wanted.signed != memory.signed:
-            raise ValueError(
-                f"memory.signed={memory.signed}, but config.memory={config.memory!r}: make the "
-                "memory with new_memory(config, in_features, out_features)."
-            )
+    if isinstance(memory, ResidualMemory) and memory.signed != (config.memory == "signed"):
+        raise ValueError(
+            f"memory.signed={memory.signed}, but config.memory={config.memory!r}: make the memory "
+            "with new_memory(config, in_features, out_features)."
+        )
     if memory is not None and memory.in_features != in_features:
         raise ValueError(
             f"memory holds rows of {memory.in_features} inputs, but x has rows of {in_features}."

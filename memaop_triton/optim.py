@@ -18,8 +18,8 @@ def attach_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     this call the learning rate counts as constant. Any scheduler works: the rate is read from
     `optimizer.param_groups` in each backward pass. In a step whose rate is zero the memory rests.
 
-    The link is weak and not copied: call this again for a `deepcopy` of the model, after unpickling,
-    and for a new optimizer. Layers without a row memory need no link and are passed over.
+    The link is weak and not copied: call this again for a `deepcopy` of the model, after
+    unpickling, and for a new optimizer. Layers without a row memory need no link.
 
     Args:
         model: A model with converted layers.

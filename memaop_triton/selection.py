@@ -41,12 +41,12 @@ def select_rows(
     | `priority` | the K largest s/u, u uniform on (0, 1]; τ is the next one | max(1, τ/s) |
     | `crs` | K draws with replacement, p = s/Σs | 1/(K p) |
     | `bernoulli` | row m with probability p = min(1, λ s), Σp = K | 1/p |
-    | `wta` | the top c, and K−c draws with replacement ∝ s from the others | 1; mass left/((K−c) p) |
+    | `wta` | the top c, and K−c draws with replacement ∝ s from the rest | 1; Σrest/((K−c) s) |
 
     Sources: Hernandez, Rini, Duman, arXiv 2110.09164 (the first three; `weightedk` with the squared
     scores of the authors' code); Duffield, Lund, Thorup, J. ACM 54(6), 2007; Drineas, Kannan,
     Mahoney, SIAM J. Comput. 36(1), 2006; Adelman et al., NeurIPS 2021; Liu et al., NeurIPS 2023,
-    whose c minimises (mass left)/(K−c). The last four, and `randk` with `rescale`, are unbiased:
+    whose c minimises Σrest/(K−c). The last four, and `randk` with `rescale`, are unbiased:
     the weighted sum over the selection has the sum over all rows as its mean.
 
     Args:

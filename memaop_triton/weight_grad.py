@@ -139,7 +139,9 @@ def _with_row_memory(
 ) -> Tensor:
     rows = x.shape[0]
     mx, mg, filled = memory.slots(rows, x)
-    carry = filled.to(kernels.score_dtype(mx.dtype)) * memory.take_carry()
+    factor = memory.take_carry()
+    memory.carry_slots_after(rows, factor)
+    carry = filled.to(kernels.score_dtype(mx.dtype)) * factor
     if memory.signed:
         carry *= memory.draw_signs(rows, carry, generator)
     scores = _scores(
@@ -161,10 +163,11 @@ def _with_subspace(
     generator: torch.Generator | None,
 ) -> Tensor:
     basis = memory.basis_for(x, generator)
-    z, rest_norms = kernels.project(x, basis)
+    z, rest_norms = kernels.project_rows(x, basis)
+    zg, g_norms = kernels.project_gradient(g, z)
     if selection is None:
-        selection = select(_scores(rest_norms, kernels.row_norms(g)), config, generator)
+        selection = select(_scores(rest_norms, g_norms), config, generator)
     indices, weights = _rows_and_weights(selection, config)
-    dw = kernels.gather_gemm(x, g, indices, weights, kernels.Projection(basis, z, z.t() @ g))
+    dw = kernels.gather_gemm(x, g, indices, weights, kernels.Projection(basis, z, zg))
     memory.end_step(x, z)
     return dw

@@ -1,0 +1,155 @@
+"""The row passes of `rows.c`, compiled on first use where a C compiler is at hand.
+
+Every function returns `None` when it does not apply (no compiler, another system, a dtype or layout
+that `rows.c` does not take); `cpu.py` then does the same in plain PyTorch. The compiled file stays
+in the cache directory, under a name that says what it was made from and for.
+
+`MEMAOP_TRITON_BACKEND=torch` leaves all of this out, `MEMAOP_TRITON_CACHE_DIR` moves the cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import platformdirs
+import torch
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("rows.c")
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+# Not -march=native: a cache directory may be shared by machines of different make.
+_VECTOR_FLAGS = {
+    "AVX512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"],
+    "AVX2": ["-mavx2", "-mfma"],
+}
+_FLAGS = ["-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-mprefer-vector-width=512"]
+
+
+class BuildError(RuntimeError):
+    """Why the row passes are not compiled here."""
+
+
+def row_norms(a: Tensor) -> Tensor | None:
+    """Euclidean norm of every row of `a` ([M, N]), or `None` if this does not apply."""
+    library = _library_for(a)
+    if library is None:
+        return None
+    norms = torch.empty(a.shape[0], dtype=a.dtype)
+    function = getattr(library, f"row_norms_{_SUFFIX[a.dtype]}")
+    function(*_matrix(a), _pointer(norms), *_size(a))
+    return norms
+
+
+def accumulate_and_score(memory: Tensor, rows: Tensor, carry: Tensor) -> Tensor | None:
+    """`memory` ← carry·memory + rows in place; the norms of its rows, or `None` (nothing done)."""
+    same = memory.dtype == rows.dtype == carry.dtype and memory.shape == rows.shape
+    library = _library_for(memory, rows) if same and carry.is_contiguous() else None
+    if library is None:
+        return None
+    norms = torch.empty_like(carry)
+    function = getattr(library, f"accumulate_{_SUFFIX[memory.dtype]}")
+    function(*_matrix(memory), *_matrix(rows), _pointer(carry), _pointer(norms), *_size(memory))
+    return norms
+
+
+def is_compiled() -> bool:
+    """Whether the compiled row passes are used on this machine (compiles them on first use)."""
+    return _library() is not None
+
+
+def _library_for(*matrices: Tensor) -> ctypes.CDLL | None:
+    for a in matrices:
+        if a.dtype not in _SUFFIX or a.device.type != "cpu" or a.stride(1) != 1:
+            return None
+    return _library()
+
+
+def _pointer(a: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(a.data_ptr())
+
+
+def _matrix(a: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_long]:
+    return _pointer(a), ctypes.c_long(a.stride(0))
+
+
+def _size(a: Tensor) -> tuple[ctypes.c_long, ctypes.c_long, ctypes.c_int]:
+    # A thread is not worth waking for less than a few thousand numbers.
+    threads = min(torch.get_num_threads(), 1 + a.numel() // 16384)
+    return ctypes.c_long(a.shape[0]), ctypes.c_long(a.shape[1]), ctypes.c_int(threads)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    if os.environ.get("MEMAOP_TRITON_BACKEND") == "torch":
+        return None
+    try:
+        return _load()
+    except (BuildError, OSError) as error:
+        _log.info("row passes run in plain PyTorch: %s", error)
+        return None
+
+
+def _load() -> ctypes.CDLL:
+    # PyTorch's own OpenMP runtime serves the parallel loops, and so its threads: the file is not
+    # linked against another one.
+    if sys.platform != "linux":
+        raise BuildError(f"not done on {sys.platform}")
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise BuildError("no C compiler: none of $CC, cc, gcc is there")
+    flags = _FLAGS + _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
+    version = _run([*compiler.split(), "--version"])
+    made_from = "\0".join([_SOURCE.read_text(), version, platform.machine(), *flags])
+    name = f"rows-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    cached = _cache_folder() / name
+    if cached.is_file():
+        return ctypes.CDLL(str(cached))
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = _compile(compiler, flags, Path(folder))
+        try:
+            _put(compiled, cached)
+        except OSError as error:
+            _log.info("compiled row passes are not kept in %s: %s", cached.parent, error)
+        return ctypes.CDLL(str(compiled))
+
+
+def _cache_folder() -> Path:
+    chosen = os.environ.get("MEMAOP_TRITON_CACHE_DIR")
+    return (Path(chosen) if chosen else platformdirs.user_cache_path("memaop-triton")) / "native"
+
+
+def _compile(compiler: str, flags: list[str], folder: Path) -> Path:
+    made, linked = folder / "rows.o", folder / "rows.so"
+    _run([*compiler.split(), *flags, "-c", str(_SOURCE), "-o", str(made)])
+    _run([*compiler.split(), "-shared", str(made), "-o", str(linked), "-lm"])
+    return linked
+
+
+def _put(source: Path, target: Path) -> None:
+    """Copy to `target` in one step, so that a process beside this one never loads half a file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as part:
+        part.write(source.read_bytes())
+    os.replace(part.name, target)
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except subprocess.CalledProcessError as error:
+        raise BuildError(f"{command[0]} failed: {error.stderr.strip()[-500:]}") from error
+    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} did not run: {error}") from error
+    return done.stdout

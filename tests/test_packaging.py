@@ -1,0 +1,114 @@
+"""The package works from a checkout, as an editable install and from a wheel, run anywhere."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBE = """
+import memaop_triton, torch
+from memaop_triton.kernels import cpu
+from memaop_triton.weight_grad import weight_grad
+x = torch.eye(4)
+config = memaop_triton.MemAOPConfig(k=4, selection="topk", memory="none")
+assert torch.equal(weight_grad(x, x, config), x)
+print(cpu.__file__)
+"""
+# Shadowing this would break transformers, which imports the package of that name from PyPI.
+NO_TOP_LEVEL_KERNELS = """
+import importlib.util, memaop_triton
+spec = importlib.util.find_spec("kernels")
+assert spec is None or spec.origin is None, spec
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A copy of what git tracks or would track, so that a build leaves no trace in the checkout."""
+    copy = tmp_path_factory.mktemp("sources")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout: nothing says which files belong to the package")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    return copy
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A virtual environment that sees torch and the rest of this one, but not our package."""
+    target = tmp_path / "venv"
+    venv.create(target, with_pip=False)
+    python = target / "bin" / "python"
+    purelib = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "memaop" not in entry.name.lower():
+            (purelib / entry.name).symlink_to(entry)
+    return python
+
+
+def run(python, *arguments, cwd=ROOT, **variables):
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
+    done = subprocess.run(
+        [str(python), *map(str, arguments)], cwd=cwd, env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def install(python, sources, *arguments):
+    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", *arguments]
+    run(python, *pip, cwd=sources)
+
+
+def test_checkout_that_is_not_installed(environment, sources, tmp_path):
+    assert run(environment, "-c", PROBE, cwd=sources) == str(sources / "kernels" / "cpu.py")
+    elsewhere = run(environment, "-c", PROBE, cwd=tmp_path, PYTHONPATH=str(sources))
+    assert elsewhere == str(sources / "kernels" / "cpu.py")
+
+
+@pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
+def test_editable_install(environment, sources, tmp_path, mode):
+    install(environment, sources, "-e", ".", f"--config-settings=editable_mode={mode}")
+    for folder in (tmp_path, sources):
+        assert Path(run(environment, "-c", PROBE, cwd=folder)).name == "cpu.py"
+    run(environment, "-c", NO_TOP_LEVEL_KERNELS, cwd=tmp_path)
+
+
+def test_wheel(environment, sources, tmp_path):
+    build = ["-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, sources]
+    run(environment, *build, cwd=sources)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {
+        "memaop_triton/kernels/cpu.py",
+        "memaop_triton/kernels/rows.c",
+        "memaop_triton/py.typed",
+    } <= names
+    assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
+
+    install(environment, sources, wheel)
+    assert "site-packages" in run(environment, "-c", PROBE, cwd=tmp_path)
+    assert run(environment, "-c", PROBE, cwd=sources) == str(sources / "kernels" / "cpu.py")
+    run(environment, "-c", NO_TOP_LEVEL_KERNELS, cwd=tmp_path)
+    assert "demo" in run(environment.parent / "memaop-triton", "--help", cwd=tmp_path)
+
+
+def test_import_touches_no_accelerator_and_compiles_nothing(tmp_path):
+    probe = "import memaop_triton, torch; assert not torch.cuda.is_initialized()"
+    run(sys.executable, "-c", probe, MEMAOP_TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
+    assert not list(tmp_path.iterdir())
