@@ -7,6 +7,7 @@ nothing of size M·N is allocated.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Projection(NamedTuple):
     Attributes:
         basis: Q, [N, q], in the dtype of X.
         z: Z = X Q, [M, q].
-        zg: Zᵀ G, [q, P].
+        zg: Zᵀ G, [q, P], in `score_dtype`.
     """
 
     basis: Tensor
@@ -110,7 +111,7 @@ def gather_gemm(
     gx = x.new_empty((min(panel, rows) + rank, x.shape[1]))
     gg = g.new_empty((min(panel, rows) + rank, g.shape[1]))
     dw = x.new_empty((g.shape[1], x.shape[1]))
-    for start in range(0, rows, panel):
+    for start in range(0, max(1, rows), panel):
         chosen = indices[start : start + panel]
         n = chosen.numel()
         torch.index_select(x, 0, chosen, out=gx[:n])
@@ -120,8 +121,10 @@ def gather_gemm(
         if weights is not None:
             _scale_rows(gx[:n], gg[:n], weights[start : start + panel])
         if projection is not None and start + n == rows:
-            gx[n : n + rank].copy_(projection.basis.t())
-            gg[n : n + rank].copy_(projection.zg)
+            # Zᵀ G is √N times the size of dW, which float16 may not hold.
+            scale = math.sqrt(x.shape[1])
+            gx[n : n + rank].copy_(projection.basis.t()).mul_(scale)
+            gg[n : n + rank].copy_(projection.zg / scale)
             n += rank
         dw.addmm_(gg[:n].t(), gx[:n], beta=0 if start == 0 else 1)
     return dw
@@ -167,18 +170,24 @@ def project_gradient(g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         z: [M, q], same dtype.
 
     Returns:
-        Zᵀ G [q, P] in the dtype of `g`, and [M] norms in `score_dtype`.
+        Zᵀ G [q, P] and [M] norms, both in `score_dtype`.
     """
     norms = torch.empty(g.shape[0], dtype=score_dtype(g.dtype))
     zg = torch.zeros((z.shape[1], g.shape[1]), dtype=norms.dtype)
     step = 2 * _chunk_rows(g)
     for chunk, z_chunk, out in zip(*(a.split(step) for a in (g, z, norms)), strict=True):
         out.copy_(row_norms(chunk))
-        if zg.dtype == chunk.dtype:
-            zg.addmm_(z_chunk.t(), chunk)
-        else:
-            zg += z_chunk.t() @ chunk
-    return zg.to(g.dtype), norms
+        zg.addmm_(z_chunk.to(zg.dtype).t(), chunk.to(zg.dtype))
+    return zg, norms
+
+
+def transposed_mm(z: Tensor, a: Tensor) -> Tensor:
+    """Zᵀ A in `score_dtype`, [q, N], for z [M, q] and a [M, N]."""
+    product = torch.zeros((z.shape[1], a.shape[1]), dtype=score_dtype(a.dtype))
+    step = 2 * _chunk_rows(a)
+    for chunk, z_chunk in zip(a.split(step), z.split(step), strict=True):
+        product.addmm_(z_chunk.to(product.dtype).t(), chunk.to(product.dtype))
+    return product
 
 
 def sampled_rows_mm(

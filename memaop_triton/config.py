@@ -34,6 +34,12 @@ def check_name(argument: str, value: object, allowed: Iterable[str]) -> None:
     raise ValueError(f"{argument}={value!r} is not one of {', '.join(map(repr, names))}.{hint}")
 
 
+def check_config(config: object) -> None:
+    """Raise `TypeError` unless `config` is a `MemAOPConfig`."""
+    if not isinstance(config, MemAOPConfig):
+        raise TypeError(f"config must be a MemAOPConfig, got {config!r}.")
+
+
 def _check_count(argument: str, value: object, what: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{argument} must be an int ({what}), got {value!r}.")
@@ -91,7 +97,7 @@ class MemAOPConfig:
         check_name("grad_input", self.grad_input, GRAD_INPUTS)
         _check_count("rank", self.rank, "dimensions of the subspace")
         _check_count("refresh_every", self.refresh_every, "steps")
-        if self.block_rows not in BLOCK_ROWS:
+        if type(self.block_rows) is not int or self.block_rows not in BLOCK_ROWS:
             raise ValueError(f"block_rows={self.block_rows!r} is not one of {BLOCK_ROWS}.")
         if self.memory_dtype is not None and self.memory_dtype not in MEMORY_DTYPES:
             raise ValueError(
@@ -185,4 +191,4 @@ class MemAOPConfig:
 
     def rank_for(self, in_features: int) -> int:
         """Rank of the subspace in a layer with this many inputs: at most a quarter of them."""
-        return min(self.rank, max(1, in_features // 4))
+        return min(self.rank, max(1, in_features // 4), in_features)

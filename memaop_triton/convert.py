@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import warnings
@@ -10,7 +11,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from memaop_triton.config import MemAOPConfig
+from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.linear import MemAOPLinear, check_adoptable
 
 M = TypeVar("M", bound=nn.Module)
@@ -48,9 +49,12 @@ def convert_(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     config = MemAOPConfig() if config is None else config
     overrides = {} if overrides is None else overrides
-    for where, value in {"config": config, **overrides}.items():
-        if not isinstance(value, MemAOPConfig) and (value is not None or where == "config"):
-            raise TypeError(f"{where} must be a MemAOPConfig, got {value!r}.")
+    check_config(config)
+    for pattern, value in overrides.items():
+        if value is not None and not isinstance(value, MemAOPConfig):
+            raise TypeError(
+                f"overrides[{pattern!r}] must be a MemAOPConfig or None, got {value!r}."
+            )
 
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     if filter_fn is None:
@@ -63,7 +67,7 @@ def convert_(
             f"model is converted already: {', '.join(twice)}. Call revert_(model) first, or leave "
             "these layers out with filter_fn."
         )
-    chosen = _apply_overrides(taken, config, overrides)
+    chosen = _apply_overrides(model, taken, config, overrides)
     others = {n: m for n, m in linears.items() if n not in taken and not _is_converted(m)}
     if filter_fn is None and others:
         named = ", ".join(f"{_quoted(n)} ({type(m).__name__})" for n, m in others.items())
@@ -77,10 +81,8 @@ def convert_(
             f"{len(taken)} taken by the filter, none left after overrides."
         )
     for name, (module, _) in chosen.items():
-        try:
+        with _naming(name):
             check_adoptable(module)
-        except ValueError as error:
-            raise ValueError(f"layer {_quoted(name)}: {error}") from None
     for module, layer_config in chosen.values():
         MemAOPLinear.adopt_(module, layer_config)
     return model
@@ -90,12 +92,16 @@ def revert_(model: M) -> M:
     """Turn every `MemAOPLinear` of `model` back into the dense layer it was, in place.
 
     Raises:
-        ValueError: The model has none.
+        ValueError: The model has none, or a layer was parametrised after it was converted. Nothing
+            is reverted then.
     """
-    layers = [module for _, module in converted_layers(model)]
+    layers = dict(converted_layers(model))
     if not layers:
         raise ValueError(f"model has no converted layer to revert: {type(model).__name__}.")
-    for layer in layers:
+    for name, layer in layers.items():
+        with _naming(name):
+            layer.check_revertible()
+    for layer in layers.values():
         layer.revert_()
     return model
 
@@ -111,20 +117,37 @@ def _is_converted(module: nn.Module) -> bool:
     return isinstance(module, MemAOPLinear)
 
 
+@contextlib.contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Put the name of the layer before the message of a `ValueError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layer {_quoted(layer)}: {error}") from None
+
+
 def _quoted(name: str) -> str:
     return repr(name) if name else "the model itself"
 
 
 def _apply_overrides(
+    model: nn.Module,
     layers: Mapping[str, nn.Linear],
     config: MemAOPConfig,
     overrides: Mapping[str, MemAOPConfig | None],
 ) -> dict[str, tuple[nn.Linear, MemAOPConfig]]:
     configs: dict[str, MemAOPConfig | None] = dict.fromkeys(layers, config)
+    # A module that stands in several places answers to each of its names.
+    name_of = {id(module): name for name, module in layers.items()}
+    names = {
+        alias: name_of[id(module)]
+        for alias, module in model.named_modules(remove_duplicate=False)
+        if id(module) in name_of
+    }
     for pattern, value in overrides.items():
-        matches = fnmatch.filter(layers, pattern)
+        matches = {names[alias] for alias in fnmatch.filter(names, pattern)}
         if not matches:
-            near = difflib.get_close_matches(pattern, layers, n=1)
+            near = difflib.get_close_matches(pattern, names, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"overrides: {pattern!r} matches no layer to convert.{hint}")
         configs.update(dict.fromkeys(matches, value))

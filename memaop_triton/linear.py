@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from memaop_triton.config import MemAOPConfig
+from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.memory import Memory, SubspaceMemory, check_memory, new_memory
 from memaop_triton.weight_grad import sampled_input_grad, select_for_both, weight_grad
 
@@ -40,11 +41,12 @@ class _MemAOPLinearFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         config: MemAOPConfig = ctx.config
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        g = grad_output.reshape(-1, grad_output.shape[-1])
+        rows = math.prod(grad_output.shape[:-1])
+        g = grad_output.reshape(rows, grad_output.shape[-1])
         if x is not None:
-            x = x.reshape(-1, x.shape[-1])
+            x = x.reshape(rows, x.shape[-1])
         selection = None
-        if config.grad_input == "sampled" and needs_x and config.num_rows(g.shape[0]) < g.shape[0]:
+        if config.grad_input == "sampled" and needs_x and config.num_rows(rows) < rows:
             selection = select_for_both(x, g, config)
         dx = dw = db = None
         if needs_x:
@@ -88,17 +90,21 @@ def memaop_linear(
         TypeError: `x` is not floating point, or the dtypes differ.
         ValueError: The shapes do not fit, or `memory` is not of the kind that `config` asks for.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight = _autocast(x), _autocast(weight)
+        bias = None if bias is None else _autocast(bias)
     _check_operands(x, weight, bias)
-    check_memory(config, memory, weight.shape[1])
+    check_memory(config, memory, weight.shape[1], weight.shape[0])
     if not torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     result: Tensor = _MemAOPLinearFunction.apply(x, weight, bias, config, memory)
     return result
+
+
+def _autocast(a: Tensor) -> Tensor:
+    """What autocast makes of an operand of a linear layer: float64 and integers stay."""
+    eligible = a.is_floating_point() and a.dtype != torch.float64
+    return a.to(torch.get_autocast_dtype(a.device.type)) if eligible else a
 
 
 def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -187,21 +193,35 @@ class MemAOPLinear(nn.Linear):
         Raises:
             ValueError: As `from_linear`, or `linear` is a `MemAOPLinear` already.
         """
+        config = MemAOPConfig() if config is None else config
+        check_config(config)
         check_adoptable(linear)
         linear.__class__ = _class_for(type(linear))
         assert isinstance(linear, MemAOPLinear)
-        linear._set_config(MemAOPConfig() if config is None else config)
+        linear._set_config(config)
         return linear
 
     def revert_(self) -> nn.Linear:
-        """Turn this layer back into the dense class it came from; the memory is dropped."""
+        """Turn this layer back into the dense class it came from; the memory is dropped.
+
+        Raises:
+            ValueError: The layer was parametrised after it was converted.
+        """
+        self.check_revertible()
         del self.config, self.memory
         self.__class__ = self.dense_class  # type: ignore[assignment]
         return self
 
+    def check_revertible(self) -> None:
+        """Raise `ValueError` if `revert_` cannot restore the dense class."""
+        if type(self) is not _class_for(self.dense_class):
+            raise ValueError(
+                f"{type(self).__name__} was parametrised after it was converted: remove the "
+                "parametrizations first."
+            )
+
     def _set_config(self, config: MemAOPConfig) -> None:
-        if not isinstance(config, MemAOPConfig):
-            raise TypeError(f"config must be a MemAOPConfig, got {config!r}.")
+        check_config(config)
         self.config = config
         self.memory = new_memory(config, self.in_features, self.out_features)
 
@@ -243,7 +263,13 @@ def check_adoptable(linear: nn.Linear) -> None:
         raise ValueError(f"{name} is converted already: revert_ it first.")
     if isinstance(linear.weight, nn.UninitializedParameter):
         raise ValueError(f"{name} is not initialised: run one forward pass first.")
-    if type(linear).forward is not nn.Linear.forward:
+    taken = [attribute for attribute in ("config", "memory") if hasattr(linear, attribute)]
+    if taken:
+        raise ValueError(
+            f"{name} has an attribute {taken[0]!r} of its own, which MemAOPLinear would replace: "
+            "rename it, or leave the layer out with filter_fn."
+        )
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         raise ValueError(
             f"{name} has a forward pass of its own, which MemAOPLinear would replace: leave it out "
             "with filter_fn, or call memaop_linear inside it."

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memaop_triton.config import MemAOPConfig
+from memaop_triton.config import MemAOPConfig, check_config
+from memaop_triton.kernels import cpu as kernels
 
 
 class ResidualMemory:
@@ -169,12 +171,13 @@ class ResidualMemory:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise `ValueError` if `state` cannot be loaded into this memory."""
-        _check_kind(self.kind, state)
+        _check_fields(self.kind, state, "signed")
         if state["signed"] != self.signed:
             raise ValueError(
                 f"signed={state['signed']} in the state, {self.signed} in this memory."
             )
         if "x" in state:
+            _check_fields(self.kind, state, "g", "filled")
             rows = state["x"].shape[0]
             _check_shape("x", state["x"], (rows, self.in_features))
             _check_shape("g", state["g"], (rows, self.out_features))
@@ -233,7 +236,7 @@ class SubspaceMemory:
     kind = "subspace"
 
     def __init__(self, in_features: int, rank: int = 16, *, refresh_every: int = 8) -> None:
-        if not 1 <= rank <= in_features:
+        if not min(1, in_features) <= rank <= in_features:
             raise ValueError(
                 f"rank={rank} does not fit rows of in_features={in_features}: it must be from 1 to "
                 f"{in_features}."
@@ -269,10 +272,10 @@ class SubspaceMemory:
 
     def _iterate(self, x: Tensor, z: Tensor) -> None:
         assert self.basis is not None
-        product = (z.t() @ x).t().to(self.basis.dtype)  # [N, rank]
+        product = kernels.transposed_mm(z, x).t()  # [N, rank]
         # A row that is not finite must not get into Q; the gradient shows it.
         if product.isfinite().all():
-            self.basis = torch.linalg.qr(product).Q
+            self.basis = torch.linalg.qr(product.to(self.basis.dtype)).Q
 
     def reset(self) -> None:
         """Forget the basis; the next step starts a new one."""
@@ -298,7 +301,7 @@ class SubspaceMemory:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise `ValueError` if `state` cannot be loaded into this memory."""
-        _check_kind(self.kind, state)
+        _check_fields(self.kind, state, "step")
         if "basis" in state:
             _check_shape("basis", state["basis"], (self.in_features, self.rank))
 
@@ -319,6 +322,12 @@ class SubspaceMemory:
 Memory = ResidualMemory | SubspaceMemory
 
 
+def _memory_class(config: MemAOPConfig) -> type[Memory] | type[None]:
+    if config.has_row_memory:
+        return ResidualMemory
+    return SubspaceMemory if config.memory == "subspace" else NoneType
+
+
 def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Memory | None:
     """The empty memory that `config` asks for in a layer of this size; `None` for `"none"`."""
     if config.has_row_memory:
@@ -335,12 +344,15 @@ def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Mem
     return None
 
 
-def check_memory(config: MemAOPConfig, memory: Memory | None, in_features: int) -> None:
+def check_memory(
+    config: MemAOPConfig, memory: Memory | None, in_features: int, out_features: int
+) -> None:
     """Raise `ValueError` unless `memory` is of the kind that `config` asks for, and fits."""
-    wanted = new_memory(config, in_features, 1)
-    if type(wanted) is not type(memory):
+    check_config(config)
+    wanted = _memory_class(config)
+    if wanted is not type(memory):
         have = "None" if memory is None else f"a {type(memory).__name__}"
-        need = "None" if wanted is None else f"a {type(wanted).__name__}"
+        need = "None" if memory is not None and wanted is NoneType else f"a {wanted.__name__}"
         raise ValueError(
             f"memory is {have}, but config.memory={config.memory!r} needs {need}: pass "
             "memory=new_memory(config, in_features, out_features), made once and kept."
@@ -354,11 +366,18 @@ def check_memory(config: MemAOPConfig, memory: Memory | None, in_features: int) 
         raise ValueError(
             f"memory holds rows of {memory.in_features} inputs, but x has rows of {in_features}."
         )
+    if isinstance(memory, ResidualMemory) and memory.out_features != out_features:
+        raise ValueError(
+            f"memory holds rows of {memory.out_features} outputs, but the layer has {out_features}."
+        )
 
 
-def _check_kind(kind: str, state: Mapping[str, Any]) -> None:
+def _check_fields(kind: str, state: Mapping[str, Any], *names: str) -> None:
     if state.get("kind") != kind:
         raise ValueError(f"state is of a {state.get('kind')!r} memory, this one is {kind!r}.")
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise ValueError(f"state lacks {', '.join(missing)}: it is not a complete memory.")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

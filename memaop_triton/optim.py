@@ -52,8 +52,6 @@ def attach_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 
 def _weight_parameters(layer: MemAOPLinear) -> list[nn.Parameter]:
-    """The Parameter `weight`, or those it is computed from if the layer is parametrised."""
-    named = dict(layer.named_parameters())
-    if "weight" in named:
-        return [named["weight"]]
-    return [p for name, p in named.items() if name.startswith("parametrizations.weight.")]
+    """The Parameter `weight`, or what it is computed from (parametrised, pruned)."""
+    bias = ("bias", "parametrizations.bias.")
+    return [p for name, p in layer.named_parameters() if not name.startswith(bias)]

@@ -152,6 +152,7 @@ def _crs(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Ten
 
 def _bernoulli(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     probabilities = inclusion_probabilities(_only_infinite(scores), k)
+    probabilities = probabilities.masked_fill(scores.isinf(), 1)
     draws = _uniform(scores, scores.numel(), generator)
     drawn = draws <= probabilities
     # The number drawn has a standard deviation of at most √K. Beyond six of them a uniform part of

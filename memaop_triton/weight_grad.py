@@ -43,9 +43,9 @@ def weight_grad(
         TypeError: `x` is not floating point, or `g` has another dtype.
     """
     _check_operands(x, g)
-    check_memory(config, memory, x.shape[1])
+    check_memory(config, memory, x.shape[1], g.shape[1])
     rows = x.shape[0]
-    if rows == 0:
+    if x.numel() == 0 or g.numel() == 0:
         return x.new_zeros((g.shape[1], x.shape[1]))
     if isinstance(memory, ResidualMemory) and not memory.is_paused:
         return _with_row_memory(x, g, config, memory, generator)
@@ -85,11 +85,21 @@ def select(
 
 
 def select_for_both(
-    x: Tensor, g: Tensor, config: MemAOPConfig, generator: torch.Generator | None = None
+    x: Tensor | None,
+    g: Tensor,
+    config: MemAOPConfig,
+    generator: torch.Generator | None = None,
 ) -> Selection:
-    """Rows for the input gradient and the weight gradient alike, by the norms of G's rows alone."""
+    """Rows for the input gradient and the weight gradient alike, by the norms of G's rows alone.
+
+    Args:
+        x: [M, N], or `None` if there is no weight gradient.
+        g: [M, P].
+        config: With an unbiased selection.
+        generator: Source of the draws.
+    """
     scores = kernels.row_norms(g)
-    if config.memory == "none":
+    if config.memory == "none" and x is not None:
         # Nothing else of this path reads all of X, where a row that is not finite must show.
         scores = scores.masked_fill(~kernels.row_norms(x).isfinite(), torch.inf)
     return select(scores, config, generator)
