@@ -71,7 +71,7 @@ def is_compiled() -> bool:
 
 def _library_for(*matrices: Tensor) -> ctypes.CDLL | None:
     for a in matrices:
-        if a.dtype not in _SUFFIX or a.device.type != "cpu" or a.stride(1) != 1:
+        if a.dtype not in _SUFFIX or a.device.type != "cpu" or a.stride(1) != 1 or a.is_neg():
             return None
     return _library()
 

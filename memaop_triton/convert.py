@@ -50,6 +50,8 @@ def convert_(
     config = MemAOPConfig() if config is None else config
     overrides = {} if overrides is None else overrides
     check_config(config)
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"overrides must map name patterns to configurations, got {overrides!r}.")
     for pattern, value in overrides.items():
         if value is not None and not isinstance(value, MemAOPConfig):
             raise TypeError(

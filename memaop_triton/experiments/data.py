@@ -1,0 +1,192 @@
+"""Loaders for the data sets: from a directory of files, or else through scikit-learn.
+
+The project ships no data. `digits` comes with scikit-learn; the others are read from the directory
+that `--data-dir` or the environment variable `MEMAOP_TRITON_DATA_DIR` names, and fetched from
+OpenML if neither is set.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from memaop_triton.experiments.errors import DataError, require_extra
+
+DATA_DIR_VARIABLE = "MEMAOP_TRITON_DATA_DIR"
+CLASSES = 10
+
+_OPENML_NAMES = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
+_ENERGY_SHAPE = (768, 10)
+_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+class Images(NamedTuple):
+    """A classification set of ten classes; pixels are in [0, 1].
+
+    Attributes:
+        x_train: [samples, pixels] float32.
+        y_train: [samples] int64.
+        x_test: [test samples, pixels] float32.
+        y_test: [test samples] int64.
+    """
+
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+
+def resolve_data_dir(data_dir: Path | None) -> Path | None:
+    """`data_dir`, or what `MEMAOP_TRITON_DATA_DIR` names, or `None` if neither is set.
+
+    Raises:
+        DataError: The directory does not exist.
+    """
+    source = "--data-dir"
+    if data_dir is None:
+        value = os.environ.get(DATA_DIR_VARIABLE)
+        if not value:
+            return None
+        source, data_dir = DATA_DIR_VARIABLE, Path(value)
+    if not data_dir.is_dir():
+        raise DataError(
+            f"{source}={data_dir} is not a directory: name the one that holds the data."
+        )
+    return data_dir
+
+
+def load_images(name: str, data_dir: Path | None = None) -> Images:
+    """The data set `"digits"`, `"mnist"` or `"fashion_mnist"`.
+
+    Args:
+        name: Which one. `digits` (1,437 training and 360 test images of 8×8) needs no file.
+        data_dir: Holds `mnist.npz` or `fashion_mnist.npz` with the arrays `x_train`, `y_train`,
+            `x_test` and `y_test`, uint8; `None` fetches them from OpenML.
+
+    Raises:
+        DataError: The file is missing or not as described, or the download failed.
+        MissingExtraError: scikit-learn is needed and not installed.
+    """
+    if name == "digits":
+        return _digits()
+    if data_dir is None:
+        return _fetch_images(name)
+    return _read_images(data_dir / f"{name}.npz")
+
+
+def load_energy(data_dir: Path | None = None) -> npt.NDArray[np.float64]:
+    """The UCI energy efficiency data, [768, 10]: eight features, heating load, cooling load.
+
+    Args:
+        data_dir: Holds `energy_efficiency.csv` with a header; `None` fetches OpenML's set 1472.
+
+    Raises:
+        DataError: The file is missing or not as described, or the download failed.
+        MissingExtraError: scikit-learn is needed and not installed.
+    """
+    if data_dir is None:
+        table, source = _fetch_energy(), "OpenML's data set 1472"
+    else:
+        path = _existing(data_dir / "energy_efficiency.csv")
+        source = str(path)
+        try:
+            table = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
+        except ValueError as error:
+            raise DataError(f"{path} is not a table of numbers below a header: {error}") from None
+    if table.shape != _ENERGY_SHAPE:
+        raise DataError(f"{source} has shape {table.shape}, the energy data has {_ENERGY_SHAPE}.")
+    return table
+
+
+def _digits() -> Images:
+    require_extra("sklearn")
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    x_train, x_test, y_train, y_test = train_test_split(
+        x / 16, y, test_size=0.2, random_state=0, stratify=y
+    )
+    return _images(x_train, y_train, x_test, y_test)
+
+
+def _images(x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Images:
+    def rows(x: Any) -> Tensor:
+        return torch.from_numpy(np.asarray(x, np.float32).reshape(len(x), -1))
+
+    def labels(y: Any) -> Tensor:
+        return torch.from_numpy(np.asarray(y, np.int64))
+
+    return Images(rows(x_train), labels(y_train), rows(x_test), labels(y_test))
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise DataError(
+            f"--data-dir={path.parent} has no file {path.name}: put it there, or name the "
+            f"directory that holds it. Without --data-dir and {DATA_DIR_VARIABLE} it comes from "
+            "OpenML."
+        )
+    return path
+
+
+def _read_images(path: Path) -> Images:
+    _existing(path)
+    try:
+        with np.load(path) as archive:
+            arrays = [archive[name] for name in _ARRAYS]
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is not an archive of {', '.join(_ARRAYS)}: {error}") from None
+    x_train, y_train, x_test, y_test = arrays
+    for x, y in ((x_train, y_train), (x_test, y_test)):
+        if x.dtype != np.uint8 or x.ndim < 2 or y.shape != (len(x),) or y.max() >= CLASSES:
+            raise DataError(
+                f"{path} must hold uint8 images with one label of 0 to {CLASSES - 1} each, got "
+                f"{x.dtype} images {x.shape} and labels {y.shape}."
+            )
+    scale = np.float32(255)
+    return _images(x_train / scale, y_train, x_test / scale, y_test)
+
+
+def _fetch_images(name: str) -> Images:
+    bunch = _fetch_openml(name, name=_OPENML_NAMES[name], version=1)
+    x = np.asarray(bunch.data, np.float32) / np.float32(255)
+    y = np.asarray(bunch.target).astype(np.int64)
+    # OpenML holds the training images first, in one table with the test images.
+    return _images(x[:60_000], y[:60_000], x[60_000:], y[60_000:])
+
+
+def _fetch_energy() -> npt.NDArray[np.float64]:
+    bunch = _fetch_openml("energy", data_id=1472, target_column=None)
+    columns = []
+    for name, column in zip(bunch.feature_names, np.asarray(bunch.data).T, strict=True):
+        values = bunch.categories.get(name) if bunch.categories else None
+        if values is not None and all(isinstance(code, (int, float)) for code in column):
+            column = np.asarray(values)[column.astype(np.int64)]
+        columns.append(column.astype(np.float64))
+    return np.stack(columns, axis=1)
+
+
+def _fetch_openml(what: str, **query: Any) -> Any:
+    require_extra("sklearn")
+    from sklearn.datasets import fetch_openml
+
+    fetch: Callable[..., Any] = fetch_openml
+    parser = "liac-arff" if importlib.util.find_spec("pandas") is None else "pandas"
+    try:
+        return fetch(as_frame=False, parser=parser, **query)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"the {what} data could not be fetched from OpenML ({reason}): download it elsewhere "
+            f"and name its directory with --data-dir or {DATA_DIR_VARIABLE}."
+        ) from None

@@ -1,0 +1,302 @@
+"""Train one network under several schemes side by side, and time what each of them costs.
+
+All schemes start a seed from the same weights and see the same batches. They take their steps in
+turn, in an order drawn anew for every batch, so that whatever else the machine does hits all alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from memaop_triton import MemAOPConfig, MemAOPLinear, attach_optimizer, convert_
+from memaop_triton.experiments.data import CLASSES, Images
+from memaop_triton.experiments.errors import ExperimentError
+from memaop_triton.memory import Memory
+from memaop_triton.weight_grad import weight_grad
+
+HEAD = "head"
+_EVALUATIONS = 40
+_GRADIENT_ROUNDS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """One way to compute the weight gradients; `config` is `None` for the dense network."""
+
+    key: str
+    label: str
+    config: MemAOPConfig | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to train: `epochs` of SGD with rate `lr` and `batch_size` rows, `seeds` times."""
+
+    ratio: float
+    seeds: int
+    epochs: int
+    batch_size: int
+    width: int
+    lr: float
+
+
+@dataclasses.dataclass
+class Curve:
+    """One seed of one scheme: a point per evaluation.
+
+    Attributes:
+        steps: Steps taken.
+        seconds: Time spent in this scheme's own steps, as it passed.
+        loss: Mean training loss since the last point.
+        accuracy: Test accuracy, in [0, 1].
+    """
+
+    steps: list[int] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    loss: list[float] = dataclasses.field(default_factory=list)
+    accuracy: list[float] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class SchemeResult:
+    """What one scheme gave over all seeds.
+
+    Attributes:
+        scheme: The scheme.
+        curves: One per seed.
+        step_seconds: Every training step's time.
+        gradient_seconds: Time of all converted layers' weight gradients, once per round.
+        memory_bytes: Held by the memories of the network.
+    """
+
+    scheme: Scheme
+    curves: list[Curve] = dataclasses.field(default_factory=list)
+    step_seconds: list[float] = dataclasses.field(default_factory=list)
+    gradient_seconds: list[float] = dataclasses.field(default_factory=list)
+    memory_bytes: int = 0
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Final test accuracy of every seed."""
+        return [curve.accuracy[-1] for curve in self.curves]
+
+    @property
+    def step_median(self) -> float:
+        """Median time of a training step, in seconds."""
+        return statistics.median(self.step_seconds)
+
+    @property
+    def gradient_median(self) -> float:
+        """Median time of the weight gradients of one step, in seconds."""
+        return statistics.median(self.gradient_seconds)
+
+
+#: Called after every evaluation with (scheme key, steps taken over all seeds, test accuracy).
+Progress = Callable[[str, int, float], None]
+
+
+def schemes(ratio: float) -> list[Scheme]:
+    """Dense, and four ways to compute K = `ratio`·M of the M outer products."""
+    signed = MemAOPConfig(ratio=ratio, selection="topk", memory="signed")
+    return [
+        Scheme("dense", "dense", None),
+        Scheme("default", "priority + subspace", MemAOPConfig(ratio=ratio)),
+        Scheme("priority", "priority", MemAOPConfig(ratio=ratio, memory="none")),
+        Scheme("paper", "topk + residual", MemAOPConfig.paper(ratio=ratio)),
+        Scheme("signed", "topk + signed", signed),
+    ]
+
+
+def build_model(inputs: int, width: int) -> nn.Sequential:
+    """A network of three hidden layers of `width` ReLU units and a `head` of ten outputs."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, size in enumerate((inputs, width, width), start=1):
+        layers[f"hidden{number}"] = nn.Linear(size, width)
+        layers[f"relu{number}"] = nn.ReLU()
+    layers[HEAD] = nn.Linear(width, CLASSES)
+    return nn.Sequential(layers)
+
+
+def total_steps(settings: Settings, data: Images) -> int:
+    """Training steps of one seed.
+
+    Raises:
+        ExperimentError: A batch is larger than the training set.
+    """
+    rows = len(data.x_train)
+    if settings.batch_size > rows:
+        raise ExperimentError(
+            f"--batch-size={settings.batch_size} exceeds the {rows} training images: take fewer."
+        )
+    return settings.epochs * rows // settings.batch_size
+
+
+def run_demo(
+    settings: Settings, data: Images, progress: Progress = lambda *_: None
+) -> list[SchemeResult]:
+    """Train every scheme with every seed; the results are in the order of `schemes`.
+
+    Raises:
+        ExperimentError: The settings do not fit the data.
+    """
+    total_steps(settings, data)
+    results = [SchemeResult(scheme) for scheme in schemes(settings.ratio)]
+    for seed in range(settings.seeds):
+        torch.manual_seed(seed)
+        base = build_model(data.x_train.shape[1], settings.width)
+        runners = [_Runner(result, base, settings.lr) for result in results]
+        _train(runners, settings, data, seed, progress)
+    _time_gradients(runners, data, settings.batch_size)
+    for runner in runners:
+        runner.result.memory_bytes = sum(
+            layer.memory.nbytes for layer in runner.converted() if layer.memory is not None
+        )
+    return results
+
+
+class _Runner:
+    """One scheme's network and optimizer during one seed."""
+
+    def __init__(self, result: SchemeResult, base: nn.Module, lr: float) -> None:
+        self.result = result
+        self.model = copy.deepcopy(base)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+        if result.scheme.config is not None:
+            # Ten outputs: scoring the rows costs more than the gradient itself.
+            convert_(self.model, result.scheme.config, overrides={HEAD: None})
+            attach_optimizer(self.model, self.optimizer)
+        self.curve = Curve()
+        result.curves.append(self.curve)
+        self._seconds = 0.0
+        self._losses: list[float] = []
+
+    def converted(self) -> list[MemAOPLinear]:
+        return [layer for layer in self.model.modules() if isinstance(layer, MemAOPLinear)]
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.model(x), y)
+        loss.backward()
+        self.optimizer.step()
+        value = loss.item()
+        elapsed = time.perf_counter() - start
+        self._losses.append(value)
+        self._seconds += elapsed
+        self.result.step_seconds.append(elapsed)
+
+    @torch.no_grad()
+    def evaluate(self, steps: int, data: Images) -> float:
+        self.model.eval()
+        parts = zip(data.x_test.split(1000), data.y_test.split(1000), strict=True)
+        correct = sum(int((self.model(x).argmax(1) == y).sum()) for x, y in parts)
+        self.model.train()
+        accuracy = correct / len(data.y_test)
+        self.curve.steps.append(steps)
+        self.curve.seconds.append(self._seconds)
+        self.curve.loss.append(statistics.fmean(self._losses))
+        self.curve.accuracy.append(accuracy)
+        self._losses.clear()
+        return accuracy
+
+
+def _batches(rows: int, batch: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """`steps` batches of row numbers, cut from one shuffled pass after another."""
+    left = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(left) < batch:
+            left = torch.cat([left, torch.randperm(rows, generator=generator)])
+        yield left[:batch]
+        left = left[batch:]
+
+
+def _train(
+    runners: list[_Runner], settings: Settings, data: Images, seed: int, progress: Progress
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    steps = total_steps(settings, data)
+    every = max(1, steps // _EVALUATIONS)
+    batches = _batches(len(data.x_train), settings.batch_size, steps, generator)
+    for number, rows in enumerate(batches, start=1):
+        x, y = data.x_train[rows], data.y_train[rows]
+        for index in torch.randperm(len(runners), generator=generator).tolist():
+            runners[index].step(x, y)
+        if number % every == 0 or number == steps:
+            for runner in runners:
+                accuracy = runner.evaluate(number, data)
+                progress(runner.result.scheme.key, seed * steps + number, accuracy)
+
+
+def _capture(model: nn.Module, layers: list[nn.Linear], x: Tensor, y: Tensor) -> list[list[Tensor]]:
+    """Input and output gradient, [M, N] and [M, P], of every layer for one batch."""
+    captured: list[list[Tensor]] = [[] for _ in layers]
+
+    def watch(pair: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            pair.append(inputs[0].detach())
+            output.register_hook(pair.append)
+
+        return hook
+
+    handles = [
+        layer.register_forward_hook(watch(pair))
+        for layer, pair in zip(layers, captured, strict=True)
+    ]
+    model.eval()  # exact gradients, memories at rest
+    nn.functional.cross_entropy(model(x), y).backward()
+    for handle in handles:
+        handle.remove()
+    return captured
+
+
+def _gradient_calls(runner: _Runner, x: Tensor, y: Tensor) -> list[Callable[[], Tensor]]:
+    """For every hidden layer a call that computes its weight gradient the way the scheme does."""
+    named = runner.model.named_children()
+    layers = [m for name, m in named if isinstance(m, nn.Linear) and name != HEAD]
+    calls = []
+    pairs = _capture(runner.model, layers, x, y)
+    for layer, (rows, gradient) in zip(layers, pairs, strict=True):
+        if isinstance(layer, MemAOPLinear):
+            memory = copy.deepcopy(layer.memory)
+            calls.append(_sampled(rows, gradient, layer, memory))
+        else:
+            calls.append(_dense(rows, gradient))
+    return calls
+
+
+def _dense(x: Tensor, g: Tensor) -> Callable[[], Tensor]:
+    return lambda: g.t() @ x
+
+
+def _sampled(
+    x: Tensor, g: Tensor, layer: MemAOPLinear, memory: Memory | None
+) -> Callable[[], Tensor]:
+    return lambda: weight_grad(x, g, layer.config, memory)
+
+
+@torch.no_grad()
+def _round(calls: list[Callable[[], Tensor]]) -> float:
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - start
+
+
+def _time_gradients(runners: list[_Runner], data: Images, batch: int) -> None:
+    """Time the weight gradients of the trained networks on one batch, the schemes in turn."""
+    x, y = data.x_train[:batch], data.y_train[:batch]
+    calls = [_gradient_calls(runner, x, y) for runner in runners]
+    generator = torch.Generator().manual_seed(0)
+    for number in range(_GRADIENT_ROUNDS + 1):
+        for index in torch.randperm(len(runners), generator=generator).tolist():
+            seconds = _round(calls[index])
+            if number > 0:  # the first round warms up
+                runners[index].result.gradient_seconds.append(seconds)

@@ -1,0 +1,47 @@
+"""Errors that the command line shows as one line."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+
+class ExperimentError(Exception):
+    """An experiment cannot run; the message names the argument at fault and what would do."""
+
+
+class DataError(ExperimentError):
+    """A data set is missing or is not what it should be."""
+
+
+class MissingExtraError(ExperimentError):
+    """A package of the extra `demo` is not installed."""
+
+
+def require_extra(*modules: str) -> None:
+    """Raise `MissingExtraError` unless every one of the top-level `modules` is installed."""
+    for module in modules:
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except ValueError:  # blocked: its entry in sys.modules is None
+            found = False
+        if not found:
+            raise MissingExtraError(
+                f"{module} is not installed: pip install 'memaop-triton[demo]' brings it."
+            )
+
+
+def require_output(directory: Path, json_path: Path | None) -> None:
+    """Make the directories that results go to; raise `ExperimentError` if that is impossible."""
+    places = [("--output", directory, directory)]
+    if json_path is not None:
+        places.append(("--json", json_path, json_path.parent))
+        if json_path.is_dir():
+            raise ExperimentError(f"--json={json_path} is a directory: name a file in it.")
+    for option, path, needed in places:
+        try:
+            needed.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExperimentError(
+                f"{option}={path} cannot be written: {error.strerror}. Name another place."
+            ) from None

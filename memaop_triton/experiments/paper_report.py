@@ -1,0 +1,208 @@
+"""Table, figure and JSON of a reproduced experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+
+from memaop_triton.experiments.paper import Experiment, Outcome, Scheme
+from memaop_triton.experiments.published import (
+    RUNS,
+    Value,
+    published_curves,
+    published_value,
+)
+
+# Dark with memory, light without; one hue per selection.
+_COLOURS = {
+    "topk + residual": "#1f4e9c",
+    "topk": "#7fb0e6",
+    "weightedk + residual": "#1b7837",
+    "weightedk": "#86c98a",
+    "randk + residual": "#b3400b",
+    "randk": "#f4a261",
+    "dense": "black",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """All runs of one scheme.
+
+    Attributes:
+        scheme: The scheme.
+        losses: [runs, epochs] validation losses.
+        accuracies: [runs, epochs], or [runs, 0] for a regression.
+        published: The authors' final loss, if there is one to compare with.
+    """
+
+    scheme: Scheme
+    losses: npt.NDArray[np.float64]
+    accuracies: npt.NDArray[np.float64]
+    published: Value | None
+
+    @property
+    def runs(self) -> int:
+        """Number of runs."""
+        return len(self.losses)
+
+    @property
+    def final(self) -> Value:
+        """Mean and sample standard deviation of the final loss."""
+        return mean_sd(self.losses[:, -1])
+
+    @property
+    def z(self) -> float | None:
+        """Difference to the authors' mean in standard errors; `None` if either is unknown."""
+        if self.published is None or self.runs < 2:
+            return None
+        variance = self.final.sd**2 / self.runs + self.published.sd**2 / RUNS
+        return (self.final.mean - self.published.mean) / math.sqrt(variance)
+
+
+def mean_sd(values: npt.NDArray[np.float64]) -> Value:
+    """Mean and sample standard deviation (NaN for a single value)."""
+    sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    return Value(float(values.mean()), sd)
+
+
+def summarise(experiment: Experiment, outcomes: Iterable[Outcome]) -> list[Summary]:
+    """One summary per scheme, in the experiment's order."""
+    by_scheme: dict[Scheme, list[Outcome]] = {scheme: [] for scheme in experiment.schemes()}
+    for outcome in outcomes:
+        by_scheme[outcome.scheme].append(outcome)
+    summaries = []
+    for scheme, found in by_scheme.items():
+        found.sort(key=lambda outcome: outcome.run)
+        losses = np.array([outcome.losses for outcome in found])
+        accuracies = np.array([outcome.accuracies for outcome in found])
+        published = published_value(experiment.name, scheme, losses.shape[1])
+        summaries.append(Summary(scheme, losses, accuracies, published))
+    return summaries
+
+
+def table(experiment: Experiment, summaries: list[Summary]) -> Table:
+    """Final loss of every scheme, beside the authors' where there is one."""
+    runs, epochs = summaries[0].losses.shape
+    compare = any(summary.published for summary in summaries)
+    result = Table(title=f"{experiment.name}: mean ± sd, runs: {runs}, epochs: {epochs}")
+    result.add_column("K", justify="right")
+    result.add_column("scheme")
+    result.add_column("validation loss", justify="right")
+    if compare:
+        result.add_column(f"paper, {RUNS} runs", justify="right")
+        result.add_column("Δ / s.e.", justify="right")
+    if experiment.name == "mnist":
+        result.add_column("accuracy %", justify="right")
+    previous: int | None = None
+    for summary in summaries:
+        if summary.scheme.k != previous:
+            result.add_section()
+            previous = summary.scheme.k
+        result.add_row(*_cells(experiment, summary, compare))
+    return result
+
+
+def _cells(experiment: Experiment, summary: Summary, compare: bool) -> list[str]:
+    k = summary.scheme.k
+    cells = [str(experiment.batch_size if k is None else k), summary.scheme.label]
+    cells.append(_plus_minus(summary.final, 3))
+    if compare:
+        z = summary.z
+        cells.append("–" if summary.published is None else _plus_minus(summary.published, 3))
+        cells.append("–" if z is None else f"{z:+.1f}")
+    if experiment.name == "mnist":
+        cells.append(_plus_minus(mean_sd(100 * summary.accuracies[:, -1]), 2))
+    return cells
+
+
+def _plus_minus(value: Value, digits: int) -> str:
+    spread = "" if math.isnan(value.sd) else f" ± {value.sd:.{digits}f}"
+    return f"{value.mean:.{digits}f}{spread}"
+
+
+def save_json(path: Path, experiment: Experiment, seed: int, summaries: list[Summary]) -> None:
+    """Write settings, every run's final values, mean curves and the comparison."""
+    runs, epochs = summaries[0].losses.shape
+    content = {
+        "experiment": experiment.name,
+        "runs": runs,
+        "epochs": epochs,
+        "seed": seed,
+        "schemes": [_as_json(summary) for summary in summaries],
+    }
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _as_json(summary: Summary) -> dict[str, Any]:
+    return {
+        **summary.scheme._asdict(),
+        "final_loss": _value_json(summary.final),
+        "final_losses": _numbers(summary.losses[:, -1]),
+        "final_accuracies": _numbers(summary.accuracies[:, -1:].flatten()),
+        "loss_curve": _numbers(summary.losses.mean(0)),
+        "published": None if summary.published is None else _value_json(summary.published),
+        "standard_errors_apart": summary.z,
+    }
+
+
+def _value_json(value: Value) -> dict[str, float | None]:
+    return dict(zip(("mean", "sd"), _numbers(np.array(value)), strict=True))
+
+
+def _numbers(values: npt.NDArray[np.float64]) -> list[float | None]:
+    return [float(value) if math.isfinite(value) else None for value in values]
+
+
+def save_figure(
+    path: Path, experiment: Experiment, summaries: list[Summary], data_dir: Path | None
+) -> None:
+    """Draw validation loss against epoch, a panel per K; the authors' curves are dashed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    published = published_curves(experiment.name, data_dir)
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(experiment.ks), sharey=True)
+    for panel, k in zip(panels, experiment.ks, strict=True):
+        for summary in summaries:
+            if summary.scheme.k in (k, None):
+                _draw(panel, summary, published.get(summary.scheme))
+        panel.set_title(f"K = {k} of M = {experiment.batch_size}")
+        panel.set_xlabel("epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.3, which="both", linewidth=0.5)
+        if experiment.name == "energy":
+            panel.set_yscale("log")
+    panels[0].set_ylabel("validation loss")
+    handles, labels = panels[0].get_legend_handles_labels()
+    if published:
+        handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1.2))
+        labels.append("dashed: the authors' curves")
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    runs = summaries[0].runs
+    figure.suptitle(f"{experiment.name}: mean over {runs} run{'s' if runs > 1 else ''}")
+    figure.savefig(path, dpi=130)
+
+
+def _draw(panel: Any, summary: Summary, published: npt.NDArray[np.float64] | None) -> None:
+    colour = _COLOURS[summary.scheme.label]
+    losses = summary.losses.mean(0)
+    epochs = np.arange(1, len(losses) + 1)
+    marker = "o" if len(losses) == 1 else None
+    panel.plot(
+        epochs, losses, color=colour, linewidth=1.6, marker=marker, label=summary.scheme.label
+    )
+    if published is not None:
+        shown = published[: len(losses)]
+        panel.plot(epochs[: len(shown)], shown, color=colour, linewidth=1.2, linestyle="--")

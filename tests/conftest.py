@@ -1,0 +1,133 @@
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import memaop_triton.weight_grad as pipeline
+from memaop_triton.config import MEMORIES, ROW_MEMORIES, SELECTIONS, UNBIASED_SELECTIONS
+
+RANDK_RESCALED = {"selection": "randk", "rescale": True}
+UNBIASED = [{"selection": name} for name in UNBIASED_SELECTIONS] + [RANDK_RESCALED]
+PAPER = [{"selection": name} for name in SELECTIONS if name not in UNBIASED_SELECTIONS]
+LEGAL = [scheme | {"memory": memory} for scheme in PAPER for memory in MEMORIES] + [
+    scheme | {"memory": memory}
+    for scheme in UNBIASED
+    for memory in MEMORIES
+    if memory not in ROW_MEMORIES
+]
+
+
+def _label(scheme):
+    return "-".join("rescale" if value is True else str(value) for value in scheme.values())
+
+
+def pytest_configure():
+    # The shapes here are tiny: waiting for a second thread on a busy machine takes far longer.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data_dir():
+    folder = os.environ.get("MEMAOP_TRITON_DATA_DIR")
+    if not folder:
+        pytest.skip("needs data files: set MEMAOP_TRITON_DATA_DIR to their folder")
+    return Path(folder)
+
+
+@pytest.fixture(params=LEGAL, ids=_label)
+def scheme(request):
+    """Keyword arguments of every legal selection and memory."""
+    return request.param
+
+
+@pytest.fixture(params=UNBIASED, ids=_label)
+def unbiased(request):
+    """Keyword arguments of every unbiased selection."""
+    return request.param
+
+
+@pytest.fixture(params=MEMORIES)
+def memory_scheme(request):
+    """Keyword arguments of one random selection for every memory."""
+    selection = "weightedk" if request.param in ROW_MEMORIES else "priority"
+    return {"selection": selection, "memory": request.param}
+
+
+@pytest.fixture
+def generator():
+    """A fresh generator by seed."""
+    return lambda seed=0: torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def selections(monkeypatch):
+    """Every selection that the pipeline makes from now on, in order."""
+    made = []
+    select = pipeline.select
+
+    def recording(*args, **kwargs):
+        made.append(select(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(pipeline, "select", recording)
+    return made
+
+
+@pytest.fixture
+def mean_agrees():
+    """Fails unless the mean of some draws lies within 4 standard errors of what is expected.
+
+    Judged along the expectation itself, where a wrong weight shows most, and along random
+    directions.
+    """
+
+    def check(draws, expected):
+        errors = (torch.stack(draws) - expected).flatten(1).double()
+        directions = torch.randn(8, expected.numel(), generator=torch.Generator().manual_seed(7))
+        directions = torch.cat([expected.reshape(1, -1), directions]).double()
+        along = errors @ directions.T
+        mean, error_bar = along.mean(0), along.std(0) / math.sqrt(len(draws))
+        assert (mean.abs() <= 4 * error_bar + 1e-12).all(), (mean / error_bar).tolist()
+
+    return check
+
+
+@pytest.fixture
+def train_step():
+    """One forward and backward pass of a squared loss and, with an optimizer, its step."""
+
+    def step(model, x, y=0.0, optimizer=None):
+        model.zero_grad()
+        (model(x) - y).square().mean().backward()
+        if optimizer is not None:
+            optimizer.step()
+
+    return step
+
+
+@pytest.fixture
+def contents():
+    """A copy of what a memory holds: tensors by name, nothing for `None`."""
+
+    def read(memory):
+        state = {} if memory is None else memory.state_dict()
+        return {n: torch.as_tensor(v).clone() for n, v in state.items() if n != "kind"}
+
+    return read
+
+
+@pytest.fixture
+def same():
+    """Whether two dictionaries of tensors agree bit for bit."""
+
+    def equal(one, other):
+        return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+    return equal

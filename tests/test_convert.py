@@ -1,0 +1,195 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from memaop_triton import MemAOPConfig, MemAOPLinear, convert_, revert_
+
+CONFIG = MemAOPConfig(k=3, memory="none")
+OTHER = MemAOPConfig.paper(k=2)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 8)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.blocks(x))
+
+
+def configs(model):
+    return {
+        name: getattr(module, "config", None)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def test_model_keeps_its_objects_parameters_names_and_state():
+    model = Net()
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    state = copy.deepcopy(model.state_dict())
+    assert convert_(model, CONFIG) is model
+    assert dict(model.named_modules()) == modules
+    assert all(p is parameters[n] for n, p in model.named_parameters())
+    assert list(model.state_dict()) == list(state)
+    model.load_state_dict(state)
+    assert set(configs(model).values()) == {CONFIG}
+    assert all(type(m) is MemAOPLinear for m in modules.values() if isinstance(m, nn.Linear))
+
+
+def test_default_configuration_is_the_default():
+    assert convert_(nn.Linear(8, 2)).config == MemAOPConfig()
+
+
+def test_optimizer_and_hooks_from_before_go_on_working(train_step):
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    calls = []
+    model.head.register_forward_hook(lambda *_: calls.append("forward"))
+    model.head.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    model.head.weight.register_hook(lambda _: calls.append("grad"))
+    convert_(model, CONFIG)
+    before = model.head.weight.detach().clone()
+    train_step(model, torch.randn(9, 8), optimizer=optimizer)
+    assert calls == ["pre", "forward", "grad"]
+    assert not torch.equal(model.head.weight, before)
+
+
+def test_converted_model_computes_the_same_and_reverts_to_what_it_was(train_step):
+    model = Net()
+    x = torch.randn(9, 8)
+    before, attributes = model(x), set(model.head.__dict__)
+    convert_(model, CONFIG)
+    assert torch.equal(model(x), before)
+    assert revert_(model) is model
+    assert type(model.head) is nn.Linear
+    assert set(model.head.__dict__) == attributes
+    assert torch.equal(model(x), before)
+    convert_(model, OTHER)
+    assert model.head.config == OTHER
+    train_step(model, x)
+    assert model.head.memory.rows == 9
+
+
+def test_filter_chooses_layers_by_module_and_name():
+    model, seen = Net(), []
+
+    def narrow(module, name):
+        seen.append(name)
+        return module.out_features == 8
+
+    convert_(model, CONFIG, filter_fn=narrow)
+    assert seen == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "head"]
+    assert [n for n, c in configs(model).items() if c] == ["blocks.0.down", "blocks.1.down"]
+
+
+def test_overrides_by_pattern_and_the_last_match_wins():
+    model = Net()
+    overrides = {"blocks.*": OTHER, "*.down": None, "blocks.1.down": MemAOPConfig(k=9)}
+    convert_(model, CONFIG, overrides=overrides)
+    assert configs(model) == {
+        "blocks.0.up": OTHER,
+        "blocks.0.down": None,
+        "blocks.1.up": OTHER,
+        "blocks.1.down": MemAOPConfig(k=9),
+        "head": CONFIG,
+    }
+
+
+def test_override_that_matches_nothing_suggests_the_nearest_and_converts_nothing():
+    model = Net()
+    with pytest.raises(ValueError, match=r"'blocks\.0\.dwn' matches no .*Did you mean 'blocks\.0"):
+        convert_(model, CONFIG, overrides={"head": OTHER, "blocks.0.dwn": None})
+    assert set(configs(model).values()) == {None}
+
+
+def test_override_of_a_layer_called_config():
+    model = nn.ModuleDict({"config": nn.Linear(8, 2), "head": nn.Linear(8, 2)})
+    convert_(model, CONFIG, overrides={"config": None})
+    assert configs(model) == {"config": None, "head": CONFIG}
+
+
+def test_tied_module_is_converted_once_under_either_name():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8)})
+    model["b"] = model["a"]
+    convert_(model, CONFIG, overrides={"b": OTHER})
+    assert model["a"] is model["b"]
+    assert model["a"].config == OTHER
+    revert_(model)
+    assert type(model["a"]) is nn.Linear
+
+
+def test_tied_weights_stay_tied():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    convert_(model, OTHER)
+    assert model[0].weight is model[1].weight
+    assert model[0].memory is not model[1].memory
+
+
+def test_model_that_is_itself_a_linear_layer():
+    layer = nn.Linear(8, 2)
+    assert convert_(layer, CONFIG) is layer
+    assert type(layer) is MemAOPLinear
+    with pytest.raises(ValueError, match="converted already: the model itself"):
+        convert_(layer)
+    assert type(revert_(layer)) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (nn.ReLU(), {}, r"no layer to convert: 0 nn\.Linear in ReLU"),
+        (nn.Linear(8, 2), {"filter_fn": lambda *_: False}, "1 nn.Linear in Linear, 0 taken"),
+        (nn.Linear(8, 2), {"overrides": {"*": None}}, "1 taken by the filter, none left after"),
+    ],
+)
+def test_nothing_to_convert(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        convert_(model, CONFIG, **arguments)
+
+
+def test_nothing_to_revert():
+    with pytest.raises(ValueError, match="no converted layer to revert: Net"):
+        revert_(Net())
+
+
+def test_converting_twice_names_the_layers_and_changes_nothing():
+    model = Net()
+    convert_(model, CONFIG, overrides={"blocks.*": None})
+    with pytest.raises(ValueError, match=r"converted already: 'head'\. Call revert_"):
+        convert_(model, OTHER)
+    assert configs(model)["blocks.0.up"] is None
+    assert model.head.config == CONFIG
+    convert_(model, OTHER, filter_fn=lambda module, name: name != "head")
+    assert configs(model)["blocks.0.up"] == OTHER
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(3),), "model must be a torch.nn.Module, got Tensor"),
+        ((nn.Linear(8, 2), {"k": 1}), "config must be a MemAOPConfig, got {'k': 1}"),
+        (
+            (nn.Linear(8, 2), None, None, {"*": 3}),
+            r"overrides\['\*'\] must be a MemAOPConfig or None, got 3",
+        ),
+    ],
+)
+def test_arguments_of_the_wrong_type(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        convert_(*arguments)

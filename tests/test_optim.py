@@ -1,0 +1,106 @@
+import copy
+import gc
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from memaop_triton import MemAOPConfig, attach_optimizer, convert_
+
+PAPER = MemAOPConfig.paper(k=2)
+
+
+def two_layers():
+    return convert_(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), PAPER)
+
+
+def test_every_layer_follows_the_group_of_its_weight():
+    model = two_layers()
+    groups = [
+        {"params": [model[0].bias, model[1].bias], "lr": 0.5},
+        {"params": [model[1].weight], "lr": 0.25},
+        {"params": [model[0].weight], "lr": 0.125},
+    ]
+    optimizer = torch.optim.SGD(groups)
+    assert model[0].memory.learning_rate is None
+    attach_optimizer(model, optimizer)
+    assert model[0].memory.learning_rate == 0.125
+    assert model[1].memory.learning_rate == 0.25
+    optimizer.param_groups[1]["lr"] = 0.75
+    assert model[1].memory.learning_rate == 0.75
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[1]["lr"] = torch.tensor(0.5)
+    assert model[1].memory.learning_rate == 0.5
+
+
+def test_carried_rows_are_rescaled_by_the_root_of_the_rates():
+    layer = convert_(nn.Linear(6, 5), MemAOPConfig.paper(k=1, decay=0.5))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.4)
+    attach_optimizer(layer, optimizer)
+    layer(torch.randn(9, 6)).square().sum().backward()
+    before, filled = layer.memory.x.clone(), layer.memory.filled.clone()
+    optimizer.param_groups[0]["lr"] = 0.1
+    (layer(torch.zeros(9, 6)) * 0).sum().backward()
+    kept = filled & layer.memory.filled
+    assert kept.sum() == 7
+    torch.testing.assert_close(layer.memory.x[kept], math.sqrt(0.5 * 4) * before[kept])
+
+
+def test_memory_rests_while_the_rate_is_zero(contents, same):
+    layer = convert_(nn.Linear(6, 5), PAPER)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.4)
+    attach_optimizer(layer, optimizer)
+    layer(torch.randn(9, 6)).sum().backward()
+    before = contents(layer.memory)
+    optimizer.param_groups[0]["lr"] = 0.0
+    layer(torch.randn(9, 6)).sum().backward()
+    assert same(contents(layer.memory), before)
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_copies_and_lost_optimizers_are_not_attached():
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.4)
+    attach_optimizer(model, optimizer)
+    assert copy.deepcopy(model)[0].memory.learning_rate is None
+    del optimizer
+    gc.collect()
+    assert model[0].memory.learning_rate is None
+    model(torch.randn(9, 6)).sum().backward()
+
+
+def test_layers_without_row_memory_need_no_optimizer():
+    model = convert_(nn.Sequential(nn.Linear(6, 5)), MemAOPConfig())
+    attach_optimizer(model, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1))
+
+
+def test_model_that_is_not_converted():
+    model = nn.Linear(6, 5)
+    with pytest.raises(ValueError, match="no converted layer: call convert_"):
+        attach_optimizer(model, torch.optim.SGD(model.parameters(), lr=1))
+
+
+def test_optimizer_without_the_weight_names_the_layer():
+    model = two_layers()
+    optimizer = torch.optim.SGD([*model[0].parameters(), model[1].bias], lr=1)
+    with pytest.raises(ValueError, match="optimizer does not hold the weight of layer '1'"):
+        attach_optimizer(model, optimizer)
+    model[1].weight.requires_grad_(False)
+    attach_optimizer(model, optimizer)
+
+
+def test_parametrised_weight_follows_the_parameters_it_is_made_of():
+    layer = parametrizations.weight_norm(nn.Linear(6, 5))
+    convert_(layer, PAPER, filter_fn=lambda module, name: True)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.4)
+    attach_optimizer(layer, optimizer)
+    assert layer.memory.learning_rate == 0.4
+
+
+def test_pruned_weight_follows_the_parameter_it_is_made_of():
+    layer = convert_(prune.l1_unstructured(nn.Linear(6, 5), "weight", amount=3), PAPER)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.4)
+    attach_optimizer(layer, optimizer)
+    assert layer.memory.learning_rate == 0.4

@@ -1,0 +1,263 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from memaop_triton import selection
+from memaop_triton.config import SELECTIONS
+from memaop_triton.selection import inclusion_probabilities, select_rows
+
+SCORES = torch.tensor([0.3, 2.0, 0.9, 4.0, 1.4, 0.6], dtype=torch.float64)
+WEIGHTED = ("priority", "crs", "bernoulli", "wta")
+
+
+def counts(policy, scores, k, generator, draws=4000):
+    """Mean number of times that each row is picked with a non-zero weight."""
+    total = torch.zeros(scores.numel(), dtype=torch.float64)
+    for _ in range(draws):
+        indices, weights = select_rows(scores, k, policy, generator=generator)
+        total += torch.bincount(indices[weights > 0], minlength=scores.numel())
+    return total / draws
+
+
+def assert_frequencies(found, expected, draws=4000):
+    error_bar = (expected * (1 - expected).clamp(min=0.01) / draws).sqrt()
+    assert ((found - expected).abs() <= 4 * error_bar + 1e-9).all(), (found, expected)
+
+
+def sequential_inclusion(masses, k):
+    """Chance of each row to be among k draws without replacement, by all their orders."""
+    chance = torch.zeros(len(masses), dtype=torch.float64)
+    for order in itertools.permutations(range(len(masses)), k):
+        p, left = 1.0, sum(masses)
+        for row in order:
+            p *= masses[row] / left
+            left -= masses[row]
+        chance[list(order)] += p
+    return chance
+
+
+def test_topk_takes_the_largest():
+    indices, weights = select_rows(SCORES, 3, "topk")
+    assert indices.tolist() == [1, 3, 4]
+    assert weights.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_weightedk_has_the_law_of_sequential_draws_by_squared_scores(k, generator):
+    expected = sequential_inclusion(SCORES.square().tolist(), k)
+    assert_frequencies(counts("weightedk", SCORES, k, generator()), expected)
+
+
+def test_randk_is_uniform_whatever_the_scores(generator):
+    assert_frequencies(counts("randk", SCORES, 2, generator()), torch.full((6,), 2 / 6).double())
+
+
+def test_randk_weights_are_rows_over_k_with_rescale():
+    assert select_rows(SCORES, 4, "randk").weights.tolist() == [1] * 4
+    assert select_rows(SCORES, 4, "randk", rescale=True).weights.tolist() == [1.5] * 4
+
+
+def test_priority_weights_follow_one_threshold(generator):
+    draws = generator()
+    for _ in range(200):
+        indices, weights = select_rows(SCORES, 3, "priority", generator=draws)
+        assert indices.unique().numel() == 3
+        raised = weights > 1
+        threshold = (weights * SCORES[indices])[raised]
+        if raised.any():
+            torch.testing.assert_close(threshold, threshold[:1].expand_as(threshold))
+            assert (SCORES[indices][~raised] >= threshold[0] * (1 - 1e-12)).all()
+
+
+def test_priority_keys_are_scores_over_uniform_draws(generator):
+    u = 1 - torch.rand(6, dtype=torch.float64, generator=generator(3))
+    keys = SCORES / u
+    threshold = keys.sort(descending=True).values[3]
+    indices, weights = select_rows(SCORES, 3, "priority", generator=generator(3))
+    assert indices.tolist() == (keys > threshold).nonzero().flatten().tolist()
+    torch.testing.assert_close(weights, (threshold / SCORES[indices]).clamp(min=1))
+
+
+def test_crs_draws_in_proportion_and_weights_by_the_inverse(generator):
+    p = SCORES / SCORES.sum()
+    draws = 4000
+    found = counts("crs", SCORES, 3, generator(), draws)
+    error_bar = (3 * p * (1 - p) / draws).sqrt()
+    assert ((found - 3 * p).abs() <= 4 * error_bar).all()
+    indices, weights = select_rows(SCORES, 3, "crs", generator=generator())
+    torch.testing.assert_close(weights, 1 / (3 * p[indices]))
+
+
+def test_bernoulli_includes_rows_with_their_probabilities(generator):
+    p = inclusion_probabilities(SCORES, 3)
+    assert_frequencies(counts("bernoulli", SCORES, 3, generator()), p)
+    indices, weights = select_rows(SCORES, 3, "bernoulli", generator=generator())
+    drawn = weights > 0
+    torch.testing.assert_close(weights[drawn], 1 / p[indices[drawn]])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("power", [0.0, 1.0, 4.0])
+def test_inclusion_probabilities_sum_to_k_and_are_proportional_below_one(k, power):
+    scores = SCORES**power
+    p = inclusion_probabilities(scores, k)
+    assert p.sum().item() == pytest.approx(k)
+    assert (p <= 1).all()
+    ratio = (p / scores)[p < 1]
+    if ratio.numel():
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+        assert (scores[p == 1] * ratio[0] >= 1 - 1e-12).all()
+
+
+def test_bernoulli_that_draws_beyond_its_size_weights_a_part_up(monkeypatch):
+    p, size = 4 / 400, 4 + 6 * 2 + 6
+    draws = torch.full((400,), 2 * p, dtype=torch.float64)
+    draws[:100] = p * torch.rand(100, dtype=torch.float64)
+    monkeypatch.setattr(selection, "_uniform", lambda *_: draws)
+    indices, weights = select_rows(torch.ones(400, dtype=torch.float64), 4, "bernoulli")
+    assert indices.numel() == size
+    assert indices.max() < 100
+    torch.testing.assert_close(weights, torch.full_like(weights, 100 / size / p))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("power", [0.0, 1.0, 3.0])
+def test_wta_keeps_the_top_rows_that_brute_force_keeps(k, power, generator):
+    scores = SCORES**power
+    ordered, order = scores.sort(descending=True)
+    left = [(ordered[c:].sum() / (k - c)).item() for c in range(k)]
+    c = min(range(k), key=left.__getitem__)
+    indices, weights = select_rows(scores, k, "wta", generator=generator())
+    certain = set(order[:c].tolist())
+    assert {i for i in indices.tolist() if i in certain} == certain
+    for index, weight in zip(indices.tolist(), weights.tolist(), strict=True):
+        expected = 1.0 if index in certain else left[c] / scores[index].item()
+        assert weight == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("policy", WEIGHTED)
+def test_weighted_scores_have_the_exact_sum_as_mean(policy, generator):
+    draws = generator()
+    sums = torch.stack(
+        [
+            (weights * SCORES[indices]).sum() + (weights * indices).sum()
+            for indices, weights in (
+                select_rows(SCORES, 2, policy, generator=draws) for _ in range(3000)
+            )
+        ]
+    )
+    expected = SCORES.sum() + torch.arange(6).sum()
+    assert (sums.mean() - expected).abs() <= 4 * sums.std() / math.sqrt(3000)
+
+
+@pytest.mark.parametrize("policy", SELECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "k"), [(40, 1), (40, 7), (40, 39), (2, 1)])
+def test_indices_ascend_and_weights_have_the_dtype_of_the_scores(policy, dtype, rows, k):
+    indices, weights = select_rows(torch.rand(rows, dtype=dtype), k, policy)
+    assert indices.dtype == torch.int64
+    assert weights.dtype == dtype
+    assert indices.shape == weights.shape
+    assert (indices.diff() >= 0).all()
+    assert indices.min() >= 0
+    assert indices.max() < rows
+    assert indices.numel() == k or policy == "bernoulli"
+    if policy not in ("crs", "wta"):
+        assert indices.unique().numel() == indices.numel()
+
+
+@pytest.mark.parametrize("policy", SELECTIONS)
+@pytest.mark.parametrize(("rows", "k"), [(1, 1), (1, 5), (6, 6), (6, 7)])
+def test_k_of_at_least_all_rows_returns_each_once_with_weight_one(policy, rows, k):
+    rescale = policy == "randk"
+    indices, weights = select_rows(torch.rand(rows), k, policy, rescale=rescale)
+    assert indices.tolist() == list(range(rows))
+    assert weights.tolist() == [1.0] * rows
+
+
+@pytest.mark.parametrize("policy", SELECTIONS)
+def test_same_generator_seed_gives_the_same_selection(policy, generator):
+    scores = torch.rand(50)
+    first, second = (select_rows(scores, 9, policy, generator=generator(5)) for _ in range(2))
+    assert torch.equal(first.indices, second.indices)
+    assert torch.equal(first.weights, second.weights)
+    if policy != "topk":
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        select_rows(scores, 9, policy, generator=generator())
+        assert torch.equal(torch.get_rng_state(), state)
+        select_rows(scores, 9, policy)
+        assert not torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("policy", [p for p in SELECTIONS if p != "randk"])
+def test_fewer_scores_than_k_are_all_covered(policy, generator):
+    scores = torch.zeros(12)
+    scores[[2, 7]] = torch.tensor([1.0, 3.0])
+    draws = generator()
+    for _ in range(20):
+        indices, weights = select_rows(scores, 5, policy, generator=draws)
+        assert weights.isfinite().all()
+        if policy != "crs":
+            assert {2, 7} <= set(indices[weights > 0].tolist())
+        if policy in WEIGHTED:
+            assert set(indices[weights > 0].tolist()) <= {2, 7}
+        if policy in ("priority", "bernoulli", "wta"):
+            covered = {i: w for i, w in zip(indices.tolist(), weights.tolist(), strict=True) if w}
+            assert covered == {2: 1.0, 7: 1.0}
+
+
+@pytest.mark.parametrize("policy", SELECTIONS)
+def test_all_zero_scores_are_legal(policy):
+    indices, weights = select_rows(torch.zeros(12), 5, policy)
+    assert weights.isfinite().all()
+    assert indices.numel() == 5 or policy == "bernoulli"
+    if policy in WEIGHTED:
+        assert (weights == 0).all()
+
+
+@pytest.mark.parametrize("policy", SELECTIONS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [[4], [1, 4, 9], list(range(10))])
+def test_rows_that_are_not_finite_come_first(policy, value, bad, generator):
+    scores = torch.rand(12)
+    scores[bad] = value
+    for seed in range(20):
+        indices, weights = select_rows(scores, 3, policy, generator=generator(seed))
+        picked = set(indices[weights > 0].tolist())
+        assert weights.isfinite().all()
+        if policy in WEIGHTED:
+            assert picked <= set(bad)
+            assert picked or policy == "bernoulli"
+        else:
+            assert len(picked & set(bad)) == min(3, len(bad))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bernoulli_always_draws_a_row_that_is_not_finite(value, generator):
+    scores = torch.rand(12)
+    scores[:10] = value
+    for seed in range(300):
+        _, weights = select_rows(scores, 1, "bernoulli", generator=generator(seed))
+        assert (weights > 0).any()
+
+
+def test_unknown_policy_suggests_the_nearest():
+    with pytest.raises(ValueError, match=r"policy='prioritty'.*Did you mean 'priority'"):
+        select_rows(SCORES, 1, "prioritty")
+
+
+@pytest.mark.parametrize(
+    ("scores", "k", "error", "message"),
+    [
+        (torch.ones(2, 3), 1, ValueError, r"scores must be a vector, got shape \(2, 3\)"),
+        (torch.ones(3, dtype=torch.int64), 1, TypeError, "float32 or float64, got torch.int64"),
+        (torch.ones(3).half(), 1, TypeError, "float32 or float64, got torch.float16"),
+        (torch.ones(3), 0, ValueError, "k=0 must be at least 1"),
+    ],
+)
+def test_bad_arguments(scores, k, error, message):
+    with pytest.raises(error, match=message):
+        select_rows(scores, k, "topk")
