@@ -51,7 +51,7 @@ class Comparison:
         self.rows = rows
 
     def __call__(self, name, baseline, call, *, limit=None, target=None):
-        """`limit`: calls that together do nothing but the traffic and FLOPs nobody can avoid."""
+        """`limit`: a call that does nothing but the traffic and FLOPs nobody can avoid."""
         pairs = [(block(baseline, 3), block(call, 7)) for _ in range(ROUNDS)]
         flush = torch.ones(64 << 20)
         cold = []
@@ -71,7 +71,7 @@ class Comparison:
             "processor": platform.processor() or platform.machine(),
         }
         if limit is not None:
-            floors = [sum(block(part, 5) for part in limit) for _ in range(ROUNDS)]
+            floors = [block(limit, 7) for _ in range(ROUNDS)]
             info["limit_ms"] = 1e3 * statistics.median(floors)
         self.benchmark.extra_info.update(info)
         self.rows.append((name, info))

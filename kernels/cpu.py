@@ -151,15 +151,21 @@ def project_rows(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         Z [M, q] in the dtype of `x`, and [M] norms in `score_dtype`. A difference that drowns in
         rounding is set to the size of that rounding, so that a non-zero row can always be drawn.
     """
+    both = native.project(x, basis)
+    z, norms = _project_in_chunks(x, basis) if both is None else both
+    squared = norms.square()
+    rest = squared - row_norms(z).square()
+    return z, torch.maximum(rest, squared * torch.finfo(x.dtype).eps).sqrt()
+
+
+def _project_in_chunks(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     z = x.new_empty((x.shape[0], basis.shape[1]))
     norms = torch.empty(x.shape[0], dtype=score_dtype(x.dtype))
     step = 2 * _chunk_rows(x)
     for chunk, z_out, out in zip(*(a.split(step) for a in (x, z, norms)), strict=True):
         torch.mm(chunk, basis, out=z_out)
         out.copy_(row_norms(chunk))
-    squared = norms.square()
-    rest = squared - row_norms(z).square()
-    return z, torch.maximum(rest, squared * torch.finfo(x.dtype).eps).sqrt()
+    return z, norms
 
 
 def project_gradient(g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,19 +179,22 @@ def project_gradient(g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         Zᵀ G [q, P] and [M] norms, both in `score_dtype`.
     """
     norms = torch.empty(g.shape[0], dtype=score_dtype(g.dtype))
-    zg = torch.zeros((z.shape[1], g.shape[1]), dtype=norms.dtype)
-    step = 2 * _chunk_rows(g)
-    for chunk, z_chunk, out in zip(*(a.split(step) for a in (g, z, norms)), strict=True):
-        out.copy_(row_norms(chunk))
-        zg.addmm_(z_chunk.to(zg.dtype).t(), chunk.to(zg.dtype))
-    return zg, norms
+    zg = native.transposed_mm(z, g, norms)
+    return _transposed_mm_in_chunks(z, g, norms) if zg is None else zg, norms
 
 
 def transposed_mm(z: Tensor, a: Tensor) -> Tensor:
     """Zᵀ A in `score_dtype`, [q, N], for z [M, q] and a [M, N]."""
+    product = native.transposed_mm(z, a)
+    return _transposed_mm_in_chunks(z, a) if product is None else product
+
+
+def _transposed_mm_in_chunks(z: Tensor, a: Tensor, norms: Tensor | None = None) -> Tensor:
     product = torch.zeros((z.shape[1], a.shape[1]), dtype=score_dtype(a.dtype))
     step = 2 * _chunk_rows(a)
-    for chunk, z_chunk in zip(a.split(step), z.split(step), strict=True):
+    for number, (chunk, z_chunk) in enumerate(zip(a.split(step), z.split(step), strict=True)):
+        if norms is not None:
+            norms[number * step : (number + 1) * step] = row_norms(chunk)
         product.addmm_(z_chunk.to(product.dtype).t(), chunk.to(product.dtype))
     return product
 

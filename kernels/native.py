@@ -28,13 +28,14 @@ from torch import Tensor
 _log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("rows.c")
+_LANES = 16
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 # Not -march=native: a cache directory may be shared by machines of different make.
 _VECTOR_FLAGS = {
     "AVX512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"],
     "AVX2": ["-mavx2", "-mfma"],
 }
-_FLAGS = ["-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-mprefer-vector-width=512"]
+_FLAGS = ["-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-mprefer-vector-width=512"]
 
 
 class BuildError(RuntimeError):
@@ -64,6 +65,46 @@ def accumulate_and_score(memory: Tensor, rows: Tensor, carry: Tensor) -> Tensor 
     return norms
 
 
+def project(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Z = X Q ([M, q]) and the row norms of X ([M]) for basis Q ([N, q]), or `None`."""
+    groups = -(-basis.shape[1] // _LANES)
+    if not (x.dtype == basis.dtype == torch.float32) or x.shape[1] % _LANES or groups > 4:
+        return None
+    library = _library_for(x)
+    if library is None:
+        return None
+    padded = torch.zeros((x.shape[1], groups * _LANES))
+    padded[:, : basis.shape[1]] = basis
+    z = torch.empty((x.shape[0], groups * _LANES))
+    norms = torch.empty(x.shape[0])
+    *size, threads = _size(x)
+    library.project(
+        *_matrix(x), _pointer(padded), _pointer(z), _pointer(norms), *size, groups, threads
+    )
+    return z[:, : basis.shape[1]], norms
+
+
+def transposed_mm(z: Tensor, a: Tensor, norms: Tensor | None = None) -> Tensor | None:
+    """Zᵀ A ([q, N]) for z [M, q] and a [M, N], or `None`; fills `norms` ([M]) with |a_i|."""
+    if not (z.dtype == a.dtype == torch.float32) or z.shape[1] % 4 or a.shape[1] % _LANES:
+        return None
+    library = _library_for(z, a)
+    if library is None:
+        return None
+    *size, threads = _size(a)
+    parts = torch.zeros((threads.value, z.shape[1], a.shape[1]))
+    library.transposed_product(
+        *_matrix(z),
+        ctypes.c_long(z.shape[1]),
+        *_matrix(a),
+        _pointer(parts),
+        None if norms is None else _pointer(norms),
+        *size,
+        threads,
+    )
+    return parts.sum(0)
+
+
 def is_compiled() -> bool:
     """Whether the compiled row passes are used on this machine (compiles them on first use)."""
     return _library() is not None
@@ -85,6 +126,7 @@ def _matrix(a: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_long]:
 
 
 def _size(a: Tensor) -> tuple[ctypes.c_long, ctypes.c_long, ctypes.c_int]:
+    """Rows, columns, and the number of threads to use."""
     # A thread is not worth waking for less than a few thousand numbers.
     threads = min(torch.get_num_threads(), 1 + a.numel() // 16384)
     return ctypes.c_long(a.shape[0]), ctypes.c_long(a.shape[1]), ctypes.c_int(threads)
@@ -115,7 +157,10 @@ def _load() -> ctypes.CDLL:
     name = f"rows-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     cached = _cache_folder() / name
     if cached.is_file():
-        return ctypes.CDLL(str(cached))
+        try:
+            return ctypes.CDLL(str(cached))
+        except OSError as error:
+            _log.info("compiling anew: %s", error)
     with tempfile.TemporaryDirectory() as folder:
         compiled = _compile(compiler, flags, Path(folder))
         try:

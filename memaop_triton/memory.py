@@ -261,7 +261,7 @@ class SubspaceMemory:
             shape = (self.in_features, self.rank)
             start = torch.randn(shape, dtype=dtype, device=x.device, generator=generator)
             self.basis = torch.linalg.qr(start).Q
-            self._iterate(x, x @ self.basis.to(x.dtype))
+            self._iterate(x, kernels.project_rows(x, self.basis.to(x.dtype))[0])
         return self.basis.to(device=x.device, dtype=x.dtype)
 
     def end_step(self, x: Tensor, z: Tensor) -> None:

@@ -1,0 +1,185 @@
+"""The compiled row passes agree with plain PyTorch, and their absence changes nothing but time."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from memaop_triton import MemAOPConfig, new_memory
+from memaop_triton.kernels import cpu, native
+from memaop_triton.weight_grad import weight_grad
+
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None,
+    reason="the row passes are compiled on Linux with a C compiler only",
+)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Switches the compiled row passes off from the moment it is called."""
+    return lambda: monkeypatch.setattr(native, "_library", lambda: None)
+
+
+@pytest.fixture
+def fresh_library():
+    """Forgets what was loaded, before and after."""
+    native._library.cache_clear()
+    yield native._library
+    native._library.cache_clear()
+
+
+def both(plain, call):
+    compiled = call()
+    plain()
+    return compiled, call()
+
+
+@needs_compiler
+def test_a_machine_with_a_compiler_uses_it():
+    assert native.is_compiled()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rank", [1, 4, 16, 20, 32, 40, 64, 65])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 16), (9, 80), (137, 96), (300, 272), (64, 17)])
+def test_projections_agree_with_pytorch(plain, rows, columns, rank, threads):
+    x, basis = torch.randn(rows, columns), torch.randn(columns, rank)
+    torch.set_num_threads(threads)
+    try:
+        z, norms = cpu.project_rows(x, basis)
+        product, x_norms = cpu.project_gradient(x, z)
+        again = cpu.transposed_mm(z, x)
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(z, x @ basis, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x_norms, x.norm(dim=1))
+    torch.testing.assert_close(product, z.T @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(again, product)
+    plain()
+    torch.testing.assert_close(cpu.project_rows(x, basis)[1], norms, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (17, 3), (3, 129), (600, 64)])
+def test_accumulation_agrees_with_pytorch(plain, dtype, rows, columns):
+    memory, x = torch.randn(2, rows, columns, dtype=dtype)
+    carry = torch.randn(rows, dtype=dtype) * (torch.arange(rows) % 3 > 0)
+    copy = memory.clone()
+    norms = cpu.accumulate_and_score(memory, x, carry)
+    plain()
+    torch.testing.assert_close(norms, cpu.accumulate_and_score(copy, x, carry))
+    torch.testing.assert_close(memory, copy)
+
+
+@needs_compiler
+def test_empty_slots_are_not_read():
+    memory = torch.full((4, 32), torch.nan)
+    x = torch.randn(4, 32)
+    norms = cpu.accumulate_and_score(memory, x, torch.zeros(4))
+    assert torch.equal(memory, x)
+    torch.testing.assert_close(norms, x.norm(dim=1))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_not_finite_show_in_every_norm(value):
+    x = torch.randn(40, 32)
+    x[[3, 39], [0, 31]] = value
+    norms = (
+        cpu.row_norms(x),
+        cpu.accumulate_and_score(torch.zeros(40, 32), x, torch.ones(40)),
+        cpu.project_rows(x, torch.eye(32, 4))[1],
+        cpu.project_gradient(x, torch.ones(40, 4))[1],
+    )
+    for result in norms:
+        assert (~result.isfinite()).nonzero().flatten().tolist() == [3, 39]
+
+
+def test_rows_may_overlap_or_be_negated_lazily():
+    x = torch.randn(64)
+    windows = x.as_strided((17, 48), (1, 1))
+    torch.testing.assert_close(cpu.row_norms(windows), windows.clone().norm(dim=1))
+    negated = torch._neg_view(torch.randn(8, 16))
+    slots = torch.zeros(8, 16)
+    cpu.accumulate_and_score(slots, negated, torch.ones(8))
+    assert torch.equal(slots, negated)
+
+
+@pytest.mark.parametrize("memory", ["none", "residual", "signed", "subspace"])
+def test_a_step_is_the_same_without_the_compiled_passes(plain, memory):
+    selection = "topk" if memory in ("residual", "signed") else "priority"
+    config = MemAOPConfig(k=20, rank=4, selection=selection, memory=memory)
+    x, g = torch.randn(200, 32), torch.randn(200, 48)
+
+    def steps():
+        torch.manual_seed(3)
+        state = new_memory(config, 32, 48)
+        return torch.stack([weight_grad(x, g, config, state) for _ in range(3)])
+
+    compiled, torch_only = both(plain, steps)
+    torch.testing.assert_close(compiled, torch_only, rtol=1e-3, atol=1e-2)
+
+
+@needs_compiler
+def test_the_compiled_file_is_kept_and_used_again(fresh_library, monkeypatch, tmp_path):
+    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
+    assert fresh_library() is not None
+    (kept,) = (tmp_path / "native").iterdir()
+    fresh_library.cache_clear()
+    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled a second time"))
+    assert fresh_library() is not None
+    assert list((tmp_path / "native").iterdir()) == [kept]
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_costs_nothing_but_the_next_compilation(
+    fresh_library, monkeypatch, tmp_path, caplog
+):
+    (tmp_path / "native").write_text("in the way")
+    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
+    with caplog.at_level(logging.INFO):
+        assert fresh_library() is not None
+    assert "not kept in" in caplog.text
+
+
+@needs_compiler
+def test_a_broken_file_in_the_cache_falls_back(fresh_library, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
+    assert fresh_library() is not None
+    (kept,) = (tmp_path / "native").iterdir()
+    # In a process of its own: the file is mapped into this one.
+    kept.unlink()
+    kept.write_bytes(b"not a library")
+    probe = "from memaop_triton.kernels import native; print(native.is_compiled())"
+    environ = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    done = subprocess.run(
+        [sys.executable, "-c", probe], env=environ, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"PATH": "", "CC": ""}, "no C compiler"),
+        ({"CC": "/nowhere/cc"}, "did not run"),
+        ({"CC": "false"}, "failed"),
+        ({"MEMAOP_TRITON_BACKEND": "torch"}, ""),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing is compiled elsewhere")
+def test_without_a_compiler_plain_pytorch_serves(
+    fresh_library, monkeypatch, tmp_path, caplog, variables, reason
+):
+    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with caplog.at_level(logging.INFO):
+        assert not native.is_compiled()
+    assert reason in caplog.text
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(cpu.row_norms(x), x.norm(dim=1))
