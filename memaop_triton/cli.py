@@ -31,16 +31,23 @@ class Dataset(StrEnum):
     FASHION_MNIST = "fashion_mnist"
 
 
+class Optimizer(StrEnum):
+    """What the demo can train with."""
+
+    SGD = "sgd"
+    ADAM = "adam"
+
+
 # Batch size, epochs: about a minute on two cores for digits, several for the larger sets.
 _DEMO_DEFAULTS = {
-    Dataset.DIGITS: (512, 50),
-    Dataset.MNIST: (512, 3),
-    Dataset.FASHION_MNIST: (512, 3),
+    Dataset.DIGITS: (1024, 60),
+    Dataset.MNIST: (1024, 3),
+    Dataset.FASHION_MNIST: (1024, 3),
 }
 
 
-def _positive(value: float) -> float:
-    if not (value > 0 and math.isfinite(value)):
+def _positive(value: float | None) -> float | None:
+    if value is not None and not (value > 0 and math.isfinite(value)):
         raise typer.BadParameter(f"{value} is not a positive number.")
     return value
 
@@ -97,19 +104,34 @@ def demo(
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: by data set.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: by data set.")] = None,
     width: Annotated[int, typer.Option(min=1, help="Units in each hidden layer.")] = 1024,
-    lr: Annotated[float, typer.Option(callback=_positive, help="Rate of SGD.")] = 0.2,
+    optimizer: Annotated[Optimizer, typer.Option(help="What updates the weights.")] = Optimizer.SGD,
+    lr: Annotated[
+        float | None, typer.Option(callback=_positive, help="Learning rate; default: by optimizer.")
+    ] = None,
     output: Output = Path("results"),
     json_path: JsonPath = None,
 ) -> None:
     """Train a network densely and with sampled weight gradients, side by side."""
     from memaop_triton.experiments import data, demo_report
-    from memaop_triton.experiments.demo import Settings, run_demo, schemes, total_steps
+    from memaop_triton.experiments.demo import (
+        OPTIMIZERS,
+        Settings,
+        run_demo,
+        schemes,
+        total_steps,
+    )
 
     require_extra("sklearn", "matplotlib")
     require_output(output, json_path)
     default_batch, default_epochs = _DEMO_DEFAULTS[dataset]
     settings = Settings(
-        ratio, seeds, epochs or default_epochs, batch_size or default_batch, width, lr
+        ratio,
+        seeds,
+        epochs or default_epochs,
+        batch_size or default_batch,
+        width,
+        OPTIMIZERS[optimizer].lr if lr is None else lr,
+        str(optimizer),
     )
     images = data.load_images(dataset, data.resolve_data_dir(data_dir))
     console = Console()
@@ -128,7 +150,7 @@ def demo(
         )
     console.print(demo_report.table(results, settings, dataset))
     console.print(demo_report.explanation())
-    figure = output / f"demo_{dataset}.png"
+    figure = output / f"demo_{dataset}_{optimizer}.png"
     demo_report.save_figure(figure, results, settings, dataset)
     if json_path is not None:
         demo_report.save_json(json_path, results, settings, dataset)

@@ -143,7 +143,7 @@ def test_demo_writes_table_figure_and_numbers(capsys, tmp_path):
     output = capsys.readouterr().out
     labels = [scheme.label for scheme in demo.schemes(0.25)]
     assert all(label in output for label in labels)
-    assert (tmp_path / "demo_digits.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "demo_digits_sgd.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads(path.read_text())
     assert content["settings"]["width"] == 32
     assert [scheme["label"] for scheme in content["schemes"]] == labels

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,16 @@ _EVALUATIONS = 40
 _GRADIENT_ROUNDS = 60
 
 
+class Choice(NamedTuple):
+    """An optimizer and a learning rate at which the dense network trains well."""
+
+    optimizer: type[torch.optim.SGD] | type[torch.optim.Adam]
+    lr: float
+
+
+OPTIMIZERS = {"sgd": Choice(torch.optim.SGD, 0.3), "adam": Choice(torch.optim.Adam, 1e-3)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Scheme:
     """One way to compute the weight gradients; `config` is `None` for the dense network."""
@@ -38,7 +49,10 @@ class Scheme:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to train: `epochs` of SGD with rate `lr` and `batch_size` rows, `seeds` times."""
+    """What to train: `epochs` of batches of `batch_size` rows, `seeds` times.
+
+    `optimizer` is a key of `OPTIMIZERS`, `lr` its learning rate.
+    """
 
     ratio: float
     seeds: int
@@ -46,6 +60,7 @@ class Settings:
     batch_size: int
     width: int
     lr: float
+    optimizer: str = "sgd"
 
 
 @dataclasses.dataclass
@@ -152,7 +167,7 @@ def run_demo(
     for seed in range(settings.seeds):
         torch.manual_seed(seed)
         base = build_model(data.x_train.shape[1], settings.width)
-        runners = [_Runner(result, base, settings.lr) for result in results]
+        runners = [_Runner(result, base, settings) for result in results]
         _train(runners, settings, data, seed, progress)
     _time_gradients(runners, data, settings.batch_size)
     for runner in runners:
@@ -165,10 +180,11 @@ def run_demo(
 class _Runner:
     """One scheme's network and optimizer during one seed."""
 
-    def __init__(self, result: SchemeResult, base: nn.Module, lr: float) -> None:
+    def __init__(self, result: SchemeResult, base: nn.Module, settings: Settings) -> None:
         self.result = result
         self.model = copy.deepcopy(base)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
+        optimizer = OPTIMIZERS[settings.optimizer].optimizer
+        self.optimizer = optimizer(self.model.parameters(), lr=settings.lr)
         if result.scheme.config is not None:
             # Ten outputs: scoring the rows costs more than the gradient itself.
             convert_(self.model, result.scheme.config, overrides={HEAD: None})

@@ -34,7 +34,8 @@ def table(results: list[SchemeResult], settings: Settings, dataset: str) -> Tabl
         pad_edge=False,
         caption="priority + subspace is MemAOPConfig(), topk + residual the paper's scheme",
         title=f"{dataset}: K/M = {settings.ratio:g}, batch {settings.batch_size}, "
-        f"width {settings.width}, {settings.epochs} epochs, {_seeds(settings)}",
+        f"width {settings.width}, {_optimizer(settings)}, {settings.epochs} epochs, "
+        f"{_seeds(settings)}",
     )
     result.add_column("scheme", no_wrap=True)
     for name in ("accuracy %", "step ms", "speed", "dW ms", "speed", "memory"):
@@ -59,7 +60,7 @@ def explanation() -> str:
         "A scheme is worth having where it reaches dense's accuracy at a speed (dense time / its "
         f"time) above 1; the head of {CLASSES} outputs is dense in all, scoring costs more there.\n"
         f"Medians on the CPU, {torch.get_num_threads()} thread(s), schemes in turn on each batch; "
-        "step is forward, backward and SGD, dW the weight gradients of the three hidden layers."
+        "step is forward, backward and update, dW the weight gradients of the three hidden layers."
     )
 
 
@@ -142,9 +143,13 @@ def save_figure(path: Path, results: list[SchemeResult], settings: Settings, dat
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(
         f"{dataset}: K/M = {settings.ratio:g}, batch {settings.batch_size}, "
-        f"width {settings.width}, mean over {_seeds(settings)}"
+        f"width {settings.width}, {_optimizer(settings)}, mean over {_seeds(settings)}"
     )
     figure.savefig(path, dpi=130)
+
+
+def _optimizer(settings: Settings) -> str:
+    return f"{settings.optimizer} {settings.lr:g}"
 
 
 def _seeds(settings: Settings) -> str:
