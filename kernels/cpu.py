@@ -21,17 +21,25 @@ _PANEL_ROWS = 256
 
 
 class Projection(NamedTuple):
-    """The part of the rows inside a subspace.
+    """The part of the rows inside a subspace, X Q Qᵀ = Z (s Q)ᵀ with Z = X Q / s.
+
+    s is a power of two near √N. It keeps Z and Zᵀ G near the size of X and of dW, which float16 can
+    hold; without it both are √N times as large.
 
     Attributes:
-        basis: Q, [N, q], in the dtype of X.
-        z: Z = X Q, [M, q].
+        expand: s Q, [N, q], in the dtype of X.
+        z: X Q / s, [M, q].
         zg: Zᵀ G, [q, P], in `score_dtype`.
     """
 
-    basis: Tensor
+    expand: Tensor
     z: Tensor
     zg: Tensor
+
+
+def basis_scale(columns: int) -> float:
+    """s for rows of this many columns."""
+    return float(2 ** round(math.log2(columns) / 2))
 
 
 def _chunk_rows(a: Tensor) -> int:
@@ -51,7 +59,7 @@ def row_norms(a: Tensor) -> Tensor:
     if norms is not None:
         return norms
     # Converting inside the reduction takes ten times as long as a converted chunk in the cache.
-    norms = torch.empty(a.shape[0], dtype=score_dtype(a.dtype))
+    norms = a.new_empty(a.shape[0], dtype=score_dtype(a.dtype))
     rows = _chunk_rows(a)
     for chunk, out in zip(a.split(rows), norms.split(rows), strict=True):
         torch.linalg.vector_norm(chunk.to(norms.dtype), dim=1, out=out)
@@ -93,18 +101,18 @@ def gather_gemm(
 ) -> Tensor:
     """dW = Σ_k w_k g[i_k]ᵀ x[i_k], and with a projection also what it leaves out: [P, N].
 
-    With Z = X Q the result is (Gᵀ Z) Qᵀ + Σ_k w_k g[i_k]ᵀ (x[i_k] − z[i_k] Qᵀ): the exact part is q
-    more outer products of the same GEMM, those of Zᵀ G and Qᵀ.
+    With E = s Q the result is (Gᵀ Z) Eᵀ + Σ_k w_k g[i_k]ᵀ (x[i_k] − z[i_k] Eᵀ): the exact part is q
+    more outer products of the same GEMM, those of Zᵀ G and Eᵀ.
 
     Args:
         x: [M, N].
         g: [M, P], same dtype.
         indices: [K] int64, ascending for locality; may repeat.
         weights: [K] in `score_dtype`, or `None` for all 1.
-        projection: Q, Z and Zᵀ G.
+        projection: E, Z and Zᵀ G.
     """
     rows = indices.numel()
-    rank = 0 if projection is None else projection.basis.shape[1]
+    rank = 0 if projection is None else projection.expand.shape[1]
     # A panel of rows is multiplied while it is in the cache, and memory for one panel is enough.
     # Half precision would round the sum at every panel, so there all rows make one.
     panel = _PANEL_ROWS if x.dtype == score_dtype(x.dtype) else max(1, rows)
@@ -117,14 +125,12 @@ def gather_gemm(
         torch.index_select(x, 0, chosen, out=gx[:n])
         torch.index_select(g, 0, chosen, out=gg[:n])
         if projection is not None:
-            gx[:n].addmm_(projection.z.index_select(0, chosen), projection.basis.t(), alpha=-1)
+            gx[:n].addmm_(projection.z.index_select(0, chosen), projection.expand.t(), alpha=-1)
         if weights is not None:
             _scale_rows(gx[:n], gg[:n], weights[start : start + panel])
         if projection is not None and start + n == rows:
-            # Zᵀ G is √N times the size of dW, which float16 may not hold.
-            scale = math.sqrt(x.shape[1])
-            gx[n : n + rank].copy_(projection.basis.t()).mul_(scale)
-            gg[n : n + rank].copy_(projection.zg / scale)
+            gx[n : n + rank].copy_(projection.expand.t())
+            gg[n : n + rank].copy_(projection.zg)
             n += rank
         dw.addmm_(gg[:n].t(), gx[:n], beta=0 if start == 0 else 1)
     return dw
@@ -141,7 +147,7 @@ def _scale_rows(x: Tensor, g: Tensor, weights: Tensor) -> None:
 
 
 def project_rows(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Z = X Q and the norms of what the basis leaves of each row, √(‖x‖² − ‖z‖²).
+    """Z = X Q / s and the norms of what the basis leaves of each row, √(‖x‖² − s²‖z‖²).
 
     Args:
         x: [M, N].
@@ -149,18 +155,20 @@ def project_rows(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Z [M, q] in the dtype of `x`, and [M] norms in `score_dtype`. A difference that drowns in
-        rounding is set to the size of that rounding, so that a non-zero row can always be drawn.
+        rounding is set to the size of that rounding, so that every row with a norm can be drawn.
     """
-    both = native.project(x, basis)
-    z, norms = _project_in_chunks(x, basis) if both is None else both
+    scale = basis_scale(x.shape[1])
+    shrunk = basis / scale
+    both = native.project(x, shrunk)
+    z, norms = _project_in_chunks(x, shrunk) if both is None else both
     squared = norms.square()
-    rest = squared - row_norms(z).square()
+    rest = squared - (scale * row_norms(z)).square()
     return z, torch.maximum(rest, squared * torch.finfo(x.dtype).eps).sqrt()
 
 
 def _project_in_chunks(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     z = x.new_empty((x.shape[0], basis.shape[1]))
-    norms = torch.empty(x.shape[0], dtype=score_dtype(x.dtype))
+    norms = x.new_empty(x.shape[0], dtype=score_dtype(x.dtype))
     step = 2 * _chunk_rows(x)
     for chunk, z_out, out in zip(*(a.split(step) for a in (x, z, norms)), strict=True):
         torch.mm(chunk, basis, out=z_out)
@@ -178,7 +186,7 @@ def project_gradient(g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Zᵀ G [q, P] and [M] norms, both in `score_dtype`.
     """
-    norms = torch.empty(g.shape[0], dtype=score_dtype(g.dtype))
+    norms = g.new_empty(g.shape[0], dtype=score_dtype(g.dtype))
     zg = native.transposed_mm(z, g, norms)
     return _transposed_mm_in_chunks(z, g, norms) if zg is None else zg, norms
 
@@ -190,7 +198,7 @@ def transposed_mm(z: Tensor, a: Tensor) -> Tensor:
 
 
 def _transposed_mm_in_chunks(z: Tensor, a: Tensor, norms: Tensor | None = None) -> Tensor:
-    product = torch.zeros((z.shape[1], a.shape[1]), dtype=score_dtype(a.dtype))
+    product = a.new_zeros((z.shape[1], a.shape[1]), dtype=score_dtype(a.dtype))
     step = 2 * _chunk_rows(a)
     for number, (chunk, z_chunk) in enumerate(zip(a.split(step), z.split(step), strict=True)):
         if norms is not None:

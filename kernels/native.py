@@ -29,13 +29,18 @@ _log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("rows.c")
 _LANES = 16
+# Every thread sums into a product of its own: 16 MiB of these at the most.
+_MOST_PARTS = 1 << 22
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 # Not -march=native: a cache directory may be shared by machines of different make.
 _VECTOR_FLAGS = {
-    "AVX512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"],
+    "AVX512": [
+        *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"),
+        "-mprefer-vector-width=512",
+    ],
     "AVX2": ["-mavx2", "-mfma"],
 }
-_FLAGS = ["-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-mprefer-vector-width=512"]
+_FLAGS = ["-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi"]
 
 
 class BuildError(RuntimeError):
@@ -47,7 +52,7 @@ def row_norms(a: Tensor) -> Tensor | None:
     library = _library_for(a)
     if library is None:
         return None
-    norms = torch.empty(a.shape[0], dtype=a.dtype)
+    norms = torch.empty(a.shape[0], dtype=a.dtype, device=a.device)
     function = getattr(library, f"row_norms_{_SUFFIX[a.dtype]}")
     function(*_matrix(a), _pointer(norms), *_size(a))
     return norms
@@ -56,7 +61,7 @@ def row_norms(a: Tensor) -> Tensor | None:
 def accumulate_and_score(memory: Tensor, rows: Tensor, carry: Tensor) -> Tensor | None:
     """`memory` ← carry·memory + rows in place; the norms of its rows, or `None` (nothing done)."""
     same = memory.dtype == rows.dtype == carry.dtype and memory.shape == rows.shape
-    library = _library_for(memory, rows) if same and carry.is_contiguous() else None
+    library = _library_for(memory, rows, carry) if same else None
     if library is None:
         return None
     norms = torch.empty_like(carry)
@@ -68,15 +73,14 @@ def accumulate_and_score(memory: Tensor, rows: Tensor, carry: Tensor) -> Tensor 
 def project(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor] | None:
     """Z = X Q ([M, q]) and the row norms of X ([M]) for basis Q ([N, q]), or `None`."""
     groups = -(-basis.shape[1] // _LANES)
-    if not (x.dtype == basis.dtype == torch.float32) or x.shape[1] % _LANES or groups > 4:
-        return None
-    library = _library_for(x)
+    wanted = x.dtype == basis.dtype == torch.float32 and groups in range(1, 5)
+    library = _library_for(x, basis) if wanted and x.shape[1] % _LANES == 0 else None
     if library is None:
         return None
-    padded = torch.zeros((x.shape[1], groups * _LANES))
+    padded = x.new_zeros((x.shape[1], groups * _LANES))
     padded[:, : basis.shape[1]] = basis
-    z = torch.empty((x.shape[0], groups * _LANES))
-    norms = torch.empty(x.shape[0])
+    z = x.new_empty((x.shape[0], groups * _LANES))
+    norms = x.new_empty(x.shape[0])
     *size, threads = _size(x)
     library.project(
         *_matrix(x), _pointer(padded), _pointer(z), _pointer(norms), *size, groups, threads
@@ -86,16 +90,16 @@ def project(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def transposed_mm(z: Tensor, a: Tensor, norms: Tensor | None = None) -> Tensor | None:
     """Zᵀ A ([q, N]) for z [M, q] and a [M, N], or `None`; fills `norms` ([M]) with |a_i|."""
-    if not (z.dtype == a.dtype == torch.float32) or z.shape[1] % 4 or a.shape[1] % _LANES:
-        return None
-    library = _library_for(z, a)
+    wanted = z.dtype == a.dtype == torch.float32 and z.shape[1] in range(4, 65, 4)
+    library = _library_for(z, a) if wanted and a.shape[1] % _LANES == 0 else None
     if library is None:
         return None
-    *size, threads = _size(a)
-    parts = torch.zeros((threads.value, z.shape[1], a.shape[1]))
+    rank, columns = z.shape[1], a.shape[1]
+    *size, threads = _size(a, most_threads=max(1, _MOST_PARTS // (rank * columns)))
+    parts = a.new_zeros((threads.value, rank, columns))
     library.transposed_product(
         *_matrix(z),
-        ctypes.c_long(z.shape[1]),
+        ctypes.c_long(rank),
         *_matrix(a),
         _pointer(parts),
         None if norms is None else _pointer(norms),
@@ -110,11 +114,20 @@ def is_compiled() -> bool:
     return _library() is not None
 
 
-def _library_for(*matrices: Tensor) -> ctypes.CDLL | None:
-    for a in matrices:
-        if a.dtype not in _SUFFIX or a.device.type != "cpu" or a.stride(1) != 1 or a.is_neg():
-            return None
-    return _library()
+def _library_for(*operands: Tensor) -> ctypes.CDLL | None:
+    return _library() if all(map(_is_plain, operands)) else None
+
+
+def _is_plain(a: Tensor) -> bool:
+    """Whether a pointer and a row stride are all there is to know about `a`."""
+    if type(a) not in (Tensor, torch.nn.Parameter) or a.layout != torch.strided:
+        return False
+    if a.device.type != "cpu" or a.dtype not in _SUFFIX or a.stride(-1) != 1 or a.is_neg():
+        return False
+    try:
+        return a.numel() == 0 or a.data_ptr() != 0
+    except RuntimeError:  # a wrapper of torch.func
+        return False
 
 
 def _pointer(a: Tensor) -> ctypes.c_void_p:
@@ -125,16 +138,23 @@ def _matrix(a: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_long]:
     return _pointer(a), ctypes.c_long(a.stride(0))
 
 
-def _size(a: Tensor) -> tuple[ctypes.c_long, ctypes.c_long, ctypes.c_int]:
+def _size(
+    a: Tensor, most_threads: int = 1 << 30
+) -> tuple[ctypes.c_long, ctypes.c_long, ctypes.c_int]:
     """Rows, columns, and the number of threads to use."""
-    # A thread is not worth waking for less than a few thousand numbers.
-    threads = min(torch.get_num_threads(), 1 + a.numel() // 16384)
+    # A thread is not worth its share of less than a few thousand numbers.
+    threads = min(torch.get_num_threads(), 1 + a.numel() // 16384, most_threads)
     return ctypes.c_long(a.shape[0]), ctypes.c_long(a.shape[1]), ctypes.c_int(threads)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    if os.environ.get("MEMAOP_TRITON_BACKEND") == "torch":
+    backend = os.environ.get("MEMAOP_TRITON_BACKEND", "")
+    if backend not in ("", "torch", "triton"):
+        raise ValueError(
+            f"MEMAOP_TRITON_BACKEND={backend!r} is not one of 'torch', 'triton': or unset it."
+        )
+    if backend == "torch":
         return None
     try:
         return _load()
@@ -156,15 +176,15 @@ def _load() -> ctypes.CDLL:
     made_from = "\0".join([_SOURCE.read_text(), version, platform.machine(), *flags])
     name = f"rows-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     cached = _cache_folder() / name
-    if cached.is_file():
-        try:
-            return ctypes.CDLL(str(cached))
-        except OSError as error:
-            _log.info("compiling anew: %s", error)
+    try:
+        return ctypes.CDLL(str(cached))
+    except OSError as error:
+        _log.info("compiling the row passes: %s", error)
     with tempfile.TemporaryDirectory() as folder:
         compiled = _compile(compiler, flags, Path(folder))
         try:
             _put(compiled, cached)
+            return ctypes.CDLL(str(cached))
         except OSError as error:
             _log.info("compiled row passes are not kept in %s: %s", cached.parent, error)
         return ctypes.CDLL(str(compiled))
@@ -185,9 +205,9 @@ def _compile(compiler: str, flags: list[str], folder: Path) -> Path:
 def _put(source: Path, target: Path) -> None:
     """Copy to `target` in one step, so that a process beside this one never loads half a file."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as part:
-        part.write(source.read_bytes())
-    os.replace(part.name, target)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        part = shutil.copy(source, folder)
+        os.replace(part, target)
 
 
 def _run(command: list[str]) -> str:

@@ -15,6 +15,19 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* The part of `count` items that this thread takes if at most `threads` work. The team keeps the
+ * size it has everywhere else in PyTorch: asking for another size would start threads anew. */
+typedef struct {
+    long first, end;
+} Share;
+
+INLINE Share share_of(long count, int threads) {
+    const long team = omp_get_num_threads() < threads ? omp_get_num_threads() : threads;
+    const long me = omp_get_thread_num() < team ? omp_get_thread_num() : team;
+    const Share share = {count * me / team, me < team ? count * (me + 1) / team : count};
+    return share;
+}
+
 #define DEFINE_ROW_FUNCTIONS(T, SUFFIX, SQRT)                                                      \
     INLINE T norm_##SUFFIX(const T *row, long columns) {                                           \
         T sum = 0;                                                                                 \
@@ -26,32 +39,35 @@
                                                                                                    \
     /* norms[i] = |x_i| */                                                                         \
     void row_norms_##SUFFIX(const T *x, long ld, T *norms, long rows, long columns, int threads) { \
-        _Pragma("omp parallel for schedule(static) num_threads(threads)")                          \
-        for (long i = 0; i < rows; i++)                                                            \
-            norms[i] = norm_##SUFFIX(x + i * ld, columns);                                         \
+        _Pragma("omp parallel if (threads > 1)") {                                                 \
+            const Share share = share_of(rows, threads);                                           \
+            for (long i = share.first; i < share.end; i++)                                         \
+                norms[i] = norm_##SUFFIX(x + i * ld, columns);                                     \
+        }                                                                                          \
+    }                                                                                              \
+                                                                                                   \
+    INLINE T accumulate_row_##SUFFIX(T *slot, const T *row, const T carry, long columns) {         \
+        if (carry == 0) {                                                                          \
+            memcpy(slot, row, columns * sizeof(T));                                                \
+            return norm_##SUFFIX(row, columns);                                                    \
+        }                                                                                          \
+        T sum = 0;                                                                                 \
+        _Pragma("omp simd reduction(+ : sum)")                                                     \
+        for (long j = 0; j < columns; j++) {                                                       \
+            const T value = carry * slot[j] + row[j];                                              \
+            slot[j] = value;                                                                       \
+            sum += value * value;                                                                  \
+        }                                                                                          \
+        return SQRT(sum);                                                                          \
     }                                                                                              \
                                                                                                    \
     /* m_i = carry_i m_i + x_i and norms[i] = |m_i|; a row with carry 0 is not read. */            \
     void accumulate_##SUFFIX(T *m, long ldm, const T *x, long ldx, const T *carry, T *norms,       \
                              long rows, long columns, int threads) {                               \
-        _Pragma("omp parallel for schedule(static) num_threads(threads)")                          \
-        for (long i = 0; i < rows; i++) {                                                          \
-            T *slot = m + i * ldm;                                                                 \
-            const T *row = x + i * ldx;                                                            \
-            const T c = carry[i];                                                                  \
-            if (c == 0) {                                                                          \
-                memcpy(slot, row, columns * sizeof(T));                                            \
-                norms[i] = norm_##SUFFIX(row, columns);                                            \
-                continue;                                                                          \
-            }                                                                                      \
-            T sum = 0;                                                                             \
-            _Pragma("omp simd reduction(+ : sum)")                                                 \
-            for (long j = 0; j < columns; j++) {                                                   \
-                const T value = c * slot[j] + row[j];                                              \
-                slot[j] = value;                                                                   \
-                sum += value * value;                                                              \
-            }                                                                                      \
-            norms[i] = SQRT(sum);                                                                  \
+        _Pragma("omp parallel if (threads > 1)") {                                                 \
+            const Share share = share_of(rows, threads);                                           \
+            for (long i = share.first; i < share.end; i++)                                         \
+                norms[i] = accumulate_row_##SUFFIX(m + i * ldm, x + i * ldx, carry[i], columns);   \
         }                                                                                          \
     }
 
@@ -105,16 +121,14 @@ INLINE void project_tile(const float *x, long ldx, const float *basis, float *z,
     static void project_##GROUPS(const float *x, long ldx, const float *basis, float *z,           \
                                  float *norms, long rows, long columns, int threads) {             \
         const long ldz = GROUPS * LANES;                                                           \
-        _Pragma("omp parallel for schedule(static) num_threads(threads)")                          \
-        for (long tile = 0; tile < (rows + TILE - 1) / TILE; tile++) {                             \
-            const long i = tile * TILE;                                                            \
-            if (i + TILE <= rows)                                                                  \
+        _Pragma("omp parallel if (threads > 1)") {                                                 \
+            const Share share = share_of(rows, threads);                                           \
+            long i = share.first;                                                                  \
+            for (; i + TILE <= share.end; i += TILE)                                               \
                 project_tile(x + i * ldx, ldx, basis, z + i * ldz, norms + i, columns, TILE,       \
                              GROUPS);                                                              \
-            else                                                                                   \
-                for (long r = i; r < rows; r++)                                                    \
-                    project_tile(x + r * ldx, ldx, basis, z + r * ldz, norms + r, columns, 1,      \
-                                 GROUPS);                                                          \
+            for (; i < share.end; i++)                                                             \
+                project_tile(x + i * ldx, ldx, basis, z + i * ldz, norms + i, columns, 1, GROUPS); \
         }                                                                                          \
     }
 
@@ -157,12 +171,12 @@ INLINE void transposed_tile(const float *z, long ldz, const float *a, long lda, 
  * own, so that the order of the sums is always the same. */
 void transposed_product(const float *z, long ldz, long z_columns, const float *a, long lda,
                         float *parts, float *norms, long rows, long columns, int threads) {
-    _Pragma("omp parallel num_threads(threads)") {
+    _Pragma("omp parallel if (threads > 1)") {
+        const Share share = share_of(rows, threads);
         float *out = parts + omp_get_thread_num() * z_columns * columns;
         /* A strip of rows is read from memory for its norms, and from the cache after that. */
-        _Pragma("omp for schedule(static)")
-        for (long strip = 0; strip < (rows + STRIP - 1) / STRIP; strip++) {
-            const long first = strip * STRIP, n = rows - first < STRIP ? rows - first : STRIP;
+        for (long first = share.first; first < share.end; first += STRIP) {
+            const long n = share.end - first < STRIP ? share.end - first : STRIP;
             const float *z_strip = z + first * ldz, *a_strip = a + first * lda;
             if (norms != NULL)
                 for (long i = first; i < first + n; i++)

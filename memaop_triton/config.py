@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
 
 import torch
@@ -40,10 +41,14 @@ def check_config(config: object) -> None:
         raise TypeError(f"config must be a MemAOPConfig, got {config!r}.")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _check_count(argument: str, value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{argument} must be an int ({what}), got {value!r}.")
-    if value < 1:
+    if int(value) < 1:
         raise ValueError(f"{argument}={value} must be at least 1 ({what}).")
 
 
@@ -65,9 +70,12 @@ class MemAOPConfig:
         rank: Dimension of the subspace; cut to a quarter of the layer's `in_features`.
         refresh_every: Steps between two updates of the subspace.
         decay: Fraction in (0, 1] of a remembered outer product that survives a step; a remembered
-            row shrinks by its square root. The authors' `memory-decay-rate`. Row memories only.
+            row shrinks by its square root. The authors' `memory-decay-rate`. Row memories only. A
+            step is one backward pass of the layer: with A accumulated gradients, or a layer used A
+            times, take the A-th root.
         rescale: Weight the rows of `"randk"` by M/K, which makes it unbiased.
-        block_rows: Rows are scored and picked in blocks of 1, 16, 32, 64 or 128 neighbours.
+        block_rows: Rows are scored and picked in whole blocks of 1, 16, 32, 64 or 128 neighbours,
+            at least one block.
         memory_dtype: Storage dtype of a row memory; `None` is the dtype of the layer's input.
         grad_input: `"sampled"` computes the input gradient G W from K rows as well, picked by the
             policy (which must be unbiased) on the norms of the rows of G; dW then uses the same
@@ -116,13 +124,13 @@ class MemAOPConfig:
             return
         if self.ratio is None:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
-        elif isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
+        elif not _is_number(self.ratio):
             raise TypeError(f"ratio must be a number in (0, 1], got {self.ratio!r}.")
         elif not 0 < self.ratio <= 1:
             raise ValueError(f"ratio={self.ratio} must be in (0, 1]: it is K/M, 0.125 for 1/8.")
 
     def _check_combinations(self) -> None:
-        if not (isinstance(self.decay, (int, float)) and 0 < self.decay <= 1):
+        if not (_is_number(self.decay) and 0 < self.decay <= 1):
             raise ValueError(
                 f"decay={self.decay!r} must be in (0, 1]; memory='none' remembers nothing at all."
             )
@@ -185,9 +193,10 @@ class MemAOPConfig:
         return self.memory in ROW_MEMORIES
 
     def num_rows(self, rows: int) -> int:
-        """K for a batch of `rows` rows: between 1 and `rows`, and 0 for an empty batch."""
-        wanted = self.k if self.k is not None else math.floor((self.ratio or 0) * rows + 0.5)
-        return min(rows, max(1, wanted))
+        """K for a batch of `rows` rows: whole blocks, at least one, and at most `rows`."""
+        wanted = self.k if self.k is not None else (self.ratio or 0) * rows
+        blocks = math.floor(wanted / self.block_rows + 0.5)
+        return min(rows, max(1, blocks) * self.block_rows)
 
     def rank_for(self, in_features: int) -> int:
         """Rank of the subspace in a layer with this many inputs: at most a quarter of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -38,28 +39,31 @@ class _MemAOPLinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        config: MemAOPConfig = ctx.config
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        rows = math.prod(grad_output.shape[:-1])
-        g = grad_output.reshape(rows, grad_output.shape[-1])
-        if x is not None:
-            x = x.reshape(rows, x.shape[-1])
-        selection = None
-        if config.grad_input == "sampled" and needs_x and config.num_rows(rows) < rows:
-            selection = select_for_both(x, g, config)
-        dx = dw = db = None
-        if needs_x:
-            if selection is None:
-                dx = g @ weight
-            else:
-                dx = sampled_input_grad(g, weight, selection, config)
-            dx = dx.reshape(ctx.x_shape)
-        if needs_weight:
-            dw = weight_grad(x, g, config, ctx.memory, selection=selection)
-        if needs_bias:
-            db = g.sum(0)
-        return dx, dw, db, None, None
+        # Casts were made in the forward pass, whatever region backward is called from.
+        with _no_autocast(grad_output.device.type):
+            return _backward(ctx, grad_output)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    config: MemAOPConfig = ctx.config
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    rows = math.prod(grad_output.shape[:-1])
+    g = grad_output.reshape(rows, grad_output.shape[-1])
+    if x is not None:
+        x = x.reshape(rows, x.shape[-1])
+    selection = None
+    if config.grad_input == "sampled" and needs_x and config.num_rows(rows) < rows:
+        selection = select_for_both(x, g, config)
+    dx = dw = db = None
+    if needs_x:
+        dx = g @ weight if selection is None else sampled_input_grad(g, weight, selection, config)
+        dx = dx.reshape(ctx.x_shape)
+    if needs_weight:
+        dw = weight_grad(x, g, config, ctx.memory, selection=selection)
+    if needs_bias:
+        db = g.sum(0)
+    return dx, dw, db, None, None
 
 
 def memaop_linear(
@@ -84,13 +88,15 @@ def memaop_linear(
             `None` for `memory="none"`.
 
     Returns:
-        [..., P]. Under autocast the operands are cast as for any linear layer.
+        [..., P]. Under autocast the operands are cast as for any linear layer. Differentiable once,
+        and not under `torch.func.vmap`.
 
     Raises:
         TypeError: `x` is not floating point, or the dtypes differ.
         ValueError: The shapes do not fit, or `memory` is not of the kind that `config` asks for.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         x, weight = _autocast(x), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
     _check_operands(x, weight, bias)
@@ -99,6 +105,12 @@ def memaop_linear(
         return F.linear(x, weight, bias)
     result: Tensor = _MemAOPLinearFunction.apply(x, weight, bias, config, memory)
     return result
+
+
+def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _autocast(a: Tensor) -> Tensor:
@@ -132,6 +144,7 @@ class MemAOPLinear(nn.Linear):
 
     Parameters, `state_dict` and forward pass are those of `nn.Linear`. The approximation applies in
     training mode; after `.eval()` the gradients are exact and the memory rests, as with dropout.
+    Call `reset_memory` on a copy that is not trained, or it holds a copy of the memory too.
 
     Args:
         in_features: N.

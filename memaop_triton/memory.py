@@ -22,12 +22,12 @@ from memaop_triton.kernels import cpu as kernels
 class ResidualMemory:
     """Rows of X and G that were not selected yet, one slot per row of the batch.
 
-    A step adds the rows of the batch to the slots, `m ← c·σ·m + x` (for G likewise), computes the
-    outer products of K slots and empties these. c is the carry `√(decay · η_prev/η_now)`, which
-    makes the stored rows a gradient at the current learning rate, and σ a random sign for the
-    `signed` memory (the same for X and G), 1 otherwise. A slot belongs to a position in the batch:
-    a shorter batch adds to the first slots (the carry applies to the others too), a longer one
-    makes more slots.
+    A step, which is one backward pass of the layer, adds the rows of the batch to the slots,
+    `m ← c·σ·m + x` (for G likewise), computes the outer products of K slots and empties these. c is
+    the carry `√(decay · η_prev/η_now)`, which makes the stored rows a gradient at the current
+    learning rate, and σ a random sign for the `signed` memory (the same for X and G), 1 otherwise.
+    A slot belongs to a position in the batch: a shorter batch adds to the first slots (the carry
+    applies to the others too), a longer one makes more slots.
 
     Args:
         in_features: N, length of a row of X.
@@ -121,7 +121,7 @@ class ResidualMemory:
 
     @property
     def is_paused(self) -> bool:
-        """Whether the learning rate is zero, so that nothing of this step reaches the weight."""
+        """Whether the learning rate is zero, so that an SGD step would move nothing."""
         return self.learning_rate == 0
 
     def take_carry(self) -> float:
@@ -265,7 +265,7 @@ class SubspaceMemory:
         return self.basis.to(device=x.device, dtype=x.dtype)
 
     def end_step(self, x: Tensor, z: Tensor) -> None:
-        """Count a step that projected `x` ([M, N]) to `z` = X Q; refresh Q when it is due."""
+        """Count a step that projected `x` ([M, N]) to `z` ∝ X Q; refresh Q when it is due."""
         self.step += 1
         if self.step % self.refresh_every == 0:
             self._iterate(x, z)

@@ -14,12 +14,14 @@ def attach_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     """Let every row memory of `model` follow the learning rate of its weight's parameter group.
 
     The paper's memories hold rows times √η. Ours hold rows of the gradient, so when the learning
-    rate moves from η_prev to η_now the remembered rows are rescaled by √(η_prev/η_now). Without
-    this call the learning rate counts as constant. Any scheduler works: the rate is read from
-    `optimizer.param_groups` in each backward pass. In a step whose rate is zero the memory rests.
+    rate moves from η_prev to η_now the remembered rows are rescaled by √(η_prev/η_now), which makes
+    plain SGD equal to the paper's update. Without this call the learning rate counts as constant.
+    Any scheduler works: the rate is read from `optimizer.param_groups` in each backward pass. In a
+    step whose rate is zero the memory rests. The scale of a `torch.amp.GradScaler` is not followed:
+    when it changes, the rows remembered until then count at the old scale.
 
-    The link is weak and not copied: call this again for a `deepcopy` of the model, after
-    unpickling, and for a new optimizer. Layers without a row memory need no link.
+    The link is weak (keep the optimizer) and not copied: call this again for a `deepcopy` of the
+    model, after unpickling, and for a new optimizer. Layers without a row memory need no link.
 
     Args:
         model: A model with converted layers.

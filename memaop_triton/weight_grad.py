@@ -71,7 +71,7 @@ def select(
     padded = torch.nn.functional.pad(scores, (0, blocks * block - rows))
     chosen = select_rows(
         padded.view(blocks, block).sum(1),
-        max(1, (k + block // 2) // block),
+        -(-k // block),
         config.selection,
         rescale=config.rescale,
         generator=generator,
@@ -178,6 +178,7 @@ def _with_subspace(
     if selection is None:
         selection = select(_scores(rest_norms, g_norms), config, generator)
     indices, weights = _rows_and_weights(selection, config)
-    dw = kernels.gather_gemm(x, g, indices, weights, kernels.Projection(basis, z, zg))
+    expand = basis * kernels.basis_scale(x.shape[1])
+    dw = kernels.gather_gemm(x, g, indices, weights, kernels.Projection(expand, z, zg))
     memory.end_step(x, z)
     return dw

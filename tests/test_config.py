@@ -1,10 +1,12 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from memaop_triton import MemAOPConfig
 from memaop_triton.config import GRAD_INPUTS, MEMORIES, SELECTIONS
+from memaop_triton.weight_grad import select
 
 
 def test_default_is_priority_with_a_subspace_of_rank_16_at_an_eighth():
@@ -106,6 +108,20 @@ def test_memory_dtype_that_cannot_store_a_memory(dtype):
 def test_argument_of_the_wrong_type(arguments, message):
     with pytest.raises(TypeError, match=message):
         MemAOPConfig(**arguments)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert MemAOPConfig(k=np.int64(8)).num_rows(64) == 8
+    assert MemAOPConfig(ratio=np.float32(0.125)).num_rows(64) == 8
+
+
+@pytest.mark.parametrize(
+    ("rows", "block", "k"), [(64, 128, 64), (128, 64, 64), (256, 16, 32), (1000, 64, 128)]
+)
+def test_k_is_whole_blocks(rows, block, k):
+    config = MemAOPConfig(block_rows=block, memory="none")
+    assert config.num_rows(rows) == k
+    assert len(select(torch.rand(rows), config).indices) == k
 
 
 @pytest.mark.parametrize("block_rows", [16.0, True, "16"])

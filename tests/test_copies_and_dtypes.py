@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from memaop_triton import MemAOPConfig, MemAOPLinear
+from memaop_triton import MemAOPConfig, MemAOPLinear, new_memory
+from memaop_triton.weight_grad import weight_grad
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -90,6 +91,40 @@ def test_steps_under_autocast_and_without_it_alternate(memory_scheme, enabled):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled == bool(step % 2)):
             layer(torch.randn(17, 12)).float().square().sum().backward()
     assert layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("grad_input", ["exact", "sampled"])
+@pytest.mark.parametrize("memory", ["none", "subspace"])
+def test_backward_inside_autocast_of_a_forward_outside_it(memory, grad_input):
+    config = MemAOPConfig(k=3, rank=2, memory=memory, grad_input=grad_input)
+    gradients = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        layer = MemAOPLinear(12, 5, config=config)
+        x = torch.randn(17, 12, requires_grad=True)
+        loss = layer(x).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss.backward()
+        gradients.append((x.grad, layer.weight.grad))
+    for outside, inside in zip(*gradients, strict=True):
+        assert torch.equal(outside, inside)
+
+
+def test_forward_on_the_meta_device():
+    layer = MemAOPLinear(12, 5, device="meta")
+    assert layer(torch.empty(17, 12, device="meta")).shape == (17, 5)
+
+
+@pytest.mark.parametrize("size", [1, 1500])
+def test_float16_subspace_of_large_rows_is_finite(size):
+    config = MemAOPConfig(k=64)
+    memory = new_memory(config, 2048, 8)
+    x, g = (size * torch.randn(512, 2048)).half(), (1e-3 * torch.randn(512, 8)).half()
+    for _ in range(2):
+        dw = weight_grad(x, g, config, memory)
+    exact = g.double().T @ x.double()
+    assert dw.isfinite().all()
+    assert ((dw.double() * exact).sum() / exact.square().sum() - 1).abs() < 0.5
 
 
 def test_autocast_leaves_float64_alone_like_nn_linear():

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from memaop_triton import MemAOPConfig, new_memory
 from memaop_triton.kernels import cpu, native
@@ -56,7 +57,8 @@ def test_projections_agree_with_pytorch(plain, rows, columns, rank, threads):
         again = cpu.transposed_mm(z, x)
     finally:
         torch.set_num_threads(1)
-    torch.testing.assert_close(z, x @ basis, rtol=1e-4, atol=1e-4)
+    scale = cpu.basis_scale(columns)
+    torch.testing.assert_close(scale * z, x @ basis, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(x_norms, x.norm(dim=1))
     torch.testing.assert_close(product, z.T @ x, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(again, product)
@@ -122,6 +124,46 @@ def test_a_step_is_the_same_without_the_compiled_passes(plain, memory):
 
     compiled, torch_only = both(plain, steps)
     torch.testing.assert_close(compiled, torch_only, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_is_nobodys_dtype(dtype):
+    config = MemAOPConfig(k=20, rank=4)
+    x = torch.randn(200, 32)
+
+    def step():
+        generator = torch.Generator().manual_seed(0)
+        return weight_grad(x, x, config, new_memory(config, 32, 32), generator=generator)
+
+    expected = step()
+    torch.set_default_dtype(dtype)
+    try:
+        found = step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+def test_tensors_without_memory_of_their_own_are_left_to_pytorch():
+    assert native.row_norms(TwoTensor(torch.randn(4, 16), torch.randn(4, 16))) is None
+    seen = []
+    torch.func.grad(lambda x: seen.append(native.row_norms(x)) or x.sum())(torch.randn(4, 16))
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("operand", [0, 1])
+def test_sparse_or_transposed_operands_are_left_to_pytorch(operand):
+    operands = [torch.randn(32, 32), torch.randn(32, 16)]
+    operands[operand] = operands[operand].t().contiguous().t()
+    assert native.project(*operands) is None
+    assert native.row_norms(torch.eye(4).to_sparse()) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing is compiled elsewhere")
+def test_unknown_backend(fresh_library, monkeypatch):
+    monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "pytorch")
+    with pytest.raises(ValueError, match="MEMAOP_TRITON_BACKEND='pytorch' is not one of 'torch'"):
+        fresh_library()
 
 
 @needs_compiler

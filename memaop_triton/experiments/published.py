@@ -62,14 +62,15 @@ def published_curves(
 
     Args:
         experiment: Only `"energy"` has curves.
-        data_dir: The curves are expected in `../paper/energy_curves.csv` from here.
+        data_dir: The curves are read from `energy_curves.csv` in it: columns `selection`,
+            `memory`, `k`, `epoch` and `val_loss_mean`.
 
     Raises:
         DataError: The file is there and cannot be read.
     """
     if experiment != "energy" or data_dir is None:
         return {}
-    path = data_dir.resolve().parent / "paper" / "energy_curves.csv"
+    path = data_dir / "energy_curves.csv"
     if not path.is_file():
         return {}
     curves: dict[Scheme, dict[int, float]] = {}
