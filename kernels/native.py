@@ -74,11 +74,13 @@ def project(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor] | None:
     """Z = X Q ([M, q]) and the row norms of X ([M]) for basis Q ([N, q]), or `None`."""
     groups = -(-basis.shape[1] // _LANES)
     wanted = x.dtype == basis.dtype == torch.float32 and groups in range(1, 5)
-    library = _library_for(x, basis) if wanted and x.shape[1] % _LANES == 0 else None
-    if library is None:
+    if not wanted or x.shape[1] % _LANES:
         return None
     padded = x.new_zeros((x.shape[1], groups * _LANES))
-    padded[:, : basis.shape[1]] = basis
+    padded[:, : basis.shape[1]] = basis  # of any layout: QR leaves it transposed
+    library = _library_for(x, padded)
+    if library is None:
+        return None
     z = x.new_empty((x.shape[0], groups * _LANES))
     norms = x.new_empty(x.shape[0])
     *size, threads = _size(x)

@@ -151,12 +151,22 @@ def test_tensors_without_memory_of_their_own_are_left_to_pytorch():
     assert seen == [None]
 
 
-@pytest.mark.parametrize("operand", [0, 1])
-def test_sparse_or_transposed_operands_are_left_to_pytorch(operand):
-    operands = [torch.randn(32, 32), torch.randn(32, 16)]
-    operands[operand] = operands[operand].t().contiguous().t()
-    assert native.project(*operands) is None
+def test_sparse_or_transposed_rows_are_left_to_pytorch():
+    transposed = torch.randn(32, 32).t()
+    assert native.project(transposed, torch.randn(32, 16)) is None
+    assert native.transposed_mm(torch.randn(32, 16), transposed) is None
+    assert native.row_norms(transposed) is None
     assert native.row_norms(torch.eye(4).to_sparse()) is None
+
+
+@needs_compiler
+def test_the_default_setting_uses_them(monkeypatch):
+    for name in ("_project_in_chunks", "_transposed_mm_in_chunks"):
+        monkeypatch.setattr(cpu, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    config = MemAOPConfig(refresh_every=1)
+    memory = new_memory(config, 64, 32)
+    for _ in range(3):
+        weight_grad(torch.randn(100, 64), torch.randn(100, 32), config, memory)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing is compiled elsewhere")
