@@ -65,11 +65,13 @@ def test_cpu_weight_grad(compare, shape, inverse_ratio, setting):
     )
 
 
+@pytest.mark.parametrize("setting", ["default", "priority"])
 @pytest.mark.parametrize(("grad_input", "target"), [("exact", 1.3), ("sampled", 1.9)])
-def test_cpu_layer(compare, grad_input, target):
+def test_cpu_layer(compare, grad_input, target, setting):
     m, n, p = SHAPES[0]
     dense = nn.Linear(n, p)
-    ours = convert_(nn.Linear(n, p), MemAOPConfig(ratio=1 / 8, grad_input=grad_input))
+    config = MemAOPConfig(ratio=1 / 8, grad_input=grad_input, **SETTINGS[setting])
+    ours = convert_(nn.Linear(n, p), config)
     x, g = torch.randn(m, n, requires_grad=True), torch.randn(m, p)
 
     def step(layer):
@@ -77,7 +79,7 @@ def test_cpu_layer(compare, grad_input, target):
         layer(x).backward(g)
 
     compare(
-        f"layer {m}x{n}x{p} r=1/8 grad_input={grad_input}",
+        f"layer {m}x{n}x{p} r=1/8 {setting} dX {grad_input}",
         lambda: step(dense),
         lambda: step(ours),
         target=target,
