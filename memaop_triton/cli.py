@@ -219,7 +219,7 @@ def _run_paper(
     summaries = paper_report.summarise(experiment, outcomes)
     console.print(paper_report.table(experiment, summaries))
     figure = output / f"reproduce_{name}.png"
-    paper_report.save_figure(figure, experiment, summaries, directory)
+    paper_report.save_figure(figure, experiment, summaries)
     if json_path is not None:
         paper_report.save_json(json_path, experiment, seed, summaries)
     _say_written(console, figure, json_path)

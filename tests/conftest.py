@@ -1,6 +1,4 @@
 import math
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,14 +29,6 @@ def pytest_configure():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def data_dir():
-    folder = os.environ.get("MEMAOP_TRITON_DATA_DIR")
-    if not folder:
-        pytest.skip("needs data files: set MEMAOP_TRITON_DATA_DIR to their folder")
-    return Path(folder)
 
 
 @pytest.fixture(params=LEGAL, ids=_label)

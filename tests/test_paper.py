@@ -80,9 +80,11 @@ def both(selections):
         for layer in layers:
             layer._set_config(config)
         draws = iter(selections)
-        pick = largest
-        if config.selection != "topk":
-            pick = lambda a, b, k: next(draws).indices.numpy()  # noqa: E731
+
+        def recorded(a, b, k):
+            return next(draws).indices.numpy()
+
+        pick = largest if config.selection == "topk" else recorded
         paper = PaperNet(layers, config.k, config.memory == "residual", config.decay, pick)
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
         scheduler = schedule(optimizer) if schedule else None

@@ -17,7 +17,6 @@ from memaop_triton.experiments.paper import Experiment, Outcome, Scheme
 from memaop_triton.experiments.published import (
     RUNS,
     Value,
-    published_curves,
     published_value,
 )
 
@@ -31,6 +30,7 @@ _COLOURS = {
     "randk": "#f4a261",
     "dense": "black",
 }
+_CIRCLE: dict[str, Any] = {"marker": "o", "markersize": 8, "markerfacecolor": "none"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,22 +162,19 @@ def _numbers(values: npt.NDArray[np.float64]) -> list[float | None]:
     return [float(value) if math.isfinite(value) else None for value in values]
 
 
-def save_figure(
-    path: Path, experiment: Experiment, summaries: list[Summary], data_dir: Path | None
-) -> None:
-    """Draw validation loss against epoch, a panel per K; the authors' curves are dashed."""
+def save_figure(path: Path, experiment: Experiment, summaries: list[Summary]) -> None:
+    """Draw validation loss against epoch, a panel per K; circles are the authors' final losses."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    published = published_curves(experiment.name, data_dir)
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(experiment.ks), sharey=True)
     for panel, k in zip(panels, experiment.ks, strict=True):
         for summary in summaries:
             if summary.scheme.k in (k, None):
-                _draw(panel, summary, published.get(summary.scheme))
+                _draw(panel, summary)
         panel.set_title(f"K = {k} of M = {experiment.batch_size}")
         panel.set_xlabel("epoch")
         panel.xaxis.get_major_locator().set_params(integer=True)
@@ -186,16 +183,16 @@ def save_figure(
             panel.set_yscale("log")
     panels[0].set_ylabel("validation loss")
     handles, labels = panels[0].get_legend_handles_labels()
-    if published:
-        handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1.2))
-        labels.append("dashed: the authors' curves")
+    if any(summary.published for summary in summaries):
+        handles.append(Line2D([], [], color="grey", linestyle="none", **_CIRCLE))
+        labels.append("the authors' final loss")
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     runs = summaries[0].runs
     figure.suptitle(f"{experiment.name}: mean over {runs} run{'s' if runs > 1 else ''}")
     figure.savefig(path, dpi=130)
 
 
-def _draw(panel: Any, summary: Summary, published: npt.NDArray[np.float64] | None) -> None:
+def _draw(panel: Any, summary: Summary) -> None:
     colour = _COLOURS[summary.scheme.label]
     losses = summary.losses.mean(0)
     epochs = np.arange(1, len(losses) + 1)
@@ -203,6 +200,5 @@ def _draw(panel: Any, summary: Summary, published: npt.NDArray[np.float64] | Non
     panel.plot(
         epochs, losses, color=colour, linewidth=1.6, marker=marker, label=summary.scheme.label
     )
-    if published is not None:
-        shown = published[: len(losses)]
-        panel.plot(epochs[: len(shown)], shown, color=colour, linewidth=1.2, linestyle="--")
+    if summary.published is not None:
+        panel.plot(epochs[-1], summary.published.mean, color=colour, **_CIRCLE)

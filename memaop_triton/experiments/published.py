@@ -5,14 +5,8 @@ Source: the result files of github.com/HernandezEduin/Mem-AOP-GD, energy data, 1
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from memaop_triton.experiments.errors import DataError
 from memaop_triton.experiments.paper import Scheme
 
 RUNS = 10
@@ -53,34 +47,3 @@ ENERGY = {
 def published_value(experiment: str, scheme: Scheme, epochs: int) -> Value | None:
     """The authors' final loss, `None` where there is none or for another number of epochs."""
     return ENERGY[scheme] if experiment == "energy" and epochs == EPOCHS else None
-
-
-def published_curves(
-    experiment: str, data_dir: Path | None
-) -> dict[Scheme, npt.NDArray[np.float64]]:
-    """The authors' mean validation loss per epoch, if their curves lie beside the data.
-
-    Args:
-        experiment: Only `"energy"` has curves.
-        data_dir: The curves are read from `energy_curves.csv` in it: columns `selection`,
-            `memory`, `k`, `epoch` and `val_loss_mean`.
-
-    Raises:
-        DataError: The file is there and cannot be read.
-    """
-    if experiment != "energy" or data_dir is None:
-        return {}
-    path = data_dir / "energy_curves.csv"
-    if not path.is_file():
-        return {}
-    curves: dict[Scheme, dict[int, float]] = {}
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                k = None if row["selection"] == "dense" else int(row["k"])
-                scheme = Scheme(row["selection"], row["memory"], k)
-                losses = curves.setdefault(scheme, {})
-                losses[int(row["epoch"])] = float(row["val_loss_mean"])
-    except (KeyError, ValueError) as error:
-        raise DataError(f"{path} is not a table of curves: {error!r}") from None
-    return {s: np.array([losses[e] for e in sorted(losses)]) for s, losses in curves.items()}
