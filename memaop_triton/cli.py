@@ -19,8 +19,6 @@ from memaop_triton.experiments.errors import ExperimentError, require_extra, req
 PROGRAM = "memaop-triton"
 
 app = typer.Typer(add_completion=False, help="A cheaper backward pass for PyTorch linear layers.")
-reproduce = typer.Typer(help="Repeat the experiments of arXiv 2110.09164 by its authors' protocol.")
-app.add_typer(reproduce, name="reproduce")
 
 
 class Dataset(StrEnum):
@@ -29,6 +27,13 @@ class Dataset(StrEnum):
     DIGITS = "digits"
     MNIST = "mnist"
     FASHION_MNIST = "fashion_mnist"
+
+
+class Paper(StrEnum):
+    """An experiment of the paper."""
+
+    ENERGY = "energy"
+    MNIST = "mnist"
 
 
 class Optimizer(StrEnum):
@@ -82,15 +87,6 @@ def _root(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    _help_without_command(context)
-
-
-@reproduce.callback(invoke_without_command=True)
-def _reproduce(context: typer.Context) -> None:
-    _help_without_command(context)
-
-
-def _help_without_command(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -157,71 +153,44 @@ def demo(
     _say_written(console, figure, json_path)
 
 
-Epochs = Annotated[int | None, typer.Option(min=1, help="Default: the paper's.")]
-Jobs = Annotated[int, typer.Option(min=1, help="Processes, one thread each.")]
-Seed = Annotated[int, typer.Option(min=0, help="Every run's seed is derived from it.")]
-
-
-@reproduce.command()
-def energy(
-    runs: Annotated[int, typer.Option(min=1, help="Runs of each of the 19 schemes.")] = 10,
-    epochs: Epochs = None,
-    jobs: Jobs = 1,
+@app.command()
+def reproduce(
+    experiment: Annotated[
+        Paper, typer.Argument(help="energy: figure 3, a regression. mnist: figure 4.")
+    ],
+    runs: Annotated[
+        int | None, typer.Option(min=1, help="Of each of 19 schemes; default: 10 energy, 3 mnist.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: the paper's.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 1,
     data_dir: DataDir = None,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Every run's seed is derived from it.")] = 0,
     output: Output = Path("results"),
     json_path: JsonPath = None,
 ) -> None:
-    """Figure 3: regression on the energy efficiency data, beside the authors' numbers."""
-    _run_paper("energy", runs, epochs, jobs, data_dir, seed, output, json_path)
-
-
-@reproduce.command()
-def mnist(
-    runs: Annotated[int, typer.Option(min=1, help="Runs of each of the 19 schemes.")] = 3,
-    epochs: Epochs = None,
-    jobs: Jobs = 1,
-    data_dir: DataDir = None,
-    seed: Seed = 0,
-    output: Output = Path("results"),
-    json_path: JsonPath = None,
-) -> None:
-    """Figure 4: classification of MNIST by one layer."""
-    _run_paper("mnist", runs, epochs, jobs, data_dir, seed, output, json_path)
-
-
-def _run_paper(
-    name: str,
-    runs: int,
-    epochs: int | None,
-    jobs: int,
-    data_dir: Path | None,
-    seed: int,
-    output: Path,
-    json_path: Path | None,
-) -> None:
+    """Repeat an experiment of arXiv 2110.09164 by its authors' protocol, beside their numbers."""
     from memaop_triton.experiments import data, paper, paper_report
 
     require_extra("matplotlib")
     require_output(output, json_path)
-    experiment = paper.EXPERIMENTS[name]
+    setup = paper.EXPERIMENTS[experiment]
     directory = data.resolve_data_dir(data_dir)
-    paper.load_problem(name, directory)
-    tasks = paper.make_tasks(experiment, runs, epochs or experiment.epochs, seed, directory)
+    paper.load_problem(setup.name, directory)
+    tasks = paper.make_tasks(setup, runs or setup.runs, epochs or setup.epochs, seed, directory)
     console = Console()
     outcomes = []
     with _progress(console, TextColumn("{task.fields[last]}")) as progress:
-        row = progress.add_task(f"reproduce {name}", total=len(tasks), last="")
+        row = progress.add_task(f"reproduce {experiment}", total=len(tasks), last="")
         for outcome in paper.run_tasks(tasks, jobs):
             outcomes.append(outcome)
             last = f"{outcome.scheme.label}: loss {outcome.losses[-1]:.3f}"
             progress.update(row, advance=1, last=last)
-    summaries = paper_report.summarise(experiment, outcomes)
-    console.print(paper_report.table(experiment, summaries))
-    figure = output / f"reproduce_{name}.png"
-    paper_report.save_figure(figure, experiment, summaries)
+    summaries = paper_report.summarise(setup, outcomes)
+    console.print(paper_report.table(setup, summaries))
+    figure = output / f"reproduce_{experiment}.png"
+    paper_report.save_figure(figure, setup, summaries)
     if json_path is not None:
-        paper_report.save_json(json_path, experiment, seed, summaries)
+        paper_report.save_json(json_path, setup, seed, summaries)
     _say_written(console, figure, json_path)
 
 

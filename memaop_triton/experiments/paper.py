@@ -52,12 +52,14 @@ class Experiment:
         batch_size: M. A last batch that is shorter is skipped.
         ks: The numbers of rows K.
         epochs: The paper's number of epochs.
+        runs: Runs of every scheme, unless told otherwise.
     """
 
     name: str
     batch_size: int
     ks: tuple[int, ...]
     epochs: int
+    runs: int
 
     def schemes(self) -> list[Scheme]:
         """Dense, and every selection with and without memory at every K."""
@@ -70,8 +72,8 @@ class Experiment:
 
 
 EXPERIMENTS = {
-    "energy": Experiment("energy", batch_size=144, ks=(18, 9, 3), epochs=100),
-    "mnist": Experiment("mnist", batch_size=64, ks=(32, 16, 8), epochs=30),
+    "energy": Experiment("energy", batch_size=144, ks=(18, 9, 3), epochs=100, runs=10),
+    "mnist": Experiment("mnist", batch_size=64, ks=(32, 16, 8), epochs=30, runs=3),
 }
 
 
