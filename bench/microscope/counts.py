@@ -1,0 +1,81 @@
+"""What is read off a compiled kernel."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LoopCounts:
+    """The inner loop, counted.
+
+    Attributes:
+        instructions: All of them; a predicated one takes its issue slot as well.
+        matrix: Matrix instructions by mnemonic.
+        copies: Copies out of global memory by mnemonic and bits per thread: "LDGSTS.128". Copies by
+            descriptor (TMA) have no width: "UTMALDG".
+        others: What else tells how the loop works: shared-memory traffic, packed arithmetic.
+        iterations: Iterations of the loop in Triton's GPU dialect that one of this loop does, where
+            that can be told; more than 1 if the assembler unrolled.
+    """
+
+    instructions: int
+    matrix: Counter[str]
+    copies: Counter[str]
+    others: Counter[str]
+    iterations: float = 1.0
+
+    @property
+    def per_iteration(self) -> float:
+        """Instructions per iteration of the loop in Triton's GPU dialect."""
+        return self.instructions / self.iterations
+
+    @property
+    def wide_copies(self) -> int:
+        """Copies of 16 bytes or more, or of whole tiles."""
+        return sum(n for name, n in self.copies.items() if copy_bits(name) >= 128)
+
+    @property
+    def all_copies(self) -> int:
+        """Copies of any width."""
+        return self.copies.total()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A kernel, counted.
+
+    Attributes:
+        registers: Vector registers per thread, AMD's accumulation registers included.
+        accumulators: AMD's accumulation registers alone.
+        scalars: AMD's scalar registers per wavefront.
+        spills: Instructions (NVIDIA) or vector registers (AMD) that spill.
+        scalar_spills: AMD's scalar registers that are kept in lanes of vector registers.
+        stack: Bytes of local memory (scratch) per thread.
+        shared: Bytes of shared memory per program.
+        tensor_memory: Columns of tensor memory per program.
+        loop: The inner loop, if there is any.
+    """
+
+    registers: int
+    accumulators: int
+    scalars: int
+    spills: int
+    scalar_spills: int
+    stack: int
+    shared: int
+    tensor_memory: int
+    loop: LoopCounts | None
+
+
+def tally(names: Iterable[str | None]) -> Counter[str]:
+    """Counts of names in alphabetical order, `None` left out."""
+    return Counter(dict(sorted(Counter(n for n in names if n is not None).items())))
+
+
+def copy_bits(name: str) -> int:
+    """Bits that one thread's copy moves; a whole row of bytes counts for copies without a width."""
+    width = name.rpartition(".")[2]
+    return int(width) if width.isdigit() else 1 << 10

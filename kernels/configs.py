@@ -1,0 +1,220 @@
+"""How a kernel is cut into programs: one explicit choice per launch, made by a fixed rule.
+
+A rule looks at the target and the shape and nothing else, so that every process of a run chooses
+alike. The tiles a rule can choose are listed, so that all of them can be compiled and looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from memaop_triton.kernels.targets import Target
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """A tile of the gather GEMMs.
+
+    Attributes:
+        block_n: Columns of X per program.
+        block_p: Columns of G per program.
+        block_k: Rows per step.
+        split_k: Number of programs that share the rows of a tile.
+        num_warps: Warps per program.
+        num_stages: Depth of the software pipeline.
+        group: Tiles along P that neighbouring programs cover before they move along N.
+        tiles_n: Pieces in which the columns of X are loaded and multiplied; two narrow ones need
+            fewer addresses than one that is 256 wide.
+        x_columns_first: Orientation in which X is loaded. Units that read both operands from shared
+            memory want the columns first; those that read from registers want the rows first.
+    """
+
+    block_n: int
+    block_p: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 1
+    group: int = 8
+    tiles_n: int = 1
+    x_columns_first: bool = False
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """A tile of the passes over rows.
+
+    Attributes:
+        block_m: Rows per program.
+        block_c: Columns per step.
+        num_warps: Warps per program.
+        num_stages: Depth of the software pipeline.
+        split: Number of programs that share the rows, for products over all rows.
+    """
+
+    block_m: int
+    block_c: int
+    num_warps: int
+    num_stages: int = 2
+    split: int = 1
+
+
+def gemm_tiles(target: Target, dtype: torch.dtype, precision: str) -> tuple[GemmConfig, ...]:
+    """The tiles of the gather GEMM on a target, largest first."""
+    if dtype == torch.float32:
+        return _TILES_IEEE if precision == "ieee" else _tf32_tiles(target)
+    if target.backend == "hip":
+        return _TILES_AMD
+    if target.shared_memory < 128 << 10:
+        return _TILES_SMALL_SHARED
+    if target.arch == 80:
+        return _TILES_HALF
+    return tuple(replace(tile, x_columns_first=True) for tile in (_TILE_WIDE, *_TILES_HALF))
+
+
+_TILE_WIDE = GemmConfig(256, 128, 64, 8, 3, tiles_n=2)
+_TILES_HALF = (
+    GemmConfig(128, 128, 64, 8, 3),
+    GemmConfig(128, 64, 64, 4, 3),
+    GemmConfig(64, 64, 64, 4, 3),
+    GemmConfig(32, 64, 64, 4, 3),
+    GemmConfig(16, 64, 64, 4, 3),
+)
+# 99 KiB per program: shallower steps instead of narrower tiles.
+_TILES_SMALL_SHARED = (
+    GemmConfig(128, 128, 32, 8, 3),
+    GemmConfig(128, 64, 64, 4, 3),
+    GemmConfig(64, 64, 64, 4, 3),
+    GemmConfig(32, 64, 64, 4, 3),
+    GemmConfig(16, 64, 64, 4, 3),
+)
+_TILES_AMD = (
+    GemmConfig(128, 128, 64, 8, 2),
+    GemmConfig(128, 64, 64, 4, 2),
+    GemmConfig(64, 64, 64, 4, 2),
+    GemmConfig(32, 64, 64, 4, 2),
+    GemmConfig(16, 64, 64, 4, 2),
+)
+_TILES_IEEE = (
+    GemmConfig(64, 64, 16, 8, 2),
+    GemmConfig(32, 32, 16, 4, 2),
+    GemmConfig(16, 32, 16, 4, 2),
+)
+
+
+def _tf32_tiles(target: Target) -> tuple[GemmConfig, ...]:
+    stages = 2 if target.backend == "hip" or target.shared_memory < 128 << 10 else 3
+    return (
+        GemmConfig(128, 128, 32, 8, stages),
+        GemmConfig(128, 64, 32, 4, stages),
+        GemmConfig(64, 64, 32, 4, stages),
+        GemmConfig(32, 64, 32, 4, stages),
+        GemmConfig(16, 64, 32, 4, stages),
+    )
+
+
+def for_gather_gemm(
+    target: Target, dtype: torch.dtype, precision: str, k: int, n: int, p: int
+) -> GemmConfig:
+    """The largest tile that occupies the GPU, with the rows split where even the smallest does not.
+
+    A larger tile reads less: each operand is read once per tile of the other. But a tile wider than
+    the matrix wastes its work, and fewer programs than processors leave some idle. With a split the
+    parts cost P·N float32 each, so a program keeps at least eight steps.
+    """
+    return _occupying(target, gemm_tiles(target, dtype, precision), k, n, p)
+
+
+def for_residual_gemm(
+    target: Target, dtype: torch.dtype, precision: str, k: int, n: int, p: int
+) -> GemmConfig:
+    """By the same rule, from tiles that leave registers for four operands."""
+    return _occupying(target, residual_tiles(dtype, precision), k, n, p)
+
+
+def residual_tiles(dtype: torch.dtype, precision: str) -> tuple[GemmConfig, ...]:
+    """The tiles of the fused residual GEMM, the same on every target."""
+    if dtype == torch.float32:
+        return _TILES_RESIDUAL_IEEE if precision == "ieee" else _TILES_RESIDUAL_TF32
+    return _TILES_RESIDUAL
+
+
+# From 64 columns of G on, Triton 3.7 multiplies computed float32 operands as tf32 on sm_100.
+_TILES_RESIDUAL_IEEE = (
+    GemmConfig(64, 32, 16, 8, 2),
+    GemmConfig(32, 32, 16, 4, 2),
+    GemmConfig(16, 32, 16, 4, 2),
+)
+_TILES_RESIDUAL = (
+    GemmConfig(128, 64, 32, 8, 2, x_columns_first=True),
+    GemmConfig(64, 64, 32, 4, 2, x_columns_first=True),
+    GemmConfig(32, 64, 32, 4, 2, x_columns_first=True),
+    GemmConfig(16, 64, 32, 4, 2, x_columns_first=True),
+)
+_TILES_RESIDUAL_TF32 = tuple(replace(tile, block_k=16) for tile in _TILES_RESIDUAL)
+
+
+def _occupying(target: Target, tiles: tuple[GemmConfig, ...], k: int, n: int, p: int) -> GemmConfig:
+    fitting = [tile for tile in tiles if _fits(tile, n, p)]
+
+    def programs(tile: GemmConfig) -> int:
+        return -(-n // tile.block_n) * -(-p // tile.block_p)
+
+    busy = [tile for tile in fitting if programs(tile) >= target.processors]
+    if busy:
+        return busy[0]
+    tile = max(fitting, key=lambda t: min(programs(t), target.processors))
+    most = max(1, k // (8 * tile.block_k))
+    return replace(tile, split_k=min(most, max(1, target.processors // programs(tile)), 32))
+
+
+def _fits(tile: GemmConfig, n: int, p: int) -> bool:
+    narrow = tile.block_n <= 16
+    return (tile.block_n // 2 < max(n, 16) or narrow) and tile.block_p // 2 < max(p, 64)
+
+
+def for_rows(target: Target, rows: int, columns: int, sums: bool) -> RowConfig:
+    """Rows per program for a pass over rows: enough programs, and long reads of every row.
+
+    The column sums that a pass leaves per program weigh 4/block_m of what it reads per column, so
+    with `sums` a program takes as many rows as leave two programs to each processor.
+    """
+    most = rows // (2 * target.processors)
+    block_m = 4 if most < 8 else 8
+    if sums:
+        block_m = 64 if most >= 64 else 32 if most >= 32 else 16
+    block_c = {4: 512, 8: 256, 16: 128, 32: 128, 64: 64}[block_m]
+    return RowConfig(block_m, block_c, 4 if block_m < 32 else 8)
+
+
+def projection_tiles(dtype: torch.dtype, rank: int) -> tuple[RowConfig, ...]:
+    """The tiles of Z = XQ for up to `rank` columns of Q, most rows first."""
+    block_c = (64 if dtype == torch.float32 else 128) // (2 if rank > 32 else 1)
+    return tuple(RowConfig(block_m, block_c, 4, 3) for block_m in (64, 32, 16))
+
+
+def for_projection(target: Target, dtype: torch.dtype, rank: int, rows: int) -> RowConfig:
+    """Rows per program for Z = XQ: as many as a matrix unit takes, fewer where rows are few."""
+    tiles = projection_tiles(dtype, rank)
+    return next((t for t in tiles if rows >= t.block_m * target.processors), tiles[-1])
+
+
+def transposed_tiles(dtype: torch.dtype, rank: int) -> tuple[RowConfig, ...]:
+    """The tiles of Aᵀ Z for up to `rank` columns of Z, widest first."""
+    block_m = (32 if dtype == torch.float32 else 64) // (2 if rank > 32 else 1)
+    return RowConfig(block_m, 128, 4, 3), RowConfig(block_m, 64, 4, 3)
+
+
+def for_transposed(
+    target: Target, dtype: torch.dtype, rank: int, rows: int, columns: int
+) -> RowConfig:
+    """A tile of Aᵀ Z: narrow enough to share the columns, the rows split to occupy the GPU.
+
+    A part weighs q float32 per column, so a share keeps at least 1,024 rows.
+    """
+    wide, narrow = transposed_tiles(dtype, rank)
+    tile = wide if columns >= wide.block_c else narrow
+    programs = -(-columns // tile.block_c)
+    return replace(tile, split=max(1, min(2 * target.processors // programs, rows // 1024, 32)))

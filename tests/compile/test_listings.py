@@ -1,0 +1,96 @@
+"""What is read off listings: loops, and copies by width."""
+
+import pytest
+
+from bench.microscope import amd, nvidia
+from bench.microscope.loops import find_loops, hottest
+
+
+def sass(*lines):
+    """A listing as nvdisasm writes it; labels start in the first column."""
+    return "\n".join(
+        line if line.startswith(".L") else f"        /*{i:04x}*/    {line} ;"
+        for i, line in enumerate(lines)
+    )
+
+
+def loop_of(*lines):
+    code, labels = nvidia.parse(sass(*lines))
+    return [i.mnemonic for i in inner(find_loops(code, labels, drop_detours=True)).body]
+
+
+def inner(loops):
+    return hottest(loops, nvidia._is_matrix, nvidia._is_copy)
+
+
+def test_retries_behind_the_loop_are_left_out():
+    found = loop_of(
+        ".L_1:",
+        "SYNCS.TRYWAIT P0, [UR4]",
+        "@!P0 BRA `(.L_2)",
+        ".L_3:",
+        "HMMA.16816 R0, R1",
+        "@P1 BRA `(.L_1)",
+        "EXIT",
+        ".L_2:",
+        "SYNCS.TRYWAIT P0, [UR4]",
+        "@!P0 BRA `(.L_2)",
+        "BRA `(.L_3)",
+    )
+    assert found == ["SYNCS.TRYWAIT", "BRA", "HMMA.16816", "BRA"]
+
+
+def test_the_loop_counts_though_as_many_products_stand_before_it():
+    found = loop_of("UTCHMMA gdesc", ".L_1:", "UTCHMMA gdesc", "BRA.U UP0, `(.L_1)", "EXIT")
+    assert found == ["UTCHMMA", "BRA.U"]
+
+
+def test_the_inner_of_two_loops_counts():
+    found = loop_of(
+        ".L_1:",
+        "MOV R1, R2",
+        ".L_2:",
+        "HMMA.16816 R0, R1",
+        "@P0 BRA `(.L_2)",
+        "LDG.E.128 R0, R1",
+        "@P1 BRA `(.L_1)",
+        "EXIT",
+    )
+    assert found == ["HMMA.16816", "BRA"]
+
+
+def test_amd_loops_are_found_by_their_labels():
+    text = "\ts_mov_b32 s0, 0\n.LBB0_1: ; %loop\n\tv_mfma_f32_32x32x8_bf16 v0, v1 ; 1\n\t.loc 1 2\n"
+    code, labels = amd.parse(text + "\ts_cbranch_scc1 .LBB0_1\n; %bb.2:\n\ts_endpgm\n")
+    (loop,) = find_loops(code, labels)
+    assert [i.mnemonic for i in loop.body] == ["v_mfma_f32_32x32x8_bf16", "s_cbranch_scc1"]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "name"),
+    [
+        ("buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen", "buffer_load.128"),
+        ("buffer_load_dwordx4 v4, s[0:3], 0 offen lds", "buffer_load_lds.128"),
+        ("global_load_lds_dwordx4 v[0:1], off", "global_load_lds.128"),
+        ("global_load_ushort v0, v[0:1], off", "global_load.16"),
+        ("global_load_dword v0, v[0:1], off", "global_load.32"),
+    ],
+)
+def test_amd_copies_by_kind_and_width(instruction, name):
+    assert amd._copy(amd._instruction(instruction)) == name
+
+
+@pytest.mark.parametrize(
+    ("mnemonic", "name"),
+    [
+        ("LDGSTS.E.BYPASS.LTC128B.128", "LDGSTS.128"),
+        ("LDGSTS.E.LTC128B.64", "LDGSTS.64"),
+        ("LDG.E.LTC128B", "LDG.32"),
+        ("LDG.E.U16.CONSTANT", "LDG.16"),
+        ("LDG.E.ENL2.256", "LDG.256"),
+        ("UTMALDG.2D", "UTMALDG"),
+        ("LDS.128", None),
+    ],
+)
+def test_nvidia_copies_by_kind_and_width(mnemonic, name):
+    assert nvidia._copy(mnemonic) == name

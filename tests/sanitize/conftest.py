@@ -1,0 +1,112 @@
+"""Every test in this folder runs its kernels under ttsem, which executes them without a GPU.
+
+It stops at an access out of bounds, at a race between programs and at an undefined operation, and
+rounds bfloat16 as a GPU does. Memory from `torch.empty` holds NaN, so what was never written
+shows in the values. `make sanitize` installs it; without it these tests are skipped.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from triton.runtime import driver
+
+from memaop_triton.kernels import targets
+
+
+class Gpu:
+    """The pretended GPU of a test: `launches` kernels have run on it so far."""
+
+    def __init__(self, session, fault):
+        self._session, self._fault = session, fault
+
+    @property
+    def launches(self):
+        return self._session.launches
+
+    @contextlib.contextmanager
+    def caught(self, kind, line):
+        """Passes if what runs inside stops with a fault of this kind, at this line of a kernel."""
+        with pytest.raises(self._fault) as stopped:
+            yield
+        assert stopped.value.fault.kind == kind, str(stopped.value)
+        assert line in stopped.value.fault.source_text, str(stopped.value)
+
+
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"], autouse=True)
+def gpu(request):
+    """A GPU without tensor copies and one with; tensors made for "cuda" land on it."""
+    sanitize = pytest.importorskip("ttsem.sanitize", reason="needs ttsem: run `make sanitize`")
+    pretending = pytest.importorskip("ttsem._fakedriver")
+    before = driver._active
+    targets._target_of.cache_clear()
+    try:
+        with sanitize.session(request.param) as session:
+            yield Gpu(session, sanitize.KernelFault)
+    finally:  # what the session leaves behind
+        driver._active = before
+        pretending.unstub_torch_cuda()
+        targets._target_of.cache_clear()
+    assert session.launches, "no kernel was launched"
+    assert not session.races_unchecked, "too large to be searched for races: take smaller shapes"
+
+
+@pytest.fixture
+def normal():
+    """Makes normal numbers in a tensor that ends where its memory ends, or in a part of one.
+
+    Bounds are those of the memory, so `padded` surrounds the numbers with NaN: a kernel that reads
+    too far is given away by its result. With `transposed` the columns are contiguous.
+    """
+
+    def make(*shape, dtype=torch.float32, padded=False, transposed=False):
+        numbers = torch.randn(*shape, device="cuda").to(dtype)
+        if transposed:
+            numbers = numbers.mT.contiguous().mT
+        if padded:
+            numbers = torch.nn.functional.pad(numbers, (8, 8, 1, 1), value=torch.nan)
+            numbers = numbers[1:-1, 8:-8]
+        return numbers
+
+    return make
+
+
+@pytest.fixture
+def far():
+    """A tensor of rows as if it were the end of one with `first` rows more before it.
+
+    Only the rows from `first` on may be touched. With enough of them every offset exceeds 32 bits,
+    and a kernel that computes one in 32 bits is stopped out of bounds.
+    """
+
+    class Far(torch.Tensor):
+        def data_ptr(self):
+            return self.start
+
+    def move(rows, first):
+        moved = rows.as_subclass(Far)
+        moved.start = rows.data_ptr() - first * rows.stride(0) * rows.element_size()
+        return moved
+
+    return move
+
+
+@pytest.fixture
+def as_good_as():
+    """Fails if a result is further from the exact one than twice what PyTorch's own is.
+
+    `exact` is in float64, `theirs` is PyTorch's result in the dtypes of the kernel.
+    """
+
+    def check(result, theirs, exact):
+        assert result.shape == exact.shape
+        assert not result.isnan().any(), "never written, or computed from what was not"
+        scale = exact.abs().max().item() if exact.numel() else 0.0
+        error, allowed = (
+            (r.double() - exact).abs().max().item() if exact.numel() else 0.0
+            for r in (result, theirs)
+        )
+        tiny = 4 * torch.finfo(torch.float32).eps * scale
+        assert error <= 2 * allowed + tiny, f"error {error:.3g}, PyTorch's own {allowed:.3g}"
+
+    return check
