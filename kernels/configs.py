@@ -191,8 +191,11 @@ def for_rows(target: Target, rows: int, columns: int, sums: bool) -> RowConfig:
 
 def projection_tiles(dtype: torch.dtype, rank: int) -> tuple[RowConfig, ...]:
     """The tiles of Z = XQ for up to `rank` columns of Q, most rows first."""
-    block_c = (64 if dtype == torch.float32 else 128) // (2 if rank > 32 else 1)
-    return tuple(RowConfig(block_m, block_c, 4, 3) for block_m in (64, 32, 16))
+    block_c = 32 if rank > 16 else 64
+    if dtype != torch.float32:
+        block_c = 64 if rank > 32 else 128
+    warps = 8 if dtype == torch.float32 and rank > 32 else 4  # for the products without tf32
+    return tuple(RowConfig(block_m, block_c, warps, 3) for block_m in (64, 32, 16))
 
 
 def for_projection(target: Target, dtype: torch.dtype, rank: int, rows: int) -> RowConfig:

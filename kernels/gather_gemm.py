@@ -169,7 +169,7 @@ def factors(weights: Tensor, target: Target, dtype: torch.dtype) -> tuple[Tensor
     """
     if dtype == torch.bfloat16 and target.backend == "hip":
         return weights.float(), None
-    if dtype != torch.float16:
+    if dtype != torch.float16 or weights.numel() == 0:
         return weights.to(dtype), None
     largest = weights.max().clamp(min=1, max=2.0**24)
     scale = torch.exp2((largest.log2() / 2).floor()).reshape(1)
@@ -187,6 +187,7 @@ def gather_gemm(
     out: Tensor | None = None,
     accumulate: bool = False,
     deterministic: bool = True,
+    input_precision: str | None = None,
     config: configs.GemmConfig | None = None,
 ) -> Tensor:
     """Σ_k w_k g[i_k]ᵀ x[i_k], plus C Eᵀ with a correction: [P, N].
@@ -204,14 +205,16 @@ def gather_gemm(
         accumulate: Add to `out`.
         deterministic: Add the parts of a split in a fixed order; otherwise by atomics, where `out`
             is float32.
+        input_precision: "ieee" or "tf32" for float32; what torch allows if `None`.
         config: Tile; chosen by shape if `None`.
 
     Returns:
         `out`.
     """
     target = targets.current(x.device)
+    formed = input_precision or precision(target, x.dtype)
     config = config or configs.for_gather_gemm(
-        target, x.dtype, precision(target, x.dtype), indices.numel(), x.shape[1], g.shape[1]
+        target, x.dtype, formed, indices.numel(), x.shape[1], g.shape[1]
     )
     by_descriptor = block_rows > 1 and target.has_tensor_copies and _is_tileable(x, g)
     if by_descriptor:
@@ -227,7 +230,7 @@ def gather_gemm(
     )
     if atomic and not accumulate:
         out.zero_()
-    flags = {"ACCUMULATE": accumulate and not parts, "ATOMIC": atomic}
+    flags = {"ACCUMULATE": accumulate and not parts, "ATOMIC": atomic, "PRECISION": formed}
     run = _launch_blocks if by_descriptor else _launch_rows
     run(x, g, indices, weights, block_rows, correction, target_buffer, config, flags)
     return sum_parts(target_buffer, out, accumulate=accumulate) if parts else out
@@ -270,7 +273,6 @@ def _common(
         "WEIGHTED": weights is not None,
         "SCALED": scale is not None,
         "RANK": padded_rank(rank) if rank else 0,
-        "PRECISION": precision(target, x.dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -287,7 +289,7 @@ def _launch_rows(
     correction: tuple[Tensor, Tensor] | None,
     out: Tensor,
     config: configs.GemmConfig,
-    flags: dict[str, bool],
+    flags: dict[str, Any],
 ) -> None:
     (rows, n), p, k = x.shape, g.shape[1], indices.numel()
     tensors, rank, constants = _common(x, weights, correction, out, config)
@@ -317,7 +319,7 @@ def _launch_blocks(
     correction: tuple[Tensor, Tensor] | None,
     out: Tensor,
     config: configs.GemmConfig,
-    flags: dict[str, bool],
+    flags: dict[str, Any],
 ) -> None:
     tensors, rank, constants = _common(x, weights, correction, out, config)
     launch.launch(

@@ -25,6 +25,8 @@ import platformdirs
 import torch
 from torch import Tensor
 
+from memaop_triton.kernels import backend
+
 _log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("rows.c")
@@ -151,12 +153,7 @@ def _size(
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    backend = os.environ.get("MEMAOP_TRITON_BACKEND", "")
-    if backend not in ("", "torch", "triton"):
-        raise ValueError(
-            f"MEMAOP_TRITON_BACKEND={backend!r} is not one of 'torch', 'triton': or unset it."
-        )
-    if backend == "torch":
+    if backend.chosen() == "torch":
         return None
     try:
         return _load()

@@ -18,10 +18,14 @@ def sum_parts_kernel(
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < count
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(0, parts):
-        total += tl.load(parts_ptr + part.to(tl.int64) * count + places, mask=inside, other=0)
-    for part in range(0, minus):
-        total -= tl.load(minus_ptr + part.to(tl.int64) * count + places, mask=inside, other=0)
+    parts_ptr += places
+    for _ in range(0, parts):
+        total += tl.load(parts_ptr, mask=inside, other=0)
+        parts_ptr += count
+    minus_ptr += places
+    for _ in range(0, minus):
+        total -= tl.load(minus_ptr, mask=inside, other=0)
+        minus_ptr += count
     if ACCUMULATE:
         total += tl.load(out_ptr + places, mask=inside, other=0).to(tl.float32)
     tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=inside)

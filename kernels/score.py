@@ -118,8 +118,8 @@ def accumulate_kernel(
     """Update the row memory, and mark the rows that hold a finite remainder as filled.
 
     With SCORED every row is updated and gets its score. Without, the rows marked in `taken` are
-    passed over (their outer products are computed elsewhere) and left empty, and a row that is not
-    finite puts NaN into `lost`, for nobody else will see it.
+    passed over, memory and flag, for their outer products are computed elsewhere; and a row that is
+    not finite puts NaN into `lost`, for nobody else will see it.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < M
@@ -137,7 +137,7 @@ def accumulate_kernel(
         sums_ptr, BLOCK_M, BLOCK_C, 1, SUMS,
     )  # fmt: skip
     finite = score < float("inf")
-    tl.store(filled_ptr + rows, (row_ok & finite).to(tl.int8), mask=inside)
+    tl.store(filled_ptr + rows, finite.to(tl.int8), mask=row_ok)
     if SCORED:
         tl.store(scores_ptr + rows, _finite_or_inf(score), mask=inside)
     else:
@@ -239,7 +239,7 @@ def accumulate_rest(
     bias_grad: bool = False,
     config: configs.RowConfig | None = None,
 ) -> Tensor | None:
-    """The same update for the rows not marked in `taken` ([M] bool); the others become empty.
+    """The same update for the rows not marked in `taken` ([M] bool); the others stay as they are.
 
     `lost` (float32 [1]) is set to NaN if a row that is not finite was met. Nothing is scored.
 

@@ -109,8 +109,10 @@ def combine_kernel(rest_ptr, squares_ptr, scores_ptr, M, tiles, BLOCK: tl.conste
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = m < M
     total = tl.zeros((BLOCK,), tl.float32)
-    for tile in range(0, tiles):
-        total += tl.load(squares_ptr + tile.to(tl.int64) * M + m, mask=inside, other=0)
+    squares_ptr += m
+    for _ in range(0, tiles):
+        total += tl.load(squares_ptr, mask=inside, other=0)
+        squares_ptr += M
     score = tl.load(rest_ptr + m, mask=inside, other=0) * tl.sqrt(total)
     score = tl.where(score < float("inf"), score, float("inf"))
     tl.store(scores_ptr + m, score, mask=inside)

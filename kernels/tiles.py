@@ -118,13 +118,18 @@ def store_tile(
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr, ACCUMULATE: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile into part `split` of the contiguous [parts, P, N] at `out_ptr`, or add it."""
+    """Store a tile into part `split` of the contiguous [parts, P, N] at `out_ptr`.
+
+    With ATOMIC there is one part, and the tile is added to it.
+    """
     if SCALED:
         acc *= tl.load(scale_ptr)
     columns_p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
     columns_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (columns_p[:, None] < P) & (columns_n[None, :] < N)
-    line = split.to(tl.int64) * P + columns_p
+    line = columns_p.to(tl.int64)
+    if not ATOMIC:
+        line += split.to(tl.int64) * P
     places = out_ptr + line[:, None] * N + columns_n[None, :]
     if ATOMIC:
         tl.atomic_add(places, acc, mask=inside, sem="relaxed")

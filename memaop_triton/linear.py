@@ -14,7 +14,11 @@ from torch.nn import functional as F
 
 from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.memory import Memory, SubspaceMemory, check_memory, new_memory
-from memaop_triton.weight_grad import sampled_input_grad, select_for_both, weight_grad
+from memaop_triton.weight_grad import (
+    sampled_input_grad,
+    select_for_both,
+    weight_and_bias_grad,
+)
 
 
 class _MemAOPLinearFunction(torch.autograd.Function):
@@ -60,8 +64,10 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         dx = g @ weight if selection is None else sampled_input_grad(g, weight, selection, config)
         dx = dx.reshape(ctx.x_shape)
     if needs_weight:
-        dw = weight_grad(x, g, config, ctx.memory, selection=selection)
-    if needs_bias:
+        dw, db = weight_and_bias_grad(
+            x, g, config, ctx.memory, bias_grad=needs_bias, selection=selection
+        )
+    elif needs_bias:
         db = g.sum(0)
     return dx, dw, db, None, None
 

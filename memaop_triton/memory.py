@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memaop_triton.config import MemAOPConfig, check_config
-from memaop_triton.kernels import cpu as kernels
+from memaop_triton.dispatch import project_rows, transposed_mm
 
 
 class ResidualMemory:
@@ -142,6 +142,13 @@ class ResidualMemory:
         signs = torch.empty(rows, dtype=like.dtype, device=like.device)
         return signs.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
+    def draw_seed(self, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        """Where the signs and the rounding of a step on a GPU start from: int64 [1] on `device`.
+
+        A draw like any other: a run resumed with the generator's state repeats it.
+        """
+        return torch.randint(1 << 62, (1,), device=device, generator=generator)
+
     def reset(self) -> None:
         """Forget everything; the slots are made anew by the next step."""
         self.x = self.g = self.filled = None
@@ -261,7 +268,7 @@ class SubspaceMemory:
             shape = (self.in_features, self.rank)
             start = torch.randn(shape, dtype=dtype, device=x.device, generator=generator)
             self.basis = torch.linalg.qr(start).Q
-            self._iterate(x, kernels.project_rows(x, self.basis.to(x.dtype))[0])
+            self._iterate(x, project_rows(x, self.basis.to(x.dtype))[0])
         return self.basis.to(device=x.device, dtype=x.dtype)
 
     def end_step(self, x: Tensor, z: Tensor) -> None:
@@ -272,10 +279,12 @@ class SubspaceMemory:
 
     def _iterate(self, x: Tensor, z: Tensor) -> None:
         assert self.basis is not None
-        product = kernels.transposed_mm(z, x).t()  # [N, rank]
-        # A row that is not finite must not get into Q; the gradient shows it.
-        if product.isfinite().all():
-            self.basis = torch.linalg.qr(product.to(self.basis.dtype)).Q
+        product = transposed_mm(z, x).t().to(self.basis.dtype)  # [N, rank]
+        # A row that is not finite must not get into Q; the gradient shows it. Nothing here waits
+        # for the value.
+        finite = product.isfinite().all()
+        refreshed = torch.linalg.qr(torch.where(finite, product, self.basis)).Q
+        self.basis = torch.where(finite, refreshed, self.basis)
 
     def reset(self) -> None:
         """Forget the basis; the next step starts a new one."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memaop_triton.config import SELECTIONS, check_name
+from memaop_triton.config import SELECTIONS, MemAOPConfig, check_name
 
 
 class Selection(NamedTuple):
@@ -83,6 +83,42 @@ def select_rows(
         indices, weights = _POLICIES[policy](scores, k, generator)
     indices, order = indices.sort()
     return Selection(indices, weights[order])
+
+
+def select(
+    scores: Tensor,
+    config: MemAOPConfig,
+    generator: torch.Generator | None = None,
+    *,
+    cut_short: bool = True,
+) -> Selection:
+    """Pick K of the M rows with these scores ([M]), or whole blocks of them, as `config` says.
+
+    Where M cuts the last block short, the rows missing from it are left out, which takes a look at
+    the values. Without `cut_short` they are named, from M on, and the shape is fixed.
+    """
+    rows = scores.numel()
+    k = config.num_rows(rows)
+    block = config.block_rows
+    if block == 1 or k == rows:
+        return select_rows(scores, k, config.selection, rescale=config.rescale, generator=generator)
+    blocks = -(-rows // block)
+    padded = torch.nn.functional.pad(scores, (0, blocks * block - rows))
+    chosen = select_rows(
+        padded.view(blocks, block).sum(1),
+        -(-k // block),
+        config.selection,
+        rescale=config.rescale,
+        generator=generator,
+    )
+    indices = (
+        chosen.indices.unsqueeze(1) * block + torch.arange(block, device=scores.device)
+    ).flatten()
+    weights = chosen.weights.repeat_interleave(block)
+    if not cut_short or rows % block == 0:
+        return Selection(indices, weights)
+    inside = indices < rows
+    return Selection(indices[inside], weights[inside])
 
 
 def is_weighted(policy: str, rescale: bool = False) -> bool:
@@ -179,7 +215,7 @@ def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
     # The first t at which no row after the t certain ones would exceed probability 1.
     fits = (room * ordered <= rest).to(torch.uint8)
     certain = fits.argmax()
-    scale = room[certain] / rest[certain]
+    scale = room.take(certain) / rest.take(certain)  # indexing would look at the value
     return torch.where(scores > 0, (scores * scale).clamp(max=1), 0).to(scores.dtype)
 
 
@@ -192,8 +228,9 @@ def _wta(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Ten
     before[1:] = cumulative[: k - 1]  # [K] mass of the top c rows, c = 0 … K−1
     draws_left = k - torch.arange(k, device=scores.device)
     certain = ((total - before) / draws_left).argmin()
-    mass_left = total - before[certain]
-    points = before[certain] + _uniform(cumulative, k, generator) * mass_left
+    before = before.take(certain)  # indexing would look at the value
+    mass_left = total - before
+    points = before + _uniform(cumulative, k, generator) * mass_left
     position = torch.arange(k, device=scores.device)
     is_certain = position < certain
     drawn = _inverse_cdf(cumulative, points).clamp(min=certain)

@@ -1,18 +1,22 @@
-"""The backward pass of a linear layer: score, select, compute the selected outer products.
+"""The backward pass of a linear layer: which rows are computed, and by what.
 
-`weight_grad` is the whole pipeline for dW. It holds the order of the steps and nothing of how they
-are computed; that is in `memaop_triton.kernels`.
+`weight_and_bias_grad` checks its operands and hands them to the step of the memory that the
+configuration names, in plain PyTorch (`steps`) or in Triton (`steps_triton`).
 """
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from memaop_triton import dispatch, steps
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.kernels import cpu as kernels
+from memaop_triton.dispatch import runs_triton
 from memaop_triton.memory import Memory, ResidualMemory, SubspaceMemory, check_memory
-from memaop_triton.selection import Selection, is_weighted, select_rows
+from memaop_triton.selection import Selection
+from memaop_triton.steps import Gradients, Operands
 
 
 def weight_grad(
@@ -41,47 +45,40 @@ def weight_grad(
     Raises:
         ValueError: Shapes do not fit, or `memory` is not of the kind that `config` asks for.
         TypeError: `x` is not floating point, or `g` has another dtype.
+        RuntimeError: `MEMAOP_TRITON_BACKEND=triton` asks for what its kernels cannot do.
     """
+    return weight_and_bias_grad(
+        x, g, config, memory, bias_grad=False, selection=selection, generator=generator
+    ).weight
+
+
+def weight_and_bias_grad(
+    x: Tensor,
+    g: Tensor,
+    config: MemAOPConfig,
+    memory: Memory | None = None,
+    *,
+    bias_grad: bool = True,
+    selection: Selection | None = None,
+    generator: torch.Generator | None = None,
+) -> Gradients:
+    """`weight_grad`, and with `bias_grad` also the exact db = Σ_m g_m ([P])."""
     _check_operands(x, g)
     check_memory(config, memory, x.shape[1], g.shape[1])
-    rows = x.shape[0]
+    operands = Operands(x, g, config, bias_grad, generator)
     if x.numel() == 0 or g.numel() == 0:
-        return x.new_zeros((g.shape[1], x.shape[1]))
+        return Gradients(x.new_zeros((g.shape[1], x.shape[1])), operands.sum_rows())
+    step = _steps_for(x, memory)
+    result: Gradients
     if isinstance(memory, ResidualMemory) and not memory.is_paused:
-        return _with_row_memory(x, g, config, memory, generator)
-    if config.num_rows(rows) == rows:
-        return g.t() @ x
-    if isinstance(memory, SubspaceMemory):
-        return _with_subspace(x, g, config, memory, selection, generator)
-    if selection is None:
-        selection = select(_scores(kernels.row_norms(x), kernels.row_norms(g)), config, generator)
-    return kernels.gather_gemm(x, g, *_rows_and_weights(selection, config))
-
-
-def select(
-    scores: Tensor, config: MemAOPConfig, generator: torch.Generator | None = None
-) -> Selection:
-    """Pick K of the M rows with these scores ([M]), or whole blocks of them, as `config` says."""
-    rows = scores.numel()
-    k = config.num_rows(rows)
-    block = config.block_rows
-    if block == 1 or k == rows:
-        return select_rows(scores, k, config.selection, rescale=config.rescale, generator=generator)
-    blocks = -(-rows // block)
-    padded = torch.nn.functional.pad(scores, (0, blocks * block - rows))
-    chosen = select_rows(
-        padded.view(blocks, block).sum(1),
-        -(-k // block),
-        config.selection,
-        rescale=config.rescale,
-        generator=generator,
-    )
-    indices = (
-        chosen.indices.unsqueeze(1) * block + torch.arange(block, device=scores.device)
-    ).flatten()
-    weights = chosen.weights.repeat_interleave(block)
-    inside = indices < rows
-    return Selection(indices[inside], weights[inside])
+        result = step.with_row_memory(operands, memory)
+    elif config.num_rows(x.shape[0]) == x.shape[0]:
+        result = Gradients(g.t() @ x, operands.sum_rows())
+    elif isinstance(memory, SubspaceMemory):
+        result = step.with_subspace(operands, memory, selection)
+    else:
+        result = step.without_memory(operands, selection)
+    return result
 
 
 def select_for_both(
@@ -98,18 +95,31 @@ def select_for_both(
         config: With an unbiased selection.
         generator: Source of the draws.
     """
-    scores = kernels.row_norms(g)
+    scores = dispatch.row_norms(g)
     if config.memory == "none" and x is not None:
         # Nothing else of this path reads all of X, where a row that is not finite must show.
-        scores = scores.masked_fill(~kernels.row_norms(x).isfinite(), torch.inf)
-    return select(scores, config, generator)
+        scores = scores.masked_fill(~dispatch.row_norms(x).isfinite(), torch.inf)
+    selection: Selection = _steps_for(g).choose(scores, config, generator)
+    return selection
 
 
 def sampled_input_grad(
     g: Tensor, weight: Tensor, selection: Selection, config: MemAOPConfig
 ) -> Tensor:
     """The selected rows of dX = G W, weighted, zeros elsewhere: [M, N]."""
-    return kernels.sampled_rows_mm(g, weight, *_rows_and_weights(selection, config))
+    dx: Tensor = _steps_for(g).sampled_input_grad(g, weight, selection, config)
+    return dx
+
+
+def _steps_for(a: Tensor, memory: Memory | None = None) -> ModuleType:
+    """`steps` or `steps_triton`, which is imported only where it is used."""
+    rank = memory.rank if isinstance(memory, SubspaceMemory) else 0
+    memory_dtype = memory.dtype if isinstance(memory, ResidualMemory) else None
+    if not runs_triton(a, rank=rank, memory_dtype=memory_dtype):
+        return steps
+    from memaop_triton import steps_triton
+
+    return steps_triton
 
 
 def _check_operands(x: Tensor, g: Tensor) -> None:
@@ -122,63 +132,3 @@ def _check_operands(x: Tensor, g: Tensor) -> None:
             f"x must be [M, N] and g [M, P], got {tuple(x.shape)} and {tuple(g.shape)}: flatten "
             "the leading dimensions into rows."
         )
-
-
-def _scores(x_norms: Tensor, g_norms: Tensor) -> Tensor:
-    """‖x_m‖·‖g_m‖, with +Inf for every row that is not finite, 0·Inf among them."""
-    return (x_norms * g_norms).nan_to_num(nan=torch.inf, posinf=torch.inf)
-
-
-def _rows_and_weights(selection: Selection, config: MemAOPConfig) -> tuple[Tensor, Tensor | None]:
-    """What the GEMM needs of a selection: no weights that are all 1, no rows of weight 0."""
-    indices, weights = selection
-    if not is_weighted(config.selection, config.rescale):
-        return indices, None
-    if config.selection == "bernoulli":
-        drawn = weights > 0
-        indices, weights = indices[drawn], weights[drawn]
-    return indices, weights
-
-
-def _with_row_memory(
-    x: Tensor,
-    g: Tensor,
-    config: MemAOPConfig,
-    memory: ResidualMemory,
-    generator: torch.Generator | None,
-) -> Tensor:
-    rows = x.shape[0]
-    mx, mg, filled = memory.slots(rows, x)
-    factor = memory.take_carry()
-    memory.carry_slots_after(rows, factor)
-    carry = filled.to(kernels.score_dtype(mx.dtype)) * factor
-    if memory.signed:
-        carry *= memory.draw_signs(rows, carry, generator)
-    scores = _scores(
-        kernels.accumulate_and_score(mx, x, carry), kernels.accumulate_and_score(mg, g, carry)
-    )
-    selection = select(scores, config, generator)
-    dw = kernels.gather_gemm(mx, mg, selection.indices)
-    filled.fill_(True)
-    memory.empty(selection.indices, scores)
-    return dw.to(x.dtype)
-
-
-def _with_subspace(
-    x: Tensor,
-    g: Tensor,
-    config: MemAOPConfig,
-    memory: SubspaceMemory,
-    selection: Selection | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    basis = memory.basis_for(x, generator)
-    z, rest_norms = kernels.project_rows(x, basis)
-    zg, g_norms = kernels.project_gradient(g, z)
-    if selection is None:
-        selection = select(_scores(rest_norms, g_norms), config, generator)
-    indices, weights = _rows_and_weights(selection, config)
-    expand = basis * kernels.basis_scale(x.shape[1])
-    dw = kernels.gather_gemm(x, g, indices, weights, kernels.Projection(expand, z, zg))
-    memory.end_step(x, z)
-    return dw

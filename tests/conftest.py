@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-import memaop_triton.weight_grad as pipeline
+from memaop_triton import steps, steps_triton
 from memaop_triton.config import MEMORIES, ROW_MEMORIES, SELECTIONS, UNBIASED_SELECTIONS
 
 RANDK_RESCALED = {"selection": "randk", "rescale": True}
@@ -60,13 +60,14 @@ def generator():
 def selections(monkeypatch):
     """Every selection that the pipeline makes from now on, in order."""
     made = []
-    select = pipeline.select
+    select = steps.select
 
     def recording(*args, **kwargs):
         made.append(select(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(pipeline, "select", recording)
+    for module in (steps, steps_triton):
+        monkeypatch.setattr(module, "select", recording)
     return made
 
 

@@ -26,7 +26,8 @@ def read(compiled: Compiled) -> Counts:
         found = re.search(rf"^\s+(?:- )?\.{name}:\s+(\d+)", text, re.MULTILINE)
         return int(found[1]) if found else 0
 
-    loop = hottest(find_loops(*parse(text)), _is_matrix, _is_copy)
+    code, labels = parse(text)
+    loop = hottest(find_loops(code, labels), _is_matrix, _is_copy)
     return Counts(
         registers=field("vgpr_count"),
         accumulators=field("agpr_count"),
@@ -36,6 +37,7 @@ def read(compiled: Compiled) -> Counts:
         stack=field("private_segment_fixed_size"),
         shared=compiled.shared,
         tensor_memory=0,
+        matrix=tally(i.mnemonic for i in code if _is_matrix(i)),
         loop=_count(loop, compiled) if loop else None,
     )
 

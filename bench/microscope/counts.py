@@ -38,6 +38,17 @@ class LoopCounts:
         return sum(n for name, n in self.copies.items() if copy_bits(name) >= 128)
 
     @property
+    def whole_tiles(self) -> int:
+        """Copies by descriptor."""
+        return sum(n for name, n in self.copies.items() if not name[-1].isdigit())
+
+    @property
+    def wide_bytes(self) -> int:
+        """Bytes per thread of the copies of 16 bytes or more."""
+        bits = {name: copy_bits(name) for name in self.copies if name[-1].isdigit()}
+        return sum(self.copies[name] * n // 8 for name, n in bits.items() if n >= 128)
+
+    @property
     def all_copies(self) -> int:
         """Copies of any width."""
         return self.copies.total()
@@ -56,6 +67,7 @@ class Counts:
         stack: Bytes of local memory (scratch) per thread.
         shared: Bytes of shared memory per program.
         tensor_memory: Columns of tensor memory per program.
+        matrix: Matrix instructions of the whole kernel by mnemonic.
         loop: The inner loop, if there is any.
     """
 
@@ -67,6 +79,7 @@ class Counts:
     stack: int
     shared: int
     tensor_memory: int
+    matrix: Counter[str]
     loop: LoopCounts | None
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import triton
@@ -18,17 +22,26 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = re.compile(r"(HMMA|HGMMA|UTC[A-Z]*MMA|QGMMA|QMMA|OMMA|DMMA|IMMA|IGMMA)\b")
 COPY = re.compile(r"(LDGSTS|LDG|UTMALDG|UBLKCP)\b")
 OTHER = re.compile(r"(LDSM|LDS|STS|STSM|HMUL2|HFMA2|HADD2|FMUL|FFMA|LDL|STL|SYNCS|BAR|LDTM|STTM)\b")
-LINE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?(.*?)\s*;")
-LABEL = re.compile(r"^(\.L_\w+):")
-TARGET = re.compile(r"`\((\.L_\w+)\)")
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?(.*?)\s*;")
+TARGET = re.compile(r"\b0x[0-9a-f]+$")
 
 
-def read(compiled: Compiled) -> Counts:
-    """Count what is in a compiled kernel's cubin."""
-    cubin = compiled.asm["cubin"]
-    usage = _run("cuobjdump", "--dump-resource-usage", cubin)
+def read_all(compiled: Sequence[Compiled]) -> list[Counts]:
+    """Count what is in the cubins of kernels that were compiled for one target.
+
+    Together, because the disassembler takes a third of a second to start.
+    """
+    codes = [machine_code(one.asm["cubin"]) for one in compiled]
+    arch = int(compiled[0].target.arch)
+    version = f"SM{arch}a" if arch >= 90 else f"SM{arch}"
+    sass = _run(b"".join(codes), "nvdisasm", "-ndf", "--binary", version)
+    listings = parse(sass, [len(code) for code in codes])
+    return [_counts(one, *listing) for one, listing in zip(compiled, listings, strict=True)]
+
+
+def _counts(compiled: Compiled, code: list[Instruction], labels: dict[str, int]) -> Counts:
+    usage = _run(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
     used = {key: int(n) for key, n in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    code, labels = parse(_run("nvdisasm", "-c", cubin))
     loop = hottest(find_loops(code, labels, drop_detours=True), _is_matrix, _is_copy)
     return Counts(
         registers=used["REG"],
@@ -39,20 +52,40 @@ def read(compiled: Compiled) -> Counts:
         stack=used["STACK"],
         shared=compiled.shared,
         tensor_memory=compiled.tensor_memory,
+        matrix=tally(i.mnemonic for i in code if _is_matrix(i)),
         loop=_count(loop, compiled) if loop else None,
     )
 
 
-def parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions of a disassembled kernel, and where its labels stand."""
-    code: list[Instruction] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if label := LABEL.match(line):
-            labels[label[1]] = len(code)
-        elif found := LINE.match(line):
-            code.append(_instruction(found[1], found[2]))
-    return code, labels
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions of a cubin's one kernel: the section `.text.<name>` of an ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    start = sections[names][4]
+    (code,) = [s for s in sections if cubin.startswith(b".text.", start + s[0])]
+    return cubin[code[4] : code[4] + code[5]]
+
+
+def parse(sass: str, sizes: Sequence[int]) -> list[tuple[list[Instruction], dict[str, int]]]:
+    """The instructions of kernels that were disassembled one behind the other, and their labels.
+
+    Args:
+        sass: The disassembly.
+        sizes: Bytes of each kernel.
+
+    Returns:
+        For each kernel its instructions, and where among them those stand that branches go to.
+    """
+    found = [line for line in map(LINE.match, sass.splitlines()) if line]
+    addresses = [int(line[1], 16) for line in found]
+    cuts = [bisect.bisect_left(addresses, end) for end in itertools.accumulate(sizes)]
+    kernels = []
+    for first, last in itertools.pairwise([0, *cuts]):
+        code = [_instruction(line[2], line[3]) for line in found[first:last]]
+        places = {hex(address): i for i, address in enumerate(addresses[first:last])}
+        kernels.append((code, {i.jump: places[i.jump] for i in code if i.jump}))
+    return kernels
 
 
 def _instruction(guard: str | None, text: str) -> Instruction:
@@ -60,7 +93,7 @@ def _instruction(guard: str | None, text: str) -> Instruction:
     target = TARGET.search(text) if re.match(r"(BRA|JMP)\b", mnemonic) else None
     leaves = re.match(r"(BRA|JMP|EXIT|RET|BRX|JMX)\b", mnemonic) is not None
     plain = guard is None and (target is None or operands.strip() == target[0])
-    return Instruction(text, mnemonic, target[1] if target else None, not (leaves and plain))
+    return Instruction(text, mnemonic, target[0] if target else None, not (leaves and plain))
 
 
 def _is_matrix(instruction: Instruction) -> bool:
@@ -102,9 +135,9 @@ def _depth(mnemonic: str, bits: int) -> int:
     return 256 // bits
 
 
-def _run(tool: str, option: str, cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def _run(binary: bytes, tool: str, *options: str) -> str:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(binary)
         file.flush()
-        command = [str(TOOLS / tool), option, file.name]
+        command = [str(TOOLS / tool), *options, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

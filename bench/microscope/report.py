@@ -1,23 +1,23 @@
-"""The kernel report: one table per target, from static counts alone."""
+"""Tables of the kernel report, from static counts alone."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import triton
-
-from bench.microscope.bound import CHIPS, Bound, bound
-from bench.microscope.compiling import Compiled
+from bench.microscope.building import Built
+from bench.microscope.cases import SHORT, Case
 from bench.microscope.counts import Counts
-from bench.microscope.reading import read
+from memaop_triton.kernels.targets import TARGETS
 
 HEAD = (
     "kernel",
-    "config",
+    "type",
+    "tile",
+    "warps",
+    "stages",
     "registers",
-    "spills",
     "shared, KiB",
     "matrix instructions",
     "16-byte copies",
@@ -26,104 +26,73 @@ HEAD = (
     "issue",
     "bytes",
     "limited by",
-    "plain loop",
-    "ratio",
 )
-LEGEND = """\
-Compiled by Triton {version}, not run. *loop*: instructions per iteration of the inner loop, as one
-warp issues them. *16-byte copies*: of all copies from global memory in the loop, those of 16 bytes
-per thread or of whole tiles. *tensor*, *issue*, *bytes*: cycles of one SM (compute unit) that an
-iteration takes at least, by matrix FLOPs, by issue slots and by bytes from L2, predicted from
-these counts and the vendors' peaks. *plain loop*: the loop of a GEMM of the same tile that does not
-gather, and *ratio* what gathering costs in instructions.
-"""
+LEFT = ("kernel", "type", "tile", "matrix instructions", "limited by", "gathers", "weighted")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One kernel in one configuration on one target.
+class Line:
+    """One line of a target's table."""
 
-    Attributes:
-        name: What the report calls the kernel.
-        config: Tile, warps, stages and split.
-        compiled: What was compiled.
-        counts: What was counted.
-        bound: What limits the loop, if there is one.
-        plain: Loop instructions of the plain GEMM of the same tile, where that says something.
-    """
-
-    name: str
-    config: str
-    compiled: Compiled
-    counts: Counts
-    bound: Bound | None
-    plain: float | None = None
+    title: str
+    kind: str
+    tile: str
+    built: Built
 
 
-def row(compiled: Compiled, name: str | None = None, plain: float | None = None) -> Row:
-    """The report's row for a compiled kernel."""
-    counts = read(compiled)
-    config = _config(compiled)
-    return Row(
-        name or compiled.launch.name, config, compiled, counts, bound(compiled, counts), plain
-    )
+def lines(case: Case, built: Sequence[Built]) -> list[Line]:
+    """The lines of a case: its own kernel, and those launched behind it under their names."""
+    kind = SHORT[case.precision if case.dtype.itemsize == 4 else case.dtype]
+    rest = [Line(one.kernel.removesuffix("_kernel"), "fp32", "", one) for one in built[1:]]
+    return [Line(case.title, kind, case.tile, built[0]), *rest]
 
 
-def report(rows: Iterable[Row]) -> str:
-    """A Markdown table for every target, in the order in which the targets first appear."""
-    by_target: dict[str, list[Row]] = {}
-    for one in rows:
-        by_target.setdefault(one.compiled.target.name, []).append(one)
-    parts = [LEGEND.format(version=triton.__version__)]
-    for target, group in by_target.items():
-        parts += [
-            f"## {target}: {CHIPS[target].name}\n",
-            _line(HEAD),
-            "|---|---|" + "---:|" * 3 + "---|" + "---:|" * 5 + "---|---:|---:|",
-            *(_line(_cells(one)) for one in group),
-            "",
-        ]
-    return "\n".join(parts)
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; numbers to the right."""
+    rule = "|" + "|".join("---" if name in LEFT else "---:" for name in head) + "|"
+    return "\n".join([_line(head), rule, *map(_line, body)])
 
 
-def _config(compiled: Compiled) -> str:
-    launch = compiled.launch
-    tile = [v for k, v in launch.constants.items() if k.startswith("BLOCK") and _is_number(v)]
-    split = [v for k, v in launch.constants.items() if k.startswith("SPLIT") and _is_number(v)]
-    parts = ["x".join(map(str, tile))] if tile else []
-    parts += [f"{launch.num_warps} warps", f"{launch.num_stages} stages"]
-    return ", ".join(parts + [f"split {v}" for v in split if v > 1])
+def target_table(found: Iterable[Line]) -> str:
+    """The table of a target; lines that say the same are not repeated."""
+    return table(HEAD, dict.fromkeys(map(_cells, found)))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def faults(target: str, name: str, built: Built) -> list[str]:
+    """What must not be: spills, a stack, too much shared memory."""
+    counts, limit = built.counts, TARGETS[target].shared_memory
+    found = {
+        f"{counts.spills} spills": counts.spills,
+        f"{counts.scalar_spills} scalar registers kept in vector registers": counts.scalar_spills,
+        f"a stack of {counts.stack} bytes": counts.stack,
+        f"{counts.shared} of {limit} bytes of shared memory": counts.shared > limit,
+    }
+    return [f"{target}, {name}, {built.kernel}: {what}" for what, wrong in found.items() if wrong]
 
 
-def _cells(one: Row) -> tuple[str, ...]:
-    counts, loop, limits = one.counts, one.counts.loop, one.bound
-    registers = f"{counts.registers}"
-    if counts.accumulators:
-        registers += f" ({counts.accumulators} acc)"
-    head = (one.name, one.config, registers, f"{counts.spills}", _shared(one))
+def _cells(line: Line) -> tuple[str, ...]:
+    built, counts = line.built, line.built.counts
+    warps, stages = f"{built.num_warps}", f"{built.num_stages}"
+    shared = f"{counts.shared / 1024:.4g}"
+    head = (line.title, line.kind, line.tile, warps, stages, _registers(counts), shared)
+    loop, limits = counts.loop, built.bound
     if loop is None or limits is None:
-        return (*head, *("",) * 9)
+        return (*head, *("",) * (len(HEAD) - len(head)))
     return (
         *head,
         _matrix(loop.matrix),
         f"{loop.wide_copies} of {loop.all_copies}",
-        f"{loop.per_iteration:.0f}",
+        f"{built.loop:.0f}",
         f"{limits.tensor:.0f}" if limits.tensor else "",
         f"{limits.issue:.0f}",
         f"{limits.bytes:.0f}",
         limits.limited_by,
-        f"{one.plain:.0f}" if one.plain else "",
-        f"{loop.per_iteration / one.plain:.2f}" if one.plain else "",
     )
 
 
-def _shared(one: Row) -> str:
-    used, limit = one.counts.shared, one.compiled.target.shared_memory
-    return f"{used / 1024:.4g} of {limit >> 10}" + (" (too much)" if used > limit else "")
+def _registers(counts: Counts) -> str:
+    text = f"{counts.registers}"
+    return f"{text} ({counts.accumulators} acc)" if counts.accumulators else text
 
 
 def _matrix(matrix: Counter[str]) -> str:

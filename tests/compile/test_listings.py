@@ -1,5 +1,7 @@
 """What is read off listings: loops, and copies by width."""
 
+import re
+
 import pytest
 
 from bench.microscope import amd, nvidia
@@ -7,15 +9,20 @@ from bench.microscope.loops import find_loops, hottest
 
 
 def sass(*lines):
-    """A listing as nvdisasm writes it; labels start in the first column."""
-    return "\n".join(
-        line if line.startswith(".L") else f"        /*{i:04x}*/    {line} ;"
-        for i, line in enumerate(lines)
-    )
+    """A listing as nvdisasm writes it, of which 16 bytes are one instruction."""
+    addresses, code = {}, []
+    for line in lines:
+        if line.startswith(".L"):
+            addresses[line.rstrip(":")] = hex(16 * len(code))
+        else:
+            code.append(line)
+    code = [re.sub(r"\.L_\d+", lambda label: addresses[label[0]], line) for line in code]
+    return "\n".join(f"        /*{16 * i:04x}*/    {line} ;" for i, line in enumerate(code))
 
 
 def loop_of(*lines):
-    code, labels = nvidia.parse(sass(*lines))
+    listing = sass(*lines)
+    ((code, labels),) = nvidia.parse(listing, [16 * len(lines)])
     return [i.mnemonic for i in inner(find_loops(code, labels, drop_detours=True)).body]
 
 
@@ -27,21 +34,21 @@ def test_retries_behind_the_loop_are_left_out():
     found = loop_of(
         ".L_1:",
         "SYNCS.TRYWAIT P0, [UR4]",
-        "@!P0 BRA `(.L_2)",
+        "@!P0 BRA .L_2",
         ".L_3:",
         "HMMA.16816 R0, R1",
-        "@P1 BRA `(.L_1)",
+        "@P1 BRA .L_1",
         "EXIT",
         ".L_2:",
         "SYNCS.TRYWAIT P0, [UR4]",
-        "@!P0 BRA `(.L_2)",
-        "BRA `(.L_3)",
+        "@!P0 BRA .L_2",
+        "BRA .L_3",
     )
     assert found == ["SYNCS.TRYWAIT", "BRA", "HMMA.16816", "BRA"]
 
 
 def test_the_loop_counts_though_as_many_products_stand_before_it():
-    found = loop_of("UTCHMMA gdesc", ".L_1:", "UTCHMMA gdesc", "BRA.U UP0, `(.L_1)", "EXIT")
+    found = loop_of("UTCHMMA gdesc", ".L_1:", "UTCHMMA gdesc", "BRA.U UP0, .L_1", "EXIT")
     assert found == ["UTCHMMA", "BRA.U"]
 
 
@@ -51,12 +58,21 @@ def test_the_inner_of_two_loops_counts():
         "MOV R1, R2",
         ".L_2:",
         "HMMA.16816 R0, R1",
-        "@P0 BRA `(.L_2)",
+        "@P0 BRA .L_2",
         "LDG.E.128 R0, R1",
-        "@P1 BRA `(.L_1)",
+        "@P1 BRA .L_1",
         "EXIT",
     )
     assert found == ["HMMA.16816", "BRA"]
+
+
+def test_kernels_one_behind_the_other_are_told_apart():
+    listing = sass("MOV R1, R2", "EXIT", ".L_1:", "MOV R3, R4", "@P0 BRA .L_1", "EXIT")
+    (first, no_labels), (second, labels) = nvidia.parse(listing, [32, 48])
+    assert [i.mnemonic for i in first] == ["MOV", "EXIT"]
+    assert [i.mnemonic for i in second] == ["MOV", "BRA", "EXIT"]
+    assert no_labels == {}
+    assert labels == {"0x20": 0}
 
 
 def test_amd_loops_are_found_by_their_labels():

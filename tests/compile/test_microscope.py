@@ -8,14 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.microscope import bound, dots, nvidia
+from bench.microscope import bound, dots, nvidia, plain
 from bench.microscope.compiling import compile_call, compile_launch, record
 from bench.microscope.reading import read
 from bench.microscope.report import report, row
 from memaop_triton.kernels import launch as launching
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.targets import TARGETS
-from tests.compile import plain
 
 MATRIX = {
     "sm_80": "HMMA.16816.F32.BF16",

@@ -1,9 +1,12 @@
 """Plain GEMMs dW = Gᵀ X of the first K rows: what the gathering kernels are measured against.
 
-G is [K, P], X is [K, N], dW is [P, N], all row-major.
+G is [K, P], X is [K, N], dW is [P, N], all row-major. Rows of G can be multiplied by weights, in
+the way the gathering kernels do it.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -11,7 +14,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bench.microscope.cases import Case, K, N, P, compared_tiles, empty
 from memaop_triton.kernels import launch as launching
+from memaop_triton.kernels import targets
+from memaop_triton.kernels.gather_gemm import factors
+from memaop_triton.kernels.targets import Target
+from memaop_triton.kernels.tiles import precision, weighted
 
 
 @triton.jit
@@ -27,23 +35,11 @@ def _tile(p_tiles, n_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def pointer_kernel(
-    g,
-    x,
-    out,
-    K,
-    P,
-    N,
-    g_stride,
-    x_stride,
-    out_stride,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN_P: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
+    g, x, weights, out, K, P, N, g_stride, x_stride, out_stride,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WEIGHTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """One tile of dW. Loading G transposed and X as it lies takes the fewest instructions."""
     tile_p, tile_n = _tile(tl.cdiv(P, BLOCK_P), tl.cdiv(N, BLOCK_N), GROUP)
     p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -55,8 +51,11 @@ def pointer_kernel(
     for start in range(0, K, BLOCK_K):
         rows = k < K - start
         g_tile = _load(g_at, (p < P)[:, None], rows[None, :], EVEN_P, EVEN_K)
+        if WEIGHTED:
+            w = _load(weights + start + k, rows, rows, True, EVEN_K)
+            g_tile = weighted(g_tile, w[None, :])
         x_tile = _load(x_at, (n < N)[None, :], rows[:, None], EVEN_N, EVEN_K)
-        total = tl.dot(g_tile, x_tile, total)
+        total = tl.dot(g_tile, x_tile, total, input_precision=PRECISION)
         g_at += BLOCK_K * g_stride
         x_at += BLOCK_K * x_stride
     out_at = out + p[:, None].to(tl.int64) * out_stride + n[None, :]
@@ -83,53 +82,42 @@ def _load(at, columns, rows, EVEN: tl.constexpr, EVEN_K: tl.constexpr):
 
 @triton.jit
 def descriptor_kernel(
-    g,
-    x,
-    out,
-    K,
-    P,
-    N,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    g, x, weights, out, K, P, N,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One tile of dW, its operands copied by descriptor."""
     tile_p, tile_n = _tile(tl.cdiv(P, BLOCK_P), tl.cdiv(N, BLOCK_N), GROUP)
     p = tile_p * BLOCK_P
     n = tile_n * BLOCK_N
     total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
-        g_tile = g.load([start, p])
+        g_tile = g.load([start, p]).T
+        if WEIGHTED:
+            w = tl.load(weights + start + tl.arange(0, BLOCK_K))
+            g_tile = weighted(g_tile, w[None, :])
         x_tile = x.load([start, n])
-        total = tl.dot(g_tile.T, x_tile, total)
+        total = tl.dot(g_tile, x_tile, total, input_precision=PRECISION)
     out.store([p, n], total.to(out.dtype))
 
 
 def pointer_gemm(
     g: Tensor,
     x: Tensor,
+    weights: Tensor | None = None,
     *,
     tile: tuple[int, int, int] = (128, 128, 64),
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> Tensor:
-    """dW by pointers; `tile` is (BLOCK_P, BLOCK_N, BLOCK_K)."""
+    """dW by pointers; `weights` is [K] float32, `tile` is (BLOCK_P, BLOCK_N, BLOCK_K)."""
     (K, P), N = g.shape, x.shape[1]
     block_p, block_n, block_k = tile
     out = torch.empty((P, N), dtype=g.dtype, device=g.device)
     launching.launch(
         pointer_kernel,
         (triton.cdiv(P, block_p) * triton.cdiv(N, block_n),),
-        g,
-        x,
-        out,
-        K,
-        P,
-        N,
-        g.stride(0),
-        x.stride(0),
-        out.stride(0),
+        *(g, x, _factors(weights, g), out, K, P, N, g.stride(0), x.stride(0), out.stride(0)),
         BLOCK_P=block_p,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
@@ -137,6 +125,8 @@ def pointer_gemm(
         EVEN_P=P % block_p == 0,
         EVEN_N=N % block_n == 0,
         EVEN_K=K % block_k == 0,
+        WEIGHTED=weights is not None,
+        PRECISION=precision(targets.current(g.device), g.dtype),
         num_warps=num_warps,
         num_stages=num_stages,
     )
@@ -146,12 +136,13 @@ def pointer_gemm(
 def descriptor_gemm(
     g: Tensor,
     x: Tensor,
+    weights: Tensor | None = None,
     *,
     tile: tuple[int, int, int] = (128, 128, 64),
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> Tensor:
-    """dW by tensor descriptors; `tile` is (BLOCK_P, BLOCK_N, BLOCK_K)."""
+    """dW by tensor descriptors; arguments as above, K a multiple of BLOCK_K."""
     (K, P), N = g.shape, x.shape[1]
     block_p, block_n, block_k = tile
     out = torch.empty((P, N), dtype=g.dtype, device=g.device)
@@ -160,15 +151,47 @@ def descriptor_gemm(
         (triton.cdiv(P, block_p) * triton.cdiv(N, block_n),),
         TensorDescriptor.from_tensor(g, [block_k, block_p]),
         TensorDescriptor.from_tensor(x, [block_k, block_n]),
+        _factors(weights, g),
         TensorDescriptor.from_tensor(out, [block_p, block_n]),
-        K,
-        P,
-        N,
+        *(K, P, N),
         BLOCK_P=block_p,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         GROUP=8,
+        WEIGHTED=weights is not None,
+        PRECISION=precision(targets.current(g.device), g.dtype),
         num_warps=num_warps,
         num_stages=num_stages,
     )
     return out
+
+
+def _factors(weights: Tensor | None, g: Tensor) -> Tensor:
+    """The weights as the gathering kernels take them, or a stand-in."""
+    if weights is None:
+        return g
+    return factors(weights, targets.current(g.device), g.dtype)[0]
+
+
+def plain_cases(target: Target) -> list[Case]:
+    """A plain GEMM for each half-precision tile of the gather GEMM, with the ways it gathers."""
+    given = {"x": empty(K, N, dtype=torch.bfloat16), "g": empty(K, P, dtype=torch.bfloat16)}
+    ways = {"plain by pointers": pointer_gemm}
+    if target.has_tensor_copies:
+        ways["plain by descriptors"] = descriptor_gemm
+    found = []
+    for title, gemm in ways.items():
+        for weighted_rows in (False, True):
+            extra = {"weights": empty(K, dtype=torch.float32)} if weighted_rows else {}
+            for c in compared_tiles(target):
+                call = functools.partial(
+                    gemm,
+                    **given,
+                    **extra,
+                    tile=(c.block_p, c.block_n, c.block_k),
+                    num_warps=c.num_warps,
+                    num_stages=c.num_stages,
+                )
+                name = title + ", weighted" * weighted_rows
+                found.append(Case(name, c, call, torch.bfloat16))
+    return found

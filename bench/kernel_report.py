@@ -1,0 +1,127 @@
+"""Writes bench/results/kernel_report.md: what the compiler makes of the kernels.
+
+python -m bench.kernel_report
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import as_completed
+from pathlib import Path
+
+import triton
+from rich.console import Console
+from rich.progress import track
+
+from bench.microscope.bound import CHIPS
+from bench.microscope.building import REPORTED, Builder, Key, by_name
+from bench.microscope.cases import cases
+from bench.microscope.gathering import pairs
+from bench.microscope.report import faults, lines, table, target_table
+from memaop_triton.kernels.targets import TARGETS
+
+PAGE = Path(__file__).parent / "results" / "kernel_report.md"
+INTRODUCTION = """\
+# What the compiler makes of the kernels
+
+Written by `make kernel-report`; a test compares it with the code. Compiled by Triton {version},
+for GPUs that were not there. **Nothing on this page was timed.** Registers, shared memory and
+instructions are read from the machine code; cycles are predictions from these counts and the
+vendors' peak rates, and leave out latency, cache misses, bank conflicts and clocks.
+
+{verdict}
+
+Shapes: M = 16384 rows, N = P = 4096, of which K = 2048 rows are selected; blocks are 64 rows.
+"""
+LEGEND = """\
+## How to read the tables
+
+A program runs its loop once per step. One line is one kernel with one tile.
+
+- *kernel*: "weighted + C" multiplies rows by weights and starts from a correction of rank 16;
+  "split" shares the rows of a tile among programs; "memory" names the type of the row memory.
+- *type*: of X and G. `tf32` and `fp32` are float32, multiplied as TF32 and exactly.
+- *tile*: columns of G x columns of X x rows per step for a GEMM, rows x columns otherwise.
+- *registers*: per thread; "acc" are those that only AMD's matrix units write.
+- *matrix instructions*: in the loop, per warp. Empty: the float32 lanes multiply, or nobody.
+- *16-byte copies*: of the loop's copies from global memory, those of 16 bytes per thread or of
+  whole tiles. The others fetch row numbers, weights and flags.
+- *loop*: instructions per step, as one warp issues them.
+- *tensor*, *issue*, *bytes*: cycles that a step takes one SM (compute unit) at least: by FLOPs at the
+  peak rate, by issue slots (4 a cycle), by bytes from the L2 cache (64 a cycle).
+- *limited by*: the largest of the three.
+"""
+GATHERING = """\
+## What gathering costs
+
+The loop of the gather GEMM beside that of a plain Triton GEMM of the same tile, warps and stages
+that reads its rows in order (`bench/microscope/plain.py`), in bfloat16: instructions per step.
+Single rows are compared with a GEMM by pointers, blocks with one by tensor descriptors (TMA), weighted
+ones with GEMMs that multiply the rows of G by weights as well. Tiles that the matrix units or the L2
+cache limit have issue slots to spare, so a ratio above 1 is not yet a slower loop.
+"""
+
+
+def page(builder: Builder) -> str:
+    """The whole page."""
+    parts = [
+        INTRODUCTION.format(version=triton.__version__, verdict=_verdict(builder)),
+        LEGEND,
+        GATHERING,
+        _gathering(builder),
+    ]
+    for target in REPORTED:
+        limit = TARGETS[target].shared_memory >> 10
+        found = [case for case in cases(TARGETS[target]) if case.shown]
+        parts += [
+            f"\n## {target}: {CHIPS[target].name}\n",
+            f"Shared memory: at most {limit} KiB per program.\n",
+            target_table(line for c in found for line in lines(c, builder[target, c.name])),
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def keys() -> list[Key]:
+    """Everything that the page needs."""
+    return [(target, name) for target in REPORTED for name in by_name(target)]
+
+
+def _verdict(builder: Builder) -> str:
+    wrong = [fault for key in keys() for built in builder[key] for fault in faults(*key, built)]
+    total = sum(len(builder[key]) for key in keys())
+    if not wrong:
+        return (
+            f"All {total} compiled kernels, more than the tables show, keep their values in registers"
+            "\n(no spills, no stack) and fit into shared memory."
+        )
+    return "**Not in order:**\n\n" + "\n".join(f"- {fault}" for fault in wrong)
+
+
+def _gathering(builder: Builder) -> str:
+    body = []
+    for target in REPORTED:
+        for pair in pairs(TARGETS[target]):
+            loop, plain = pair.loops(builder, target)
+            tile = f"{pair.tile.block_p}x{pair.tile.block_n}x{pair.tile.block_k}"
+            weighted = "yes" if pair.weighted else "no"
+            numbers = f"{plain:.0f}", f"{loop:.0f}", f"{loop / plain:.2f}"
+            body.append((target, pair.way, weighted, tile, *numbers))
+    return table(("target", "gathers", "weighted", "tile", "plain", "gather", "ratio"), body)
+
+
+def main() -> None:
+    """Compile, read and write, with a progress bar."""
+    console = Console()
+    with Builder() as builder:
+        futures = builder.start(keys())
+        for future in track(
+            as_completed(futures), "compiling", total=len(futures), console=console
+        ):
+            future.result()
+        text = page(builder)
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(text, encoding="utf-8")
+    console.print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

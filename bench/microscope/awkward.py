@@ -1,0 +1,107 @@
+"""Calls whose operands do not suit the hardware: they need other code, and no table of their own.
+
+Extents that are not multiples of 16, columns that are not neighbours, odd ranks, and matrices of
+2³¹ elements and more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.microscope.cases import (
+    Case,
+    K,
+    M,
+    empty,
+    memory,
+    operands,
+    scalars,
+    weighting,
+)
+from memaop_triton.kernels import configs
+from memaop_triton.kernels.gather_gemm import gather_gemm
+from memaop_triton.kernels.residual_gemm import residual_gemm
+from memaop_triton.kernels.score import accumulate_and_score, row_scores
+from memaop_triton.kernels.subspace import correction, project, project_gradient
+from memaop_triton.kernels.targets import Target
+
+ODD = 4095
+HALF = torch.bfloat16
+
+
+def awkward_cases(target: Target) -> list[Case]:
+    """The main tiles on such operands."""
+    tiles = configs.gemm_tiles(target, HALF, "ieee")
+    gemms = {
+        "odd extents": operands(HALF, ODD, ODD) | weighting(HALF, ODD, ODD),
+        "odd rank": operands(HALF) | weighting(HALF, rank=5),
+        "strided": strided(operands(HALF)) | weighting(HALF),
+        "far": far() | weighting(HALF),
+        "cut blocks": operands(HALF, ODD, ODD) | {"block_rows": 16},
+    }
+    found = [
+        Case(f"gather rows, {name}", tile, partial(gather_gemm, **given, config=tile), HALF)
+        for tile in tiles[:2]
+        for name, given in gemms.items()
+        if tile == tiles[0] or name == "odd extents"
+    ]
+    return [*found, *_residual(), *_subspace(tiles[-1]), *_row_passes(target)]
+
+
+def _residual() -> Iterator[Case]:
+    tile = configs.residual_tiles(HALF, "ieee")[0]
+    gemm = partial(residual_gemm, **scalars(), lost=empty(1, dtype=torch.float32), signed=True)
+    for name, given, slots in (
+        ("odd extents", operands(HALF, ODD, ODD), memory(HALF, ODD, ODD)),
+        ("strided", strided(operands(HALF)), memory(HALF)),
+        ("far", far(), far_memory()),
+    ):
+        yield Case(f"residual, {name}", tile, partial(gemm, slots, **given, config=tile), HALF)
+
+
+def _subspace(small: configs.GemmConfig) -> Iterator[Case]:
+    x, rest = empty(M, ODD, dtype=HALF), empty(M, dtype=torch.float32)
+    for rank in (17, 63):
+        q, z = empty(ODD, rank, dtype=HALF), empty(M, rank, dtype=HALF)
+        tall = configs.projection_tiles(HALF, rank)[0]
+        wide = configs.transposed_tiles(HALF, rank)[0]
+        call = partial(project, x, q, 64.0, config=tall)
+        yield Case(f"Z = XQ, odd extents, rank {rank}", tall, call, HALF)
+        call = partial(project_gradient, x, z, rest, config=wide)
+        yield Case(f"GᵀZ, odd extents, rank {rank}", wide, call, HALF)
+    z, parts = empty(M, 5, dtype=HALF), empty(2, ODD, 5, dtype=torch.float32)
+    indices = empty(K, dtype=torch.int64)
+    call = partial(correction, parts, z, x, indices, rest[:K], config=small)
+    yield Case("correction, rank 5", small, call, HALF)
+
+
+def _row_passes(target: Target) -> Iterator[Case]:
+    x, tile = empty(M, ODD, dtype=HALF), configs.for_rows(target, M, ODD, True)
+    ways = {"bias_grad": True, "config": tile}
+    yield Case("scores, odd extents", tile, partial(row_scores, x, x, **ways), HALF)
+    slots = memory(HALF, ODD, ODD)
+    call = partial(accumulate_and_score, slots, x, x, **scalars(), signed=True, **ways)
+    yield Case("accumulate, odd extents", tile, call, HALF)
+
+
+def strided(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same matrices with columns two elements apart."""
+    x, g = (
+        empty(a.shape[0], 2 * a.shape[1], dtype=a.dtype)[:, ::2] for a in (given["x"], given["g"])
+    )
+    return given | {"x": x, "g": g}
+
+
+def far() -> dict[str, Tensor]:
+    """Matrices with rows beyond element 2³¹."""
+    return operands(HALF) | {name: empty(1 << 20, 4096, dtype=HALF) for name in "xg"}
+
+
+def far_memory() -> tuple[Tensor, Tensor, Tensor]:
+    """A memory for these."""
+    slots = empty(1 << 20, 4096, dtype=HALF)
+    return slots, slots, empty(1 << 20, dtype=torch.bool)

@@ -1,0 +1,119 @@
+"""Compiles and reads many cases, on all processors."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+
+from bench.microscope.awkward import awkward_cases
+from bench.microscope.bound import Bound, bound
+from bench.microscope.cases import Case, cases, float32_products
+from bench.microscope.compiling import compile_call
+from bench.microscope.counts import Counts
+from bench.microscope.plain import plain_cases
+from bench.microscope.reading import read_all
+from memaop_triton.kernels.targets import TARGETS
+
+# DESIGN 9.
+REPORTED = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+AT_ONCE = 8  # cases whose machine code is disassembled together
+
+Key = tuple[str, str]  # names of a target and of a case
+
+
+@dataclass(frozen=True)
+class Built:
+    """One kernel of a case.
+
+    Attributes:
+        kernel: Its own name.
+        target: The name of the target.
+        num_warps: Warps per program.
+        num_stages: Depth of the software pipeline.
+        threads: Threads per program.
+        counts: What was counted.
+        bound: What limits the loop, if there is one.
+    """
+
+    kernel: str
+    target: str
+    num_warps: int
+    num_stages: int
+    threads: int
+    counts: Counts
+    bound: Bound | None
+
+    @property
+    def loop(self) -> float:
+        """Instructions per iteration of the inner loop; 0 without a loop."""
+        return self.counts.loop.per_iteration if self.counts.loop else 0.0
+
+
+@functools.cache
+def by_name(target: str) -> dict[str, Case]:
+    """Everything that is compiled for a target: cases, awkward ones, and plain GEMMs."""
+    every = TARGETS[target]
+    found = [*cases(every), *awkward_cases(every), *plain_cases(every)]
+    return {case.name: case for case in found}
+
+
+def build(target: str, names: Iterable[str]) -> dict[str, list[Built]]:
+    """Compile and read some of a target's cases."""
+    compiled = {}
+    for name in names:
+        case = by_name(target)[name]
+        with float32_products(case.precision):
+            compiled[name] = compile_call(case.call, TARGETS[target])
+    counts = iter(read_all(list(itertools.chain(*compiled.values()))))
+    return {
+        name: [
+            Built(
+                kernel=one.launch.name,
+                target=target,
+                num_warps=one.launch.num_warps,
+                num_stages=one.launch.num_stages,
+                threads=one.threads,
+                counts=(read := next(counts)),
+                bound=bound(one, read),
+            )
+            for one in kernels
+        ]
+        for name, kernels in compiled.items()
+    }
+
+
+class Builder:
+    """Builds cases in other processes, each once."""
+
+    def __init__(self) -> None:
+        # Not by fork: PyTorch's threads do not survive it.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(os.cpu_count(), context)
+        self._futures: dict[Key, Future[dict[str, list[Built]]]] = {}
+
+    def __enter__(self) -> Builder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def start(self, keys: Iterable[Key]) -> list[Future[dict[str, list[Built]]]]:
+        """Begin to build; what was begun before is not begun again."""
+        new = dict.fromkeys(key for key in keys if key not in self._futures)
+        begun = []
+        for target, group in itertools.groupby(new, lambda key: key[0]):
+            names = [name for _, name in group]
+            for i in range(0, len(names), AT_ONCE):
+                begun.append(self._pool.submit(build, target, names[i : i + AT_ONCE]))
+                self._futures |= {(target, n): begun[-1] for n in names[i : i + AT_ONCE]}
+        return begun
+
+    def __getitem__(self, key: Key) -> list[Built]:
+        """The kernels of a case, once they are there."""
+        self.start([key])
+        return self._futures[key].result()[key[1]]

@@ -1,0 +1,90 @@
+"""Whether a tensor's work is done by the Triton kernels or by plain PyTorch (and `rows.c`).
+
+| `MEMAOP_TRITON_BACKEND` | tensors on a GPU | tensors on a CPU |
+|---|---|---|
+| unset | Triton, if installed, for float16, bfloat16 and float32 | PyTorch and `rows.c` |
+| `torch` | PyTorch | PyTorch alone |
+| `triton` | Triton | Triton's interpreter, with `TRITON_INTERPRET=1`; an error without |
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from memaop_triton.kernels import backend, cpu
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_RANK = 64
+
+
+def runs_triton(a: Tensor, *, rank: int = 0, memory_dtype: torch.dtype | None = None) -> bool:
+    """Whether the Triton kernels take rows like those of `a`.
+
+    Args:
+        a: X or G.
+        rank: Columns of the subspace's basis, 0 for none.
+        memory_dtype: Storage of the row memory; that of `a` if `None`.
+
+    Raises:
+        RuntimeError: `MEMAOP_TRITON_BACKEND=triton` asks for what these kernels cannot do.
+    """
+    choice = backend.chosen()
+    if choice == "torch" or (choice == "" and not a.is_cuda):
+        return False
+    obstacle = _obstacle(a, rank, memory_dtype or a.dtype)
+    if obstacle and choice == "triton":
+        raise RuntimeError(f"MEMAOP_TRITON_BACKEND='triton' cannot be followed: {obstacle}.")
+    return not obstacle
+
+
+def _obstacle(a: Tensor, rank: int, memory_dtype: torch.dtype) -> str:
+    if not _is_installed():
+        return "Triton is not installed"
+    if not a.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tensors are on {a.device}, which needs TRITON_INTERPRET=1 (slow, for tests)"
+    for dtype in (a.dtype, memory_dtype):
+        if dtype not in DTYPES:
+            return f"there are no kernels for {dtype}"
+    return f"rank={rank} is above {MAX_RANK}" if rank > MAX_RANK else ""
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def basis_scale(columns: int) -> float:
+    """s of the projection Z = XQ/s for rows of this many columns, see `kernels.cpu.Projection`."""
+    return cpu.basis_scale(columns)
+
+
+def project_rows(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Z = X Q / s ([M, q]) and the norms of what Q leaves of each row ([M])."""
+    if not runs_triton(x, rank=basis.shape[1]):
+        return cpu.project_rows(x, basis)
+    from memaop_triton.kernels import subspace
+
+    return subspace.project(x, basis.contiguous(), basis_scale(x.shape[1]))
+
+
+def transposed_mm(z: Tensor, a: Tensor) -> Tensor:
+    """Zᵀ A in float32 (float64 for float64), [q, N], for z [M, q] and a [M, N]."""
+    if not runs_triton(a, rank=z.shape[1]):
+        return cpu.transposed_mm(z, a)
+    from memaop_triton.kernels import subspace
+
+    return subspace.transposed_mm(z, a).t()
+
+
+def row_norms(a: Tensor) -> Tensor:
+    """Norms of the rows of `a` ([M, N]); NaN and +Inf say that a row is not finite."""
+    if not runs_triton(a):
+        return cpu.row_norms(a)
+    from memaop_triton.kernels import score
+
+    return score.row_norms(a)

@@ -1,0 +1,121 @@
+"""One step of each memory, on any device, by `kernels.cpu`: score, select, multiply, remember.
+
+`steps_triton` holds the same three functions for the Triton kernels; `weight_grad` calls one or
+the other. They take operands that have been checked, with K < M unless a row memory is involved.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memaop_triton.config import MemAOPConfig
+from memaop_triton.kernels import cpu as kernels
+from memaop_triton.memory import ResidualMemory, SubspaceMemory
+from memaop_triton.selection import Selection, is_weighted, select
+
+
+class Gradients(NamedTuple):
+    """dW, [P, N], and the bias gradient, [P], or `None` if nobody asked for it."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Operands(NamedTuple):
+    """What a step works on.
+
+    Attributes:
+        x: Inputs, [M, N].
+        g: Gradient of the loss with respect to the output, [M, P].
+        config: What to compute.
+        bias_grad: Whether the sum of the rows of G is wanted too.
+        generator: Source of all draws.
+    """
+
+    x: Tensor
+    g: Tensor
+    config: MemAOPConfig
+    bias_grad: bool
+    generator: torch.Generator | None
+
+    def sum_rows(self) -> Tensor | None:
+        """The bias gradient by a pass of its own, if it is wanted."""
+        return self.g.sum(0) if self.bias_grad else None
+
+
+def choose(scores: Tensor, config: MemAOPConfig, generator: torch.Generator | None) -> Selection:
+    """K of the rows with these scores."""
+    return select(scores, config, generator)
+
+
+def without_memory(operands: Operands, selection: Selection | None) -> Gradients:
+    """dW from the selected rows; `selection` takes the place of scores."""
+    x, g, config, _, generator = operands
+    if selection is None:
+        scores = _scores(kernels.row_norms(x), kernels.row_norms(g))
+        selection = choose(scores, config, generator)
+    dw = kernels.gather_gemm(x, g, *_rows_and_weights(selection, config))
+    return Gradients(dw, operands.sum_rows())
+
+
+def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
+    """dW from the rows selected of m ← c·σ·m + x, which are then empty."""
+    x, g, config, _, generator = operands
+    rows = x.shape[0]
+    mx, mg, filled = memory.slots(rows, x)
+    factor = memory.take_carry()
+    memory.carry_slots_after(rows, factor)
+    carry = filled.to(kernels.score_dtype(mx.dtype)) * factor
+    if memory.signed:
+        carry *= memory.draw_signs(rows, carry, generator)
+    scores = _scores(
+        kernels.accumulate_and_score(mx, x, carry), kernels.accumulate_and_score(mg, g, carry)
+    )
+    selection = choose(scores, config, generator)
+    dw = kernels.gather_gemm(mx, mg, selection.indices)
+    filled.fill_(True)
+    memory.empty(selection.indices, scores)
+    return Gradients(dw.to(x.dtype), operands.sum_rows())
+
+
+def with_subspace(
+    operands: Operands, memory: SubspaceMemory, selection: Selection | None
+) -> Gradients:
+    """dW exact inside the memory's subspace, and from selected rows outside of it."""
+    x, g, config, _, generator = operands
+    basis = memory.basis_for(x, generator)
+    z, rest_norms = kernels.project_rows(x, basis)
+    zg, g_norms = kernels.project_gradient(g, z)
+    if selection is None:
+        selection = choose(_scores(rest_norms, g_norms), config, generator)
+    indices, weights = _rows_and_weights(selection, config)
+    expand = basis * kernels.basis_scale(x.shape[1])
+    dw = kernels.gather_gemm(x, g, indices, weights, kernels.Projection(expand, z, zg))
+    memory.end_step(x, z)
+    return Gradients(dw, operands.sum_rows())
+
+
+def sampled_input_grad(
+    g: Tensor, weight: Tensor, selection: Selection, config: MemAOPConfig
+) -> Tensor:
+    """Rows of G W at the selection, times their weights, and zeros elsewhere: [M, N]."""
+    return kernels.sampled_rows_mm(g, weight, *_rows_and_weights(selection, config))
+
+
+def _rows_and_weights(selection: Selection, config: MemAOPConfig) -> tuple[Tensor, Tensor | None]:
+    """What the GEMM needs of a selection: no weights that are all 1, no rows of weight 0."""
+    indices, weights = selection
+    if not is_weighted(config.selection, config.rescale):
+        return indices, None
+    if config.selection == "bernoulli":
+        drawn = weights > 0
+        indices, weights = indices[drawn], weights[drawn]
+    return indices, weights
+
+
+def _scores(x_norms: Tensor, g_norms: Tensor) -> Tensor:
+    """‖x_m‖·‖g_m‖, with +Inf for every row that is not finite, 0·Inf among them."""
+    return (x_norms * g_norms).nan_to_num(nan=torch.inf, posinf=torch.inf)

@@ -1,0 +1,132 @@
+"""One step of each memory by the Triton kernels: no host synchronisation, fixed shapes.
+
+The functions are those of `steps`. What differs is that nothing here looks at a value: rows of
+weight 0 are multiplied like any other, and where M cuts the last block of rows short, the rows
+missing from it are still named, and skipped by the kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memaop_triton.config import MemAOPConfig
+from memaop_triton.dispatch import basis_scale
+from memaop_triton.kernels import residual_gemm, score, subspace, targets
+from memaop_triton.kernels.gather_gemm import gather_gemm
+from memaop_triton.memory import ResidualMemory, SubspaceMemory
+from memaop_triton.selection import Selection, is_weighted, select
+from memaop_triton.steps import Gradients, Operands
+
+
+def choose(scores: Tensor, config: MemAOPConfig, generator: torch.Generator | None) -> Selection:
+    """K of the rows with these scores; the number of names returned depends on shapes alone."""
+    return select(scores, config, generator, cut_short=False)
+
+
+def without_memory(operands: Operands, selection: Selection | None) -> Gradients:
+    """Score, select, multiply: 1 + K/M passes over X and G."""
+    x, g, config, bias_grad, generator = operands
+    if selection is None:
+        scores, db = score.row_scores(x, g, bias_grad=bias_grad)
+        selection = choose(scores, config, generator)
+    else:
+        db = operands.sum_rows()
+    indices, weights = _rows_and_weights(selection, config)
+    return Gradients(gather_gemm(x, g, indices, weights, block_rows=config.block_rows), db)
+
+
+def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
+    """The memory's update scores what it stores: 3 + K/M passes; `randk` needs no scores: 3 − K/M.
+
+    That holds with all slots filled; an empty one is not read.
+    """
+    x, g, config, bias_grad, generator = operands
+    rows = x.shape[0]
+    slots = memory.slots(rows, x)
+    factor = memory.take_carry()
+    memory.carry_slots_after(rows, factor)
+    carry = torch.full((1,), factor, dtype=torch.float32, device=x.device)
+    seed = memory.draw_seed(x.device, generator)
+    if config.selection == "randk":
+        unscored = torch.zeros(rows, dtype=torch.float32, device=x.device)
+        selection = choose(unscored, config, generator)
+        # Names beyond the last row stand for it: its block is selected whole.
+        taken_rows = selection.indices.clamp(max=rows - 1)
+        taken = torch.zeros(rows, dtype=torch.bool, device=x.device).index_fill_(
+            0, taken_rows, True
+        )
+        lost = torch.zeros(1, dtype=torch.float32, device=x.device)
+        db = score.accumulate_rest(
+            slots, x, g, carry, seed, taken, lost, signed=memory.signed, bias_grad=bias_grad
+        )
+        dw = residual_gemm.residual_gemm(
+            slots,
+            x,
+            g,
+            selection.indices,
+            carry,
+            seed,
+            lost,
+            signed=memory.signed,
+            block_rows=config.block_rows,
+        )
+    else:
+        scores, db = score.accumulate_and_score(
+            slots, x, g, carry, seed, signed=memory.signed, bias_grad=bias_grad
+        )
+        selection = choose(scores, config, generator)
+        taken_rows = selection.indices.clamp(max=rows - 1)
+        dw = torch.empty((g.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
+        gather_gemm(
+            *slots[:2],
+            selection.indices,
+            block_rows=config.block_rows,
+            out=dw,
+            input_precision=_precision(x, slots[0]),
+        )
+    slots[2].index_fill_(0, taken_rows, False)
+    return Gradients(dw, db)
+
+
+def with_subspace(
+    operands: Operands, memory: SubspaceMemory, selection: Selection | None
+) -> Gradients:
+    """Project X, project G, select, correct, multiply: 1 + 3K/2M passes at most."""
+    x, g, config, bias_grad, generator = operands
+    basis = memory.basis_for(x, generator).contiguous()
+    scale = basis_scale(x.shape[1])
+    z, rest = subspace.project(x, basis, scale)
+    parts, scores, db = subspace.project_gradient(g, z, rest, bias_grad=bias_grad)
+    if selection is None:
+        selection = choose(scores, config, generator)
+    indices, weights = _rows_and_weights(selection, config)
+    block = config.block_rows
+    c = subspace.correction(parts, z, g, indices, weights, block_rows=block)
+    dw = gather_gemm(x, g, indices, weights, block_rows=block, correction=(c, basis * scale))
+    memory.end_step(x, z)
+    return Gradients(dw, db)
+
+
+def sampled_input_grad(
+    g: Tensor, weight: Tensor, selection: Selection, config: MemAOPConfig
+) -> Tensor:
+    """Rows of G W at the selection, times their weights, and zeros elsewhere: [M, N]."""
+    rows = g.shape[0]
+    indices, weights = selection
+    weights = torch.where(indices < rows, weights, 0)
+    indices = indices.clamp(max=rows - 1)
+    chosen = g.index_select(0, indices) * weights.unsqueeze(1)
+    dx = g.new_zeros((rows, weight.shape[1]))
+    return dx.index_add_(0, indices, chosen.to(g.dtype) @ weight)
+
+
+def _precision(x: Tensor, stored: Tensor) -> str | None:
+    """For a float32 memory of half-precision rows tf32, which is as exact as the rows are."""
+    from_half = x.dtype != torch.float32 and stored.dtype == torch.float32
+    return "tf32" if from_half and targets.current(x.device).has_tf32 else None
+
+
+def _rows_and_weights(selection: Selection, config: MemAOPConfig) -> tuple[Tensor, Tensor | None]:
+    weighted = is_weighted(config.selection, config.rescale)
+    return selection.indices, selection.weights if weighted else None

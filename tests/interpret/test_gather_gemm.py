@@ -1,0 +1,215 @@
+"""The gather GEMM by rows, by blocks and in parts, against Σ_k w_k g[i_k]ᵀ x[i_k] in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from memaop_triton.kernels.gather_gemm import gather_gemm
+from tests.judging import (
+    LAYOUTS,
+    SMALL,
+    check_products,
+    drawn_blocks,
+    drawn_rows,
+    operands,
+    outer_products,
+)
+
+DTYPES = (torch.float16, torch.float32)
+# M, N, P, K
+SHAPES = [
+    (1, 1, 1, 1),
+    (3, 1, 17, 3),
+    (17, 3, 1, 1),
+    (129, 17, 33, 129),
+    (129, 48, 32, 37),
+    (40, 129, 17, 64),
+    (100, 16, 16, 16),
+    (5, 3, 3, 0),
+]
+CONFIGS = {
+    "rows-first": SMALL,
+    "columns-first": replace(SMALL, x_columns_first=True),
+    "two-tiles": replace(SMALL, tiles_n=2, split_k=2),
+    "three-parts": replace(SMALL, split_k=3),
+    "chosen": None,
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    ("dtype", "weighted"), [(torch.float16, False), (torch.float16, True), (torch.float32, True)]
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape, dtype, weighted, config):
+    rows, n, p, k = shape
+    x, g = operands(rows, n, p, dtype)
+    indices = drawn_rows(rows, k, torch.int32 if weighted else torch.int64)
+    weights = 4 * torch.rand(k) if weighted else None
+    result = gather_gemm(x, g, indices, weights, config=config)
+    assert result.dtype == dtype
+    check_products(result, x, g, indices, weights)
+
+
+@pytest.mark.parametrize("config", [SMALL, CONFIGS["columns-first"], CONFIGS["two-tiles"]])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("columns", [(33, 17), (48, 32)], ids=["odd", "even"])
+def test_strides(layout, columns, config):
+    x, g = operands(50, *columns, torch.float16, layout)
+    indices = drawn_rows(50, 37)
+    check_products(gather_gemm(x, g, indices, config=config), x, g, indices)
+
+
+def test_operands_of_different_strides():
+    x, _ = operands(50, 33, 17, torch.float32, "transposed")
+    _, g = operands(50, 33, 17, torch.float32, "strided")
+    indices = drawn_rows(50, 37)
+    check_products(gather_gemm(x, g, indices, config=SMALL), x, g, indices)
+
+
+@pytest.mark.parametrize("by_descriptor", [False, True])
+def test_one_row_repeated(by_descriptor, request):
+    if by_descriptor:
+        request.getfixturevalue("tensor_copies")
+    x = torch.randn(1, 32).half().expand(40, 32)
+    g = torch.randn(1, 16).half().expand(40, 16)
+    indices = drawn_blocks([0, 2], 16)
+    check_products(gather_gemm(x, g, indices, block_rows=16, config=SMALL), x, g, indices)
+
+
+def test_rows_that_are_not_selected_are_not_read():
+    x, g = operands(40, 33, 17, torch.float32)
+    indices = drawn_rows(40, 21)
+    others = torch.ones(40, dtype=torch.bool).index_fill(0, indices, False)
+    x[others], g[others] = torch.nan, torch.inf
+    check_products(gather_gemm(x, g, indices, config=SMALL), x, g, indices)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("largest", [1e-3, 1.0, 3000.0, 1e6])
+@pytest.mark.parametrize("split", [1, 2])
+def test_range_of_weights(dtype, largest, split):
+    """Large weights of small rows: Σ fits float16 although some w_k hardly do."""
+    x, g = operands(60, 33, 17, dtype)
+    indices = drawn_rows(60, 45)
+    weights = largest * torch.rand(45)
+    weights[0] = largest
+    g /= max(1.0, largest)
+    config = replace(SMALL, split_k=split)
+    result = gather_gemm(x, g, indices, weights, config=config, out=torch.empty(17, 33))
+    exact = outer_products(x.double(), g.double(), indices, weights)
+    torch.testing.assert_close(
+        result.double(), exact, rtol=0, atol=2 * torch.finfo(dtype).eps * exact.abs().max().item()
+    )
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "left-out"])
+@pytest.mark.parametrize("by_descriptor", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize(
+    ("rows", "block_rows", "blocks"),
+    [
+        (64, 16, [0, 1, 2, 3]),
+        (70, 16, [1, 4]),
+        (70, 32, [0, 2]),
+        (65, 64, [1]),
+        (200, 128, [0, 1]),
+        (5, 16, [0]),
+    ],
+)
+def test_blocks(rows, block_rows, blocks, by_descriptor, named, request, traffic):
+    if by_descriptor:
+        request.getfixturevalue("tensor_copies")
+    x, g = operands(rows, 40, 24, torch.float16)
+    indices = drawn_blocks(blocks, block_rows)
+    weights = torch.rand(len(blocks)).repeat_interleave(block_rows)
+    if not named:
+        inside = indices < rows
+        indices, weights = indices[inside], weights[inside]
+    for w, split in ((None, 1), (weights, 2)):
+        config = replace(SMALL, block_k=32, split_k=split)
+        result = gather_gemm(x, g, indices, w, block_rows=block_rows, config=config)
+        check_products(result, x, g, indices, w)
+    kernel = "block_gemm_kernel" if by_descriptor else "gather_gemm_kernel"
+    assert traffic[0].kernel == kernel
+
+
+@pytest.mark.parametrize("columns", [(33, 16), (32, 17)])
+def test_blocks_that_no_descriptor_can_describe(columns, tensor_copies, traffic):
+    x, g = operands(64, *columns, torch.float16)
+    indices = drawn_blocks([1, 3], 16)
+    result = gather_gemm(x, g, indices, block_rows=16, config=SMALL)
+    check_products(result, x, g, indices)
+    assert traffic[0].kernel == "gather_gemm_kernel"
+
+
+@pytest.mark.parametrize("by_descriptor", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("split", [1, 2, 3])
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_into_a_gradient(split, deterministic, accumulate, by_descriptor, request):
+    if by_descriptor:
+        request.getfixturevalue("tensor_copies")
+    x, g = operands(80, 48, 32, torch.float16)
+    indices = drawn_blocks([0, 1, 4], 16)
+    weights = (1 + torch.rand(3)).repeat_interleave(16)
+    out = torch.randn(32, 48) if accumulate else torch.full((32, 48), torch.nan)
+    before = out.double() if accumulate else 0.0
+    result = gather_gemm(
+        x, g, indices, weights, block_rows=16, out=out, accumulate=accumulate,
+        deterministic=deterministic, config=replace(SMALL, split_k=split),
+    )  # fmt: skip
+    assert result is out
+    check_products(result, x, g, indices, weights, plus=before)
+
+
+def test_into_a_gradient_of_the_operands_dtype():
+    x, g = operands(80, 33, 17, torch.float16)
+    out, indices = torch.randn(17, 33).half(), drawn_rows(80, 50)
+    before = out.double()
+    for split in (1, 2):
+        result = gather_gemm(
+            x, g, indices, out=out.clone(), accumulate=True, config=replace(SMALL, split_k=split)
+        )
+        check_products(result, x, g, indices, plus=before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "by_descriptor"),
+    [(torch.float16, False), (torch.float16, True), (torch.float32, False)],
+)
+@pytest.mark.parametrize("rank", [1, 5, 16, 17, 64])
+@pytest.mark.parametrize(
+    ("split", "tiles", "deterministic"),
+    [(1, 1, True), (3, 1, True), (2, 2, True), (2, 1, False)],
+)
+def test_correction(rank, dtype, split, tiles, deterministic, by_descriptor, request):
+    if by_descriptor:
+        request.getfixturevalue("tensor_copies")
+    x, g = operands(70, 40, 24, dtype)
+    c, e = torch.randn(24, rank), torch.randn(40, rank).to(dtype)
+    indices = drawn_blocks([0, 2, 4], 16)
+    weights = (8 * torch.rand(3)).repeat_interleave(16) if deterministic else None
+    result = gather_gemm(
+        x, g, indices, weights, block_rows=16, correction=(c, e), out=torch.empty(24, 40),
+        deterministic=deterministic, config=replace(SMALL, split_k=split, tiles_n=tiles),
+    )  # fmt: skip
+    check_products(result, x, g, indices, weights, plus=c.double() @ e.double().T)
+
+
+def test_a_correction_alone():
+    c, e = torch.randn(17, 5), torch.randn(33, 5)
+    x, g = operands(10, 33, 17, torch.float32)
+    none = torch.empty(0, dtype=torch.int64)
+    result = gather_gemm(x, g, none, correction=(c, e), config=replace(SMALL, split_k=2))
+    torch.testing.assert_close(result, c @ e.T)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_reaches_the_result(bad):
+    x, g = operands(40, 33, 17, torch.float32)
+    x[20, 3] = bad
+    result = gather_gemm(x, g, torch.arange(40), config=SMALL)
+    assert not result[:, 3].isfinite().any()
+    assert result[:, :3].isfinite().all()
+    assert result[:, 4:].isfinite().all()

@@ -1,0 +1,151 @@
+"""Whole weight gradients by the Triton kernels, against the same in plain PyTorch."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memaop_triton import MemAOPConfig, convert_, new_memory
+from memaop_triton.weight_grad import weight_and_bias_grad
+
+SHAPES = [(70, 24, 40), (37, 16, 33), (5, 1, 3), (129, 17, 3)]
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch):
+    """Chooses the backend for the rest of a test; Triton's to begin with."""
+
+    def choose(name):
+        monkeypatch.setenv("MEMAOP_TRITON_BACKEND", name)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    choose("triton")
+    return choose
+
+
+def batches(shape, count=3, dtype=torch.float32):
+    m, n, p = shape
+    return [(torch.randn(m, n).to(dtype), torch.randn(m, p).to(dtype)) for _ in range(count)]
+
+
+def run(config, data, generator):
+    """dW and db of every batch in turn, and the memory afterwards."""
+    memory = new_memory(config, data[0][0].shape[1], data[0][1].shape[1])
+    return [
+        weight_and_bias_grad(x, g, config, memory, generator=generator) for x, g in data
+    ], memory
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_rows"), [(shape, 1) for shape in SHAPES] + [(SHAPES[0], 16), (SHAPES[1], 32)]
+)
+def test_steps_equal_those_in_pytorch(scheme, shape, block_rows, backend, generator):
+    if scheme["memory"] == "signed":
+        scheme = scheme | {"memory": "residual"}  # signs are drawn in other ways, see below
+    if scheme["memory"] == "residual":
+        scheme = scheme | {"selection": "topk"}  # so are the rows, after the seed of the signs
+    config = MemAOPConfig(ratio=1 / 4, rank=4, refresh_every=2, block_rows=block_rows, **scheme)
+    data = batches(shape)
+    ours, memory = run(config, data, generator(3))
+    backend("torch")
+    theirs, reference = run(config, data, generator(3))
+    for (dw, db), (expected_dw, expected_db) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(dw, expected_dw, rtol=1e-4, atol=1e-4 * shape[0] ** 0.5)
+        torch.testing.assert_close(db, expected_db, rtol=1e-4, atol=1e-5 * shape[0])
+    if config.has_row_memory:
+        for name, value in reference.state_dict().items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(memory.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("selection", ["randk", "topk", "weightedk"])
+@pytest.mark.parametrize("memory", ["residual", "signed"])
+@pytest.mark.parametrize("block_rows", [1, 16])
+def test_row_memories_keep_what_is_not_selected(selection, memory, block_rows, selections):
+    m, n, p = 70, 24, 40
+    config = MemAOPConfig(ratio=1 / 3, selection=selection, memory=memory, block_rows=block_rows)
+    state = new_memory(config, n, p)
+    kept_x, kept_g = torch.zeros(m, n), torch.zeros(m, p)
+    for x, g in batches((m, n, p), count=4):
+        dw, db = weight_and_bias_grad(x, g, config, state)
+        taken = selections[-1].indices
+        taken = taken[taken < m]
+        # What the memory holds now shows the signs it was carried with, but for the rows taken.
+        all_x, all_g = state.x.clone(), state.g.clone()
+        signs = torch.ones(m, 1)
+        if memory == "signed":
+            flipped = (all_x - (x - kept_x)).abs().sum(1) < (all_x - (x + kept_x)).abs().sum(1)
+            signs[flipped] = -1
+        if selection == "randk":  # the rows taken were not stored
+            rest = torch.ones(m, dtype=torch.bool).index_fill_(0, taken, False)
+            torch.testing.assert_close(all_x[rest], (signs * kept_x + x)[rest])
+            torch.testing.assert_close(all_g[rest], (signs * kept_g + g)[rest])
+            if memory == "residual":
+                expected = (kept_g + g)[taken].T @ (kept_x + x)[taken]
+                torch.testing.assert_close(dw, expected, rtol=1e-4, atol=1e-4)
+        else:
+            torch.testing.assert_close(all_x, signs * kept_x + x)
+            torch.testing.assert_close(all_g, signs * kept_g + g)
+            torch.testing.assert_close(dw, all_g[taken].T @ all_x[taken], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(db, g.sum(0))
+        filled = torch.ones(m, dtype=torch.bool).index_fill_(0, taken, False)
+        assert torch.equal(state.filled, filled)
+        kept_x, kept_g = all_x * filled.unsqueeze(1), all_g * filled.unsqueeze(1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("operand", ["x", "g"])
+def test_a_row_that_is_not_finite_shows_and_is_forgotten(memory_scheme, value, operand):
+    in_rows = memory_scheme["memory"] in ("residual", "signed")
+    for selection in ("topk", "randk") if in_rows else ("priority",):
+        config = MemAOPConfig(ratio=1 / 8, rank=4, **memory_scheme | {"selection": selection})
+        memory = new_memory(config, 24, 40)
+        for step in range(3):
+            x, g = torch.randn(64, 24), torch.randn(64, 40)
+            if step == 1:
+                (x if operand == "x" else g)[5, 3] = value
+            dw, _ = weight_and_bias_grad(x, g, config, memory)
+            assert dw.isfinite().all() == (step != 1)
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Refuses every operation that would make a host wait for its GPU."""
+
+    FORBIDDEN = (
+        torch.ops.aten._local_scalar_dense,
+        torch.ops.aten.nonzero,
+        torch.ops.aten.masked_select,
+        torch.ops.aten.equal,
+        torch.ops.aten.is_nonzero,
+        torch.ops.aten._unique2,
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in self.FORBIDDEN, f"{func} waits for the GPU"
+        if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), f"{func} waits"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("block_rows", [1, 16])
+def test_a_training_step_looks_at_no_value(scheme, block_rows, traffic):
+    config = MemAOPConfig(ratio=1 / 4, rank=4, refresh_every=2, block_rows=block_rows, **scheme)
+    if config.is_unbiased:
+        config = dataclasses.replace(config, ratio=1 / 4, grad_input="sampled")
+    layer = convert_(torch.nn.Linear(24, 40), config)
+    x = torch.randn(70, 24, requires_grad=True)
+    launches = []
+    for step in range(4):
+        before = len(traffic)
+        loss = layer(x).square().sum()
+        if step == 0:
+            loss.backward()
+        else:
+            # The interpreter itself reads values: only PyTorch's own operations are watched.
+            with NoSynchronisation():
+                loss.backward()
+        launches.append([launch.kernel for launch in traffic[before:]])
+    assert launches[1] == launches[3]  # with a refresh of the subspace
+    assert set(launches[2]) <= set(launches[1])
+    assert len(launches[2]) <= len(launches[1]) <= 10
