@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench sanitize kernel-report gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/memaop-triton demo --output results
@@ -27,13 +27,34 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest bench -k cpu
+	$(BIN)/python -m pytest bench/test_cpu.py
+
+# Executes the kernels by their semantics, without a GPU, and stops at what a GPU lets pass.
+sanitize: $(VENV)/.sanitize
+	$(BIN)/python -c 'import ttsem.sanitize'
+	$(BIN)/python -m pytest tests/sanitize
+
+# Compiles the kernels for GPUs that need not be there: bench/results/kernel_report.md.
+kernel-report: $(VENV)/.dev
+	$(BIN)/python -m bench.kernel_report
+
+# On a machine with a GPU: tests, benchmarks, and the report in bench/results/<gpu>/.
+gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu -rs
+	mkdir -p build && rm -f build/gpu.json
+	$(BIN)/python -m pytest bench/test_gpu.py -rs --benchmark-json=build/gpu.json
+	$(BIN)/python -m bench.gpu_report build/gpu.json
 
 clean:
 	rm -rf $(VENV) build results .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+
+# ttsem asks for Python 3.12 and also runs on 3.11.
+$(VENV)/.sanitize: $(VENV)/.dev
+	$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0
+	touch $@
 
 $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e '.[$*]'

@@ -14,9 +14,9 @@ from rich.progress import track
 
 from bench.microscope.bound import CHIPS
 from bench.microscope.building import REPORTED, Builder, Key, by_name
-from bench.microscope.cases import cases
 from bench.microscope.gathering import pairs
 from bench.microscope.report import faults, lines, table, target_table
+from bench.microscope.shipped import cases
 from memaop_triton.kernels.targets import TARGETS
 
 PAGE = Path(__file__).parent / "results" / "kernel_report.md"

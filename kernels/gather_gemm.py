@@ -328,7 +328,7 @@ def _launch_blocks(
         TensorDescriptor.from_tensor(x, [config.block_k, config.block_n]),
         TensorDescriptor.from_tensor(g, [config.block_k, config.block_p]),
         *(indices, *tensors, out),
-        *(x.shape[1], g.shape[1], indices.numel() // config.block_k, rank),
+        *(x.shape[1], g.shape[1], triton.cdiv(indices.numel(), config.block_k), rank),
         BLOCK_N=config.block_n,
         BLOCK_ROWS=block_rows,
         **constants,

@@ -141,7 +141,7 @@ def accumulate_kernel(
     if SCORED:
         tl.store(scores_ptr + rows, _finite_or_inf(score), mask=inside)
     else:
-        bad = tl.max((row_ok & (score >= float("inf")) | (score != score)).to(tl.int32), axis=0)
+        bad = tl.max((row_ok & (finite == 0)).to(tl.int32), axis=0)
         if bad != 0:
             tl.store(lost_ptr, float("nan"))
 

@@ -6,7 +6,7 @@ import torch
 
 from memaop_triton import MemAOPConfig
 from memaop_triton.config import GRAD_INPUTS, MEMORIES, SELECTIONS
-from memaop_triton.weight_grad import select
+from memaop_triton.selection import select
 
 
 def test_default_is_priority_with_a_subspace_of_rank_16_at_an_eighth():

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from bench.microscope.awkward import awkward_cases
 from bench.microscope.bound import Bound, bound
-from bench.microscope.cases import Case, cases, float32_products
+from bench.microscope.cases import Case, float32_products
 from bench.microscope.compiling import compile_call
 from bench.microscope.counts import Counts
 from bench.microscope.plain import plain_cases
 from bench.microscope.reading import read_all
+from bench.microscope.shipped import cases
 from memaop_triton.kernels.targets import TARGETS
 
 # DESIGN 9.

@@ -48,7 +48,10 @@ def expected(memory, x, g, signs=None):
     signs = torch.ones(x.shape[0]) if signs is None else signs
     factor, filled = (CARRY * signs)[:, None], memory[2][:, None]
     return [
-        [torch.where(filled, factor * m.to(t), 0.0) + a.to(t) for t in (torch.float32, torch.float64)]
+        [
+            torch.where(filled, factor * m.to(t), 0.0) + a.to(t)
+            for t in (torch.float32, torch.float64)
+        ]
         for m, a in zip(memory, (x, g), strict=False)
     ]
 

@@ -1,0 +1,173 @@
+"""The shipped configurations: every kernel in every tile, with operands that suit the hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from bench.microscope.cases import (
+    RANK,
+    SHORT,
+    Case,
+    M,
+    N,
+    P,
+    empty,
+    memory,
+    operands,
+    scalars,
+    weighting,
+)
+from memaop_triton.kernels import configs
+from memaop_triton.kernels.configs import GemmConfig, RowConfig
+from memaop_triton.kernels.gather_gemm import gather_gemm
+from memaop_triton.kernels.residual_gemm import residual_gemm
+from memaop_triton.kernels.score import accumulate_and_score, accumulate_rest, row_scores
+from memaop_triton.kernels.subspace import project, project_gradient, transposed_mm
+from memaop_triton.kernels.targets import Target
+
+BLOCK_ROWS = 64
+RANKS = (16, 64)  # the default one and the largest
+
+
+def cases(target: Target) -> list[Case]:
+    """Every kernel in every configuration that the rules of `configs.py` can choose.
+
+    Float16 only for the gather GEMM: the other kernels treat both half-precision types alike.
+    """
+    kinds = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "ieee")]
+    if target.has_tf32:
+        kinds.insert(2, (torch.float32, "tf32"))
+    found = [case for kind in kinds for case in _gather(target, *kind)]
+    found += _variants(target)
+    for dtype, precision in kinds:
+        if dtype != torch.float16:
+            found += [*_residual(dtype, precision), *_subspace(dtype, precision)]
+    return [*found, *_row_passes(target)]
+
+
+def _gather(target: Target, dtype: torch.dtype, precision: str) -> Iterator[Case]:
+    tiles = configs.gemm_tiles(target, dtype, precision)
+    for way, block_rows in {"gather rows": 1, "gather blocks": BLOCK_ROWS}.items():
+        if block_rows > 1 and not target.has_tensor_copies:
+            continue
+        for weighted in (False, True) if dtype == torch.bfloat16 else (True,):
+            extra = weighting(dtype) if weighted else {}
+            for tile in tiles:
+                yield Case(
+                    way + ", weighted + C" * weighted,
+                    tile,
+                    partial(
+                        gather_gemm,
+                        **operands(dtype),
+                        **extra,
+                        block_rows=block_rows,
+                        config=tile,
+                    ),
+                    dtype,
+                    precision,
+                    gemm_bytes(tile, dtype.itemsize),
+                    tile.block_p,
+                    by_descriptor=block_rows > 1,
+                    shown=dtype == torch.bfloat16 or tile == tiles[0],
+                )
+
+
+def gemm_bytes(tile: GemmConfig, itemsize: int) -> int:
+    """Bytes of both operands per step."""
+    return tile.block_k * (tile.block_n + tile.block_p) * itemsize
+
+
+def _variants(target: Target) -> list[Case]:
+    """The largest tile with split rows, and added to a float32 gradient."""
+    dtype = torch.bfloat16
+    tile = configs.gemm_tiles(target, dtype, "ieee")[0]
+    split = replace(tile, split_k=4)
+    gemm = partial(gather_gemm, **operands(dtype), **weighting(dtype))
+    into = partial(gemm, out=empty(P, N, dtype=torch.float32), accumulate=True)
+    ways = {
+        "gather rows, split 4": partial(gemm, config=split),
+        "gather rows, split 4 by atomics": partial(into, config=split, deterministic=False),
+        "gather rows into float32": partial(into, config=tile),
+    }
+    size = gemm_bytes(tile, dtype.itemsize)
+    return [
+        Case(title, tile, call, dtype, "ieee", size, tile.block_p) for title, call in ways.items()
+    ]
+
+
+def _residual(dtype: torch.dtype, precision: str) -> Iterator[Case]:
+    tiles = configs.residual_tiles(dtype, precision)
+    for stored in dict.fromkeys((dtype, torch.float32)):
+        gemm = partial(residual_gemm, memory(stored), **operands(dtype), **scalars(), signed=True)
+        for tile in tiles:
+            yield Case(
+                f"residual, memory {SHORT[stored]}",
+                tile,
+                partial(gemm, lost=empty(1, dtype=torch.float32), config=tile),
+                dtype,
+                precision,
+                gemm_bytes(tile, dtype.itemsize + stored.itemsize),
+                tile.block_p,
+                shown=tile == tiles[0] or dtype == stored == torch.bfloat16,
+            )
+
+
+def _subspace(dtype: torch.dtype, precision: str) -> Iterator[Case]:
+    x, rest = empty(M, N, dtype=dtype), empty(M, dtype=torch.float32)
+    for rank in RANKS:
+        q, z = empty(N, rank, dtype=dtype), empty(M, rank, dtype=dtype)
+        tall, wide = configs.projection_tiles(dtype, rank), configs.transposed_tiles(dtype, rank)
+        backward = partial(project_gradient, x, z, rest, bias_grad=True)
+        ways = [(f"Z = XQ, rank {rank}", partial(project, x, q, 64.0), t, t.block_m) for t in tall]
+        ways += [(f"GᵀZ and scores, rank {rank}", backward, t, t.block_c) for t in wide]
+        if rank == RANK:
+            ways += [
+                (f"XᵀZ, rank {rank}", partial(transposed_mm, z, x), t, t.block_c) for t in wide
+            ]
+        for title, call, tile, extent in ways:
+            yield Case(
+                title,
+                tile,
+                partial(call, config=tile),
+                dtype,
+                precision,
+                tile.block_m * tile.block_c * dtype.itemsize,
+                extent,
+                shown=tile in (tall[0], wide[0]) or (dtype == torch.bfloat16 and rank == RANK),
+            )
+
+
+def row_tiles(target: Target) -> list[tuple[RowConfig, bool]]:
+    """Every tile that the passes over rows can get, and whether it is one for column sums."""
+    found = {
+        (configs.for_rows(target, 1 << i, N, sums), sums)
+        for i in range(21)
+        for sums in (True, False)
+    }
+    return sorted(found, key=lambda one: (one[1], one[0].block_m))
+
+
+def _row_passes(target: Target) -> Iterator[Case]:
+    half, single = torch.bfloat16, torch.float32
+    for tile, sums in row_tiles(target):
+        ways = {"bias_grad": sums, "config": tile}
+        size = tile.block_m * tile.block_c
+        for dtype, stored in ((half, half), (half, single), (single, single)):
+            x, g = empty(M, N, dtype=dtype), empty(M, P, dtype=dtype)
+            update = {**scalars(), **ways, "signed": True}
+            kind = f"memory {SHORT[stored]}" + ", bias sums" * sums
+            both = size * (dtype.itemsize + stored.itemsize)
+            call = partial(accumulate_and_score, memory(stored), x, g, **update)
+            yield Case(f"accumulate, {kind}", tile, call, dtype, "ieee", both)
+            if dtype == stored:
+                call = partial(row_scores, x, g, **ways)
+                title = "scores" + ", bias sums" * sums
+                yield Case(title, tile, call, dtype, "ieee", size * dtype.itemsize)
+            if stored == half:
+                marks = {"taken": empty(M, dtype=torch.bool), "lost": empty(1, dtype=single)}
+                call = partial(accumulate_rest, memory(stored), x, g, **marks, **update)
+                yield Case(f"accumulate rest, {kind}", tile, call, dtype, "ieee", both)

@@ -1,0 +1,123 @@
+"""The kernels and whole steps on a real GPU, NVIDIA or AMD: `make gpu`, or `pytest -m gpu`."""
+
+import pytest
+import torch
+from torch import nn
+
+from memaop_triton import MemAOPConfig, convert_, new_memory
+from memaop_triton.kernels import configs, gather_gemm, score, targets
+from memaop_triton.weight_grad import weight_and_bias_grad
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"
+    ),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SHAPES = [(1000, 264, 520), (129, 17, 3), (4096, 1024, 768), (1, 1, 1)]
+
+
+def normal(*shape, dtype):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def assert_as_good(result, theirs, exact):
+    """The error is at most twice that of PyTorch in the same dtype."""
+    assert result.isfinite().all()
+    error, allowed = ((r.double() - exact).abs().max().item() for r in (result, theirs))
+    assert error <= 2 * allowed + 1e-6 * exact.abs().max().item(), (error, allowed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("block_rows", [1, 64])
+def test_gather_gemm(shape, dtype, weighted, block_rows):
+    m, n, p = shape
+    x, g = normal(m, n, dtype=dtype), normal(m, p, dtype=dtype)
+    k = max(1, m // 4)
+    indices = torch.randperm(m, device="cuda")[:k].sort().values
+    if block_rows > 1:
+        starts = torch.arange(0, m, 2 * block_rows, device="cuda")
+        indices = (starts[:, None] + torch.arange(block_rows, device="cuda")).flatten()
+    weights = torch.rand(indices.numel(), device="cuda") * 3 + 1 if weighted else None
+    result = gather_gemm.gather_gemm(x, g, indices, weights, block_rows=block_rows)
+    inside = indices < m
+    rows = indices[inside]
+    w = torch.ones(len(rows), device="cuda") if weights is None else weights[inside]
+    theirs = (g[rows] * w[:, None].to(dtype)).t() @ x[rows]
+    exact = (g[rows].double() * w[:, None].double()).t() @ x[rows].double()
+    assert_as_good(result, theirs, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_tile(dtype):
+    x, g = normal(2048, 512, dtype=dtype), normal(2048, 384, dtype=dtype)
+    indices = torch.arange(0, 2048, 3, device="cuda")
+    theirs = g[indices].t() @ x[indices]
+    exact = g[indices].double().t() @ x[indices].double()
+    target = targets.current(x.device)
+    for tile in configs.gemm_tiles(target, dtype, "ieee"):
+        assert_as_good(gather_gemm.gather_gemm(x, g, indices, config=tile), theirs, exact)
+
+
+def test_rows_beyond_two_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 20 << 30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    x = torch.zeros(1 << 20, 4096, dtype=torch.bfloat16, device="cuda")
+    g = torch.zeros(1 << 20, 16, dtype=torch.bfloat16, device="cuda")
+    x[-1], g[-1] = 2, 3
+    indices = torch.tensor([0, (1 << 20) - 1], device="cuda")
+    assert (gather_gemm.gather_gemm(x, g, indices) == 6).all()
+    assert score.row_norms(x)[-1] == 2 * 64
+
+
+def gradients(config, batches, seed):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    memory = new_memory(config, batches[0][0].shape[1], batches[0][1].shape[1])
+    return [weight_and_bias_grad(x, g, config, memory, generator=generator) for x, g in batches]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_rows", [1, 32])
+def test_steps_equal_those_in_pytorch(scheme, dtype, block_rows, monkeypatch):
+    if scheme["memory"] in ("residual", "signed"):
+        scheme = {"selection": "topk", "memory": "residual"}
+    config = MemAOPConfig(ratio=1 / 4, rank=8, refresh_every=2, block_rows=block_rows, **scheme)
+    batches = [(normal(1024, 128, dtype=dtype), normal(1024, 192, dtype=dtype)) for _ in range(3)]
+    ours = gradients(config, batches, 5)
+    monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "torch")
+    theirs = gradients(config, batches, 5)
+    for one, other in zip(ours, theirs, strict=True):
+        # Scores that differ in the last bit may swap rows of nearly equal score.
+        error = (one.weight - other.weight).norm() / other.weight.norm()
+        assert error < (0.05 if dtype != torch.float32 else 1e-3)
+        torch.testing.assert_close(one.bias, other.bias, rtol=0.02, atol=0.5)
+
+
+def test_a_step_does_not_wait_for_the_gpu(scheme):
+    config = MemAOPConfig(ratio=1 / 4, rank=8, refresh_every=2, **scheme)
+    layer = convert_(nn.Linear(128, 192, device="cuda", dtype=torch.bfloat16), config)
+    x = normal(1024, 128, dtype=torch.bfloat16)
+    layer(x).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            layer(x).square().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_steps_repeat_bit_for_bit(scheme):
+    config = MemAOPConfig(ratio=1 / 8, rank=8, refresh_every=2, **scheme)
+    batches = [
+        (normal(2048, 256, dtype=torch.bfloat16), normal(2048, 256, dtype=torch.bfloat16))
+        for _ in range(3)
+    ]
+    for one, other in zip(
+        gradients(config, batches, 5), gradients(config, batches, 5), strict=True
+    ):
+        assert torch.equal(one.weight, other.weight)
+        assert torch.equal(one.bias, other.bias)
