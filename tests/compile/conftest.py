@@ -1,0 +1,18 @@
+import pytest
+
+from bench.microscope.building import Builder
+
+
+@pytest.fixture(scope="session")
+def builder(request):
+    """Compiles in the background what the tests that were collected will ask for."""
+    with Builder() as builder:
+        calls = (getattr(item, "callspec", None) for item in request.session.items)
+        builder.start(call.params["key"] for call in calls if call and "key" in call.params)
+        yield builder
+
+
+@pytest.fixture
+def built(builder, key):
+    """The kernels of the case that `key` names, its own one first."""
+    return builder[key]
