@@ -41,13 +41,14 @@ A program runs its loop once per step. One line is one kernel with one tile.
   "split" shares the rows of a tile among programs; "memory" names the type of the row memory.
 - *type*: of X and G. `tf32` and `fp32` are float32, multiplied as TF32 and exactly.
 - *tile*: columns of G x columns of X x rows per step for a GEMM, rows x columns otherwise.
-- *registers*: per thread; "acc" are those that only AMD's matrix units write.
+- *registers*: per thread. On AMD, "acc" of them are those that matrix units write, and "lanes" is
+  how many scalar registers are kept in lanes of vector registers.
 - *matrix instructions*: in the loop, per warp. Empty: the float32 lanes multiply, or nobody.
 - *16-byte copies*: of the loop's copies from global memory, those of 16 bytes per thread or of
   whole tiles. The others fetch row numbers, weights and flags.
 - *loop*: instructions per step, as one warp issues them.
-- *tensor*, *issue*, *bytes*: cycles that a step takes one SM (compute unit) at least: by FLOPs at the
-  peak rate, by issue slots (4 a cycle), by bytes from the L2 cache (64 a cycle).
+- *tensor*, *issue*, *bytes*: cycles that a step takes one SM (compute unit) at least: by FLOPs at
+  the peak rate, by issue slots (4 a cycle), by bytes from the L2 cache (64 a cycle).
 - *limited by*: the largest of the three.
 """
 GATHERING = """\
@@ -55,9 +56,9 @@ GATHERING = """\
 
 The loop of the gather GEMM beside that of a plain Triton GEMM of the same tile, warps and stages
 that reads its rows in order (`bench/microscope/plain.py`), in bfloat16: instructions per step.
-Single rows are compared with a GEMM by pointers, blocks with one by tensor descriptors (TMA), weighted
-ones with GEMMs that multiply the rows of G by weights as well. Tiles that the matrix units or the L2
-cache limit have issue slots to spare, so a ratio above 1 is not yet a slower loop.
+Single rows are compared with a GEMM by pointers, blocks with one by tensor descriptors (TMA),
+weighted ones with GEMMs that multiply the rows of G by weights as well. Where the matrix units or
+the L2 cache limit a loop, issue slots are left over: a ratio above 1 is not yet a slower loop.
 """
 
 
@@ -86,26 +87,28 @@ def keys() -> list[Key]:
 
 
 def _verdict(builder: Builder) -> str:
-    wrong = [fault for key in keys() for built in builder[key] for fault in faults(*key, built)]
-    total = sum(len(builder[key]) for key in keys())
-    if not wrong:
-        return (
-            f"All {total} compiled kernels, more than the tables show, keep their values in registers"
-            "\n(no spills, no stack) and fit into shared memory."
-        )
-    return "**Not in order:**\n\n" + "\n".join(f"- {fault}" for fault in wrong)
+    ours = [key for key in keys() if not key[1].startswith("plain")]
+    wrong = [fault for key in ours for built in builder[key] for fault in faults(*key, built)]
+    total = sum(len(builder[key]) for key in ours)
+    if wrong:
+        return "**Not in order:**\n\n" + "\n".join(f"- {fault}" for fault in wrong)
+    return (
+        f"All {total} kernels that were compiled, more than the tables show, keep their values in"
+        "\nregisters (no spills, no stack) and fit into shared memory."
+    )
 
 
 def _gathering(builder: Builder) -> str:
-    body = []
+    head = ("target", "gathers", "tile", "plain", "gather", "ratio")
+    body: dict[tuple[str, ...], list[str]] = {}
     for target in REPORTED:
         for pair in pairs(TARGETS[target]):
             loop, plain = pair.loops(builder, target)
             tile = f"{pair.tile.block_p}x{pair.tile.block_n}x{pair.tile.block_k}"
-            weighted = "yes" if pair.weighted else "no"
-            numbers = f"{plain:.0f}", f"{loop:.0f}", f"{loop / plain:.2f}"
-            body.append((target, pair.way, weighted, tile, *numbers))
-    return table(("target", "gathers", "weighted", "tile", "plain", "gather", "ratio"), body)
+            numbers = body.setdefault((target, pair.way, tile), [])
+            numbers += [f"{plain:.0f}", f"{loop:.0f}", f"{loop / plain:.2f}"]
+    weighted = ("weighted plain", "weighted gather", "ratio")
+    return table((*head, *weighted), ((*key, *numbers) for key, numbers in body.items()))
 
 
 def main() -> None:

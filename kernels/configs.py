@@ -61,8 +61,17 @@ class RowConfig:
     split: int = 1
 
 
-def gemm_tiles(target: Target, dtype: torch.dtype, precision: str) -> tuple[GemmConfig, ...]:
-    """The tiles of the gather GEMM on a target, largest first."""
+def gemm_tiles(
+    target: Target, dtype: torch.dtype, precision: str, *, aligned: bool = True
+) -> tuple[GemmConfig, ...]:
+    """The tiles of the gather GEMM on a target, largest first.
+
+    Operands that are not aligned are copied through registers, a few bytes at a time: steps are
+    half as deep then, and more warps share them.
+    """
+    if not aligned:
+        tiles = gemm_tiles(target, dtype, precision)
+        return tuple(_shallow(target, tile) for tile in tiles if tile.tiles_n == 1)
     if dtype == torch.float32:
         return _TILES_IEEE if precision == "ieee" else _tf32_tiles(target)
     if target.backend == "hip":
@@ -72,6 +81,16 @@ def gemm_tiles(target: Target, dtype: torch.dtype, precision: str) -> tuple[Gemm
     if target.arch == 80:
         return _TILES_HALF
     return tuple(replace(tile, x_columns_first=True) for tile in (_TILE_WIDE, *_TILES_HALF))
+
+
+def _shallow(target: Target, tile: GemmConfig) -> GemmConfig:
+    area = tile.block_n * tile.block_p
+    return replace(
+        tile,
+        block_k=min(tile.block_k, max(16, tile.block_k // 2)),
+        num_warps=8 if area >= 128 * 64 else tile.num_warps,
+        x_columns_first=target.arch != 80 or area < 128 * 128,
+    )
 
 
 _TILE_WIDE = GemmConfig(256, 128, 64, 8, 3, tiles_n=2)
@@ -105,9 +124,10 @@ _TILES_IEEE = (
 
 
 def _tf32_tiles(target: Target) -> tuple[GemmConfig, ...]:
-    stages = 2 if target.backend == "hip" or target.shared_memory < 128 << 10 else 3
+    stages = 2 if target.backend == "hip" else 3
+    large = 2 if target.shared_memory < 128 << 10 else 3
     return (
-        GemmConfig(128, 128, 32, 8, stages),
+        GemmConfig(128, 128, 32, 8, large),
         GemmConfig(128, 64, 32, 4, stages),
         GemmConfig(64, 64, 32, 4, stages),
         GemmConfig(32, 64, 32, 4, stages),
@@ -116,7 +136,15 @@ def _tf32_tiles(target: Target) -> tuple[GemmConfig, ...]:
 
 
 def for_gather_gemm(
-    target: Target, dtype: torch.dtype, precision: str, k: int, n: int, p: int
+    target: Target,
+    dtype: torch.dtype,
+    precision: str,
+    k: int,
+    n: int,
+    p: int,
+    *,
+    aligned: bool = True,
+    accumulate: bool = False,
 ) -> GemmConfig:
     """The largest tile that occupies the GPU, with the rows split where even the smallest does not.
 
@@ -124,7 +152,10 @@ def for_gather_gemm(
     the matrix wastes its work, and fewer programs than processors leave some idle. With a split the
     parts cost P·N float32 each, so a program keeps at least eight steps.
     """
-    return _occupying(target, gemm_tiles(target, dtype, precision), k, n, p)
+    tiles = gemm_tiles(target, dtype, precision, aligned=aligned)
+    if accumulate:  # two tiles and what they are added to do not fit into the registers
+        tiles = tuple(tile for tile in tiles if tile.tiles_n == 1)
+    return _occupying(target, tiles, k, n, p)
 
 
 def for_residual_gemm(
@@ -144,16 +175,16 @@ def residual_tiles(dtype: torch.dtype, precision: str) -> tuple[GemmConfig, ...]
 # From 64 columns of G on, Triton 3.7 multiplies computed float32 operands as tf32 on sm_100.
 _TILES_RESIDUAL_IEEE = (
     GemmConfig(64, 32, 16, 8, 2),
-    GemmConfig(32, 32, 16, 4, 2),
+    GemmConfig(32, 32, 32, 4, 2),
     GemmConfig(16, 32, 16, 4, 2),
 )
 _TILES_RESIDUAL = (
     GemmConfig(128, 64, 32, 8, 2, x_columns_first=True),
     GemmConfig(64, 64, 32, 4, 2, x_columns_first=True),
     GemmConfig(32, 64, 32, 4, 2, x_columns_first=True),
-    GemmConfig(16, 64, 32, 4, 2, x_columns_first=True),
+    GemmConfig(16, 64, 64, 4, 2, x_columns_first=True),
 )
-_TILES_RESIDUAL_TF32 = tuple(replace(tile, block_k=16) for tile in _TILES_RESIDUAL)
+_TILES_RESIDUAL_TF32 = tuple(replace(tile, block_k=tile.block_k // 2) for tile in _TILES_RESIDUAL)
 
 
 def _occupying(target: Target, tiles: tuple[GemmConfig, ...], k: int, n: int, p: int) -> GemmConfig:
@@ -189,35 +220,51 @@ def for_rows(target: Target, rows: int, columns: int, sums: bool) -> RowConfig:
     return RowConfig(block_m, block_c, 4 if block_m < 32 else 8)
 
 
-def projection_tiles(dtype: torch.dtype, rank: int) -> tuple[RowConfig, ...]:
+def projection_tiles(
+    dtype: torch.dtype, rank: int, *, aligned: bool = True
+) -> tuple[RowConfig, ...]:
     """The tiles of Z = XQ for up to `rank` columns of Q, most rows first."""
-    block_c = 32 if rank > 16 else 64
+    block_c = 32 if rank > 16 or not aligned else 64
     if dtype != torch.float32:
-        block_c = 64 if rank > 32 else 128
+        block_c = 64 if rank > 32 or not aligned else 128
     warps = 8 if dtype == torch.float32 and rank > 32 else 4  # for the products without tf32
-    return tuple(RowConfig(block_m, block_c, warps, 3) for block_m in (64, 32, 16))
+    rows = (64, 32, 16) if aligned else (32, 16)
+    return tuple(RowConfig(block_m, block_c, warps, 3) for block_m in rows)
 
 
-def for_projection(target: Target, dtype: torch.dtype, rank: int, rows: int) -> RowConfig:
+def for_projection(
+    target: Target, dtype: torch.dtype, rank: int, rows: int, *, aligned: bool = True
+) -> RowConfig:
     """Rows per program for Z = XQ: as many as a matrix unit takes, fewer where rows are few."""
-    tiles = projection_tiles(dtype, rank)
+    tiles = projection_tiles(dtype, rank, aligned=aligned)
     return next((t for t in tiles if rows >= t.block_m * target.processors), tiles[-1])
 
 
-def transposed_tiles(dtype: torch.dtype, rank: int) -> tuple[RowConfig, ...]:
+def transposed_tiles(
+    dtype: torch.dtype, rank: int, *, aligned: bool = True
+) -> tuple[RowConfig, ...]:
     """The tiles of Aᵀ Z for up to `rank` columns of Z, widest first."""
     block_m = (32 if dtype == torch.float32 else 64) // (2 if rank > 32 else 1)
-    return RowConfig(block_m, 128, 4, 3), RowConfig(block_m, 64, 4, 3)
+    warps = 8 if dtype == torch.float32 and rank > 32 else 4
+    wide = RowConfig(block_m, 128, warps, 3)
+    narrow = replace(wide, block_c=64)
+    return (wide, narrow) if aligned else (narrow,)
 
 
 def for_transposed(
-    target: Target, dtype: torch.dtype, rank: int, rows: int, columns: int
+    target: Target,
+    dtype: torch.dtype,
+    rank: int,
+    rows: int,
+    columns: int,
+    *,
+    aligned: bool = True,
 ) -> RowConfig:
     """A tile of Aᵀ Z: narrow enough to share the columns, the rows split to occupy the GPU.
 
     A part weighs q float32 per column, so a share keeps at least 1,024 rows.
     """
-    wide, narrow = transposed_tiles(dtype, rank)
-    tile = wide if columns >= wide.block_c else narrow
+    tiles = transposed_tiles(dtype, rank, aligned=aligned)
+    tile = tiles[0] if columns >= tiles[0].block_c else tiles[-1]
     programs = -(-columns // tile.block_c)
     return replace(tile, split=max(1, min(2 * target.processors // programs, rows // 1024, 32)))

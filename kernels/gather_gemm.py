@@ -36,6 +36,7 @@ from memaop_triton.kernels.targets import Target
 from memaop_triton.kernels.tiles import (
     first_value,
     gathered,
+    is_aligned,
     padded_rank,
     precision,
     row_offsets,
@@ -47,7 +48,7 @@ from memaop_triton.kernels.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "K", "steps"])
 def gather_gemm_kernel(
     x_ptr, g_ptr, index_ptr, weight_ptr, scale_ptr, c_ptr, e_ptr, out_ptr,
     M, N, P, K, steps, rank, x_row, x_col, g_row, g_col,
@@ -121,7 +122,7 @@ def gather_gemm_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def block_gemm_kernel(
     x_desc, g_desc, index_ptr, weight_ptr, scale_ptr, c_ptr, e_ptr, out_ptr,
     N, P, steps, rank,
@@ -213,10 +214,18 @@ def gather_gemm(
     """
     target = targets.current(x.device)
     formed = input_precision or precision(target, x.dtype)
+    aligned = is_aligned(x, g)
+    by_descriptor = aligned and block_rows > 1 and target.has_tensor_copies
     config = config or configs.for_gather_gemm(
-        target, x.dtype, formed, indices.numel(), x.shape[1], g.shape[1]
+        target,
+        x.dtype,
+        formed,
+        indices.numel(),
+        x.shape[1],
+        g.shape[1],
+        aligned=by_descriptor or (aligned and x.shape[1] % 16 == g.shape[1] % 16 == 0),
+        accumulate=accumulate,
     )
-    by_descriptor = block_rows > 1 and target.has_tensor_copies and _is_tileable(x, g)
     if by_descriptor:
         config = dataclasses.replace(config, block_k=min(config.block_k, block_rows))
     if out is None:
@@ -234,17 +243,6 @@ def gather_gemm(
     run = _launch_blocks if by_descriptor else _launch_rows
     run(x, g, indices, weights, block_rows, correction, target_buffer, config, flags)
     return sum_parts(target_buffer, out, accumulate=accumulate) if parts else out
-
-
-def _is_tileable(*operands: Tensor) -> bool:
-    """Whether a tensor-copy descriptor can describe these matrices: 16-byte alignment."""
-    return all(
-        a.stride(1) == 1
-        and a.data_ptr() % 16 == 0
-        and a.stride(0) * a.element_size() % 16 == 0
-        and a.stride(0) >= a.shape[1]
-        for a in operands
-    )
 
 
 def _grid(config: configs.GemmConfig, n: int, p: int) -> tuple[int, int]:

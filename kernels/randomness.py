@@ -13,7 +13,7 @@ import triton.language as tl
 @triton.jit
 def row_signs(seed_ptr, rows):
     """±1 (float32) for each row number in `rows`, from the seed (int64) at `seed_ptr`."""
-    bits = tl.randint(tl.load(seed_ptr), rows)
+    bits, _, _, _ = tl.randint4x(tl.load(seed_ptr), rows)
     return tl.where(bits & 1 == 0, 1.0, -1.0)
 
 
@@ -26,9 +26,11 @@ def _mix(bits):
 
 
 @triton.jit
-def row_keys(seed_ptr, rows, stream: tl.constexpr):
-    """Random uint32 for each row number; `stream` separates matrices that share a seed."""
-    return tl.randint(tl.load(seed_ptr) + 1 + stream, rows).to(tl.uint32)
+def row_keys(seed_ptr, rows, STREAM: tl.constexpr):
+    """Random uint32 for each row number; `STREAM` is 0 or 1, for two matrices with one seed."""
+    _, first, second, _ = tl.randint4x(tl.load(seed_ptr), rows)
+    keys = first if STREAM == 0 else second
+    return keys.to(tl.uint32)
 
 
 @triton.jit

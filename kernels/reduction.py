@@ -9,7 +9,7 @@ from torch import Tensor
 from memaop_triton.kernels import launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "minus"])
 def sum_parts_kernel(
     parts_ptr, minus_ptr, out_ptr, parts, minus, count,
     BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr,

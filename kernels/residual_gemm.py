@@ -40,7 +40,7 @@ def _updated(
     return (a.to(tl.float32) + factor[None, :] * m.to(tl.float32)).to(a.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "K", "steps"])
 def residual_gemm_kernel(
     x_ptr, g_ptr, mx_ptr, mg_ptr, filled_ptr, carry_ptr, seed_ptr, index_ptr, lost_ptr, out_ptr,
     M, N, P, K, steps, x_row, x_col, g_row, g_col, mx_row, mg_row,

@@ -50,7 +50,7 @@ def _finite_or_inf(score):
     return tl.where(score < float("inf"), score, float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def score_kernel(
     x_ptr, g_ptr, scores_ptr, sums_ptr,
     M, N, P, x_row, x_col, g_row, g_col,
@@ -108,7 +108,7 @@ def row_factors(filled_ptr, carry_ptr, seed_ptr, rows, row_ok, SIGNED: tl.conste
     return carried, factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def accumulate_kernel(
     mx_ptr, mg_ptr, x_ptr, g_ptr, filled_ptr, taken_ptr, carry_ptr, seed_ptr, scores_ptr, sums_ptr,
     lost_ptr, M, N, P, mx_row, mg_row, x_row, x_col, g_row, g_col,

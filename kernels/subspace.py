@@ -24,10 +24,10 @@ from torch import Tensor
 from memaop_triton.kernels import configs, launch, targets
 from memaop_triton.kernels.gather_gemm import gather_gemm
 from memaop_triton.kernels.reduction import sum_parts
-from memaop_triton.kernels.tiles import padded_rank, precision
+from memaop_triton.kernels.tiles import is_aligned, padded_rank, precision
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def project_kernel(
     x_ptr, q_ptr, z_ptr, rest_ptr, M, N, rank, scale, epsilon, x_row, x_col,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
@@ -61,7 +61,7 @@ def project_kernel(
     tl.store(rest_ptr + rows, tl.sqrt(left), mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def transposed_kernel(
     a_ptr, z_ptr, parts_ptr, squares_ptr, sums_ptr, M, N, rank, a_row, a_col,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, RANK: tl.constexpr,
@@ -103,7 +103,7 @@ def transposed_kernel(
         tl.store(sums_ptr + line, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles"])
 def combine_kernel(rest_ptr, squares_ptr, scores_ptr, M, tiles, BLOCK: tl.constexpr):
     """scores[m] = rest[m]·√(Σ_t squares[t, m]), +Inf where that is not finite."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -148,7 +148,9 @@ def project(
         size of that rounding.
     """
     (rows, columns), rank, target = x.shape, basis.shape[1], targets.current(x.device)
-    config = config or configs.for_projection(target, x.dtype, rank, rows)
+    config = config or configs.for_projection(
+        target, x.dtype, rank, rows, aligned=columns % 16 == 0 and is_aligned(x)
+    )
     z = torch.empty((rows, rank), dtype=x.dtype, device=x.device)
     rest = torch.empty(rows, dtype=torch.float32, device=x.device)
     launch.launch(
@@ -175,7 +177,9 @@ def _transposed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Parts of Aᵀ Z, squares per tile of columns, and column sums per part (or stand-ins)."""
     (rows, columns), rank, target = a.shape, z.shape[1], targets.current(a.device)
-    config = config or configs.for_transposed(target, a.dtype, rank, rows, columns)
+    config = config or configs.for_transposed(
+        target, a.dtype, rank, rows, columns, aligned=columns % 16 == 0 and is_aligned(a)
+    )
     tiles = triton.cdiv(columns, config.block_c)
 
     def empty(*shape: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from memaop_triton.kernels.targets import Target
 
@@ -16,6 +17,20 @@ def precision(target: Target, dtype: torch.dtype) -> str:
     """How products of this dtype are formed: "tf32" for float32 where torch allows it."""
     allowed = torch.get_float32_matmul_precision() != "highest"
     return "tf32" if dtype == torch.float32 and target.has_tf32 and allowed else "ieee"
+
+
+def is_aligned(*operands: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes and its columns lie side by side.
+
+    Only then can copies be 16 bytes wide, and a tensor-copy descriptor describe the matrix.
+    """
+    return all(
+        a.stride(1) == 1
+        and a.data_ptr() % 16 == 0
+        and a.stride(0) * a.element_size() % 16 == 0
+        and a.stride(0) >= a.shape[1]
+        for a in operands
+    )
 
 
 def padded_rank(rank: int) -> int:
@@ -50,8 +65,10 @@ def wrapped(tile, count, BLOCK: tl.constexpr, EVEN: tl.constexpr):
 def row_offsets(rows, stride, WIDE: tl.constexpr):
     """Row number times stride; both fit 32 bits, the product needs 64 if WIDE."""
     if WIDE:
-        return rows.to(tl.uint32).to(tl.uint64) * stride.to(tl.uint32).to(tl.uint64)
-    return rows.to(tl.int32) * stride
+        offsets = rows.to(tl.uint32).to(tl.uint64) * tl.cast(tl.cast(stride, tl.uint32), tl.uint64)
+    else:
+        offsets = rows.to(tl.int32) * stride
+    return offsets
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 from bench.microscope import dots
 from bench.microscope.compiling import Compiled
@@ -76,9 +77,20 @@ def _count(loop: Loop, compiled: Compiled) -> LoopCounts:
         instructions=len(loop.body),
         matrix=matrix,
         copies=tally(_copy(i) for i in loop.body),
+        streams=_streams(loop),
         others=tally(i.mnemonic for i in loop.body if OTHER.match(i.mnemonic)),
         iterations=dots.iterations(compiled.asm["ttgir"], _depth, matrix),
     )
+
+
+def _streams(loop: Loop) -> tuple[Counter[str], ...]:
+    """The copies of each buffer, which four scalar registers describe."""
+    found: dict[str, Counter[str]] = {}
+    for instruction in loop.body:
+        if name := _copy(instruction):
+            buffer = re.search(r"\bs\[\d+:\d+\]", instruction.text)
+            found.setdefault(buffer[0] if buffer else "", Counter())[name] += 1
+    return tuple(found.values())
 
 
 def _copy(instruction: Instruction) -> str | None:

@@ -34,22 +34,22 @@ HALF = torch.bfloat16
 
 
 def awkward_cases(target: Target) -> list[Case]:
-    """The main tiles on such operands."""
-    tiles = configs.gemm_tiles(target, HALF, "ieee")
+    """The tiles that the rules choose for such operands, the large ones of them."""
+    even = configs.gemm_tiles(target, HALF, "ieee")
+    uneven = configs.gemm_tiles(target, HALF, "ieee", aligned=False)
     gemms = {
-        "odd extents": operands(HALF, ODD, ODD) | weighting(HALF, ODD, ODD),
-        "odd rank": operands(HALF) | weighting(HALF, rank=5),
-        "strided": strided(operands(HALF)) | weighting(HALF),
-        "far": far() | weighting(HALF),
-        "cut blocks": operands(HALF, ODD, ODD) | {"block_rows": 16},
+        "odd extents": (uneven, operands(HALF, ODD, ODD) | weighting(HALF, ODD, ODD)),
+        "strided": (uneven, strided(operands(HALF)) | weighting(HALF)),
+        "cut blocks": (uneven, operands(HALF, ODD, ODD) | {"block_rows": 16}),
+        "odd rank": (even, operands(HALF) | weighting(HALF, rank=5)),
+        "far": (even, far() | weighting(HALF)),
     }
     found = [
         Case(f"gather rows, {name}", tile, partial(gather_gemm, **given, config=tile), HALF)
-        for tile in tiles[:2]
-        for name, given in gemms.items()
-        if tile == tiles[0] or name == "odd extents"
+        for name, (tiles, given) in gemms.items()
+        for tile in tiles[: 2 if name == "odd extents" else 1]
     ]
-    return [*found, *_residual(), *_subspace(tiles[-1]), *_row_passes(target)]
+    return [*found, *_residual(), *_subspace(uneven[-1]), *_row_passes(target)]
 
 
 def _residual() -> Iterator[Case]:
@@ -67,8 +67,8 @@ def _subspace(small: configs.GemmConfig) -> Iterator[Case]:
     x, rest = empty(M, ODD, dtype=HALF), empty(M, dtype=torch.float32)
     for rank in (17, 63):
         q, z = empty(ODD, rank, dtype=HALF), empty(M, rank, dtype=HALF)
-        tall = configs.projection_tiles(HALF, rank)[0]
-        wide = configs.transposed_tiles(HALF, rank)[0]
+        tall = configs.projection_tiles(HALF, rank, aligned=False)[0]
+        wide = configs.transposed_tiles(HALF, rank, aligned=False)[0]
         call = partial(project, x, q, 64.0, config=tall)
         yield Case(f"Z = XQ, odd extents, rank {rank}", tall, call, HALF)
         call = partial(project_gradient, x, z, rest, config=wide)

@@ -78,8 +78,15 @@ class Bound:
         return max(("tensor", "issue", "bytes"), key=lambda name: float(getattr(self, name)))
 
 
-def bound(compiled: Compiled, counts: Counts) -> Bound | None:
-    """The bound of one iteration of the inner loop; `None` if there is no loop."""
+def bound(compiled: Compiled, counts: Counts, step_bytes: int = 0) -> Bound | None:
+    """The bound of one iteration of the inner loop; `None` if there is no loop.
+
+    Args:
+        compiled: The kernel.
+        counts: What was counted in it.
+        step_bytes: Bytes from L2 per iteration; if 0, what the copies move, in which values count
+            once for every thread that loads them.
+    """
     loop = counts.loop
     if loop is None:
         return None
@@ -89,7 +96,7 @@ def bound(compiled: Compiled, counts: Counts) -> Bound | None:
     return Bound(
         tensor=sum(dot.flops / chip.rate(_kind(dot, loop)) for dot in dots),
         issue=loop.per_iteration * warps / SCHEDULERS,
-        bytes=_copied(loop, dots, compiled.threads) / CACHE_BYTES,
+        bytes=(step_bytes or _copied(loop, dots, compiled.threads)) / CACHE_BYTES,
     )
 
 

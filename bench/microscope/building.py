@@ -70,6 +70,10 @@ def build(target: str, names: Iterable[str]) -> dict[str, list[Built]]:
         case = by_name(target)[name]
         with float32_products(case.precision):
             compiled[name] = compile_call(case.call, TARGETS[target])
+
+    def step_bytes(name: str) -> int:
+        return by_name(target)[name].step_bytes + by_name(target)[name].side_bytes
+
     counts = iter(read_all(list(itertools.chain(*compiled.values()))))
     return {
         name: [
@@ -80,7 +84,7 @@ def build(target: str, names: Iterable[str]) -> dict[str, list[Built]]:
                 num_stages=one.launch.num_stages,
                 threads=one.threads,
                 counts=(read := next(counts)),
-                bound=bound(one, read),
+                bound=bound(one, read, step_bytes(name) if one is kernels[0] else 0),
             )
             for one in kernels
         ]

@@ -16,6 +16,8 @@ class LoopCounts:
         matrix: Matrix instructions by mnemonic.
         copies: Copies out of global memory by mnemonic and bits per thread: "LDGSTS.128". Copies by
             descriptor (TMA) have no width: "UTMALDG".
+        streams: The copies apart by what they read, as far as the instructions tell: by buffer
+            (AMD), by mnemonic and bits (NVIDIA).
         others: What else tells how the loop works: shared-memory traffic, packed arithmetic.
         iterations: Iterations of the loop in Triton's GPU dialect that one of this loop does, where
             that can be told; more than 1 if the assembler unrolled.
@@ -24,6 +26,7 @@ class LoopCounts:
     instructions: int
     matrix: Counter[str]
     copies: Counter[str]
+    streams: tuple[Counter[str], ...]
     others: Counter[str]
     iterations: float = 1.0
 
@@ -38,15 +41,10 @@ class LoopCounts:
         return sum(n for name, n in self.copies.items() if copy_bits(name) >= 128)
 
     @property
-    def whole_tiles(self) -> int:
-        """Copies by descriptor."""
-        return sum(n for name, n in self.copies.items() if not name[-1].isdigit())
-
-    @property
-    def wide_bytes(self) -> int:
-        """Bytes per thread of the copies of 16 bytes or more."""
-        bits = {name: copy_bits(name) for name in self.copies if name[-1].isdigit()}
-        return sum(self.copies[name] * n // 8 for name, n in bits.items() if n >= 128)
+    def wide_streams(self) -> list[int]:
+        """Bytes per thread of each stream whose copies are all of 16 bytes or more."""
+        bits = [[copy_bits(name) for name in stream.elements()] for stream in self.streams]
+        return [sum(widths) // 8 for widths in bits if min(widths) >= 128]
 
     @property
     def all_copies(self) -> int:

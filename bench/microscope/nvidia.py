@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,10 +107,12 @@ def _is_copy(instruction: Instruction) -> bool:
 
 def _count(loop: Loop, compiled: Compiled) -> LoopCounts:
     matrix = tally(i.mnemonic for i in loop.body if _is_matrix(i))
+    copies = tally(_copy(i.mnemonic) for i in loop.body)
     return LoopCounts(
         instructions=len(loop.body),
         matrix=matrix,
-        copies=tally(_copy(i.mnemonic) for i in loop.body),
+        copies=copies,
+        streams=tuple(Counter({name: n}) for name, n in copies.items()),
         others=tally(m[1] for i in loop.body if (m := OTHER.match(i.mnemonic))),
         iterations=dots.iterations(compiled.asm["ttgir"], _depth, matrix),
     )

@@ -1,11 +1,15 @@
 """What the compiler makes of every kernel in every shipped configuration, on every target."""
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 import triton
 
 from bench.microscope.building import REPORTED, by_name
 from bench.microscope.compiling import compile_call
+from bench.microscope.counts import copy_bits
 from bench.microscope.gathering import pairs
 from bench.microscope.reading import read
 from bench.microscope.report import faults
@@ -74,3 +78,61 @@ def test_products_elsewhere_take_matrix_instructions(key, built):
 @keys(lambda case: case.dtype == torch.float32 and case.precision == "ieee", NVIDIA)
 def test_exact_products_take_no_matrix_instruction(built):
     assert all(not one.counts.matrix for one in built)
+
+
+@keys(lambda case: case.dtype in HALF and case.step_bytes > 0 and not case.by_descriptor)
+def test_half_precision_operands_are_copied_16_bytes_at_a_time(key, built):
+    """Some of the loop's streams, all of whose copies are wide, move just the operands' bytes.
+
+    What else is copied, row numbers, weights and flags, is narrower or stands in other streams.
+    """
+    case, loop = case_of(key), built[0].counts.loop
+    moved = [width * built[0].threads / loop.iterations for width in loop.wide_streams]
+    sums = {sum(some) for n in range(len(moved)) for some in itertools.combinations(moved, n + 1)}
+    assert sums & {case.step_bytes, case.step_bytes + case.side_bytes}
+
+
+@keys(lambda case: case.by_descriptor)
+def test_blocks_are_copied_as_whole_tiles(built):
+    copies = built[0].counts.loop.copies
+    assert copies["UTMALDG"] >= 2
+    assert all(copy_bits(name) < 128 for name in copies if name != "UTMALDG")
+
+
+@pytest.mark.parametrize(
+    ("way", "weighted", "limit"),
+    [
+        ("rows", False, 1.25),
+        ("blocks of rows", False, 1.15),
+        # Beside plain GEMMs that multiply by weights as well.
+        ("rows", True, 1.35),
+        ("blocks of rows", True, 1.3),
+    ],
+)
+def test_gathering_adds_few_instructions(builder, way, weighted, limit):
+    ratios = {}
+    for pair in pairs(TARGETS["sm_90"]):
+        large = pair.tile.block_n * pair.tile.block_p >= 128 * 128
+        if large and (pair.way, pair.weighted) == (way, weighted):
+            loop, plain = pair.loops(builder, "sm_90")
+            ratios[pair.gathering] = loop / plain
+    assert ratios
+    assert {name: ratio for name, ratio in ratios.items() if ratio > limit} == {}
+
+
+@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("rows", [1, 999, 12345, 1 << 20])
+@pytest.mark.parametrize("target", REPORTED)
+def test_every_tile_for_rows_is_among_the_cases(target, rows, sums):
+    tile = configs.for_rows(TARGETS[target], rows, 777, sums)
+    assert (tile, sums) in row_tiles(TARGETS[target])
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.7."), reason="a fault of Triton 3.7")
+def test_wider_exact_tiles_of_computed_operands_would_be_rounded_to_tf32():
+    """Why `configs.py` keeps these tiles narrow; if this fails, they can be wider."""
+    (tile, *_) = configs.residual_tiles(torch.float32, "ieee")
+    wide = dataclasses.replace(tile, block_n=64, block_p=64)
+    (case, *_) = (c for c in cases(TARGETS["sm_100"]) if c.config == tile and "resid" in c.title)
+    (kernel,) = compile_call(lambda: case.call(config=wide), TARGETS["sm_100"])
+    assert read(kernel).matrix

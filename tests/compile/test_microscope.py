@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from bench.microscope import bound, dots, nvidia, plain
+from bench.microscope.cases import float32_products
 from bench.microscope.compiling import compile_call, compile_launch, record
 from bench.microscope.reading import read
-from bench.microscope.report import report, row
 from memaop_triton.kernels import launch as launching
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.targets import TARGETS
@@ -161,23 +161,14 @@ def test_bound_of_a_known_tile():
     assert bound.bound(tma, read(tma)).bytes == limits.bytes
 
 
-def test_float32_products_take_the_rate_of_their_instructions():
-    half, single = compiled("sm_80"), compiled("sm_80", shape=(4096, 4096, torch.float32))
-    ratio = bound.bound(single, read(single)).tensor / bound.bound(half, read(half)).tensor
-    assert ratio == 2
+def tensor_cycles(kernel):
+    return bound.bound(kernel, read(kernel)).tensor
 
 
-def test_report():
-    rows = [
-        row(compiled("sm_90"), "gather", plain=100),
-        row(compiled("gfx942", tile=(128, 256, 64), num_warps=8, num_stages=4)),
-    ]
-    text = report(rows)
-    assert text == report(rows)
-    loop = rows[0].counts.loop.instructions
-    assert f"Triton {triton.__version__}" in text
-    assert "| gather | 128x128x64, 4 warps, 3 stages |" in text
-    assert f"| 100 | {loop / 100:.2f} |" in text
-    assert "144 of 64 (too much)" in text
-    assert "/home" not in text
-    assert "/tmp" not in text
+@pytest.mark.parametrize(("precision", "factor"), [("tf32", 2), ("ieee", 16)])
+def test_float32_products_take_the_rate_of_their_instructions(precision, factor):
+    half = compiled("sm_80")
+    with float32_products(precision):
+        single = compiled("sm_80", shape=(4096, 4096, torch.float32))
+    assert bool(read(single).matrix) == (precision == "tf32")
+    assert tensor_cycles(single) == factor * tensor_cycles(half)

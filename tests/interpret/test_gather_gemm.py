@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from memaop_triton.kernels import launch
 from memaop_triton.kernels.gather_gemm import gather_gemm
+from memaop_triton.kernels.residual_gemm import residual_gemm
 from tests.judging import (
     LAYOUTS,
     SMALL,
@@ -203,6 +205,26 @@ def test_a_correction_alone():
     none = torch.empty(0, dtype=torch.int64)
     result = gather_gemm(x, g, none, correction=(c, e), config=replace(SMALL, split_k=2))
     torch.testing.assert_close(result, c @ e.T)
+
+
+@pytest.mark.parametrize(("n", "p"), [(48, 17), (33, 32), (40, 8)])
+def test_alignment_is_promised_only_where_it_holds(n, p, monkeypatch):
+    """A false promise changes no value here: it would misalign the copies of a GPU."""
+    seen, run = [], launch.launch
+
+    def recording(*args, **kwargs):
+        seen.append(kwargs)
+        run(*args, **kwargs)
+
+    monkeypatch.setattr(launch, "launch", recording)
+    x, g = operands(20, n, p, torch.float16)
+    memory = (torch.zeros(20, n), torch.zeros(20, p), torch.zeros(20, dtype=torch.bool))
+    indices, number = drawn_rows(20, 9), torch.zeros(1)
+    gather_gemm(x, g, indices, config=SMALL)
+    residual_gemm(memory, x, g, indices, number, number.long(), number, config=SMALL)
+    assert len(seen) == 2
+    for constants in seen:
+        assert (constants["EVEN_N"], constants["EVEN_P"]) == (n % 16 == 0, p % 16 == 0)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -1,4 +1,4 @@
-"""Whole steps in bfloat16: exact where nothing is left out, unbiased direction, finite, no fault."""
+"""Whole steps in bfloat16 and float16: no fault, a finite result, and the right direction."""
 
 import pytest
 import torch
