@@ -48,7 +48,8 @@ A program runs its loop once per step. One line is one kernel with one tile.
   whole tiles. The others fetch row numbers, weights and flags.
 - *loop*: instructions per step, as one warp issues them.
 - *tensor*, *issue*, *bytes*: cycles that a step takes one SM (compute unit) at least: by FLOPs at
-  the peak rate, by issue slots (4 a cycle), by bytes from the L2 cache (64 a cycle).
+  the peak rate, by issue slots (4 a cycle), by bytes: from the L2 cache (64 a cycle) for the GEMMs,
+  from memory (its bandwidth shared by all) for passes that read everything once.
 - *limited by*: the largest of the three.
 """
 GATHERING = """\

@@ -25,8 +25,8 @@ class GemmConfig:
         num_warps: Warps per program.
         num_stages: Depth of the software pipeline.
         group: Tiles along P that neighbouring programs cover before they move along N.
-        tiles_n: Pieces in which the columns of X are loaded and multiplied; two narrow ones need
-            fewer addresses than one that is 256 wide.
+        tiles_n: Pieces in which the columns of X are loaded and multiplied: two narrow ones need
+            fewer row addresses than a wide one.
         x_columns_first: Orientation in which X is loaded. Units that read both operands from shared
             memory want the columns first; those that read from registers want the rows first.
     """
@@ -71,7 +71,7 @@ def gemm_tiles(
     """
     if not aligned:
         tiles = gemm_tiles(target, dtype, precision)
-        return tuple(_shallow(target, tile) for tile in tiles if tile.tiles_n == 1)
+        return tuple(_shallow(target, tile) for tile in tiles if tile.block_n <= 128)
     if dtype == torch.float32:
         return _TILES_IEEE if precision == "ieee" else _tf32_tiles(target)
     if target.backend == "hip":
@@ -80,7 +80,12 @@ def gemm_tiles(
         return _TILES_SMALL_SHARED
     if target.arch == 80:
         return _TILES_HALF
-    return tuple(replace(tile, x_columns_first=True) for tile in (_TILE_WIDE, *_TILES_HALF))
+    # wgmma and tcgen05 take 128 columns whole, but for the narrow tile on sm_90.
+    pieces = (2, 1, 2 if target.arch == 90 else 1, 1, 1, 1)
+    return tuple(
+        replace(tile, tiles_n=count, x_columns_first=True)
+        for tile, count in zip((_TILE_WIDE, *_TILES_HALF), pieces, strict=True)
+    )
 
 
 def _shallow(target: Target, tile: GemmConfig) -> GemmConfig:
@@ -89,22 +94,23 @@ def _shallow(target: Target, tile: GemmConfig) -> GemmConfig:
         tile,
         block_k=min(tile.block_k, max(16, tile.block_k // 2)),
         num_warps=8 if area >= 128 * 64 else tile.num_warps,
+        tiles_n=1,
         x_columns_first=target.arch != 80 or area < 128 * 128,
     )
 
 
 _TILE_WIDE = GemmConfig(256, 128, 64, 8, 3, tiles_n=2)
 _TILES_HALF = (
-    GemmConfig(128, 128, 64, 8, 3),
-    GemmConfig(128, 64, 64, 4, 3),
+    GemmConfig(128, 128, 64, 8, 3, tiles_n=2),
+    GemmConfig(128, 64, 64, 4, 3, tiles_n=2),
     GemmConfig(64, 64, 64, 4, 3),
     GemmConfig(32, 64, 64, 4, 3),
     GemmConfig(16, 64, 64, 4, 3),
 )
 # 99 KiB per program: shallower steps instead of narrower tiles.
 _TILES_SMALL_SHARED = (
-    GemmConfig(128, 128, 32, 8, 3),
-    GemmConfig(128, 64, 64, 4, 3),
+    GemmConfig(128, 128, 32, 8, 3, tiles_n=2),
+    GemmConfig(128, 64, 64, 4, 3, tiles_n=2),
     GemmConfig(64, 64, 64, 4, 3),
     GemmConfig(32, 64, 64, 4, 3),
     GemmConfig(16, 64, 64, 4, 3),
@@ -114,7 +120,7 @@ _TILES_AMD = (
     GemmConfig(128, 64, 64, 4, 2),
     GemmConfig(64, 64, 64, 4, 2),
     GemmConfig(32, 64, 64, 4, 2),
-    GemmConfig(16, 64, 64, 4, 2),
+    GemmConfig(16, 64, 64, 2, 2),
 )
 _TILES_IEEE = (
     GemmConfig(64, 64, 16, 8, 2),
@@ -154,7 +160,7 @@ def for_gather_gemm(
     """
     tiles = gemm_tiles(target, dtype, precision, aligned=aligned)
     if accumulate:  # two tiles and what they are added to do not fit into the registers
-        tiles = tuple(tile for tile in tiles if tile.tiles_n == 1)
+        tiles = tuple(tile for tile in tiles if tile.block_n <= 128)
     return _occupying(target, tiles, k, n, p)
 
 
@@ -162,14 +168,17 @@ def for_residual_gemm(
     target: Target, dtype: torch.dtype, precision: str, k: int, n: int, p: int
 ) -> GemmConfig:
     """By the same rule, from tiles that leave registers for four operands."""
-    return _occupying(target, residual_tiles(dtype, precision), k, n, p)
+    return _occupying(target, residual_tiles(target, dtype, precision), k, n, p)
 
 
-def residual_tiles(dtype: torch.dtype, precision: str) -> tuple[GemmConfig, ...]:
-    """The tiles of the fused residual GEMM, the same on every target."""
+def residual_tiles(target: Target, dtype: torch.dtype, precision: str) -> tuple[GemmConfig, ...]:
+    """The tiles of the fused residual GEMM on a target, largest first."""
+    if dtype == torch.float32 and precision == "ieee":
+        return _TILES_RESIDUAL_IEEE
+    tiles = _TILES_RESIDUAL_AMD if target.backend == "hip" else _TILES_RESIDUAL
     if dtype == torch.float32:
-        return _TILES_RESIDUAL_IEEE if precision == "ieee" else _TILES_RESIDUAL_TF32
-    return _TILES_RESIDUAL
+        return tuple(replace(tile, block_k=tile.block_k // 2) for tile in tiles)
+    return tiles
 
 
 # From 64 columns of G on, Triton 3.7 multiplies computed float32 operands as tf32 on sm_100.
@@ -184,7 +193,13 @@ _TILES_RESIDUAL = (
     GemmConfig(32, 64, 32, 4, 2, x_columns_first=True),
     GemmConfig(16, 64, 64, 4, 2, x_columns_first=True),
 )
-_TILES_RESIDUAL_TF32 = tuple(replace(tile, block_k=tile.block_k // 2) for tile in _TILES_RESIDUAL)
+# Half the warps where they are twice as wide, so that each thread still copies 16 bytes.
+_TILES_RESIDUAL_AMD = (
+    GemmConfig(128, 64, 32, 4, 2, x_columns_first=True),
+    GemmConfig(64, 64, 32, 4, 2, x_columns_first=True),
+    GemmConfig(32, 64, 32, 2, 2, x_columns_first=True),
+    GemmConfig(16, 64, 64, 2, 2, x_columns_first=True),
+)
 
 
 def _occupying(target: Target, tiles: tuple[GemmConfig, ...], k: int, n: int, p: int) -> GemmConfig:
@@ -228,8 +243,10 @@ def projection_tiles(
     if dtype != torch.float32:
         block_c = 64 if rank > 32 or not aligned else 128
     warps = 8 if dtype == torch.float32 and rank > 32 else 4  # for the products without tf32
-    rows = (64, 32, 16) if aligned else (32, 16)
-    return tuple(RowConfig(block_m, block_c, warps, 3) for block_m in rows)
+    tiles = [RowConfig(block_m, block_c, warps, 3) for block_m in (64, 32, 16)]
+    if dtype != torch.float32 and block_c == 64:
+        tiles[-1] = replace(tiles[-1], num_warps=2)  # 16 bytes of X for each thread
+    return tuple(tiles if aligned else tiles[1:])
 
 
 def for_projection(

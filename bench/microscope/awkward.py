@@ -49,11 +49,11 @@ def awkward_cases(target: Target) -> list[Case]:
         for name, (tiles, given) in gemms.items()
         for tile in tiles[: 2 if name == "odd extents" else 1]
     ]
-    return [*found, *_residual(), *_subspace(uneven[-1]), *_row_passes(target)]
+    return [*found, *_residual(target), *_subspace(uneven[-1]), *_row_passes(target)]
 
 
-def _residual() -> Iterator[Case]:
-    tile = configs.residual_tiles(HALF, "ieee")[0]
+def _residual(target: Target) -> Iterator[Case]:
+    tile = configs.residual_tiles(target, HALF, "ieee")[0]
     gemm = partial(residual_gemm, **scalars(), lost=empty(1, dtype=torch.float32), signed=True)
     for name, given, slots in (
         ("odd extents", operands(HALF, ODD, ODD), memory(HALF, ODD, ODD)),

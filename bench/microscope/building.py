@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from bench.microscope.awkward import awkward_cases
 from bench.microscope.bound import Bound, bound
 from bench.microscope.cases import Case, float32_products
-from bench.microscope.compiling import compile_call
+from bench.microscope.compiling import Compiled, compile_call
 from bench.microscope.counts import Counts
 from bench.microscope.plain import plain_cases
 from bench.microscope.reading import read_all
@@ -22,7 +22,7 @@ from memaop_triton.kernels.targets import TARGETS
 
 # DESIGN 9.
 REPORTED = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
-AT_ONCE = 8  # cases whose machine code is disassembled together
+AT_ONCE = 16  # cases whose machine code is disassembled together
 
 Key = tuple[str, str]  # names of a target and of a case
 
@@ -71,9 +71,6 @@ def build(target: str, names: Iterable[str]) -> dict[str, list[Built]]:
         with float32_products(case.precision):
             compiled[name] = compile_call(case.call, TARGETS[target])
 
-    def step_bytes(name: str) -> int:
-        return by_name(target)[name].step_bytes + by_name(target)[name].side_bytes
-
     counts = iter(read_all(list(itertools.chain(*compiled.values()))))
     return {
         name: [
@@ -84,12 +81,20 @@ def build(target: str, names: Iterable[str]) -> dict[str, list[Built]]:
                 num_stages=one.launch.num_stages,
                 threads=one.threads,
                 counts=(read := next(counts)),
-                bound=bound(one, read, step_bytes(name) if one is kernels[0] else 0),
+                bound=_bound(one, read, by_name(target)[name] if one is kernels[0] else None),
             )
             for one in kernels
         ]
         for name, kernels in compiled.items()
     }
+
+
+def _bound(compiled: Compiled, counts: Counts, case: Case | None) -> Bound | None:
+    """The bound of a case's own kernel, or of one launched behind it, of which less is known."""
+    if case is None:
+        return bound(compiled, counts, from_memory=True)
+    moved = case.step_bytes + case.side_bytes
+    return bound(compiled, counts, moved, from_memory=case.from_memory)
 
 
 class Builder:

@@ -40,7 +40,8 @@ class Case:
         dtype: Of X and G.
         precision: "tf32" or "ieee" for float32 operands that are multiplied.
         step_bytes: Bytes of large matrices that a program reads per step of its loop.
-        side_bytes: Bytes of Q or Z besides, which fit into the L2 cache.
+        side_bytes: Bytes of Q or Z that it reads besides, or that it writes.
+        from_memory: Whether it reads everything once, so that no cache helps.
         product_rows: The result's extent on the side where a matrix unit wants 64 at least.
         by_descriptor: Whether tiles are copied by descriptor.
         shown: Whether the report has a line for it.
@@ -55,6 +56,7 @@ class Case:
     product_rows: int = 0
     by_descriptor: bool = False
     side_bytes: int = 0
+    from_memory: bool = False
     shown: bool = True
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.compiler import compile as compile_source
@@ -99,7 +100,10 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
         backend, given, bound, specialization, options
     )
     source = ASTSource(kernel, signature, constants, attributes)
-    built = compile_source(source, target=gpu, options=options.__dict__)
+    with knobs.compilation.scope():
+        # Where a line came from is a tenth of the time, and changes no instruction.
+        knobs.compilation.disable_line_info = True
+        built = compile_source(source, target=gpu, options=options.__dict__)
     meta = built.metadata
     return Compiled(
         launch=launch,

@@ -54,8 +54,9 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def target_table(found: Iterable[Line]) -> str:
-    """The table of a target; lines that say the same are not repeated."""
-    return table(HEAD, dict.fromkeys(map(_cells, found)))
+    """The table of a target; kernels that several cases launch behind their own are told once."""
+    once = {(line.title, line.kind, line.tile): line for line in found}
+    return table(HEAD, map(_cells, once.values()))
 
 
 def faults(target: str, name: str, built: Built) -> list[str]:

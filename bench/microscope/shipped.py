@@ -12,6 +12,7 @@ from bench.microscope.cases import (
     RANK,
     SHORT,
     Case,
+    K,
     M,
     N,
     P,
@@ -37,8 +38,8 @@ RANKS = (16, 64)  # the default one and the largest
 def cases(target: Target) -> list[Case]:
     """Every kernel in every tile that the rules of `configs.py` can choose.
 
-    Float16 only for the gather GEMM: the other kernels treat both half-precision types alike. Whole
-    blocks in other types than bfloat16 only in the largest tile: there is nothing new in the rest.
+    Float16 only for the gather GEMM: the other kernels treat both half-precision types alike. It,
+    and whole blocks in other types than bfloat16, only in the two largest tiles: they need most.
     """
     kinds = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "ieee")]
     if target.has_tf32:
@@ -47,7 +48,7 @@ def cases(target: Target) -> list[Case]:
     found += _variants(target)
     for dtype, precision in kinds:
         if dtype != torch.float16:
-            found += [*_residual(dtype, precision), *_subspace(dtype, precision)]
+            found += [*_residual(target, dtype, precision), *_subspace(dtype, precision)]
     return [*found, *_row_passes(target)]
 
 
@@ -58,8 +59,8 @@ def _gather(target: Target, dtype: torch.dtype, precision: str) -> Iterator[Case
             continue
         for weighted in (False, True) if dtype == torch.bfloat16 else (True,):
             extra = weighting(dtype) if weighted else {}
-            few = block_rows > 1 and dtype != torch.bfloat16
-            for tile in tiles[:1] if few else tiles:
+            few = dtype == torch.float16 or (block_rows > 1 and dtype != torch.bfloat16)
+            for tile in tiles[:2] if few else tiles:
                 yield Case(
                     way + ", weighted + C" * weighted,
                     tile,
@@ -85,25 +86,36 @@ def gemm_bytes(tile: GemmConfig, itemsize: int) -> int:
 
 
 def _variants(target: Target) -> list[Case]:
-    """The largest tile with split rows, and added to a float32 gradient."""
+    """The largest tiles with split rows, and added to a float32 gradient."""
     dtype = torch.bfloat16
     tile = configs.gemm_tiles(target, dtype, "ieee")[0]
-    split = replace(tile, split_k=4)
+    added = configs.for_gather_gemm(target, dtype, "ieee", K, N, P, accumulate=True)
     gemm = partial(gather_gemm, **operands(dtype), **weighting(dtype))
     into = partial(gemm, out=empty(P, N, dtype=torch.float32), accumulate=True)
     ways = {
-        "gather rows, split 4": partial(gemm, config=split),
-        "gather rows, split 4 by atomics": partial(into, config=split, deterministic=False),
-        "gather rows into float32": partial(into, config=tile),
+        "gather rows, split 4": (replace(tile, split_k=4), gemm),
+        "gather rows, split 4 by atomics": (
+            replace(added, split_k=4),
+            partial(into, deterministic=False),
+        ),
+        "gather rows into float32": (added, into),
     }
-    size = gemm_bytes(tile, dtype.itemsize)
     return [
-        Case(title, tile, call, dtype, "ieee", size, tile.block_p) for title, call in ways.items()
+        Case(
+            title,
+            chosen,
+            partial(call, config=chosen),
+            dtype,
+            "ieee",
+            gemm_bytes(chosen, dtype.itemsize),
+            chosen.block_p,
+        )
+        for title, (chosen, call) in ways.items()
     ]
 
 
-def _residual(dtype: torch.dtype, precision: str) -> Iterator[Case]:
-    tiles = configs.residual_tiles(dtype, precision)
+def _residual(target: Target, dtype: torch.dtype, precision: str) -> Iterator[Case]:
+    tiles = configs.residual_tiles(target, dtype, precision)
     for stored in dict.fromkeys((dtype, torch.float32)):
         gemm = partial(residual_gemm, memory(stored), **operands(dtype), **scalars(), signed=True)
         for tile in tiles:
@@ -146,6 +158,7 @@ def _subspace(dtype: torch.dtype, precision: str) -> Iterator[Case]:
                 tile.block_m * tile.block_c * dtype.itemsize,
                 extent,
                 side_bytes=along * padded_rank(rank) * dtype.itemsize,
+                from_memory=True,
                 shown=tile in (tall[0], wide[0]) or (dtype == torch.bfloat16 and rank == RANK),
             )
 
@@ -162,21 +175,30 @@ def row_tiles(target: Target) -> list[tuple[RowConfig, bool]]:
 
 def _row_passes(target: Target) -> Iterator[Case]:
     half, single = torch.bfloat16, torch.float32
+    usual = [configs.for_rows(target, M, N, sums) for sums in (True, False)]
     for tile, sums in row_tiles(target):
         ways = {"bias_grad": sums, "config": tile}
-        size = tile.block_m * tile.block_c
+        update = {**scalars(), **ways, "signed": True}
+        size, suffix = tile.block_m * tile.block_c, ", bias sums" * sums
         for dtype, stored in ((half, half), (half, single), (single, single)):
             x, g = empty(M, N, dtype=dtype), empty(M, P, dtype=dtype)
-            update = {**scalars(), **ways, "signed": True}
-            kind = f"memory {SHORT[stored]}" + ", bias sums" * sums
-            both = size * (dtype.itemsize + stored.itemsize)
-            call = partial(accumulate_and_score, memory(stored), x, g, **update)
-            yield Case(f"accumulate, {kind}", tile, call, dtype, "ieee", both)
+            slots, title = memory(stored), f"memory {SHORT[stored]}" + suffix
+            calls = {f"accumulate, {title}": partial(accumulate_and_score, slots, x, g, **update)}
             if dtype == stored:
-                call = partial(row_scores, x, g, **ways)
-                title = "scores" + ", bias sums" * sums
-                yield Case(title, tile, call, dtype, "ieee", size * dtype.itemsize)
+                calls["scores" + suffix] = partial(row_scores, x, g, **ways)
             if stored == half:
                 marks = {"taken": empty(M, dtype=torch.bool), "lost": empty(1, dtype=single)}
-                call = partial(accumulate_rest, memory(stored), x, g, **marks, **update)
-                yield Case(f"accumulate rest, {kind}", tile, call, dtype, "ieee", both)
+                rest = partial(accumulate_rest, slots, x, g, **marks, **update)
+                calls[f"accumulate rest, {title}"] = rest
+            for name, call in calls.items():
+                kept = 0 if name.startswith("scores") else stored.itemsize
+                yield Case(
+                    name,
+                    tile,
+                    call,
+                    dtype,
+                    step_bytes=size * (dtype.itemsize + kept),
+                    side_bytes=size * kept,
+                    from_memory=True,
+                    shown=tile in usual,
+                )
