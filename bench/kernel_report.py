@@ -5,6 +5,7 @@ python -m bench.kernel_report
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import as_completed
 from pathlib import Path
 
@@ -80,6 +81,11 @@ def page(builder: Builder) -> str:
             target_table(line for c in found for line in lines(c, builder[target, c.name])),
         ]
     return "\n".join(parts) + "\n"
+
+
+def version_of_page() -> str:
+    """The Triton that the page was written with."""
+    return re.findall(r"Compiled by Triton (\S+),", PAGE.read_text(encoding="utf-8"))[0]
 
 
 def keys() -> list[Key]:

@@ -244,8 +244,8 @@ def projection_tiles(
         block_c = 64 if rank > 32 or not aligned else 128
     warps = 8 if dtype == torch.float32 and rank > 32 else 4  # for the products without tf32
     tiles = [RowConfig(block_m, block_c, warps, 3) for block_m in (64, 32, 16)]
-    if dtype != torch.float32 and block_c == 64:
-        tiles[-1] = replace(tiles[-1], num_warps=2)  # 16 bytes of X for each thread
+    if dtype != torch.float32 and aligned:
+        tiles[-1] = replace(tiles[-1], block_c=128)  # 16 bytes of X for each of 256 threads
     return tuple(tiles if aligned else tiles[1:])
 
 

@@ -7,7 +7,7 @@ from triton.compiler import ASTSource
 from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from memaop_triton.kernels.launch import launch
+from memaop_triton.kernels.launch import OPTIONS, launch
 from tests.traffic import OutOfBoundsError, counted, interpreted
 
 BLOCK = 16
@@ -156,7 +156,8 @@ def test_the_compiler_is_as_before_afterwards(monkeypatch):
 
     def compiled():
         source = ASTSource(column_sums, types, constexprs=sizes)
-        return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+        target = GPUTarget("cuda", 90, 32)
+        return triton.compile(source, target=target, options=OPTIONS).asm["ttir"]
 
     before = compiled()
     x, out = torch.randn(4, BLOCK), torch.empty(BLOCK)
