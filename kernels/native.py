@@ -151,10 +151,12 @@ def _size(
     return ctypes.c_long(a.shape[0]), ctypes.c_long(a.shape[1]), ctypes.c_int(threads)
 
 
-@functools.cache
 def _library() -> ctypes.CDLL | None:
-    if backend.chosen() == "torch":
-        return None
+    return None if backend.chosen() == "torch" else _compiled()
+
+
+@functools.cache
+def _compiled() -> ctypes.CDLL | None:
     try:
         return _load()
     except (BuildError, OSError) as error:

@@ -29,9 +29,9 @@ def plain(monkeypatch):
 @pytest.fixture
 def fresh_library():
     """Forgets what was loaded, before and after."""
-    native._library.cache_clear()
+    native._compiled.cache_clear()
     yield native._library
-    native._library.cache_clear()
+    native._compiled.cache_clear()
 
 
 def both(plain, call):
@@ -181,7 +181,7 @@ def test_the_compiled_file_is_kept_and_used_again(fresh_library, monkeypatch, tm
     monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
     assert fresh_library() is not None
     (kept,) = (tmp_path / "native").iterdir()
-    fresh_library.cache_clear()
+    native._compiled.cache_clear()
     monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled a second time"))
     assert fresh_library() is not None
     assert list((tmp_path / "native").iterdir()) == [kept]

@@ -108,7 +108,7 @@ def test_blocks_are_copied_as_whole_tiles(built):
         ("rows", False, 1.25),
         ("blocks of rows", False, 1.15),
         # Beside plain GEMMs that multiply by weights as well.
-        ("rows", True, 1.4),
+        ("rows", True, 1.45),
         ("blocks of rows", True, 1.35),
     ],
 )
