@@ -28,7 +28,8 @@ class GemmConfig:
         tiles_n: Pieces in which the columns of X are loaded and multiplied: two narrow ones need
             fewer row addresses than a wide one.
         x_columns_first: Orientation in which X is loaded. Units that read both operands from shared
-            memory want the columns first; those that read from registers want the rows first.
+            memory want the columns first; those that read from registers want the rows first. The
+            residual GEMM, which computes its operands, has only the first way.
     """
 
     block_n: int
@@ -188,17 +189,17 @@ _TILES_RESIDUAL_IEEE = (
     GemmConfig(16, 32, 16, 4, 2),
 )
 _TILES_RESIDUAL = (
-    GemmConfig(128, 64, 32, 8, 2, x_columns_first=True),
-    GemmConfig(64, 64, 32, 4, 2, x_columns_first=True),
-    GemmConfig(32, 64, 32, 4, 2, x_columns_first=True),
-    GemmConfig(16, 64, 64, 4, 2, x_columns_first=True),
+    GemmConfig(128, 64, 32, 8, 2),
+    GemmConfig(64, 64, 32, 4, 2),
+    GemmConfig(32, 64, 32, 4, 2),
+    GemmConfig(16, 64, 64, 4, 2),
 )
 # Half the warps where they are twice as wide, so that each thread still copies 16 bytes.
 _TILES_RESIDUAL_AMD = (
-    GemmConfig(128, 64, 32, 4, 2, x_columns_first=True),
-    GemmConfig(64, 64, 32, 4, 2, x_columns_first=True),
-    GemmConfig(32, 64, 32, 2, 2, x_columns_first=True),
-    GemmConfig(16, 64, 64, 2, 2, x_columns_first=True),
+    GemmConfig(128, 64, 32, 4, 2),
+    GemmConfig(64, 64, 32, 4, 2),
+    GemmConfig(32, 64, 32, 2, 2),
+    GemmConfig(16, 64, 64, 2, 2),
 )
 
 
@@ -221,7 +222,7 @@ def _fits(tile: GemmConfig, n: int, p: int) -> bool:
     return (tile.block_n // 2 < max(n, 16) or narrow) and tile.block_p // 2 < max(p, 64)
 
 
-def for_rows(target: Target, rows: int, columns: int, sums: bool) -> RowConfig:
+def for_rows(target: Target, rows: int, sums: bool) -> RowConfig:
     """Rows per program for a pass over rows: enough programs, and long reads of every row.
 
     The column sums that a pass leaves per program weigh 4/block_m of what it reads per column, so

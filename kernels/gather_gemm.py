@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memaop_triton.kernels import configs, launch, targets
-from memaop_triton.kernels.reduction import sum_parts
+from memaop_triton.kernels.reduction import parts_of, sum_parts
 from memaop_triton.kernels.targets import Target
 from memaop_triton.kernels.tiles import (
     first_value,
@@ -231,104 +231,70 @@ def gather_gemm(
     if out is None:
         out = torch.empty((g.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
     atomic = not deterministic and config.split_k > 1 and out.dtype == torch.float32
-    parts = config.split_k > 1 and not atomic
-    target_buffer = (
-        torch.empty((config.split_k, *out.shape), dtype=torch.float32, device=x.device)
-        if parts
-        else out
-    )
+    parts = out if atomic else parts_of(out, config.split_k)
     if atomic and not accumulate:
         out.zero_()
-    flags = {"ACCUMULATE": accumulate and not parts, "ATOMIC": atomic, "PRECISION": formed}
-    run = _launch_blocks if by_descriptor else _launch_rows
-    run(x, g, indices, weights, block_rows, correction, target_buffer, config, flags)
-    return sum_parts(target_buffer, out, accumulate=accumulate) if parts else out
-
-
-def _grid(config: configs.GemmConfig, n: int, p: int) -> tuple[int, int]:
-    return triton.cdiv(n, config.block_n) * triton.cdiv(p, config.block_p), config.split_k
-
-
-def _common(
-    x: Tensor,
-    weights: Tensor | None,
-    correction: tuple[Tensor, Tensor] | None,
-    like: Tensor,
-    config: configs.GemmConfig,
-) -> tuple[tuple[Tensor, ...], int, dict[str, Any]]:
-    """Weights, scale, C and E (with stand-ins), the rank, and the constants of both kernels."""
     scale = None
-    target = targets.current(x.device)
     if weights is not None:
         weights, scale = factors(weights, target, x.dtype)
-    c, e = correction or (like, like)
+    c, e = correction or (parts, parts)
     rank = 0 if correction is None else e.shape[1]
-    constants: dict[str, Any] = {
-        "BLOCK_P": config.block_p,
-        "BLOCK_K": config.block_k,
-        "SPLIT_K": config.split_k,
-        "GROUP": config.group,
-        "WEIGHTED": weights is not None,
-        "SCALED": scale is not None,
-        "RANK": padded_rank(rank) if rank else 0,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-    tensors = (like if weights is None else weights, like if scale is None else scale, c, e)
-    return tensors, rank, constants
-
-
-def _launch_rows(
-    x: Tensor,
-    g: Tensor,
-    indices: Tensor,
-    weights: Tensor | None,
-    block_rows: int,
-    correction: tuple[Tensor, Tensor] | None,
-    out: Tensor,
-    config: configs.GemmConfig,
-    flags: dict[str, Any],
-) -> None:
-    (rows, n), p, k = x.shape, g.shape[1], indices.numel()
-    tensors, rank, constants = _common(x, weights, correction, out, config)
-    beyond = -rows % block_rows
+    choose = _by_blocks if by_descriptor else _by_rows
+    kernel, operands, sizes, constants = choose(x, g, indices, rank, block_rows, config)
     launch.launch(
-        gather_gemm_kernel,
-        _grid(config, n, p),
-        *(x, g, indices, *tensors, out),
-        *(rows, n, p, k, max(0, k - beyond) // config.block_k, rank, *x.stride(), *g.stride()),
-        EVEN_N=n % 16 == 0,
-        EVEN_P=p % 16 == 0,
-        BLOCK_N=config.block_n // config.tiles_n,
-        TILES=config.tiles_n,
-        X_COLUMNS_FIRST=config.x_columns_first,
-        WIDE=rows * max(x.stride(0), g.stride(0)) >= 1 << 31,
+        kernel,
+        (
+            triton.cdiv(x.shape[1], config.block_n) * triton.cdiv(g.shape[1], config.block_p),
+            config.split_k,
+        ),
+        *operands,
+        *(indices, *(parts if t is None else t for t in (weights, scale)), c, e, parts),
+        *sizes,
+        BLOCK_P=config.block_p,
+        BLOCK_K=config.block_k,
+        SPLIT_K=config.split_k,
+        GROUP=config.group,
+        WEIGHTED=weights is not None,
+        SCALED=scale is not None,
+        RANK=padded_rank(rank) if rank else 0,
+        PRECISION=formed,
+        ACCUMULATE=accumulate and parts is out,
+        ATOMIC=atomic,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
         **constants,
-        **flags,
     )
+    return out if parts is out else sum_parts(parts, out, accumulate=accumulate)
 
 
-def _launch_blocks(
-    x: Tensor,
-    g: Tensor,
-    indices: Tensor,
-    weights: Tensor | None,
-    block_rows: int,
-    correction: tuple[Tensor, Tensor] | None,
-    out: Tensor,
-    config: configs.GemmConfig,
-    flags: dict[str, Any],
-) -> None:
-    tensors, rank, constants = _common(x, weights, correction, out, config)
-    launch.launch(
-        block_gemm_kernel,
-        _grid(config, x.shape[1], g.shape[1]),
+_Choice = tuple[Any, tuple[Any, ...], tuple[int, ...], dict[str, Any]]
+
+
+def _by_rows(
+    x: Tensor, g: Tensor, indices: Tensor, rank: int, block_rows: int, config: configs.GemmConfig
+) -> _Choice:
+    """Kernel, operands, sizes and constants where rows are reached by pointers."""
+    (rows, n), p, k = x.shape, g.shape[1], indices.numel()
+    full_steps = max(0, k - -rows % block_rows) // config.block_k
+    constants = {
+        "EVEN_N": n % 16 == 0,
+        "EVEN_P": p % 16 == 0,
+        "BLOCK_N": config.block_n // config.tiles_n,
+        "TILES": config.tiles_n,
+        "X_COLUMNS_FIRST": config.x_columns_first,
+        "WIDE": rows * max(x.stride(0), g.stride(0)) >= 1 << 31,
+    }
+    sizes = (rows, n, p, k, full_steps, rank, *x.stride(), *g.stride())
+    return gather_gemm_kernel, (x, g), sizes, constants
+
+
+def _by_blocks(
+    x: Tensor, g: Tensor, indices: Tensor, rank: int, block_rows: int, config: configs.GemmConfig
+) -> _Choice:
+    """The same where blocks of rows are copied by descriptor."""
+    operands = (
         TensorDescriptor.from_tensor(x, [config.block_k, config.block_n]),
         TensorDescriptor.from_tensor(g, [config.block_k, config.block_p]),
-        *(indices, *tensors, out),
-        *(x.shape[1], g.shape[1], triton.cdiv(indices.numel(), config.block_k), rank),
-        BLOCK_N=config.block_n,
-        BLOCK_ROWS=block_rows,
-        **constants,
-        **flags,
     )
+    sizes = (x.shape[1], g.shape[1], triton.cdiv(indices.numel(), config.block_k), rank)
+    return block_gemm_kernel, operands, sizes, {"BLOCK_N": config.block_n, "BLOCK_ROWS": block_rows}

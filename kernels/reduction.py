@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,6 +30,13 @@ def sum_parts_kernel(
     if ACCUMULATE:
         total += tl.load(out_ptr + places, mask=inside, other=0).to(tl.float32)
     tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def parts_of(out: Tensor, split: int) -> Tensor:
+    """What `split` programs per tile store their sums into: `out` itself, or float32 parts."""
+    if split == 1:
+        return out
+    return torch.empty((split, *out.shape), dtype=torch.float32, device=out.device)
 
 
 def sum_parts(

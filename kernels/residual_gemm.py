@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memaop_triton.kernels import configs, launch, targets
-from memaop_triton.kernels.reduction import sum_parts
+from memaop_triton.kernels.reduction import parts_of, sum_parts
 from memaop_triton.kernels.score import row_factors
 from memaop_triton.kernels.tiles import (
     precision,
@@ -124,10 +124,7 @@ def residual_gemm(
         targets.current(x.device), x.dtype, formed, k, n, p
     )
     out = torch.empty((p, n), dtype=x.dtype, device=x.device)
-    split = config.split_k > 1
-    parts = (
-        torch.empty((config.split_k, p, n), dtype=torch.float32, device=x.device) if split else out
-    )
+    parts = parts_of(out, config.split_k)
     strides = (*x.stride(), *g.stride(), mx.stride(0), mg.stride(0))
     launch.launch(
         residual_gemm_kernel,
@@ -147,4 +144,4 @@ def residual_gemm(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return sum_parts(parts, out) if split else out
+    return out if parts is out else sum_parts(parts, out)

@@ -173,9 +173,7 @@ def _score(
 ) -> tuple[Tensor, Tensor | None]:
     rows, columns = x.shape
     other = x if g is None else g
-    config = config or configs.for_rows(
-        targets.current(x.device), rows, max(columns, other.shape[1]), bias_grad
-    )
+    config = config or configs.for_rows(targets.current(x.device), rows, bias_grad)
     scores = torch.empty(rows, dtype=torch.float32, device=x.device)
     sums = _partial_sums(other, config) if bias_grad else None
     launch.launch(
@@ -265,9 +263,7 @@ def _update(
     if mx.stride(1) != 1 or mg.stride(1) != 1:
         raise ValueError("the rows of a memory must lie without gaps.")
     rows = x.shape[0]
-    config = config or configs.for_rows(
-        targets.current(x.device), rows, max(x.shape[1], g.shape[1]), bias_grad
-    )
+    config = config or configs.for_rows(targets.current(x.device), rows, bias_grad)
     sums = _partial_sums(g, config) if bias_grad else None
     launch.launch(
         accumulate_kernel,

@@ -58,18 +58,13 @@ def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def basis_scale(columns: int) -> float:
-    """s of the projection Z = XQ/s for rows of this many columns, see `kernels.cpu.Projection`."""
-    return cpu.basis_scale(columns)
-
-
 def project_rows(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Z = X Q / s ([M, q]) and the norms of what Q leaves of each row ([M])."""
     if not runs_triton(x, rank=basis.shape[1]):
         return cpu.project_rows(x, basis)
     from memaop_triton.kernels import subspace
 
-    return subspace.project(x, basis.contiguous(), basis_scale(x.shape[1]))
+    return subspace.project(x, basis.contiguous(), cpu.basis_scale(x.shape[1]))
 
 
 def transposed_mm(z: Tensor, a: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.dispatch import basis_scale
 from memaop_triton.kernels import residual_gemm, score, subspace, targets
+from memaop_triton.kernels.cpu import basis_scale
 from memaop_triton.kernels.gather_gemm import gather_gemm
 from memaop_triton.memory import ResidualMemory, SubspaceMemory
 from memaop_triton.selection import Selection, is_weighted, select

@@ -28,7 +28,7 @@ def read(compiled: Compiled) -> Counts:
         return int(found[1]) if found else 0
 
     code, labels = parse(text)
-    loop = hottest(find_loops(code, labels), _is_matrix, _is_copy)
+    loop = hottest(find_loops(code, labels), MATRIX, COPY)
     return Counts(
         registers=field("vgpr_count"),
         accumulators=field("agpr_count"),
@@ -38,7 +38,7 @@ def read(compiled: Compiled) -> Counts:
         stack=field("private_segment_fixed_size"),
         shared=compiled.shared,
         tensor_memory=0,
-        matrix=tally(i.mnemonic for i in code if _is_matrix(i)),
+        matrix=tally(i.mnemonic for i in code if MATRIX.match(i.mnemonic)),
         loop=_count(loop, compiled) if loop else None,
     )
 
@@ -63,16 +63,8 @@ def _instruction(text: str) -> Instruction:
     return Instruction(text, mnemonic, jump, falls)
 
 
-def _is_matrix(instruction: Instruction) -> bool:
-    return MATRIX.match(instruction.mnemonic) is not None
-
-
-def _is_copy(instruction: Instruction) -> bool:
-    return COPY.match(instruction.mnemonic) is not None
-
-
 def _count(loop: Loop, compiled: Compiled) -> LoopCounts:
-    matrix = tally(i.mnemonic for i in loop.body if _is_matrix(i))
+    matrix = tally(i.mnemonic for i in loop.body if MATRIX.match(i.mnemonic))
     return LoopCounts(
         instructions=len(loop.body),
         matrix=matrix,

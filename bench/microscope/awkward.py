@@ -80,7 +80,7 @@ def _subspace(small: configs.GemmConfig) -> Iterator[Case]:
 
 
 def _row_passes(target: Target) -> Iterator[Case]:
-    x, tile = empty(M, ODD, dtype=HALF), configs.for_rows(target, M, ODD, True)
+    x, tile = empty(M, ODD, dtype=HALF), configs.for_rows(target, M, True)
     ways = {"bias_grad": True, "config": tile}
     yield Case("scores, odd extents", tile, partial(row_scores, x, x, **ways), HALF)
     slots = memory(HALF, ODD, ODD)

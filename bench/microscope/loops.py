@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 
 
@@ -36,9 +36,9 @@ class Loop:
     blocks: frozenset[int]
     body: tuple[Instruction, ...]
 
-    def count(self, wanted: Callable[[Instruction], bool]) -> int:
-        """How many of its instructions are wanted."""
-        return sum(map(wanted, self.body))
+    def count(self, kind: re.Pattern[str]) -> int:
+        """Number of instructions whose mnemonic starts as the pattern says."""
+        return sum(kind.match(instruction.mnemonic) is not None for instruction in self.body)
 
 
 def find_loops(
@@ -68,20 +68,16 @@ def find_loops(
     ]
 
 
-def hottest(
-    loops: list[Loop],
-    is_matrix: Callable[[Instruction], bool],
-    is_load: Callable[[Instruction], bool],
-) -> Loop | None:
+def hottest(loops: list[Loop], matrix: re.Pattern[str], load: re.Pattern[str]) -> Loop | None:
     """The innermost loop with the most matrix instructions, or else the largest that loads.
 
-    Innermost: it has no smaller loop inside that would do.
+    Innermost: it has no smaller loop inside that would do. The patterns are those of mnemonics.
     """
-    for kind, size in ((is_matrix, is_matrix), (is_load, lambda _: True)):
+    for kind, size in ((matrix, matrix), (load, re.compile(""))):
         having = [loop for loop in loops if loop.count(kind)]
         innermost = [a for a in having if not any(b.blocks < a.blocks for b in having)]
         if innermost:
-            return max(innermost, key=lambda loop: (loop.count(size), loop.count(is_load)))
+            return max(innermost, key=lambda loop: (loop.count(size), loop.count(load)))
     return None
 
 

@@ -43,7 +43,7 @@ def read_all(compiled: Sequence[Compiled]) -> list[Counts]:
 def _counts(compiled: Compiled, code: list[Instruction], labels: dict[str, int]) -> Counts:
     usage = _run(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
     used = {key: int(n) for key, n in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    loop = hottest(find_loops(code, labels, drop_detours=True), _is_matrix, _is_copy)
+    loop = hottest(find_loops(code, labels, drop_detours=True), MATRIX, COPY)
     return Counts(
         registers=used["REG"],
         accumulators=0,
@@ -53,7 +53,7 @@ def _counts(compiled: Compiled, code: list[Instruction], labels: dict[str, int])
         stack=used["STACK"],
         shared=compiled.shared,
         tensor_memory=compiled.tensor_memory,
-        matrix=tally(i.mnemonic for i in code if _is_matrix(i)),
+        matrix=tally(i.mnemonic for i in code if MATRIX.match(i.mnemonic)),
         loop=_count(loop, compiled) if loop else None,
     )
 
@@ -97,16 +97,8 @@ def _instruction(guard: str | None, text: str) -> Instruction:
     return Instruction(text, mnemonic, target[0] if target else None, not (leaves and plain))
 
 
-def _is_matrix(instruction: Instruction) -> bool:
-    return MATRIX.match(instruction.mnemonic) is not None
-
-
-def _is_copy(instruction: Instruction) -> bool:
-    return COPY.match(instruction.mnemonic) is not None
-
-
 def _count(loop: Loop, compiled: Compiled) -> LoopCounts:
-    matrix = tally(i.mnemonic for i in loop.body if _is_matrix(i))
+    matrix = tally(i.mnemonic for i in loop.body if MATRIX.match(i.mnemonic))
     copies = tally(_copy(i.mnemonic) for i in loop.body)
     return LoopCounts(
         instructions=len(loop.body),

@@ -166,16 +166,14 @@ def _subspace(dtype: torch.dtype, precision: str) -> Iterator[Case]:
 def row_tiles(target: Target) -> list[tuple[RowConfig, bool]]:
     """Every tile that the passes over rows can get, and whether it is one for column sums."""
     found = {
-        (configs.for_rows(target, 1 << i, N, sums), sums)
-        for i in range(21)
-        for sums in (True, False)
+        (configs.for_rows(target, 1 << i, sums), sums) for i in range(21) for sums in (True, False)
     }
     return sorted(found, key=lambda one: (one[1], one[0].block_m))
 
 
 def _row_passes(target: Target) -> Iterator[Case]:
     half, single = torch.bfloat16, torch.float32
-    usual = [configs.for_rows(target, M, N, sums) for sums in (True, False)]
+    usual = [configs.for_rows(target, M, sums) for sums in (True, False)]
     for tile, sums in row_tiles(target):
         ways = {"bias_grad": sums, "config": tile}
         update = {**scalars(), **ways, "signed": True}

@@ -126,7 +126,7 @@ def test_gathering_adds_few_instructions(builder, way, weighted, limit):
 @pytest.mark.parametrize("rows", [1, 999, 12345, 1 << 20])
 @pytest.mark.parametrize("target", REPORTED)
 def test_every_tile_for_rows_is_among_the_cases(target, rows, sums):
-    tile = configs.for_rows(TARGETS[target], rows, 777, sums)
+    tile = configs.for_rows(TARGETS[target], rows, sums)
     assert (tile, sums) in row_tiles(TARGETS[target])
 
 

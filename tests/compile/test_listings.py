@@ -27,7 +27,7 @@ def loop_of(*lines):
 
 
 def inner(loops):
-    return hottest(loops, nvidia._is_matrix, nvidia._is_copy)
+    return hottest(loops, nvidia.MATRIX, nvidia.COPY)
 
 
 def test_retries_behind_the_loop_are_left_out():
