@@ -55,6 +55,21 @@ def test_values_stay_in_registers_and_tiles_fit(key, built):
     assert [fault for one in built for fault in faults(*key, one, spare=spare)] == []
 
 
+@pytest.mark.parametrize("target", sorted(set(TARGETS) - set(REPORTED)))
+def test_gather_gemms_fit_the_targets_without_a_table(target):
+    wanted = [
+        case
+        for case in cases(TARGETS[target])
+        if case.dtype == torch.bfloat16 and case.title == "gather rows, weighted + C"
+    ]
+    assert wanted
+    for case in wanted:
+        for kernel in compile_call(case.call, TARGETS[target]):
+            counts = read(kernel)
+            assert (counts.spills, counts.stack) == (0, 0), case.name
+            assert counts.shared <= TARGETS[target].shared_memory, case.name
+
+
 @keys(lambda case: is_half_product(case) and case.product_rows >= 64, UNITS)
 def test_products_of_large_tiles_take_the_newest_instructions(key, built):
     matrix = built[0].counts.matrix
