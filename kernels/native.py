@@ -100,17 +100,19 @@ def transposed_mm(z: Tensor, a: Tensor, norms: Tensor | None = None) -> Tensor |
         return None
     rank, columns = z.shape[1], a.shape[1]
     *size, threads = _size(a, most_threads=max(1, _MOST_PARTS // (rank * columns)))
-    parts = a.new_zeros((threads.value, rank, columns))
+    # Rows a power of two apart would share a few places of the cache.
+    parts = a.new_zeros((threads.value, rank, columns + _LANES))
     library.transposed_product(
         *_matrix(z),
         ctypes.c_long(rank),
         *_matrix(a),
         _pointer(parts),
+        ctypes.c_long(parts.stride(1)),
         None if norms is None else _pointer(norms),
         *size,
         threads,
     )
-    return parts.sum(0)
+    return parts[..., :columns].sum(0)
 
 
 def is_compiled() -> bool:

@@ -14,6 +14,19 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#define SMALLER(A, B) ((A) < (B) ? (A) : (B))
+
+/* Floats in a vector register, how many registers there are, and how many groups of 16 columns of a
+ * projection are taken together (below). */
+#if defined(__AVX512F__)
+enum { LANES = 16, REGISTERS = 32, PIECE = 4 };
+#elif defined(__AVX__)
+enum { LANES = 8, REGISTERS = 16, PIECE = 1 };
+#elif defined(__aarch64__)
+enum { LANES = 4, REGISTERS = 32, PIECE = 1 };
+#else
+enum { LANES = 4, REGISTERS = 16, PIECE = 1 };
+#endif
 
 /* The part of `count` items that this thread takes if at most `threads` work. The team keeps the
  * size it has everywhere else in PyTorch: asking for another size would start threads anew. */
@@ -29,10 +42,23 @@ INLINE Share share_of(long count, int threads) {
 }
 
 #define DEFINE_ROW_FUNCTIONS(T, SUFFIX, SQRT)                                                      \
+    typedef T lanes_##SUFFIX __attribute__((vector_size(4 * LANES), aligned(sizeof(T))));          \
+                                                                                                   \
+    /* Four sums, so that a multiply-add does not wait for the one before it. */                   \
     INLINE T norm_##SUFFIX(const T *row, long columns) {                                           \
+        enum { WIDTH = sizeof(lanes_##SUFFIX) / sizeof(T) };                                       \
+        lanes_##SUFFIX sums[4] = {{0}};                                                            \
+        long j = 0;                                                                                \
+        for (; j + 4 * WIDTH <= columns; j += 4 * WIDTH)                                           \
+            for (int v = 0; v < 4; v++) {                                                          \
+                const lanes_##SUFFIX part = *(const lanes_##SUFFIX *)(row + j + v * WIDTH);        \
+                sums[v] += part * part;                                                            \
+            }                                                                                      \
+        const lanes_##SUFFIX all = (sums[0] + sums[1]) + (sums[2] + sums[3]);                      \
         T sum = 0;                                                                                 \
-        _Pragma("omp simd reduction(+ : sum)")                                                     \
-        for (long j = 0; j < columns; j++)                                                         \
+        for (int i = 0; i < WIDTH; i++)                                                            \
+            sum += all[i];                                                                         \
+        for (; j < columns; j++)                                                                   \
             sum += row[j] * row[j];                                                                \
         return SQRT(sum);                                                                          \
     }                                                                                              \
@@ -74,13 +100,15 @@ INLINE Share share_of(long count, int threads) {
 DEFINE_ROW_FUNCTIONS(float, f32, sqrtf)
 DEFINE_ROW_FUNCTIONS(double, f64, sqrt)
 
-/* Products with a basis of few columns, in vectors of 16 floats; the compiler splits these where
- * registers are narrower. `groups` counts the vectors of a row of Z, so Z has 16 * groups columns. */
+/* Products with a basis of few columns, in vectors of the width that the registers have. `groups`
+ * counts the 16 columns that a row of Z is padded to. A tile keeps its sums in half of the vector
+ * registers and leaves the other half to operands: more would spill, fewer would wait for the last
+ * multiply-add of the same sum. */
 
-enum { LANES = 16, MAX_GROUPS = 4, STRIP = 64 };
+enum { GROUP = 16, STRIP = 64, BLOCK = 128, SUMS = REGISTERS / 2, WIDE = SUMS / 4, MOST_ROWS = 8 };
 
-typedef float vec __attribute__((vector_size(64)));
-typedef float loose __attribute__((vector_size(64), aligned(4))); /* at any address */
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4))); /* at any address */
 
 INLINE float total(vec v) {
     float sum = 0;
@@ -89,53 +117,73 @@ INLINE float total(vec v) {
     return sum;
 }
 
-/* z_r = x_r Q and norms[r] = |x_r| for `n` rows at once, each product kept in registers. */
+/* z_r = x_r Q for `n` rows and `width` vectors of columns at once, each product kept in registers;
+ * norms[r] = |x_r| too, unless `norms` is null. */
 INLINE void project_tile(const float *x, long ldx, const float *basis, float *z, float *norms,
-                         long columns, const int n, const int groups) {
-    vec product[8][MAX_GROUPS], squares[8];
+                         long columns, long ldz, const int n, const int width) {
+    vec product[MOST_ROWS][SUMS], squares[MOST_ROWS];
     for (int r = 0; r < n; r++) {
         squares[r] = (vec){0};
-        for (int v = 0; v < groups; v++)
+        for (int v = 0; v < width; v++)
             product[r][v] = (vec){0};
     }
     for (long j = 0; j < columns; j += LANES) {
-        for (int r = 0; r < n; r++) {
-            const vec part = *(const loose *)(x + r * ldx + j);
-            squares[r] += part * part;
-        }
+        if (norms != NULL)
+            for (int r = 0; r < n; r++) {
+                const vec part = *(const loose *)(x + r * ldx + j);
+                squares[r] += part * part;
+            }
         for (int i = 0; i < LANES; i++) {
-            const loose *q = (const loose *)(basis + (j + i) * groups * LANES);
-            for (int v = 0; v < groups; v++)
+            const loose *q = (const loose *)(basis + (j + i) * ldz);
+            for (int v = 0; v < width; v++)
                 for (int r = 0; r < n; r++)
                     product[r][v] += x[r * ldx + j + i] * q[v];
         }
     }
     for (int r = 0; r < n; r++) {
-        norms[r] = sqrtf(total(squares[r]));
-        for (int v = 0; v < groups; v++)
-            ((loose *)(z + r * groups * LANES))[v] = product[r][v];
+        if (norms != NULL)
+            norms[r] = sqrtf(total(squares[r]));
+        for (int v = 0; v < width; v++)
+            ((loose *)(z + r * ldz))[v] = product[r][v];
     }
 }
 
-#define DEFINE_PROJECT(GROUPS, TILE)                                                               \
+/* All columns of Z for `n` rows, `piece` groups in a tile; the first tile takes the norms. */
+INLINE void project_rows(const float *x, long ldx, const float *basis, float *z, float *norms,
+                         long columns, const int n, const int groups, const int piece) {
+    const long ldz = groups * GROUP;
+    const int width = piece * GROUP / LANES;
+    project_tile(x, ldx, basis, z, norms, columns, ldz, n, width);
+    for (long c = piece * GROUP; c < ldz; c += piece * GROUP)
+        project_tile(x, ldx, basis + c, z + c, NULL, columns, ldz, n, width);
+}
+
+/* As many rows in a tile as its sums have registers for. */
+#define DEFINE_PROJECT(GROUPS)                                                                     \
     static void project_##GROUPS(const float *x, long ldx, const float *basis, float *z,           \
                                  float *norms, long rows, long columns, int threads) {             \
-        const long ldz = GROUPS * LANES;                                                           \
+        enum {                                                                                     \
+            TOGETHER = SMALLER(GROUPS, PIECE),                                                     \
+            FITS = SUMS * LANES / (TOGETHER * GROUP),                                              \
+            TILE = FITS >= 8 ? 8 : FITS >= 4 ? 4 : 2,                                              \
+        };                                                                                         \
+        const long ldz = GROUPS * GROUP;                                                           \
         _Pragma("omp parallel if (threads > 1)") {                                                 \
             const Share share = share_of(rows, threads);                                           \
             long i = share.first;                                                                  \
             for (; i + TILE <= share.end; i += TILE)                                               \
-                project_tile(x + i * ldx, ldx, basis, z + i * ldz, norms + i, columns, TILE,       \
-                             GROUPS);                                                              \
+                project_rows(x + i * ldx, ldx, basis, z + i * ldz, norms + i, columns, TILE,       \
+                             GROUPS, TOGETHER);                                                    \
             for (; i < share.end; i++)                                                             \
-                project_tile(x + i * ldx, ldx, basis, z + i * ldz, norms + i, columns, 1, GROUPS); \
+                project_rows(x + i * ldx, ldx, basis, z + i * ldz, norms + i, columns, 1, GROUPS,  \
+                             TOGETHER);                                                            \
         }                                                                                          \
     }
 
-DEFINE_PROJECT(1, 8)
-DEFINE_PROJECT(2, 8)
-DEFINE_PROJECT(3, 4)
-DEFINE_PROJECT(4, 4)
+DEFINE_PROJECT(1)
+DEFINE_PROJECT(2)
+DEFINE_PROJECT(3)
+DEFINE_PROJECT(4)
 
 /* Z = X Q and norms[i] = |x_i|, in one pass over X.
  * x [rows, columns], columns a multiple of 16; basis [columns, 16 groups]; z [rows, 16 groups]. */
@@ -151,12 +199,12 @@ void project(const float *x, long ldx, const float *basis, float *z, float *norm
 
 /* out[c][j] += sum over `n` rows of z[i][c] a[i][j], for 4 rows of `out` and `width` vectors. */
 INLINE void transposed_tile(const float *z, long ldz, const float *a, long lda, float *out,
-                            long ldo, long n, const int width) {
-    vec sum[4][4];
+                            long ldo, const int n, const int width) {
+    vec sum[4][WIDE];
     for (int c = 0; c < 4; c++)
         for (int v = 0; v < width; v++)
             sum[c][v] = ((const loose *)(out + c * ldo))[v];
-    for (long i = 0; i < n; i++)
+    for (int i = 0; i < n; i++)
         for (int c = 0; c < 4; c++)
             for (int v = 0; v < width; v++)
                 sum[c][v] += z[i * ldz + c] * ((const loose *)(a + i * lda))[v];
@@ -165,32 +213,45 @@ INLINE void transposed_tile(const float *z, long ldz, const float *a, long lda, 
             ((loose *)(out + c * ldo))[v] = sum[c][v];
 }
 
+/* out += Z^T A for `n` rows and columns `first` up to `end`. */
+INLINE void transposed_rows(const float *z, long ldz, long z_columns, const float *a, long lda,
+                            float *out, long ldo, long first, long end, const int n) {
+    long j = first;
+    for (; j + WIDE * LANES <= end; j += WIDE * LANES)
+        for (long c = 0; c < z_columns; c += 4)
+            transposed_tile(z + c, ldz, a + j, lda, out + c * ldo + j, ldo, n, WIDE);
+    for (; j < end; j += LANES)
+        for (long c = 0; c < z_columns; c += 4)
+            transposed_tile(z + c, ldz, a + j, lda, out + c * ldo + j, ldo, n, 1);
+}
+
 /* Z^T A and, unless `norms` is null, norms[i] = |a_i|, in one pass over A.
  * z [rows, z_columns], z_columns a multiple of 4; a [rows, columns], columns a multiple of 16;
- * parts [threads, z_columns, columns], zero on entry: their sum is the product. Every thread has its
- * own, so that the order of the sums is always the same. */
+ * parts [threads, z_columns, ldo], zero on entry: their sum is the product. Every thread has its
+ * own, so that the order of the sums is always the same. ldo is best no power of two, or the rows of
+ * a part share a few places of the cache. */
 void transposed_product(const float *z, long ldz, long z_columns, const float *a, long lda,
-                        float *parts, float *norms, long rows, long columns, int threads) {
+                        float *parts, long ldo, float *norms, long rows, long columns,
+                        int threads) {
     _Pragma("omp parallel if (threads > 1)") {
         const Share share = share_of(rows, threads);
-        float *out = parts + omp_get_thread_num() * z_columns * columns;
-        /* A strip of rows is read from memory for its norms, and from the cache after that. */
+        float *out = parts + omp_get_thread_num() * z_columns * ldo;
+        /* A strip of rows is read from memory for its norms, and from the cache after that; a block
+         * of the sums stays in the nearest cache meanwhile. */
         for (long first = share.first; first < share.end; first += STRIP) {
-            const long n = share.end - first < STRIP ? share.end - first : STRIP;
-            const float *z_strip = z + first * ldz, *a_strip = a + first * lda;
+            const long end = SMALLER(first + STRIP, share.end);
             if (norms != NULL)
-                for (long i = first; i < first + n; i++)
+                for (long i = first; i < end; i++)
                     norms[i] = norm_f32(a + i * lda, columns);
-            for (long j = 0; j < columns;) {
-                const int wide = columns - j >= 4 * LANES;
-                for (long c = 0; c < z_columns; c += 4) {
-                    float *to = out + c * columns + j;
-                    if (wide)
-                        transposed_tile(z_strip + c, ldz, a_strip + j, lda, to, columns, n, 4);
-                    else
-                        transposed_tile(z_strip + c, ldz, a_strip + j, lda, to, columns, n, 1);
-                }
-                j += wide ? 4 * LANES : LANES;
+            for (long j = 0; j < columns; j += BLOCK) {
+                const long last = SMALLER(j + BLOCK, columns);
+                long i = first;
+                for (; i + MOST_ROWS <= end; i += MOST_ROWS)
+                    transposed_rows(z + i * ldz, ldz, z_columns, a + i * lda, lda, out, ldo, j,
+                                    last, MOST_ROWS);
+                for (; i < end; i++)
+                    transposed_rows(z + i * ldz, ldz, z_columns, a + i * lda, lda, out, ldo, j,
+                                    last, 1);
             }
         }
     }

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -64,6 +66,40 @@ def test_projections_agree_with_pytorch(plain, rows, columns, rank, threads):
     torch.testing.assert_close(again, product)
     plain()
     torch.testing.assert_close(cpu.project_rows(x, basis)[1], norms, rtol=1e-3, atol=1e-3)
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 assembly")
+@pytest.mark.parametrize("capability", [*native._VECTOR_FLAGS, "DEFAULT"])
+def test_sums_stay_in_registers(tmp_path, capability):
+    flags = native._FLAGS + native._VECTOR_FLAGS.get(capability, [])
+    listing = tmp_path / "rows.s"
+    native._run(["cc", *flags, "-S", str(native._SOURCE), "-o", str(listing)])
+    spills = re.findall(r"mov[ua]?p[sd]\t.*\(%r[sb]p", listing.read_text())
+    products = re.findall(r"fn?m(?:add|sub)\d+p|mulp", listing.read_text())
+    assert len(products) > 100
+    assert len(spills) < len(products) / 4
+
+
+@needs_compiler
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_narrower_registers_give_the_same_numbers(tmp_path, capability):
+    probe = (
+        "import torch; from memaop_triton.kernels import cpu, native; assert native.is_compiled(); "
+        "torch.manual_seed(0); x, q = torch.randn(75, 208), torch.randn(208, 40); "
+        "z, norms = cpu.project_rows(x, q); zx, x_norms = cpu.project_gradient(x, z); "
+        f"torch.save((z, norms, zx, x_norms), {str(tmp_path / 'found')!r})"
+    )
+    environ = dict(
+        os.environ, PYTHONPATH=os.pathsep.join(sys.path), ATEN_CPU_CAPABILITY=capability
+    )
+    subprocess.run([sys.executable, "-c", probe], env=environ, check=True)
+    torch.manual_seed(0)
+    x, q = torch.randn(75, 208), torch.randn(208, 40)
+    z, norms = cpu.project_rows(x, q)
+    expected = (z, norms, *cpu.project_gradient(x, z))
+    for found, wanted in zip(torch.load(tmp_path / "found"), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
