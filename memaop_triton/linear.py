@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +11,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from memaop_triton import ops as ops  # registers torch.ops.memaop_triton
 from memaop_triton.config import MemAOPConfig, check_config
+from memaop_triton.layer_state import LayerState, state_for
 from memaop_triton.memory import Memory, SubspaceMemory, check_memory, new_memory
-from memaop_triton.weight_grad import (
-    sampled_input_grad,
-    select_for_both,
-    weight_and_bias_grad,
-)
 
 
 class _MemAOPLinearFunction(torch.autograd.Function):
@@ -26,18 +22,23 @@ class _MemAOPLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, config: MemAOPConfig, memory: Memory | None
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        handle: Tensor,
+        order: Tensor,
+        state: LayerState,
     ) -> Tensor:
         return F.linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, config, memory = inputs
+        x, weight, _, handle, order, state = inputs
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        # The memory stays out of the saved tensors: it changes in place between the backward
-        # passes of a layer that is used twice.
-        ctx.config, ctx.memory = config, memory
-        ctx.x_shape = x.shape
+        # Out of the saved tensors: a graph writes to `order` between the backward passes of a layer
+        # that is used twice. The state is kept alive.
+        ctx.handle, ctx.order, ctx.state = handle, order, state
+        ctx.sampled = needs_x and state.config.grad_input == "sampled"
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
     @staticmethod
@@ -45,31 +46,36 @@ class _MemAOPLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Casts were made in the forward pass, whatever region backward is called from.
         with _no_autocast(grad_output.device.type):
-            return _backward(ctx, grad_output)
+            return *_backward(ctx, grad_output), None, None, None
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
-    config: MemAOPConfig = ctx.config
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    rows = math.prod(grad_output.shape[:-1])
-    g = grad_output.reshape(rows, grad_output.shape[-1])
-    if x is not None:
-        x = x.reshape(rows, x.shape[-1])
-    selection = None
-    if config.grad_input == "sampled" and needs_x and config.num_rows(rows) < rows:
-        selection = select_for_both(x, g, config)
+    g = _as_rows(grad_output)
+    rows = g.new_empty(0) if x is None else _as_rows(x)
     dx = dw = db = None
-    if needs_x:
-        dx = g @ weight if selection is None else sampled_input_grad(g, weight, selection, config)
-        dx = dx.reshape(ctx.x_shape)
-    if needs_weight:
-        dw, db = weight_and_bias_grad(
-            x, g, config, ctx.memory, bias_grad=needs_bias, selection=selection
+    if ctx.sampled:
+        dx, dw, db = torch.ops.memaop_triton.sampled_backward(
+            rows, g, weight, ctx.handle, ctx.order, weight_grad=needs_weight, bias_grad=needs_bias
         )
-    elif needs_bias:
-        db = g.sum(0)
-    return dx, dw, db, None, None
+    else:
+        if needs_x:
+            dx = g @ weight
+        if needs_weight:
+            dw, db = torch.ops.memaop_triton.weight_grad(
+                rows, g, ctx.handle, ctx.order, bias_grad=needs_bias
+            )
+        elif needs_bias:
+            db = g.sum(0)
+    if needs_x:
+        dx = dx.reshape(*grad_output.shape[:-1], weight.shape[1])
+    return dx, dw if needs_weight else None, db if needs_bias else None
+
+
+def _as_rows(a: Tensor) -> Tensor:
+    """[..., N] as a matrix of rows."""
+    return a.unsqueeze(0) if a.dim() == 1 else a.flatten(0, -2)
 
 
 def memaop_linear(
@@ -101,15 +107,31 @@ def memaop_linear(
         TypeError: `x` is not floating point, or the dtypes differ.
         ValueError: The shapes do not fit, or `memory` is not of the kind that `config` asks for.
     """
+    x, weight, bias = _prepared(x, weight, bias)
+    check_memory(config, memory, weight.shape[1], weight.shape[0])
+    return _linear(x, weight, bias, state_for(config, memory))
+
+
+def _prepared(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands checked, and cast where autocast asks for it."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         x, weight = _autocast(x), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
     _check_operands(x, weight, bias)
-    check_memory(config, memory, weight.shape[1], weight.shape[0])
+    return x, weight, bias
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
     if not torch.is_grad_enabled():
         return F.linear(x, weight, bias)
-    result: Tensor = _MemAOPLinearFunction.apply(x, weight, bias, config, memory)
+    if state.handle.device != x.device:
+        state.move(x.device)
+    result: Tensor = _MemAOPLinearFunction.apply(
+        x, weight, bias, state.handle, state.order, state
+    )
     return result
 
 
@@ -169,8 +191,7 @@ class MemAOPLinear(nn.Linear):
     #: What `revert_` turns the layer back into.
     dense_class: type[nn.Linear] = nn.Linear
 
-    config: MemAOPConfig
-    memory: Memory | None
+    layer_state: LayerState
 
     def __init__(
         self,
@@ -227,7 +248,7 @@ class MemAOPLinear(nn.Linear):
             ValueError: The layer was parametrised after it was converted.
         """
         self.check_revertible()
-        del self.config, self.memory
+        del self.layer_state
         self.__class__ = self.dense_class  # type: ignore[assignment]
         return self
 
@@ -239,16 +260,26 @@ class MemAOPLinear(nn.Linear):
                 "parametrizations first."
             )
 
+    @property
+    def config(self) -> MemAOPConfig:
+        """What the backward pass computes."""
+        return self.layer_state.config
+
+    @property
+    def memory(self) -> Memory | None:
+        """What is remembered between steps, `None` for `memory="none"`."""
+        return self.layer_state.memory
+
     def _set_config(self, config: MemAOPConfig) -> None:
         check_config(config)
-        self.config = config
-        self.memory = new_memory(config, self.in_features, self.out_features)
+        memory = new_memory(config, self.in_features, self.out_features)
+        self.layer_state = LayerState(config, memory)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
         if not self.training:
             return F.linear(input, self.weight, self.bias)
-        return memaop_linear(input, self.weight, self.bias, self.config, self.memory)
+        return _linear(*_prepared(input, self.weight, self.bias), self.layer_state)
 
     def extra_repr(self) -> str:
         """The layer's sizes and the settings that differ between layers."""
@@ -264,8 +295,7 @@ class MemAOPLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemAOPLinear:
         super()._apply(fn, recurse)
-        if self.memory is not None:
-            self.memory.convert(fn)
+        self.layer_state.convert(fn)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -282,7 +312,8 @@ def check_adoptable(linear: nn.Linear) -> None:
         raise ValueError(f"{name} is converted already: revert_ it first.")
     if isinstance(linear.weight, nn.UninitializedParameter):
         raise ValueError(f"{name} is not initialised: run one forward pass first.")
-    taken = [attribute for attribute in ("config", "memory") if hasattr(linear, attribute)]
+    ours = ("config", "memory", "layer_state")
+    taken = [attribute for attribute in ours if hasattr(linear, attribute)]
     if taken:
         raise ValueError(
             f"{name} has an attribute {taken[0]!r} of its own, which MemAOPLinear would replace: "

@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,21 @@ from torch import Tensor
 from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.dispatch import project_rows, transposed_mm
 
+if TYPE_CHECKING:
+    from memaop_triton.layer_state import LayerState
 
-class ResidualMemory:
+
+class _Memory:
+    """What both kinds share."""
+
+    #: Made by `layer_state.state_for` for a memory that is handed to `memaop_linear`.
+    state: LayerState | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "state"}
+
+
+class ResidualMemory(_Memory):
     """Rows of X and G that were not selected yet, one slot per row of the batch.
 
     A step, which is one backward pass of the layer, adds the rows of the batch to the slots,
@@ -215,10 +228,10 @@ class ResidualMemory:
         self.filled = self.filled.to(device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_optimizer": None, "_group": 0}
+        return super().__getstate__() | {"_optimizer": None, "_group": 0}
 
 
-class SubspaceMemory:
+class SubspaceMemory(_Memory):
     """An orthonormal basis Q (N×rank) of the subspace that the inputs of a layer mostly live in.
 
     The part of every row inside the subspace enters the weight gradient exactly, and only the rest

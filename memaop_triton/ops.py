@@ -1,0 +1,133 @@
+"""The backward passes as operators, `torch.ops.memaop_triton.*`: opaque to compilers, counted in FLOPs.
+
+Each takes the handle of a `LayerState`, whose memory it reads and updates, and declares that it
+writes to `order`: whoever reorders a program keeps these operators in sequence, so that a compiled
+step draws the same numbers as an eager one. A gradient that is not asked for comes back with shape
+[0].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from memaop_triton import layer_state
+from memaop_triton.memory import SubspaceMemory
+from memaop_triton.weight_grad import (
+    sampled_input_grad,
+    select_for_both,
+    weight_and_bias_grad,
+)
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
+
+torch.library.define(
+    "memaop_triton::weight_grad",
+    "(Tensor x, Tensor g, Tensor handle, Tensor(a!) order, *, bool bias_grad)"
+    " -> (Tensor dw, Tensor db)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "memaop_triton::sampled_backward",
+    "(Tensor x, Tensor g, Tensor weight, Tensor handle, Tensor(a!) order, *, bool weight_grad, "
+    "bool bias_grad) -> (Tensor dx, Tensor dw, Tensor db)",
+    tags=_TAGS,
+)
+
+
+@torch.library.impl("memaop_triton::weight_grad", "CompositeExplicitAutograd")
+def _weight_grad(
+    x: Tensor, g: Tensor, handle: Tensor, order: Tensor, *, bias_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """dW [P, N] and db [P] from x [M, N] and g [M, P], as the state of `handle` says."""
+    state = layer_state.find(handle)
+    dw, db = weight_and_bias_grad(x, g, state.config, state.memory, bias_grad=bias_grad)
+    return dw, g.new_empty(0) if db is None else db
+
+
+@torch.library.register_fake("memaop_triton::weight_grad")
+def _(
+    x: Tensor, g: Tensor, handle: Tensor, order: Tensor, *, bias_grad: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((g.shape[1], x.shape[1])), g.new_empty(g.shape[1] if bias_grad else 0)
+
+
+@torch.library.impl("memaop_triton::sampled_backward", "CompositeExplicitAutograd")
+def _sampled_backward(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    handle: Tensor,
+    order: Tensor,
+    *,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX [M, N], dW [P, N] and db [P] from the same K rows of x [M, N] and g [M, P].
+
+    `x` may have shape [0] if no weight gradient is wanted.
+    """
+    state = layer_state.find(handle)
+    config = state.config
+    selection = None
+    if config.num_rows(g.shape[0]) < g.shape[0]:
+        selection = select_for_both(x if weight_grad else None, g, config)
+        dx = sampled_input_grad(g, weight, selection, config)
+    else:
+        dx = g @ weight
+    dw, db = x.new_empty(0), None
+    if weight_grad:
+        dw, db = weight_and_bias_grad(
+            x, g, config, state.memory, bias_grad=bias_grad, selection=selection
+        )
+    elif bias_grad:
+        db = g.sum(0)
+    return dx, dw, g.new_empty(0) if db is None else db
+
+
+@torch.library.register_fake("memaop_triton::sampled_backward")
+def _(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    handle: Tensor,
+    order: Tensor,
+    *,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = g.new_empty((g.shape[0], weight.shape[1]))
+    dw = x.new_empty((g.shape[1], x.shape[1]) if weight_grad else 0)
+    return dx, dw, g.new_empty(g.shape[1] if bias_grad else 0)
+
+
+# What `FlopCounterMode` reports: products of matrices, as for PyTorch's own operators.
+
+
+@register_flop_formula(torch.ops.memaop_triton.weight_grad)
+def _(x_shape, g_shape, handle_shape, order_shape, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _weight_grad_flops(x_shape, g_shape, handle_shape)
+
+
+@register_flop_formula(torch.ops.memaop_triton.sampled_backward)
+def _(  # type: ignore[no-untyped-def]
+    x_shape, g_shape, weight_shape, handle_shape, order_shape, *, weight_grad, **kwargs
+) -> int:
+    rows = layer_state.find_by_number(handle_shape[0]).config.num_rows(g_shape[0])
+    dx = 2 * rows * weight_shape[0] * weight_shape[1]
+    return dx + (_weight_grad_flops(x_shape, g_shape, handle_shape) if weight_grad else 0)
+
+
+def _weight_grad_flops(x_shape: torch.Size, g_shape: torch.Size, handle_shape: torch.Size) -> int:
+    (m, n), p = x_shape, g_shape[1]
+    state = layer_state.find_by_number(handle_shape[0])
+    k = state.config.num_rows(m)
+    flops = 2 * k * n * p
+    if isinstance(state.memory, SubspaceMemory) and k < m:
+        q = state.memory.rank
+        # Z, Gᵀ Z, the basis as q more rows of the product, what it takes from the selected rows,
+        # and its share of a refresh.
+        flops += 2 * q * (m * (n + p) + n * p + k * n + m * n // state.memory.refresh_every)
+    return flops
+
