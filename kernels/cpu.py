@@ -112,28 +112,65 @@ def gather_gemm(
         projection: E, Z and Zᵀ G.
     """
     rows = indices.numel()
-    rank = 0 if projection is None else projection.expand.shape[1]
     # A panel of rows is multiplied while it is in the cache, and memory for one panel is enough.
     # Half precision would round the sum at every panel, so there all rows make one.
     panel = _PANEL_ROWS if x.dtype == score_dtype(x.dtype) else max(1, rows)
-    gx = x.new_empty((min(panel, rows) + rank, x.shape[1]))
-    gg = g.new_empty((min(panel, rows) + rank, g.shape[1]))
+    buffers = _panel_buffers(x, g, min(panel, rows), projection)
     dw = x.new_empty((g.shape[1], x.shape[1]))
     for start in range(0, max(1, rows), panel):
-        chosen = indices[start : start + panel]
-        n = chosen.numel()
-        torch.index_select(x, 0, chosen, out=gx[:n])
-        torch.index_select(g, 0, chosen, out=gg[:n])
-        if projection is not None:
-            gx[:n].addmm_(projection.z.index_select(0, chosen), projection.expand.t(), alpha=-1)
-        if weights is not None:
-            _scale_rows(gx[:n], gg[:n], weights[start : start + panel])
-        if projection is not None and start + n == rows:
-            gx[n : n + rank].copy_(projection.expand.t())
-            gg[n : n + rank].copy_(projection.zg)
-            n += rank
-        dw.addmm_(gg[:n].t(), gx[:n], beta=0 if start == 0 else 1)
+        end = min(start + panel, rows)
+        part = weights if weights is None else weights[start:end]
+        gx, gg = _fill_panel(buffers, x, g, indices[start:end], part, projection, end == rows)
+        dw.addmm_(gg.t(), gx, beta=0 if start == 0 else 1)
     return dw
+
+
+def selected_rows(
+    x: Tensor,
+    g: Tensor,
+    indices: Tensor,
+    weights: Tensor | None = None,
+    projection: Projection | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two factors of `gather_gemm`'s product, [K, N] and [K, P]; K + q rows with a projection.
+
+    The arguments are those of `gather_gemm`, on any device.
+    """
+    buffers = _panel_buffers(x, g, indices.numel(), projection)
+    return _fill_panel(buffers, x, g, indices, weights, projection, True)
+
+
+def _panel_buffers(
+    x: Tensor, g: Tensor, rows: int, projection: Projection | None
+) -> tuple[Tensor, Tensor]:
+    rank = 0 if projection is None else projection.expand.shape[1]
+    return x.new_empty((rows + rank, x.shape[1])), g.new_empty((rows + rank, g.shape[1]))
+
+
+def _fill_panel(
+    buffers: tuple[Tensor, Tensor],
+    x: Tensor,
+    g: Tensor,
+    chosen: Tensor,
+    weights: Tensor | None,
+    projection: Projection | None,
+    is_last: bool,
+) -> tuple[Tensor, Tensor]:
+    """The rows `chosen`, weighted and without their projection, which comes after the last ones."""
+    gx, gg = buffers
+    n = chosen.numel()
+    torch.index_select(x, 0, chosen, out=gx[:n])
+    torch.index_select(g, 0, chosen, out=gg[:n])
+    if projection is not None:
+        gx[:n].addmm_(projection.z.index_select(0, chosen), projection.expand.t(), alpha=-1)
+    if weights is not None:
+        _scale_rows(gx[:n], gg[:n], weights)
+    if projection is not None and is_last:
+        rank = projection.expand.shape[1]
+        gx[n : n + rank].copy_(projection.expand.t())
+        gg[n : n + rank].copy_(projection.zg)
+        n += rank
+    return gx[:n], gg[:n]
 
 
 def _scale_rows(x: Tensor, g: Tensor, weights: Tensor) -> None:

@@ -1,9 +1,9 @@
 """What one layer's backward pass needs beside tensors, and how a compiled graph refers to it.
 
 A graph is made of operators on tensors, and its inputs are guarded: a memory that grows with the
-batch, a learning rate or a process group cannot be an argument without recompiling. So the operators
-of `memaop_triton.ops` take a *handle*, a tensor without elements whose shape is the number of a
-`LayerState`. A graph passes it on without looking at it, and identical blocks share one graph.
+batch, a learning rate or a process group cannot be an argument without recompiling. So the
+operators of `memaop_triton.ops` take a *handle*, a tensor without elements whose shape is the number
+of a `LayerState`. A graph passes it on without looking at it, and identical blocks share one graph.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from memaop_triton.config import MemAOPConfig
 
 if TYPE_CHECKING:
     from memaop_triton.memory import Memory
+    from memaop_triton.steps import Factors
+    from memaop_triton.tensor_parallel import Shards
 
 # Far from the size of any real dimension, which a graph could take it for.
 _numbers = itertools.count(1 << 40)
@@ -42,7 +44,13 @@ class LayerState:
         order: [1], uint8, one per device: every operator that draws random numbers or changes a
             memory declares that it writes to this tensor, which keeps such operators in the order
             of the program whatever a compiler makes of it.
+        shards: The processes among which the columns of X or G are divided, if they are.
+        factors: While a list, every backward pass adds the pair of matrices whose product its dW
+            is; `None` if nobody collects them.
     """
+
+    shards: Shards | None = None
+    factors: list[Factors] | None = None
 
     def __init__(self, config: MemAOPConfig, memory: Memory | None) -> None:
         self.config = config

@@ -129,9 +129,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) -
         return F.linear(x, weight, bias)
     if state.handle.device != x.device:
         state.move(x.device)
-    result: Tensor = _MemAOPLinearFunction.apply(
-        x, weight, bias, state.handle, state.order, state
-    )
+    result: Tensor = _MemAOPLinearFunction.apply(x, weight, bias, state.handle, state.order, state)
     return result
 
 

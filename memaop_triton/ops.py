@@ -1,4 +1,4 @@
-"""The backward passes as operators, `torch.ops.memaop_triton.*`: opaque to compilers, counted in FLOPs.
+"""The backward passes as operators, `torch.ops.memaop_triton.*`, for compilers and FLOP counters.
 
 Each takes the handle of a `LayerState`, whose memory it reads and updates, and declares that it
 writes to `order`: whoever reorders a program keeps these operators in sequence, so that a compiled
@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memaop_triton import layer_state
+from memaop_triton.layer_state import LayerState
 from memaop_triton.memory import SubspaceMemory
+from memaop_triton.selection import Selection
+from memaop_triton.steps import Gradients
 from memaop_triton.weight_grad import (
     sampled_input_grad,
     select_for_both,
@@ -42,8 +45,23 @@ def _weight_grad(
 ) -> tuple[Tensor, Tensor]:
     """dW [P, N] and db [P] from x [M, N] and g [M, P], as the state of `handle` says."""
     state = layer_state.find(handle)
-    dw, db = weight_and_bias_grad(x, g, state.config, state.memory, bias_grad=bias_grad)
+    dw, db = _gradients(state, x, g, bias_grad)
     return dw, g.new_empty(0) if db is None else db
+
+
+def _gradients(
+    state: LayerState, x: Tensor, g: Tensor, bias_grad: bool, selection: Selection | None = None
+) -> Gradients:
+    return weight_and_bias_grad(
+        x,
+        g,
+        state.config,
+        state.memory,
+        bias_grad=bias_grad,
+        selection=selection,
+        shards=state.shards,
+        factors=state.factors,
+    )
 
 
 @torch.library.register_fake("memaop_triton::weight_grad")
@@ -72,15 +90,13 @@ def _sampled_backward(
     config = state.config
     selection = None
     if config.num_rows(g.shape[0]) < g.shape[0]:
-        selection = select_for_both(x if weight_grad else None, g, config)
+        selection = select_for_both(x if weight_grad else None, g, config, shards=state.shards)
         dx = sampled_input_grad(g, weight, selection, config)
     else:
         dx = g @ weight
     dw, db = x.new_empty(0), None
     if weight_grad:
-        dw, db = weight_and_bias_grad(
-            x, g, config, state.memory, bias_grad=bias_grad, selection=selection
-        )
+        dw, db = _gradients(state, x, g, bias_grad, selection)
     elif bias_grad:
         db = g.sum(0)
     return dx, dw, g.new_empty(0) if db is None else db
@@ -130,4 +146,3 @@ def _weight_grad_flops(x_shape: torch.Size, g_shape: torch.Size, handle_shape: t
         # and its share of a refresh.
         flops += 2 * q * (m * (n + p) + n * p + k * n + m * n // state.memory.refresh_every)
     return flops
-

@@ -121,6 +121,12 @@ def select(
     return Selection(indices[inside], weights[inside])
 
 
+def within(selection: Selection, rows: int) -> Selection:
+    """The last row with weight 0 in place of every row beyond it, which cut blocks may name."""
+    indices, weights = selection
+    return Selection(indices.clamp(max=rows - 1), torch.where(indices < rows, weights, 0))
+
+
 def is_weighted(policy: str, rescale: bool = False) -> bool:
     """Whether a policy gives any row a weight other than 1."""
     return rescale or policy not in ("topk", "weightedk", "randk")

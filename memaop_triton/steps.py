@@ -6,7 +6,7 @@ the other. They take operands that have been checked, with K < M unless a row me
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ from torch import Tensor
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels import cpu as kernels
 from memaop_triton.memory import ResidualMemory, SubspaceMemory
-from memaop_triton.selection import Selection, is_weighted, select
+from memaop_triton.selection import Selection, is_weighted, select, within
+
+if TYPE_CHECKING:
+    from memaop_triton.tensor_parallel import Shards
 
 
 class Gradients(NamedTuple):
@@ -22,6 +25,13 @@ class Gradients(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+
+
+class Factors(NamedTuple):
+    """Two matrices whose product Gᵀ X is an approximate weight gradient: [R, N] and [R, P]."""
+
+    x: Tensor
+    g: Tensor
 
 
 class Operands(NamedTuple):
@@ -33,6 +43,8 @@ class Operands(NamedTuple):
         config: What to compute.
         bias_grad: Whether the sum of the rows of G is wanted too.
         generator: Source of all draws.
+        shards: The processes that hold the other columns of these rows, if there are any.
+        factors: Takes the pair of matrices whose product dW is, if somebody asks for them.
     """
 
     x: Tensor
@@ -40,30 +52,45 @@ class Operands(NamedTuple):
     config: MemAOPConfig
     bias_grad: bool
     generator: torch.Generator | None
+    shards: Shards | None = None
+    factors: list[Factors] | None = None
 
     def sum_rows(self) -> Tensor | None:
         """The bias gradient by a pass of its own, if it is wanted."""
         return self.g.sum(0) if self.bias_grad else None
 
+    def whole(self, scores: Tensor) -> Tensor:
+        """Scores of whole rows, from those of the columns that are here."""
+        return scores if self.shards is None else self.shards.whole(scores)
 
-def choose(scores: Tensor, config: MemAOPConfig, generator: torch.Generator | None) -> Selection:
-    """K of the rows with these scores."""
-    return select(scores, config, generator)
+    def choose(self, scores: Tensor, *, cut_short: bool = True) -> Selection:
+        """K of the rows with these scores, the same ones in all shards."""
+        selection = select(scores, self.config, self.generator, cut_short=cut_short)
+        return selection if self.shards is None else self.shards.share(selection)
+
+    def keep_factors(
+        self, x: Tensor, g: Tensor, selection: Selection, projection: kernels.Projection | None
+    ) -> None:
+        """Hand over the selected rows of `x` and `g`, weighted, if somebody asks for them."""
+        if self.factors is not None:
+            selection = within(selection, x.shape[0])
+            self.factors.append(Factors(*kernels.selected_rows(x, g, *selection, projection)))
 
 
 def without_memory(operands: Operands, selection: Selection | None) -> Gradients:
     """dW from the selected rows; `selection` takes the place of scores."""
-    x, g, config, _, generator = operands
+    x, g, config, *_ = operands
     if selection is None:
         scores = _scores(kernels.row_norms(x), kernels.row_norms(g))
-        selection = choose(scores, config, generator)
+        selection = operands.choose(operands.whole(scores))
+    operands.keep_factors(x, g, selection, None)
     dw = kernels.gather_gemm(x, g, *_rows_and_weights(selection, config))
     return Gradients(dw, operands.sum_rows())
 
 
 def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     """dW from the rows selected of m ← c·σ·m + x, which are then empty."""
-    x, g, config, _, generator = operands
+    x, g, _, _, generator, *_ = operands
     rows = x.shape[0]
     mx, mg, filled = memory.slots(rows, x)
     factor = memory.take_carry()
@@ -74,7 +101,9 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     scores = _scores(
         kernels.accumulate_and_score(mx, x, carry), kernels.accumulate_and_score(mg, g, carry)
     )
-    selection = choose(scores, config, generator)
+    scores = operands.whole(scores)
+    selection = operands.choose(scores)
+    operands.keep_factors(mx, mg, selection, None)
     dw = kernels.gather_gemm(mx, mg, selection.indices)
     filled.fill_(True)
     memory.empty(selection.indices, scores)
@@ -85,15 +114,16 @@ def with_subspace(
     operands: Operands, memory: SubspaceMemory, selection: Selection | None
 ) -> Gradients:
     """dW exact inside the memory's subspace, and from selected rows outside of it."""
-    x, g, config, _, generator = operands
+    x, g, config, _, generator, *_ = operands
     basis = memory.basis_for(x, generator)
     z, rest_norms = kernels.project_rows(x, basis)
     zg, g_norms = kernels.project_gradient(g, z)
     if selection is None:
-        selection = choose(_scores(rest_norms, g_norms), config, generator)
+        selection = operands.choose(operands.whole(_scores(rest_norms, g_norms)))
     indices, weights = _rows_and_weights(selection, config)
-    expand = basis * kernels.basis_scale(x.shape[1])
-    dw = kernels.gather_gemm(x, g, indices, weights, kernels.Projection(expand, z, zg))
+    projection = kernels.Projection(basis * kernels.basis_scale(x.shape[1]), z, zg)
+    operands.keep_factors(x, g, selection, projection)
+    dw = kernels.gather_gemm(x, g, indices, weights, projection)
     memory.end_step(x, z)
     return Gradients(dw, operands.sum_rows())
 

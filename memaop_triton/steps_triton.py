@@ -12,27 +12,23 @@ from torch import Tensor
 
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels import residual_gemm, score, subspace, targets
-from memaop_triton.kernels.cpu import basis_scale
+from memaop_triton.kernels.cpu import Projection, basis_scale
 from memaop_triton.kernels.gather_gemm import gather_gemm
 from memaop_triton.memory import ResidualMemory, SubspaceMemory
-from memaop_triton.selection import Selection, is_weighted, select
+from memaop_triton.selection import Selection, is_weighted, within
 from memaop_triton.steps import Gradients, Operands
-
-
-def choose(scores: Tensor, config: MemAOPConfig, generator: torch.Generator | None) -> Selection:
-    """K of the rows with these scores; the number of names returned depends on shapes alone."""
-    return select(scores, config, generator, cut_short=False)
 
 
 def without_memory(operands: Operands, selection: Selection | None) -> Gradients:
     """Score, select, multiply: 1 + K/M passes over X and G."""
-    x, g, config, bias_grad, generator = operands
+    x, g, config, bias_grad, *_ = operands
     if selection is None:
         scores, db = score.row_scores(x, g, bias_grad=bias_grad)
-        selection = choose(scores, config, generator)
+        selection = operands.choose(operands.whole(scores), cut_short=False)
     else:
         db = operands.sum_rows()
     indices, weights = _rows_and_weights(selection, config)
+    operands.keep_factors(x, g, selection, None)
     return Gradients(gather_gemm(x, g, indices, weights, block_rows=config.block_rows), db)
 
 
@@ -41,7 +37,7 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
 
     That holds with all slots filled; an empty one is not read.
     """
-    x, g, config, bias_grad, generator = operands
+    x, g, config, bias_grad, generator, *_ = operands
     rows = x.shape[0]
     slots = memory.slots(rows, x)
     factor = memory.take_carry()
@@ -50,7 +46,7 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     seed = memory.draw_seed(x.device, generator)
     if config.selection == "randk":
         unscored = torch.zeros(rows, dtype=torch.float32, device=x.device)
-        selection = choose(unscored, config, generator)
+        selection = operands.choose(unscored, cut_short=False)
         # Names beyond the last row stand for it: its block is selected whole.
         taken_rows = selection.indices.clamp(max=rows - 1)
         taken = torch.zeros(rows, dtype=torch.bool, device=x.device).index_fill_(
@@ -75,7 +71,8 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
         scores, db = score.accumulate_and_score(
             slots, x, g, carry, seed, signed=memory.signed, bias_grad=bias_grad
         )
-        selection = choose(scores, config, generator)
+        scores = operands.whole(scores)
+        selection = operands.choose(scores, cut_short=False)
         taken_rows = selection.indices.clamp(max=rows - 1)
         dw = torch.empty((g.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
         gather_gemm(
@@ -86,6 +83,7 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
             input_precision=_precision(x, slots[0]),
         )
     slots[2].index_fill_(0, taken_rows, False)
+    operands.keep_factors(*slots[:2], selection, None)
     return Gradients(dw, db)
 
 
@@ -93,14 +91,17 @@ def with_subspace(
     operands: Operands, memory: SubspaceMemory, selection: Selection | None
 ) -> Gradients:
     """Project X, project G, select, correct, multiply: 1 + 3K/2M passes at most."""
-    x, g, config, bias_grad, generator = operands
+    x, g, config, bias_grad, generator, *_ = operands
     basis = memory.basis_for(x, generator).contiguous()
     scale = basis_scale(x.shape[1])
     z, rest = subspace.project(x, basis, scale)
     parts, scores, db = subspace.project_gradient(g, z, rest, bias_grad=bias_grad)
     if selection is None:
-        selection = choose(scores, config, generator)
+        selection = operands.choose(operands.whole(scores), cut_short=False)
     indices, weights = _rows_and_weights(selection, config)
+    if operands.factors is not None:
+        zg = subspace.transposed_mm(z, g).t()
+        operands.keep_factors(x, g, selection, Projection(basis * scale, z, zg))
     block = config.block_rows
     c = subspace.correction(parts, z, g, indices, weights, block_rows=block)
     dw = gather_gemm(x, g, indices, weights, block_rows=block, correction=(c, basis * scale))
@@ -113,9 +114,7 @@ def sampled_input_grad(
 ) -> Tensor:
     """Rows of G W at the selection, times their weights, and zeros elsewhere: [M, N]."""
     rows = g.shape[0]
-    indices, weights = selection
-    weights = torch.where(indices < rows, weights, 0)
-    indices = indices.clamp(max=rows - 1)
+    indices, weights = within(selection, rows)
     chosen = g.index_select(0, indices) * weights.unsqueeze(1)
     dx = g.new_zeros((rows, weight.shape[1]))
     return dx.index_add_(0, indices, chosen.to(g.dtype) @ weight)

@@ -7,6 +7,7 @@ configuration names, in plain PyTorch (`steps`) or in Triton (`steps_triton`).
 from __future__ import annotations
 
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ from memaop_triton.config import MemAOPConfig
 from memaop_triton.dispatch import runs_triton
 from memaop_triton.memory import Memory, ResidualMemory, SubspaceMemory, check_memory
 from memaop_triton.selection import Selection
-from memaop_triton.steps import Gradients, Operands
+from memaop_triton.steps import Factors, Gradients, Operands
+
+if TYPE_CHECKING:
+    from memaop_triton.tensor_parallel import Shards
 
 
 def weight_grad(
@@ -61,11 +65,19 @@ def weight_and_bias_grad(
     bias_grad: bool = True,
     selection: Selection | None = None,
     generator: torch.Generator | None = None,
+    shards: Shards | None = None,
+    factors: list[Factors] | None = None,
 ) -> Gradients:
-    """`weight_grad`, and with `bias_grad` also the exact db = Σ_m g_m ([P])."""
+    """`weight_grad`, and with `bias_grad` also the exact db = Σ_m g_m ([P]).
+
+    Args:
+        shards: The processes that hold other columns of X or G: all select the same rows.
+        factors: Takes the selected rows, weighted: two matrices whose product is dW. Takes nothing
+            where the gradient is exact.
+    """
     _check_operands(x, g)
     check_memory(config, memory, x.shape[1], g.shape[1])
-    operands = Operands(x, g, config, bias_grad, generator)
+    operands = Operands(x, g, config, bias_grad, generator, shards, factors)
     if x.numel() == 0 or g.numel() == 0:
         return Gradients(x.new_zeros((g.shape[1], x.shape[1])), operands.sum_rows())
     step = _steps_for(x, memory)
@@ -86,6 +98,7 @@ def select_for_both(
     g: Tensor,
     config: MemAOPConfig,
     generator: torch.Generator | None = None,
+    shards: Shards | None = None,
 ) -> Selection:
     """Rows for the input gradient and the weight gradient alike, by the norms of G's rows alone.
 
@@ -94,13 +107,14 @@ def select_for_both(
         g: [M, P].
         config: With an unbiased selection.
         generator: Source of the draws.
+        shards: The processes that hold other columns of X or G.
     """
     scores = dispatch.row_norms(g)
     if config.memory == "none" and x is not None:
         # Nothing else of this path reads all of X, where a row that is not finite must show.
         scores = scores.masked_fill(~dispatch.row_norms(x).isfinite(), torch.inf)
-    selection: Selection = _steps_for(g).choose(scores, config, generator)
-    return selection
+    operands = Operands(g, g, config, False, generator, shards)
+    return operands.choose(operands.whole(scores), cut_short=not runs_triton(g))
 
 
 def sampled_input_grad(

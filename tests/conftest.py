@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from memaop_triton import steps, steps_triton
+from memaop_triton import steps
 from memaop_triton.config import MEMORIES, ROW_MEMORIES, SELECTIONS, UNBIASED_SELECTIONS
 
 RANDK_RESCALED = {"selection": "randk", "rescale": True}
@@ -66,8 +66,7 @@ def selections(monkeypatch):
         made.append(select(*args, **kwargs))
         return made[-1]
 
-    for module in (steps, steps_triton):
-        monkeypatch.setattr(module, "select", recording)
+    monkeypatch.setattr(steps, "select", recording)
     return made
 
 

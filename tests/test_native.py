@@ -90,9 +90,7 @@ def test_narrower_registers_give_the_same_numbers(tmp_path, capability):
         "z, norms = cpu.project_rows(x, q); zx, x_norms = cpu.project_gradient(x, z); "
         f"torch.save((z, norms, zx, x_norms), {str(tmp_path / 'found')!r})"
     )
-    environ = dict(
-        os.environ, PYTHONPATH=os.pathsep.join(sys.path), ATEN_CPU_CAPABILITY=capability
-    )
+    environ = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), ATEN_CPU_CAPABILITY=capability)
     subprocess.run([sys.executable, "-c", probe], env=environ, check=True)
     torch.manual_seed(0)
     x, q = torch.randn(75, 208), torch.randn(208, 40)
