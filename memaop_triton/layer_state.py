@@ -2,8 +2,9 @@
 
 A graph is made of operators on tensors, and its inputs are guarded: a memory that grows with the
 batch, a learning rate or a process group cannot be an argument without recompiling. So the
-operators of `memaop_triton.ops` take a *handle*, a tensor without elements whose shape is the number
-of a `LayerState`. A graph passes it on without looking at it, and identical blocks share one graph.
+operators of `memaop_triton.ops` take a *handle*, a tensor without elements whose shape is the
+number of a `LayerState`. A graph passes it on without looking at it, and identical blocks share one
+graph.
 """
 
 from __future__ import annotations
