@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from memaop_triton.steps import Factors
     from memaop_triton.tensor_parallel import Shards
 
-# Far from the size of any real dimension, which a graph could take it for.
-_numbers = itertools.count(1 << 40)
+# Sizes that no other dimension of a graph is likely to have: it would take the two for one.
+_numbers = itertools.count(10_000_019)
 _states: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
 _order_on: dict[torch.device, Tensor] = {}
 

@@ -10,29 +10,17 @@ import math
 import weakref
 from collections.abc import Callable, Mapping
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.dispatch import project_rows, transposed_mm
-
-if TYPE_CHECKING:
-    from memaop_triton.layer_state import LayerState
+from memaop_triton.layer_state import LayerState
 
 
-class _Memory:
-    """What both kinds share."""
-
-    #: Made by `layer_state.state_for` for a memory that is handed to `memaop_linear`.
-    state: LayerState | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "state"}
-
-
-class ResidualMemory(_Memory):
+class ResidualMemory:
     """Rows of X and G that were not selected yet, one slot per row of the batch.
 
     A step, which is one backward pass of the layer, adds the rows of the batch to the slots,
@@ -53,6 +41,7 @@ class ResidualMemory(_Memory):
         x: [rows, N], or `None` before the first step.
         g: [rows, P], or `None` before the first step.
         filled: [rows], bool. A slot that is not filled counts as zero whatever it holds.
+        state: Serves a memory that is handed to `memaop_linear`.
     """
 
     kind = "residual"
@@ -74,6 +63,7 @@ class ResidualMemory(_Memory):
         self.x: Tensor | None = None
         self.g: Tensor | None = None
         self.filled: Tensor | None = None
+        self.state: LayerState | None = None
         self._last_rate: float | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._group = 0
@@ -228,10 +218,10 @@ class ResidualMemory(_Memory):
         self.filled = self.filled.to(device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_optimizer": None, "_group": 0}
+        return self.__dict__ | {"_optimizer": None, "_group": 0}
 
 
-class SubspaceMemory(_Memory):
+class SubspaceMemory:
     """An orthonormal basis Q (N×rank) of the subspace that the inputs of a layer mostly live in.
 
     The part of every row inside the subspace enters the weight gradient exactly, and only the rest
@@ -248,6 +238,7 @@ class SubspaceMemory(_Memory):
     Attributes:
         basis: [N, rank] float32 (float64 for float64 inputs), or `None` before the first step.
         step: Number of steps taken.
+        state: Serves a memory that is handed to `memaop_linear`.
 
     Raises:
         ValueError: `rank` is below 1 or does not fit `in_features`.
@@ -268,6 +259,7 @@ class SubspaceMemory(_Memory):
         self.refresh_every = refresh_every
         self.basis: Tensor | None = None
         self.step = 0
+        self.state: LayerState | None = None
 
     @property
     def nbytes(self) -> int:
@@ -352,18 +344,22 @@ def _memory_class(config: MemAOPConfig) -> type[Memory] | type[None]:
 
 def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Memory | None:
     """The empty memory that `config` asks for in a layer of this size; `None` for `"none"`."""
+    memory: Memory
     if config.has_row_memory:
-        return ResidualMemory(
+        memory = ResidualMemory(
             in_features,
             out_features,
             signed=config.memory == "signed",
             decay=config.decay,
             dtype=config.memory_dtype,
         )
-    if config.memory == "subspace":
+    elif config.memory == "subspace":
         rank = config.rank_for(in_features)
-        return SubspaceMemory(in_features, rank, refresh_every=config.refresh_every)
-    return None
+        memory = SubspaceMemory(in_features, rank, refresh_every=config.refresh_every)
+    else:
+        return None
+    memory.state = LayerState(config, memory)
+    return memory
 
 
 def check_memory(
