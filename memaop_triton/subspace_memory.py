@@ -1,0 +1,125 @@
+"""The memory of unbiased policies: a basis of the subspace that the inputs mostly live in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memaop_triton.dispatch import project_rows, transposed_mm
+from memaop_triton.layer_state import LayerState
+from memaop_triton.saved_state import check_fields, check_shape
+
+
+class SubspaceMemory:
+    """An orthonormal basis Q (N×rank) of the subspace that the inputs of a layer mostly live in.
+
+    The part of every row inside the subspace enters the weight gradient exactly, and only the rest
+    is sampled: dW = (Gᵀ Z) Qᵀ + Σ_{m∈S} w_m G_mᵀ (X_m − Z_m Qᵀ) with Z = X Q. Whatever Q is, the
+    estimate stays unbiased; the closer Q follows the leading directions of X, the smaller its
+    variance. Q starts from one power iteration on the first batch and takes another,
+    Q ← qr(Xᵀ Z), every `refresh_every` steps.
+
+    Args:
+        in_features: N, length of a row of X.
+        rank: Dimension of the subspace, at most `in_features`.
+        refresh_every: Steps between two power iterations.
+
+    Attributes:
+        basis: [N, rank] float32 (float64 for float64 inputs), or `None` before the first step.
+        step: Number of steps taken.
+        state: Serves a memory that is handed to `memaop_linear`.
+
+    Raises:
+        ValueError: `rank` is below 1 or does not fit `in_features`.
+    """
+
+    kind = "subspace"
+
+    def __init__(self, in_features: int, rank: int = 16, *, refresh_every: int = 8) -> None:
+        if not min(1, in_features) <= rank <= in_features:
+            raise ValueError(
+                f"rank={rank} does not fit rows of in_features={in_features}: it must be from 1 to "
+                f"{in_features}."
+            )
+        if refresh_every < 1:
+            raise ValueError(f"refresh_every={refresh_every} must be at least 1.")
+        self.in_features = in_features
+        self.rank = rank
+        self.refresh_every = refresh_every
+        self.basis: Tensor | None = None
+        self.step = 0
+        self.state: LayerState | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0 if self.basis is None else self.basis.nbytes
+
+    def basis_for(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Q on the device and in the dtype of `x`; the first call makes it from `x` ([M, N])."""
+        if self.basis is None:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            shape = (self.in_features, self.rank)
+            start = torch.randn(shape, dtype=dtype, device=x.device, generator=generator)
+            self.basis = torch.linalg.qr(start).Q
+            self._iterate(x, project_rows(x, self.basis.to(x.dtype))[0])
+        return self.basis.to(device=x.device, dtype=x.dtype)
+
+    def end_step(self, x: Tensor, z: Tensor) -> None:
+        """Count a step that projected `x` ([M, N]) to `z` ∝ X Q; refresh Q when it is due."""
+        self.step += 1
+        if self.step % self.refresh_every == 0:
+            self._iterate(x, z)
+
+    def _iterate(self, x: Tensor, z: Tensor) -> None:
+        assert self.basis is not None
+        product = transposed_mm(z, x).t().to(self.basis.dtype)  # [N, rank]
+        # A row that is not finite must not get into Q; the gradient shows it. Nothing here waits
+        # for the value.
+        finite = product.isfinite().all()
+        refreshed = torch.linalg.qr(torch.where(finite, product, self.basis)).Q
+        self.basis = torch.where(finite, refreshed, self.basis)
+
+    def reset(self) -> None:
+        """Forget the basis; the next step starts a new one."""
+        self.basis = None
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Contents for a checkpoint. The tensor is the memory's own, not a copy."""
+        state: dict[str, Any] = {"kind": self.kind, "step": self.step}
+        return state if self.basis is None else state | {"basis": self.basis}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the contents of another subspace memory of the same shape (copied).
+
+        Raises:
+            ValueError: The state is of another kind or its basis of another shape.
+        """
+        self.check_state(state)
+        self.reset()
+        self.step = state["step"]
+        if "basis" in state:
+            self.basis = state["basis"].clone()
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise `ValueError` if `state` cannot be loaded into this memory."""
+        check_fields(self.kind, state, "step")
+        if "basis" in state:
+            check_shape("basis", state["basis"], (self.in_features, self.rank))
+
+    def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow a module conversion to its device (`fn` as in `Module._apply`).
+
+        Not to its dtype: a basis rounded to half precision would no longer be orthonormal.
+        """
+        if self.basis is None:
+            return
+        device = fn(self.basis.new_empty(0)).device
+        if device.type == "meta":
+            self.reset()
+        else:
+            self.basis = self.basis.to(device)
