@@ -83,3 +83,13 @@ def row_norms(a: Tensor) -> Tensor:
     from memaop_triton.kernels import score
 
     return score.row_norms(a)
+
+
+def rescale_(a: Tensor, factor: Tensor) -> None:
+    """Multiply `a` ([M, N]) in place by `factor` (float32 [1]), which is almost always 1."""
+    if runs_triton(a):
+        from memaop_triton.kernels import rescale
+
+        rescale.rescale_(a, factor)
+    elif a.device.type != "cpu" or factor.item() != 1:
+        a.mul_(factor)

@@ -10,22 +10,29 @@ from memaop_triton.linear import MemAOPLinear
 from memaop_triton.memory import ResidualMemory
 
 
-def attach_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def attach_optimizer(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
     """Let every row memory of `model` follow the learning rate of its weight's parameter group.
 
     The paper's memories hold rows times √η. Ours hold rows of the gradient, so when the learning
     rate moves from η_prev to η_now the remembered rows are rescaled by √(η_prev/η_now), which makes
     plain SGD equal to the paper's update. Without this call the learning rate counts as constant.
     Any scheduler works: the rate is read from `optimizer.param_groups` in each backward pass. In a
-    step whose rate is zero the memory rests. The scale of a `torch.amp.GradScaler` is not followed:
-    when it changes, the rows remembered until then count at the old scale.
+    step whose rate is zero the memory rests, unless the rate is a tensor, which is not read on the
+    host. With a loss scaler the remembered rows of G carry its scale: given here, they follow when
+    it changes.
 
-    The link is weak (keep the optimizer) and not copied: call this again for a `deepcopy` of the
-    model, after unpickling, and for a new optimizer. Layers without a row memory need no link.
+    The link is weak (keep the optimizer and the scaler) and not copied: call this again for a
+    `deepcopy` of the model, after unpickling, and for a new optimizer. Layers without a row memory
+    need no link.
 
     Args:
         model: A model with converted layers.
         optimizer: The one that updates their weights.
+        scaler: The `torch.amp.GradScaler` of the training loop, if there is one.
 
     Raises:
         ValueError: The model has no converted layer, or a trainable weight whose layer has a row
@@ -45,7 +52,7 @@ def attach_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         weights = _weight_parameters(layer)
         groups = [group_of[id(weight)] for weight in weights if id(weight) in group_of]
         if groups:
-            layer.memory.attach(optimizer, groups[0])
+            layer.memory.attach(optimizer, groups[0], scaler)
         elif any(weight.requires_grad for weight in weights):
             raise ValueError(
                 f"optimizer does not hold the weight of layer {name!r}: pass the optimizer that "

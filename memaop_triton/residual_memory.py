@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memaop_triton.dispatch import rescale_
 from memaop_triton.layer_state import LayerState
 from memaop_triton.saved_state import check_fields, check_shape
 
@@ -58,9 +59,11 @@ class ResidualMemory:
         self.g: Tensor | None = None
         self.filled: Tensor | None = None
         self.state: LayerState | None = None
-        self._last_rate: float | None = None
+        self._last_rate: float | Tensor | None = None
+        self._last_scale: Tensor | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._group = 0
+        self._scaler: weakref.ref[torch.amp.GradScaler] | None = None
 
     @property
     def rows(self) -> int:
@@ -103,36 +106,84 @@ class ResidualMemory:
             self.g[: scores.numel()][lost] = 0
 
     @property
-    def learning_rate(self) -> float | None:
-        """Learning rate of the attached optimizer's group, `None` if none is attached."""
+    def learning_rate(self) -> float | Tensor | None:
+        """Learning rate of the attached optimizer's group, `None` if none is attached.
+
+        A tensor if the group holds one: it is never read on the host.
+        """
         optimizer = None if self._optimizer is None else self._optimizer()
-        return None if optimizer is None else float(optimizer.param_groups[self._group]["lr"])
+        if optimizer is None:
+            return None
+        rate = optimizer.param_groups[self._group]["lr"]
+        return rate if isinstance(rate, Tensor) else float(rate)
 
-    def attach(self, optimizer: torch.optim.Optimizer, group: int) -> None:
-        """Read the learning rate from parameter group `group` of `optimizer` from now on.
+    def attach(
+        self,
+        optimizer: torch.optim.Optimizer,
+        group: int,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """Follow the learning rate of parameter group `group`, and the scaler's loss scale.
 
-        The optimizer is held weakly, and a copy of the memory (`deepcopy`, pickle) is not attached.
+        Both are held weakly, and a copy of the memory (`deepcopy`, pickle) is not attached.
         """
         self._optimizer = weakref.ref(optimizer)
         self._group = group
+        self._scaler = None if scaler is None else weakref.ref(scaler)
 
     @property
     def is_paused(self) -> bool:
         """Whether the learning rate is zero, so that an SGD step would move nothing."""
-        return self.learning_rate == 0
+        rate = self.learning_rate
+        return not isinstance(rate, Tensor) and rate == 0
 
-    def take_carry(self) -> float:
-        """The factor c of this step, `√(decay · η_prev/η_now)`; η_now becomes η_prev."""
+    def take_carry(self) -> float | Tensor:
+        """The factor c of this step, `√(decay · η_prev/η_now)`; η_now becomes η_prev.
+
+        A tensor ([]) if the learning rate is one; its rate of zero counts as no change.
+        """
         now, before = self.learning_rate, self._last_rate
+        if isinstance(now, Tensor):
+            return self._take_carry_on_device(now)
         self._last_rate = now
+        before = float(before) if isinstance(before, Tensor) else before
         change = before / now if now and before else 1.0
         return math.sqrt(self.decay * change)
 
-    def carry_slots_after(self, rows: int, carry: float) -> None:
+    def _take_carry_on_device(self, now: Tensor) -> Tensor:
+        if not isinstance(self._last_rate, Tensor) or self._last_rate.device != now.device:
+            start = now if self._last_rate is None else torch.as_tensor(self._last_rate)
+            self._last_rate = start.detach().to(now, copy=True)
+        before = self._last_rate
+        known = (now > 0) & (before > 0)
+        change = torch.where(known, before / now, 1.0)
+        # In place: a graph that replays this step reads what the last replay wrote.
+        before.copy_(torch.where(now > 0, now, before))
+        return (self.decay * change).sqrt()
+
+    def carry_slots_after(self, rows: int, carry: float | Tensor) -> None:
         """Apply the carry to the slots beyond a batch of `rows` rows."""
-        if carry != 1 and self.x is not None and self.g is not None:
+        if self.x is None or self.g is None or self.rows <= rows:
+            return
+        if isinstance(carry, Tensor) or carry != 1:
             self.x[rows:] *= carry
             self.g[rows:] *= carry
+
+    def follow_loss_scale(self) -> None:
+        """Bring the remembered rows of G to the attached scaler's present scale."""
+        scaler = None if self._scaler is None else self._scaler()
+        # The scale as a tensor: `get_scale` waits for it. It exists once a loss has been scaled.
+        scale = None if scaler is None or not scaler.is_enabled() else scaler._scale
+        if scale is None or self.g is None:
+            return
+        scale = scale.detach().reshape(1)
+        if self._last_scale is None:
+            self._last_scale = scale.to(self.g.device, copy=True)
+            return
+        scale = scale.to(self.g.device)
+        self._last_scale = self._last_scale.to(self.g.device)
+        rescale_(self.g, scale / self._last_scale)
+        self._last_scale.copy_(scale)
 
     def draw_signs(self, rows: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
         """σ: ±1 for each of `rows` rows, in the dtype and on the device of `like`."""
@@ -149,7 +200,7 @@ class ResidualMemory:
     def reset(self) -> None:
         """Forget everything; the slots are made anew by the next step."""
         self.x = self.g = self.filled = None
-        self._last_rate = None
+        self._last_rate = self._last_scale = None
 
     def state_dict(self) -> dict[str, Any]:
         """Contents for a checkpoint. The tensors are the memory's own, not copies."""
@@ -158,7 +209,9 @@ class ResidualMemory:
             self._clear_unfilled()
             state |= {"x": self.x, "g": self.g, "filled": self.filled}
         if self._last_rate is not None:
-            state["learning_rate"] = self._last_rate
+            state["learning_rate"] = float(self._last_rate)
+        if self._last_scale is not None:
+            state["loss_scale"] = float(self._last_scale)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -170,6 +223,8 @@ class ResidualMemory:
         self.check_state(state)
         self.reset()
         self._last_rate = state.get("learning_rate")
+        if "loss_scale" in state:
+            self._last_scale = torch.tensor([state["loss_scale"]], dtype=torch.float32)
         if "x" in state:
             self.x, self.g, self.filled = (state[name].clone() for name in ("x", "g", "filled"))
 
@@ -212,4 +267,4 @@ class ResidualMemory:
         self.filled = self.filled.to(device)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_optimizer": None, "_group": 0}
+        return self.__dict__ | {"_optimizer": None, "_group": 0, "_scaler": None}

@@ -93,6 +93,7 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     x, g, _, _, generator, *_ = operands
     rows = x.shape[0]
     mx, mg, filled = memory.slots(rows, x)
+    memory.follow_loss_scale()
     factor = memory.take_carry()
     memory.carry_slots_after(rows, factor)
     carry = filled.to(kernels.score_dtype(mx.dtype)) * factor

@@ -40,9 +40,13 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     x, g, config, bias_grad, generator, *_ = operands
     rows = x.shape[0]
     slots = memory.slots(rows, x)
+    memory.follow_loss_scale()
     factor = memory.take_carry()
     memory.carry_slots_after(rows, factor)
-    carry = torch.full((1,), factor, dtype=torch.float32, device=x.device)
+    if isinstance(factor, Tensor):
+        carry = factor.to(x.device, torch.float32).reshape(1)
+    else:
+        carry = torch.full((1,), factor, dtype=torch.float32, device=x.device)
     seed = memory.draw_seed(x.device, generator)
     if config.selection == "randk":
         unscored = torch.zeros(rows, dtype=torch.float32, device=x.device)

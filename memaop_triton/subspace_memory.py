@@ -29,7 +29,6 @@ class SubspaceMemory:
 
     Attributes:
         basis: [N, rank] float32 (float64 for float64 inputs), or `None` before the first step.
-        step: Number of steps taken.
         state: Serves a memory that is handed to `memaop_linear`.
 
     Raises:
@@ -50,8 +49,15 @@ class SubspaceMemory:
         self.rank = rank
         self.refresh_every = refresh_every
         self.basis: Tensor | None = None
-        self.step = 0
         self.state: LayerState | None = None
+        self._step = 0
+        # A graph that replays steps counts them on its device.
+        self._step_on_device: Tensor | None = None
+
+    @property
+    def step(self) -> int:
+        """Number of steps taken."""
+        return self._step if self._step_on_device is None else int(self._step_on_device)
 
     @property
     def nbytes(self) -> int:
@@ -66,27 +72,47 @@ class SubspaceMemory:
             start = torch.randn(shape, dtype=dtype, device=x.device, generator=generator)
             self.basis = torch.linalg.qr(start).Q
             self._iterate(x, project_rows(x, self.basis.to(x.dtype))[0])
-        return self.basis.to(device=x.device, dtype=x.dtype)
+        elif self.basis.device != x.device:
+            self._move(x.device)
+        if x.is_cuda and self._step_on_device is None:
+            self._step_on_device = torch.full((1,), self._step, device=x.device)
+        return self.basis.to(x.dtype)
 
     def end_step(self, x: Tensor, z: Tensor) -> None:
-        """Count a step that projected `x` ([M, N]) to `z` ∝ X Q; refresh Q when it is due."""
-        self.step += 1
-        if self.step % self.refresh_every == 0:
+        """Count a step that projected `x` ([M, N]) to `z` ∝ X Q; refresh Q when it is due.
+
+        While a CUDA graph is captured nobody can tell when that will be: the graph then computes
+        the new basis in every step, and takes it over in every `refresh_every`-th.
+        """
+        self._step += 1
+        if self._step_on_device is not None:
+            self._step_on_device += 1
+            if _is_capturing(x.device):
+                self._iterate(x, z, self._step_on_device % self.refresh_every == 0)
+                return
+        if self._step % self.refresh_every == 0:
             self._iterate(x, z)
 
-    def _iterate(self, x: Tensor, z: Tensor) -> None:
+    def _iterate(self, x: Tensor, z: Tensor, is_due: Tensor | bool = True) -> None:
         assert self.basis is not None
         product = transposed_mm(z, x).t().to(self.basis.dtype)  # [N, rank]
         # A row that is not finite must not get into Q; the gradient shows it. Nothing here waits
-        # for the value.
-        finite = product.isfinite().all()
-        refreshed = torch.linalg.qr(torch.where(finite, product, self.basis)).Q
-        self.basis = torch.where(finite, refreshed, self.basis)
+        # for the value, and Q stays at its address.
+        taken = product.isfinite().all() & is_due
+        refreshed = torch.linalg.qr(torch.where(taken, product, self.basis)).Q
+        self.basis.copy_(torch.where(taken, refreshed, self.basis))
+
+    def _move(self, device: torch.device) -> None:
+        self._step = self.step
+        self._step_on_device = None
+        if self.basis is not None:
+            self.basis = self.basis.to(device)
 
     def reset(self) -> None:
         """Forget the basis; the next step starts a new one."""
         self.basis = None
-        self.step = 0
+        self._step = 0
+        self._step_on_device = None
 
     def state_dict(self) -> dict[str, Any]:
         """Contents for a checkpoint. The tensor is the memory's own, not a copy."""
@@ -101,7 +127,7 @@ class SubspaceMemory:
         """
         self.check_state(state)
         self.reset()
-        self.step = state["step"]
+        self._step = state["step"]
         if "basis" in state:
             self.basis = state["basis"].clone()
 
@@ -122,4 +148,8 @@ class SubspaceMemory:
         if device.type == "meta":
             self.reset()
         else:
-            self.basis = self.basis.to(device)
+            self._move(device)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
