@@ -125,7 +125,7 @@ def _prepared(
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return F.linear(x, weight, bias)
     if state.handle.device != x.device:
         state.move(x.device)

@@ -1,0 +1,196 @@
+"""`torch.compile(fullgraph=True)`: equal to eager step for step, and compiled once."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from memaop_triton import (
+    MemAOPConfig,
+    attach_optimizer,
+    convert_,
+    memaop_linear,
+    memory_state_dict,
+    new_memory,
+)
+
+pytestmark = [
+    # The compiler's own.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+class Branches(nn.Module):
+    """Layers whose gradients do not depend on each other, so that a compiler might reorder them."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(32, 32) for _ in range(3))
+        self.out = nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.out(self.query(x).relu() * self.key(x) + self.value(x).relu())
+
+
+class Twice(nn.Module):
+    """One layer used twice in a forward pass, once inside a checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.out = nn.Linear(32, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        x = checkpoint(self.layer, x, use_reentrant=False).relu()
+        return self.out(self.layer(x).relu())
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 32) / 8)
+        self.config = MemAOPConfig(ratio=1 / 4)
+        self.memory = new_memory(self.config, 32, 8)
+
+    def forward(self, x):
+        return memaop_linear(x, self.weight, None, self.config, self.memory)
+
+
+def train(call, model, rows=(24,) * 5, *, autocast=False, optimizer=torch.optim.SGD):
+    """Losses, parameters and memories of a few steps with a learning rate that changes."""
+    opt = optimizer(model.parameters(), lr=0.1)
+    with contextlib.suppress(ValueError):  # a model without converted layers
+        attach_optimizer(model, opt)
+    torch.manual_seed(1)
+    losses = []
+    for step, count in enumerate(rows):
+        opt.param_groups[0]["lr"] = 0.1 / (step + 1)
+        x, target = torch.randn(count, 32), torch.randn(count, 8)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = call(x)
+        loss = (y.float() - target).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.detach())
+    memories = [
+        value
+        for state in memory_state_dict(model).values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor | int | float)
+    ]
+    return losses, [p.detach() for p in model.parameters()], memories
+
+
+def both(model, backend, *args, **kwargs):
+    """The same training eager and compiled."""
+    twin = copy.deepcopy(model)
+    eager = train(model, model, *args, **kwargs)
+    compiled = torch.compile(twin, fullgraph=True, backend=backend)
+    return eager, train(compiled, twin, *args, **kwargs)
+
+
+def exactly(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_equals_eager_bit_for_bit_with_changing_batches(scheme):
+    model = convert_(Branches(), MemAOPConfig(ratio=1 / 4, refresh_every=2, **scheme))
+    eager, compiled = both(model, "aot_eager", rows=(24, 24, 40, 16, 24, 64))
+    exactly(compiled, eager)
+    # One graph for the first shape, one for all others.
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("memory", ["none", "residual", "signed", "subspace"])
+def test_equals_eager_under_inductor(memory):
+    selection = "weightedk" if memory in ("residual", "signed") else "priority"
+    config = MemAOPConfig(ratio=1 / 4, selection=selection, memory=memory, refresh_every=2)
+    eager, compiled = both(convert_(Branches(), config), "inductor")
+    # Fused operations round less often; other draws would differ in the first digit.
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_sampled_input_gradient():
+    config = MemAOPConfig(ratio=1 / 4, grad_input="sampled")
+    exactly(*both(convert_(Branches(), config), "aot_eager"))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("memory", ["signed", "subspace"])
+def test_layer_used_twice_and_checkpointed(memory, backend):
+    selection = "topk" if memory == "signed" else "priority"
+    config = MemAOPConfig(ratio=1 / 4, selection=selection, memory=memory)
+    eager, compiled = both(convert_(Twice(), config), backend)
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast():
+    model = convert_(Branches(), MemAOPConfig(ratio=1 / 4))
+    exactly(*both(model, "aot_eager", autocast=True))
+
+
+def test_functional_form():
+    model = Functional()
+    eager, compiled = both(model, "aot_eager")
+    exactly(compiled, eager)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("memory", ["signed", "subspace"])
+def test_rates_signs_and_refreshes_do_not_recompile(memory):
+    selection = "topk" if memory == "signed" else "priority"
+    config = MemAOPConfig(ratio=1 / 4, selection=selection, memory=memory, refresh_every=3)
+    model = convert_(Branches(), config)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train(torch.compile(model, fullgraph=True, backend="aot_eager"), model, rows=(24,) * 12)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_equal_blocks_share_one_graph():
+    blocks = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(12)))
+    model = convert_(nn.Sequential(blocks, nn.Linear(32, 8)), MemAOPConfig(ratio=1 / 4))
+    eager = copy.deepcopy(model)
+    for block in model[0]:
+        block.compile(fullgraph=True, backend="aot_eager")
+    exactly(train(model, model), train(eager, eager))
+    # The first block of all, which has no gradient to pass on, then one fixed, one for any handle.
+    assert counters["stats"]["unique_graphs"] <= 4
+
+
+def test_evaluation_and_training_alternate():
+    model = convert_(Branches(), MemAOPConfig(ratio=1 / 4))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(24, 32)
+    exactly(compiled.eval()(x), model.eval()(x))
+    compiled.train()(x).sum().backward()
+    assert model.out.memory.step == 1
+    compiled.eval()(x).sum().backward()
+    assert model.out.memory.step == 1
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_export_of_the_forward_pass_is_that_of_a_dense_model(training, strict):
+    model = convert_(Branches(), MemAOPConfig()).train(training)
+    sizes = ({0: torch.export.Dim("rows")},)
+    exported = torch.export.export(
+        model, (torch.randn(24, 32),), dynamic_shapes=sizes, strict=strict
+    )
+    targets = [str(n.target) for n in exported.graph.nodes if n.op == "call_function"]
+    assert targets.count("aten.linear.default") == 4
+    assert set(exported.state_dict) == set(model.state_dict())
+    x = torch.randn(7, 32)
+    exactly(exported.module()(x), model(x))
