@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from memaop_triton import ops as ops  # registers torch.ops.memaop_triton
@@ -42,11 +41,38 @@ class _MemAOPLinearFunction(torch.autograd.Function):
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Casts were made in the forward pass, whatever region backward is called from.
-        with _no_autocast(grad_output.device.type):
-            return *_backward(ctx, grad_output), None, None, None
+        with torch.no_grad(), _no_autocast(grad_output.device.type):
+            gradients = _backward(ctx, grad_output)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            sources = (grad_output, *ctx.saved_tensors)
+            gradients = tuple(
+                None if a is None else _DifferentiableOnce.apply(a, *sources) for a in gradients
+            )
+        return *gradients, None, None, None
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """A gradient as it is, still linked to what it was made of, so that a second one is refused.
+
+    Without the link a second derivative would be taken for zero.
+    """
+
+    @staticmethod
+    def forward(gradient: Tensor, *sources: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "the gradient of a MemAOPLinear cannot be differentiated again, because it is computed "
+            "from part of the rows: call .eval() on the layer, which makes it exact, or revert_ it."
+        )
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

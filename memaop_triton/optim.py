@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -12,7 +14,7 @@ from memaop_triton.memory import ResidualMemory
 
 def attach_optimizer(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler | None = None,
 ) -> None:
     """Let every row memory of `model` follow the learning rate of its weight's parameter group.
@@ -31,19 +33,22 @@ def attach_optimizer(
 
     Args:
         model: A model with converted layers.
-        optimizer: The one that updates their weights.
+        optimizer: The one that updates their weights, or all of them, as with one optimizer per
+            parameter that steps during the backward pass.
         scaler: The `torch.amp.GradScaler` of the training loop, if there is one.
 
     Raises:
         ValueError: The model has no converted layer, or a trainable weight whose layer has a row
-            memory is in none of the optimizer's groups.
+            memory is in none of the optimizers' groups.
     """
     layers = list(converted_layers(model))
     if not layers:
         raise ValueError("model has no converted layer: call convert_(model, config) first.")
+    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     group_of = {
-        id(parameter): number
-        for number, group in enumerate(optimizer.param_groups)
+        id(parameter): (one, number)
+        for one in optimizers
+        for number, group in enumerate(one.param_groups)
         for parameter in group["params"]
     }
     for name, layer in layers:
@@ -52,7 +57,7 @@ def attach_optimizer(
         weights = _weight_parameters(layer)
         groups = [group_of[id(weight)] for weight in weights if id(weight) in group_of]
         if groups:
-            layer.memory.attach(optimizer, groups[0], scaler)
+            layer.memory.attach(*groups[0], scaler)
         elif any(weight.requires_grad for weight in weights):
             raise ValueError(
                 f"optimizer does not hold the weight of layer {name!r}: pass the optimizer that "

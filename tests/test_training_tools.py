@@ -1,0 +1,186 @@
+"""What a training script already uses goes on working: optimizers, hooks, torch.func, schedules."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from memaop_triton import MemAOPConfig, attach_optimizer, convert_, memory_state_dict
+
+EXACT = MemAOPConfig(ratio=1, memory="none")
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1),
+    "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True),
+    "sgd-fused": lambda p: torch.optim.SGD(p, 0.1, fused=True),
+    "adam": lambda p: torch.optim.Adam(p, 1e-2),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, 1e-2, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
+    "muon": lambda p: torch.optim.Muon(p, 1e-2),
+}
+SCHEDULERS = {
+    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5),
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20),
+    "one-cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.2, total_steps=20),
+    "warm-up": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1, (step + 1) / 4)),
+}
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 32, bias=False), nn.Tanh(), nn.Linear(32, 8, bias=False))
+
+
+def train(model, update, steps=12, scheduler=None):
+    torch.manual_seed(1)
+    x, y = torch.randn(48, 20), torch.randn(48, 8)
+    losses = []
+    for _ in range(steps):
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        update()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def stepping(optimizer):
+    def update():
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_take_the_gradients_like_any_others(name):
+    dense, exact, sampled = net(), convert_(net(), EXACT), convert_(net(), MemAOPConfig())
+    losses = [
+        train(model, stepping(OPTIMIZERS[name](list(model.parameters()))))
+        for model in (dense, exact, sampled)
+    ]
+    assert losses[1] == losses[0]
+    assert losses[2] != losses[0]
+    assert losses[2][-1] < losses[2][0]
+
+
+@pytest.mark.parametrize("config", [MemAOPConfig(), MemAOPConfig.paper(k=6)], ids=["ours", "paper"])
+def test_optimizer_that_steps_in_the_backward_pass(config):
+    usual, within = convert_(net(), config), convert_(net(), config)
+    optimizer = torch.optim.SGD(usual.parameters(), 0.1, momentum=0.9)
+    own = {p: torch.optim.SGD([p], 0.1, momentum=0.9) for p in within.parameters()}
+    attach_optimizer(usual, optimizer)
+    attach_optimizer(within, own.values())
+
+    def update(parameter):
+        own[parameter].step()
+        own[parameter].zero_grad()
+
+    for parameter in own:
+        parameter.register_post_accumulate_grad_hook(update)
+    assert train(usual, stepping(optimizer)) == train(within, lambda: None)
+    assert all(map(torch.equal, usual.parameters(), within.parameters()))
+
+
+def test_every_optimizer_given_must_hold_some_weight():
+    model = convert_(net(), MemAOPConfig.paper(k=6))
+    first = torch.optim.SGD([model[0].weight], 0.1)
+    with pytest.raises(ValueError, match=r"does not hold the weight of layer '2'"):
+        attach_optimizer(model, [first])
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_of_any_kind_equal_the_papers_update(name):
+    """With K = M a row memory stays empty, and the schedule is all there is to see."""
+    dense, ours = net(), convert_(net(), MemAOPConfig(ratio=1, selection="topk", memory="residual"))
+    losses = []
+    for model in (dense, ours):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        if model is ours:
+            attach_optimizer(model, optimizer)
+        losses.append(train(model, stepping(optimizer), scheduler=SCHEDULERS[name](optimizer)))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_rates_in_a_tensor_equal_rates_in_a_number(name):
+    runs = []
+    for as_tensor in (False, True):
+        model = convert_(net(), MemAOPConfig.paper(k=6))
+        rate = torch.tensor(0.1, dtype=torch.float64) if as_tensor else 0.1
+        optimizer = torch.optim.SGD(model.parameters(), rate, foreach=False)
+        scheduler = SCHEDULERS[name](optimizer)
+        attach_optimizer(model, optimizer)
+        memory = model[0].memory
+        runs.append((train(model, stepping(optimizer), scheduler=scheduler), memory.x.clone()))
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-5)
+    torch.testing.assert_close(runs[1][1], runs[0][1], rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_transforms():
+    model = convert_(net(), EXACT)
+    x = torch.randn(48, 20)
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (x,)).square().mean()
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    gradients = torch.func.grad(loss)(parameters)
+    dense = dict(net().named_parameters())
+    torch.func.functional_call(net(), dense, (x,)).square().mean().backward()
+    for name, p in dense.items():
+        torch.testing.assert_close(gradients[name], p.grad)
+
+
+def test_vmap_and_second_derivatives_are_refused():
+    layer = convert_(nn.Linear(20, 8))
+    with pytest.raises(RuntimeError, match="does not have vmap support"):
+        torch.func.vmap(layer)(torch.randn(3, 5, 20))
+    x = torch.randn(48, 20, requires_grad=True)
+
+    def loss(a):
+        return layer(a).square().sum()
+
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.functional.hessian(loss, x)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.func.grad(lambda a: torch.func.grad(loss)(a).sum())(x.detach())
+    layer.eval()
+    assert torch.autograd.functional.hessian(loss, x).any()
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.orthogonal])
+@pytest.mark.parametrize("wrap_first", [True, False])
+def test_parametrised_weights_get_the_same_gradients(wrap, wrap_first):
+    torch.manual_seed(0)
+    layer = nn.Linear(20, 8)
+    dense = wrap(copy.deepcopy(layer))
+    if wrap_first:
+        ours = convert_(wrap(layer), EXACT, filter_fn=lambda module, name: True)
+    else:
+        ours = wrap(convert_(layer, EXACT))
+    ours.load_state_dict(dense.state_dict())
+    x = torch.randn(48, 20)
+    for one in (dense, ours):
+        one(x).square().mean().backward()
+    for p, q in zip(dense.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)
+
+
+def test_hooks_on_modules_tensors_and_gradients_are_called():
+    model = convert_(net(), MemAOPConfig(ratio=1 / 4))
+    seen = []
+    model[0].register_forward_pre_hook(lambda *_: seen.append("pre"))
+    model[0].register_forward_hook(lambda *_: seen.append("forward"))
+    model[2].register_full_backward_hook(lambda *_: seen.append("backward"))
+    model[0].weight.register_hook(lambda g: seen.append(tuple(g.shape)))
+    train(model, lambda: None, steps=1)
+    assert seen == ["pre", "forward", "backward", (32, 20)]
+
+
+def test_gradients_that_accumulate_count_as_steps_of_the_memory():
+    model = convert_(net(), MemAOPConfig(ratio=1 / 4))
+    train(model, lambda: None, steps=3)
+    assert {state["step"] for state in memory_state_dict(model).values()} == {3}
