@@ -5,7 +5,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from memaop_triton import MemAOPConfig, ResidualMemory, SubspaceMemory, memaop_linear, new_memory
+from memaop_triton import (
+    MemAOPConfig,
+    ResidualMemory,
+    SubspaceMemory,
+    memaop_linear,
+    new_memory,
+    subspace_memory,
+)
 from memaop_triton.weight_grad import weight_grad
 
 
@@ -218,3 +225,24 @@ def test_peak_memory_is_the_gathered_rows_and_a_few_vectors(scheme, dtype):
     budget = drawn * gathered + vectors + subspace + converted_chunks
     assert dw.nbytes < count.peak < dw.nbytes + budget
     assert budget < 0.8 * (x.nbytes + g.nbytes)
+
+
+def test_a_captured_step_refreshes_the_basis_when_an_eager_one_would(monkeypatch):
+    """The steps of a graph count on the device, and every replay decides there."""
+    config = MemAOPConfig(k=3, rank=3, refresh_every=3)
+    eager, captured = new_memory(config, 12, 5), new_memory(config, 12, 5)
+    batches = [operands(17, dtype=torch.float32) for _ in range(10)]
+    for memory in (eager, captured):
+        torch.manual_seed(1)
+        weight_grad(*batches[0], config, memory)
+    captured._step_on_device = torch.full((1,), captured.step)
+    monkeypatch.setattr(subspace_memory, "_is_capturing", lambda device: True)
+    address = captured.basis.data_ptr()
+    for batch in batches[1:]:
+        for memory in (eager, captured):
+            torch.manual_seed(2)
+            weight_grad(*batch, config, memory)
+        captured._step = 0  # a replay runs nothing on the host
+        assert torch.equal(captured.basis, eager.basis)
+        assert captured.step == eager.step
+    assert captured.basis.data_ptr() == address

@@ -25,6 +25,7 @@ from bench.microscope.cases import (
 from memaop_triton.kernels import configs
 from memaop_triton.kernels.configs import GemmConfig, RowConfig
 from memaop_triton.kernels.gather_gemm import gather_gemm
+from memaop_triton.kernels.rescale import rescale_
 from memaop_triton.kernels.residual_gemm import residual_gemm
 from memaop_triton.kernels.score import accumulate_and_score, accumulate_rest, row_scores
 from memaop_triton.kernels.subspace import project, project_gradient, transposed_mm
@@ -188,6 +189,9 @@ def _row_passes(target: Target) -> Iterator[Case]:
                 marks = {"taken": empty(M, dtype=torch.bool), "lost": empty(1, dtype=single)}
                 rest = partial(accumulate_rest, slots, x, g, **marks, **update)
                 calls[f"accumulate rest, {title}"] = rest
+                if not sums:
+                    factor = empty(1, dtype=single)
+                    calls["rescale"] = partial(rescale_, slots[1], factor, config=tile)
             for name, call in calls.items():
                 kept = 0 if name.startswith("scores") else stored.itemsize
                 yield Case(
