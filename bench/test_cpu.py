@@ -4,6 +4,8 @@ The limit beside a weight gradient is a GEMM of K rows that lie together, plus o
 the path has to touch: X and G are read once, and a row memory is read, updated and written too.
 """
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -83,4 +85,26 @@ def test_cpu_layer(compare, grad_input, target, setting):
         lambda: step(dense),
         lambda: step(ours),
         target=target,
+    )
+
+
+@pytest.mark.parametrize("setting", ["default", "topk-signed"])
+def test_cpu_compiled_step(compare, setting):
+    """A training step of a small network, compiled, beside the same step run eagerly."""
+    m, n, _ = SHAPES[0]
+    eager = nn.Sequential(nn.Linear(n, n), nn.GELU(), nn.Linear(n, n), nn.GELU(), nn.Linear(n, 16))
+    convert_(eager, MemAOPConfig(ratio=1 / 8, **SETTINGS[setting]))
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin, fullgraph=True)
+    x = torch.randn(m // 4, n)
+
+    def step(call, model):
+        model.zero_grad()
+        call(x).square().mean().backward()
+
+    compare(
+        f"step of an MLP, M={m // 4}, r=1/8 {setting}, eager / compiled",
+        lambda: step(eager, eager),
+        lambda: step(compiled, twin),
+        target=1.0,
     )

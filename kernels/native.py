@@ -115,6 +115,26 @@ def transposed_mm(z: Tensor, a: Tensor, norms: Tensor | None = None) -> Tensor |
     return parts[..., :columns].sum(0)
 
 
+def priority(scores: Tensor, draws: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """Priority sampling: `k` rows, ascending, and their weights; or `None`.
+
+    Args:
+        scores: [M] float32, non-negative; NaN counts as infinity.
+        draws: [M] float32 in (0, 1].
+        k: From 1 to M − 1.
+    """
+    wanted = scores.dtype == draws.dtype == torch.float32 and scores.shape == draws.shape
+    library = _library_for(scores, draws) if wanted else None
+    if library is None:
+        return None
+    keys = torch.empty_like(scores, dtype=torch.int32)
+    indices, weights = scores.new_empty(k, dtype=torch.int64), scores.new_empty(k)
+    sizes = ctypes.c_long(scores.numel()), ctypes.c_long(k)
+    results = _pointer(indices), _pointer(weights)
+    library.priority(_pointer(scores), _pointer(draws), _pointer(keys), *sizes, *results)
+    return indices, weights
+
+
 def is_compiled() -> bool:
     """Whether the compiled row passes are used on this machine (compiles them on first use)."""
     return _library() is not None

@@ -1,4 +1,4 @@
-/* One pass over the rows of a matrix, for tensors in a CPU's memory.
+/* One pass over the rows of a matrix, for tensors in a CPU's memory, and the choice among them.
  *
  * PyTorch has no operation that updates or projects a row and returns its norm, so the norm costs a
  * second pass over data that may have left the cache, and a product with a few columns waits for
@@ -9,8 +9,10 @@
  * Matrices are row-major with unit column stride; `ld` is the distance between rows in elements.
  */
 
+#include <float.h>
 #include <math.h>
 #include <omp.h>
+#include <stdint.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
@@ -254,5 +256,63 @@ void transposed_product(const float *z, long ldz, long z_columns, const float *a
                                     last, 1);
             }
         }
+    }
+}
+
+/* The bits of a non-negative float or infinity, which are ordered like the numbers. */
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* The bits of the `rank`-th largest key (from 0): a histogram of the upper 11 bits, then of the next
+ * ones among the keys that share those, and so on. */
+static uint32_t ranked_key(const uint32_t *keys, long count, long rank) {
+    static const int shifts[] = {21, 10, 0};
+    uint32_t prefix = 0, known = 0;
+    for (int pass = 0; pass < 3; pass++) {
+        const int shift = shifts[pass];
+        const uint32_t digit = pass < 2 ? 2047 : 1023;
+        long histogram[2048] = {0};
+        for (long i = 0; i < count; i++)
+            if ((keys[i] & known) == prefix)
+                histogram[keys[i] >> shift & digit]++;
+        uint32_t bin = digit;
+        while (rank >= histogram[bin])
+            rank -= histogram[bin--];
+        prefix |= bin << shift;
+        known |= digit << shift;
+    }
+    return prefix;
+}
+
+/* Priority sampling: the k rows with the largest scores[i] / draws[i], ascending, each with its
+ * weight max(1, t / score) for t the next largest key, or 0 for a score of 0. NaN counts as infinity;
+ * beside infinite scores the finite ones count as 0, and the infinite ones as 1.
+ * scores, draws, keys [count], draws in (0, 1], 0 < k < count; indices, weights [k]. */
+void priority(const float *scores, const float *draws, uint32_t *keys, long count, long k,
+              int64_t *indices, float *weights) {
+    int infinite = 0;
+    for (long i = 0; i < count; i++)
+        infinite |= !(scores[i] <= FLT_MAX);
+    for (long i = 0; i < count; i++) {
+        const float score = infinite ? !(scores[i] <= FLT_MAX) : scores[i];
+        keys[i] = bits_of(score / draws[i]);
+    }
+    const uint32_t next = ranked_key(keys, count, k);
+    float threshold;
+    memcpy(&threshold, &next, sizeof threshold);
+    long above = 0;
+    for (long i = 0; i < count; i++)
+        above += keys[i] > next;
+    /* Rows whose key equals the threshold fill up what is left, the first ones first. */
+    long equal = k - above, taken = 0;
+    for (long i = 0; i < count && taken < k; i++) {
+        if (keys[i] < next || (keys[i] == next && equal-- <= 0))
+            continue;
+        const float score = infinite ? !(scores[i] <= FLT_MAX) : scores[i];
+        indices[taken] = i;
+        weights[taken++] = score > 0 ? fmaxf(1, threshold / score) : 0;
     }
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memaop_triton.config import SELECTIONS, MemAOPConfig, check_name
+from memaop_triton.kernels import native
 
 
 class Selection(NamedTuple):
@@ -76,9 +77,16 @@ def select_rows(
     rows = scores.numel()
     if k >= rows:
         return Selection(torch.arange(rows, device=scores.device), torch.ones_like(scores))
+    if policy == "priority":
+        draws = _uniform(scores, rows, generator)
+        chosen = native.priority(scores, draws, k)
+        if chosen is not None:
+            return Selection(*chosen)
     scores = scores.nan_to_num(nan=math.inf, posinf=math.inf)
     if policy == "randk":
         indices, weights = _randk(scores, k, generator, rescale)
+    elif policy == "priority":
+        indices, weights = _priority(scores, draws, k)
     else:
         indices, weights = _POLICIES[policy](scores, k, generator)
     indices, order = indices.sort()
@@ -167,9 +175,9 @@ def _randk(
     return keys.topk(k, sorted=False).indices, scores.new_full((k,), weight)
 
 
-def _priority(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def _priority(scores: Tensor, draws: Tensor, k: int) -> tuple[Tensor, Tensor]:
     scores = _only_infinite(scores)
-    keys, order = (scores / _uniform(scores, scores.numel(), generator)).topk(k + 1)
+    keys, order = (scores / draws).topk(k + 1)
     indices = order[:k]
     picked = scores[indices]
     weights = torch.where(picked > 0, (keys[k] / picked).clamp(min=1), 0)
@@ -250,7 +258,6 @@ def _wta(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Ten
 _POLICIES: dict[str, Callable[[Tensor, int, torch.Generator | None], tuple[Tensor, Tensor]]] = {
     "topk": _topk,
     "weightedk": _weightedk,
-    "priority": _priority,
     "crs": _crs,
     "bernoulli": _bernoulli,
     "wta": _wta,

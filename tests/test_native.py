@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from memaop_triton import MemAOPConfig, new_memory
+from memaop_triton import MemAOPConfig, new_memory, selection
 from memaop_triton.kernels import cpu, native
 from memaop_triton.weight_grad import weight_grad
 
@@ -110,6 +110,38 @@ def test_accumulation_agrees_with_pytorch(plain, dtype, rows, columns):
     plain()
     torch.testing.assert_close(norms, cpu.accumulate_and_score(copy, x, carry))
     torch.testing.assert_close(memory, copy)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("count", "k"), [(2, 1), (17, 16), (500, 3), (5000, 625)])
+@pytest.mark.parametrize("kind", ["normal", "wide", "zeros", "infinite", "all infinite", "nan"])
+def test_priority_selects_what_pytorch_selects(count, k, kind):
+    scores = torch.rand(count)
+    if kind == "wide":
+        scores = (60 * torch.randn(count)).exp()
+        scores[scores.isinf()] = torch.finfo(torch.float32).max / 2
+    elif kind == "zeros":
+        scores[torch.rand(count) < 0.9] = 0
+    elif kind != "normal":
+        bad = torch.ones(count) if kind == "all infinite" else torch.rand(count) < 0.01
+        scores[bad.bool()] = torch.nan if kind == "nan" else torch.inf
+    draws = 1 - torch.rand(count)
+    indices, weights = native.priority(scores, draws, k)
+    assert (indices.diff() > 0).all()
+    assert ((indices >= 0) & (indices < count)).all()
+    theirs, their_weights = selection._priority(scores.nan_to_num(torch.inf, torch.inf), draws, k)
+    order = theirs.argsort()
+    # Rows of weight 0 fill up to K, and any of them will do.
+    found, expected = weights > 0, their_weights[order] > 0
+    assert torch.equal(indices[found], theirs[order][expected])
+    assert torch.equal(weights[found], their_weights[order][expected])
+
+
+@needs_compiler
+def test_priority_takes_the_first_of_equal_keys():
+    indices, weights = native.priority(torch.ones(9), torch.ones(9), 4)
+    assert indices.tolist() == [0, 1, 2, 3]
+    assert weights.tolist() == [1, 1, 1, 1]
 
 
 @needs_compiler
