@@ -282,6 +282,8 @@ class SubspaceMemory(_Memory):
             start = torch.randn(shape, dtype=dtype, device=x.device, generator=generator)
             self.basis = torch.linalg.qr(start).Q
             self._iterate(x, project_rows(x, self.basis.to(x.dtype))[0])
+        elif self.basis.device != x.device:
+            self.basis = self.basis.to(x.device)
         return self.basis.to(device=x.device, dtype=x.dtype)
 
     def end_step(self, x: Tensor, z: Tensor) -> None:
@@ -297,7 +299,7 @@ class SubspaceMemory(_Memory):
         # for the value.
         finite = product.isfinite().all()
         refreshed = torch.linalg.qr(torch.where(finite, product, self.basis)).Q
-        self.basis = torch.where(finite, refreshed, self.basis)
+        self.basis = _by_column(torch.where(finite, refreshed, self.basis))
 
     def reset(self) -> None:
         """Forget the basis; the next step starts a new one."""
@@ -319,7 +321,7 @@ class SubspaceMemory(_Memory):
         self.reset()
         self.step = state["step"]
         if "basis" in state:
-            self.basis = state["basis"].clone()
+            self.basis = _by_column(state["basis"].clone())
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise `ValueError` if `state` cannot be loaded into this memory."""
@@ -392,6 +394,15 @@ def check_memory(
         raise ValueError(
             f"memory holds rows of {memory.out_features} outputs, but the layer has {out_features}."
         )
+
+
+def _by_column(basis: Tensor) -> Tensor:
+    """`basis` column after column in memory, as `qr` leaves it.
+
+    Products with it are rounded by its layout. A checkpoint that kept the values only would not
+    resume to the bit.
+    """
+    return basis.t().contiguous().t()
 
 
 def _check_fields(kind: str, state: Mapping[str, Any], *names: str) -> None:
