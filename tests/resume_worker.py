@@ -1,7 +1,7 @@
 """Trains small nets, saves everything half-way, and goes on from there in another process.
 
 Run as a script, by itself or by torchrun: `resume_worker.py {whole,killed,resumed} FOLDER`. Each
-net of `CASES` trains for `STEPS` steps.
+net of `cases` trains for `STEPS` steps.
 
 whole     Trains without saving.
 killed    Saves after `SAVED_AT` steps and goes on. When all nets are through, the first one is
@@ -9,12 +9,12 @@ killed    Saves after `SAVED_AT` steps and goes on. When all nets are through, t
           process.
 resumed   Trains from the last checkpoint on.
 
-`whole` and `resumed` write what came out to FOLDER: `outcomes` reads it.
+`whole` and `resumed` write what came out to FOLDER: `check_outcome` compares it.
 """
 
-import contextlib
 import itertools
 import os
+import re
 import signal
 import sys
 import time
@@ -46,7 +46,7 @@ SIGNED = {"selection": "weightedk", "memory": "signed"}
 RESIDUAL = {"selection": "topk", "memory": "residual"}
 
 
-def cases(distributed):
+def cases():
     """What is trained, by name: the first is the one that is killed."""
     special = {
         "killed": SIGNED,
@@ -77,7 +77,7 @@ class Run:
         self.compiled = scheme.pop("compiled", None)
         adam = scheme.pop("optimizer", "sgd") == "adam"
         torch.manual_seed(seed)
-        net = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 2))
+        net = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 2))
         self.net = convert_(net, MemAOPConfig(k=3, rank=2, refresh_every=3, **scheme))
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.call = self.net
@@ -219,9 +219,29 @@ def resumed(name, scheme, folder, seed):
     return run.outcome() | {"started at": started_at}
 
 
-def outcomes(mode, folder, rank=0):
-    """What `whole` or `resumed` left, by case."""
-    return torch.load(folder / f"{mode}.{rank}", weights_only=False)
+def check_outcome(folder, name, rank=0):
+    """Fail unless the resumed run did further steps, and ended as the whole one to the bit."""
+    expected, outcome = (
+        torch.load(folder / f"{mode}.{rank}", weights_only=True)[name]
+        for mode in ("whole", "resumed")
+    )
+    started_at = outcome.pop("started at")
+    assert SAVED_AT <= started_at <= max(outcome["losses"])
+    for step in range(SAVED_AT, started_at):
+        expected["losses"].pop(step)
+    assert differences(expected, outcome) == []
+
+
+def wait_for_step(output, step, processes=1):
+    """Read the output of `killed` until all its processes are at `step`; their ids."""
+    text, there = "", {}
+    for line in output:
+        text += line
+        if match := re.search(r"pid (\d+) step (\d+)", line):
+            there[int(match[1])] = int(match[2])
+        if len(there) == processes and min(there.values()) >= step:
+            return list(there)
+    raise AssertionError(text)
 
 
 def differences(one, other, path=""):
@@ -258,10 +278,8 @@ def main(mode, folder):
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     rank = dist.get_rank() if dist.is_initialized() else 0
-    todo = cases(dist.is_initialized())
+    todo = cases()
     done = {}
-    with contextlib.suppress(IndexError):
-        todo = {name: todo[name] for name in sys.argv[3].split(",")}
     for seed, (name, scheme) in enumerate(todo.items()):
         if mode == "killed":
             if name != "killed":
