@@ -82,7 +82,6 @@ class Run:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.call = self.net
         if self.compiled:
-            torch._dynamo.reset()
             self.call = torch.compile(self.net, backend=self.compiled, fullgraph=True)
         if dist.is_initialized():
             self.call = DistributedDataParallel(self.call)
