@@ -41,6 +41,6 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
-@pytest.mark.parametrize("name", resume_worker.cases())
+@pytest.mark.parametrize("name", resume_worker.cases_of_ranks())
 def test_resumed_training_equals_the_uninterrupted_one(folder, name, rank):
     resume_worker.check_outcome(folder, name, rank)
