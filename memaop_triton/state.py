@@ -27,6 +27,13 @@ def load_memory_state_dict(model: nn.Module, state: Mapping[str, Mapping[str, An
         ValueError: Layers are missing or unknown, or a memory is of another kind or shape; the
             message names the layer. The model's memories are unchanged then.
     """
+    check_memory_state_dict(model, state)
+    for name, memory in _memories(model).items():
+        memory.load_state_dict(state[name])
+
+
+def check_memory_state_dict(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise the `ValueError` that `load_memory_state_dict` would raise; nothing is changed."""
     memories = _memories(model)
     missing, unknown = memories.keys() - state.keys(), state.keys() - memories.keys()
     if missing or unknown:
@@ -39,8 +46,6 @@ def load_memory_state_dict(model: nn.Module, state: Mapping[str, Mapping[str, An
             memory.check_state(state[name])
         except ValueError as error:
             raise ValueError(f"memory of layer {name!r}: {error}") from None
-    for name, memory in memories.items():
-        memory.load_state_dict(state[name])
 
 
 def reset_memory(model: nn.Module) -> None:

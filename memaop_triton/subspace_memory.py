@@ -70,7 +70,7 @@ class SubspaceMemory:
             dtype = torch.promote_types(x.dtype, torch.float32)
             shape = (self.in_features, self.rank)
             start = torch.randn(shape, dtype=dtype, device=x.device, generator=generator)
-            self.basis = torch.linalg.qr(start).Q
+            self.basis = _by_column(torch.linalg.qr(start).Q)
             self._iterate(x, project_rows(x, self.basis.to(x.dtype))[0])
         elif self.basis.device != x.device:
             self._move(x.device)
@@ -129,7 +129,7 @@ class SubspaceMemory:
         self.reset()
         self._step = state["step"]
         if "basis" in state:
-            self.basis = state["basis"].clone()
+            self.basis = _by_column(state["basis"].clone())
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise `ValueError` if `state` cannot be loaded into this memory."""
@@ -149,6 +149,15 @@ class SubspaceMemory:
             self.reset()
         else:
             self._move(device)
+
+
+def _by_column(basis: Tensor) -> Tensor:
+    """`basis` column after column in memory, as `qr` leaves it.
+
+    Products with it are rounded by its layout. A checkpoint that kept the values only would not
+    resume to the bit.
+    """
+    return basis.t().contiguous().t()
 
 
 def _is_capturing(device: torch.device) -> bool:

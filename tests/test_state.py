@@ -104,6 +104,16 @@ def test_loaded_memory_is_a_copy():
     assert torch.equal(other[0].memory.x, before)
 
 
+def test_loaded_basis_is_laid_out_as_it_was():
+    """Products are rounded by the layout, which not every checkpoint keeps."""
+    model, other = (converted(saved("subspace")) for _ in range(2))
+    state = memory_state_dict(filled(saved("subspace"), model))
+    state = {n: memory | {"basis": memory["basis"].contiguous()} for n, memory in state.items()}
+    load_memory_state_dict(other, state)
+    for ours, theirs in zip(other[::2], model[::2], strict=True):
+        assert ours.memory.basis.stride() == theirs.memory.basis.stride()
+
+
 def test_reset_memory_forgets_every_layer(scheme):
     model = converted(scheme)
     optimizer, scheduler = trainer(model)

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from memaop_triton import MemAOPConfig, convert_, new_memory
+from memaop_triton import (
+    MemAOPConfig,
+    convert_,
+    load_memory_state_dict,
+    memory_state_dict,
+    new_memory,
+)
 from memaop_triton.kernels import configs, gather_gemm, score, targets
 from memaop_triton.weight_grad import weight_and_bias_grad
 
@@ -121,3 +127,30 @@ def test_steps_repeat_bit_for_bit(scheme):
     ):
         assert torch.equal(one.weight, other.weight)
         assert torch.equal(one.bias, other.bias)
+
+
+def test_memory_read_into_cpu_memory_follows_its_layer(memory_scheme):
+    config = MemAOPConfig(k=8, rank=4, refresh_every=2, **memory_scheme)
+    model = convert_(nn.Linear(64, 32, device="cuda"), config)
+
+    def gradients():
+        torch.manual_seed(1)
+        made = []
+        for _ in range(3):
+            model.zero_grad()
+            model(normal(100, 64, dtype=torch.float32)).square().sum().backward()
+            made.append(model.weight.grad.clone())
+        return made
+
+    gradients()
+    state = {
+        name: {n: v.cpu() if isinstance(v, torch.Tensor) else v for n, v in memory.items()}
+        for name, memory in memory_state_dict(model).items()
+    }
+    load_memory_state_dict(
+        model, {n: dict(memory) for n, memory in memory_state_dict(model).items()}
+    )
+    expected = gradients()
+    load_memory_state_dict(model, state)
+    for ours, theirs in zip(gradients(), expected, strict=True):
+        assert torch.equal(ours, theirs)

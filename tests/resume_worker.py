@@ -1,0 +1,305 @@
+"""Trains small nets, saves everything half-way, and goes on from there in another process.
+
+Run as a script, by itself or by torchrun: `resume_worker.py {whole,killed,resumed} FOLDER`. Each
+net of `cases` trains for `STEPS` steps.
+
+whole     Trains without saving.
+killed    Saves after `SAVED_AT` steps and goes on. When all nets are through, the first one is
+          trained again for `LONG` steps and saved after every few, until somebody kills the
+          process.
+resumed   Trains from the last checkpoint on.
+
+`whole` and `resumed` write what came out to FOLDER: `check_outcome` compares it.
+"""
+
+import functools
+import itertools
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn.parallel import DistributedDataParallel
+
+from memaop_triton import (
+    MemAOPConfig,
+    attach_optimizer,
+    convert_,
+    load_memory_state_dict,
+    memory_state_dict,
+)
+from memaop_triton.checkpoint import load_memory, memory_entries
+from tests.conftest import LEGAL, _label
+
+SAVED_AT = 5
+STEPS = 9
+LONG = 60
+PRIORITY = {"selection": "priority", "memory": "subspace"}
+SIGNED = {"selection": "weightedk", "memory": "signed"}
+RESIDUAL = {"selection": "topk", "memory": "residual"}
+
+
+def cases():
+    """What is trained, by name: the first is the one that is killed."""
+    special = {
+        "killed": SIGNED,
+        "adam": PRIORITY | {"optimizer": "adam"},
+        "adam rows": SIGNED | {"optimizer": "adam"},
+        "sampled": PRIORITY | {"grad_input": "sampled"},
+        "sampled crs": {"selection": "crs", "memory": "none", "grad_input": "sampled"},
+        "sampled compiled": PRIORITY | {"grad_input": "sampled", "compiled": "aot_eager"},
+        "half": SIGNED | {"memory_dtype": torch.bfloat16},
+        "decay": RESIDUAL | {"decay": 0.5},
+        "overflow": PRIORITY | {"overflow": True},
+        "overflow rows": RESIDUAL | {"overflow": True},
+        "inductor": PRIORITY | {"compiled": "inductor"},
+        "inductor rows": SIGNED | {"compiled": "inductor"},
+    }
+    for scheme in LEGAL:
+        special[_label(scheme)] = scheme
+        special[f"{_label(scheme)} compiled"] = scheme | {"compiled": "aot_eager"}
+    return special
+
+
+def cases_of_ranks():
+    """Those for several processes: a compiler that takes seconds was tried in one."""
+    return {name: scheme for name, scheme in cases().items() if "inductor" not in name}
+
+
+class Run:
+    """A net in training, with everything that a checkpoint has to hold."""
+
+    def __init__(self, scheme, seed):
+        scheme = dict(scheme)
+        self.overflow = scheme.pop("overflow", False)
+        self.compiled = scheme.pop("compiled", None)
+        adam = scheme.pop("optimizer", "sgd") == "adam"
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 2))
+        self.net = convert_(net, MemAOPConfig(k=3, rank=2, refresh_every=3, **scheme))
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.call = self.net
+        if self.compiled:
+            self.call = torch.compile(self.net, backend=self.compiled, fullgraph=True)
+        if dist.is_initialized():
+            self.call = DistributedDataParallel(self.call)
+            torch.manual_seed(seed + 1000 * self.rank)
+        self.optimizer = (
+            torch.optim.Adam(net.parameters(), lr=0.01)
+            if adam
+            else torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        )
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
+        self.step = 0
+        self.losses = {}
+
+    def attach(self):
+        attach_optimizer(self.net, self.optimizer)
+
+    def train_step(self):
+        """One step on data that the step's number determines; each rank has its own."""
+        draws = torch.Generator().manual_seed(100 * self.step + self.rank)
+        # Slots beyond the later batches stay as they were saved. A graph would be compiled again
+        # for another batch.
+        rows = 17 if self.compiled else (21 if self.step < 2 else 13 + 4 * (self.step % 2))
+        rows += 2 * self.rank
+        x, y = torch.randn(rows, 12, generator=draws), torch.randn(rows, 2, generator=draws)
+        if self.overflow and self.step == 3:
+            x[2] = torch.inf
+        self.optimizer.zero_grad()
+        loss = (self.call(x) - y).square().mean()
+        loss.backward()
+        if all(p.grad.isfinite().all() for p in self.net.parameters()):
+            self.optimizer.step()
+        self.scheduler.step()
+        self.losses[self.step] = loss.detach()
+        self.step += 1
+
+    def outcome(self):
+        return {
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "memory": memory_state_dict(self.net),
+            "random": torch.get_rng_state(),
+            "losses": {step: loss for step, loss in self.losses.items() if step >= SAVED_AT},
+        }
+
+    def save(self, path):
+        """All of it or nothing: what is at `path` is a whole checkpoint at any time."""
+        temporary = path.with_name(path.name + ".part")
+        if dist.is_initialized():
+            dcp.save(self._entries() | memory_entries(self.net), checkpoint_id=temporary)
+            if self.rank == 0:
+                temporary.rename(path.with_name(f"{path.name}.{self.step}"))
+            dist.barrier()
+            return
+        state = {
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "memory": memory_state_dict(self.net),
+            "random": torch.get_rng_state(),
+            "step": self.step,
+        }
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def load(self, path):
+        if dist.is_initialized():
+            paths = path.parent.glob(f"{path.name}.[0-9]*")
+            path = max(paths, key=lambda folder: int(folder.suffix[1:]))
+            state = self._entries()
+            dcp.load(state, checkpoint_id=path)
+            net, optimizer = state["net"], state["optimizer"]
+            set_state_dict(
+                self.net, self.optimizer, model_state_dict=net, optim_state_dict=optimizer
+            )
+            load_memory(self.net, path)
+            state["random"] = state[f"random.{self.rank}"]
+        else:
+            state = torch.load(path, weights_only=True)
+            self.net.load_state_dict(state["net"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            load_memory_state_dict(self.net, state["memory"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["random"])
+        self.step = state["step"]
+
+    def _entries(self):
+        net, optimizer = get_state_dict(self.net, self.optimizer)
+        return {
+            "net": net,
+            "optimizer": optimizer,
+            "scheduler": self.scheduler.state_dict(),
+            f"random.{self.rank}": torch.get_rng_state(),
+            "step": self.step,
+        }
+
+
+def whole(name, scheme, folder, seed):
+    run = Run(scheme, seed)
+    run.attach()
+    while run.step < (LONG if name == "killed" else STEPS):
+        run.train_step()
+    return run.outcome()
+
+
+def interrupted(name, scheme, folder, seed):
+    run = Run(scheme, seed)
+    run.attach()
+    while run.step < STEPS:
+        if run.step == SAVED_AT:
+            run.save(folder / name)
+        run.train_step()
+
+
+def until_killed(scheme, folder, seed):
+    run = Run(scheme, seed)
+    run.attach()
+    while run.step < LONG:
+        # The last steps are never saved: something is left to do however late the kill comes.
+        if run.step % 4 == 1 and SAVED_AT <= run.step < LONG - 5:
+            run.save(folder / "killed")
+        run.train_step()
+        print(f"pid {os.getpid()} step {run.step}", flush=True)
+        time.sleep(0.02)
+    signal.pause()
+
+
+def resumed(name, scheme, folder, seed):
+    # Other weights and draws than those of the run it continues.
+    run = Run(scheme, seed + 50)
+    run.load(folder / name)
+    run.attach()
+    started_at = run.step
+    while run.step < (LONG if name == "killed" else STEPS):
+        run.train_step()
+    return run.outcome() | {"started at": started_at}
+
+
+def check_outcome(folder, name, rank=0):
+    """Fail unless the resumed run did further steps, and ended as the whole one to the bit."""
+    expected, outcome = (dict(_read(folder / f"{m}.{rank}")[name]) for m in ("whole", "resumed"))
+    started_at = outcome.pop("started at")
+    assert SAVED_AT <= started_at <= max(outcome["losses"])
+    expected["losses"] = {s: loss for s, loss in expected["losses"].items() if s >= started_at}
+    assert differences(expected, outcome) == []
+
+
+@functools.cache
+def _read(path):
+    return torch.load(path, weights_only=True)
+
+
+def wait_for_step(output, step, processes=1):
+    """Read the output of `killed` until all its processes are at `step`; their ids."""
+    text, there = "", {}
+    for line in output:
+        text += line
+        if match := re.search(r"pid (\d+) step (\d+)", line):
+            there[int(match[1])] = int(match[2])
+        if len(there) == processes and min(there.values()) >= step:
+            return list(there)
+    raise AssertionError(text)
+
+
+def differences(one, other, path=""):
+    """Where two nested outcomes differ in a bit, NaN being equal to itself."""
+    if isinstance(one, torch.Tensor):
+        same = (
+            isinstance(other, torch.Tensor)
+            and one.dtype == other.dtype
+            and one.shape == other.shape
+            and torch.equal(
+                one.contiguous().flatten().view(torch.uint8),
+                other.contiguous().flatten().view(torch.uint8),
+            )
+        )
+        return [] if same else [path]
+    if isinstance(one, dict):
+        if not isinstance(other, dict) or one.keys() != other.keys():
+            return [f"{path} (keys)"]
+        pairs = [(f"{path}/{key}", one[key], other[key]) for key in one]
+    elif isinstance(one, list | tuple):
+        if len(one) != len(other):
+            return [f"{path} (length)"]
+        pairs = [(f"{path}/{i}", a, b) for i, (a, b) in enumerate(zip(one, other, strict=True))]
+    else:
+        return [] if one == other or (one != one and other != other) else [path]
+    return list(itertools.chain(*(differences(a, b, at) for at, a, b in pairs)))
+
+
+def main(mode, folder):
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    # PyTorch's own: on what DCP does with `requires_grad`, on how DDP is compiled.
+    warnings.filterwarnings("ignore", module=r"torch\.")
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    todo = cases_of_ranks() if dist.is_initialized() else cases()
+    done = {}
+    for seed, (name, scheme) in enumerate(todo.items()):
+        if mode == "killed":
+            if name != "killed":
+                interrupted(name, scheme, folder, seed)
+        else:
+            done[name] = {"whole": whole, "resumed": resumed}[mode](name, scheme, folder, seed)
+    if mode == "killed":
+        until_killed(todo["killed"], folder, 0)
+    torch.save(done, folder / f"{mode}.{rank}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
