@@ -162,6 +162,12 @@ class ResidualMemory(_Memory):
         """
         return torch.randint(1 << 62, (1,), device=device, generator=generator)
 
+    def fit(self, config: MemAOPConfig, in_features: int, out_features: int) -> None:
+        """Become a memory for rows of these lengths, empty and attached as before, if it is not."""
+        if (self.in_features, self.out_features) != (in_features, out_features):
+            self.reset()
+            self.in_features, self.out_features = in_features, out_features
+
     def reset(self) -> None:
         """Forget everything; the slots are made anew by the next step."""
         self.x = self.g = self.filled = None
@@ -298,6 +304,12 @@ class SubspaceMemory(_Memory):
         finite = product.isfinite().all()
         refreshed = torch.linalg.qr(torch.where(finite, product, self.basis)).Q
         self.basis = torch.where(finite, refreshed, self.basis)
+
+    def fit(self, config: MemAOPConfig, in_features: int, out_features: int) -> None:
+        """Become a memory for rows of this length, with the rank of `config`, if it is not."""
+        if self.in_features != in_features:
+            self.reset()
+            self.in_features, self.rank = in_features, config.rank_for(in_features)
 
     def reset(self) -> None:
         """Forget the basis; the next step starts a new one."""
