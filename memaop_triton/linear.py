@@ -389,9 +389,14 @@ def class_below_fsdp(module_class: type[M]) -> type[M]:
 
 def _with_fsdp_of(sharded_class: type[nn.Module], below: type[M]) -> type[M]:
     """The class that `fully_shard` would have made of `below`, as it made `sharded_class`."""
-    prefix = sharded_class.__name__.removesuffix(class_below_fsdp(sharded_class).__name__)
-    no_deepcopy = {"__deepcopy__": vars(sharded_class)["__deepcopy__"]}
-    return type(prefix + below.__name__, (sharded_class.__bases__[0], below), no_deepcopy)
+    key = (sharded_class, below)
+    if key not in _sharded_classes:
+        prefix = sharded_class.__name__.removesuffix(class_below_fsdp(sharded_class).__name__)
+        bases = (sharded_class.__bases__[0], below)
+        no_deepcopy = {"__deepcopy__": vars(sharded_class)["__deepcopy__"]}
+        _sharded_classes[key] = type(prefix + below.__name__, bases, no_deepcopy)
+    return _sharded_classes[key]
 
 
 _classes: dict[type[nn.Linear], type[MemAOPLinear]] = {nn.Linear: MemAOPLinear}
+_sharded_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[Any]] = {}
