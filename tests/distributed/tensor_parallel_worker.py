@@ -26,6 +26,7 @@ from memaop_triton import (
     revert_,
 )
 from memaop_triton.config import ROW_MEMORIES, SELECTIONS, UNBIASED_SELECTIONS
+from memaop_triton.selection import Selection
 from memaop_triton.tensor_parallel import Shards
 
 ROWS = 20
@@ -281,6 +282,19 @@ def single(style, config, out_features=8, in_features=12, on=None, **layouts):
     return converted(layer, config), plain
 
 
+def shards_lose_no_digit():
+    shards = Shards(mesh().get_group())
+    scores = torch.tensor([3e30, 4e-30, 0.0, torch.inf])
+    expected = torch.tensor([2.0]).sqrt() * scores
+    torch.testing.assert_close(shards.whole(scores), expected, rtol=1e-6, atol=0)
+    first = Selection(torch.tensor([0, 2**31 + 1, 2**53 - 1]), torch.rand(3).double())
+    mine = first if rank() == 0 else Selection(first.indices * 0, first.weights * 0)
+    sent = everywhere(first.weights)[0]
+    shared = shards.share(mine)
+    assert torch.equal(shared.indices, first.indices)
+    assert torch.equal(shared.weights, sent)
+
+
 def blocks_cut_short_have_one_size_for_all():
     """The last block holds 4 rows of 16, and whether it is drawn differs between processes."""
     config = MemAOPConfig(k=16, block_rows=16, memory="none")
@@ -477,6 +491,7 @@ def main():
         half_precision_selects_the_rows_of_an_undivided_model,
         autocast_casts_the_parts,
         every_selection_and_memory_adds_up_what_it_selected,
+        shards_lose_no_digit,
         blocks_cut_short_have_one_size_for_all,
         saved_memories_continue_before_the_first_step,
         optimizer_stays_attached_when_the_memory_is_made_anew,
