@@ -12,7 +12,7 @@ from typing import TypeVar
 from torch import nn
 
 from memaop_triton.config import MemAOPConfig, check_config
-from memaop_triton.linear import MemAOPLinear, check_adoptable
+from memaop_triton.linear import MemAOPLinear, check_adoptable, class_below_fsdp
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -33,7 +33,8 @@ def convert_(
         config: For every layer that `overrides` does not name; `MemAOPConfig()` if `None`.
         filter_fn: `filter_fn(module, fqn)`, called with every `nn.Linear` of the model (subclasses
             included) and its qualified name; layers for which it is false stay dense. By default
-            the layers whose class is exactly `nn.Linear`, and a warning names the others.
+            the layers whose class is exactly `nn.Linear` (or was, before `fully_shard`), and a
+            warning names the others.
         overrides: Configuration by name pattern (shell style, `"blocks.*.mlp.*"`), `None` to leave
             a layer dense. Of several patterns that match, the last one counts.
 
@@ -60,7 +61,11 @@ def convert_(
 
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     if filter_fn is None:
-        taken = {n: m for n, m in linears.items() if type(m) is nn.Linear or _is_converted(m)}
+        taken = {
+            n: m
+            for n, m in linears.items()
+            if class_below_fsdp(type(m)) is nn.Linear or _is_converted(m)
+        }
     else:
         taken = {n: m for n, m in linears.items() if filter_fn(m, n)}
     twice = [_quoted(name) for name, module in taken.items() if _is_converted(module)]

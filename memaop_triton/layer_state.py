@@ -69,6 +69,11 @@ class LayerState:
         self.handle = self.handle.to(device)
         self.order = _order(device)
 
+    def fit(self, in_features: int, out_features: int) -> None:
+        """Make the memory one for a weight of this size; it is emptied if it was another's."""
+        if self.memory is not None:
+            self.memory.fit(self.config, in_features, out_features)
+
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow a module conversion to its device and dtype (`fn` as in `Module._apply`)."""
         if self.memory is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from memaop_triton import ops as ops  # registers torch.ops.memaop_triton
 from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.layer_state import LayerState, state_for
 from memaop_triton.memory import Memory, SubspaceMemory, check_memory, new_memory
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class _MemAOPLinearFunction(torch.autograd.Function):
@@ -99,6 +102,11 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
     return dx, dw if needs_weight else None, db if needs_bias else None
 
 
+def _is_distributed(a: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a tensor is a `DTensor`, without importing that."""
+    return hasattr(a, "device_mesh")
+
+
 def _as_rows(a: Tensor) -> Tensor:
     """[..., N] as a matrix of rows."""
     return a.unsqueeze(0) if a.dim() == 1 else a.flatten(0, -2)
@@ -135,7 +143,7 @@ def memaop_linear(
     """
     x, weight, bias = _prepared(x, weight, bias)
     check_memory(config, memory, weight.shape[1], weight.shape[0])
-    return _linear(x, weight, bias, state_for(config, memory))
+    return linear_of_state(x, weight, bias, state_for(config, memory))
 
 
 def _prepared(
@@ -150,7 +158,8 @@ def _prepared(
     return x, weight, bias
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
+def linear_of_state(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
+    """`memaop_linear` for operands that have been checked and a layer's state."""
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return F.linear(x, weight, bias)
     if state.handle.device != x.device:
@@ -273,12 +282,12 @@ class MemAOPLinear(nn.Linear):
         """
         self.check_revertible()
         del self.layer_state
-        self.__class__ = self.dense_class  # type: ignore[assignment]
+        self.__class__ = _dense_class_of(type(self))  # type: ignore[assignment]
         return self
 
     def check_revertible(self) -> None:
         """Raise `ValueError` if `revert_` cannot restore the dense class."""
-        if type(self) is not _class_for(self.dense_class):
+        if _dense_class_of(type(self)) is None:
             raise ValueError(
                 f"{type(self).__name__} was parametrised after it was converted: remove the "
                 "parametrizations first."
@@ -291,7 +300,16 @@ class MemAOPLinear(nn.Linear):
 
     @property
     def memory(self) -> Memory | None:
-        """What is remembered between steps, `None` for `memory="none"`."""
+        """What is remembered between steps, `None` for `memory="none"`.
+
+        Where the weight is divided by tensor parallelism, one for the columns of this process.
+        """
+        weight = self._parameters.get("weight")
+        # What `fully_shard` divides is whole again by the time a layer works with it.
+        if _is_distributed(weight) and not getattr(self, "_is_fsdp_managed_module", False):
+            from memaop_triton import tensor_parallel
+
+            self.layer_state.fit(*tensor_parallel.local_sizes(weight))
         return self.layer_state.memory
 
     def _set_config(self, config: MemAOPConfig) -> None:
@@ -303,7 +321,12 @@ class MemAOPLinear(nn.Linear):
         """[..., in_features] to [..., out_features]."""
         if not self.training:
             return F.linear(input, self.weight, self.bias)
-        return _linear(*_prepared(input, self.weight, self.bias), self.layer_state)
+        x, weight, bias = _prepared(input, self.weight, self.bias)
+        if _is_distributed(weight) and torch.is_grad_enabled():
+            from memaop_triton import tensor_parallel
+
+            return tensor_parallel.linear(x, weight, bias, self.layer_state)
+        return linear_of_state(x, weight, bias, self.layer_state)
 
     def extra_repr(self) -> str:
         """The layer's sizes and the settings that differ between layers."""
@@ -358,10 +381,48 @@ def _blank(dense_class: type[nn.Linear]) -> MemAOPLinear:
 def _class_for(dense_class: type[nn.Linear]) -> type[MemAOPLinear]:
     """The `MemAOPLinear` that keeps everything of `dense_class` but the forward pass."""
     if dense_class not in _classes:
+        below = class_below_fsdp(dense_class)
+        if below is not dense_class:
+            new_class = _with_fsdp_of(dense_class, _class_for(below))
+            new_class.dense_class = dense_class
+            _classes[dense_class] = new_class
+            return new_class
         name = f"MemAOP{dense_class.__name__}"
         bases = (MemAOPLinear, dense_class)
         _classes[dense_class] = type(name, bases, {"dense_class": dense_class})
     return _classes[dense_class]
 
 
+def _dense_class_of(converted_class: type[MemAOPLinear]) -> type[nn.Linear] | None:
+    """What a class was before conversion; `None` if something else than FSDP came on top."""
+    dense_class = converted_class.dense_class
+    if converted_class is _class_for(dense_class):
+        return dense_class
+    if class_below_fsdp(converted_class) is _class_for(dense_class):
+        return _with_fsdp_of(converted_class, dense_class)
+    return None
+
+
+def class_below_fsdp(module_class: type[M]) -> type[M]:
+    """The class of a module before `fully_shard` was applied to it, by exchanging its class."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    bases = module_class.__bases__
+    if fsdp is not None and len(bases) == 2 and issubclass(bases[0], fsdp.FSDPModule):
+        below: type[M] = bases[1]
+        return below
+    return module_class
+
+
+def _with_fsdp_of(sharded_class: type[nn.Module], below: type[M]) -> type[M]:
+    """The class that `fully_shard` would have made of `below`, as it made `sharded_class`."""
+    key = (sharded_class, below)
+    if key not in _sharded_classes:
+        prefix = sharded_class.__name__.removesuffix(class_below_fsdp(sharded_class).__name__)
+        bases = (sharded_class.__bases__[0], below)
+        no_deepcopy = {"__deepcopy__": vars(sharded_class)["__deepcopy__"]}
+        _sharded_classes[key] = type(prefix + below.__name__, bases, no_deepcopy)
+    return _sharded_classes[key]
+
+
 _classes: dict[type[nn.Linear], type[MemAOPLinear]] = {nn.Linear: MemAOPLinear}
+_sharded_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[Any]] = {}

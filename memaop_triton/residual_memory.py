@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memaop_triton.config import MemAOPConfig
 from memaop_triton.dispatch import rescale_
 from memaop_triton.layer_state import LayerState
 from memaop_triton.saved_state import check_fields, check_shape
@@ -196,6 +197,12 @@ class ResidualMemory:
         A draw like any other: a run resumed with the generator's state repeats it.
         """
         return torch.randint(1 << 62, (1,), device=device, generator=generator)
+
+    def fit(self, config: MemAOPConfig, in_features: int, out_features: int) -> None:
+        """Become a memory for rows of these lengths, empty and attached as before, if it is not."""
+        if (self.in_features, self.out_features) != (in_features, out_features):
+            self.reset()
+            self.in_features, self.out_features = in_features, out_features
 
     def reset(self) -> None:
         """Forget everything; the slots are made anew by the next step."""

@@ -123,8 +123,13 @@ def select(
         chosen.indices.unsqueeze(1) * block + torch.arange(block, device=scores.device)
     ).flatten()
     weights = chosen.weights.repeat_interleave(block)
-    if not cut_short or rows % block == 0:
-        return Selection(indices, weights)
+    chosen = Selection(indices, weights)
+    return cut(chosen, rows) if cut_short and rows % block else chosen
+
+
+def cut(selection: Selection, rows: int) -> Selection:
+    """The part of a selection that names rows below `rows`."""
+    indices, weights = selection
     inside = indices < rows
     return Selection(indices[inside], weights[inside])
 

@@ -23,6 +23,10 @@ def memory_state_dict(model: nn.Module) -> dict[str, dict[str, Any]]:
 def load_memory_state_dict(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
     """Put saved memories back into a model with the same converted layers.
 
+    Every process of a distributed run saves and loads its own. A layer that is divided by tensor
+    parallelism and fully sharded on top knows its part of the columns only after its first forward
+    pass: load then.
+
     Raises:
         ValueError: Layers are missing or unknown, or a memory is of another kind or shape; the
             message names the layer. The model's memories are unchanged then.

@@ -14,7 +14,7 @@ from torch import Tensor
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels import cpu as kernels
 from memaop_triton.memory import ResidualMemory, SubspaceMemory
-from memaop_triton.selection import Selection, is_weighted, select, within
+from memaop_triton.selection import Selection, cut, is_weighted, select, within
 
 if TYPE_CHECKING:
     from memaop_triton.tensor_parallel import Shards
@@ -65,8 +65,12 @@ class Operands(NamedTuple):
 
     def choose(self, scores: Tensor, *, cut_short: bool = True) -> Selection:
         """K of the rows with these scores, the same ones in all shards."""
-        selection = select(scores, self.config, self.generator, cut_short=cut_short)
-        return selection if self.shards is None else self.shards.share(selection)
+        if self.shards is None:
+            return select(scores, self.config, self.generator, cut_short=cut_short)
+        # How much a cut leaves depends on the draws, which differ until they are shared.
+        selection = select(scores, self.config, self.generator, cut_short=False)
+        selection = self.shards.share(selection)
+        return cut(selection, scores.numel()) if cut_short else selection
 
     def keep_factors(
         self, x: Tensor, g: Tensor, selection: Selection, projection: kernels.Projection | None

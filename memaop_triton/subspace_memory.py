@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memaop_triton.config import MemAOPConfig
 from memaop_triton.dispatch import project_rows, transposed_mm
 from memaop_triton.layer_state import LayerState
 from memaop_triton.saved_state import check_fields, check_shape
@@ -107,6 +108,12 @@ class SubspaceMemory:
         self._step_on_device = None
         if self.basis is not None:
             self.basis = self.basis.to(device)
+
+    def fit(self, config: MemAOPConfig, in_features: int, out_features: int) -> None:
+        """Become a memory for rows of this length, with the rank of `config`, if it is not."""
+        if self.in_features != in_features:
+            self.reset()
+            self.in_features, self.rank = in_features, config.rank_for(in_features)
 
     def reset(self) -> None:
         """Forget the basis; the next step starts a new one."""

@@ -1,0 +1,135 @@
+"""What FSDP is held to, on any mesh."""
+
+import copy
+import itertools
+
+import checks
+import torch
+import torch.distributed as dist
+from checks import PAPER, batch, converted, everywhere, mlp, whole
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from memaop_triton import (
+    MemAOPLinear,
+    attach_optimizer,
+    load_memory_state_dict,
+    memory_state_dict,
+    revert_,
+)
+
+ROWS = 20
+
+
+def blocks(dtype=torch.float64):
+    """Two blocks of two layers each."""
+    model = nn.Sequential(mlp(dtype, sizes=(12, 8, 12)), mlp(dtype, sizes=(12, 8, 6), model_seed=1))
+    checks.seed()
+    return model
+
+
+def linears(model):
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def sharded(model, mesh, convert_first=True, by_layer=False, config=PAPER, **options):
+    """`model` with its blocks, or each layer, and the root fully sharded."""
+    model = copy.deepcopy(model)
+    if convert_first:
+        converted(model, config)
+    for module in linears(model) if by_layer else model:
+        fully_shard(module, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model if convert_first else converted(model, config)
+
+
+def own_batch(step, dtype=torch.float64):
+    """Another one in each process, which stands for a part of one large batch."""
+    return batch(ROWS, 12, step=100 * dist.get_rank() + step, dtype=dtype)
+
+
+def mean_over_processes(grad):
+    return everywhere(grad).mean(0)
+
+
+def assert_trains_like_single_processes(ours, reference, steps=3, dtype=torch.float64):
+    """Gradients are the means of those that every process computes alone on its batch."""
+    trainers = []
+    for model in (ours, reference):
+        trainers.append(torch.optim.SGD(model.parameters(), lr=0.01))
+        attach_optimizer(model, trainers[-1])
+    for step in range(steps):
+        x = own_batch(step, dtype)
+        for model in (ours, reference):
+            model.zero_grad()
+            model(x).square().mean().backward()
+        for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
+            theirs.grad = mean_over_processes(theirs.grad)
+            torch.testing.assert_close(whole(mine.grad), theirs.grad)
+        for mine, theirs in zip(linears(ours), linears(reference), strict=True):
+            assert_same_memory(mine.memory, theirs.memory)
+        for optimizer in trainers:
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] *= 0.5
+
+
+def assert_same_memory(mine, theirs):
+    mine, theirs = mine.state_dict(), theirs.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name in ("x", "g", "filled", "learning_rate"):
+        torch.testing.assert_close(mine[name], theirs[name])
+    assert not checks.same_everywhere(mine["x"])
+
+
+def gradients_are_the_means_of_single_processes(mesh):
+    for convert_first, by_layer, reshard in itertools.product((True, False), repeat=3):
+        ours = sharded(blocks(), mesh, convert_first, by_layer, reshard_after_forward=reshard)
+        assert all(isinstance(layer, MemAOPLinear) for layer in linears(ours))
+        assert all(isinstance(layer, FSDPModule) is by_layer for layer in linears(ours))
+        assert_trains_like_single_processes(ours, converted(blocks()))
+
+
+def mixed_precision_computes_in_the_parameters_dtype(mesh):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    ours = sharded(blocks(torch.float32), mesh, mp_policy=policy)
+    reference = converted(blocks(torch.float32).bfloat16())
+    x = own_batch(0, torch.float32)
+    ours(x).square().mean().backward()
+    reference(x.bfloat16()).square().mean().backward()
+    for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
+        assert mine.grad.dtype == torch.float32
+        torch.testing.assert_close(whole(mine.grad), mean_over_processes(theirs.grad.float()))
+    for layer in linears(ours):
+        assert layer.memory.x.dtype == torch.bfloat16
+
+
+def memories_are_saved_and_continue(mesh):
+    first, second = (sharded(blocks(), mesh, by_layer=by_layer) for by_layer in (False, True))
+    for step in range(2):
+        first(own_batch(step)).square().mean().backward()
+    state = copy.deepcopy(memory_state_dict(first))
+    assert list(state) == ["0.0", "0.2", "1.0", "1.2"]
+    load_memory_state_dict(second, state)
+    for model in (first, second):
+        model.zero_grad()
+        model(own_batch(7)).square().mean().backward()
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(whole(one.grad), whole(other.grad))
+    assert list(first.state_dict()) == list(blocks().state_dict())
+
+
+def revert_gives_the_dense_model_back(mesh):
+    for convert_first, by_layer in itertools.product((True, False), repeat=2):
+        ours, dense = revert_(sharded(blocks(), mesh, convert_first, by_layer)), blocks()
+        kinds = {type(layer) for layer in linears(ours)}
+        assert len(kinds) == 1
+        assert not any(issubclass(kind, MemAOPLinear) for kind in kinds)
+        assert {kind.__name__ for kind in kinds} == {"FSDPLinear" if by_layer else "Linear"}
+        assert all(isinstance(layer, FSDPModule) is by_layer for layer in linears(ours))
+        x = own_batch(0)
+        for model in (ours, dense):
+            model(x).square().mean().backward()
+        for mine, theirs in zip(ours.parameters(), dense.parameters(), strict=True):
+            torch.testing.assert_close(whole(mine.grad), mean_over_processes(theirs.grad))
+        # And once more: what was reverted can be converted.
+        assert_trains_like_single_processes(converted(ours), converted(blocks()), steps=2)

@@ -1,0 +1,510 @@
+"""Run by `test_tensor_parallel.py` in two processes that share the layers of a model."""
+
+import copy
+import functools
+import itertools
+
+import checks
+import torch
+import torch.distributed as dist
+from checks import PAPER, batch, converted, everywhere, mlp, raises, same_everywhere, seed, whole
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from memaop_triton import (
+    MemAOPConfig,
+    attach_optimizer,
+    load_memory_state_dict,
+    memory_state_dict,
+    reset_memory,
+    revert_,
+)
+from memaop_triton.config import ROW_MEMORIES, SELECTIONS, UNBIASED_SELECTIONS
+from memaop_triton.selection import Selection
+from memaop_triton.tensor_parallel import Shards
+
+ROWS = 20
+
+
+@functools.cache
+def mesh():
+    return init_device_mesh("cpu", (2,))
+
+
+def rank():
+    return dist.get_rank()
+
+
+def columns(a):
+    """This process's part of the columns of a plain tensor."""
+    return a.chunk(2, dim=-1)[rank()]
+
+
+def plan():
+    return {"0": ColwiseParallel(), "2": RowwiseParallel()}
+
+
+def sequence_plan():
+    """Activations are divided by position outside of the two layers."""
+    return {
+        "0": ColwiseParallel(input_layouts=Shard(1)),
+        "2": RowwiseParallel(output_layouts=Shard(1)),
+    }
+
+
+def dtensor_plan():
+    return {
+        "0": ColwiseParallel(use_local_output=False),
+        "2": RowwiseParallel(use_local_output=False),
+    }
+
+
+def gathered_plan():
+    """Every layer takes and gives whole activations."""
+    return {
+        "0": ColwiseParallel(output_layouts=Replicate()),
+        "2": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
+    }
+
+
+def parallel(model, config, layouts, convert_first):
+    model = copy.deepcopy(model)
+    if convert_first:
+        return parallelize_module(converted(model, config), mesh(), layouts)
+    return converted(parallelize_module(model, mesh(), layouts), config)
+
+
+def assert_same_gradients(ours, reference, **tolerance):
+    for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
+        assert mine.grad.placements == mine.placements
+        assert mine.grad.dtype == mine.dtype
+        torch.testing.assert_close(whole(mine.grad), theirs.grad, **tolerance)
+
+
+def step(model, x, scale=1.0):
+    model.zero_grad()
+    y = model(x)
+    y = y.to_local() if isinstance(y, DTensor) else y
+    (y.square().sum() * scale).backward()
+    return y
+
+
+def training_equals_that_of_an_undivided_model():
+    for layouts, convert_first, bias in itertools.product(
+        (plan, dtensor_plan, gathered_plan, sequence_plan), (True, False), (True, False)
+    ):
+        model = mlp(bias=bias)
+        reference = converted(copy.deepcopy(model))
+        ours = parallel(model, PAPER, layouts(), convert_first)
+        by_position = layouts is sequence_plan
+        trainers = []
+        for trained in (reference, ours):
+            optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
+            attach_optimizer(trained, optimizer)
+            trainers.append(optimizer)
+        for number in range(4):
+            x = batch(2, ROWS // 2, 12, step=number).requires_grad_()
+            part = x.detach().chunk(2, dim=1)[rank()] if by_position else x.detach()
+            part = part.clone().requires_grad_()
+            theirs, mine = step(reference, x), step(ours, part)
+            if by_position:
+                theirs, x_grad = theirs.chunk(2, 1)[rank()], x.grad.chunk(2, 1)[rank()]
+            else:
+                x_grad = x.grad
+            torch.testing.assert_close(mine, theirs)
+            torch.testing.assert_close(part.grad, x_grad)
+            assert_same_gradients(ours, reference)
+            for optimizer in trainers:
+                optimizer.step()
+                optimizer.param_groups[0]["lr"] *= 0.5
+        for number, (x_part, g_part) in {0: (False, True), 2: (True, False)}.items():
+            have, want = ours[number].memory, reference[number].memory
+            have.state_dict()
+            want.state_dict()
+            assert torch.equal(have.filled, want.filled)
+            torch.testing.assert_close(have.x, columns(want.x) if x_part else want.x)
+            torch.testing.assert_close(have.g, columns(want.g) if g_part else want.g)
+
+
+def half_precision_and_all_rows_give_the_dense_gradient():
+    for dtype, memory in itertools.product(
+        (torch.float32, torch.float64, torch.bfloat16, torch.float16), ("none", "subspace")
+    ):
+        model = mlp(dtype)
+        ours = parallel(model, MemAOPConfig(k=ROWS, memory=memory), plan(), True)
+        dense = parallelize_module(copy.deepcopy(model), mesh(), plan())
+        x = batch(ROWS, 12, dtype=dtype) / 8
+        for trained in (dense, ours):
+            step(trained, x, 1 / 16)
+        eps = torch.finfo(dtype).eps
+        for mine, theirs in zip(ours.parameters(), dense.parameters(), strict=True):
+            assert mine.grad.dtype == dtype
+            torch.testing.assert_close(
+                whole(mine.grad), whole(theirs.grad), rtol=16 * eps, atol=16 * eps
+            )
+
+
+def half_precision_selects_the_rows_of_an_undivided_model():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = mlp(dtype)
+        config = MemAOPConfig(k=4, selection="topk", memory="none")
+        reference = converted(copy.deepcopy(model), config)
+        ours = parallel(model, config, plan(), False)
+        lengths = 2.0 ** torch.arange(ROWS).remainder(7).sub(3).unsqueeze(1)
+        x = (torch.nn.functional.normalize(batch(ROWS, 12)) * lengths).to(dtype)
+        step(reference, x, 1 / 16)
+        step(ours, x, 1 / 16)
+        eps = torch.finfo(dtype).eps
+        assert_same_gradients(ours[2:], reference[2:], rtol=32 * eps, atol=32 * eps)
+
+
+def autocast_casts_the_parts():
+    model = mlp(torch.float32)
+    ours = parallel(model, MemAOPConfig(k=ROWS, memory="none"), plan(), True)
+    dense = parallelize_module(copy.deepcopy(model), mesh(), plan())
+    x = batch(ROWS, 12, dtype=torch.float32) / 8
+    for trained in (dense, ours):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = trained(x)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+    for mine, theirs in zip(ours.parameters(), dense.parameters(), strict=True):
+        assert mine.grad.dtype == torch.float32
+        torch.testing.assert_close(whole(mine.grad), whole(theirs.grad), rtol=0.05, atol=0.05)
+
+
+class Recording:
+    """What the shards agree on while this is active."""
+
+    def __init__(self):
+        self.scores, self.selections = [], []
+
+    def __enter__(self):
+        self.original = Shards.whole, Shards.share
+        scores, selections = self.scores, self.selections
+        whole_scores, share = self.original
+
+        def recording_whole(shards, parts):
+            scores.append(whole_scores(shards, parts))
+            return scores[-1]
+
+        def recording_share(shards, selection):
+            selections.append(share(shards, selection))
+            return selections[-1]
+
+        Shards.whole, Shards.share = recording_whole, recording_share
+        return self
+
+    def __exit__(self, *error):
+        Shards.whole, Shards.share = self.original
+
+
+def schemes():
+    for selection, memory in itertools.product(
+        SELECTIONS, ("none", "residual", "signed", "subspace")
+    ):
+        unbiased = selection in UNBIASED_SELECTIONS
+        if memory not in ROW_MEMORIES or not unbiased:
+            yield {"selection": selection, "memory": memory}
+        if unbiased and memory not in ROW_MEMORIES:
+            yield {"selection": selection, "memory": memory, "grad_input": "sampled"}
+
+
+def every_selection_and_memory_adds_up_what_it_selected():
+    """Weights, rows and memories against the definition, each process drawing for itself."""
+    for scheme, style in itertools.product(schemes(), (ColwiseParallel, RowwiseParallel)):
+        config = MemAOPConfig(k=6, rank=2, refresh_every=99, **scheme)
+        by_row = style is RowwiseParallel
+        layouts = {"": style(input_layouts=Replicate(), output_layouts=Replicate())}
+        torch.manual_seed(0)
+        plain = nn.Linear(12, 8, dtype=torch.float64)
+        layer = parallel(plain, config, layouts, True)
+        seed()
+        for number in range(3):
+            x, g = batch(ROWS, 12, step=number), batch(ROWS, 8, step=50 + number)
+            x_here, g_here = (columns(x), g) if by_row else (x, columns(g))
+            filled = None if layer.memory is None else getattr(layer.memory, "filled", None)
+            before = None if filled is None else (layer.memory.x.clone(), filled.clone())
+            layer.zero_grad()
+            leaf = x.clone().requires_grad_()
+            with Recording() as agreed:
+                layer(leaf).backward(g)
+            ((indices, weights),) = agreed.selections
+            assert same_everywhere(indices)
+            assert same_everywhere(weights)
+            assert indices.dtype == torch.int64
+            (scores,) = agreed.scores
+            total = torch.zeros(ROWS, 1, dtype=torch.float64).index_add_(
+                0, indices, weights[:, None]
+            )
+            dw = layer.weight.grad.to_local()
+            memory = layer.memory
+            if config.has_row_memory:
+                expected = memory.g[indices].T @ memory.x[indices]
+                want = everywhere((memory.x.norm(dim=1) * memory.g.norm(dim=1)).square()).sum(0)
+                assert same_everywhere(memory.filled)
+                assert not memory.filled[indices].any()
+                carried = memory.x - x_here
+                old = before[0] * before[1][:, None] if before else torch.zeros_like(carried)
+                if config.memory == "signed":
+                    carried, old = carried.abs(), old.abs()
+                torch.testing.assert_close(carried, old)
+            elif config.memory == "subspace":
+                q = memory.basis.to(x.dtype)
+                rest = x_here - x_here @ q @ q.T
+                expected = g_here.T @ (x_here - rest) + (total * g_here).T @ rest
+                want = everywhere((rest.norm(dim=1) * g_here.norm(dim=1)).square()).sum(0)
+            else:
+                expected = (total * g_here).T @ x_here
+                want = (x.norm(dim=1) * g.norm(dim=1)).square()
+            torch.testing.assert_close(dw, expected)
+            if config.grad_input == "sampled":
+                # Scored by G alone, of which a layer divided by rows of X has two copies.
+                want = g.norm(dim=1).square() * (2 if by_row else 1)
+                torch.testing.assert_close(leaf.grad, (total * g) @ plain.weight)
+            torch.testing.assert_close(scores, want.sqrt())
+            torch.testing.assert_close(whole(layer.bias.grad), g.sum(0))
+
+
+def single(style, config, out_features=8, in_features=12, on=None, **layouts):
+    """A divided layer that takes and gives whole activations, and its undivided original."""
+    torch.manual_seed(0)
+    plain = nn.Linear(in_features, out_features, dtype=torch.float64)
+    seed()
+    layouts = {"input_layouts": Replicate(), "output_layouts": Replicate()} | layouts
+    layer = parallelize_module(copy.deepcopy(plain), on or mesh(), style(**layouts))
+    return converted(layer, config), plain
+
+
+def shards_lose_no_digit():
+    shards = Shards(mesh().get_group())
+    scores = torch.tensor([3e30, 4e-30, 0.0, torch.inf])
+    expected = torch.tensor([2.0]).sqrt() * scores
+    torch.testing.assert_close(shards.whole(scores), expected, rtol=1e-6, atol=0)
+    first = Selection(torch.tensor([0, 2**31 + 1, 2**53 - 1]), torch.rand(3).double())
+    mine = first if rank() == 0 else Selection(first.indices * 0, first.weights * 0)
+    sent = everywhere(first.weights)[0]
+    shared = shards.share(mine)
+    assert torch.equal(shared.indices, first.indices)
+    assert torch.equal(shared.weights, sent)
+
+
+def blocks_cut_short_have_one_size_for_all():
+    """The last block holds 4 rows of 16, and whether it is drawn differs between processes."""
+    config = MemAOPConfig(k=16, block_rows=16, memory="none")
+    for style in (ColwiseParallel, RowwiseParallel):
+        layer, _ = single(style, config)
+        counts = set()
+        for number in range(12):
+            x, g = batch(ROWS, 12, step=number), batch(ROWS, 8, step=99)
+            layer.zero_grad()
+            with Recording() as agreed:
+                layer(x).backward(g)
+            indices, weights = agreed.selections[0]
+            inside = indices < ROWS
+            total = torch.zeros(ROWS, 1, dtype=x.dtype).index_add_(
+                0, indices[inside], weights[inside][:, None]
+            )
+            torch.testing.assert_close(whole(layer.weight.grad), (total * g).T @ x)
+            counts.add(int(inside.sum()))
+        assert counts == {4, 16}
+
+
+def saved_memories_continue_before_the_first_step():
+    for memory in ("residual", "subspace"):
+        selection = "topk"
+        config = MemAOPConfig(k=4, rank=2, selection=selection, memory=memory)
+        first, second = (parallel(mlp(), config, plan(), True) for _ in range(2))
+        assert second[2].memory.in_features == 4
+        for number in range(3):
+            step(first, batch(ROWS, 12, step=number))
+        state = copy.deepcopy(memory_state_dict(first))
+        load_memory_state_dict(second, state)
+        for trained in (first, second):
+            step(trained, batch(ROWS, 12, step=7))
+        for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
+            assert torch.equal(ours.grad.to_local(), theirs.grad.to_local())
+        reset_memory(second)
+        assert second[2].memory.nbytes == 0
+        step(second, batch(ROWS, 12))
+        assert second[2].memory.nbytes > 0
+        undivided = converted(mlp(), config)
+        with raises(ValueError, "layer '0'" if memory == "residual" else "layer '2'"):
+            load_memory_state_dict(undivided, state)
+
+
+def optimizer_stays_attached_when_the_memory_is_made_anew():
+    model = converted(mlp())
+    attached = torch.optim.SGD(model.parameters(), lr=0.25)
+    attach_optimizer(model, attached)
+    parallelize_module(model, mesh(), plan())
+    step(model, batch(ROWS, 12))
+    assert model[0].memory.out_features == 4
+    assert model[0].memory.learning_rate == 0.25
+
+
+def uneven_parts_are_exact_too():
+    config = MemAOPConfig.paper(k=4)
+    for style in (ColwiseParallel, RowwiseParallel):
+        layer, plain = single(style, config, out_features=7, in_features=9)
+        reference = converted(plain)
+        for number in range(3):
+            x, g = batch(ROWS, 9, step=number), batch(ROWS, 7, step=9 + number)
+            for trained in (layer, reference):
+                trained.zero_grad()
+                trained(x).backward(g)
+            assert_same_gradients(layer, reference)
+
+
+def non_finite_part_of_a_row_shows_and_leaves_no_trace():
+    layer, _ = single(RowwiseParallel, PAPER)
+    x = batch(ROWS, 12)
+    x[5, 0] = torch.inf
+    layer(x).backward(batch(ROWS, 8))
+    assert not whole(layer.weight.grad).isfinite().all()
+    assert not layer.memory.filled[5]
+    layer.zero_grad()
+    layer(batch(ROWS, 12)).backward(batch(ROWS, 8))
+    assert whole(layer.weight.grad).isfinite().all()
+
+
+def replicated_weight_works_like_an_ordinary_one():
+    def replicated(config):
+        torch.manual_seed(0)
+        layer = nn.Linear(12, 8, dtype=torch.float64)
+        dense = copy.deepcopy(layer)
+        for name, parameter in list(layer.named_parameters()):
+            placed = distribute_tensor(parameter.detach(), mesh(), [Replicate()])
+            layer.register_parameter(name, nn.Parameter(placed))
+        seed()
+        return converted(layer, config), dense
+
+    for placement, k in itertools.product((Replicate(), Shard(0)), (ROWS, 5)):
+        for grad_input in ("exact", "sampled"):
+            layer, dense = replicated(MemAOPConfig(k=k, memory="none", grad_input=grad_input))
+            x, g = batch(ROWS, 12).requires_grad_(), batch(ROWS, 8)
+            placed = distribute_tensor(x.detach(), mesh(), [placement]).requires_grad_()
+            y = layer(placed)
+            assert y.placements == (placement,)
+            y.backward(distribute_tensor(g, mesh(), [placement]))
+            for parameter in layer.parameters():
+                assert parameter.grad.placements == (Replicate(),)
+                assert same_everywhere(parameter.grad.to_local())
+            torch.testing.assert_close(whole(layer.bias.grad), g.sum(0))
+            dense(x).backward(g)
+            torch.testing.assert_close(whole(y), dense(x))
+            if k == ROWS:
+                torch.testing.assert_close(whole(layer.weight.grad), dense.weight.grad)
+            if k == ROWS or grad_input == "exact":
+                torch.testing.assert_close(whole(placed.grad), x.grad)
+            assert same_everywhere(whole(placed.grad))
+    # The mean of two estimates: each process's own rows are in it.
+    layer, dense = replicated(MemAOPConfig(k=1, memory="none"))
+    x, g = batch(ROWS, 12), batch(ROWS, 8)
+    layer(distribute_tensor(x, mesh(), [Replicate()])).backward(
+        distribute_tensor(g, mesh(), [Replicate()])
+    )
+    assert torch.linalg.matrix_rank(whole(layer.weight.grad)) == 2
+
+
+def mesh_of_one_process_changes_nothing():
+    alone = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))["tp"]
+    for style in (ColwiseParallel, RowwiseParallel):
+        layer, plain = single(style, PAPER, on=alone)
+        reference = converted(plain)
+        for number in range(3):
+            # Each process has a batch of its own: nobody shares anything.
+            x, g = batch(ROWS, 12, step=10 * rank() + number), batch(ROWS, 8, step=number)
+            for trained in (layer, reference):
+                trained.zero_grad()
+                trained(x).backward(g)
+            assert_same_gradients(layer, reference)
+        assert not same_everywhere(whole(layer.weight.grad))
+
+
+def exact_in_eval_mode_and_without_gradients():
+    dense, ours = mlp(), parallel(mlp(), PAPER, plan(), True)
+    x = batch(ROWS, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), dense(x))
+    ours.eval()
+    for trained in (dense, ours):
+        step(trained, x)
+    assert_same_gradients(ours, dense)
+    assert ours[0].memory.nbytes == 0
+
+
+def frozen_parameters_get_no_gradient():
+    layer, _ = single(ColwiseParallel, MemAOPConfig(k=4, grad_input="sampled"))
+    layer.weight.requires_grad_(False)
+    x, g = batch(ROWS, 12).requires_grad_(), batch(ROWS, 8)
+    layer(x).backward(g)
+    assert layer.weight.grad is None
+    torch.testing.assert_close(whole(layer.bias.grad), g.sum(0))
+    assert same_everywhere(x.grad)
+    assert (x.grad.norm(dim=1) > 0).sum() <= 4
+
+
+def reverts_to_the_dense_layer():
+    ours, dense = revert_(parallel(mlp(), PAPER, plan(), True)), mlp()
+    x = batch(ROWS, 12)
+    for trained in (dense, ours):
+        step(trained, x)
+    assert type(ours[0]) is nn.Linear
+    assert_same_gradients(ours, dense)
+
+
+def what_cannot_be_divided_is_refused():
+    x = batch(ROWS, 12)
+    for style in (ColwiseParallel, RowwiseParallel):
+        layer, _ = single(style, PAPER, out_features=1, in_features=1)
+        with raises(ValueError, "(1, 1)", "Shard(dim=", "without any", "fewer processes"):
+            layer(x[:, :1])
+    both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))
+    layer = nn.Linear(12, 8, dtype=torch.float64)
+    for name, parameter in list(layer.named_parameters()):
+        divided = distribute_tensor(
+            parameter.detach(), both, [Shard(0), Shard(parameter.dim() - 1)]
+        )
+        layer.register_parameter(name, nn.Parameter(divided))
+    converted(layer)
+    placed = distribute_tensor(x, both, [Replicate(), Replicate()])
+    with raises(ValueError, "Shard(dim=0), Shard(dim=1)", "along one dimension", "Colwise"):
+        layer(placed)
+    layer, _ = single(ColwiseParallel, PAPER)
+    with raises(TypeError, "x is a plain tensor", "Shard(dim=0)"):
+        layer.forward(x)
+    with raises(ValueError, "x is on", "same mesh"):
+        layer.forward(placed)
+
+
+def main():
+    checks.run(
+        training_equals_that_of_an_undivided_model,
+        half_precision_and_all_rows_give_the_dense_gradient,
+        half_precision_selects_the_rows_of_an_undivided_model,
+        autocast_casts_the_parts,
+        every_selection_and_memory_adds_up_what_it_selected,
+        shards_lose_no_digit,
+        blocks_cut_short_have_one_size_for_all,
+        saved_memories_continue_before_the_first_step,
+        optimizer_stays_attached_when_the_memory_is_made_anew,
+        uneven_parts_are_exact_too,
+        non_finite_part_of_a_row_shows_and_leaves_no_trace,
+        replicated_weight_works_like_an_ordinary_one,
+        mesh_of_one_process_changes_nothing,
+        exact_in_eval_mode_and_without_gradients,
+        frozen_parameters_get_no_gradient,
+        reverts_to_the_dense_layer,
+        what_cannot_be_divided_is_refused,
+    )
+
+
+if __name__ == "__main__":
+    main()
