@@ -45,7 +45,7 @@ class _MemAOPLinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Casts were made in the forward pass, whatever region backward is called from.
-        with _no_autocast(grad_output.device.type):
+        with no_autocast(grad_output.device.type):
             return *_backward(ctx, grad_output), None, None, None
 
 
@@ -133,7 +133,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) -
     return result
 
 
-def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Switches autocast off for a type of device, if it is on."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
