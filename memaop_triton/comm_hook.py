@@ -109,17 +109,13 @@ class FactorAllGather:
                     "FactorAllGather for a model."
                 )
         self._check_agreement([(name, tuple(m.weight.shape)) for name, m in layers.items()])
-        self._collected: dict[int, _Collected] = {}
-        if self.world == 1:
-            return
-        for layer in layers.values():
-            weight = layer.weight
-            if not _may_be_gathered(weight, self.world):
-                continue
-            # Layers that share a weight add to the same list.
-            collected = self._collected.setdefault(id(weight), _Collected(weight, self.world))
-            layer.layer_state.factors = collected.factors
-            layer.layer_state.on_weight_grad = collected.add
+        self._layers = [
+            layer for layer in layers.values() if _may_be_gathered(layer.weight, self.world)
+        ]
+        # By weight, which layers may share.
+        self._collected = {
+            id(layer.weight): _Collected(layer.weight, self.world) for layer in self._layers
+        }
 
     @classmethod
     def register(
@@ -135,6 +131,10 @@ class FactorAllGather:
         """
         hook = cls(ddp, reuse_local=reuse_local)
         ddp.register_comm_hook(hook, _exchange)
+        for layer in hook._layers:
+            collected = hook._collected[id(layer.weight)]
+            layer.layer_state.factors = collected.factors
+            layer.layer_state.on_weight_grad = collected.add
         return hook
 
     def _check_agreement(self, mine: list[tuple[str, tuple[int, ...]]]) -> None:
@@ -150,15 +150,18 @@ class FactorAllGather:
                 )
 
     def _run(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        gradients = bucket.gradients()
         weights = [
             _Weight(gradient, self._collected[id(parameter)])
-            for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True)
+            for parameter, gradient in zip(bucket.parameters(), gradients, strict=True)
             if id(parameter) in self._collected
         ]
         chosen = self._agree(weights) if weights else []
         if not chosen:
             return self._all_reduce(bucket.buffer())
-        return self._gather(bucket, chosen)
+        taken = {id(weight.gradient) for weight in chosen}
+        others = [gradient.view(-1) for gradient in gradients if id(gradient) not in taken]
+        return self._gather(bucket.buffer(), chosen, others)
 
     def _agree(self, weights: "Sequence[_Weight]") -> "list[_Weight]":
         """Exchange rows and dtypes; the weights to gather, the same ones in all processes."""
@@ -179,19 +182,17 @@ class FactorAllGather:
         return future
 
     def _gather(
-        self, bucket: GradBucket, chosen: "Sequence[_Weight]"
+        self, buffer: Tensor, chosen: "Sequence[_Weight]", others: Sequence[Tensor]
     ) -> torch.futures.Future[Tensor]:
-        buffer = bucket.buffer()
+        """Average `chosen` by factors and `others` as they are, all of them parts of `buffer`."""
         gathered = [
             self._start(dtype, part)
             for dtype in _DTYPES
             if (part := [weight for weight in chosen if weight.dtype == dtype])
         ]
-        own = {weight.gradient.data_ptr() for weight in chosen}
-        others = [g.view(-1) for g in bucket.gradients() if g.data_ptr() not in own]
         futures = [future for _, future in gathered if future is not None]
         if others:
-            packed = torch.cat(others)
+            packed = torch.cat(list(others))
             futures.append(self._all_reduce(packed))
         rank = self.group.rank() if self.reuse_local else None
 
@@ -255,7 +256,8 @@ class _Collected:
         world: Number of processes.
 
     Attributes:
-        factors: Those of all passes; the layers' backward passes append to it.
+        factors: Those of all passes; the layers' backward passes append to it. Empty from the pass
+            on with which they are too many to be gathered.
     """
 
     def __init__(self, weight: Tensor, world: int) -> None:
@@ -293,7 +295,10 @@ class _Collected:
         self.norm = norm if self.norm is None else self.norm + norm
 
     def header(self, gradient: Tensor) -> Tensor:
-        """[2] int64: number of rows, −1 unless they make up `gradient`; and number of the dtype."""
+        """[2] int64: the number of rows and that of their dtype.
+
+        −1 if they do not make up `gradient`, or are too many.
+        """
         dtypes = {x.dtype for x, _ in self.factors}
         if self.is_dropped or len(dtypes) > 1:
             return torch.tensor([-1, 0], device=gradient.device)
@@ -348,8 +353,7 @@ class _Weight:
         if min(self.rows) < 0 or len(dtypes) > 1:
             return
         self.dtype = _DTYPES[dtypes.pop()] if dtypes else self.gradient.dtype
-        size = max(self.rows) * sum(self.gradient.shape) * self.dtype.itemsize
-        self.is_gathered = size * len(self.rows) < self.gradient.nbytes
+        self.is_gathered = True
 
     def size(self, rank: int) -> int:
         """How many numbers the factors of a process are."""
@@ -400,8 +404,8 @@ class _Exchange:
 
 
 def _may_be_gathered(weight: Tensor, world: int) -> bool:
-    """Whether a single row of the smallest dtype is worth gathering."""
-    return sum(weight.shape) * _DTYPES[0].itemsize * world < weight.nbytes
+    """Whether a single row of the smallest dtype would be."""
+    return world > 1 and sum(weight.shape) * _DTYPES[0].itemsize * world < weight.nbytes
 
 
 def _used_here(*tensors: Tensor) -> None:
