@@ -8,9 +8,9 @@ again. Linux, root, `ip` and `tc` are needed.
 
 Both processes train the same converted layer in turns: under plain all-reduce, under
 FactorAllGather, and under FactorAllGather with `reuse_local`. A step is forward, backward and
-exchange; the exchange is the time from the communication hook's call until its future is done, and
-the slower process counts. Bytes are what the hook counts beside what the interface has sent, which
-includes headers of TCP and IP.
+exchange; the exchange is the time from the first call of the communication hook until the last of
+its futures is done (weight and bias are two buckets), and the slower process counts. Bytes are what
+the hook counts beside what the interface has sent, which includes headers of TCP and IP.
 """
 
 from __future__ import annotations
@@ -122,10 +122,11 @@ class Method:
         """As DDP's method; the hook also records how long the exchange took."""
 
         def timed(state, bucket):
-            start = time.perf_counter()
+            if self.began is None:
+                self.began = time.perf_counter()
 
             def done(future):
-                self.exchange += time.perf_counter() - start
+                self.ended = time.perf_counter()
                 return future.value()
 
             return hook(state, bucket).then(done)
@@ -137,11 +138,11 @@ class Method:
         self.ddp.zero_grad()
         dist.barrier()
         before, sent = self.counted(), interface_bytes()
-        self.exchange = 0.0
+        self.began = None
         start = time.perf_counter()
         self.ddp(self.x).square().mean().backward()
         step = time.perf_counter() - start
-        return step, self.exchange, self.counted() - before, interface_bytes() - sent
+        return step, self.ended - self.began, self.counted() - before, interface_bytes() - sent
 
     def counted(self) -> int:
         return 0 if self.hook is None else self.hook.bytes_sent
