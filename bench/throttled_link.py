@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -225,6 +226,8 @@ def main() -> None:
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing or os.geteuid() != 0:
         parser.error(f"needs root and iproute2 (missing: {', '.join(missing) or 'root'}).")
+    # Ended from outside, it still removes the namespaces.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with slow_link(arguments.rate) as names:
         rows = run_processes(names, arguments.rounds)
     report(rows, arguments.rate, arguments.rounds)
