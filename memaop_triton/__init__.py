@@ -7,6 +7,7 @@ which makes the backward pass cheaper. `convert_` switches the linear layers of 
 """
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 # The kernels live beside this package in a checkout and inside it once installed. A checkout that
 # was not installed finds them here; a top-level `kernels` package is never created.
@@ -21,9 +22,13 @@ from memaop_triton.memory import ResidualMemory, SubspaceMemory, new_memory
 from memaop_triton.optim import attach_optimizer
 from memaop_triton.state import load_memory_state_dict, memory_state_dict, reset_memory
 
+if _TYPE_CHECKING:
+    from memaop_triton.comm_hook import FactorAllGather
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "FactorAllGather",
     "MemAOPConfig",
     "MemAOPLinear",
     "ResidualMemory",
@@ -37,3 +42,12 @@ __all__ = [
     "reset_memory",
     "revert_",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # A PyTorch without torch.distributed has the rest of the package.
+    if name == "FactorAllGather":
+        from memaop_triton.comm_hook import FactorAllGather
+
+        return FactorAllGather
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

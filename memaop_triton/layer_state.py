@@ -48,10 +48,13 @@ class LayerState:
         shards: The processes among which the columns of X or G are divided, if they are.
         factors: While a list, every backward pass adds the pair of matrices whose product its dW
             is; `None` if nobody collects them.
+        on_weight_grad: Called with the dW ([P, N]) of every backward pass, exact ones included,
+            after its factors were added.
     """
 
     shards: Shards | None = None
     factors: list[Factors] | None = None
+    on_weight_grad: Callable[[Tensor], None] | None = None
 
     def __init__(self, config: MemAOPConfig, memory: Memory | None) -> None:
         self.config = config

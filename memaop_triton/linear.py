@@ -46,7 +46,7 @@ class _MemAOPLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Casts were made in the forward pass, whatever region backward is called from.
-        with torch.no_grad(), _no_autocast(grad_output.device.type):
+        with torch.no_grad(), no_autocast(grad_output.device.type):
             gradients = _backward(ctx, grad_output)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             sources = (grad_output, *ctx.saved_tensors)
@@ -168,7 +168,8 @@ def linear_of_state(x: Tensor, weight: Tensor, bias: Tensor | None, state: Layer
     return result
 
 
-def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Switches autocast off for a type of device, if it is on."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()

@@ -52,7 +52,7 @@ def _weight_grad(
 def _gradients(
     state: LayerState, x: Tensor, g: Tensor, bias_grad: bool, selection: Selection | None = None
 ) -> Gradients:
-    return weight_and_bias_grad(
+    gradients = weight_and_bias_grad(
         x,
         g,
         state.config,
@@ -62,6 +62,9 @@ def _gradients(
         shards=state.shards,
         factors=state.factors,
     )
+    if state.on_weight_grad is not None:
+        state.on_weight_grad(gradients.weight)
+    return gradients
 
 
 @torch.library.register_fake("memaop_triton::weight_grad")
