@@ -47,7 +47,7 @@ class _MemAOPLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Casts were made in the forward pass, whatever region backward is called from.
         with torch.no_grad(), no_autocast(grad_output.device.type):
-            gradients = _backward(ctx, grad_output)
+            gradients: tuple[Tensor | None, ...] = _backward(ctx, grad_output)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             sources = (grad_output, *ctx.saved_tensors)
             gradients = tuple(
@@ -97,7 +97,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
             )
         elif needs_bias:
             db = g.sum(0)
-    if needs_x:
+    if dx is not None:
         dx = dx.reshape(*grad_output.shape[:-1], weight.shape[1])
     return dx, dw if needs_weight else None, db if needs_bias else None
 

@@ -13,6 +13,8 @@ from memaop_triton.layer_state import LayerState
 from memaop_triton.residual_memory import ResidualMemory
 from memaop_triton.subspace_memory import SubspaceMemory
 
+__all__ = ["Memory", "ResidualMemory", "SubspaceMemory", "check_memory", "new_memory"]
+
 Memory = ResidualMemory | SubspaceMemory
 
 

@@ -8,6 +8,8 @@ step draws the same numbers as an eager one. A gradient that is not asked for co
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -67,8 +69,7 @@ def _gradients(
     return gradients
 
 
-@torch.library.register_fake("memaop_triton::weight_grad")
-def _(
+def _weight_grad_fake(
     x: Tensor, g: Tensor, handle: Tensor, order: Tensor, *, bias_grad: bool
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty((g.shape[1], x.shape[1])), g.new_empty(g.shape[1] if bias_grad else 0)
@@ -105,8 +106,7 @@ def _sampled_backward(
     return dx, dw, g.new_empty(0) if db is None else db
 
 
-@torch.library.register_fake("memaop_triton::sampled_backward")
-def _(
+def _sampled_backward_fake(
     x: Tensor,
     g: Tensor,
     weight: Tensor,
@@ -121,21 +121,33 @@ def _(
     return dx, dw, g.new_empty(g.shape[1] if bias_grad else 0)
 
 
+torch.library.register_fake("memaop_triton::weight_grad", _weight_grad_fake)
+torch.library.register_fake("memaop_triton::sampled_backward", _sampled_backward_fake)
+
+
 # What `FlopCounterMode` reports: products of matrices, as for PyTorch's own operators.
 
 
 @register_flop_formula(torch.ops.memaop_triton.weight_grad)
-def _(x_shape, g_shape, handle_shape, order_shape, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return _weight_grad_flops(x_shape, g_shape, handle_shape)
+def _flops_of_weight_grad(
+    x: torch.Size, g: torch.Size, handle: torch.Size, *_: Any, **settings: Any
+) -> int:
+    return _weight_grad_flops(x, g, handle)
 
 
 @register_flop_formula(torch.ops.memaop_triton.sampled_backward)
-def _(  # type: ignore[no-untyped-def]
-    x_shape, g_shape, weight_shape, handle_shape, order_shape, *, weight_grad, **kwargs
+def _flops_of_sampled_backward(
+    x: torch.Size,
+    g: torch.Size,
+    weight: torch.Size,
+    handle: torch.Size,
+    *_: Any,
+    weight_grad: bool,
+    **settings: Any,
 ) -> int:
-    rows = layer_state.find_by_number(handle_shape[0]).config.num_rows(g_shape[0])
-    dx = 2 * rows * weight_shape[0] * weight_shape[1]
-    return dx + (_weight_grad_flops(x_shape, g_shape, handle_shape) if weight_grad else 0)
+    rows = layer_state.find_by_number(handle[0]).config.num_rows(g[0])
+    dx: int = 2 * rows * weight[0] * weight[1]
+    return dx + (_weight_grad_flops(x, g, handle) if weight_grad else 0)
 
 
 def _weight_grad_flops(x_shape: torch.Size, g_shape: torch.Size, handle_shape: torch.Size) -> int:
