@@ -88,6 +88,7 @@ def test_cpu_layer(compare, grad_input, target, setting):
     )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 @pytest.mark.parametrize("setting", ["default", "topk-signed"])
 def test_cpu_compiled_step(compare, setting):
     """A training step of a small network, compiled, beside the same step run eagerly."""

@@ -17,7 +17,7 @@ from memaop_triton.kernels import native
 
 # Two operands of one chunk, split over the cores, stay within a typical second-level cache.
 _CHUNK_BYTES = 1 << 20
-_PANEL_ROWS = 256
+_PANEL_ROWS = 512
 
 
 class Projection(NamedTuple):
