@@ -17,7 +17,8 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "cpu.py").is
 
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.convert import convert_, revert_
-from memaop_triton.linear import MemAOPLinear, memaop_linear
+from memaop_triton.functional import memaop_linear
+from memaop_triton.linear import MemAOPLinear
 from memaop_triton.memory import ResidualMemory, SubspaceMemory, new_memory
 from memaop_triton.optim import attach_optimizer
 from memaop_triton.state import load_memory_state_dict, memory_state_dict, reset_memory

@@ -25,7 +25,7 @@ from torch._C._distributed_c10d import GradBucket  # torch.distributed's, with i
 from torch.nn.parallel import DistributedDataParallel
 
 from memaop_triton.convert import converted_layers
-from memaop_triton.linear import no_autocast
+from memaop_triton.functional import no_autocast
 from memaop_triton.steps import Factors
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

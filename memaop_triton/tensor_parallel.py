@@ -28,8 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from memaop_triton.functional import linear_of_state
 from memaop_triton.layer_state import LayerState
-from memaop_triton.linear import linear_of_state
 from memaop_triton.selection import Selection
 
 
