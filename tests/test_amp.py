@@ -95,8 +95,9 @@ def test_loss_scale_survives_a_checkpoint():
     assert all(map(torch.equal, parameters(model), parameters(twin)))
 
 
+@pytest.mark.parametrize("every", [1, 2, 5])  # more rows than K = 12, or fewer
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_an_overflowed_step_is_skipped_and_training_goes_on(memory_scheme, dtype):
+def test_an_overflowed_step_is_skipped_and_training_goes_on(memory_scheme, dtype, every):
     model = convert_(net(), MemAOPConfig(ratio=1 / 4, **memory_scheme))
     training = Training(model, 2.0**12, growth=1000, dtype=dtype)
     data = batches(1) * 60
@@ -104,11 +105,14 @@ def test_an_overflowed_step_is_skipped_and_training_goes_on(memory_scheme, dtype
     before = parameters(model)
     x, y = data[0]
     x = x.clone()
-    x[::5] = torch.inf  # these rows of X and of every gradient are not finite
+    x[::every] = torch.inf  # these rows of X and of every gradient are not finite
     training.step(x, y)
     assert all(map(torch.equal, parameters(model), before))
     assert training.scaler.get_scale() == 2.0**11
     assert is_finite(model)
+    for layer in model[::2]:
+        if layer.config.has_row_memory:
+            assert not layer.memory.filled[::every].any()
     losses += training.run(data[20:])
     assert is_finite(model)
     assert losses[-1] < losses[19] < losses[0]

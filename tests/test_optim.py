@@ -104,3 +104,16 @@ def test_pruned_weight_follows_the_parameter_it_is_made_of():
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.4)
     attach_optimizer(layer, optimizer)
     assert layer.memory.learning_rate == 0.4
+
+
+def test_slots_beyond_a_shorter_batch_are_rescaled_too():
+    model = convert_(nn.Sequential(nn.Linear(6, 4)), MemAOPConfig.paper(k=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.4)
+    attach_optimizer(model, optimizer)
+    model(torch.randn(9, 6)).square().sum().backward()
+    memory = model[0].memory
+    x, g, filled = memory.x[5:].clone(), memory.g[5:].clone(), memory.filled[5:].clone()
+    optimizer.param_groups[0]["lr"] = 0.1
+    model(torch.randn(5, 6)).square().sum().backward()
+    torch.testing.assert_close(memory.x[5:][filled], 2 * x[filled])
+    torch.testing.assert_close(memory.g[5:][filled], 2 * g[filled])

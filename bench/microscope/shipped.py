@@ -193,7 +193,7 @@ def _row_passes(target: Target) -> Iterator[Case]:
                     factor = empty(1, dtype=single)
                     calls["rescale"] = partial(rescale_, slots[1], factor, config=tile)
             for name, call in calls.items():
-                kept = 0 if name.startswith("scores") else stored.itemsize
+                kept = 0 if name.startswith(("scores", "rescale")) else stored.itemsize
                 yield Case(
                     name,
                     tile,
