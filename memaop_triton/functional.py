@@ -43,9 +43,10 @@ class _MemAOPLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Casts were made in the forward pass, whatever region backward is called from.
         with torch.no_grad(), no_autocast(grad_output.device.type):
-            gradients: tuple[Tensor | None, ...] = _backward(ctx, grad_output)
+            saved = ctx.saved_tensors
+            gradients: tuple[Tensor | None, ...] = _backward(ctx, grad_output, *saved)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            sources = (grad_output, *ctx.saved_tensors)
+            sources = (grad_output, *saved)
             gradients = tuple(
                 None if a is None else _DifferentiableOnce.apply(a, *sources) for a in gradients
             )
@@ -74,8 +75,9 @@ class _DifferentiableOnce(torch.autograd.Function):
         )
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    x, weight = ctx.saved_tensors
+def _backward(
+    ctx: Any, grad_output: Tensor, x: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     g = _as_rows(grad_output)
     rows = g.new_empty(0) if x is None else _as_rows(x)
@@ -85,7 +87,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
             rows, g, weight, ctx.handle, ctx.order, weight_grad=needs_weight, bias_grad=needs_bias
         )
     else:
-        if needs_x:
+        if weight is not None:
             dx = g @ weight
         if needs_weight:
             dw, db = torch.ops.memaop_triton.weight_grad(
@@ -94,7 +96,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
         elif needs_bias:
             db = g.sum(0)
     if dx is not None:
-        dx = dx.reshape(*grad_output.shape[:-1], weight.shape[1])
+        dx = dx.reshape(*grad_output.shape[:-1], dx.shape[-1])
     return dx, dw if needs_weight else None, db if needs_bias else None
 
 

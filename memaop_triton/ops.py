@@ -25,7 +25,13 @@ from memaop_triton.weight_grad import (
     weight_and_bias_grad,
 )
 
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
+# Unsafe in the CUDA graphs that Inductor cuts a program into, because the operators keep tensors
+# from one step to the next: it runs them between two graphs, as in eager mode.
+_TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    torch.Tag.nondeterministic_seeded,
+    torch.Tag.cudagraph_unsafe,
+)
 
 torch.library.define(
     "memaop_triton::weight_grad",

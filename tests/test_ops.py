@@ -57,6 +57,11 @@ def test_only_the_order_is_declared_to_be_written(name):
     assert written == ["order"]
 
 
+@pytest.mark.parametrize("name", ["weight_grad", "sampled_backward"])
+def test_operators_run_between_the_graphs_of_a_compiler(name):
+    assert torch.Tag.cudagraph_unsafe in getattr(ops, name).default.tags
+
+
 def test_a_copy_has_a_handle_of_its_own():
     state = state_for(memory="residual", selection="topk")
     for twin in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from memaop_triton import MemAOPConfig, attach_optimizer, convert_, memory_state_dict
 
@@ -149,6 +150,16 @@ def test_vmap_and_second_derivatives_are_refused():
         torch.func.grad(lambda a: torch.func.grad(loss)(a).sum())(x.detach())
     layer.eval()
     assert torch.autograd.functional.hessian(loss, x).any()
+
+
+def test_gradients_with_a_graph_of_a_checkpointed_layer():
+    """A saved tensor of a checkpoint can be unpacked once, and that is enough."""
+    layer = convert_(nn.Linear(20, 8), EXACT)
+    x = torch.randn(48, 20, requires_grad=True)
+    loss = checkpoint(layer, x, use_reentrant=False).square().sum()
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    expected = torch.autograd.grad(layer.eval()(x).square().sum(), x)[0]
+    torch.testing.assert_close(dx.detach(), expected)
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.orthogonal])
