@@ -78,7 +78,7 @@ class _DifferentiableOnce(torch.autograd.Function):
 def _backward(
     ctx: Any, grad_output: Tensor, x: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    needs_weight, needs_bias = ctx.needs_input_grad[1:3]
     g = _as_rows(grad_output)
     rows = g.new_empty(0) if x is None else _as_rows(x)
     dx = dw = db = None
