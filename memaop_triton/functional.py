@@ -155,9 +155,14 @@ def linear_of_state(x: Tensor, weight: Tensor, bias: Tensor | None, state: Layer
     """`memaop_linear` for operands that have been checked and a layer's state."""
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return F.linear(x, weight, bias)
-    if state.handle.device != x.device:
-        state.move(x.device)
-    result: Tensor = _MemAOPLinearFunction.apply(x, weight, bias, state.handle, state.order, state)
+    handle, order = state.handle, state.order
+    if handle.device != x.device:
+        if torch.compiler.is_compiling():
+            handle, order = handle.to(x.device), order.to(x.device)
+        else:
+            state.move(x.device)
+            handle, order = state.handle, state.order
+    result: Tensor = _MemAOPLinearFunction.apply(x, weight, bias, handle, order, state)
     return result
 
 

@@ -69,8 +69,9 @@ class LayerState:
 
     def move(self, device: torch.device) -> None:
         """Put the handle on a device: a graph of that device's operators then has no other."""
-        self.handle = self.handle.to(device)
-        self.order = _order(device)
+        if self.handle.device != device:
+            self.handle = torch.empty_like(self.handle, device=device)
+            self.order = _order(device)
 
     def fit(self, in_features: int, out_features: int) -> None:
         """Make the memory one for a weight of this size; it is emptied if it was another's."""
@@ -81,6 +82,7 @@ class LayerState:
         """Follow a module conversion to its device and dtype (`fn` as in `Module._apply`)."""
         if self.memory is not None:
             self.memory.convert(fn)
+        self.move(fn(self.handle.new_empty(0)).device)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "memory": self.memory}

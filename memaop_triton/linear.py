@@ -130,10 +130,15 @@ class MemAOPLinear(nn.Linear):
             self.layer_state.fit(*tensor_parallel.local_sizes(weight))
         return self.layer_state.memory
 
+    def _parameter_device(self) -> torch.device:
+        # Not `self.weight`: a parametrised one would be computed.
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
     def _set_config(self, config: MemAOPConfig) -> None:
         check_config(config)
         memory = new_memory(config, self.in_features, self.out_features)
         self.layer_state = LayerState(config, memory)
+        self.layer_state.move(self._parameter_device())
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""

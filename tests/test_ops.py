@@ -71,6 +71,19 @@ def test_a_copy_has_a_handle_of_its_own():
     assert find(state.handle) is state
 
 
+def test_handles_are_where_the_layer_is():
+    """A graph of one device's operators would otherwise hold a tensor of another device."""
+    layer = convert_(nn.Linear(N, P, device="meta"))
+    number = layer.layer_state.handle.shape
+    assert layer.layer_state.handle.is_meta
+    assert layer.layer_state.order.is_meta
+    layer.to_empty(device="cpu").half()
+    assert layer.layer_state.handle.device.type == layer.layer_state.order.device.type == "cpu"
+    assert layer.layer_state.handle.dtype == torch.uint8
+    assert layer.layer_state.handle.shape == number
+    assert find(layer.layer_state.handle) is layer.layer_state
+
+
 def test_memory_that_is_gone_before_backward():
     state = state_for(memory="none")
     handle, order = state.handle, state.order
