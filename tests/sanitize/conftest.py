@@ -35,8 +35,10 @@ class Gpu:
 
 
 @pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"], autouse=True)
-def gpu(request):
+def gpu(request, monkeypatch):
     """A GPU without tensor copies and one with; tensors made for "cuda" land on it."""
+    # It captures no graphs, and PyTorch without CUDA cannot be asked.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     sanitize = pytest.importorskip("ttsem.sanitize", reason="needs ttsem: run `make sanitize`")
     pretending = pytest.importorskip("ttsem._fakedriver")
     before = driver._active
