@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,6 @@ def outcomes(tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="torchrun's gloo is not built there")
 @pytest.mark.parametrize("name", CHECKS)
 def test_factor_all_gather(outcomes, name):
     failures = [f"process {rank}: {o[name]}" for rank, o in enumerate(outcomes) if o[name]]
