@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from memaop_triton.errors import CommandError
 
-class ExperimentError(Exception):
-    """An experiment cannot run; the message names the argument at fault and what would do."""
+
+class ExperimentError(CommandError):
+    """An experiment cannot run."""
 
 
 class DataError(ExperimentError):

@@ -1,0 +1,1 @@
+"""The subcommands of `memaop-triton`: options in, tables and files out."""
