@@ -173,10 +173,10 @@ class Plan:
             title_justify="left",
         )
         table.add_column("layer", overflow="fold")
-        table.add_column("M×N×P", no_wrap=True)
+        table.add_column("M×N×P", overflow="fold")
         for name in ("calls", "dense ms", "ours ms", "speed-up [quartiles]", "held"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("verdict", no_wrap=True)
+            table.add_column(name, justify="right", overflow="fold")
+        table.add_column("verdict", overflow="fold")
         for row in self.layers:
             table.add_row(*_cells(row))
         return table
