@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ _LANES = 16
 # Every thread sums into a product of its own: 16 MiB of these at the most.
 _MOST_PARTS = 1 << 22
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+#: What any of the row passes take; some take float32 only.
+DTYPES = tuple(_SUFFIX)
 # Not -march=native: a cache directory may be shared by machines of different make.
 _VECTOR_FLAGS = {
     "AVX512": [
@@ -187,6 +190,46 @@ def _compiled() -> ctypes.CDLL | None:
 
 
 def _load() -> ctypes.CDLL:
+    recipe = find_recipe()
+    cached = recipe.file
+    try:
+        return ctypes.CDLL(str(cached))
+    except OSError as error:
+        _log.info("compiling the row passes: %s", error)
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = _compile(recipe.compiler, recipe.flags, Path(folder))
+        try:
+            _put(compiled, cached)
+            return ctypes.CDLL(str(cached))
+        except OSError as error:
+            _log.info("compiled row passes are not kept in %s: %s", cached.parent, error)
+        return ctypes.CDLL(str(compiled))
+
+
+class Recipe(NamedTuple):
+    """How the row passes are compiled on this machine.
+
+    Attributes:
+        compiler: The command.
+        version: What it says of itself.
+        vectors: The vector instructions they are compiled for, as PyTorch names them.
+        flags: All flags.
+        file: Where the result is kept.
+    """
+
+    compiler: str
+    version: str
+    vectors: str
+    flags: list[str]
+    file: Path
+
+
+def find_recipe() -> Recipe:
+    """How `rows.c` would be compiled here; asks the compiler for its version.
+
+    Raises:
+        BuildError: It cannot be compiled on this machine.
+    """
     # PyTorch's own OpenMP runtime serves the parallel loops, and so its threads: the file is not
     # linked against another one.
     if sys.platform != "linux":
@@ -194,23 +237,29 @@ def _load() -> ctypes.CDLL:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise BuildError("no C compiler: none of $CC, cc, gcc is there")
-    flags = _FLAGS + _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
+    vectors = torch.backends.cpu.get_cpu_capability()
+    flags = _FLAGS + _VECTOR_FLAGS.get(vectors, [])
     version = _run([*compiler.split(), "--version"])
     made_from = "\0".join([_SOURCE.read_text(), version, platform.machine(), *flags])
     name = f"rows-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
-    cached = cache_folder("native") / name
+    return Recipe(compiler, version, vectors, flags, cache_folder("native") / name)
+
+
+def obstacle() -> str:
+    """Why the compiled row passes are not used on this machine; "" if they are.
+
+    Compiles them if that has not been done yet.
+
+    Raises:
+        ValueError: `MEMAOP_TRITON_BACKEND` holds none of its values.
+    """
+    if backend.chosen() == "torch":
+        return "MEMAOP_TRITON_BACKEND='torch' leaves them out"
     try:
-        return ctypes.CDLL(str(cached))
-    except OSError as error:
-        _log.info("compiling the row passes: %s", error)
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = _compile(compiler, flags, Path(folder))
-        try:
-            _put(compiled, cached)
-            return ctypes.CDLL(str(cached))
-        except OSError as error:
-            _log.info("compiled row passes are not kept in %s: %s", cached.parent, error)
-        return ctypes.CDLL(str(compiled))
+        _load()
+    except (BuildError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def _compile(compiler: str, flags: list[str], folder: Path) -> Path:
