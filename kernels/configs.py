@@ -63,8 +63,8 @@ def heuristic(problem: Problem, target: Target) -> Config:
         for i, config in enumerate(
             split
             for tile in shipped_tiles.tiles(problem, target)
-            if footprint.occupancy(problem, tile, target)
             for split in splits(problem, tile, target)
+            if footprint.occupancy(problem, split, target)
         )
     ]
     return min(ranked, key=lambda one: one[:3])[3]

@@ -23,11 +23,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memaop_triton.kernels.config_types import Config
+from memaop_triton.kernels import gemm_work, row_work
+from memaop_triton.kernels.config_types import Config, GemmConfig, RowConfig
 from memaop_triton.kernels.footprint import occupancy, registers, shared_memory
 from memaop_triton.kernels.problem import Problem
 from memaop_triton.kernels.targets import Target
-from memaop_triton.kernels.work import Work, work
+from memaop_triton.kernels.work import Work
 
 SCHEDULERS = 4  # instructions per cycle of an SM, SIMDs of a compute unit
 PORT_BYTES = 64  # per cycle into an SM's (a compute unit's) first-level cache
@@ -107,6 +108,28 @@ class Cost:
         return max(units, key=units.__getitem__)
 
 
+def count_work(problem: Problem, config: Config, target: Target) -> Work:
+    """What a launch of `problem` has to do in one configuration.
+
+    Raises:
+        TypeError: The configuration is not one of this kernel's.
+    """
+    if problem.kernel in ("gather_gemm", "residual_gemm"):
+        if isinstance(config, GemmConfig):
+            return gemm_work.gemm(problem, config, target)
+    elif isinstance(config, RowConfig):
+        return _ROW_WORK[problem.kernel](problem, config, target)
+    raise TypeError(f"config={config!r} is not one of {problem.kernel}'s.")
+
+
+_ROW_WORK = {
+    "row_scores": row_work.passes,
+    "accumulate_and_score": row_work.passes,
+    "project": row_work.projection,
+    "transposed_mm": row_work.transposed,
+}
+
+
 def predict(problem: Problem, config: Config, target: Target) -> Cost:
     """How long `problem` takes in one configuration on a target's chip.
 
@@ -114,7 +137,7 @@ def predict(problem: Problem, config: Config, target: Target) -> Cost:
         TypeError: The configuration is not one of this kernel's.
         ValueError: A program does not fit on a processor.
     """
-    count, chip = work(problem, config, target), target.chip
+    count, chip = count_work(problem, config, target), target.chip
     beside = occupancy(problem, config, target)
     if beside == 0:
         raise ValueError(f"{config} does not fit on a processor of {target.name}.")

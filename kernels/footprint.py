@@ -41,18 +41,23 @@ def shared_memory(problem: Problem, config: Config, target: Target) -> int:
 
     A pipeline of s stages keeps s − 1 tiles of every operand in flight. Where the matrix unit reads
     shared memory itself, it still does so while the next tile arrives, which takes one more.
-    Operands that are computed (weighted, summed) pass through shared memory once more; AMD's
-    kernels load the first stage into registers instead.
+    Operands that are computed (weighted, summed) pass through shared memory once more, and so does
+    NVIDIA's result on its way out. AMD's kernels keep the first stage in registers.
     """
     if isinstance(config, GemmConfig):
-        return _gemm_shared(problem, config, target)
+        in_flight = _gemm_shared(problem, config, target)
+        if target.backend == "hip":
+            return in_flight
+        whole = "accumulate" in problem.flags or config.split_k > 1
+        size = 4 if whole else problem.dtype.itemsize
+        return max(in_flight, config.block_n // config.tiles_n * config.block_p * size + KIB)
     tile = config.block_m * config.block_c * problem.dtype.itemsize
     if problem.kernel not in ("project", "transposed_mm"):
         return config.block_m * config.block_c * 4 + KIB
     along = config.block_c if problem.kernel == "project" else config.block_m
     side = along * padded_rank(problem.rank) * problem.dtype.itemsize
     stages = config.num_stages
-    scratch = 4 * KIB
+    scratch = 5 * KIB  # sums across threads
     if target.backend == "hip":
         return (stages - 1) * (tile + side) + scratch
     in_registers = problem.kernel == "project" and target.arch != 100
