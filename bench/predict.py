@@ -7,6 +7,7 @@ Every number comes from `kernels/cost_model.py`, and so from published rates. No
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +63,9 @@ ASSUMPTIONS = """\
 - Ours runs the tile that `configs.heuristic` ships. Where several units of a chip work at once, the
   longest takes its time and a tenth ({unhidden:.0%}) of the others' is added.
 - A launch takes {launch:.0f} µs, whoever makes it, and so does every operation of a selection at
-  least: {operations}. Sorts and top-ks are several
-  launches, which is not counted, and neither is time in which the CPU is behind. A CUDA graph
-  removes most of both.
+  least: in PyTorch {version} {operations}. Sorts and top-ks are several launches,
+  which is not counted, and neither is time in which the CPU is behind. A CUDA graph removes most of
+  both.
 - The refresh of the subspace's basis also takes a QR factorisation of N x 16 numbers every eighth
   step. It runs in the vendor's solver, of which the model knows nothing; it is left out.
 - Caches are empty before each kernel but for what one leaves to the next, as parts to add up.
@@ -108,6 +109,16 @@ class _Counter(TorchDispatchMode):
         aliases = [value.alias_info for value in func._schema.returns]
         self.count += not any(alias is not None and not alias.is_write for alias in aliases)
         return func(*args, **(kwargs or {}))
+
+
+def pytorch() -> str:
+    """The release that is installed, of whatever build."""
+    return torch.__version__.partition("+")[0]
+
+
+def version_of_page() -> str:
+    """The PyTorch whose operations the page has counted."""
+    return re.findall(r"in PyTorch (\S+)", PAGE.read_text(encoding="utf-8"))[0]
 
 
 def operations(policy: str) -> int:
@@ -336,7 +347,11 @@ def _assumptions(targets: tuple[Target, ...]) -> str:
     )
     counts = ", ".join(f"{operations(p)} for `{p}`" for p in ("priority", "topk", "randk"))
     return ASSUMPTIONS.format(
-        rates=rates, unhidden=UNHIDDEN, launch=1e6 * LAUNCH, operations=counts
+        rates=rates,
+        unhidden=UNHIDDEN,
+        launch=1e6 * LAUNCH,
+        operations=counts,
+        version=pytorch(),
     )
 
 

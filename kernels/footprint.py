@@ -42,15 +42,15 @@ def shared_memory(problem: Problem, config: Config, target: Target) -> int:
     A pipeline of s stages keeps s − 1 tiles of every operand in flight. Where the matrix unit reads
     shared memory itself, it still does so while the next tile arrives, which takes one more.
     Operands that are computed (weighted, summed) pass through shared memory once more, and so does
-    NVIDIA's result on its way out. AMD's kernels keep the first stage in registers.
+    the result on its way out, by pieces on AMD, whose kernels keep the first stage in registers.
     """
     if isinstance(config, GemmConfig):
-        in_flight = _gemm_shared(problem, config, target)
-        if target.backend == "hip":
-            return in_flight
         whole = "accumulate" in problem.flags or config.split_k > 1
         size = 4 if whole else problem.dtype.itemsize
-        return max(in_flight, config.block_n // config.tiles_n * config.block_p * size + KIB)
+        leaving = config.block_n // config.tiles_n * config.block_p * size
+        if target.backend == "hip":
+            leaving = min(leaving, 32 * KIB)
+        return max(_gemm_shared(problem, config, target), leaving + KIB)
     tile = config.block_m * config.block_c * problem.dtype.itemsize
     if problem.kernel not in ("project", "transposed_mm"):
         return config.block_m * config.block_c * 4 + KIB
@@ -116,6 +116,8 @@ def registers(problem: Problem, config: Config, target: Target) -> int:
         fragments -= 0.4 * sums  # they are in tensor memory until they are stored
     if "weighted" in problem.flags:
         fragments += config.block_p * config.block_k / count * size / 4
+    if not problem.is_aligned:
+        fragments += operands * (1 + size / 4)  # every element comes by itself, into a register
     return int(40 + sums + fragments + 3 * copies)
 
 

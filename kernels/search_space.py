@@ -116,23 +116,30 @@ def _columns_first(problem: Problem, target: Target) -> bool:
 
 
 def _passes(problem: Problem, target: Target) -> Iterator[RowConfig]:
-    """Up to 64 rows and 1,024 columns, 16 bytes to 64 elements of each matrix per thread."""
+    """Up to 64 rows and 1,024 columns, 16 bytes to 64 elements per thread, half of it of two."""
     size = problem.dtype.itemsize
+    most = 32 if problem.kernel == "accumulate_and_score" else 64
     columns = max(problem.n, problem.p, 1)
     for rows, width, warps in itertools.product(_powers(1, 64), _powers(64, 1024), (2, 4, 8)):
         each = rows * width / (warps * target.warp_size)
-        if 16 / size <= each <= 64 and (width // 2 < columns or width == 64):
+        if 16 / size <= each <= most and (width // 2 < columns or width == 64):
             yield RowConfig(rows, width, warps)
 
 
 def _products(problem: Problem, target: Target) -> Iterator[RowConfig]:
-    """Tiles of 16 to 128 rows; the matrix units want 16 along every side."""
+    """Tiles of 16 to 128 rows; the matrix units want 16 along every side.
+
+    Exact float32 products keep sums and operands in the registers of their thread, so that few fit.
+    """
     size, exact = problem.dtype.itemsize, footprint.is_exact(problem)
     most = 64 if exact else 128
+    rank = footprint.padded_rank(problem.rank)
     widths = [w for w in _powers(32, 256) if w // 2 < problem.n or w == 32]
     for rows, width, warps, stages in itertools.product(
         _powers(SMALLEST_SIDE, most), widths, (4, 8), (2, 3, 4)
     ):
-        each = rows * width / (warps * target.warp_size)
-        if 16 / size <= each <= 64:
+        threads = warps * target.warp_size
+        side = rows if problem.kernel == "project" else width
+        held = side * rank / threads if exact else 0
+        if 16 / size <= rows * width / threads <= (32 if exact else 64) and held <= 32:
             yield RowConfig(rows, width, warps, stages)

@@ -25,7 +25,8 @@ class Target:
         processor_warps: Warps that can be on a processor at once.
         processor_programs: Programs that can be on a processor at once.
         processor_registers: 32-bit registers of a processor.
-        thread_registers: Of which one thread can have so many.
+        thread_registers: Of which one thread should have so many at most. AMD's can have twice as
+            many, but then a SIMD holds one warp, and nothing to do while that waits.
         chip: The chip that runs, or a typical one.
         has_tensor_copies: Whether tiles are copied by descriptor (TMA) instead of by pointers.
         has_tf32: Whether matrix units multiply float32 rounded to ten bits of mantissa.
@@ -83,7 +84,7 @@ def _amd(arch: str, shared: int, chip: Chip, *, tf32: bool) -> Target:
         processor_warps=32,
         processor_programs=32,
         processor_registers=1 << 17,
-        thread_registers=512,
+        thread_registers=256,
         chip=chip,
         has_tf32=tf32,
     )

@@ -74,10 +74,11 @@ def test_more_of_anything_is_never_faster(problem):
     config = configs.heuristic(problem, H100)
     larger = [replace(problem, rows=2 * problem.rows, k=2 * problem.k)]
     larger += [replace(problem, n=2 * problem.n), replace(problem, p=2 * problem.p)]
-    larger += [replace(problem, n=problem.n + 1)]
+    larger += [replace(problem, n=problem.n + 16)]
     for other in larger:
         assert seconds(other, config=config) >= seconds(problem, config=config), other
-    assert seconds(replace(problem, dtype=SINGLE)) > seconds(problem)
+    for other in (replace(problem, dtype=SINGLE), replace(problem, n=problem.n + 1)):
+        assert seconds(other) > seconds(problem), other
 
 
 @pytest.mark.parametrize("problem", problems(m=1 << 17, k=1 << 14), ids=name)
