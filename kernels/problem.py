@@ -56,6 +56,16 @@ class Problem:
         return replace(self, rows=rows, k=k)
 
     @property
+    def is_aligned(self) -> bool:
+        """Whether copies can be 16 bytes wide: rows start aligned, and columns come in sixteens.
+
+        Tiles that are copied by descriptor may be cut anywhere.
+        """
+        if "uneven" in self.flags:
+            return False
+        return "blocks" in self.flags or self.n % 16 == self.p % 16 == 0
+
+    @property
     def key(self) -> str:
         """All fields in one line, for the cache: "bfloat16 M=16384 K=2048 N=4096 P=4096 ..."."""
         words = [str(self.dtype).removeprefix("torch.")]
