@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from memaop_triton.kernels.problem import Problem
 from memaop_triton.kernels.targets import Target
 
 
@@ -287,3 +288,33 @@ def for_transposed(
     tile = tiles[0] if columns >= tiles[0].block_c else tiles[-1]
     programs = -(-columns // tile.block_c)
     return replace(tile, split=max(1, min(2 * target.processors // programs, rows // 1024, 32)))
+
+
+Config = GemmConfig | RowConfig
+
+
+def heuristic(problem: Problem, target: Target) -> Config:
+    """What a launch uses that nobody tuned: the rule of its kernel."""
+    aligned = "uneven" not in problem.flags
+    if problem.kernel == "gather_gemm":
+        return for_gather_gemm(
+            target,
+            problem.dtype,
+            problem.precision,
+            problem.k,
+            problem.n,
+            problem.p,
+            aligned=aligned,
+            accumulate="accumulate" in problem.flags,
+        )
+    if problem.kernel == "residual_gemm":
+        return for_residual_gemm(
+            target, problem.dtype, problem.precision, problem.k, problem.n, problem.p
+        )
+    if problem.kernel == "project":
+        return for_projection(target, problem.dtype, problem.rank, problem.rows, aligned=aligned)
+    if problem.kernel == "transposed_mm":
+        return for_transposed(
+            target, problem.dtype, problem.rank, problem.rows, problem.n, aligned=aligned
+        )
+    return for_rows(target, problem.rows, "sums" in problem.flags)

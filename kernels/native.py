@@ -21,11 +21,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import platformdirs
 import torch
 from torch import Tensor
 
 from memaop_triton.kernels import backend
+from memaop_triton.kernels.cache_folder import cache_folder
 
 _log = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def _load() -> ctypes.CDLL:
     version = _run([*compiler.split(), "--version"])
     made_from = "\0".join([_SOURCE.read_text(), version, platform.machine(), *flags])
     name = f"rows-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
-    cached = _cache_folder() / name
+    cached = cache_folder("native") / name
     try:
         return ctypes.CDLL(str(cached))
     except OSError as error:
@@ -211,11 +211,6 @@ def _load() -> ctypes.CDLL:
         except OSError as error:
             _log.info("compiled row passes are not kept in %s: %s", cached.parent, error)
         return ctypes.CDLL(str(compiled))
-
-
-def _cache_folder() -> Path:
-    chosen = os.environ.get("MEMAOP_TRITON_CACHE_DIR")
-    return (Path(chosen) if chosen else platformdirs.user_cache_path("memaop-triton")) / "native"
 
 
 def _compile(compiler: str, flags: list[str], folder: Path) -> Path:
