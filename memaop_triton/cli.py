@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from memaop_triton import __version__
-from memaop_triton.commands import experiments
+from memaop_triton.commands import cache, experiments, tuning
 from memaop_triton.errors import CommandError
 
 PROGRAM = "memaop-triton"
@@ -35,8 +35,9 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _command in (experiments.demo, experiments.reproduce):
+for _command in (experiments.demo, experiments.reproduce, tuning.tune):
     app.command()(_command)
+app.add_typer(cache.app, name="cache", no_args_is_help=True)
 
 
 # Where Typer keeps the base class of its usage errors differs between versions.
