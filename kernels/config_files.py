@@ -85,11 +85,16 @@ def merge_into(
 
 def merge(one: Iterable[Entry], other: Iterable[Entry]) -> tuple[Entry, ...]:
     """The entries of both by problem; of two about the same the later one, of `other` in a tie."""
-    moment = now()  # nothing counts as later, whatever clock it was tuned by
+    moment = now()
+
+    def time(entry: Entry) -> str:
+        """What lies in the future was tuned by a clock that is wrong, and gives way."""
+        return entry.tuned if entry.tuned <= moment else ""
+
     found: dict[tuple[str, str, str], Entry] = {}
     for entry in (*one, *other):
         before = found.get(entry.identity)
-        if before is None or min(entry.tuned, moment) >= min(before.tuned, moment):
+        if before is None or time(entry) >= time(before):
             found[entry.identity] = entry
     return tuple(found[identity] for identity in sorted(found))
 
