@@ -8,6 +8,7 @@ import os
 import random
 import select
 import signal
+import statistics
 import sys
 import time
 
@@ -37,13 +38,26 @@ def tune(process):
         )
 
 
+def write():
+    shape = problem(random.randrange(SHAPES))
+    entry = config_cache.entry_for(shape, heuristic(shape, TARGETS["sm_90"]), 1.0, 2.0)
+    config_files.merge_into(PATH, ConfigFile(GPU, KERNEL, (entry,)), source=entry.source)
+
+
 def write_constantly(started):
     random.seed()
-    config = heuristic(problem(0), TARGETS["sm_90"])
     while True:
         os.write(started, b".")
-        entry = config_cache.entry_for(problem(random.randrange(SHAPES)), config, 1.0, 2.0)
-        config_files.merge_into(PATH, ConfigFile(GPU, KERNEL, (entry,)), source=entry.source)
+        write()
+
+
+def seconds_of_a_write():
+    times = []
+    for _ in range(9):
+        began = time.monotonic()
+        write()
+        times.append(time.monotonic() - began)
+    return statistics.median(times)
 
 
 def fork(work, *args):
@@ -64,12 +78,12 @@ def two_at_once():
 
 
 def kill_at_random_points():
-    most = 0
+    most, usual = 0, seconds_of_a_write()
     ready, started = os.pipe()
     for _ in range(KILLS):
         child = fork(write_constantly, started)
         os.read(ready, 1)
-        time.sleep(random.uniform(0, 0.01))
+        time.sleep(random.uniform(0, 2 * usual))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         while select.select([ready], [], [], 0)[0]:
