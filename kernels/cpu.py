@@ -111,6 +111,9 @@ def gather_gemm(
         weights: [K] in `score_dtype`, or `None` for all 1.
         projection: E, Z and Zᵀ G.
     """
+    product = native.gather_gemm(x, g, indices, weights, projection)
+    if product is not None:
+        return product
     rows = indices.numel()
     # A panel of rows is multiplied while it is in the cache, and memory for one panel is enough.
     # Half precision would round the sum at every panel, so there all rows make one.

@@ -1,8 +1,8 @@
-"""The row passes of `rows.c`, compiled on first use where a C compiler is at hand.
+"""`rows.c`, `selection.c` and `gather_gemm.c`, compiled on first use where a C compiler is at hand.
 
 Every function returns `None` when it does not apply (no compiler, another system, a dtype or layout
-that `rows.c` does not take); `cpu.py` then does the same in plain PyTorch. The compiled file stays
-in the cache directory, under a name that says what it was made from and for.
+that the C code does not take); `cpu.py` then does the same in plain PyTorch. The compiled file
+stays in the cache directory, under a name that says what it was made from and for.
 
 `MEMAOP_TRITON_BACKEND=torch` leaves all of this out, `MEMAOP_TRITON_CACHE_DIR` moves the cache.
 """
@@ -19,7 +19,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import torch
@@ -29,8 +32,14 @@ from memaop_triton.kernels import backend
 
 _log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("rows.c")
+_HEADER = Path(__file__).with_name("lanes.h")
+_SOURCES = tuple(_HEADER.with_name(f"{name}.c") for name in ("rows", "selection", "gather_gemm"))
 _LANES = 16
+# Where its GEMM was measured to be as fast as PyTorch's, so that the gather comes for nothing.
+_GEMM_CAPABILITIES = ("AVX2",)
+# A thread keeps this much room for panels between calls; asking for it anew costs page faults.
+_MOST_KEPT = 32 << 20
+_MOST_RANK = 1024
 # Every thread sums into a product of its own: 16 MiB of these at the most.
 _MOST_PARTS = 1 << 22
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
@@ -100,14 +109,13 @@ def transposed_mm(z: Tensor, a: Tensor, norms: Tensor | None = None) -> Tensor |
         return None
     rank, columns = z.shape[1], a.shape[1]
     *size, threads = _size(a, most_threads=max(1, _MOST_PARTS // (rank * columns)))
-    # Rows a power of two apart would share a few places of the cache.
-    parts = a.new_zeros((threads.value, rank, columns + _LANES))
+    parts = a.new_zeros((threads.value, rank, library.row_of_sums(ctypes.c_long(columns))))
     library.transposed_product(
         *_matrix(z),
         ctypes.c_long(rank),
         *_matrix(a),
         _pointer(parts),
-        ctypes.c_long(parts.stride(1)),
+        _pointer(_room_for(4 * threads.value * library.strip_size())),
         None if norms is None else _pointer(norms),
         *size,
         threads,
@@ -127,12 +135,89 @@ def priority(scores: Tensor, draws: Tensor, k: int) -> tuple[Tensor, Tensor] | N
     library = _library_for(scores, draws) if wanted else None
     if library is None:
         return None
-    keys = torch.empty_like(scores, dtype=torch.int32)
-    indices, weights = scores.new_empty(k, dtype=torch.int64), scores.new_empty(k)
-    sizes = ctypes.c_long(scores.numel()), ctypes.c_long(k)
-    results = _pointer(indices), _pointer(weights)
-    library.priority(_pointer(scores), _pointer(draws), _pointer(keys), *sizes, *results)
+    weights = scores.new_empty(k)
+    indices = _choose(library.priority, k, scores, draws, results=[weights])
     return indices, weights
+
+
+def largest(scores: Tensor, k: int) -> Tensor | None:
+    """The `k` rows with the largest scores ([M] float32), ascending, or `None`; NaN is infinity.
+
+    Of rows with equal scores the first ones are taken. `k` is from 1 to M − 1.
+    """
+    library = _library_for(scores) if scores.dtype == torch.float32 else None
+    return None if library is None else _choose(library.largest, k, scores)
+
+
+def _choose(function: Any, k: int, *scores: Tensor, results: Sequence[Tensor] = ()) -> Tensor:
+    keys = torch.empty_like(scores[0], dtype=torch.int32)
+    indices = torch.empty(k, dtype=torch.int64)
+    sizes = ctypes.c_long(keys.numel()), ctypes.c_long(k)
+    function(*map(_pointer, (*scores, keys)), *sizes, *map(_pointer, (indices, *results)))
+    return indices
+
+
+def gather_gemm(
+    x: Tensor,
+    g: Tensor,
+    indices: Tensor,
+    weights: Tensor | None = None,
+    projection: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor | None:
+    """Σ_k w_k g[i_k]ᵀ x[i_k] ([P, N]), or `None`; arguments and projection as in `cpu.gather_gemm`.
+
+    Raises:
+        IndexError: An index is not in [0, M).
+    """
+    given = [x, g] if weights is None else [x, g, weights]
+    rank = 0
+    if projection is not None:
+        expand, z, zg = projection
+        rank = z.shape[1]
+        # Rows a power of two apart would share a few places of the cache.
+        by_row = x.new_empty((expand.shape[1], expand.shape[0] + _LANES))[:, : expand.shape[0]]
+        by_row.copy_(expand.t())
+        given += [by_row, z, zg]
+    wanted = torch.backends.cpu.get_cpu_capability() in _GEMM_CAPABILITIES and all(
+        a.dtype == torch.float32 for a in given
+    )
+    # A result smaller than a tile is no work for a GEMM.
+    wanted = wanted and min(x.shape[1], g.shape[1]) >= _LANES and rank <= _MOST_RANK
+    library = _library_for(*given) if wanted else None
+    if library is None:
+        return None
+    (rows, n), p, k = x.shape, g.shape[1], indices.numel()
+    out = x.new_empty((p, n))
+    nothing = ctypes.c_void_p()
+    inside = (nothing, ctypes.c_long(), nothing, ctypes.c_long(), nothing)
+    if projection is not None:
+        inside = (*_matrix(z), *_matrix(by_row), _pointer(zg.contiguous()))
+    if k + rank == 0:
+        return out.zero_()
+    sizes = map(ctypes.c_long, (rows, k, n, p, rank))
+    threads = min(torch.get_num_threads(), 1 + (k + rank) * n * p // 200_000)
+    panels = _room_for(4 * library.panel_size(ctypes.c_long(n), ctypes.c_long(p)))
+    failed = library.gather_gemm(
+        *(*_matrix(x), *_matrix(g), _pointer(indices.contiguous())),
+        *(nothing if weights is None else _pointer(weights.contiguous()), *inside),
+        *(_pointer(out), _pointer(panels), *sizes, ctypes.c_int(threads)),
+    )
+    if failed:
+        raise IndexError(f"indices must be in [0, {rows}), the rows of x.")
+    return out
+
+
+_kept = threading.local()
+
+
+def _room_for(count: int) -> Tensor:
+    """`count` bytes from a multiple of 64 on, until the thread that asks asks again."""
+    room: Tensor | None = getattr(_kept, "room", None)
+    if room is None or room.numel() < count + 64:
+        room = torch.empty(count + 64, dtype=torch.uint8, device="cpu")
+        if count <= _MOST_KEPT:
+            _kept.room = room
+    return room[-room.data_ptr() % 64 :]
 
 
 def is_compiled() -> bool:
@@ -196,21 +281,29 @@ def _load() -> ctypes.CDLL:
         raise BuildError("no C compiler: none of $CC, cc, gcc is there")
     flags = _FLAGS + _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
     version = _run([*compiler.split(), "--version"])
-    made_from = "\0".join([_SOURCE.read_text(), version, platform.machine(), *flags])
+    texts = [source.read_text() for source in (_HEADER, *_SOURCES)]
+    made_from = "\0".join([*texts, version, platform.machine(), *flags])
     name = f"rows-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     cached = _cache_folder() / name
     try:
-        return ctypes.CDLL(str(cached))
+        return _open(cached)
     except OSError as error:
         _log.info("compiling the row passes: %s", error)
     with tempfile.TemporaryDirectory() as folder:
         compiled = _compile(compiler, flags, Path(folder))
         try:
             _put(compiled, cached)
-            return ctypes.CDLL(str(cached))
+            return _open(cached)
         except OSError as error:
             _log.info("compiled row passes are not kept in %s: %s", cached.parent, error)
-        return ctypes.CDLL(str(compiled))
+        return _open(compiled)
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for function in (library.panel_size, library.row_of_sums, library.strip_size):
+        function.restype = ctypes.c_long
+    return library
 
 
 def _cache_folder() -> Path:
@@ -219,9 +312,11 @@ def _cache_folder() -> Path:
 
 
 def _compile(compiler: str, flags: list[str], folder: Path) -> Path:
-    made, linked = folder / "rows.o", folder / "rows.so"
-    _run([*compiler.split(), *flags, "-c", str(_SOURCE), "-o", str(made)])
-    _run([*compiler.split(), "-shared", str(made), "-o", str(linked), "-lm"])
+    objects = [folder / f"{source.stem}.o" for source in _SOURCES]
+    for source, made in zip(_SOURCES, objects, strict=True):
+        _run([*compiler.split(), *flags, "-c", str(source), "-o", str(made)])
+    linked = folder / "rows.so"
+    _run([*compiler.split(), "-shared", *map(str, objects), "-o", str(linked), "-lm"])
     return linked
 
 

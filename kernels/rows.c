@@ -1,47 +1,15 @@
-/* One pass over the rows of a matrix, for tensors in a CPU's memory, and the choice among them.
+/* One pass over the rows of a matrix, for tensors in a CPU's memory.
  *
  * PyTorch has no operation that updates or projects a row and returns its norm, so the norm costs a
  * second pass over data that may have left the cache, and a product with a few columns waits for
  * memory before it computes. These functions make one pass, which leaves the memory bandwidth as
- * the limit. Loops carry `omp simd`, not fast-math: sums may be reordered, NaN and infinity mean
- * what they always mean.
- *
- * Matrices are row-major with unit column stride; `ld` is the distance between rows in elements.
+ * the limit.
  */
 
-#include <float.h>
+#include "lanes.h"
+
 #include <math.h>
-#include <omp.h>
-#include <stdint.h>
 #include <string.h>
-
-#define INLINE static inline __attribute__((always_inline))
-#define SMALLER(A, B) ((A) < (B) ? (A) : (B))
-
-/* Floats in a vector register, how many registers there are, and how many groups of 16 columns of a
- * projection are taken together (below). */
-#if defined(__AVX512F__)
-enum { LANES = 16, REGISTERS = 32, PIECE = 4 };
-#elif defined(__AVX__)
-enum { LANES = 8, REGISTERS = 16, PIECE = 1 };
-#elif defined(__aarch64__)
-enum { LANES = 4, REGISTERS = 32, PIECE = 1 };
-#else
-enum { LANES = 4, REGISTERS = 16, PIECE = 1 };
-#endif
-
-/* The part of `count` items that this thread takes if at most `threads` work. The team keeps the
- * size it has everywhere else in PyTorch: asking for another size would start threads anew. */
-typedef struct {
-    long first, end;
-} Share;
-
-INLINE Share share_of(long count, int threads) {
-    const long team = omp_get_num_threads() < threads ? omp_get_num_threads() : threads;
-    const long me = omp_get_thread_num() < team ? omp_get_thread_num() : team;
-    const Share share = {count * me / team, me < team ? count * (me + 1) / team : count};
-    return share;
-}
 
 #define DEFINE_ROW_FUNCTIONS(T, SUFFIX, SQRT)                                                      \
     typedef T lanes_##SUFFIX __attribute__((vector_size(4 * LANES), aligned(sizeof(T))));          \
@@ -107,10 +75,10 @@ DEFINE_ROW_FUNCTIONS(double, f64, sqrt)
  * registers and leaves the other half to operands: more would spill, fewer would wait for the last
  * multiply-add of the same sum. */
 
-enum { GROUP = 16, STRIP = 64, BLOCK = 128, SUMS = REGISTERS / 2, WIDE = SUMS / 4, MOST_ROWS = 8 };
+enum { GROUP = 16, STRIP = 64, BLOCK = 1024, SUMS = REGISTERS / 2, WIDE = SUMS / 4, MOST_ROWS = 8 };
 
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float loose __attribute__((vector_size(4 * LANES), aligned(4))); /* at any address */
+/* How many groups are taken together. */
+enum { PIECE = LANES == 16 ? 4 : 1 };
 
 INLINE float total(vec v) {
     float sum = 0;
@@ -199,120 +167,89 @@ void project(const float *x, long ldx, const float *basis, float *z, float *norm
     }
 }
 
-/* out[c][j] += sum over `n` rows of z[i][c] a[i][j], for 4 rows of `out` and `width` vectors. */
-INLINE void transposed_tile(const float *z, long ldz, const float *a, long lda, float *out,
-                            long ldo, const int n, const int width) {
+/* Columns of a panel, and numbers from one panel to the next: not a power of two, or the panels of a
+ * row would share a few places of the cache. */
+enum { SIDE = WIDE * LANES, PANEL = STRIP * SIDE + GROUP };
+
+/* Columns `first` up to `end` of `rows` rows as panels, the last one filled up with zeros; adds what
+ * they contribute to |a_i|^2, unless `squares` is null. */
+static void pack_strip(const float *a, long lda, float *panels, float *squares, long rows,
+                       long columns) {
+    for (long i = 0; i < rows; i++) {
+        const float *row = a + i * lda;
+        float *to = panels + i * SIDE;
+        vec sums[WIDE] = {{0}};
+        long j = 0;
+        for (; j + SIDE <= columns; j += SIDE, to += PANEL)
+            for (int v = 0; v < WIDE; v++) {
+                const vec part = *(const loose *)(row + j + v * LANES);
+                *(loose *)(to + v * LANES) = part;
+                sums[v] += part * part;
+            }
+        float sum = 0;
+        for (int v = 0; v < WIDE; v++)
+            sum += total(sums[v]);
+        if (j < columns) {
+            memset(to, 0, SIDE * sizeof *to);
+            for (long c = 0; j < columns; j++, c++) {
+                to[c] = row[j];
+                sum += row[j] * row[j];
+            }
+        }
+        if (squares != NULL)
+            squares[i] += sum;
+    }
+}
+
+/* out[c][j] += sum over `rows` rows of z[i][c] a[i][j], for 4 rows of `out` and a panel of a. */
+INLINE void transposed_tile(const float *z, long ldz, const float *panel, float *out, long ldo,
+                            long rows) {
     vec sum[4][WIDE];
     for (int c = 0; c < 4; c++)
-        for (int v = 0; v < width; v++)
+        for (int v = 0; v < WIDE; v++)
             sum[c][v] = ((const loose *)(out + c * ldo))[v];
-    for (int i = 0; i < n; i++)
+    for (long i = 0; i < rows; i++)
         for (int c = 0; c < 4; c++)
-            for (int v = 0; v < width; v++)
-                sum[c][v] += z[i * ldz + c] * ((const loose *)(a + i * lda))[v];
+            for (int v = 0; v < WIDE; v++)
+                sum[c][v] += z[i * ldz + c] * ((const loose *)(panel + i * SIDE))[v];
     for (int c = 0; c < 4; c++)
-        for (int v = 0; v < width; v++)
+        for (int v = 0; v < WIDE; v++)
             ((loose *)(out + c * ldo))[v] = sum[c][v];
 }
 
-/* out += Z^T A for `n` rows and columns `first` up to `end`. */
-INLINE void transposed_rows(const float *z, long ldz, long z_columns, const float *a, long lda,
-                            float *out, long ldo, long first, long end, const int n) {
-    long j = first;
-    for (; j + WIDE * LANES <= end; j += WIDE * LANES)
-        for (long c = 0; c < z_columns; c += 4)
-            transposed_tile(z + c, ldz, a + j, lda, out + c * ldo + j, ldo, n, WIDE);
-    for (; j < end; j += LANES)
-        for (long c = 0; c < z_columns; c += 4)
-            transposed_tile(z + c, ldz, a + j, lda, out + c * ldo + j, ldo, n, 1);
-}
+/* Numbers from one row of `parts` below to the next, and the panels that each thread has. */
+long row_of_sums(long columns) { return (columns + SIDE - 1) / SIDE * SIDE + GROUP; }
+long strip_size(void) { return BLOCK / SIDE * PANEL; }
 
 /* Z^T A and, unless `norms` is null, norms[i] = |a_i|, in one pass over A.
- * z [rows, z_columns], z_columns a multiple of 4; a [rows, columns], columns a multiple of 16;
- * parts [threads, z_columns, ldo], zero on entry: their sum is the product. Every thread has its
- * own, so that the order of the sums is always the same. ldo is best no power of two, or the rows of
- * a part share a few places of the cache. */
+ * z [rows, z_columns], z_columns a multiple of 4; a [rows, columns];
+ * parts [threads, z_columns, row_of_sums(columns)], zero on entry: their sum is the product. Every
+ * thread has its own, so that the order of the sums is always the same.
+ * panels [threads, strip_size()]: a strip of rows is copied there, where it fits the second-level
+ * cache, while its norms are taken from memory's own pace. */
 void transposed_product(const float *z, long ldz, long z_columns, const float *a, long lda,
-                        float *parts, long ldo, float *norms, long rows, long columns,
+                        float *parts, float *panels, float *norms, long rows, long columns,
                         int threads) {
+    const long ldo = row_of_sums(columns);
     _Pragma("omp parallel if (threads > 1)") {
         const Share share = share_of(rows, threads);
         float *out = parts + omp_get_thread_num() * z_columns * ldo;
-        /* A strip of rows is read from memory for its norms, and from the cache after that; a block
-         * of the sums stays in the nearest cache meanwhile. */
+        float *mine = panels + omp_get_thread_num() * strip_size();
         for (long first = share.first; first < share.end; first += STRIP) {
-            const long end = SMALLER(first + STRIP, share.end);
-            if (norms != NULL)
-                for (long i = first; i < end; i++)
-                    norms[i] = norm_f32(a + i * lda, columns);
+            const long count = SMALLER(STRIP, share.end - first);
+            float *squares = norms == NULL ? NULL : norms + first;
+            if (squares != NULL)
+                memset(squares, 0, count * sizeof *squares);
             for (long j = 0; j < columns; j += BLOCK) {
-                const long last = SMALLER(j + BLOCK, columns);
-                long i = first;
-                for (; i + MOST_ROWS <= end; i += MOST_ROWS)
-                    transposed_rows(z + i * ldz, ldz, z_columns, a + i * lda, lda, out, ldo, j,
-                                    last, MOST_ROWS);
-                for (; i < end; i++)
-                    transposed_rows(z + i * ldz, ldz, z_columns, a + i * lda, lda, out, ldo, j,
-                                    last, 1);
+                const long width = SMALLER(BLOCK, columns - j);
+                pack_strip(a + first * lda + j, lda, mine, squares, count, width);
+                for (long t = 0; t * SIDE < width; t++)
+                    for (long c = 0; c < z_columns; c += 4)
+                        transposed_tile(z + first * ldz + c, ldz, mine + t * PANEL,
+                                        out + c * ldo + j + t * SIDE, ldo, count);
             }
+            for (long i = 0; squares != NULL && i < count; i++)
+                squares[i] = sqrtf(squares[i]);
         }
-    }
-}
-
-/* The bits of a non-negative float or infinity, which are ordered like the numbers. */
-INLINE uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-/* The bits of the `rank`-th largest key (from 0): a histogram of the upper 11 bits, then of the next
- * ones among the keys that share those, and so on. */
-static uint32_t ranked_key(const uint32_t *keys, long count, long rank) {
-    static const int shifts[] = {21, 10, 0};
-    uint32_t prefix = 0, known = 0;
-    for (int pass = 0; pass < 3; pass++) {
-        const int shift = shifts[pass];
-        const uint32_t digit = pass < 2 ? 2047 : 1023;
-        long histogram[2048] = {0};
-        for (long i = 0; i < count; i++)
-            if ((keys[i] & known) == prefix)
-                histogram[keys[i] >> shift & digit]++;
-        uint32_t bin = digit;
-        while (rank >= histogram[bin])
-            rank -= histogram[bin--];
-        prefix |= bin << shift;
-        known |= digit << shift;
-    }
-    return prefix;
-}
-
-/* Priority sampling: the k rows with the largest scores[i] / draws[i], ascending, each with its
- * weight max(1, t / score) for t the next largest key, or 0 for a score of 0. NaN counts as infinity;
- * beside infinite scores the finite ones count as 0, and the infinite ones as 1.
- * scores, draws, keys [count], draws in (0, 1], 0 < k < count; indices, weights [k]. */
-void priority(const float *scores, const float *draws, uint32_t *keys, long count, long k,
-              int64_t *indices, float *weights) {
-    int infinite = 0;
-    for (long i = 0; i < count; i++)
-        infinite |= !(scores[i] <= FLT_MAX);
-    for (long i = 0; i < count; i++) {
-        const float score = infinite ? !(scores[i] <= FLT_MAX) : scores[i];
-        keys[i] = bits_of(score / draws[i]);
-    }
-    const uint32_t next = ranked_key(keys, count, k);
-    float threshold;
-    memcpy(&threshold, &next, sizeof threshold);
-    long above = 0;
-    for (long i = 0; i < count; i++)
-        above += keys[i] > next;
-    /* Rows whose key equals the threshold fill up what is left, the first ones first. */
-    long equal = k - above, taken = 0;
-    for (long i = 0; i < count && taken < k; i++) {
-        if (keys[i] < next || (keys[i] == next && equal-- <= 0))
-            continue;
-        const float score = infinite ? !(scores[i] <= FLT_MAX) : scores[i];
-        indices[taken] = i;
-        weights[taken++] = score > 0 ? fmaxf(1, threshold / score) : 0;
     }
 }

@@ -82,6 +82,10 @@ def select_rows(
         chosen = native.priority(scores, draws, k)
         if chosen is not None:
             return Selection(*chosen)
+    if policy == "topk":
+        largest = native.largest(scores, k)
+        if largest is not None:
+            return Selection(largest, torch.ones(k, dtype=scores.dtype))
     scores = scores.nan_to_num(nan=math.inf, posinf=math.inf)
     if policy == "randk":
         indices, weights = _randk(scores, k, generator, rescale)

@@ -22,6 +22,17 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+PRODUCT = r"fn?m(?:add|sub)\d+p|mulp"
+
+
+def assembly(source, capability, folder):
+    """What the compiler makes of a file for processors with these instructions."""
+    flags = native._FLAGS + native._VECTOR_FLAGS.get(capability, [])
+    listing = folder / "listing.s"
+    native._run(["cc", *flags, "-S", str(native._HEADER.with_name(source)), "-o", str(listing)])
+    return listing.read_text()
+
+
 @pytest.fixture
 def plain(monkeypatch):
     """Switches the compiled row passes off from the moment it is called."""
@@ -72,13 +83,23 @@ def test_projections_agree_with_pytorch(plain, rows, columns, rank, threads):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 assembly")
 @pytest.mark.parametrize("capability", [*native._VECTOR_FLAGS, "DEFAULT"])
 def test_sums_stay_in_registers(tmp_path, capability):
-    flags = native._FLAGS + native._VECTOR_FLAGS.get(capability, [])
-    listing = tmp_path / "rows.s"
-    native._run(["cc", *flags, "-S", str(native._SOURCE), "-o", str(listing)])
-    spills = re.findall(r"mov[ua]?p[sd]\t.*\(%r[sb]p", listing.read_text())
-    products = re.findall(r"fn?m(?:add|sub)\d+p|mulp", listing.read_text())
+    listing = assembly("rows.c", capability, tmp_path)
+    spills = re.findall(r"mov[ua]?p[sd]\t.*\(%r[sb]p", listing)
+    products = re.findall(PRODUCT, listing)
     assert len(products) > 100
     assert len(spills) < len(products) / 4
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 assembly")
+@pytest.mark.parametrize("capability", [*native._VECTOR_FLAGS, "DEFAULT"])
+def test_the_loop_of_the_gemm_stores_nothing(tmp_path, capability):
+    listing = assembly("gather_gemm.c", capability, tmp_path)
+    loops = re.findall(r"^(\.L\d+):\n((?:\t.*\n)*?)\tj\w+\t\1\n", listing, re.MULTILINE)
+    inner = [body for _, body in loops if len(re.findall(PRODUCT, body)) >= 12]
+    assert inner
+    for body in inner:
+        assert not re.search(r"mov[ua]?p[sd]\t%[xyz]mm\d+, .*\(", body)
 
 
 @needs_compiler
@@ -141,6 +162,120 @@ def test_priority_takes_the_first_of_equal_keys():
     indices, weights = native.priority(torch.ones(9), torch.ones(9), 4)
     assert indices.tolist() == [0, 1, 2, 3]
     assert weights.tolist() == [1, 1, 1, 1]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("count", "k"), [(2, 1), (17, 16), (500, 3), (5000, 625)])
+def test_the_largest_scores_are_selected(count, k):
+    scores = torch.rand(count)
+    scores[torch.rand(count) < 0.1] = 0
+    indices = native.largest(scores, k)
+    assert torch.equal(scores[indices].sort().values, scores.topk(k).values.flip(0))
+    assert (indices.diff() > 0).all()
+
+
+@needs_compiler
+def test_of_equal_scores_the_first_are_selected_and_nan_before_all():
+    assert native.largest(torch.ones(9), 4).tolist() == [0, 1, 2, 3]
+    scores = torch.tensor([1.0, torch.nan, 3.0, torch.inf, 0.0])
+    assert native.largest(scores, 3).tolist() == [1, 2, 3]
+
+
+@pytest.fixture
+def own_gemm(monkeypatch):
+    """The GEMM of `gather_gemm.c`, whether it is the faster one on this machine or not."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setattr(native, "_GEMM_CAPABILITIES", (capability,))
+    return native.gather_gemm
+
+
+def gemm_operands(k, n, p, rank):
+    rows = max(k, 1) + 40
+    x, g = torch.randn(rows, n), torch.randn(rows, p)
+    indices = torch.randperm(rows)[:k].sort().values
+    projection = None
+    if rank:
+        basis = torch.linalg.qr(torch.randn(n, n)).Q[:, :rank]
+        z = x @ basis
+        projection = cpu.Projection(basis, z, z.t() @ g)
+    return x, g, indices, torch.rand(k) + 1, projection
+
+
+@needs_compiler
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rank", [0, 1, 16])
+@pytest.mark.parametrize("k", [0, 1, 3, 255, 256, 257, 700])
+@pytest.mark.parametrize(("n", "p"), [(16, 16), (17, 31), (96, 48), (130, 61), (64, 400)])
+def test_the_gather_gemm_agrees_with_float64(own_gemm, n, p, k, rank, weighted):
+    x, g, indices, weights, projection = gemm_operands(k, n, p, rank)
+    weights = weights if weighted else None
+    gx, gg = x[indices].double(), g[indices].double()
+    if weighted:
+        gg *= weights.double()[:, None]
+    if rank:
+        basis, z, zg = (a.double() for a in projection)
+        gx -= z[indices] @ basis.t()
+    exact = gg.t() @ gx + (zg.t() @ basis.t() if rank else 0)
+    found = own_gemm(x, g, indices, weights, projection)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=2e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("n", "p"), [(130, 61), (61, 130)])
+def test_the_gather_gemm_rounds_alike_for_any_number_of_threads(own_gemm, n, p):
+    operands = gemm_operands(700, n, p, 5)
+    found = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        try:
+            found.append(own_gemm(*operands))
+        finally:
+            torch.set_num_threads(1)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@needs_compiler
+def test_the_gather_gemm_takes_rows_of_any_stride_and_repeats(own_gemm):
+    x, g = torch.randn(50, 40)[:, 3:35], torch.randn(50, 90)[::2, 5:30].repeat(2, 1)
+    indices = torch.tensor([4, 4, 9, 49])
+    torch.testing.assert_close(own_gemm(x, g, indices), g[indices].t() @ x[indices])
+
+
+@needs_compiler
+@pytest.mark.parametrize("index", [-1, 30])
+def test_the_gather_gemm_reads_nothing_outside(own_gemm, index):
+    with pytest.raises(IndexError, match=r"indices must be in \[0, 30\)"):
+        own_gemm(torch.randn(30, 16), torch.randn(30, 16), torch.tensor([0, index]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_the_gather_gemm_spoils_what_the_row_reaches_and_nothing_else(own_gemm, value):
+    x, g, indices, weights, _ = gemm_operands(300, 50, 40, 0)
+    x[indices[7], 49] = value
+    found = own_gemm(x, g, indices, weights).isfinite()
+    assert not found[:, 49].any()
+    assert found[:, :49].all()
+
+
+@needs_compiler
+def test_the_gather_gemm_keeps_its_room_within_bounds(own_gemm, monkeypatch):
+    native._kept.__dict__.clear()
+    own_gemm(*gemm_operands(300, 64, 64, 0))
+    kept = native._kept.room
+    own_gemm(*gemm_operands(300, 32, 32, 0))
+    assert native._kept.room is kept
+    monkeypatch.setattr(native, "_MOST_KEPT", kept.numel())
+    own_gemm(*gemm_operands(300, 512, 512, 0))
+    assert native._kept.room is kept
+
+
+@needs_compiler
+def test_the_gather_gemm_leaves_other_dtypes_and_small_results_alone(own_gemm):
+    indices = torch.arange(4)
+    assert own_gemm(*torch.randn(2, 9, 16, dtype=torch.float64), indices) is None
+    assert own_gemm(*torch.randn(2, 9, 16, dtype=torch.bfloat16), indices) is None
+    assert own_gemm(torch.randn(9, 15), torch.randn(9, 64), indices) is None
 
 
 @needs_compiler

@@ -96,7 +96,9 @@ def test_wheel(environment, sources, tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
         "memaop_triton/kernels/cpu.py",
+        "memaop_triton/kernels/lanes.h",
         "memaop_triton/kernels/rows.c",
+        "memaop_triton/kernels/gather_gemm.c",
         "memaop_triton/py.typed",
     } <= names
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)

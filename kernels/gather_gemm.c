@@ -1,0 +1,175 @@
+/* dW = sum over k of w_k g[i_k]^T x[i_k], for tensors in a CPU's memory, in float32.
+ *
+ * A product of matrices copies its operands into panels that the caches like; here that copy is where
+ * the selected rows are gathered, weighted, and freed from their projection, so that none of this is
+ * a pass of its own. The product is the usual one: DEPTH rows at a time, a panel of TALL columns of G
+ * against a panel of SIDE columns of X, their sums in registers.
+ */
+
+#include "lanes.h"
+
+#include <string.h>
+
+/* Sums of a tile, two operands of x and one of g leave no register unused and none short. */
+enum { VECTORS = 2, SIDE = VECTORS * LANES, TALL = REGISTERS == 32 ? 12 : 6 };
+/* A panel of x (DEPTH by SIDE) stays in the first-level cache, AHEAD panels of g in the second. */
+enum { DEPTH = 256, AHEAD = 32 };
+/* Rows that are packed together, and the largest rank of a projection. */
+enum { TOGETHER = 4, MOST_RANK = 1024 };
+
+/* What is multiplied. The rows of the projection follow the selected ones.
+ * x [.., n], g [.., p]; indices, weights (or null) [k]; z [.., rank] belongs to x; expand [rank, n]
+ * and zg [rank, p] make x_m = ... + z_m expand, and z^T g. rank is 0 without a projection. */
+typedef struct {
+    const float *x, *g, *weights, *z, *expand, *zg;
+    const int64_t *indices;
+    long ldx, ldg, ldz, lde, k, n, p, rank;
+} Rows;
+
+INLINE long panels_of(long columns, long width) { return (columns + width - 1) / width; }
+
+/* SIDE columns of `count` rows, less z times the same columns of `expand`, one row after another. The
+ * columns of `expand` serve all these rows while they are at hand. */
+INLINE void pack_x(const Rows *rows, const float *const *row, const float *const *z, long first,
+                   float *to, const int count) {
+    vec part[TOGETHER][VECTORS];
+    for (int r = 0; r < count; r++)
+        for (int v = 0; v < VECTORS; v++)
+            part[r][v] = *(const loose *)(row[r] + first + v * LANES);
+    for (long c = 0; c < rows->rank; c++)
+        for (int v = 0; v < VECTORS; v++) {
+            const vec outer = *(const loose *)(rows->expand + c * rows->lde + first + v * LANES);
+            for (int r = 0; r < count; r++)
+                part[r][v] -= z[r][c] * outer;
+        }
+    for (int r = 0; r < count; r++)
+        for (int v = 0; v < VECTORS; v++)
+            *(vec *)(to + r * SIDE + v * LANES) = part[r][v];
+}
+
+/* The same for the last columns of a row, if they are fewer than SIDE. */
+static void pack_end_of_x(const Rows *rows, const float *row, const float *z, long first, float *to) {
+    for (long j = 0; j < SIDE; j++) {
+        to[j] = first + j < rows->n ? row[first + j] : 0;
+        if (first + j < rows->n)
+            for (long c = 0; c < rows->rank; c++)
+                to[j] -= z[c] * rows->expand[c * rows->lde + first + j];
+    }
+}
+
+INLINE void pack_g(const float *row, float weight, long count, float *to) {
+    if (count >= TALL)
+        for (int i = 0; i < TALL; i++)
+            to[i] = weight * row[i];
+    else
+        for (int i = 0; i < TALL; i++)
+            to[i] = i < count ? weight * row[i] : 0;
+}
+
+/* `count` rows from the `r`-th of the product on into place `t` of the panels, `depth` rows deep. */
+INLINE void pack(const Rows *rows, long r, long t, long depth, float *x_panels, float *g_panels,
+                 const int count) {
+    static const float nothing[MOST_RANK];
+    const float *x[TOGETHER], *z[TOGETHER];
+    for (int i = 0; i < count; i++) {
+        const int selected = r + i < rows->k;
+        const long row = selected ? rows->indices[r + i] : r + i - rows->k;
+        x[i] = selected ? rows->x + row * rows->ldx : rows->expand + row * rows->lde;
+        z[i] = selected && rows->rank ? rows->z + row * rows->ldz : nothing;
+        const float *g = selected ? rows->g + row * rows->ldg : rows->zg + row * rows->p;
+        const float weight = selected && rows->weights != NULL ? rows->weights[r + i] : 1;
+        for (long j = 0; j < rows->p; j += TALL)
+            pack_g(g + j, weight, rows->p - j, g_panels + j * depth + (t + i) * TALL);
+    }
+    long j = 0;
+    for (; j + SIDE <= rows->n; j += SIDE)
+        pack_x(rows, x, z, j, x_panels + j * depth + t * SIDE, count);
+    for (int i = 0; j < rows->n && i < count; i++)
+        pack_end_of_x(rows, x[i], z[i], j, x_panels + j * depth + (t + i) * SIDE);
+}
+
+/* out (+)= g^T x for one panel of each. */
+INLINE void multiply(const float *g, const float *x, long depth, float *out, long ldo, int add) {
+    vec sum[TALL][VECTORS];
+    for (int i = 0; i < TALL; i++)
+        for (int v = 0; v < VECTORS; v++)
+            sum[i][v] = (vec){0};
+    for (long t = 0; t < depth; t++, g += TALL, x += SIDE)
+        for (int i = 0; i < TALL; i++)
+            for (int v = 0; v < VECTORS; v++)
+                sum[i][v] += g[i] * *(const vec *)(x + v * LANES);
+    for (int i = 0; i < TALL; i++)
+        for (int v = 0; v < VECTORS; v++) {
+            loose *to = (loose *)(out + i * ldo + v * LANES);
+            *to = add ? *to + sum[i][v] : sum[i][v];
+        }
+}
+
+static void multiply_tile(const float *g, const float *x, long depth, float *out, long ldo,
+                          long height, long width, int add) {
+    if (height >= TALL && width >= SIDE) {
+        for (int i = 0; i < TALL; i++) {
+            __builtin_prefetch(out + i * ldo, 1);
+            __builtin_prefetch(out + i * ldo + SIDE - 1, 1);
+        }
+        multiply(g, x, depth, out, ldo, add);
+        return;
+    }
+    float whole[TALL * SIDE];
+    multiply(g, x, depth, whole, SIDE, 0);
+    for (long i = 0; i < SMALLER(height, TALL); i++)
+        for (long j = 0; j < SMALLER(width, SIDE); j++)
+            out[i * ldo + j] = whole[i * SIDE + j] + (add ? out[i * ldo + j] : 0);
+}
+
+/* The tiles of panels `first` to `end` of g with all panels of x. */
+static void multiply_panels(const Rows *rows, const float *x_panels, const float *g_panels, long depth,
+                            Share tall, Share wide, float *out, int add) {
+    for (long block = tall.first; block < tall.end; block += AHEAD)
+        for (long j = wide.first; j < wide.end; j++)
+            for (long i = block; i < SMALLER(block + AHEAD, tall.end); i++)
+                multiply_tile(g_panels + i * TALL * depth, x_panels + j * SIDE * depth, depth,
+                              out + i * TALL * rows->n + j * SIDE, rows->n,
+                              rows->p - i * TALL, rows->n - j * SIDE, add);
+}
+
+/* Numbers that `panels` below has to have room for. */
+long panel_size(long n, long p) {
+    return DEPTH * (panels_of(n, SIDE) * SIDE + panels_of(p, TALL) * TALL);
+}
+
+/* out [p, n] = the sum above. panels: room for `panel_size(n, p)` numbers, at an address that vectors
+ * may have. Returns 0, or 1 and nothing done if an index is not below `total`. Every element is summed
+ * in the order of the rows, however many threads there are. */
+int gather_gemm(const float *x, long ldx, const float *g, long ldg, const int64_t *indices,
+                const float *weights, const float *z, long ldz, const float *expand,
+                long lde, const float *zg, float *out, float *panels, long total, long k, long n, long p,
+                long rank, int threads) {
+    for (long r = 0; r < k; r++)
+        if (indices[r] < 0 || indices[r] >= total)
+            return 1;
+    const Rows rows = {x, g, weights, z, expand, zg, indices, ldx, ldg, ldz, lde, k, n, p, rank};
+    const long all = k + rank, steps = panels_of(all, DEPTH);
+    const long tall = panels_of(p, TALL), wide = panels_of(n, SIDE);
+    float *g_panels = panels + DEPTH * wide * SIDE;
+    _Pragma("omp parallel if (threads > 1)") {
+        for (long step = 0; step < steps; step++) {
+            const long start = all * step / steps, depth = all * (step + 1) / steps - start;
+            const Share packed = share_of(depth, threads);
+            long t = packed.first;
+            for (; t + TOGETHER <= packed.end; t += TOGETHER)
+                pack(&rows, start + t, t, depth, panels, g_panels, TOGETHER);
+            for (; t < packed.end; t++)
+                pack(&rows, start + t, t, depth, panels, g_panels, 1);
+            _Pragma("omp barrier");
+            /* The longer side is shared out: a thread reads its own panels of that side only. */
+            const Share mine = share_of(tall >= wide ? tall : wide, threads);
+            const Share every = {0, tall >= wide ? wide : tall};
+            if (mine.first < mine.end)
+                multiply_panels(&rows, panels, g_panels, depth, tall >= wide ? mine : every,
+                                tall >= wide ? every : mine, out, step > 0);
+            _Pragma("omp barrier");
+        }
+    }
+    return 0;
+}
