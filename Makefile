@@ -36,7 +36,7 @@ sanitize: $(VENV)/.sanitize
 
 # Compiles the kernels for GPUs that need not be there: bench/results/kernel_report.md.
 kernel-report: $(VENV)/.dev
-	$(BIN)/python -m bench.kernel_report
+	$(BIN)/python -m bench.microscope.kernel_report
 
 # On a machine with a GPU: tests, benchmarks, and the report in bench/results/<gpu>/.
 gpu: $(VENV)/.dev

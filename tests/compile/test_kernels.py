@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 
-from bench.kernel_report import version_of_page
+from bench.microscope.kernel_report import version_of_page
 from bench.microscope.building import REPORTED, by_name
 from bench.microscope.compiling import compile_call
 from bench.microscope.counts import copy_bits
