@@ -184,7 +184,8 @@ def wta_crs(x: Tensor, g: Tensor, k: int) -> Tensor:
 
 def _scores(x: Tensor, g: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return vector_norm(x, dim=1, dtype=dtype) * vector_norm(g, dim=1, dtype=dtype)
+    scores: Tensor = vector_norm(x, dim=1, dtype=dtype) * vector_norm(g, dim=1, dtype=dtype)
+    return scores
 
 
 def _bernoulli(x: Tensor, g: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -180,3 +180,12 @@ def _median_seconds(device: torch.device, call: Callable[[], object]) -> float:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def folder_name(name: str) -> str:
+    """A machine's name as a folder's: "NVIDIA H100 80GB HBM3" becomes "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+if __name__ == "__main__":
+    print(folder_name(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"))

@@ -113,7 +113,8 @@ class CudaClock:
             end.record()
             pairs.append((start, end))
         torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in pairs) / calls / 1e3
+        milliseconds: float = sum(start.elapsed_time(end) for start, end in pairs)
+        return milliseconds / calls / 1e3
 
     def cold_seconds(self, call: Callable[[], object]) -> float:
         """The same: every call is cold."""
@@ -177,7 +178,7 @@ def compare(
             cold_rounds.append({m.name: clock.cold_seconds(m.call) for m in order})
     results = {}
     for method in methods:
-        result = {"role": method.role, "label": method.label}
+        result: dict[str, Any] = {"role": method.role, "label": method.label}
         result |= _times(rounds, method.name, dense[0])
         result |= {
             "peak_bytes": peaks[method.name],

@@ -40,7 +40,8 @@ class TransformerBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.proj(seen.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        out: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return out
 
 
 @dataclass(frozen=True)

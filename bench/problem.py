@@ -54,8 +54,11 @@ class Problem:
 
     def operands(self) -> tuple[Tensor, Tensor]:
         """Random X and G."""
-        make = {"dtype": self.dtype, "device": self.device}
-        return torch.randn(self.m, self.n, **make), torch.randn(self.m, self.p, **make)
+        x, g = (
+            torch.randn(self.m, columns, dtype=self.dtype, device=self.device)
+            for columns in (self.n, self.p)
+        )
+        return x, g
 
     def describe(self, kind: str, title: str, **more: Any) -> dict[str, Any]:
         """The `extra_info` of a benchmark of this problem, without its methods."""

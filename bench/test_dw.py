@@ -32,9 +32,7 @@ SMOKE = [Problem(64, 32, 16, ratio=1 / 8)]
 
 
 @pytest.mark.parametrize("memory", contenders.OURS)
-@on_problems(
-    (("quick", "cpu"), QUICK), (("cpu",), MORE), (("gpu",), ON_GPU), (("smoke",), SMOKE)
-)
+@on_problems((("quick", "cpu"), QUICK), (("cpu",), MORE), (("gpu",), ON_GPU), (("smoke",), SMOKE))
 def test_dw(compare, problem, memory):
     titles = {"none": "no memory", "rows": "row memory", "subspace": "subspace"}
     details = [problem.shape, problem.budget, titles[memory]]

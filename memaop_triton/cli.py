@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from memaop_triton import __version__
-from memaop_triton.commands import experiments
+from memaop_triton.commands import benchmarks, experiments
 from memaop_triton.errors import CommandError
 
 PROGRAM = "memaop-triton"
@@ -35,7 +35,7 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _command in (experiments.demo, experiments.reproduce):
+for _command in (experiments.demo, experiments.reproduce, benchmarks.bench):
     app.command()(_command)
 
 
