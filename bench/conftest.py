@@ -103,7 +103,8 @@ def compare(benchmark, request):
     def run(problem: Problem, kind, title, methods, *, cold=False, **more):
         if not more.get("wanted"):
             more.pop("wanted", None)
-        clock = measure.clock_for(torch.device(problem.device))
+        device = torch.device(problem.device)
+        clock = measure.clock_for(device, with_host=kind == "overhead")
         results = measure.compare(methods, clock, budget, cold=cold)
         info = problem.describe(kind, title, **more) | {"methods": results}
         benchmark.extra_info.update(info)

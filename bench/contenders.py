@@ -72,7 +72,8 @@ WANTED_SHAPES = ((8192, 1024, 1024), (4096, 2048, 2048))
 
 def wanted(problem: Problem, names: tuple[str, ...]) -> dict[str, float]:
     """The wanted speed-ups of these settings on this problem, if any were set."""
-    if (problem.m, problem.n, problem.p) not in WANTED_SHAPES or problem.dtype != torch.float32:
+    plain = Problem(problem.m, problem.n, problem.p, problem.ratio)
+    if problem != plain or (problem.m, problem.n, problem.p) not in WANTED_SHAPES:
         return {}
     targets = WANTED.get((problem.m, round(1 / problem.ratio)), {})
     return {name: targets[name] for name in names if name in targets}

@@ -130,9 +130,24 @@ class CudaClock:
         return torch.cuda.max_memory_allocated() - held
 
 
-def clock_for(device: torch.device) -> Clock:
-    """The clock of a device."""
-    return CudaClock() if device.type == "cuda" else CpuClock()
+class CudaHostClock(CudaClock):
+    """Wall time of calls in a row: what the host takes to launch them, where that is longer."""
+
+    def seconds(self, call: Callable[[], object], calls: int) -> float:
+        """Mean time of `calls` calls in a row."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
+
+def clock_for(device: torch.device, *, with_host: bool = False) -> Clock:
+    """The clock of a device; on a GPU `with_host` counts the time that launching takes."""
+    if device.type != "cuda":
+        return CpuClock()
+    return CudaHostClock() if with_host else CudaClock()
 
 
 def compare(

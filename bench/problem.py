@@ -44,6 +44,16 @@ class Problem:
         return f"r=1/{round(1 / self.ratio)}"
 
     @property
+    def details(self) -> str:
+        """All that tells this problem from others, for titles."""
+        parts = [self.shape, self.budget]
+        if self.dtype != torch.float32:
+            parts.append(str(self.dtype).removeprefix("torch."))
+        if self.block_rows > 1:
+            parts.append(f"blocks of {self.block_rows}")
+        return ", ".join(parts)
+
+    @property
     def k(self) -> int:
         """K."""
         return self.config().num_rows(self.m)

@@ -34,16 +34,11 @@ SMOKE = [Problem(64, 32, 16, ratio=1 / 8)]
 @pytest.mark.parametrize("memory", contenders.OURS)
 @on_problems((("quick", "cpu"), QUICK), (("cpu",), MORE), (("gpu",), ON_GPU), (("smoke",), SMOKE))
 def test_dw(compare, problem, memory):
-    titles = {"none": "no memory", "rows": "row memory", "subspace": "subspace"}
-    details = [problem.shape, problem.budget, titles[memory]]
-    if problem.dtype != torch.float32:
-        details.insert(1, str(problem.dtype).removeprefix("torch."))
-    if problem.block_rows > 1:
-        details.append(f"blocks of {problem.block_rows}")
+    names = {"none": "no memory", "rows": "row memory", "subspace": "subspace"}
     compare(
         problem,
         "dw",
-        f"dW {', '.join(details)}",
+        f"dW {problem.details}, {names[memory]}",
         contenders.family(problem, memory),
         cold=problem in QUICK[:1] and problem.device == "cpu",
         memory=memory,

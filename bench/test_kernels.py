@@ -157,7 +157,7 @@ def methods_of(kernel, problem):
     (("smoke",), [Problem(64, 32, 16)]),
 )
 def test_kernel(compare, problem, kernel):
-    title = f"{TITLES[kernel]}, {problem.shape}"
+    title = f"{TITLES[kernel]}, {problem.details}"
     compare(problem, "kernel", title, methods_of(kernel, problem))
 
 
@@ -166,7 +166,7 @@ def test_kernel(compare, problem, kernel):
     (("gpu",), [Problem(16384, 4096, 4096, dtype=torch.bfloat16, device="cuda")]),
 )
 def test_gpu_kernel(compare, problem, kernel):
-    title = f"{TITLES[kernel]}, {problem.shape}"
+    title = f"{TITLES[kernel]}, {problem.details}"
     compare(problem, "kernel", title, methods_of(kernel, problem))
 
 
@@ -215,5 +215,5 @@ def test_gpu_gather_gemm_tiles(compare, problem, weighted):
         Method("dense", "dense", "cuBLAS on K rows that lie together", lambda: few_g.t() @ few_x),
         *(method for tile in tiles for method in with_tile(tile)),
     ]
-    title = f"gather GEMM by tile{', weighted' * weighted}, {problem.shape}"
+    title = f"gather GEMM by tile{', weighted' * weighted}, {problem.details}"
     compare(problem, "kernel", title, methods)

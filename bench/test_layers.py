@@ -32,4 +32,4 @@ def test_layer(compare, problem):
     wanted = {}
     if problem in WANTED_ON:
         wanted = {m.name: 1.9 if "sampled" in m.name else 1.3 for m in methods[1:5]}
-    compare(problem, "layer", f"layer {problem.shape}, {problem.budget}", methods, wanted=wanted)
+    compare(problem, "layer", f"layer {problem.details}", methods, wanted=wanted)

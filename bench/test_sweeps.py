@@ -36,7 +36,7 @@ def test_rows(compare, problem):
     (("smoke",), [Problem(128, 32, 32, 1 / 4)]),
 )
 def test_ratio(compare, problem):
-    title = f"{problem.shape}, {problem.budget}"
+    title = problem.details
     compare(problem, "sweep_ratio", title, contenders.selected(problem, WITH_PEER))
 
 
