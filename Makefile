@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TYPED_BENCH := $(filter-out bench/test_% bench/conftest.py bench/throttled_link.py, \
+	$(wildcard bench/*.py))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint format bench sanitize kernel-report gpu clean
@@ -14,12 +16,15 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-# mypy needs the package as it is once installed, with the kernels inside.
+# mypy needs the package as it is once installed, with the kernels and the benchmarks inside. What
+# pytest runs is not typed.
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/types && mkdir -p build/types
 	cp -R memaop_triton build/types/ && cp -R kernels build/types/memaop_triton/
+	mkdir build/types/memaop_triton/bench && cp -R bench/report build/types/memaop_triton/bench/
+	cp $(TYPED_BENCH) build/types/memaop_triton/bench/
 	cd build/types && ../../$(BIN)/mypy -p memaop_triton --config-file ../../pyproject.toml
 
 format: $(VENV)/.dev
@@ -36,14 +41,13 @@ sanitize: $(VENV)/.sanitize
 
 # Compiles the kernels for GPUs that need not be there: bench/results/kernel_report.md.
 kernel-report: $(VENV)/.dev
-	$(BIN)/python -m bench.kernel_report
+	$(BIN)/python -m bench.microscope.kernel_report
 
 # On a machine with a GPU: tests, benchmarks, and the report in bench/results/<gpu>/.
 gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu -rs
-	mkdir -p build && rm -f build/gpu.json
-	$(BIN)/python -m pytest bench/test_gpu.py -rs --benchmark-json=build/gpu.json
-	$(BIN)/python -m bench.gpu_report build/gpu.json
+	$(BIN)/memaop-triton bench --suite gpu \
+		--output "bench/results/$$($(BIN)/python -m memaop_triton.bench.machine)"
 
 clean:
 	rm -rf $(VENV) build results .pytest_cache .mypy_cache .ruff_cache

@@ -1,110 +1,166 @@
-"""Ratios measured in one run, beside pytest-benchmark's own timings.
+"""Options, the fixture that measures, the table at the end, and the progress file."""
 
-Machines drift, so a time is only worth something beside another one taken in the same minute. Every
-comparison alternates blocks of calls, dense and ours, and reports the median of the block ratios
-with its quartiles. Consecutive calls find in the cache what fits there; the cold ratio has the
-caches flushed before every call, as when the rest of a large model runs in between.
-"""
-
-import platform
-import statistics
+import json
+import os
 import time
 
 import pytest
 import torch
 
-THREADS = 2
-ROUNDS = 9
-COLD_ROUNDS = 7
+from memaop_triton.bench import measure
+from memaop_triton.bench.problem import Problem
+from memaop_triton.bench.suites import SUITES
+
+HEAD = ("dense ms", "ms", "limit ms", "of limit", "ratio", "[q1, q3]", "wanted", "cold")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("memaop_triton")
+    group.addoption(
+        "--suite", choices=list(SUITES), help="run this suite; otherwise what is in none"
+    )
+    group.addoption("--threads", type=int, help="threads of PyTorch; its own choice if not given")
+    group.addoption("--progress-file", help="append a JSON line here for all that happens")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "suite(*names): the suites that a benchmark is part of")
+    config.memaop_rows = []
+
+
+def pytest_collection_modifyitems(config, items):
+    suite = config.getoption("--suite")
+    chosen, left = [], []
+    for item in items:
+        names = [name for mark in item.iter_markers("suite") for name in mark.args]
+        wanted = suite in names if suite else not names
+        (chosen if wanted else left).append(item)
+    items[:] = chosen
+    config.hook.pytest_deselected(items=left)
+
+
+def pytest_collection_finish(session):
+    _tell(session.config, total=len(session.items))
+
+
+def pytest_runtest_logstart(nodeid, location):
+    _started[nodeid] = time.perf_counter()
+
+
+_started = {}
+
+
+class Progress:
+    """Tells what happens to the file named by `--progress-file`."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            seconds = time.perf_counter() - _started.get(report.nodeid, time.perf_counter())
+            name = report.nodeid.rpartition("::")[2]
+            _tell(self.config, done=name, outcome=report.outcome, seconds=round(seconds, 2))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session):
+    session.config.pluginmanager.register(Progress(session.config))
+
+
+def _tell(config, **event):
+    path = config.getoption("--progress-file")
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+# A result is published: it says what the machine is, and not whose.
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.pop("node", None)
+
+
+def pytest_benchmark_update_commit_info(config, commit_info):
+    commit_info.pop("project", None)
+    commit_info.pop("branch", None)
 
 
 @pytest.fixture(autouse=True)
-def _two_threads():
+def _threads(request):
     before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(request.config.getoption("--threads") or before)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
 
 
-def seconds(call):
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def block(call, calls):
-    call()
-    return statistics.median(seconds(call) for _ in range(calls))
-
-
-def summary(values):
-    low, middle, high = statistics.quantiles(values, n=4)
-    return {"median": middle, "q1": low, "q3": high}
-
-
-class Comparison:
-    """Times one call against a baseline and records the ratio in the benchmark's extra_info."""
-
-    def __init__(self, benchmark, rows):
-        self.benchmark = benchmark
-        self.rows = rows
-
-    def __call__(self, name, baseline, call, *, limit=None, target=None):
-        """`limit`: a call that does nothing but the traffic and FLOPs nobody can avoid."""
-        pairs = [(block(baseline, 3), block(call, 7)) for _ in range(ROUNDS)]
-        flush = torch.ones(64 << 20)
-        cold = []
-        for _ in range(COLD_ROUNDS):
-            flush.add_(1)
-            dense = seconds(baseline)
-            flush.add_(1)
-            cold.append(dense / seconds(call))
-        info = {
-            "baseline_ms": 1e3 * statistics.median(b for b, _ in pairs),
-            "ours_ms": 1e3 * statistics.median(o for _, o in pairs),
-            "ratio": summary([b / o for b, o in pairs]),
-            "ratio_cold": summary(cold),
-            "target": target,
-            "threads": THREADS,
-            "torch": torch.__version__,
-            "processor": platform.processor() or platform.machine(),
-        }
-        if limit is not None:
-            floors = [block(limit, 7) for _ in range(ROUNDS)]
-            info["limit_ms"] = 1e3 * statistics.median(floors)
-        self.benchmark.extra_info.update(info)
-        self.rows.append((name, info))
-        self.benchmark.pedantic(call, rounds=5, warmup_rounds=1)
-
-
-def pytest_configure(config):
-    config.memaop_rows = []
-
-
 @pytest.fixture
 def compare(benchmark, request):
-    return Comparison(benchmark, request.config.memaop_rows)
+    """Times methods in turns and records the result of a problem in `extra_info`."""
+    suite = request.config.getoption("--suite")
+    budget = SUITES[suite].budget if suite else SUITES["cpu"].budget
+
+    def run(problem: Problem, kind, title, methods, *, cold=False, **more):
+        if not more.get("wanted"):
+            more.pop("wanted", None)
+        device = torch.device(problem.device)
+        clock = measure.clock_for(device, with_host=kind == "overhead")
+        results = measure.compare(methods, clock, budget, cold=cold)
+        info = problem.describe(kind, title, **more) | {"methods": results}
+        benchmark.extra_info.update(info)
+        request.config.memaop_rows.append(info)
+        # What pytest-benchmark shows beside: the first of ours, on its own.
+        subject = next((m for m in methods if m.role == "ours"), methods[0])
+        benchmark.pedantic(_waited_for(subject.call, problem.device), rounds=1, warmup_rounds=0)
+
+    return run
+
+
+def _waited_for(call, device):
+    def waiting():
+        call()
+        torch.cuda.synchronize()
+
+    return call if device == "cpu" else waiting
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if not config.memaop_rows:
         return
     write = terminalreporter.write_line
-    terminalreporter.section(f"ratio to dense, median [quartiles], {THREADS} threads, float32")
-    head = ("dense ms", "ours ms", "limit ms", "of limit", "ratio", "[q1, q3]", "wanted", "cold")
-    write(f"{'':44s}" + "".join(f"{h:>10s}" if h[0] != "[" else f"{h:>15s}" for h in head))
-    for name, info in config.memaop_rows:
-        ratio, cold, target = info["ratio"], info["ratio_cold"], info["target"]
-        limit = info.get("limit_ms")
-        cells = [
-            f"{info['baseline_ms']:10.2f}",
-            f"{info['ours_ms']:10.2f}",
-            f"{limit:10.2f}" if limit else f"{'':10s}",
-            f"{limit / info['ours_ms']:10.2f}" if limit else f"{'':10s}",
-            f"{ratio['median']:10.2f}",
-            f"{'[{q1:.2f}, {q3:.2f}]'.format(**ratio):>15s}",
-            f"{target:10.1f}" if target else f"{'':10s}",
-            f"{cold['median']:10.2f}",
-        ]
-        write(f"{name:44s}" + "".join(cells))
+    threads = config.getoption("--threads") or torch.get_num_threads()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    terminalreporter.section(
+        f"ratio to dense, median [quartiles] of rounds, {threads} threads, load {load:.1f}"
+    )
+    lines = [line for info in config.memaop_rows for line in _lines(info)]
+    width = max(len(name) for name, _ in lines) + 2
+    widths = [15 if head[0] == "[" else 10 for head in HEAD]
+    write(" " * width + "".join(f"{head:>{w}s}" for head, w in zip(HEAD, widths, strict=True)))
+    for name, cells in lines:
+        row = "".join(f"{cell:>{w}s}" for cell, w in zip(cells, widths, strict=True))
+        write(f"{name:{width}s}{row}")
+
+
+def _lines(info):
+    """A name and the cells of every method beside dense and the limit."""
+    methods, wanted = info["methods"], info.get("wanted", {})
+    dense = next(m for m in methods.values() if m["role"] == "dense")
+    limit = next((m for m in methods.values() if m["role"] == "limit"), None)
+    for name, method in methods.items():
+        if method["role"] in ("dense", "limit"):
+            continue
+        speedup = method["speedup"]
+        yield (
+            f"{info['title']} {name}",
+            (
+                f"{dense['ms']:.3g}",
+                f"{method['ms']:.3g}",
+                f"{limit['ms']:.3g}" if limit else "",
+                f"{limit['ms'] / method['ms']:.2f}" if limit else "",
+                f"{speedup['median']:.2f}",
+                "[{q1:.2f}, {q3:.2f}]".format(**speedup),
+                f"{wanted[name]:.1f}" if name in wanted else "",
+                f"{method['cold']['speedup']['median']:.2f}" if "cold" in method else "",
+            ),
+        )

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from memaop_triton import __version__
-from memaop_triton.commands import cache, experiments, machine, planning, tuning
+from memaop_triton.commands import benchmarks, cache, experiments, machine, planning, tuning
 from memaop_triton.errors import CommandError
 
 PROGRAM = "memaop-triton"
@@ -40,6 +40,7 @@ for _command in (
     experiments.reproduce,
     planning.plan,
     tuning.tune,
+    benchmarks.bench,
     machine.env,
 ):
     app.command()(_command)

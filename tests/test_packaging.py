@@ -117,6 +117,15 @@ def test_wheel(environment, sources, tmp_path):
     assert run(environment, "-c", PROBE, cwd=sources) == str(sources / "kernels" / "cpu.py")
     run(environment, "-c", NO_TOP_LEVEL_KERNELS, cwd=tmp_path)
     assert "demo" in run(environment.parent / "memaop-triton", "--help", cwd=tmp_path)
+    modules = {name for name in names if name.startswith("memaop_triton/bench/")}
+    assert "memaop_triton/bench/test_dw.py" in modules
+    assert not any("microscope" in name for name in modules)
+    imports = [name[:-3].replace("/", ".") for name in sorted(modules) if name.endswith(".py")]
+    imports = [name.removesuffix(".__init__") for name in imports if "__main__" not in name]
+    run(environment, "-c", "\n".join(f"import {name}" for name in imports), cwd=tmp_path)
+    bench = ["bench", "--suite", "smoke", "--only", "overhead", "--output", "results"]
+    output = run(environment.parent / "memaop-triton", *bench, cwd=tmp_path)
+    assert "wrote results/smoke.html" in output
 
 
 def test_import_touches_no_accelerator_and_compiles_nothing(tmp_path):

@@ -7,11 +7,11 @@ import pytest
 import torch
 import triton
 
-from bench.kernel_report import version_of_page
 from bench.microscope.building import REPORTED, by_name
 from bench.microscope.compiling import compile_call
 from bench.microscope.counts import copy_bits
 from bench.microscope.gathering import pairs
+from bench.microscope.kernel_report import version_of_page
 from bench.microscope.reading import read
 from bench.microscope.report import faults
 from bench.microscope.shipped import cases, row_tiles

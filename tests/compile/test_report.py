@@ -3,7 +3,7 @@
 import pytest
 import triton
 
-from bench.kernel_report import PAGE, keys, page, version_of_page
+from bench.microscope.kernel_report import PAGE, keys, page, version_of_page
 from bench.microscope.report import table
 
 

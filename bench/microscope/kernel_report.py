@@ -1,6 +1,6 @@
 """Writes bench/results/kernel_report.md: what the compiler makes of the kernels.
 
-python -m bench.kernel_report
+python -m bench.microscope.kernel_report
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench.microscope.report import faults, lines, table, target_table
 from bench.microscope.shipped import cases
 from memaop_triton.kernels.targets import TARGETS
 
-PAGE = Path(__file__).parent / "results" / "kernel_report.md"
+PAGE = Path(__file__).parents[1] / "results" / "kernel_report.md"
 INTRODUCTION = """\
 # What the compiler makes of the kernels
 

@@ -1,0 +1,259 @@
+"""Times of several calls taken in turns, their ratios round by round, and the memory they need.
+
+Machines drift, so a time is only worth something beside another one taken in the same second. Every
+round calls every method once, in an order drawn anew, and a speed-up is the ratio of two times of
+one round; medians and quartiles are over rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.autograd.profiler import profile
+
+ROLES = ("dense", "ours", "baseline", "limit")
+FEWEST_ROUNDS = 5
+MOST_ROUNDS = 41
+COLD_ROUNDS = 7
+# A block of calls lasts at least this long, so that the clock and the loop do not count.
+_BLOCK_SECONDS = 0.01
+# A call that takes longer finds nothing of the one before it in the caches.
+_LONG_CALL_SECONDS = 0.05
+_FLUSHED_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to do what the methods of a comparison all do.
+
+    Attributes:
+        name: Unique in the comparison.
+        role: One of `ROLES`. Speed-ups are over the one that is `"dense"`; `"limit"` does nothing
+            but the work that nobody can avoid.
+        label: For tables.
+        call: Does it once. Its time must not depend on what the other methods leave behind.
+        period: Calls after which the work repeats: a refresh in every 8th call counts an eighth.
+        note: What a reader of the numbers should know.
+        config_source: Where the configuration of the kernels came from.
+    """
+
+    name: str
+    role: str
+    label: str
+    call: Callable[[], object]
+    period: int = 1
+    note: str | None = None
+    config_source: str | None = None
+
+
+class Clock(Protocol):
+    """How calls are timed on a device."""
+
+    def seconds(self, call: Callable[[], object], calls: int) -> float:
+        """Mean time of `calls` calls in a row."""
+
+    def cold_seconds(self, call: Callable[[], object]) -> float:
+        """Time of one call that finds nothing in the caches."""
+
+    def peak_bytes(self, call: Callable[[], object]) -> int:
+        """The most memory that a call holds beyond what was held before, its result included."""
+
+
+class CpuClock:
+    """Wall time. Calls in a row find in the caches what fits there."""
+
+    def seconds(self, call: Callable[[], object], calls: int) -> float:
+        """Mean time of `calls` calls in a row."""
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+
+    def cold_seconds(self, call: Callable[[], object]) -> float:
+        """Time of one call after the caches were overwritten."""
+        _flush(torch.device("cpu"))
+        return self.seconds(call, 1)
+
+    def peak_bytes(self, call: Callable[[], object]) -> int:
+        """Peak of what PyTorch's CPU allocator gave out during a call.
+
+        Every allocation and release is recorded, those inside operators too. What libraries
+        allocate on their own, like the packed panels of a GEMM, is not.
+        """
+        with profile(profile_memory=True) as recorded:
+            call()
+        results: Any = recorded.kineto_results
+        events = [e for e in results.events() if e.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+
+
+class CudaClock:
+    """Events on the stream, with the second-level cache overwritten before every call."""
+
+    def seconds(self, call: Callable[[], object], calls: int) -> float:
+        """Mean time of `calls` calls, each with a cold cache."""
+        pairs = []
+        for _ in range(calls):
+            _flush(torch.device("cuda"))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            pairs.append((start, end))
+        torch.cuda.synchronize()
+        milliseconds: float = sum(start.elapsed_time(end) for start, end in pairs)
+        return milliseconds / calls / 1e3
+
+    def cold_seconds(self, call: Callable[[], object]) -> float:
+        """The same: every call is cold."""
+        return self.seconds(call, 1)
+
+    def peak_bytes(self, call: Callable[[], object]) -> int:
+        """Peak of PyTorch's caching allocator during a call."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - held
+
+
+class CudaHostClock(CudaClock):
+    """Wall time of calls in a row: what the host takes to launch them, where that is longer."""
+
+    def seconds(self, call: Callable[[], object], calls: int) -> float:
+        """Mean time of `calls` calls in a row."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
+
+def clock_for(device: torch.device, *, with_host: bool = False) -> Clock:
+    """The clock of a device; on a GPU `with_host` counts the time that launching takes."""
+    if device.type != "cuda":
+        return CpuClock()
+    return CudaHostClock() if with_host else CudaClock()
+
+
+def compare(
+    methods: Sequence[Method], clock: Clock, budget: float, *, cold: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Time `methods` in turns.
+
+    Args:
+        methods: Exactly one has the role `"dense"`.
+        clock: Of the device that they run on.
+        budget: Seconds that the rounds may take; `FEWEST_ROUNDS` are taken in any case.
+        cold: Also take `COLD_ROUNDS` rounds of single calls with cold caches.
+
+    Returns:
+        By name: `role`, `label`, times `ms`, `q1`, `q3` (median and quartiles, milliseconds),
+        `speedup` (the same of dense time over this time, per round), `peak_bytes`, `note`,
+        `config_source`, `rounds`, `calls` (in a block), and with `cold` the first four times of
+        cold rounds under `cold`.
+
+    Raises:
+        ValueError: There is no dense method, or two, or two methods share a name.
+    """
+    names = [method.name for method in methods]
+    dense = [method.name for method in methods if method.role == "dense"]
+    if len(dense) != 1 or len(set(names)) != len(names):
+        raise ValueError(f"methods={names} must have one name each and one dense, not {dense}.")
+    calls = {method.name: _calls_in_a_block(method, clock) for method in methods}
+    peaks = {method.name: clock.peak_bytes(method.call) for method in methods}
+    order = list(methods)
+    shuffle = random.Random(0).shuffle
+    rounds: list[dict[str, float]] = []
+    with _without_collections():
+        start = time.perf_counter()
+        while len(rounds) < MOST_ROUNDS:
+            shuffle(order)
+            rounds.append({m.name: _block(m, clock, calls[m.name]) for m in order})
+            spent = time.perf_counter() - start
+            if len(rounds) >= FEWEST_ROUNDS and spent * (1 + 1 / len(rounds)) > budget:
+                break
+        cold_rounds = []
+        for _ in range(COLD_ROUNDS if cold else 0):
+            shuffle(order)
+            cold_rounds.append({m.name: clock.cold_seconds(m.call) for m in order})
+    results = {}
+    for method in methods:
+        result: dict[str, Any] = {"role": method.role, "label": method.label}
+        result |= _times(rounds, method.name, dense[0])
+        result |= {
+            "peak_bytes": peaks[method.name],
+            "note": method.note,
+            "config_source": method.config_source,
+            "rounds": len(rounds),
+            "calls": calls[method.name],
+        }
+        if cold_rounds:
+            result["cold"] = _times(cold_rounds, method.name, dense[0])
+        results[method.name] = result
+    return results
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """`median`, `q1` and `q3` of two values or more."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": middle, "q1": low, "q3": high}
+
+
+def _times(rounds: list[dict[str, float]], name: str, dense: str) -> dict[str, Any]:
+    spread = quartiles([1e3 * times[name] for times in rounds])
+    speedup = quartiles([times[dense] / times[name] for times in rounds])
+    return {"ms": spread["median"], "q1": spread["q1"], "q3": spread["q3"], "speedup": speedup}
+
+
+def _calls_in_a_block(method: Method, clock: Clock) -> int:
+    """Warm a method up, and find how many of its calls make a block."""
+    method.call()
+    if clock.seconds(method.call, 1) > _LONG_CALL_SECONDS:
+        return 1
+    once = clock.seconds(method.call, 1)
+    periods = max(1, round(_BLOCK_SECONDS / (once * method.period)))
+    return method.period * min(periods, 200)
+
+
+def _block(method: Method, clock: Clock, calls: int) -> float:
+    if calls > 1:
+        method.call()
+    return clock.seconds(method.call, calls)
+
+
+def _flush(device: torch.device) -> None:
+    """Overwrite more memory than any cache holds."""
+    buffer = _buffers.get(device.type)
+    if buffer is None:
+        buffer = torch.zeros(_FLUSHED_BYTES // 4, device=device)
+        _buffers[device.type] = buffer
+    buffer.add_(1)
+
+
+_buffers: dict[str, torch.Tensor] = {}
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Keep the garbage collector from what is timed; reference counts free the tensors."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

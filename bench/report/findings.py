@@ -1,0 +1,223 @@
+"""Where it does not win: every check that a call of ours fails, and why, as far as told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from memaop_triton.bench.report import text
+from memaop_triton.bench.report.analysis import growth, ours, overhead, rows
+from memaop_triton.bench.report.data import WEIGHT_GRAD_KINDS, Case, Method, Run
+from memaop_triton.bench.report.methods import definition, traffic
+
+WANTED_SHARE = 0.9
+WANTED_OVERHEAD_MS = 0.1
+# A call whose fixed costs are at least this share of its time is called small.
+_SMALL = 0.3
+
+
+@dataclass(frozen=True)
+class Miss:
+    """One call that fails a check."""
+
+    where: str
+    what: str
+    why: str
+    severity: float  # larger is worse, within one check
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check.
+
+    Attributes:
+        claim: What the failing calls are.
+        opposite: What holds if none fails.
+        checked: How many calls were checked; 0 if the run has none of the kind.
+        misses: The failing ones, the worst first.
+    """
+
+    claim: str
+    opposite: str
+    checked: int
+    misses: tuple[Miss, ...]
+
+
+def findings(run: Run) -> list[Finding]:
+    """All checks that the run allows, in the order of the page."""
+    checks: tuple[Callable[[Run], Finding], ...] = (
+        _dense, _baselines, _wanted, _limits, _overheads, _growth,
+    )  # fmt: skip
+    return [finding for finding in (check(run) for check in checks) if finding.checked]
+
+
+def _finding(claim: str, opposite: str, checked: int, misses: Iterable[Miss]) -> Finding:
+    worst_first = sorted(misses, key=lambda miss: -miss.severity)
+    return Finding(claim, opposite, checked, tuple(worst_first))
+
+
+def _dense(run: Run) -> Finding:
+    every = list(ours(run.cases))
+    misses = [
+        Miss(_place(case), _against_dense(method), reason(run, case, method), -speed)
+        for case, method in every
+        if (speed := method.speedup.median) < 1
+    ]
+    return _finding("slower than dense", "Every call is faster than dense.", len(every), misses)
+
+
+def _against_dense(method: Method) -> str:
+    what = f"`{method.name}` {text.times(method.speedup.median)}"
+    return what + (" (quartiles reach 1)" if method.speedup.q3 >= 1 else "")
+
+
+def _baselines(run: Run) -> Finding:
+    checked, misses = 0, []
+    for row in rows(run.cases):
+        baselines = [method for method in row.methods if method.role == "baseline"]
+        for case, method in row.found.values():
+            if method.role != "ours" or not baselines:
+                continue
+            checked += 1
+            mine = method.speedup.median
+            faster = [one for one in baselines if one.speedup.median > mine]
+            if not faster:
+                continue
+            best = max(one.speedup.median for one in faster)
+            named = ", ".join(f"{one.name} {text.times(one.speedup.median)}" for one in faster)
+            what = f"`{method.name}` {text.times(mine)}, {named}"
+            misses.append(Miss(_place(case), what, _why_slower(run, case, method), best / mine))
+    return _finding(
+        "slower than a baseline", "Every call is faster than every baseline.", checked, misses
+    )
+
+
+def _why_slower(run: Run, case: Case, method: Method) -> str:
+    what = definition(method.name)
+    if what is not None and what.memory == "residual":
+        return "it also reads, updates and writes a row memory, which sampling alone has not"
+    return reason(run, case, method)
+
+
+def _wanted(run: Run) -> Finding:
+    checked, misses = 0, []
+    for case in run.cases:
+        for name, wanted in case.wanted.items():
+            method = case.methods.get(name)
+            if method is None:
+                continue
+            checked += 1
+            got = method.speedup.median
+            if got < wanted:
+                what = f"`{name}` {text.times(got)}, wanted {text.times(wanted)}"
+                why = _why_not_reached(run, case, method, wanted)
+                misses.append(Miss(_place(case), what, why, wanted / got))
+    return _finding("below a wanted speed-up", "Every wanted speed-up is reached.", checked, misses)
+
+
+def _why_not_reached(run: Run, case: Case, method: Method, wanted: float) -> str:
+    limit = case.limit_for(method.name)
+    if limit is not None and limit.speedup.median < wanted:
+        return f"the limit measured in this run is {text.times(limit.speedup.median)}"
+    return reason(run, case, method)
+
+
+def _limits(run: Run) -> Finding:
+    checked, misses = 0, []
+    for case, method in ours(run.cases):
+        limit = case.limit_for(method.name)
+        if limit is None:
+            continue
+        checked += 1
+        share = limit.ms.median / method.ms.median
+        if share < WANTED_SHARE:
+            why = reason(run, case, method)
+            what = f"`{method.name}` {text.percent(share)} of the limit"
+            misses.append(Miss(_place(case), what, why, -share))
+    wanted = text.percent(WANTED_SHARE)
+    return _finding(
+        f"below {wanted} of the limit", f"Every call reaches {wanted} of its limit.",
+        checked, misses,
+    )  # fmt: skip
+
+
+def _overheads(run: Run) -> Finding:
+    every = [(c, m) for c, m in ours(run.of_kind("overhead")) if math.isfinite(overhead(c, m))]
+    misses = [
+        Miss(_place(case), f"`{method.name}` {text.microseconds(beyond)} beyond dense", "", beyond)
+        for case, method in every
+        if (beyond := overhead(case, method)) > WANTED_OVERHEAD_MS
+    ]
+    most = text.microseconds(WANTED_OVERHEAD_MS)
+    return _finding(
+        f"an overhead above {most}", f"No call has an overhead above {most}.", len(every), misses
+    )
+
+
+def _growth(run: Run) -> Finding:
+    names = {method.name for _, method in ours(run.of_kind("sweep_rows"))}
+    checked, misses = 0, []
+    for (ratio, _, n, p), fits in growth(run).items():
+        for name, fit in fits.items():
+            if name not in names or fit is None:
+                continue
+            checked += 1
+            if fit.growth.startswith("faster"):
+                where = f"N = {n}, P = {p}, r = {ratio}"
+                what = f"`{name}` grows as M^{fit.exponent:.2f}"
+                misses.append(Miss(where, what, "", fit.exponent))
+    return _finding(
+        "a time that grows faster than M", "No call's time grows faster than M.", checked, misses
+    )
+
+
+def _place(case: Case) -> str:
+    if case.kind in ("layer", "step", "kernel"):
+        return case.title
+    return f"{case.shape}, r = {text.ratio(case.ratio)}{_setting(case)}"
+
+
+def _setting(case: Case) -> str:
+    unusual = [case.dtype] if case.dtype != "float32" else []
+    if case.block_rows > 1:
+        unusual.append(f"blocks of {case.block_rows}")
+    return "".join(f", {one}" for one in unusual)
+
+
+def reason(run: Run, case: Case, method: Method) -> str:
+    """What takes the time of a call, from the rates and fixed costs of the same run; may be empty.
+
+    A layer and a step are capped by their FLOPs: the weight gradient is a third of them.
+    """
+    if case.kind in ("layer", "step"):
+        sampled = "sampled" in method.name
+        cap = 1 / (1 / 3 + 2 * case.ratio / 3) if sampled else 1 / (2 / 3 + case.ratio / 3)
+        return f"by FLOPs alone, linear layers could reach {text.times(cap)} at this ratio"
+    if case.kind not in WEIGHT_GRAD_KINDS:
+        return ""
+    fixed = _fixed_ms(run, case, method)
+    if fixed is not None and fixed >= _SMALL * method.ms.median:
+        share = text.percent(min(1.0, fixed / method.ms.median))
+        return f"small layer: what any call costs, {text.microseconds(fixed)}, is {share} of it"
+    cost = traffic(case, method)
+    parts = cost.seconds(run.machine, case.dtype) if cost and run.machine else None
+    if parts is None:
+        return ""
+    passed, product = (1e3 * part for part in parts)
+    passed_share, product_share = passed / method.ms.median, product / method.ms.median
+    bound = "memory" if passed > product else "arithmetic"
+    return (
+        f"bound by {bound}: at this machine's rates the pass over all rows is "
+        f"{text.percent(passed_share)} of the time, the GEMM {text.percent(product_share)}"
+    )
+
+
+def _fixed_ms(run: Run, case: Case, method: Method) -> float | None:
+    """The time of the method's smallest call among the overhead cases of the same setting."""
+    found = [
+        one.methods[method.name].ms.median
+        for one in run.of_kind("overhead")
+        if one.setting == case.setting and method.name in one.methods
+    ]
+    return min(found, default=None)

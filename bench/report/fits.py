@@ -1,0 +1,138 @@
+"""Least squares: the exponent of growth, and a model of a call's time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Vector = npt.NDArray[np.float64]
+
+# An exponent this close to 1 is called linear.
+LINEAR = 0.05
+# A model is used for predictions if half of the measured times lie within this share of it.
+GOOD_ENOUGH = 0.15
+# Beyond it two terms cannot be told apart: one width and one ratio, for example.
+_WORST_CONDITION = 1e4
+
+
+@dataclass(frozen=True)
+class Power:
+    """time = scale · M^exponent.
+
+    Attributes:
+        scale: In the times' unit.
+        exponent: The slope in logarithms.
+        error: Its standard error; NaN with two points.
+        points: How many there were.
+    """
+
+    scale: float
+    exponent: float
+    error: float
+    points: int
+
+    @property
+    def growth(self) -> str:
+        """`linear`, `slower than linear` or `faster than linear`."""
+        if abs(self.exponent - 1) <= LINEAR:
+            return "linear"
+        return f"{'slower' if self.exponent < 1 else 'faster'} than linear"
+
+    def __call__(self, m: float) -> float:
+        """The time at M rows."""
+        return self.scale * math.pow(m, self.exponent)
+
+
+def fit_power(sizes: Sequence[float], times: Sequence[float]) -> Power | None:
+    """Fit a line to log(time) against log(size); `None` with fewer than two different sizes."""
+    if len(set(sizes)) < 2:
+        return None
+    x, y = np.log(np.asarray(sizes, float)), np.log(np.asarray(times, float))
+    centred = x - x.mean()
+    spread = float(centred @ centred)
+    slope = float(centred @ y) / spread
+    offset = float(y.mean() - slope * x.mean())
+    left = y - offset - slope * x
+    free = len(x) - 2
+    error = math.sqrt(float(left @ left) / free / spread) if free > 0 else math.nan
+    return Power(math.exp(offset), slope, error, len(x))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured call: M, N, P, the rows it computed, and its milliseconds."""
+
+    m: int
+    n: int
+    p: int
+    k: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class TimeModel:
+    """time = fixed + per_element · M(N+P) + per_product · K·N·P, no term below zero.
+
+    Attributes:
+        fixed: Milliseconds of any call.
+        per_element: Milliseconds per element of X and G.
+        per_product: Milliseconds per multiply-add of the GEMM.
+        points: How many times it was fitted to.
+        median_error: Of |fit/time - 1|.
+        worst_error: The largest of them.
+    """
+
+    fixed: float
+    per_element: float
+    per_product: float
+    points: int
+    median_error: float
+    worst_error: float
+
+    def __call__(self, m: int, n: int, p: int, k: int) -> float:
+        """Milliseconds of a call."""
+        products = float(k) * n * p
+        return self.fixed + self.per_element * float(m) * (n + p) + self.per_product * products
+
+    @property
+    def good(self) -> bool:
+        """Whether half of the measured times are within `GOOD_ENOUGH` of it."""
+        return self.median_error <= GOOD_ENOUGH
+
+
+def fit_time(points: Sequence[Point]) -> TimeModel | None:
+    """Least squares of relative errors; `None` where the points do not determine three terms."""
+    if len(points) < 4:
+        return None
+    terms = np.array([(1.0, p.m * (p.n + p.p), float(p.k) * p.n * p.p) for p in points], float)
+    times = np.array([p.ms for p in points], float)
+    relative = terms / times[:, None]
+    if np.linalg.cond(relative / np.linalg.norm(relative, axis=0)) > _WORST_CONDITION:
+        return None
+    solution = _least_squares_from_zero(relative)
+    errors = np.abs(terms @ solution / times - 1)
+    fixed, per_element, per_product = map(float, solution)
+    middle, worst = float(np.median(errors)), float(errors.max())
+    return TimeModel(fixed, per_element, per_product, len(points), middle, worst)
+
+
+def _least_squares_from_zero(terms: Vector) -> Vector:
+    """The s >= 0 of least |terms s - 1|: the best of all choices of terms above zero."""
+    ones = np.ones(len(terms))
+    scale = np.linalg.norm(terms, axis=0)
+    best, best_error = np.zeros(terms.shape[1]), float(len(terms))
+    for size in range(1, terms.shape[1] + 1):
+        for chosen in itertools.combinations(range(terms.shape[1]), size):
+            columns = list(chosen)
+            part = np.linalg.lstsq(terms[:, columns] / scale[columns], ones, rcond=None)[0]
+            candidate = np.zeros(terms.shape[1])
+            candidate[columns] = part / scale[columns]
+            error = float(np.sum((terms @ candidate - 1) ** 2))
+            if (part >= 0).all() and error < best_error:
+                best, best_error = candidate, error
+    return best

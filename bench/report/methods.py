@@ -1,0 +1,164 @@
+"""What is known of every method: its law, its source, and the traffic nobody can save it.
+
+Costs are those of one weight gradient. The unit is one pass over X and G together, M(N+P) elements:
+the pass that scores the rows, the memory's reads and writes in it, and the GEMM's own operands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memaop_triton import MemAOPConfig
+from memaop_triton.bench.report.data import Case, Machine, Method
+
+PAPER = "https://arxiv.org/abs/2110.09164"
+_ITEM_SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+# Units read and written besides the GEMM's operands, by memory.
+_PASS_UNITS = {"none": 1.0, "subspace": 1.5, "residual": 3.0}
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a method is.
+
+    Attributes:
+        text: In a sentence.
+        unbiased: Whether the mean of its gradient over draws is dense's.
+        memory: A key of the table of costs; `None` where we do not count the traffic.
+    """
+
+    text: str
+    unbiased: bool
+    memory: str | None = None
+
+
+# In the order of tables and charts.
+DEFINITIONS = {
+    "default": Definition(
+        "Rows drawn by priority sampling from what a subspace of the inputs leaves over; the "
+        "subspace's share is computed exactly.",
+        True,
+        "subspace",
+    ),
+    "priority": Definition(
+        "K rows by priority sampling (Duffield, Lund, Thorup 2007), no memory.", True, "none"
+    ),
+    "topk": Definition("The K rows of largest score, no memory.", False, "none"),
+    "topk-residual": Definition(
+        "The K rows of largest score; the others are kept for the next step, as in the paper.",
+        False,
+        "residual",
+    ),
+    "topk-signed": Definition(
+        "As before, with a random sign per row and step, so that cross terms average out.",
+        False,
+        "residual",
+    ),
+    "authors": Definition(
+        "The formulation of the Mem-AOP-GD authors' code: memories copied and masked whole.", False
+    ),
+    "crs": Definition(
+        "K draws with replacement, probability in proportion to the score (Drineas, Kannan, "
+        "Mahoney 2006).",
+        True,
+    ),
+    "bernoulli-crs": Definition(
+        "Every row on its own with its own probability, K expected (Adelman et al. 2021).", True
+    ),
+    "vcas": Definition("Poisson sampling of rows and a gather (Wang et al., VCAS, 2024).", True),
+    "wta-crs": Definition(
+        "The largest rows always, the rest by draws with replacement (Liu et al., WTA-CRS, 2023).",
+        True,
+    ),
+}
+_OURS = tuple(DEFINITIONS)[:5]
+
+
+def base_name(name: str) -> str | None:
+    """The key of `DEFINITIONS` that a method's name stands for.
+
+    Names of ours may have suffixes (`default-sampled`); a suffix of a baseline may change its law,
+    so baselines must match. `None` if there is no such key.
+    """
+    if name in DEFINITIONS:
+        return name
+    known = [key for key in _OURS if name.startswith(key) and not name[len(key)].isalnum()]
+    return max(known, key=len, default=None)
+
+
+def definition(name: str) -> Definition | None:
+    """What is known of a method, `None` if nothing is."""
+    key = base_name(name)
+    return None if key is None else DEFINITIONS[key]
+
+
+def rank(name: str) -> tuple[int, str]:
+    """Sorts methods into the order of `DEFINITIONS`, unknown ones last."""
+    key = base_name(name)
+    order = list(DEFINITIONS)
+    return (order.index(key) if key is not None else len(order)), name
+
+
+def ordered(methods: list[Method]) -> list[Method]:
+    """Methods in the order of tables and charts: ours, then baselines."""
+    return sorted(methods, key=lambda method: (method.role != "ours", rank(method.name)))
+
+
+def series(method: Method) -> str:
+    """The CSS class that colours a method: ours by name, all baselines alike."""
+    if method.role in ("dense", "baseline"):
+        return f"s-{method.role}"
+    return f"s-{base_name(method.name) or 'other'}"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one weight gradient has to compute and to move.
+
+    Attributes:
+        flops: Useful floating-point operations.
+        pass_bytes: Moved by the pass over all rows, the memory included.
+        gemm_bytes: The GEMM's operands.
+        updates: Whether the pass writes as well.
+    """
+
+    flops: float
+    pass_bytes: float
+    gemm_bytes: float
+    updates: bool
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte."""
+        return self.flops / (self.pass_bytes + self.gemm_bytes)
+
+    def seconds(self, machine: Machine, dtype: str) -> tuple[float, float] | None:
+        """(pass, GEMM) at the machine's measured rates; `None` if they were not measured."""
+        bandwidth = machine.triad_gbs if self.updates else machine.stream_gbs
+        rate = machine.gemm_gflops.get(dtype)
+        if bandwidth is None or rate is None:
+            return None
+        return self.pass_bytes / bandwidth / 1e9, self.flops / rate / 1e9
+
+
+def item_size(dtype: str) -> int | None:
+    """Bytes of an element; `None` for a dtype we do not know."""
+    return _ITEM_SIZES.get(dtype)
+
+
+def traffic(case: Case, method: Method) -> Traffic | None:
+    """Costs of a dense call or one of ours; `None` where they are not counted."""
+    size = item_size(case.dtype)
+    if size is None:
+        return None
+    unit = float(case.m) * (case.n + case.p) * size
+    if method.role == "dense":
+        return Traffic(2.0 * case.m * case.n * case.p, 0.0, unit, False)
+    what = definition(method.name)
+    if method.role != "ours" or what is None or what.memory is None:
+        return None
+    flops = 2.0 * case.k * case.n * case.p
+    if what.memory == "subspace":
+        flops += 2.0 * case.m * MemAOPConfig().rank_for(case.n) * (case.n + case.p)
+    passed = _PASS_UNITS[what.memory] * unit
+    return Traffic(flops, passed, case.k / case.m * unit, what.memory == "residual")

@@ -1,0 +1,196 @@
+"""A run as sections, in the order of the page; a section without numbers is left out."""
+
+from __future__ import annotations
+
+from memaop_triton.bench.report import tables, text
+from memaop_triton.bench.report.analysis import rows
+from memaop_triton.bench.report.bars import bars
+from memaop_triton.bench.report.blocks import Bullets, Chart, Code, Section, Subheading
+from memaop_triton.bench.report.charts import methods_of
+from memaop_triton.bench.report.compare import NOTABLE_PERCENT, Comparison
+from memaop_triton.bench.report.data import Run
+from memaop_triton.bench.report.findings import Finding, findings
+from memaop_triton.bench.report.roofline import calls, roofline
+from memaop_triton.bench.report.sweeps import (
+    against_ratio,
+    against_rows,
+    against_width,
+    break_even,
+)
+
+
+def sections(run: Run, comparison: Comparison | None) -> list[Section]:
+    """Every section that has something to show."""
+    every = [
+        _findings(run),
+        _weight_grad(run),
+        _roofline(run),
+        against_ratio(run),
+        against_width(run),
+        break_even(run),
+        against_rows(run),
+        _steps(run),
+        _kernels(run),
+        _overhead(run),
+        _comparison(comparison),
+        _method(run),
+    ]
+    return [section for section in every if section.blocks]
+
+
+def missing(run: Run) -> str:
+    """One line on what the run has no numbers for; empty if it has all."""
+    wanted = {
+        "the machine's rates (no roofline)": run.machine is not None,
+        "the weight gradient": bool(run.of_kind("dw")),
+        "speed-up against ratio": bool(run.of_kind("sweep_ratio")),
+        "speed-up against width": bool(run.of_kind("sweep_width")),
+        "time against rows": bool(run.of_kind("sweep_rows")),
+        "layers": bool(run.of_kind("layer")),
+        "training steps": bool(run.of_kind("step")),
+        "kernels": bool(run.of_kind("kernel")),
+        "the overhead of a call": bool(run.of_kind("overhead")),
+    }
+    absent = [what for what, there in wanted.items() if not there]
+    unmeasured = sorted({name for case in run.cases for name in case.unmeasured})
+    found = f"Not measured in this run: {', '.join(absent)}." if absent else ""
+    if unmeasured:
+        found += f" Without a time in some case: {', '.join(unmeasured)}."
+    return found.strip()
+
+
+def _findings(run: Run) -> Section:
+    checks = findings(run)
+    lost = any(finding.misses for finding in checks)
+    section = Section("losses", "Where it does not win" if lost else "Where it wins")
+    for finding in checks:
+        if finding.misses:
+            share = f"{len(finding.misses)} of {text.count(finding.checked, 'call')}"
+            section.blocks.extend([Subheading(f"{share}: {finding.claim}"), _misses(finding)])
+    kept = [finding.opposite for finding in checks if not finding.misses]
+    if kept:
+        section.blocks.append(" ".join(kept))
+    return section
+
+
+def _misses(finding: Finding) -> Bullets:
+    return Bullets(
+        tuple(
+            f"{miss.where}: {miss.what}{f' – {miss.why}' if miss.why else ''}"
+            for miss in finding.misses
+        )
+    )
+
+
+def _weight_grad(run: Run) -> Section:
+    section = Section("weight-gradient", "One weight gradient")
+    found = rows(run.of_kind("dw"))
+    if found:
+        section.blocks.append(
+            "dW = Gᵀ X with scores, selection and memory, from K = r·M of M rows, "
+            "beside the dense product of all."
+        )
+        tables_ = (tables.speedups(found), tables.limits(found), tables.peaks(found))
+        section.blocks.extend(table for table in tables_ if table is not None)
+    return section
+
+
+def _roofline(run: Run) -> Section:
+    section = Section("roofline", "What the machine allows")
+    machine = run.machine
+    if machine is None:
+        return section
+    found = calls(run.of_kind("dw"), machine)
+    for dtype in dict.fromkeys(call.case.dtype for call in found):
+        some = [call for call in found if call.case.dtype == dtype]
+        title = f"Roofline, {dtype}"
+        section.blocks.append(Chart(title, roofline(some, machine, dtype), wide=True))
+    if found:
+        section.blocks.append(
+            "A mark is one call: useful FLOPs (K rows, and the subspace's products) against the "
+            "bytes it has to move – X and G once, a memory's reads and writes, and the GEMM's "
+            "operands. Under a roof the pass over all rows and the GEMM would overlap; they run "
+            "one after the other, so a call of ours stays below it even at its limit."
+        )
+    return section
+
+
+def _steps(run: Run) -> Section:
+    section = Section("steps", "Whole layers and training steps")
+    for kind, title in (("layer", "Forward and backward of a layer"), ("step", "Training step")):
+        cases = run.of_kind(kind)
+        if cases:
+            section.blocks.append(Chart(title, bars(cases, title), wide=True))
+    cases = run.of_kind("layer", "step")
+    if cases:
+        if any(case.wanted for case in cases):
+            section.blocks.append(
+                "Whiskers span the quartiles; an upright tick is what was wanted."
+            )
+        section.blocks.append(tables.steps(cases))
+    return section
+
+
+def _kernels(run: Run) -> Section:
+    section = Section("kernels", "Kernels")
+    if run.of_kind("kernel"):
+        section.blocks.append(tables.steps(run.of_kind("kernel")))
+    return section
+
+
+def _overhead(run: Run) -> Section:
+    section = Section("overhead", "Overhead of a call")
+    if run.of_kind("overhead"):
+        section.blocks.append("Where the arithmetic is next to nothing, what is left is overhead.")
+        section.blocks.append(tables.overheads(run.of_kind("overhead")))
+    return section
+
+
+def _comparison(comparison: Comparison | None) -> Section:
+    section = Section("comparison", "Compared with an earlier run")
+    if comparison is None:
+        return section
+    where = "on the same machine"
+    if not comparison.same_machine:
+        where = "not known to be on the same machine, so speed-ups are compared and times are not"
+    when = (comparison.earlier.date or "an unknown date")[:10]
+    section.blocks.append(f"With {comparison.earlier.name} of {when}, {where}.")
+    fallen = comparison.regressions(NOTABLE_PERCENT)
+    limit = f"{NOTABLE_PERCENT:g} %"
+    if fallen:
+        section.blocks.append(Subheading(f"Slower by more than {limit}"))
+        section.blocks.append(Bullets(tuple(map(str, fallen))))
+    elif comparison.changes:
+        section.blocks.append(f"No call is slower by more than {limit} beyond the quartiles.")
+    if comparison.changes:
+        section.blocks.append(tables.changes(comparison))
+    for what, names in (("Only in the earlier run", comparison.gone), ("New", comparison.added)):
+        if names:
+            section.blocks.append(Subheading(f"{what}: {text.count(len(names), 'call')}"))
+            section.blocks.append(Bullets(names))
+    return section
+
+
+def _method(run: Run) -> Section:
+    suite = run.name if run.name in ("quick", "cpu", "gpu") else _suite(run)
+    return Section(
+        "method",
+        "How it was measured, and how to repeat it",
+        [
+            Code(f"memaop-triton bench --suite {suite} --output results"),
+            "All methods of a case run in turn, round after round, in one process. A speed-up is "
+            "dense's time over the method's in the same round, so that a machine that slows down "
+            "slows both; shown are the median of the rounds and the quartiles.",
+            "The limit is what no method with the same traffic can beat: a GEMM of K rows that lie "
+            "together, plus one pass over X and G. A row memory is read, updated and written in "
+            "that pass; a subspace adds the rows that its 2·M·q·(N+P) FLOPs would pay for. It is "
+            "measured in the same rounds.",
+            "Unbiased means that the gradient's mean over draws is dense's gradient. A biased "
+            "method can be as fast and still train worse: speed alone does not choose one.",
+            tables.definitions(methods_of(run.cases)),
+        ],
+    )
+
+
+def _suite(run: Run) -> str:
+    return "gpu" if any(case.device != "cpu" for case in run.cases) else "cpu"

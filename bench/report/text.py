@@ -1,0 +1,66 @@
+"""Numbers as readers want them."""
+
+from __future__ import annotations
+
+import math
+
+
+def times(speedup: float) -> str:
+    """`5.31×`, `12.4×`."""
+    return f"{_three(speedup)}×"
+
+
+def span(low: float, high: float) -> str:
+    """`5.2–5.4`, the quartiles of a speed-up."""
+    return f"{_three(low)}–{_three(high)}"
+
+
+def milliseconds(ms: float) -> str:
+    """`85.2 ms`; microseconds below a tenth of one."""
+    return f"{_three(ms)} ms" if ms >= 0.1 else microseconds(ms)
+
+
+def microseconds(ms: float) -> str:
+    """`38 µs` from milliseconds."""
+    return f"{_three(1e3 * ms)} µs"
+
+
+def percent(share: float) -> str:
+    """`93 %`."""
+    return f"{100 * share:.0f} %"
+
+
+def ratio(value: float) -> str:
+    """`1/8` where K/M is one over a whole number, else `0.3`."""
+    inverse = 1 / value
+    near = round(inverse)
+    return f"1/{near}" if near > 1 and abs(inverse - near) < 0.01 * near else f"{value:.3g}"
+
+
+def size(count: float) -> str:
+    """Bytes with a binary unit: `1.5 KiB`, `132 MiB`."""
+    power = min(3, int(math.log2(count) // 10)) if count >= 1 else 0
+    value = count / 1024.0**power
+    return f"{_three(value) if power else f'{value:.0f}'} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def count(number: int, what: str) -> str:
+    """`1 call`, `3 calls`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def axis(value: float) -> str:
+    """A tick: `0.25`, `8`, `2k`, `128k`, for powers of two `64k` as in 2^16."""
+    if value >= 1024 and value % 1024 == 0:
+        return f"{value / 1024:.0f}k"
+    if value >= 1000 and value % 1000 == 0:
+        return f"{value / 1000:g}k"
+    return f"{value:g}"
+
+
+def _three(value: float) -> str:
+    if not math.isfinite(value):
+        return "–"
+    if value >= 99.95:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

@@ -1,0 +1,161 @@
+"""Runs a suite in a process of its own, and tells how far it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import memaop_triton
+from memaop_triton.errors import CommandError
+
+FOLDER = Path(__file__).resolve().parent
+_POLL_SECONDS = 0.2
+_NOTHING_COLLECTED = 5
+
+
+class BenchmarkError(CommandError):
+    """A suite could not be run."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What happened: a benchmark ended, or all were counted (`name` is empty).
+
+    Attributes:
+        done: Benchmarks that ended.
+        total: Benchmarks there are.
+        name: The one that ended.
+        outcome: "passed", "failed" or "skipped".
+    """
+
+    done: int
+    total: int
+    name: str = ""
+    outcome: str = "passed"
+
+
+def require_packages() -> None:
+    """Raise `BenchmarkError` unless the packages of the extra `bench` are installed."""
+    for module, name in (("pytest", "pytest"), ("pytest_benchmark", "pytest-benchmark")):
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except ValueError:  # blocked: its entry in sys.modules is None
+            found = False
+        if not found:
+            raise BenchmarkError(
+                f"{name} is not installed: pip install 'memaop-triton[bench]' brings it."
+            )
+
+
+def run_suite(
+    suite: str,
+    json_path: Path,
+    *,
+    only: str | None = None,
+    threads: int | None = None,
+    tell: Callable[[Progress], None] = lambda progress: None,
+) -> Path:
+    """Run a suite and leave its results, pytest-benchmark's JSON, in `json_path`.
+
+    Args:
+        suite: A key of `suites.SUITES`.
+        json_path: Replaced when the suite is done, and left as it is if that fails.
+        only: Of its benchmarks, those whose name matches this expression of pytest's `-k`.
+        threads: Of PyTorch; its own choice if `None`.
+        tell: Called whenever something happened.
+
+    Returns:
+        The log beside `json_path`: what pytest printed, the table of ratios at its end.
+
+    Raises:
+        BenchmarkError: Nothing matches `only`, or a benchmark failed.
+        OSError: The folder of `json_path` cannot be written.
+    """
+    log_path = json_path.with_suffix(".log")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        log_path.open("w", encoding="utf-8") as log,
+    ):
+        events = Path(scratch) / "events"
+        events.touch()
+        results = Path(scratch) / "results.json"
+        command = _command(suite, results, events, only, threads)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=_environment(), cwd=scratch
+        )
+        try:
+            for progress in _follow(events, process):
+                tell(progress)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+        if process.returncode == _NOTHING_COLLECTED:
+            matching = f" matches --only={only!r}" if only else ""
+            raise BenchmarkError(f"no benchmark of --suite={suite}{matching}: see {log_path}.")
+        if process.returncode != 0 or not results.exists():
+            raise BenchmarkError(
+                f"--suite={suite} failed: {_last_error(log_path)} The whole log is {log_path}."
+            )
+        json_path.write_bytes(results.read_bytes())
+    return log_path
+
+
+def _command(
+    suite: str, results: Path, events: Path, only: str | None, threads: int | None
+) -> list[str]:
+    """pytest on the installed benchmarks, with no configuration but this."""
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-c", os.devnull]
+    command += ["--rootdir", str(FOLDER), "--import-mode=importlib", "-p", "no:cacheprovider"]
+    command += ["-p", "no:xdist", "-q", "--benchmark-columns=min", f"--benchmark-json={results}"]
+    command += ["--suite", suite, "--progress-file", str(events)]
+    if only:
+        command += ["-k", only]
+    if threads:
+        command += ["--threads", str(threads)]
+    return command
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with its own copy of the package first on the path."""
+    home = str(Path(memaop_triton.__file__).resolve().parent.parent)
+    before = os.environ.get("PYTHONPATH")
+    path = home if not before else os.pathsep.join([home, before])
+    return os.environ | {"PYTHONPATH": path, "PYTEST_ADDOPTS": "", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def _follow(events: Path, process: subprocess.Popen[bytes]) -> Iterator[Progress]:
+    """What the process writes into `events`, until it ends."""
+    total = done = 0
+    pending = ""
+    with events.open(encoding="utf-8") as file:
+        ended = False
+        while not ended:
+            ended = process.poll() is not None
+            pending += file.read()
+            *lines, pending = pending.split("\n")
+            for line in lines:
+                event = json.loads(line)
+                if "total" in event:
+                    total = event["total"]
+                    yield Progress(done, total)
+                else:
+                    done += 1
+                    yield Progress(done, total, event["done"], event["outcome"])
+            if not ended:
+                time.sleep(_POLL_SECONDS)
+
+
+def _last_error(log_path: Path) -> str:
+    """The last line of a log in which pytest says what an error was, or its last line."""
+    lines = [line.strip() for line in log_path.read_text(encoding="utf-8").splitlines() if line]
+    errors = [line.removeprefix("E").strip() for line in lines if line.startswith("E  ")]
+    return (errors or lines or ["it printed nothing."])[-1]
