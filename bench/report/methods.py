@@ -50,7 +50,7 @@ DEFINITIONS = {
         "residual",
     ),
     "topk-signed": Definition(
-        "As before, with a random sign per row and step, so that cross terms average out.",
+        "As `topk-residual`, with a random sign per row and step, so that cross terms average out.",
         False,
         "residual",
     ),

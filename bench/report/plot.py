@@ -71,7 +71,7 @@ class Plot:
         longest = max((len(name) for name in names), default=0)
         right = min(longest * CHARACTER + 22, width * 0.3)
         self.drawing = Drawing(width, height, label)
-        self.x = Scale(x.low, x.high, 44, width - right)
+        self.x = Scale(x.low, x.high, 50, width - right)
         self.y = Scale(y.low, y.high, height - _BOTTOM, _TOP)
         self._room = right - 18
         for value in powers(y.low, y.high, y.base, 7):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -73,7 +74,7 @@ def break_even(run: Run) -> Section:
         found = fields(cases, fitted, name, ratio)
         if found:
             title = f"`{name}`, r = {text.ratio(ratio)}"
-            section.blocks.append(Chart(title, grid(found, title.replace("`", ""))))
+            section.blocks.append(Chart(title, grid(found, title.replace("`", "")), share=3))
     if section.blocks:
         section.blocks.append(_how_fitted(fitted, name))
         section.blocks.append(tables.time_models(fitted, item_size(setting[0])))
@@ -82,7 +83,7 @@ def break_even(run: Run) -> Section:
 
 def _chosen(ratios: Sequence[float]) -> list[float]:
     """Up to `MAPS` ratios, those nearest to 1/8."""
-    nearest = sorted(ratios, key=lambda ratio: abs(ratio - 1 / 8))[:MAPS]
+    nearest = sorted(ratios, key=lambda ratio: abs(math.log(8 * ratio)))[:MAPS]
     return sorted(nearest, reverse=True)
 
 
@@ -121,7 +122,7 @@ def against_rows(run: Run) -> Section:
         title = _named(first, f"N = {first.n}, P = {first.p}, r = {text.ratio(first.ratio)}")
         methods = methods_of(cases, ("dense", "ours", "baseline"))
         if len({case.m for case in cases}) > 1:
-            section.blocks.append(Chart(title, by_rows(cases, by_name), wide=True))
+            section.blocks.append(Chart(title, by_rows(cases, by_name), share=1))
             linear = [
                 one.name
                 for one in methods

@@ -97,7 +97,7 @@ def _matrix(
     if not lines:
         return None
     head = ("M × N × P", "r", *(one.name for one in methods))
-    return Table(head, tuple(lines), 2, caption, folded=folded)
+    return Table(head, tuple(lines), names=2, caption=caption, folded=folded)
 
 
 def steps(cases: Sequence[Case]) -> Table:
@@ -145,13 +145,13 @@ def exponents(fits: dict[str, Power | None], methods: Sequence[Method]) -> Table
     for method in methods:
         fit = fits[method.name]
         if fit is None:
-            lines.append((Cell(method.name), NOTHING, NOTHING, Cell("one size: no fit")))
+            lines.append((Cell(method.name), NOTHING, NOTHING, NOTHING, Cell("one size: no fit")))
             continue
-        error = f"± {fit.error:.3f}" if fit.points > 2 else "two sizes: no error"
-        exponent = Cell(f"{fit.exponent:.3f}", error)
-        lines.append((Cell(method.name), exponent, Cell(f"{fit.points}"), Cell(fit.growth)))
-    head = ("method", "exponent", "sizes", "growth")
-    return Table(head, tuple(lines), caption="Time ∝ M^exponent, ± its standard error.")
+        error = Cell(f"{fit.error:.3f}") if fit.points > 2 else Cell("–", "two sizes")
+        exponent = Cell(f"{fit.exponent:.3f}")
+        lines.append((Cell(method.name), exponent, error, Cell(f"{fit.points}"), Cell(fit.growth)))
+    head = ("method", "exponent", "standard error", "sizes", "growth")
+    return Table(head, tuple(lines), caption="Time ∝ M^exponent, by least squares in logarithms.")
 
 
 def time_models(models: Models, item_size: int | None) -> Table:
@@ -196,8 +196,10 @@ def changes(comparison: Comparison) -> Table:
             time = change.new.ms.median / change.old.ms.median
             line.append(Cell(f"{100 * (time - 1):+.1f} %"))
         lines.append(tuple(line))
-    head = ("case", "method", "earlier", "now", "speed-up changed by")
-    return Table((*head, "time changed by") if same else head, tuple(lines), names=2)
+    head: tuple[str, ...] = ("case", "method", "earlier", "now", "speed-up changed by")
+    if same:
+        head = (*head, "time changed by")
+    return Table(head, tuple(lines), names=2, folded="Every call, the largest loss first")
 
 
 def definitions(methods: Sequence[Method]) -> Table:
@@ -209,4 +211,4 @@ def definitions(methods: Sequence[Method]) -> Table:
         about = method.label if what is None else what.text
         notes = method.note or ""
         lines.append((Cell(method.name), Cell(unbiased), Cell(about, notes)))
-    return Table(("method", "unbiased", "what it is"), tuple(lines), names=3)
+    return Table(("method", "unbiased", "what it is"), tuple(lines), names=3, prose=True)

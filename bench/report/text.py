@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+# Keeps a number and its unit on one line.
+_SPACE = "\N{NO-BREAK SPACE}"
+
 
 def times(speedup: float) -> str:
     """`5.31×`, `12.4×`."""
@@ -17,17 +20,17 @@ def span(low: float, high: float) -> str:
 
 def milliseconds(ms: float) -> str:
     """`85.2 ms`; microseconds below a tenth of one."""
-    return f"{_three(ms)} ms" if ms >= 0.1 else microseconds(ms)
+    return f"{_three(ms)}{_SPACE}ms" if ms >= 0.1 else microseconds(ms)
 
 
 def microseconds(ms: float) -> str:
     """`38 µs` from milliseconds."""
-    return f"{_three(1e3 * ms)} µs"
+    return f"{_three(1e3 * ms)}{_SPACE}µs"
 
 
 def percent(share: float) -> str:
     """`93 %`."""
-    return f"{100 * share:.0f} %"
+    return f"{100 * share:.0f}{_SPACE}%"
 
 
 def ratio(value: float) -> str:
@@ -41,7 +44,8 @@ def size(count: float) -> str:
     """Bytes with a binary unit: `1.5 KiB`, `132 MiB`."""
     power = min(3, int(math.log2(count) // 10)) if count >= 1 else 0
     value = count / 1024.0**power
-    return f"{_three(value) if power else f'{value:.0f}'} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+    digits = _three(value) if power else f"{value:.0f}"
+    return f"{digits}{_SPACE}{('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def count(number: int, what: str) -> str:
