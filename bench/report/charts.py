@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from memaop_triton.bench.report import text
 from memaop_triton.bench.report.data import Case, Method
@@ -109,11 +110,11 @@ def by_width(cases: Sequence[Case]) -> Callable[[float], Drawing]:
 
 
 def by_rows(cases: Sequence[Case], fits: Mapping[str, Power | None]) -> Callable[[float], Drawing]:
-    """Milliseconds against M for one width and ratio; the fitted exponent is in the name."""
+    """Milliseconds against M; where there is room, names carry the fitted exponents."""
 
     def draw(width: float) -> Drawing:
         lines = [
-            Series(_with_exponent(line.name, fits), line.css, line.samples, line.shape, line.band)
+            line if width < NARROW else replace(line, name=_with_exponent(line.name, fits))
             for line in _lines(
                 cases, lambda case: float(case.m), _time, ("dense", "ours", "baseline")
             )

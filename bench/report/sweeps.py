@@ -29,9 +29,11 @@ MAPS = 3
 def against_ratio(run: Run) -> Section:
     """Speed-up against K/M, a chart per shape."""
     section = Section("ratio", "Speed-up against ratio")
-    for cases in _groups(run.of_kind("sweep_ratio"), lambda c: (c.m, c.n, c.p, c.setting)):
+    groups = _groups(run.of_kind("sweep_ratio"), lambda c: (c.m, c.n, c.p, c.setting))
+    share = 1 if len(groups) == 1 else 2
+    for cases in groups:
         if len({case.ratio for case in cases}) > 1:
-            section.blocks.append(Chart(_named(cases[0], cases[0].shape), by_ratio(cases)))
+            section.blocks.append(Chart(_named(cases[0], cases[0].shape), by_ratio(cases), share))
         else:
             section.blocks.append(f"{cases[0].shape}: a single ratio, so there is no line to draw.")
             section.blocks.append(tables.speedups(rows(cases)))
@@ -47,10 +49,12 @@ def against_ratio(run: Run) -> Section:
 def against_width(run: Run) -> Section:
     """Speed-up against N, a chart per number of rows and ratio."""
     section = Section("width", "Speed-up against width")
-    for cases in _groups(run.of_kind("sweep_width"), lambda c: (c.m, c.ratio, c.setting)):
+    groups = _groups(run.of_kind("sweep_width"), lambda c: (c.m, c.ratio, c.setting))
+    share = 1 if len(groups) == 1 else 2
+    for cases in groups:
         title = _named(cases[0], f"M = {cases[0].m}, r = {text.ratio(cases[0].ratio)}")
         if len({case.n for case in cases}) > 1:
-            section.blocks.append(Chart(title, by_width(cases)))
+            section.blocks.append(Chart(title, by_width(cases), share))
         else:
             section.blocks.append(f"{title}: a single width, so there is no line to draw.")
     if section.blocks:

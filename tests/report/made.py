@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,11 @@ def every_case(seed: int = 0) -> list[Record]:
         "rows.c": method("rows.c", "ours", 2.4, 4.2, label="one pass in C"),
     }}  # fmt: skip
     return [*dw, *ratios, *widths, *sweep, *steps, kernel, *small]
+
+
+def markdown_tables(markdown: str) -> list[list[list[str]]]:
+    """Every table of a Markdown text as a list of rows of cells."""
+    blocks = re.findall(r"(?:^\|.*\|\n)+", markdown, flags=re.MULTILINE)
+    return [
+        [re.split(r"(?<!\\) ?\| ?", line)[1:-1] for line in block.splitlines()] for block in blocks
+    ]
