@@ -70,7 +70,7 @@ def _speed_axis(lines: Sequence[Series], highest: float = 1) -> Axis:
 
 
 def _speed_tick(value: float) -> str:
-    return f"{value:g}×"
+    return f"{value:g}×" if value >= 1 else f"1/{1 / value:g}×"
 
 
 def _height(width: float) -> float:

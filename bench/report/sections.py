@@ -70,10 +70,12 @@ def _findings(run: Run) -> Section:
         if finding.misses:
             share = f"{len(finding.misses)} of {text.count(finding.checked, 'call')}"
             section.blocks.append(Subheading(f"{share}: {finding.claim}"))
-            counts = Counter(miss.method for miss in finding.misses)
-            tally = (f"`{name}` {count}" for name, count in counts.most_common())
-            section.blocks.append(f"By method: {', '.join(tally)}.")
-            section.blocks.append(Bullets(tuple(map(_miss, by_place(finding.misses))), 4))
+            bullets = Bullets(tuple(map(_miss, by_place(finding.misses))), 4)
+            if len(bullets.items) > bullets.shown:
+                counts = Counter(miss.method for miss in finding.misses)
+                tally = (f"`{name}` {count}" for name, count in counts.most_common())
+                section.blocks.append(f"By method: {', '.join(tally)}.")
+            section.blocks.append(bullets)
     kept = [finding.opposite for finding in checks if not finding.misses]
     if kept:
         section.blocks.append(" ".join(kept))

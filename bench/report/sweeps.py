@@ -124,17 +124,18 @@ def against_rows(run: Run) -> Section:
         first = cases[0]
         by_name = fits[text.ratio(first.ratio), first.setting, first.n, first.p]
         title = _named(first, f"N = {first.n}, P = {first.p}, r = {text.ratio(first.ratio)}")
+        if len({case.m for case in cases}) == 1:
+            section.blocks.append(f"{title}: a single size, so there is no fit.")
+            continue
         methods = methods_of(cases, ("dense", "ours", "baseline"))
-        if len({case.m for case in cases}) > 1:
-            section.blocks.append(Chart(title, by_rows(cases, by_name), share=1))
-            linear = [
-                one.name
-                for one in methods
-                if (fit := by_name[one.name]) is not None and fit.growth == "linear"
-            ]
-            section.blocks.append(
-                f"Linear in M (exponent within {LINEAR:g} of 1): {', '.join(linear) or 'none'}."
-            )
+        linear = [
+            one.name
+            for one in methods
+            if (fit := by_name[one.name]) is not None and fit.growth == "linear"
+        ]
+        named = ", ".join(linear) or "none"
+        section.blocks.append(Chart(title, by_rows(cases, by_name), share=1))
+        section.blocks.append(f"Linear in M (exponent within {LINEAR:g} of 1): {named}.")
         section.blocks.append(tables.exponents(by_name, methods))
     return section
 

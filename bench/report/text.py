@@ -19,13 +19,20 @@ def span(low: float, high: float) -> str:
 
 
 def milliseconds(ms: float) -> str:
-    """`85.2 ms`; microseconds below a tenth of one."""
-    return f"{_three(ms)}{_SPACE}ms" if ms >= 0.1 else microseconds(ms)
+    """`85.2 ms`; microseconds below one."""
+    return f"{_three(ms)}{_SPACE}ms" if ms >= 1 else microseconds(ms)
 
 
 def microseconds(ms: float) -> str:
     """`38 µs` from milliseconds."""
     return f"{_three(1e3 * ms)}{_SPACE}µs"
+
+
+def rate(gigas: float, unit: str) -> str:
+    """`200 GFLOP/s` or `2.95 TB/s`, from 10^9 `unit` a second."""
+    if gigas >= 1000:
+        return f"{_three(gigas / 1000)}{_SPACE}T{unit}/s"
+    return f"{_three(gigas)}{_SPACE}G{unit}/s"
 
 
 def percent(share: float) -> str:

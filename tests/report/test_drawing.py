@@ -25,6 +25,6 @@ def test_scales_and_ticks():
     assert (scale(1), scale(10), scale(100)) == pytest.approx((0, 100, 200))
     assert Scale(0, 4, 100, 0, log=False)(1) == 75
     assert powers(0.4, 9, 2, 9) == [0.5, 1, 2, 4, 8]
-    assert powers(1, 1024, 2, 4) == [1, 8, 64, 512]
+    assert powers(1 / 16, 1024, 2, 5) == [1 / 8, 1, 8, 64, 512]
     assert steps(2.4, 4) == [0, 1, 2]
     assert steps(2.4, 8) == pytest.approx([0, 0.5, 1, 1.5, 2])

@@ -28,7 +28,7 @@ def test_a_single_case_of_any_kind(written, kind):
 
 def test_single_size_of_a_sweep_has_no_fit(written):
     _, markdown = written([made.weight_grad("sweep_rows", 512, 64, 64, 1 / 8)])
-    assert "one size: no fit" in markdown
+    assert "a single size, so there is no fit" in markdown
 
 
 def test_two_ratios_make_a_line(written):
