@@ -23,7 +23,7 @@ SHAPES = {
 
 def shape_of(method: Method) -> str:
     """The mark of a method, so that colour is not all that tells them apart."""
-    return SHAPES.get(base_name(method.name) or "", "circle")
+    return SHAPES.get(base_name(method) or "", "circle")
 
 
 def methods_of(cases: Sequence[Case], roles: Sequence[str] = ("ours", "baseline")) -> list[Method]:
@@ -135,7 +135,7 @@ def _with_exponent(name: str, fits: Mapping[str, Power | None]) -> str:
 
 
 def _time(case: Case, method: Method, x: float) -> Sample:
-    tip = f"{method.name}, {case.shape}: {text.milliseconds(method.ms.median)}"
+    tip = f"{method.name}, {case.shape}: {text.duration(method.ms.median)}"
     return Sample(x, method.ms.median, method.ms.q1, method.ms.q3, tip)
 
 

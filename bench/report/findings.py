@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from memaop_triton.bench.report import text
 from memaop_triton.bench.report.analysis import growth, ours, overhead, rows
 from memaop_triton.bench.report.data import WEIGHT_GRAD_KINDS, Case, Method, Run
-from memaop_triton.bench.report.methods import base_name, definition, traffic
+from memaop_triton.bench.report.methods import definition, traffic
 
 WANTED_SHARE = 0.9
 WANTED_OVERHEAD_MS = 0.1
@@ -18,7 +18,6 @@ _EXTRA_WORK = {
     "residual": "a row memory is read, updated and written too, which drawing rows alone is spared",
     "subspace": "the subspace's share is computed as well, which leaves less to the draw's noise",
 }
-_DRAW_ROWS_ONLY = ("crs", "bernoulli-crs", "vcas", "wta-crs")
 # A call whose fixed costs are at least this share of its time is called small.
 _SMALL = 0.3
 
@@ -107,8 +106,8 @@ def _against_dense(method: Method) -> str:
 def _baselines(run: Run) -> Finding:
     checked, misses = 0, []
     for row in rows(run.cases):
-        baselines = [method for method in row.methods if method.role == "baseline"]
         for case, method in row.found.values():
+            baselines = row.baselines(case)
             if method.role != "ours" or not baselines:
                 continue
             checked += 1
@@ -127,9 +126,9 @@ def _baselines(run: Run) -> Finding:
 
 
 def _why_slower(run: Run, case: Case, method: Method, baseline: Method) -> Reason:
-    what = definition(method.name)
-    extra = _EXTRA_WORK.get(what.memory or "") if what is not None else None
-    if extra is not None and base_name(baseline.name) in _DRAW_ROWS_ONLY:
+    mine, other = definition(method), definition(baseline)
+    if mine and other and mine.memory != other.memory and mine.memory in _EXTRA_WORK:
+        extra = _EXTRA_WORK[mine.memory]
         return Reason(extra, extra, more_work=True)
     return reason(run, case, method)
 
@@ -179,11 +178,11 @@ def _limits(run: Run) -> Finding:
 def _overheads(run: Run) -> Finding:
     every = [(c, m) for c, m in ours(run.of_kind("overhead")) if math.isfinite(overhead(c, m))]
     misses = [
-        Miss(_place(case), method.name, text.microseconds(beyond), beyond)
+        Miss(_place(case), method.name, text.duration(beyond), beyond)
         for case, method in every
         if (beyond := overhead(case, method)) > WANTED_OVERHEAD_MS
     ]
-    most = text.microseconds(WANTED_OVERHEAD_MS)
+    most = text.duration(WANTED_OVERHEAD_MS)
     return _finding(
         f"an overhead above {most}", f"No call has an overhead above {most}.", len(every), misses
     )
@@ -234,7 +233,7 @@ def reason(run: Run, case: Case, method: Method) -> Reason:
     if fixed is not None and fixed >= _SMALL * method.ms.median:
         share = fixed / method.ms.median
         of = "all of it" if share >= 0.995 else f"{text.percent(share)} of it"
-        what = f"small layer: what any call costs, {text.microseconds(fixed)}, is {of}"
+        what = f"small layer: what any call costs, {text.duration(fixed)}, is {of}"
         return Reason(what, "small")
     cost = traffic(case, method)
     parts = cost.seconds(run.machine, case.dtype) if cost and run.machine else None
@@ -242,6 +241,9 @@ def reason(run: Run, case: Case, method: Method) -> Reason:
         return Reason()
     passed, product = (1e3 * part for part in parts)
     shares = [min(1.0, part / method.ms.median) for part in (passed, product)]
+    if sum(shares) < _SMALL:
+        what = f"small layer: at this machine's rates its work is {text.percent(sum(shares))} of it"
+        return Reason(what, "small")
     bound = "memory" if passed > product else "arithmetic"
     what = (
         f"bound by {bound}: at this machine's rates the pass over all rows is "
@@ -251,11 +253,14 @@ def reason(run: Run, case: Case, method: Method) -> Reason:
 
 
 def by_place(misses: Sequence[Miss]) -> list[list[Miss]]:
-    """Misses of one place and cause together, in the order of their worst."""
-    groups: dict[tuple[str, str], list[Miss]] = {}
+    """Misses of one place and cause together, in the order of their worst.
+
+    Of a method that was timed there more than once, in two sweeps, the worst is kept.
+    """
+    groups: dict[tuple[str, str], dict[str, Miss]] = {}
     for miss in misses:
-        groups.setdefault((miss.where, miss.why.cause), []).append(miss)
-    return list(groups.values())
+        groups.setdefault((miss.where, miss.why.cause), {}).setdefault(miss.method, miss)
+    return [list(group.values()) for group in groups.values()]
 
 
 def _fixed_ms(run: Run, case: Case, method: Method) -> float | None:

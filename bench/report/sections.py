@@ -99,7 +99,12 @@ def _weight_grad(run: Run) -> Section:
             "dW = Gᵀ X with scores, selection and memory, from K = r·M of M rows, "
             "beside the dense product of all."
         )
-        tables_ = (tables.speedups(found), tables.limits(found), tables.peaks(found))
+        tables_ = (
+            tables.speedups(found),
+            tables.limits(found),
+            tables.cold(found),
+            tables.peaks(found),
+        )
         section.blocks.extend(table for table in tables_ if table is not None)
     return section
 
@@ -195,7 +200,7 @@ def _method(run: Run) -> Section:
             "measured in the same rounds.",
             "Unbiased means that the gradient's mean over draws is dense's gradient. A biased "
             "method can be as fast and still train worse: speed alone does not choose one.",
-            tables.definitions(methods_of(run.cases)),
+            tables.definitions(methods_of([c for c in run.cases if c.kind != "kernel"])),
         ],
     )
 

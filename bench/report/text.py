@@ -18,14 +18,9 @@ def span(low: float, high: float) -> str:
     return f"{_three(low)}–{_three(high)}"
 
 
-def milliseconds(ms: float) -> str:
-    """`85.2 ms`; microseconds below one."""
-    return f"{_three(ms)}{_SPACE}ms" if ms >= 1 else microseconds(ms)
-
-
-def microseconds(ms: float) -> str:
-    """`38 µs` from milliseconds."""
-    return f"{_three(1e3 * ms)}{_SPACE}µs"
+def duration(ms: float) -> str:
+    """`85.2 ms`, or `38.0 µs` below a millisecond."""
+    return f"{_three(ms)}{_SPACE}ms" if abs(ms) >= 1 else f"{_three(1e3 * ms)}{_SPACE}µs"
 
 
 def rate(gigas: float, unit: str) -> str:
@@ -72,6 +67,9 @@ def axis(value: float) -> str:
 def _three(value: float) -> str:
     if not math.isfinite(value):
         return "–"
-    if value >= 99.95:
+    size = abs(value)
+    if size >= 99.95:
         return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    if size >= 9.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if size >= 0.0995 or size == 0 else f"{value:.2g}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from memaop_triton.bench.report.data import load
+from memaop_triton.bench.report.data import Method, Spread, load
 from memaop_triton.bench.report.methods import base_name, traffic
 from memaop_triton.bench.report.roofline import calls
 from tests.report import made
@@ -35,15 +35,20 @@ def test_calls_lie_under_the_roofs_by_what_they_took(saved):
 
 
 @pytest.mark.parametrize(
-    ("name", "key"),
+    ("role", "name", "key"),
     [
-        ("topk-residual", "topk-residual"),
-        ("topk-residual-bf16", "topk-residual"),
-        ("default-sampled", "default"),
-        ("topkish", None),
-        ("bernoulli-crs-scaled", None),  # a suffix may change a baseline's law
-        ("vcas", "vcas"),
+        ("ours", "topk-residual", "topk-residual"),
+        ("ours", "topk-residual-bf16", "topk-residual"),
+        ("ours", "default, sampled dX", "default"),
+        ("ours", "topkish", None),
+        ("ours", "vcas", None),
+        ("baseline", "vcas", "vcas"),
+        ("baseline", "topk-crs", "topk-crs"),
+        ("baseline", "topk-other", None),  # not ours, and a suffix may change a baseline's law
+        ("baseline", "topk", None),
+        ("limit", "topk", None),
     ],
 )
-def test_name_of_a_method(name, key):
-    assert base_name(name) == key
+def test_what_a_name_stands_for(role, name, key):
+    times = Spread(1.0, 1.0, 1.0)
+    assert base_name(Method(name, role, name, times, times)) == key

@@ -3,7 +3,7 @@
 import pytest
 
 from memaop_triton.bench.report.data import load
-from memaop_triton.bench.report.findings import findings
+from memaop_triton.bench.report.findings import Miss, Reason, by_place, findings
 from tests.report import made
 
 
@@ -62,6 +62,22 @@ def test_a_wanted_speedup_that_is_missed_says_what_the_limit_allows(written, win
     assert "`priority` 8.00×, wanted 9.00× – the limit measured in this run is 8.42×" in markdown
 
 
+def test_one_line_per_place_and_cause_with_the_worst_of_each_method():
+    small, bound = Reason("small layer: 5 µs", "small"), Reason("bound by memory", "memory")
+    found = [
+        Miss("here", "topk", "0.1×", 9, small),
+        Miss("here", "default", "0.2×", 8, Reason("small layer: 6 µs", "small")),
+        Miss("there", "topk", "0.3×", 7, bound),
+        Miss("here", "topk", "0.4×", 6, small),
+        Miss("here", "priority", "0.5×", 5, bound),
+    ]
+    assert [[(one.method, one.what) for one in group] for group in by_place(found)] == [
+        [("topk", "0.1×"), ("default", "0.2×")],
+        [("topk", "0.3×")],
+        [("priority", "0.5×")],
+    ]
+
+
 def test_reasons(saved):
     found = misses(saved(made.every_case()))
     small = [one for one in found["slower than dense"] if one.where.startswith("64×64×64")]
@@ -75,6 +91,18 @@ def test_reasons(saved):
     }  # fmt: skip
     order = [one.why.more_work for one in beside]
     assert order == sorted(order)
+
+
+def test_a_baseline_counts_as_timed_beside_the_call(saved, winning):
+    """In another case of the same shape it may have been faster or slower, by the machine."""
+    beside = {"default": made.method("default", "ours", 11.0, 80.0)}
+    methods = {"dense": winning["methods"]["dense"], "vcas": winning["methods"]["vcas"] | {}}
+    other = winning | {"title": "subspace", "methods": methods | beside, "wanted": {}}
+    assert not misses(saved([winning, other]))["slower than a baseline"]
+    other["methods"]["vcas"] = made.method("vcas", "baseline", 10.5, 80.0)
+    (miss,) = misses(saved([winning, other]))["slower than a baseline"]
+    assert miss.method == "default"
+    assert "vcas, 7.62×" in miss.beside
 
 
 def test_overhead_and_growth_are_checked(saved):

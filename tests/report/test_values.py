@@ -62,6 +62,18 @@ def test_methods_of_one_shape_in_several_cases_share_a_row(written):
     assert len(body) == 1
 
 
+def test_cold_caches_have_a_table_of_their_own(written):
+    case = made.weight_grad("dw", 4096, 512, 512, 1 / 8)
+    assert "Cold caches" not in written([case])[1]
+    speeds = {"median": 2.5, "q1": 2.25, "q3": 2.75}
+    case["methods"]["topk"]["cold"] = {"ms": 1.0, "q1": 1.0, "q3": 1.0, "speedup": speeds}
+    page, markdown = written([case])
+    assert "<summary>Cold caches</summary>" in page
+    (table,) = [t for t in markdown_tables(markdown) if "2.50× (2.25–2.75)" in t[2]]
+    assert table[2].index("2.50× (2.25–2.75)") == table[0].index("topk")
+    assert table[2].count("–") == len(table[0]) - 3
+
+
 def test_headline_is_computed(written):
     cases = [made.weight_grad("dw", m, 512, 512, r) for m in (1024, 4096) for r in (1 / 8, 1 / 16)]
     for case, speed in zip(cases, (2.0, 50.0, 8.0, 60.0), strict=True):
@@ -83,12 +95,15 @@ def test_ratio_of_the_headline(saved):
     ("shown", "expected"),
     [
         (text.times(0.4567), "0.46×"),
+        (text.times(0.0456), "0.046×"),
         (text.times(9.994), "9.99×"),
         (text.times(9.996), "10.0×"),
         (text.times(123.4), "123×"),
-        (text.milliseconds(0.0466), "46.6 µs"),
-        (text.milliseconds(84.24), "84.2 ms"),
-        (text.milliseconds(0.996), "996 µs"),
+        (text.duration(0.0466), "46.6 µs"),
+        (text.duration(84.24), "84.2 ms"),
+        (text.duration(0.996), "996 µs"),
+        (text.duration(-0.002), "-2.00 µs"),
+        (text.duration(2.456), "2.46 ms"),
         (text.rate(200.0, "FLOP"), "200 GFLOP/s"),
         (text.rate(2950.0, "B"), "2.95 TB/s"),
         (text.ratio(1 / 8), "1/8"),
