@@ -89,7 +89,7 @@ def test_map_tells_measured_from_fitted(saved):
         for c in cases
         if c.n == c.p and c.ratio == 1 / 8 and c.kind not in ("layer", "step", "kernel")
     }
-    assert measured.keys() == expected.keys()
+    assert measured == expected
     fitted = [one for one in found if not one.measured]
     assert len(fitted) > 20
     assert {one.inside for one in fitted} == {True, False}

@@ -105,6 +105,17 @@ def test_a_baseline_counts_as_timed_beside_the_call(saved, winning):
     assert "vcas, 7.62×" in miss.beside
 
 
+def test_work_that_the_baseline_does_too_is_no_excuse(saved, winning):
+    winning["methods"]["topk-residual"] = made.method("topk-residual", "ours", 14.0, 80.0)
+    (miss,) = misses(saved([winning]))["slower than a baseline"]
+    assert (miss.method, miss.why.more_work) == ("topk-residual", True)
+    winning["methods"]["authors"] = made.method("authors", "baseline", 11.0, 80.0)
+    (miss,) = misses(saved([winning]))["slower than a baseline"]
+    assert "authors, 7.27×" in miss.beside
+    assert not miss.why.more_work
+    assert miss.why.cause == "memory"
+
+
 def test_overhead_and_growth_are_checked(saved):
     slow = made.weight_grad("overhead", 64, 64, 64, 1 / 8)
     slow["methods"]["topk"]["ms"] = slow["methods"]["dense"]["ms"] + 0.101

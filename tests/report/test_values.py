@@ -74,6 +74,17 @@ def test_cold_caches_have_a_table_of_their_own(written):
     assert table[2].count("–") == len(table[0]) - 3
 
 
+def test_overhead_is_what_is_beyond_dense(written):
+    case = made.weight_grad("overhead", 64, 64, 64, 1 / 8)
+    case["methods"]["dense"]["ms"], case["methods"]["topk"]["ms"] = 0.01, 0.0525
+    page, markdown = written([case])
+    table = next(t for t in markdown_tables(markdown) if "beyond dense" in t[0])
+    lines = {row[2]: [one.replace("\N{NO-BREAK SPACE}", " ") for one in row[3:]] for row in table}
+    assert lines["topk"] == ["52.5 µs", "42.5 µs"]
+    assert lines["dense"] == ["10.0 µs", "–"]
+    assert "overhead of a call" in page
+
+
 def test_headline_is_computed(written):
     cases = [made.weight_grad("dw", m, 512, 512, r) for m in (1024, 4096) for r in (1 / 8, 1 / 16)]
     for case, speed in zip(cases, (2.0, 50.0, 8.0, 60.0), strict=True):
