@@ -63,9 +63,9 @@ ASSUMPTIONS = """\
 - Ours runs the tile that `configs.heuristic` ships. Where several units of a chip work at once, the
   longest takes its time and a tenth ({unhidden:.0%}) of the others' is added.
 - A launch takes {launch:.0f} µs, whoever makes it, and so does every operation of a selection at
-  least: in PyTorch {version} {operations}. Sorts and top-ks are several launches,
-  which is not counted, and neither is time in which the CPU is behind. A CUDA graph removes most of
-  both.
+  least: in PyTorch {version} {operations}. Sorts and
+  top-ks are several launches, which is not counted, and neither is time in which the CPU is behind.
+  A CUDA graph removes most of both.
 - The refresh of the subspace's basis also takes a QR factorisation of N x 16 numbers every eighth
   step. It runs in the vendor's solver, of which the model knows nothing; it is left out.
 - Caches are empty before each kernel but for what one leaves to the next, as parts to add up.

@@ -42,14 +42,14 @@ def shared_memory(problem: Problem, config: Config, target: Target) -> int:
     A pipeline of s stages keeps s − 1 tiles of every operand in flight. Where the matrix unit reads
     shared memory itself, it still does so while the next tile arrives, which takes one more.
     Operands that are computed (weighted, summed) pass through shared memory once more, and so does
-    the result on its way out, by pieces on AMD, whose kernels keep the first stage in registers.
+    the result on its way out, by halves on AMD, whose kernels keep the first stage in registers.
     """
     if isinstance(config, GemmConfig):
         whole = "accumulate" in problem.flags or config.split_k > 1
         size = 4 if whole else problem.dtype.itemsize
         leaving = config.block_n // config.tiles_n * config.block_p * size
         if target.backend == "hip":
-            leaving = min(leaving, 32 * KIB)
+            leaving //= 2
         return max(_gemm_shared(problem, config, target), leaving + KIB)
     tile = config.block_m * config.block_c * problem.dtype.itemsize
     if problem.kernel not in ("project", "transposed_mm"):
@@ -112,7 +112,7 @@ def registers(problem: Problem, config: Config, target: Target) -> int:
         return int(48 + sums + operands * (size + 4) / 4)
     copies = operands * size / 16
     fragments = 0.0 if reads_shared(problem, target) else 32.0
-    if target.arch == 100 and not is_exact(problem):
+    if target.arch == 100 and not is_exact(problem) and "accumulate" not in problem.flags:
         fragments -= 0.4 * sums  # they are in tensor memory until they are stored
     if "weighted" in problem.flags:
         fragments += config.block_p * config.block_k / count * size / 4

@@ -17,6 +17,7 @@ def passes(problem: Problem, config: RowConfig, target: Target) -> Work:
     twice. Column sums leave P float32 per program, which a second launch adds.
     """
     rows, columns = problem.rows, problem.n + problem.p
+    width = min(config.block_c, max(problem.n, problem.p, 1))
     size = problem.dtype.itemsize
     updates = problem.kernel == "accumulate_and_score"
     kept = (problem.stored or problem.dtype).itemsize if updates else 0
@@ -38,7 +39,7 @@ def passes(problem: Problem, config: RowConfig, target: Target) -> Work:
         legacy=False,
         instructions=15 + each * arithmetic + (40 + 3 * each if sums else 0),
         operand_reads=0.0,
-        step_bytes=config.block_m * min(config.block_c, max(columns, 1)) * (size + kept),
+        step_bytes=config.block_m * width * (size + kept),
         depth=1,
         memory_bytes=moved + left,
         extra_bytes=(left,) if sums else (),

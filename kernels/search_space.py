@@ -102,7 +102,7 @@ def _gemms(problem: Problem, target: Target) -> Iterator[GemmConfig]:
             continue
         tile = GemmConfig(n, p, k, warps, depth, x_columns_first=columns_first)
         yield tile
-        if not (formed or blocks or exact) and n >= 64:
+        if problem.is_aligned and not (formed or blocks or exact) and n >= 64:
             yield replace(tile, tiles_n=2)
         if n * p >= 128 * 128:
             yield from (replace(tile, group=group) for group in (4, 16))
