@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -112,7 +113,8 @@ def untouched(model: nn.Module, inputs: object = None) -> Iterator[None]:
                 now.clear()
                 now.update(before)  # type: ignore[arg-type]
         for tensor, copy in zip(tensors, copies, strict=True):
-            tensor.data.copy_(copy)
+            if not _is_expanded(tensor):
+                tensor.data.copy_(copy)
         for leaf, required, gradient in gradients:
             leaf.requires_grad_(required)
             leaf.grad = gradient
@@ -126,7 +128,9 @@ def _training(model: nn.Module) -> Iterator[None]:
     alone: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if isinstance(model, DistributedDataParallel):
         alone = model.no_sync()
-    eager = torch.compiler.set_stance("force_eager")
+    eager: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        eager = torch.compiler.set_stance("force_eager")
     with alone, eager, torch.inference_mode(False), torch.enable_grad():
         yield
 
@@ -142,6 +146,13 @@ def generators_restored(devices: Iterable[torch.device]) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+def _is_expanded(a: Tensor) -> bool:
+    """Whether elements share their place in memory, which PyTorch never writes to."""
+    if a.layout != torch.strided:
+        return False
+    return any(stride == 0 and size > 1 for stride, size in zip(a.stride(), a.shape, strict=True))
 
 
 def _after_gradient(leaf: Tensor) -> dict[int, Any] | None:
@@ -173,8 +184,8 @@ def _forward_hook(name: str, uses: Counter[Use]) -> Callable[..., None]:
         weight, bias = layer.weight, layer.bias
         if hasattr(weight, "device_mesh"):
             raise ValueError(
-                f"layer {quoted(name)}: its weight is divided by tensor parallelism. Plan the "
-                "model before it is divided."
+                f"layer {quoted(name)}: its weight is a DTensor, divided among processes. Measure "
+                "the model before tensor parallelism or fully_shard divides it."
             )
         x = args[0] if args else kwargs["input"]
         use = Use(

@@ -65,7 +65,7 @@ def plan(
     Raises:
         TypeError: `example_inputs` is nothing of the above; and as `convert_`.
         ValueError: Nothing in the output can be differentiated, a layer is on neither a CPU nor a
-            GPU or is divided by tensor parallelism, or `time_budget` is not positive; and as
+            GPU or is divided among processes, or `time_budget` is not positive; and as
             `convert_`.
     """
     if not (time_budget > 0 and math.isfinite(time_budget)):

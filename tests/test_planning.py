@@ -192,6 +192,13 @@ def test_what_cannot_be_planned(model, inputs, loss_fn, error, message):
         plan(model, example_inputs=inputs, loss_fn=loss_fn)
 
 
+def test_a_weight_that_is_divided_is_refused():
+    model = nn.Linear(4, 2)
+    model.weight.device_mesh = "as a DTensor has"
+    with pytest.raises(ValueError, match="layer the model itself: its weight is a DTensor"):
+        plan(model, example_inputs=torch.ones(3, 4))
+
+
 @pytest.mark.parametrize("budget", [0, -1.0, float("nan")])
 def test_a_time_budget_is_positive(budget):
     with pytest.raises(ValueError, match=f"time_budget={budget}"):

@@ -25,6 +25,7 @@ class Busy(nn.Module):
         self.head = nn.Linear(8, 2)
         self.register_buffer("calls", torch.zeros(1))
         self.register_buffer("absent", None)
+        self.register_buffer("expanded", torch.ones(1).expand(3))
         self.failure = None
         self.modes = []
 
