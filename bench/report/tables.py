@@ -221,6 +221,10 @@ def definitions(methods: Sequence[Method]) -> Table:
     for method in methods:
         what = definition(method)
         unbiased = "–" if what is None else "yes" if what.unbiased else "no"
-        about = Cell(method.label if what is None else what.text, method.note or "")
-        lines.append((Cell(method.name), Cell(unbiased), about))
+        about = method.label if what is None else what.text
+        if what is not None and "sampled dX" in method.name:
+            about += " The input gradient comes from K rows too."
+        # The column says so already.
+        note = "" if method.note == "biased" else method.note or ""
+        lines.append((Cell(method.name), Cell(unbiased), Cell(about, note)))
     return Table(("method", "unbiased", "what it is"), tuple(lines), names=3, prose=True)
