@@ -131,7 +131,7 @@ def _training(model: nn.Module) -> Iterator[None]:
     eager: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
         eager = torch.compiler.set_stance("force_eager")
-    with alone, eager, torch.inference_mode(False), torch.enable_grad():
+    with alone, eager, torch.inference_mode(False):  # which switches gradients on as well
         yield
 
 
