@@ -22,6 +22,7 @@ before the loop, so that it takes no pass over dW of its own.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from memaop_triton.kernels import configs, launch, targets
+from memaop_triton.kernels import autotune, configs, launch, targets
+from memaop_triton.kernels.problem import flags, problem_of
 from memaop_triton.kernels.reduction import parts_of, sum_parts
 from memaop_triton.kernels.targets import Target
 from memaop_triton.kernels.tiles import (
@@ -46,6 +48,7 @@ from memaop_triton.kernels.tiles import (
     weighted,
     wrapped,
 )
+from memaop_triton.kernels.tuning import Call
 
 
 @triton.jit(do_not_specialize=["M", "K", "steps"])
@@ -207,7 +210,7 @@ def gather_gemm(
         deterministic: Add the parts of a split in a fixed order; otherwise by atomics, where `out`
             is float32.
         input_precision: "ieee" or "tf32" for float32; what torch allows if `None`.
-        config: Tile; chosen by shape if `None`.
+        config: Tile; chosen by `autotune` if `None`.
 
     Returns:
         `out`.
@@ -216,16 +219,35 @@ def gather_gemm(
     formed = input_precision or precision(target, x.dtype)
     aligned = is_aligned(x, g)
     by_descriptor = aligned and block_rows > 1 and target.has_tensor_copies
-    config = config or configs.for_gather_gemm(
-        target,
-        x.dtype,
-        formed,
-        indices.numel(),
-        x.shape[1],
-        g.shape[1],
-        aligned=by_descriptor or (aligned and x.shape[1] % 16 == g.shape[1] % 16 == 0),
-        accumulate=accumulate,
-    )
+    if config is None:
+        wide = by_descriptor or (aligned and x.shape[1] % 16 == g.shape[1] % 16 == 0)
+        problem = problem_of(
+            *("gather_gemm", x.dtype, x.shape[0], indices.numel(), x.shape[1], g.shape[1]),
+            rank=0 if correction is None else correction[1].shape[1],
+            precision=formed,
+            flags=flags(
+                accumulate=accumulate,
+                atomic=not deterministic,
+                blocks=by_descriptor,
+                uneven=not wide,
+                weighted=weights is not None,
+            ),
+            block_rows=block_rows if by_descriptor else 1,
+        )
+        ways: dict[str, Any] = {
+            "block_rows": block_rows,
+            "correction": correction,
+            "accumulate": accumulate,
+            "deterministic": deterministic,
+            "input_precision": input_precision,
+        }
+        operands = (x, g, indices, weights)
+
+        def rehearse() -> Call:
+            other = None if out is None else torch.zeros_like(out)
+            return partial(gather_gemm, *operands, out=other, **ways)
+
+        config = autotune.choose(problem, x.device, rehearse, configs.GemmConfig)
     if by_descriptor:
         config = dataclasses.replace(config, block_k=min(config.block_k, block_rows))
     if out is None:

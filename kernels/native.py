@@ -1,8 +1,7 @@
-"""`rows.c`, `selection.c` and `gather_gemm.c`, compiled on first use where a C compiler is at hand.
+"""Calls into the C code beside this file, which `native_build` compiles on first use.
 
 Every function returns `None` when it does not apply (no compiler, another system, a dtype or layout
-that the C code does not take); `cpu.py` then does the same in plain PyTorch. The compiled file
-stays in the cache directory, under a name that says what it was made from and for.
+that the C code does not take); `cpu.py` then does the same in plain PyTorch.
 
 `MEMAOP_TRITON_BACKEND=torch` leaves all of this out, `MEMAOP_TRITON_CACHE_DIR` moves the cache.
 """
@@ -11,29 +10,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor
 
-from memaop_triton.kernels import backend
+from memaop_triton.kernels import backend, native_build
 
 _log = logging.getLogger(__name__)
 
-_HEADER = Path(__file__).with_name("lanes.h")
-_SOURCES = tuple(_HEADER.with_name(f"{name}.c") for name in ("rows", "selection", "gather_gemm"))
 _LANES = 16
 # Where its GEMM was measured to be as fast as PyTorch's, so that the gather comes for nothing.
 _GEMM_CAPABILITIES = ("AVX2",)
@@ -43,19 +31,8 @@ _MOST_RANK = 1024
 # Every thread sums into a product of its own: 16 MiB of these at the most.
 _MOST_PARTS = 1 << 22
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
-# Not -march=native: a cache directory may be shared by machines of different make.
-_VECTOR_FLAGS = {
-    "AVX512": [
-        *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"),
-        "-mprefer-vector-width=512",
-    ],
-    "AVX2": ["-mavx2", "-mfma"],
-}
-_FLAGS = ["-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi"]
-
-
-class BuildError(RuntimeError):
-    """Why the row passes are not compiled here."""
+#: What any of these functions take; most take float32 only.
+DTYPES = tuple(_SUFFIX)
 
 
 def row_norms(a: Tensor) -> Tensor | None:
@@ -225,6 +202,23 @@ def is_compiled() -> bool:
     return _library() is not None
 
 
+def obstacle() -> str:
+    """Why the C code is not used on this machine; "" if it is.
+
+    Compiles it if that has not been done yet.
+
+    Raises:
+        ValueError: `MEMAOP_TRITON_BACKEND` holds none of its values.
+    """
+    if backend.chosen() == "torch":
+        return "MEMAOP_TRITON_BACKEND='torch' leaves them out"
+    try:
+        native_build.load()
+    except (native_build.BuildError, OSError) as error:
+        return str(error)
+    return ""
+
+
 def _library_for(*operands: Tensor) -> ctypes.CDLL | None:
     return _library() if all(map(_is_plain, operands)) else None
 
@@ -265,74 +259,7 @@ def _library() -> ctypes.CDLL | None:
 @functools.cache
 def _compiled() -> ctypes.CDLL | None:
     try:
-        return _load()
-    except (BuildError, OSError) as error:
+        return native_build.load()
+    except (native_build.BuildError, OSError) as error:
         _log.info("row passes run in plain PyTorch: %s", error)
         return None
-
-
-def _load() -> ctypes.CDLL:
-    # PyTorch's own OpenMP runtime serves the parallel loops, and so its threads: the file is not
-    # linked against another one.
-    if sys.platform != "linux":
-        raise BuildError(f"not done on {sys.platform}")
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise BuildError("no C compiler: none of $CC, cc, gcc is there")
-    flags = _FLAGS + _VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
-    version = _run([*compiler.split(), "--version"])
-    texts = [source.read_text() for source in (_HEADER, *_SOURCES)]
-    made_from = "\0".join([*texts, version, platform.machine(), *flags])
-    name = f"rows-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
-    cached = _cache_folder() / name
-    try:
-        return _open(cached)
-    except OSError as error:
-        _log.info("compiling the row passes: %s", error)
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = _compile(compiler, flags, Path(folder))
-        try:
-            _put(compiled, cached)
-            return _open(cached)
-        except OSError as error:
-            _log.info("compiled row passes are not kept in %s: %s", cached.parent, error)
-        return _open(compiled)
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    for function in (library.panel_size, library.row_of_sums, library.strip_size):
-        function.restype = ctypes.c_long
-    return library
-
-
-def _cache_folder() -> Path:
-    chosen = os.environ.get("MEMAOP_TRITON_CACHE_DIR")
-    return (Path(chosen) if chosen else platformdirs.user_cache_path("memaop-triton")) / "native"
-
-
-def _compile(compiler: str, flags: list[str], folder: Path) -> Path:
-    objects = [folder / f"{source.stem}.o" for source in _SOURCES]
-    for source, made in zip(_SOURCES, objects, strict=True):
-        _run([*compiler.split(), *flags, "-c", str(source), "-o", str(made)])
-    linked = folder / "rows.so"
-    _run([*compiler.split(), "-shared", *map(str, objects), "-o", str(linked), "-lm"])
-    return linked
-
-
-def _put(source: Path, target: Path) -> None:
-    """Copy to `target` in one step, so that a process beside this one never loads half a file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        part = shutil.copy(source, folder)
-        os.replace(part, target)
-
-
-def _run(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    except subprocess.CalledProcessError as error:
-        raise BuildError(f"{command[0]} failed: {error.stderr.strip()[-500:]}") from error
-    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{command[0]} did not run: {error}") from error
-    return done.stdout

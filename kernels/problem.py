@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ KERNELS = (
     "gather_gemm",
     "residual_gemm",
 )
+FLAGS = ("accumulate", "atomic", "blocks", "norms", "sums", "uneven", "unscored", "weighted")
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,10 @@ class Problem:
         stored: Dtype of the row memory, `None` without one.
         precision: How float32 products are formed, "ieee" or "tf32".
         flags: What else the kernel is specialised for, in alphabetical order: "accumulate",
-            "blocks" (rows come in whole blocks, by descriptor), "norms", "sums", "uneven" (rows
-            that are not aligned to 16 bytes), "unscored", "weighted".
+            "atomic" (parts of a split may be added by atomics), "blocks" (rows come in whole
+            blocks, by descriptor), "norms", "sums", "uneven" (rows that are not aligned to 16
+            bytes), "unscored", "weighted".
+        block_rows: Rows of a block with "blocks", a bound of what one step takes; 1 otherwise.
     """
 
     kernel: str
@@ -45,6 +49,7 @@ class Problem:
     stored: torch.dtype | None = None
     precision: str = "ieee"
     flags: tuple[str, ...] = ()
+    block_rows: int = 1
 
     def bucketed(self) -> Problem:
         """The same with M and K rounded up to powers of two: batches of like size share a config.
@@ -54,6 +59,16 @@ class Problem:
         rows = _power_of_two(self.rows)
         k = rows if self.k == self.rows else min(rows, _power_of_two(self.k))
         return replace(self, rows=rows, k=k)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether copies can be 16 bytes wide: rows start aligned, and columns come in sixteens.
+
+        Tiles that are copied by descriptor may be cut anywhere.
+        """
+        if "uneven" in self.flags:
+            return False
+        return "blocks" in self.flags or self.n % 16 == self.p % 16 == 0
 
     @property
     def key(self) -> str:
@@ -66,7 +81,27 @@ class Problem:
             words.append(f"stored={str(self.stored).removeprefix('torch.')}")
         if self.dtype == torch.float32:
             words.append(self.precision)
+        if self.block_rows > 1:
+            words.append(f"block_rows={self.block_rows}")
         return " ".join([*words, *self.flags])
+
+
+# A launch asks for its problem every time: for one that was met before this takes half a
+# microsecond instead of two.
+problem_of = functools.lru_cache(maxsize=4096)(Problem)
+
+
+@functools.cache
+def flags(**wanted: bool) -> tuple[str, ...]:
+    """The flags that are wanted, as `Problem` has them: `flags(sums=True, norms=False)`.
+
+    Raises:
+        ValueError: One of them is not in `FLAGS`.
+    """
+    for name in wanted:
+        if name not in FLAGS:
+            raise ValueError(f"flag {name!r} is not one of {', '.join(FLAGS)}.")
+    return tuple(sorted(name for name, is_wanted in wanted.items() if is_wanted))
 
 
 def _power_of_two(count: int) -> int:

@@ -9,15 +9,19 @@ the memory of the others. Together they move 3 − K/M passes instead of 3 + K/M
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from memaop_triton.kernels import configs, launch, targets
+from memaop_triton.kernels import autotune, configs, launch, targets
+from memaop_triton.kernels.problem import flags, problem_of
 from memaop_triton.kernels.reduction import parts_of, sum_parts
 from memaop_triton.kernels.score import row_factors
 from memaop_triton.kernels.tiles import (
+    is_aligned,
     precision,
     row_offsets,
     share_of_split,
@@ -25,6 +29,7 @@ from memaop_triton.kernels.tiles import (
     tile_of_program,
     wrapped,
 )
+from memaop_triton.kernels.tuning import Call
 
 
 @triton.jit
@@ -113,16 +118,27 @@ def residual_gemm(
         lost: float32 [1], added to every element: 0, or NaN if a row elsewhere was not finite.
         signed: Draw σ = ±1 for every row; 1 otherwise.
         block_rows: Number of neighbouring rows the indices come in.
-        config: Tile; chosen by shape if `None`.
+        config: Tile; chosen by `autotune` if `None`.
 
     Returns:
         [P, N] in the dtype of `x`.
     """
     (mx, mg, filled), (rows, n), p, k = memory, x.shape, g.shape[1], indices.numel()
     formed = precision(targets.current(x.device), x.dtype)
-    config = config or configs.for_residual_gemm(
-        targets.current(x.device), x.dtype, formed, k, n, p
-    )
+    if config is None:
+        problem = problem_of(
+            *("residual_gemm", x.dtype, rows, k, n, p),
+            stored=mx.dtype,
+            precision=formed,
+            flags=flags(uneven=not (n % 16 == p % 16 == 0 and is_aligned(x, g))),
+        )
+
+        def rehearse() -> Call:
+            full = (mx, mg, torch.ones_like(filled))  # as it is in the middle of training
+            operands = (full, x, g, indices, carry, seed, lost)
+            return partial(residual_gemm, *operands, signed=signed, block_rows=block_rows)
+
+        config = autotune.choose(problem, x.device, rehearse, configs.GemmConfig)
     out = torch.empty((p, n), dtype=x.dtype, device=x.device)
     parts = parts_of(out, config.split_k)
     strides = (*x.stride(), *g.stride(), mx.stride(0), mg.stride(0))

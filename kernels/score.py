@@ -11,13 +11,17 @@ writes the sums of its own rows, [programs, P] in float32, and `torch.sum` adds 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from memaop_triton.kernels import configs, launch, targets
+from memaop_triton.kernels import autotune, configs, launch
+from memaop_triton.kernels.problem import flags, problem_of
 from memaop_triton.kernels.randomness import round_to_bfloat16, row_keys, row_signs
+from memaop_triton.kernels.tuning import Call
 
 
 @triton.jit
@@ -160,7 +164,7 @@ def row_scores(
         x: [M, N], float16, bfloat16 or float32, any strides.
         g: [M, P], likewise.
         bias_grad: Also sum the columns of G.
-        config: Tile; chosen by shape if `None`.
+        config: Tile; chosen by `autotune` if `None`.
 
     Returns:
         [M] float32, and [P] in the dtype of `g` or `None`.
@@ -173,7 +177,14 @@ def _score(
 ) -> tuple[Tensor, Tensor | None]:
     rows, columns = x.shape
     other = x if g is None else g
-    config = config or configs.for_rows(targets.current(x.device), rows, bias_grad)
+    if config is None:
+        problem = problem_of(
+            *("row_scores", x.dtype, rows, rows, columns, 0 if g is None else g.shape[1]),
+            flags=flags(sums=bias_grad),
+        )
+        config = autotune.choose(
+            problem, x.device, lambda: partial(_score, x, g, bias_grad), configs.RowConfig
+        )
     scores = torch.empty(rows, dtype=torch.float32, device=x.device)
     sums = _partial_sums(other, config) if bias_grad else None
     launch.launch(
@@ -214,7 +225,7 @@ def accumulate_and_score(
         seed: int64 [1] on the device: the source of σ and of the rounding.
         signed: Draw σ = ±1 for every row; 1 otherwise.
         bias_grad: Also sum the columns of G.
-        config: Tile; chosen by shape if `None`.
+        config: Tile; chosen by `autotune` if `None`.
 
     Returns:
         [M] float32, and [P] in the dtype of `g` or `None`.
@@ -262,8 +273,23 @@ def _update(
     mx, mg, filled = memory
     if mx.stride(1) != 1 or mg.stride(1) != 1:
         raise ValueError("the rows of a memory must lie without gaps.")
-    rows = x.shape[0]
-    config = config or configs.for_rows(targets.current(x.device), rows, bias_grad)
+    rows, n, p = *x.shape, g.shape[1]
+    if config is None:
+        problem = problem_of(
+            *("accumulate_and_score", x.dtype, rows, rows, n, p),
+            stored=mx.dtype,
+            flags=flags(sums=bias_grad, unscored=taken is not None),
+        )
+
+        def rehearse() -> Call:
+            # A memory as it is in the middle of training; c = 0, or it would grow without bounds.
+            full = (_zeros_as(mx), _zeros_as(mg), torch.ones_like(filled))
+            other = torch.empty_like(result)
+            return partial(
+                _update, full, x, g, torch.zeros_like(carry), seed, other, taken, signed, bias_grad
+            )
+
+        config = autotune.choose(problem, x.device, rehearse, configs.RowConfig)
     sums = _partial_sums(g, config) if bias_grad else None
     launch.launch(
         accumulate_kernel,
@@ -271,7 +297,7 @@ def _update(
         *(mx, mg, x, g, filled.view(torch.int8)),
         (filled if taken is None else taken).view(torch.int8),
         *(carry, seed, result, result if sums is None else sums, result),
-        *(rows, x.shape[1], g.shape[1], mx.stride(0), mg.stride(0), *x.stride(), *g.stride()),
+        *(rows, n, p, mx.stride(0), mg.stride(0), *x.stride(), *g.stride()),
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_c,
         SIGNED=signed,
@@ -281,6 +307,11 @@ def _update(
         num_stages=config.num_stages,
     )
     return _sum_parts(sums, g)
+
+
+def _zeros_as(m: Tensor) -> Tensor:
+    """Zeros in the layout of `m`, gaps between rows included."""
+    return torch.empty_strided(m.shape, m.stride(), dtype=m.dtype, device=m.device).zero_()
 
 
 def _partial_sums(g: Tensor, config: configs.RowConfig) -> Tensor:

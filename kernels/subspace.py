@@ -14,6 +14,7 @@ the first parts minus a gather GEMM of q columns. s is a power of two near √N,
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memaop_triton.kernels import configs, launch, targets
+from memaop_triton.kernels import autotune, configs, launch, targets
 from memaop_triton.kernels.gather_gemm import gather_gemm
+from memaop_triton.kernels.problem import Problem, flags, problem_of
 from memaop_triton.kernels.reduction import sum_parts
 from memaop_triton.kernels.tiles import is_aligned, padded_rank, precision
 
@@ -141,16 +143,18 @@ def project(
         x: [M, N], float16, bfloat16 or float32, any strides.
         basis: Q, [N, q] in the dtype of `x`, contiguous, q ≤ 64, orthonormal to rounding.
         scale: s, a power of two.
-        config: Tile; chosen by shape if `None`.
+        config: Tile; chosen by `autotune` if `None`.
 
     Returns:
         [M, q] in the dtype of `x`, and [M] float32. A norm that drowns in rounding is set to the
         size of that rounding.
     """
     (rows, columns), rank, target = x.shape, basis.shape[1], targets.current(x.device)
-    config = config or configs.for_projection(
-        target, x.dtype, rank, rows, aligned=columns % 16 == 0 and is_aligned(x)
-    )
+    if config is None:
+        problem = _problem("project", x, rank, norms=False, sums=False)
+        config = autotune.choose(
+            problem, x.device, lambda: partial(project, x, basis, scale), configs.RowConfig
+        )
     z = torch.empty((rows, rank), dtype=x.dtype, device=x.device)
     rest = torch.empty(rows, dtype=torch.float32, device=x.device)
     launch.launch(
@@ -168,18 +172,21 @@ def project(
     return z, rest
 
 
+def _problem(kernel: str, a: Tensor, rank: int, *, norms: bool, sums: bool) -> Problem:
+    rows, columns = a.shape
+    return problem_of(
+        *(kernel, a.dtype, rows, rows, columns, 0),
+        rank=rank,
+        precision=precision(targets.current(a.device), a.dtype),
+        flags=flags(norms=norms, sums=sums, uneven=not (columns % 16 == 0 and is_aligned(a))),
+    )
+
+
 def _transposed(
-    a: Tensor,
-    z: Tensor,
-    squares: bool,
-    sums: bool,
-    config: configs.RowConfig | None,
+    a: Tensor, z: Tensor, squares: bool, sums: bool, config: configs.RowConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Parts of Aᵀ Z, squares per tile of columns, and column sums per part (or stand-ins)."""
     (rows, columns), rank, target = a.shape, z.shape[1], targets.current(a.device)
-    config = config or configs.for_transposed(
-        target, a.dtype, rank, rows, columns, aligned=columns % 16 == 0 and is_aligned(a)
-    )
     tiles = triton.cdiv(columns, config.block_c)
 
     def empty(*shape: int) -> Tensor:
@@ -221,8 +228,16 @@ def project_gradient(
         z: [M, q], same dtype, contiguous.
         rest: [M] float32.
         bias_grad: Also sum the columns of G.
-        config: Tile; chosen by shape if `None`.
+        config: Tile; chosen by `autotune` if `None`.
     """
+    if config is None:
+        problem = _problem("transposed_mm", g, z.shape[1], norms=True, sums=bias_grad)
+
+        def run(config: configs.RowConfig) -> None:
+            # With the sum of its parts, which is taken later on.
+            _sum(project_gradient(g, z, rest, bias_grad=bias_grad, config=config).parts)
+
+        config = autotune.choose(problem, g.device, lambda: run, configs.RowConfig)
     parts, squares, sums = _transposed(g, z, True, bias_grad, config)
     rows = g.shape[0]
     scores = torch.empty(rows, dtype=torch.float32, device=g.device)
@@ -239,7 +254,16 @@ def project_gradient(
 
 def transposed_mm(z: Tensor, a: Tensor, *, config: configs.RowConfig | None = None) -> Tensor:
     """Aᵀ Z, [N, q] float32, for z [M, q] (contiguous) and a [M, N] of the same dtype."""
+    if config is None:
+        problem = _problem("transposed_mm", a, z.shape[1], norms=False, sums=False)
+        config = autotune.choose(
+            problem, a.device, lambda: partial(transposed_mm, z, a), configs.RowConfig
+        )
     parts, _, _ = _transposed(a, z, False, False, config)
+    return _sum(parts)
+
+
+def _sum(parts: Tensor) -> Tensor:
     return sum_parts(parts, torch.empty_like(parts[0]))
 
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memaop_triton.kernels.footprint import padded_rank as padded_rank
 from memaop_triton.kernels.targets import Target
 
 
@@ -31,11 +32,6 @@ def is_aligned(*operands: Tensor) -> bool:
         and a.stride(0) >= a.shape[1]
         for a in operands
     )
-
-
-def padded_rank(rank: int) -> int:
-    """Extent of a tile's side that holds `rank` columns: the matrix units want 16 at least."""
-    return max(16, 1 << (rank - 1).bit_length())
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from memaop_triton.functional import memaop_linear
 from memaop_triton.linear import MemAOPLinear
 from memaop_triton.memory import ResidualMemory, SubspaceMemory, new_memory
 from memaop_triton.optim import attach_optimizer
+from memaop_triton.planning import plan
 from memaop_triton.state import load_memory_state_dict, memory_state_dict, reset_memory
 
 if _TYPE_CHECKING:
@@ -40,6 +41,7 @@ __all__ = [
     "memaop_linear",
     "memory_state_dict",
     "new_memory",
+    "plan",
     "reset_memory",
     "revert_",
 ]

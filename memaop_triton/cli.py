@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from memaop_triton import __version__
-from memaop_triton.commands import benchmarks, experiments
+from memaop_triton.commands import benchmarks, cache, experiments, machine, planning, tuning
 from memaop_triton.errors import CommandError
 
 PROGRAM = "memaop-triton"
@@ -35,8 +35,16 @@ def _root(
         typer.echo(context.get_help())
 
 
-for _command in (experiments.demo, experiments.reproduce, benchmarks.bench):
+for _command in (
+    experiments.demo,
+    experiments.reproduce,
+    planning.plan,
+    tuning.tune,
+    benchmarks.bench,
+    machine.env,
+):
     app.command()(_command)
+app.add_typer(cache.app, name="cache", no_args_is_help=True)
 
 
 # Where Typer keeps the base class of its usage errors differs between versions.

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import fnmatch
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from memaop_triton.config import MemAOPConfig, check_config
-from memaop_triton.linear import MemAOPLinear, check_adoptable, class_below_fsdp
+from memaop_triton.config import MemAOPConfig
+from memaop_triton.layer_choice import Chosen, choose_layers, naming
+from memaop_triton.linear import MemAOPLinear
+from memaop_triton.planning import plan_chosen
 
 M = TypeVar("M", bound=nn.Module)
+
+_log = logging.getLogger(__name__)
 
 
 def convert_(
@@ -22,6 +25,10 @@ def convert_(
     config: MemAOPConfig | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     overrides: Mapping[str, MemAOPConfig | None] | None = None,
+    *,
+    only_if_faster: bool = False,
+    example_inputs: object = None,
+    loss_fn: Callable[[Any], Tensor] | None = None,
 ) -> M:
     """Turn the linear layers of `model` into `MemAOPLinear`, in place.
 
@@ -37,59 +44,36 @@ def convert_(
             warning names the others.
         overrides: Configuration by name pattern (shell style, `"blocks.*.mlp.*"`), `None` to leave
             a layer dense. Of several patterns that match, the last one counts.
+        only_if_faster: Measure first, as `plan` does, and leave dense what conversion would not
+            make faster. The logger `memaop_triton.convert` names those layers (level INFO), and a
+            warning says if it is all of them. In a distributed run every process has to call this,
+            and the measurements of the first one count for all.
+        example_inputs: For `only_if_faster`: what a training step hands to the model, as for
+            `plan`.
+        loss_fn: For `only_if_faster`, as for `plan`; may be left out.
 
     Returns:
         `model`.
 
     Raises:
         ValueError: No layer is left to convert, a layer is converted already, a pattern matches
-            nothing, or a layer has a forward pass of its own. Nothing is converted then.
+            nothing, or a layer has a forward pass of its own; `only_if_faster` lacks
+            `example_inputs`, or they are there without it; or as `plan`. Nothing is converted then.
         TypeError: `model` is not a module, or a configuration not a `MemAOPConfig`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    config = MemAOPConfig() if config is None else config
-    overrides = {} if overrides is None else overrides
-    check_config(config)
-    if not isinstance(overrides, Mapping):
-        raise TypeError(f"overrides must map name patterns to configurations, got {overrides!r}.")
-    for pattern, value in overrides.items():
-        if value is not None and not isinstance(value, MemAOPConfig):
-            raise TypeError(
-                f"overrides[{pattern!r}] must be a MemAOPConfig or None, got {value!r}."
-            )
-
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if filter_fn is None:
-        taken = {
-            n: m
-            for n, m in linears.items()
-            if class_below_fsdp(type(m)) is nn.Linear or _is_converted(m)
-        }
-    else:
-        taken = {n: m for n, m in linears.items() if filter_fn(m, n)}
-    twice = [_quoted(name) for name, module in taken.items() if _is_converted(module)]
-    if twice:
+    if only_if_faster and example_inputs is None:
         raise ValueError(
-            f"model is converted already: {', '.join(twice)}. Call revert_(model) first, or leave "
-            "these layers out with filter_fn."
+            "only_if_faster=True needs example_inputs, what a training step hands to the model: "
+            "a tensor, a tuple of arguments, or a dictionary of keyword arguments."
         )
-    chosen = _apply_overrides(model, taken, config, overrides)
-    others = {n: m for n, m in linears.items() if n not in taken and not _is_converted(m)}
-    if filter_fn is None and others:
-        named = ", ".join(f"{_quoted(n)} ({type(m).__name__})" for n, m in others.items())
-        warnings.warn(
-            f"left as they are, being subclasses of nn.Linear: {named}. A filter_fn can take them.",
-            stacklevel=2,
-        )
-    if not chosen:
+    if not only_if_faster and (example_inputs is not None or loss_fn is not None):
         raise ValueError(
-            f"model has no layer to convert: {len(linears)} nn.Linear in {type(model).__name__}, "
-            f"{len(taken)} taken by the filter, none left after overrides."
+            "example_inputs and loss_fn have no meaning without only_if_faster=True: nothing is "
+            "measured."
         )
-    for name, (module, _) in chosen.items():
-        with _naming(name):
-            check_adoptable(module)
+    chosen = choose_layers(model, config, filter_fn, overrides)
+    if only_if_faster:
+        chosen = _faster_ones(model, chosen, example_inputs, loss_fn)
     for module, layer_config in chosen.values():
         MemAOPLinear.adopt_(module, layer_config)
     return model
@@ -106,7 +90,7 @@ def revert_(model: M) -> M:
     if not layers:
         raise ValueError(f"model has no converted layer to revert: {type(model).__name__}.")
     for name, layer in layers.items():
-        with _naming(name):
+        with naming(name):
             layer.check_revertible()
     for layer in layers.values():
         layer.revert_()
@@ -120,42 +104,25 @@ def converted_layers(model: nn.Module) -> Iterator[tuple[str, MemAOPLinear]]:
             yield name, module
 
 
-def _is_converted(module: nn.Module) -> bool:
-    return isinstance(module, MemAOPLinear)
-
-
-@contextlib.contextmanager
-def _naming(layer: str) -> Iterator[None]:
-    """Put the name of the layer before the message of a `ValueError`."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"layer {_quoted(layer)}: {error}") from None
-
-
-def _quoted(name: str) -> str:
-    return repr(name) if name else "the model itself"
-
-
-def _apply_overrides(
+def _faster_ones(
     model: nn.Module,
-    layers: Mapping[str, nn.Linear],
-    config: MemAOPConfig,
-    overrides: Mapping[str, MemAOPConfig | None],
-) -> dict[str, tuple[nn.Linear, MemAOPConfig]]:
-    configs: dict[str, MemAOPConfig | None] = dict.fromkeys(layers, config)
-    # A module that stands in several places answers to each of its names.
-    name_of = {id(module): name for name, module in layers.items()}
-    names = {
-        alias: name_of[id(module)]
-        for alias, module in model.named_modules(remove_duplicate=False)
-        if id(module) in name_of
-    }
-    for pattern, value in overrides.items():
-        matches = {names[alias] for alias in fnmatch.filter(names, pattern)}
-        if not matches:
-            near = difflib.get_close_matches(pattern, names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"overrides: {pattern!r} matches no layer to convert.{hint}")
-        configs.update(dict.fromkeys(matches, value))
-    return {name: (layers[name], value) for name, value in configs.items() if value is not None}
+    chosen: Chosen,
+    example_inputs: object,
+    loss_fn: Callable[[Any], Tensor] | None,
+) -> Chosen:
+    """What of `chosen` gets faster by conversion, the same in all processes."""
+    measured = plan_chosen(model, chosen, example_inputs, loss_fn)
+    _log.debug("%s", measured)
+    names = [measured.faster]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(names, src=0)
+    slower = [name for name in chosen if name not in names[0]]
+    if not names[0]:
+        warnings.warn(
+            f"nothing is converted: none of {len(slower)} layers would get faster. "
+            "memaop_triton.plan shows the times.",
+            stacklevel=3,
+        )
+    elif slower:
+        _log.info("left dense, because conversion makes them no faster: %s", ", ".join(slower))
+    return {name: chosen[name] for name in names[0]}

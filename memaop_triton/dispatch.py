@@ -42,6 +42,26 @@ def runs_triton(a: Tensor, *, rank: int = 0, memory_dtype: torch.dtype | None = 
     return not obstacle
 
 
+def explain(a: Tensor) -> str:
+    """What works on rows like those of `a`, and why: "Triton kernels: ...", "PyTorch: ...".
+
+    Raises:
+        ValueError: `MEMAOP_TRITON_BACKEND` holds none of its values.
+    """
+    choice = backend.chosen()
+    asked = f"MEMAOP_TRITON_BACKEND={choice!r} asks for it"
+    if choice == "torch":
+        return f"PyTorch: {asked}"
+    if choice == "" and not a.is_cuda:
+        return "PyTorch: the default on a CPU"
+    obstacle = _obstacle(a, 0, a.dtype)
+    if not obstacle:
+        return f"Triton kernels: {asked if choice else 'the default on a GPU'}"
+    if choice == "triton":
+        return f"an error: {asked}, but {obstacle}"
+    return f"PyTorch: {obstacle}"
+
+
 def _obstacle(a: Tensor, rank: int, memory_dtype: torch.dtype) -> str:
     if not _is_installed():
         return "Triton is not installed"

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,41 @@ def pytest_configure():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_tuned(monkeypatch):
+    monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch, tmp_path):
+    """Tensors of the CPU count as those of a GPU, whose times `milliseconds(config)` says.
+
+    The launches are real (in the interpreter), and so is the cache, in an empty folder. `timed` has
+    the configurations in the order in which they ran.
+    """
+    from memaop_triton.kernels import autotune, timing
+    from memaop_triton.kernels.config_entries import Gpu
+
+    gpu = SimpleNamespace(
+        gpu=Gpu("Fake GPU (1)", "8.0", 108), timed=[], milliseconds=lambda config: 1.0
+    )
+
+    def time_candidate(call, device, best_ms):
+        call()
+        gpu.timed.append(call.keywords["config"])
+        return gpu.milliseconds(gpu.timed[-1])
+
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "first-use")
+    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(autotune, "describe", lambda device: gpu.gpu)
+    monkeypatch.setattr(timing, "time_candidate", time_candidate)
+    autotune.forget()
+    yield gpu
+    autotune.forget()
 
 
 @pytest.fixture(params=LEGAL, ids=_label)

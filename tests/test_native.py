@@ -13,7 +13,7 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 from memaop_triton import MemAOPConfig, new_memory, selection
-from memaop_triton.kernels import cpu, native
+from memaop_triton.kernels import cpu, native, native_build
 from memaop_triton.weight_grad import weight_grad
 
 needs_compiler = pytest.mark.skipif(
@@ -27,9 +27,11 @@ PRODUCT = r"fn?m(?:add|sub)\d+p|mulp"
 
 def assembly(source, capability, folder):
     """What the compiler makes of a file for processors with these instructions."""
-    flags = native._FLAGS + native._VECTOR_FLAGS.get(capability, [])
+    flags = native_build.FLAGS + native_build.VECTOR_FLAGS.get(capability, [])
     listing = folder / "listing.s"
-    native._run(["cc", *flags, "-S", str(native._HEADER.with_name(source)), "-o", str(listing)])
+    native_build.run(
+        ["cc", *flags, "-S", str(native_build.HEADER.with_name(source)), "-o", str(listing)]
+    )
     return listing.read_text()
 
 
@@ -81,7 +83,7 @@ def test_projections_agree_with_pytorch(plain, rows, columns, rank, threads):
 
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 assembly")
-@pytest.mark.parametrize("capability", [*native._VECTOR_FLAGS, "DEFAULT"])
+@pytest.mark.parametrize("capability", [*native_build.VECTOR_FLAGS, "DEFAULT"])
 def test_sums_stay_in_registers(tmp_path, capability):
     listing = assembly("rows.c", capability, tmp_path)
     spills = re.findall(r"mov[ua]?p[sd]\t.*\(%r[sb]p", listing)
@@ -92,7 +94,7 @@ def test_sums_stay_in_registers(tmp_path, capability):
 
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 assembly")
-@pytest.mark.parametrize("capability", [*native._VECTOR_FLAGS, "DEFAULT"])
+@pytest.mark.parametrize("capability", [*native_build.VECTOR_FLAGS, "DEFAULT"])
 def test_the_loop_of_the_gemm_stores_nothing(tmp_path, capability):
     listing = assembly("gather_gemm.c", capability, tmp_path)
     loops = re.findall(r"^(\.L\d+):\n((?:\t.*\n)*?)\tj\w+\t\1\n", listing, re.MULTILINE)
@@ -382,7 +384,7 @@ def test_the_compiled_file_is_kept_and_used_again(fresh_library, monkeypatch, tm
     assert fresh_library() is not None
     (kept,) = (tmp_path / "native").iterdir()
     native._compiled.cache_clear()
-    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled a second time"))
+    monkeypatch.setattr(native_build, "_compile", lambda *_: pytest.fail("compiled a second time"))
     assert fresh_library() is not None
     assert list((tmp_path / "native").iterdir()) == [kept]
 

@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PROBE = """
 import memaop_triton, torch
-from memaop_triton.kernels import cpu
+from memaop_triton.kernels import config_cache, configs, cpu
+assert configs.GemmConfig, "not the folder of that name"
+assert (config_cache.SHIPPED / "fake-gpu" / "gather_gemm.json").is_file()
 from memaop_triton.weight_grad import weight_grad
 x = torch.eye(4)
 config = memaop_triton.MemAOPConfig(k=4, selection="topk", memory="none")
@@ -30,7 +32,10 @@ assert spec is None or spec.origin is None, spec
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A copy of what git tracks or would track, so that a build leaves no trace in the checkout."""
+    """A copy of what git tracks or would track, so that a build leaves no trace in the checkout.
+
+    With a shipped configuration for a GPU, of which there may be none.
+    """
     copy = tmp_path_factory.mktemp("sources")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -45,6 +50,9 @@ def sources(tmp_path_factory):
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
+    shipped = copy / "kernels" / "configs" / "fake-gpu" / "gather_gemm.json"
+    shipped.parent.mkdir(parents=True)
+    shipped.write_text("{}")
     return copy
 
 
@@ -99,6 +107,7 @@ def test_wheel(environment, sources, tmp_path):
         "memaop_triton/kernels/lanes.h",
         "memaop_triton/kernels/rows.c",
         "memaop_triton/kernels/gather_gemm.c",
+        "memaop_triton/kernels/configs/fake-gpu/gather_gemm.json",
         "memaop_triton/py.typed",
     } <= names
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)

@@ -27,7 +27,10 @@ HEAD = (
     "bytes",
     "limited by",
 )
-LEFT = ("target", "kernel", "type", "tile", "matrix instructions", "limited by", "gathers")
+LEFT = (
+    *("target", "kernel", "type", "tile", "matrix instructions", "limited by", "gathers"),
+    *("PREDICTED", "PREDICTED, M x N x P", "setting", "GEMM limited by", "chip"),
+)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from bench.microscope.cases import (
     scalars,
     weighting,
 )
-from memaop_triton.kernels import configs
+from memaop_triton.kernels import configs, shipped_tiles
 from memaop_triton.kernels.configs import GemmConfig, RowConfig
 from memaop_triton.kernels.gather_gemm import gather_gemm
+from memaop_triton.kernels.problem import Problem
 from memaop_triton.kernels.rescale import rescale_
 from memaop_triton.kernels.residual_gemm import residual_gemm
 from memaop_triton.kernels.score import accumulate_and_score, accumulate_rest, row_scores
@@ -90,7 +91,9 @@ def _variants(target: Target) -> list[Case]:
     """The largest tiles with split rows, and added to a float32 gradient."""
     dtype = torch.bfloat16
     tile = configs.gemm_tiles(target, dtype, "ieee")[0]
-    added = configs.for_gather_gemm(target, dtype, "ieee", K, N, P, accumulate=True)
+    accumulating = Problem("gather_gemm", dtype, M, K, N, P, flags=("accumulate",))
+    added = shipped_tiles.tiles(accumulating, target)[0]
+    assert isinstance(added, GemmConfig)
     gemm = partial(gather_gemm, **operands(dtype), **weighting(dtype))
     into = partial(gemm, out=empty(P, N, dtype=torch.float32), accumulate=True)
     ways = {
@@ -164,18 +167,15 @@ def _subspace(dtype: torch.dtype, precision: str) -> Iterator[Case]:
             )
 
 
-def row_tiles(target: Target) -> list[tuple[RowConfig, bool]]:
+def row_tiles() -> list[tuple[RowConfig, bool]]:
     """Every tile that the passes over rows can get, and whether it is one for column sums."""
-    found = {
-        (configs.for_rows(target, 1 << i, sums), sums) for i in range(21) for sums in (True, False)
-    }
-    return sorted(found, key=lambda one: (one[1], one[0].block_m))
+    return [(tile, sums) for sums in (False, True) for tile in configs.row_tiles(sums=sums)]
 
 
 def _row_passes(target: Target) -> Iterator[Case]:
     half, single = torch.bfloat16, torch.float32
     usual = [configs.for_rows(target, M, sums) for sums in (True, False)]
-    for tile, sums in row_tiles(target):
+    for tile, sums in row_tiles():
         ways = {"bias_grad": sums, "config": tile}
         update = {**scalars(), **ways, "signed": True}
         size, suffix = tile.block_m * tile.block_c, ", bias sums" * sums

@@ -34,6 +34,10 @@ class Row:
         every = [method for _, method in self.found.values()]
         return ordered([method for method in every if method.role in ("ours", "baseline")])
 
+    def baselines(self, case: Case) -> list[Method]:
+        """The baselines, as timed in the rounds of `case` where they were."""
+        return [case.methods.get(one.name, one) for one in self.methods if one.role == "baseline"]
+
     def share_of_limit(self, name: str) -> float | None:
         """The limit's time over that of the method `name`; `None` if it has no limit."""
         case, method = self.found[name]
@@ -62,8 +66,8 @@ def ours(cases: Sequence[Case]) -> Iterator[tuple[Case, Method]]:
 
 def main_method(run: Run) -> str | None:
     """The method that headlines and maps are about: `default`, else the first of ours."""
-    names = {method.name for _, method in ours(run.cases)}
-    return min(names, key=rank, default=None)
+    found = [method for _, method in ours(run.of_kind(*WEIGHT_GRAD_KINDS, "layer", "step"))]
+    return min(found, key=rank).name if found else None
 
 
 def main_ratio(cases: Sequence[Case]) -> float:
@@ -187,7 +191,7 @@ def _overhead(run: Run, name: str) -> Figure | None:
     case = min(cases, key=lambda one: one.m * one.n * one.p)
     beyond = overhead(case, case.methods[name])
     detail = f"`{name}` at {case.shape}, r = {text.ratio(case.ratio)}; time beyond dense's"
-    return Figure(text.microseconds(beyond), "overhead of a call", detail)
+    return Figure(text.duration(beyond), "overhead of a call", detail)
 
 
 def overhead(case: Case, method: Method) -> float:

@@ -37,6 +37,7 @@ class Table:
         head: Names of the columns.
         rows: As many cells as there are columns, each.
         names: How many columns are names; numbers follow.
+        prose: Whether the last of the names is a sentence.
         caption: What its cells are.
         groups: (name, columns) above the head; none if empty.
         folded: What to click on to see it; shown at once if empty.
@@ -45,6 +46,7 @@ class Table:
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     names: int = 1
+    prose: bool = False
     caption: str = ""
     groups: tuple[tuple[str, int], ...] = ()
     folded: str = ""
@@ -57,12 +59,12 @@ class Chart:
     Attributes:
         title: Above it.
         draw: From a width to an SVG.
-        wide: Whether it takes a page's width on a desktop, rather than half of it.
+        share: Of a page's width on a desktop: 1, or one of 2 or 3 side by side.
     """
 
     title: str
     draw: Callable[[float], Drawing]
-    wide: bool = False
+    share: int = 2
 
 
 @dataclass(frozen=True)

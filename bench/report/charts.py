@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from memaop_triton.bench.report import text
 from memaop_triton.bench.report.data import Case, Method
@@ -22,7 +23,7 @@ SHAPES = {
 
 def shape_of(method: Method) -> str:
     """The mark of a method, so that colour is not all that tells them apart."""
-    return SHAPES.get(base_name(method.name) or "", "circle")
+    return SHAPES.get(base_name(method) or "", "circle")
 
 
 def methods_of(cases: Sequence[Case], roles: Sequence[str] = ("ours", "baseline")) -> list[Method]:
@@ -69,7 +70,7 @@ def _speed_axis(lines: Sequence[Series], highest: float = 1) -> Axis:
 
 
 def _speed_tick(value: float) -> str:
-    return f"{value:g}×"
+    return f"{value:g}×" if value >= 1 else f"1/{1 / value:g}×"
 
 
 def _height(width: float) -> float:
@@ -109,11 +110,11 @@ def by_width(cases: Sequence[Case]) -> Callable[[float], Drawing]:
 
 
 def by_rows(cases: Sequence[Case], fits: Mapping[str, Power | None]) -> Callable[[float], Drawing]:
-    """Milliseconds against M for one width and ratio; the fitted exponent is in the name."""
+    """Milliseconds against M; where there is room, names carry the fitted exponents."""
 
     def draw(width: float) -> Drawing:
         lines = [
-            Series(_with_exponent(line.name, fits), line.css, line.samples, line.shape, line.band)
+            line if width < NARROW else replace(line, name=_with_exponent(line.name, fits))
             for line in _lines(
                 cases, lambda case: float(case.m), _time, ("dense", "ours", "baseline")
             )
@@ -134,7 +135,7 @@ def _with_exponent(name: str, fits: Mapping[str, Power | None]) -> str:
 
 
 def _time(case: Case, method: Method, x: float) -> Sample:
-    tip = f"{method.name}, {case.shape}: {text.milliseconds(method.ms.median)}"
+    tip = f"{method.name}, {case.shape}: {text.duration(method.ms.median)}"
     return Sample(x, method.ms.median, method.ms.q1, method.ms.q3, tip)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from memaop_triton.bench.report import text
@@ -52,8 +52,8 @@ class Comparison:
         earlier: The run compared with.
         same_machine: Whether name and threads agree, so that times may be compared too.
         changes: The largest loss first.
-        gone: Calls that only the earlier run has.
-        added: Calls that only the new run has.
+        gone: Cases with methods that only the earlier run has.
+        added: Cases with methods that only the new run has.
     """
 
     earlier: Run
@@ -75,8 +75,8 @@ def compare(run: Run, earlier: Run) -> Comparison:
         earlier,
         _same_machine(run, earlier),
         tuple(sorted(changes, key=lambda change: change.ratio)),
-        tuple(_named(*old[key]) for key in old if key not in new),
-        tuple(_named(*new[key]) for key in new if key not in old),
+        _named(old[key] for key in old if key not in new),
+        _named(new[key] for key in new if key not in old),
     )
 
 
@@ -88,8 +88,11 @@ def _calls(run: Run) -> Iterator[tuple[object, tuple[Case, Method]]]:
             yield key, (case, method)
 
 
-def _named(case: Case, method: Method) -> str:
-    return f"{case.title}, {method.name}"
+def _named(calls: Iterable[tuple[Case, Method]]) -> tuple[str, ...]:
+    methods: dict[str, list[str]] = {}
+    for case, method in calls:
+        methods.setdefault(case.title, []).append(f"`{method.name}`")
+    return tuple(f"{title}: {', '.join(names)}" for title, names in methods.items())
 
 
 def _same_machine(run: Run, earlier: Run) -> bool:

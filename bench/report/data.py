@@ -50,7 +50,8 @@ class Method:
             dense call came without.
         peak_bytes: Memory that a call holds at most beside its operands; `None` if not measured.
         note: What a reader has to know about this number.
-        config_source: Where the kernels' configuration came from, on a GPU.
+        config_source: Where the kernels' configuration came from.
+        cold: The speed-up with cold caches; `None` if not measured.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Method:
     peak_bytes: int | None = None
     note: str | None = None
     config_source: str | None = None
+    cold: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -265,8 +267,7 @@ def _method(name: str, info: Fields, dense_ms: float | None) -> Method:
     ms = Spread(info.positive("ms"), info.positive("q1"), info.positive("q3"))
     role = _one_of(info, "role", ROLES)
     if "speedup" in info or role in ("ours", "baseline"):
-        given = info.object("speedup")
-        speedup = Spread(given.positive("median"), given.positive("q1"), given.positive("q3"))
+        speedup = _spread(info.object("speedup"))
     else:
         middle = math.nan if dense_ms is None else dense_ms / ms.median
         speedup = Spread(middle, middle, middle)
@@ -279,7 +280,12 @@ def _method(name: str, info: Fields, dense_ms: float | None) -> Method:
         peak_bytes=info.optional_integer("peak_bytes"),
         note=info.optional_text("note"),
         config_source=info.optional_text("config_source"),
+        cold=_spread(info.object("cold").object("speedup")) if "cold" in info else None,
     )
+
+
+def _spread(info: Fields) -> Spread:
+    return Spread(info.positive("median"), info.positive("q1"), info.positive("q3"))
 
 
 def _one_of(info: Fields, name: str, allowed: Iterable[str]) -> str:

@@ -69,12 +69,12 @@ def _machine(machine: Machine) -> list[tuple[str, str]]:
         of = "" if machine.cores is None else f" on {text.count(machine.cores, 'core')}"
         facts.append(("threads", f"{machine.threads}{of}"))
     if machine.gemm_gflops:
-        rates = (f"{rate:,.0f} GFLOP/s {dtype}" for dtype, rate in machine.gemm_gflops.items())
+        rates = (f"{text.rate(one, 'FLOP')} {dtype}" for dtype, one in machine.gemm_gflops.items())
         facts.append(("GEMM", ", ".join(rates)))
     if machine.stream_gbs is not None:
-        rate = f"{machine.stream_gbs:,.1f} GB/s read"
+        rate = f"{text.rate(machine.stream_gbs, 'B')} read"
         if machine.triad_gbs is not None:
-            rate += f", {machine.triad_gbs:,.1f} GB/s update"
+            rate += f", {text.rate(machine.triad_gbs, 'B')} update"
         facts.append(("memory", rate))
     for name, value in (
         ("caches", _joined(machine.caches)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from memaop_triton.bench.report import text
@@ -13,18 +13,49 @@ from memaop_triton.bench.report.methods import definition, traffic
 
 WANTED_SHARE = 0.9
 WANTED_OVERHEAD_MS = 0.1
+# What our methods do beside drawing rows, by memory.
+_EXTRA_WORK = {
+    "residual": "a row memory is read, updated and written too, which drawing rows alone is spared",
+    "subspace": "the subspace's share is computed as well, which leaves less to the draw's noise",
+}
 # A call whose fixed costs are at least this share of its time is called small.
 _SMALL = 0.3
 
 
 @dataclass(frozen=True)
+class Reason:
+    """Why a call fails a check, as far as the run tells.
+
+    Attributes:
+        text: In words; may be empty.
+        cause: What it has in common with reasons that differ in numbers.
+        more_work: Whether the call does work that what it is compared with does not.
+    """
+
+    text: str = ""
+    cause: str = ""
+    more_work: bool = False
+
+
+@dataclass(frozen=True)
 class Miss:
-    """One call that fails a check."""
+    """One call that fails a check.
+
+    Attributes:
+        where: Its shape and ratio, or its title.
+        method: Of ours.
+        what: By how much it fails.
+        severity: Larger is worse, within one check.
+        why: The reason.
+        beside: What it is compared with, if that is the same for all methods there.
+    """
 
     where: str
+    method: str
     what: str
-    why: str
-    severity: float  # larger is worse, within one check
+    severity: float
+    why: Reason = Reason()
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,7 +66,7 @@ class Finding:
         claim: What the failing calls are.
         opposite: What holds if none fails.
         checked: How many calls were checked; 0 if the run has none of the kind.
-        misses: The failing ones, the worst first.
+        misses: The failing ones, the worst first; those that do more work come last.
     """
 
     claim: str
@@ -53,14 +84,14 @@ def findings(run: Run) -> list[Finding]:
 
 
 def _finding(claim: str, opposite: str, checked: int, misses: Iterable[Miss]) -> Finding:
-    worst_first = sorted(misses, key=lambda miss: -miss.severity)
+    worst_first = sorted(misses, key=lambda miss: (miss.why.more_work, -miss.severity))
     return Finding(claim, opposite, checked, tuple(worst_first))
 
 
 def _dense(run: Run) -> Finding:
     every = list(ours(run.cases))
     misses = [
-        Miss(_place(case), _against_dense(method), reason(run, case, method), -speed)
+        Miss(_place(case), method.name, _against_dense(method), -speed, reason(run, case, method))
         for case, method in every
         if (speed := method.speedup.median) < 1
     ]
@@ -68,35 +99,37 @@ def _dense(run: Run) -> Finding:
 
 
 def _against_dense(method: Method) -> str:
-    what = f"`{method.name}` {text.times(method.speedup.median)}"
-    return what + (" (quartiles reach 1)" if method.speedup.q3 >= 1 else "")
+    reaches = " (quartiles reach 1)" if method.speedup.q3 >= 1 else ""
+    return f"{text.times(method.speedup.median)}{reaches}"
 
 
 def _baselines(run: Run) -> Finding:
     checked, misses = 0, []
     for row in rows(run.cases):
-        baselines = [method for method in row.methods if method.role == "baseline"]
         for case, method in row.found.values():
+            baselines = row.baselines(case)
             if method.role != "ours" or not baselines:
                 continue
             checked += 1
             mine = method.speedup.median
-            faster = [one for one in baselines if one.speedup.median > mine]
-            if not faster:
+            best = max(baselines, key=lambda one: one.speedup.median)
+            if best.speedup.median <= mine:
                 continue
-            best = max(one.speedup.median for one in faster)
-            named = ", ".join(f"{one.name} {text.times(one.speedup.median)}" for one in faster)
-            what = f"`{method.name}` {text.times(mine)}, {named}"
-            misses.append(Miss(_place(case), what, _why_slower(run, case, method), best / mine))
+            beside = f"the fastest baseline, {best.name}, {text.times(best.speedup.median)}"
+            why = _why_slower(run, case, method, best)
+            behind = best.speedup.median / mine
+            place = _place(case)
+            misses.append(Miss(place, method.name, text.times(mine), behind, why, beside))
     return _finding(
         "slower than a baseline", "Every call is faster than every baseline.", checked, misses
     )
 
 
-def _why_slower(run: Run, case: Case, method: Method) -> str:
-    what = definition(method.name)
-    if what is not None and what.memory == "residual":
-        return "it also reads, updates and writes a row memory, which sampling alone has not"
+def _why_slower(run: Run, case: Case, method: Method, baseline: Method) -> Reason:
+    mine, other = definition(method), definition(baseline)
+    if mine and other and mine.memory != other.memory and mine.memory in _EXTRA_WORK:
+        extra = _EXTRA_WORK[mine.memory]
+        return Reason(extra, extra, more_work=True)
     return reason(run, case, method)
 
 
@@ -110,16 +143,17 @@ def _wanted(run: Run) -> Finding:
             checked += 1
             got = method.speedup.median
             if got < wanted:
-                what = f"`{name}` {text.times(got)}, wanted {text.times(wanted)}"
+                what = f"{text.times(got)}, wanted {text.times(wanted)}"
                 why = _why_not_reached(run, case, method, wanted)
-                misses.append(Miss(_place(case), what, why, wanted / got))
+                misses.append(Miss(_place(case), name, what, wanted / got, why))
     return _finding("below a wanted speed-up", "Every wanted speed-up is reached.", checked, misses)
 
 
-def _why_not_reached(run: Run, case: Case, method: Method, wanted: float) -> str:
+def _why_not_reached(run: Run, case: Case, method: Method, wanted: float) -> Reason:
     limit = case.limit_for(method.name)
     if limit is not None and limit.speedup.median < wanted:
-        return f"the limit measured in this run is {text.times(limit.speedup.median)}"
+        what = f"the limit measured in this run is {text.times(limit.speedup.median)}"
+        return Reason(what, what)
     return reason(run, case, method)
 
 
@@ -133,8 +167,7 @@ def _limits(run: Run) -> Finding:
         share = limit.ms.median / method.ms.median
         if share < WANTED_SHARE:
             why = reason(run, case, method)
-            what = f"`{method.name}` {text.percent(share)} of the limit"
-            misses.append(Miss(_place(case), what, why, -share))
+            misses.append(Miss(_place(case), method.name, text.percent(share), -share, why))
     wanted = text.percent(WANTED_SHARE)
     return _finding(
         f"below {wanted} of the limit", f"Every call reaches {wanted} of its limit.",
@@ -145,11 +178,11 @@ def _limits(run: Run) -> Finding:
 def _overheads(run: Run) -> Finding:
     every = [(c, m) for c, m in ours(run.of_kind("overhead")) if math.isfinite(overhead(c, m))]
     misses = [
-        Miss(_place(case), f"`{method.name}` {text.microseconds(beyond)} beyond dense", "", beyond)
+        Miss(_place(case), method.name, text.duration(beyond), beyond)
         for case, method in every
         if (beyond := overhead(case, method)) > WANTED_OVERHEAD_MS
     ]
-    most = text.microseconds(WANTED_OVERHEAD_MS)
+    most = text.duration(WANTED_OVERHEAD_MS)
     return _finding(
         f"an overhead above {most}", f"No call has an overhead above {most}.", len(every), misses
     )
@@ -165,8 +198,7 @@ def _growth(run: Run) -> Finding:
             checked += 1
             if fit.growth.startswith("faster"):
                 where = f"N = {n}, P = {p}, r = {ratio}"
-                what = f"`{name}` grows as M^{fit.exponent:.2f}"
-                misses.append(Miss(where, what, "", fit.exponent))
+                misses.append(Miss(where, name, f"M^{fit.exponent:.2f}", fit.exponent))
     return _finding(
         "a time that grows faster than M", "No call's time grows faster than M.", checked, misses
     )
@@ -185,32 +217,50 @@ def _setting(case: Case) -> str:
     return "".join(f", {one}" for one in unusual)
 
 
-def reason(run: Run, case: Case, method: Method) -> str:
-    """What takes the time of a call, from the rates and fixed costs of the same run; may be empty.
+def reason(run: Run, case: Case, method: Method) -> Reason:
+    """What takes the time of a call, from the rates and fixed costs of the same run.
 
     A layer and a step are capped by their FLOPs: the weight gradient is a third of them.
     """
     if case.kind in ("layer", "step"):
         sampled = "sampled" in method.name
         cap = 1 / (1 / 3 + 2 * case.ratio / 3) if sampled else 1 / (2 / 3 + case.ratio / 3)
-        return f"by FLOPs alone, linear layers could reach {text.times(cap)} at this ratio"
+        what = f"by FLOPs alone, linear layers could reach {text.times(cap)} at this ratio"
+        return Reason(what, what)
     if case.kind not in WEIGHT_GRAD_KINDS:
-        return ""
+        return Reason()
     fixed = _fixed_ms(run, case, method)
     if fixed is not None and fixed >= _SMALL * method.ms.median:
-        share = text.percent(min(1.0, fixed / method.ms.median))
-        return f"small layer: what any call costs, {text.microseconds(fixed)}, is {share} of it"
+        share = fixed / method.ms.median
+        of = "all of it" if share >= 0.995 else f"{text.percent(share)} of it"
+        what = f"small layer: what any call costs, {text.duration(fixed)}, is {of}"
+        return Reason(what, "small")
     cost = traffic(case, method)
     parts = cost.seconds(run.machine, case.dtype) if cost and run.machine else None
     if parts is None:
-        return ""
+        return Reason()
     passed, product = (1e3 * part for part in parts)
-    passed_share, product_share = passed / method.ms.median, product / method.ms.median
+    shares = [min(1.0, part / method.ms.median) for part in (passed, product)]
+    if sum(shares) < _SMALL:
+        what = f"small layer: at this machine's rates its work is {text.percent(sum(shares))} of it"
+        return Reason(what, "small")
     bound = "memory" if passed > product else "arithmetic"
-    return (
+    what = (
         f"bound by {bound}: at this machine's rates the pass over all rows is "
-        f"{text.percent(passed_share)} of the time, the GEMM {text.percent(product_share)}"
+        f"{text.percent(shares[0])} of the time, the GEMM {text.percent(shares[1])}"
     )
+    return Reason(what, bound)
+
+
+def by_place(misses: Sequence[Miss]) -> list[list[Miss]]:
+    """Misses of one place and cause together, in the order of their worst.
+
+    Of a method that was timed there more than once, in two sweeps, the worst is kept.
+    """
+    groups: dict[tuple[str, str], dict[str, Miss]] = {}
+    for miss in misses:
+        groups.setdefault((miss.where, miss.why.cause), {}).setdefault(miss.method, miss)
+    return [list(group.values()) for group in groups.values()]
 
 
 def _fixed_ms(run: Run, case: Case, method: Method) -> float | None:

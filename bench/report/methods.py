@@ -24,16 +24,16 @@ class Definition:
     Attributes:
         text: In a sentence.
         unbiased: Whether the mean of its gradient over draws is dense's.
-        memory: A key of the table of costs; `None` where we do not count the traffic.
+        memory: `none`, `subspace` or `residual` (rows): what is kept, which decides the traffic.
     """
 
     text: str
     unbiased: bool
-    memory: str | None = None
+    memory: str
 
 
 # In the order of tables and charts.
-DEFINITIONS = {
+OURS = {
     "default": Definition(
         "Rows drawn by priority sampling from what a subspace of the inputs leaves over; the "
         "subspace's share is computed exactly.",
@@ -50,65 +50,82 @@ DEFINITIONS = {
         "residual",
     ),
     "topk-signed": Definition(
-        "As before, with a random sign per row and step, so that cross terms average out.",
+        "As `topk-residual`, with a random sign per row and step, so that cross terms average out.",
         False,
         "residual",
     ),
+}
+BASELINES = {
     "authors": Definition(
-        "The formulation of the Mem-AOP-GD authors' code: memories copied and masked whole.", False
+        "The formulation of the Mem-AOP-GD authors' code: memories copied and masked whole.",
+        False,
+        "residual",
     ),
     "crs": Definition(
         "K draws with replacement, probability in proportion to the score (Drineas, Kannan, "
         "Mahoney 2006).",
         True,
+        "none",
     ),
     "bernoulli-crs": Definition(
-        "Every row on its own with its own probability, K expected (Adelman et al. 2021).", True
+        "Every row on its own with its own probability, K expected (Adelman et al. 2021).",
+        True,
+        "none",
     ),
-    "vcas": Definition("Poisson sampling of rows and a gather (Wang et al., VCAS, 2024).", True),
+    "bernoulli-crs-code": Definition("The same as its authors' code has it.", True, "none"),
+    "topk-crs": Definition(
+        "The K rows of largest score, unscaled (Adelman et al. 2021).", False, "none"
+    ),
+    "topk-compiled": Definition("The same through `torch.compile`.", False, "none"),
+    "vcas": Definition(
+        "Poisson sampling of rows and a gather (Wang et al., VCAS, 2024).", True, "none"
+    ),
     "wta-crs": Definition(
         "The largest rows always, the rest by draws with replacement (Liu et al., WTA-CRS, 2023).",
         True,
+        "none",
     ),
 }
-_OURS = tuple(DEFINITIONS)[:5]
 
 
-def base_name(name: str) -> str | None:
-    """The key of `DEFINITIONS` that a method's name stands for.
+def base_name(method: Method) -> str | None:
+    """The key of `OURS` or `BASELINES` that a method stands for, `None` if it is in neither.
 
-    Names of ours may have suffixes (`default-sampled`); a suffix of a baseline may change its law,
-    so baselines must match. `None` if there is no such key.
+    Names of ours may have suffixes (`default, sampled dX`); a suffix of a baseline may change its
+    law, so baselines must match.
     """
-    if name in DEFINITIONS:
-        return name
-    known = [key for key in _OURS if name.startswith(key) and not name[len(key)].isalnum()]
+    if method.role == "baseline":
+        return method.name if method.name in BASELINES else None
+    if method.role != "ours":
+        return None
+    name = method.name
+    known = [key for key in OURS if name.startswith(key) and not name[len(key) :][:1].isalnum()]
     return max(known, key=len, default=None)
 
 
-def definition(name: str) -> Definition | None:
+def definition(method: Method) -> Definition | None:
     """What is known of a method, `None` if nothing is."""
-    key = base_name(name)
-    return None if key is None else DEFINITIONS[key]
+    key = base_name(method)
+    return None if key is None else (OURS | BASELINES)[key]
 
 
-def rank(name: str) -> tuple[int, str]:
-    """Sorts methods into the order of `DEFINITIONS`, unknown ones last."""
-    key = base_name(name)
-    order = list(DEFINITIONS)
-    return (order.index(key) if key is not None else len(order)), name
+def rank(method: Method) -> tuple[bool, int, str]:
+    """Sorts into the order of tables and charts: ours, then baselines, unknown ones last."""
+    known, key = list(OURS | BASELINES), base_name(method)
+    order = len(known) if key is None else known.index(key)
+    return method.role != "ours", order, method.name
 
 
 def ordered(methods: list[Method]) -> list[Method]:
-    """Methods in the order of tables and charts: ours, then baselines."""
-    return sorted(methods, key=lambda method: (method.role != "ours", rank(method.name)))
+    """Methods in that order."""
+    return sorted(methods, key=rank)
 
 
 def series(method: Method) -> str:
     """The CSS class that colours a method: ours by name, all baselines alike."""
     if method.role in ("dense", "baseline"):
         return f"s-{method.role}"
-    return f"s-{base_name(method.name) or 'other'}"
+    return f"s-{base_name(method) or 'other'}"
 
 
 @dataclass(frozen=True)
@@ -154,8 +171,8 @@ def traffic(case: Case, method: Method) -> Traffic | None:
     unit = float(case.m) * (case.n + case.p) * size
     if method.role == "dense":
         return Traffic(2.0 * case.m * case.n * case.p, 0.0, unit, False)
-    what = definition(method.name)
-    if method.role != "ours" or what is None or what.memory is None:
+    what = definition(method)
+    if method.role != "ours" or what is None:
         return None
     flops = 2.0 * case.k * case.n * case.p
     if what.memory == "subspace":

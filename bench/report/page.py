@@ -24,7 +24,7 @@ from memaop_triton.bench.report.methods import PAPER
 
 _STYLE = Path(__file__).with_name("style.css")
 # Widths a chart is drawn for, in pixels; the style sheet shows the one that fits.
-WIDE, MEDIUM, NARROW = 1040, 508, 350
+WIDTHS = {"wide": 1040, "medium": 508, "narrow": 350}
 
 
 def page(document: Document) -> str:
@@ -109,14 +109,10 @@ def _block(block: Block) -> str:
 
 
 def _chart(chart: Chart) -> str:
-    widths = {"wide": WIDE, "medium": MEDIUM, "narrow": NARROW}
-    if not chart.wide:
-        del widths["wide"]
-    drawn = "".join(
-        f'<div class="on-{name}">{chart.draw(width)}</div>' for name, width in widths.items()
-    )
-    css = "chart wide" if chart.wide else "chart"
-    return f'<figure class="{css}"><figcaption>{inline(chart.title)}</figcaption>{drawn}</figure>'
+    needed = list(WIDTHS)[chart.share - 1 :]
+    drawn = "".join(f'<div class="on-{name}">{chart.draw(WIDTHS[name])}</div>' for name in needed)
+    title = f"<figcaption>{inline(chart.title)}</figcaption>"
+    return f'<figure class="chart share-{chart.share}">{title}{drawn}</figure>'
 
 
 def _bullets(bullets: Bullets) -> str:
@@ -166,4 +162,6 @@ def _cells(row: Sequence[Cell], table: Table) -> str:
 
 
 def _kind(column: int, table: Table) -> str:
-    return "name" if column < table.names else "value"
+    if column >= table.names:
+        return "value"
+    return "name prose" if table.prose and column == table.names - 1 else "name"

@@ -9,7 +9,6 @@ from memaop_triton.bench.report import text
 from memaop_triton.bench.report.svg import CHARACTER, Drawing, Point, Scale, clipped, powers, spread
 
 NARROW = 480  # a chart less wide is for a phone
-_TOP, _BOTTOM = 30.0, 46.0
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,21 @@ class Plot:
     """A drawing with two logarithmic axes and room for labels on the right."""
 
     def __init__(
-        self, width: float, height: float, label: str, x: Axis, y: Axis, names: Sequence[str]
+        self,
+        width: float,
+        height: float,
+        label: str,
+        x: Axis,
+        y: Axis,
+        names: Sequence[str],
+        top: float = 30,
     ) -> None:
         narrow = width < NARROW
         longest = max((len(name) for name in names), default=0)
         right = min(longest * CHARACTER + 22, width * 0.3)
         self.drawing = Drawing(width, height, label)
-        self.x = Scale(x.low, x.high, 44, width - right)
-        self.y = Scale(y.low, y.high, height - _BOTTOM, _TOP)
+        self.x = Scale(x.low, x.high, 50, width - right)
+        self.y = Scale(y.low, y.high, height - 46, top)
         self._room = right - 18
         for value in powers(y.low, y.high, y.base, 7):
             at = self.y(value)
@@ -107,7 +113,7 @@ class Plot:
     def label_ends(self, every: Sequence[Series]) -> None:
         """The name of every series right of where it ends, moved apart where they are close."""
         ends = [self.at(one.samples[-1].x, one.samples[-1].y) for one in every]
-        places = spread([y for _, y in ends], 14, _TOP - 8, self.y.start + 8)
+        places = spread([y for _, y in ends], 14, self.y.end - 8, self.y.start + 8)
         left = self.x.end + 14
         for one, (x, y), place in zip(every, ends, places, strict=True):
             self.drawing.path([(x + 4, y), (left - 8, place), (left - 3, place)], "leader")

@@ -61,14 +61,16 @@ def roofline(found: Sequence[Call], machine: Machine, dtype: str) -> Callable[[f
         top = max(rate, *(call.gflops for call in found))
         y = Axis("useful GFLOP/s", slowest * 0.8, top * 1.5, 2 if top < 64 * slowest else 10)
         height = 380 if width < NARROW else 430
-        plot = Plot(width, height, f"Roofline of {machine.name}, {dtype}", x, y, [])
+        plot = Plot(width, height, f"Roofline of {machine.name}, {dtype}", x, y, [], top=54)
         for name, bandwidth in bandwidths.items():
             start, end = max(low, y.low / bandwidth), min(high, rate / bandwidth)
             slope = [plot.at(start, start * bandwidth), plot.at(end, end * bandwidth)]
             plot.drawing.path(slope, f"line s-roof {name}")
         plot.drawing.path([plot.at(ridge, rate), plot.at(high, rate)], "line s-roof")
         right, above = plot.at(high, rate)
-        plot.drawing.text((right, above - 8), f"GEMM {rate:,.0f} GFLOP/s", "name s-dense", "end")
+        plot.drawing.text(
+            (right, above - 8), f"GEMM {text.rate(rate, 'FLOP')}", "name s-dense", "end"
+        )
         for call in found:
             at = plot.at(call.intensity, call.gflops)
             css = f"dot open {series(call.method)}"
@@ -88,16 +90,18 @@ def _bandwidths(machine: Machine) -> dict[str, float]:
 def _tip(call: Call) -> str:
     return (
         f"{call.method.name}, {call.case.shape}, r = {text.ratio(call.case.ratio)}: "
-        f"{call.gflops:,.0f} GFLOP/s, {text.percent(call.gflops / call.roof)} of the roof"
+        f"{text.rate(call.gflops, 'FLOP')}, {text.percent(call.gflops / call.roof)} of the roof"
     )
 
 
 def _name_slopes(plot: Plot, bandwidths: dict[str, float]) -> None:
-    """At the upper left, where no call can be."""
-    for i, (name, rate) in enumerate(bandwidths.items()):
-        x, y = plot.x.start + 10, plot.y.end + 14 + 18 * i
+    """Above the axes."""
+    x, y = plot.x.start, 34.0
+    for name, rate in bandwidths.items():
+        what = f"{name} {text.rate(rate, 'B')}"
         plot.drawing.line((x, y - 4), (x + 18, y - 4), f"line s-roof {name}")
-        plot.drawing.text((x + 24, y), f"{name} {rate:,.1f} GB/s", "name s-dense")
+        plot.drawing.text((x + 24, y), what, "name s-dense")
+        x += 44 + CHARACTER * len(what)
 
 
 def _name_marks(plot: Plot, found: Sequence[Call]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from memaop_triton.bench.report import tables, text
 from memaop_triton.bench.report.analysis import rows
 from memaop_triton.bench.report.bars import bars
@@ -9,7 +12,7 @@ from memaop_triton.bench.report.blocks import Bullets, Chart, Code, Section, Sub
 from memaop_triton.bench.report.charts import methods_of
 from memaop_triton.bench.report.compare import NOTABLE_PERCENT, Comparison
 from memaop_triton.bench.report.data import Run
-from memaop_triton.bench.report.findings import Finding, findings
+from memaop_triton.bench.report.findings import Miss, by_place, findings
 from memaop_triton.bench.report.roofline import calls, roofline
 from memaop_triton.bench.report.sweeps import (
     against_ratio,
@@ -66,20 +69,26 @@ def _findings(run: Run) -> Section:
     for finding in checks:
         if finding.misses:
             share = f"{len(finding.misses)} of {text.count(finding.checked, 'call')}"
-            section.blocks.extend([Subheading(f"{share}: {finding.claim}"), _misses(finding)])
+            section.blocks.append(Subheading(f"{share}: {finding.claim}"))
+            bullets = Bullets(tuple(map(_miss, by_place(finding.misses))), 4)
+            if len(bullets.items) > bullets.shown:
+                counts = Counter(miss.method for miss in finding.misses)
+                tally = (f"`{name}` {count}" for name, count in counts.most_common())
+                section.blocks.append(f"By method: {', '.join(tally)}.")
+            section.blocks.append(bullets)
     kept = [finding.opposite for finding in checks if not finding.misses]
     if kept:
         section.blocks.append(" ".join(kept))
     return section
 
 
-def _misses(finding: Finding) -> Bullets:
-    return Bullets(
-        tuple(
-            f"{miss.where}: {miss.what}{f' – {miss.why}' if miss.why else ''}"
-            for miss in finding.misses
-        )
-    )
+def _miss(group: Sequence[Miss]) -> str:
+    """One line for the methods that fail at one place for one cause, with the worst one's words."""
+    worst = group[0]
+    methods = ", ".join(f"`{miss.method}` {miss.what}" for miss in group)
+    beside = f"; {worst.beside}" if worst.beside else ""
+    why = f" – {worst.why.text}" if worst.why.text else ""
+    return f"{worst.where}: {methods}{beside}{why}"
 
 
 def _weight_grad(run: Run) -> Section:
@@ -90,7 +99,12 @@ def _weight_grad(run: Run) -> Section:
             "dW = Gᵀ X with scores, selection and memory, from K = r·M of M rows, "
             "beside the dense product of all."
         )
-        tables_ = (tables.speedups(found), tables.limits(found), tables.peaks(found))
+        tables_ = (
+            tables.speedups(found),
+            tables.limits(found),
+            tables.cold(found),
+            tables.peaks(found),
+        )
         section.blocks.extend(table for table in tables_ if table is not None)
     return section
 
@@ -104,7 +118,7 @@ def _roofline(run: Run) -> Section:
     for dtype in dict.fromkeys(call.case.dtype for call in found):
         some = [call for call in found if call.case.dtype == dtype]
         title = f"Roofline, {dtype}"
-        section.blocks.append(Chart(title, roofline(some, machine, dtype), wide=True))
+        section.blocks.append(Chart(title, roofline(some, machine, dtype), share=1))
     if found:
         section.blocks.append(
             "A mark is one call: useful FLOPs (K rows, and the subspace's products) against the "
@@ -120,7 +134,7 @@ def _steps(run: Run) -> Section:
     for kind, title in (("layer", "Forward and backward of a layer"), ("step", "Training step")):
         cases = run.of_kind(kind)
         if cases:
-            section.blocks.append(Chart(title, bars(cases, title), wide=True))
+            section.blocks.append(Chart(title, bars(cases, title), share=1))
     cases = run.of_kind("layer", "step")
     if cases:
         if any(case.wanted for case in cases):
@@ -154,7 +168,7 @@ def _comparison(comparison: Comparison | None) -> Section:
     if not comparison.same_machine:
         where = "not known to be on the same machine, so speed-ups are compared and times are not"
     when = (comparison.earlier.date or "an unknown date")[:10]
-    section.blocks.append(f"With {comparison.earlier.name} of {when}, {where}.")
+    section.blocks.append(f"Against the run `{comparison.earlier.name}` of {when}, {where}.")
     fallen = comparison.regressions(NOTABLE_PERCENT)
     limit = f"{NOTABLE_PERCENT:g} %"
     if fallen:
@@ -166,8 +180,7 @@ def _comparison(comparison: Comparison | None) -> Section:
         section.blocks.append(tables.changes(comparison))
     for what, names in (("Only in the earlier run", comparison.gone), ("New", comparison.added)):
         if names:
-            section.blocks.append(Subheading(f"{what}: {text.count(len(names), 'call')}"))
-            section.blocks.append(Bullets(names))
+            section.blocks.extend([Subheading(what), Bullets(names)])
     return section
 
 
@@ -187,7 +200,7 @@ def _method(run: Run) -> Section:
             "measured in the same rounds.",
             "Unbiased means that the gradient's mean over draws is dense's gradient. A biased "
             "method can be as fast and still train worse: speed alone does not choose one.",
-            tables.definitions(methods_of(run.cases)),
+            tables.definitions(methods_of([c for c in run.cases if c.kind != "kernel"])),
         ],
     )
 

@@ -35,11 +35,11 @@ class Scale:
 
 
 def powers(low: float, high: float, base: float, most: int) -> list[float]:
-    """Powers of `base` in [low, high], thinned to at most `most`."""
+    """Powers of `base` in [low, high], thinned evenly to about `most`; 1 is kept."""
     first = math.ceil(math.log(low, base) - 1e-9)
     last = math.floor(math.log(high, base) + 1e-9)
     step = max(1, math.ceil((last - first + 1) / most))
-    return [base**i for i in range(first, last + 1, step)]
+    return [base**i for i in range(first, last + 1) if i % step == 0]
 
 
 def steps(high: float, most: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -28,9 +29,11 @@ MAPS = 3
 def against_ratio(run: Run) -> Section:
     """Speed-up against K/M, a chart per shape."""
     section = Section("ratio", "Speed-up against ratio")
-    for cases in _groups(run.of_kind("sweep_ratio"), lambda c: (c.m, c.n, c.p, c.setting)):
+    groups = _groups(run.of_kind("sweep_ratio"), lambda c: (c.m, c.n, c.p, c.setting))
+    share = 1 if len(groups) == 1 else 2
+    for cases in groups:
         if len({case.ratio for case in cases}) > 1:
-            section.blocks.append(Chart(_named(cases[0], cases[0].shape), by_ratio(cases)))
+            section.blocks.append(Chart(_named(cases[0], cases[0].shape), by_ratio(cases), share))
         else:
             section.blocks.append(f"{cases[0].shape}: a single ratio, so there is no line to draw.")
             section.blocks.append(tables.speedups(rows(cases)))
@@ -46,10 +49,12 @@ def against_ratio(run: Run) -> Section:
 def against_width(run: Run) -> Section:
     """Speed-up against N, a chart per number of rows and ratio."""
     section = Section("width", "Speed-up against width")
-    for cases in _groups(run.of_kind("sweep_width"), lambda c: (c.m, c.ratio, c.setting)):
+    groups = _groups(run.of_kind("sweep_width"), lambda c: (c.m, c.ratio, c.setting))
+    share = 1 if len(groups) == 1 else 2
+    for cases in groups:
         title = _named(cases[0], f"M = {cases[0].m}, r = {text.ratio(cases[0].ratio)}")
         if len({case.n for case in cases}) > 1:
-            section.blocks.append(Chart(title, by_width(cases)))
+            section.blocks.append(Chart(title, by_width(cases), share))
         else:
             section.blocks.append(f"{title}: a single width, so there is no line to draw.")
     if section.blocks:
@@ -73,7 +78,7 @@ def break_even(run: Run) -> Section:
         found = fields(cases, fitted, name, ratio)
         if found:
             title = f"`{name}`, r = {text.ratio(ratio)}"
-            section.blocks.append(Chart(title, grid(found, title.replace("`", ""))))
+            section.blocks.append(Chart(title, grid(found, title.replace("`", "")), share=3))
     if section.blocks:
         section.blocks.append(_how_fitted(fitted, name))
         section.blocks.append(tables.time_models(fitted, item_size(setting[0])))
@@ -82,7 +87,7 @@ def break_even(run: Run) -> Section:
 
 def _chosen(ratios: Sequence[float]) -> list[float]:
     """Up to `MAPS` ratios, those nearest to 1/8."""
-    nearest = sorted(ratios, key=lambda ratio: abs(ratio - 1 / 8))[:MAPS]
+    nearest = sorted(ratios, key=lambda ratio: abs(math.log(8 * ratio)))[:MAPS]
     return sorted(nearest, reverse=True)
 
 
@@ -119,17 +124,18 @@ def against_rows(run: Run) -> Section:
         first = cases[0]
         by_name = fits[text.ratio(first.ratio), first.setting, first.n, first.p]
         title = _named(first, f"N = {first.n}, P = {first.p}, r = {text.ratio(first.ratio)}")
+        if len({case.m for case in cases}) == 1:
+            section.blocks.append(f"{title}: a single size, so there is no fit.")
+            continue
         methods = methods_of(cases, ("dense", "ours", "baseline"))
-        if len({case.m for case in cases}) > 1:
-            section.blocks.append(Chart(title, by_rows(cases, by_name), wide=True))
-            linear = [
-                one.name
-                for one in methods
-                if (fit := by_name[one.name]) is not None and fit.growth == "linear"
-            ]
-            section.blocks.append(
-                f"Linear in M (exponent within {LINEAR:g} of 1): {', '.join(linear) or 'none'}."
-            )
+        linear = [
+            one.name
+            for one in methods
+            if (fit := by_name[one.name]) is not None and fit.growth == "linear"
+        ]
+        named = ", ".join(linear) or "none"
+        section.blocks.append(Chart(title, by_rows(cases, by_name), share=1))
+        section.blocks.append(f"Linear in M (exponent within {LINEAR:g} of 1): {named}.")
         section.blocks.append(tables.exponents(by_name, methods))
     return section
 

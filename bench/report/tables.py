@@ -51,7 +51,7 @@ def _names(case: Case) -> tuple[Cell, Cell]:
 
 def _dense(row: Row) -> Cell:
     dense = row.case.dense
-    return NOTHING if dense is None else Cell(text.milliseconds(dense.ms.median))
+    return NOTHING if dense is None else Cell(text.duration(dense.ms.median))
 
 
 def limits(found: Sequence[Row]) -> Table | None:
@@ -63,11 +63,24 @@ def limits(found: Sequence[Row]) -> Table | None:
             return NOTHING
         case, method = row.found[name]
         limit = case.limit_for(name)
-        took = text.milliseconds(method.ms.median)
-        of = "" if limit is None else text.milliseconds(limit.ms.median)
+        took = text.duration(method.ms.median)
+        of = "" if limit is None else text.duration(limit.ms.median)
         return Cell(text.percent(share), f"{of} / {took}", "bad" if share < WANTED_SHARE else "")
 
     return _matrix(found, cell, ("ours",), "Share of the limit; below it the limit's time / ours.")
+
+
+def cold(found: Sequence[Row]) -> Table | None:
+    """Speed-ups with cold caches; `None` if they were not measured."""
+
+    def cell(row: Row, name: str) -> Cell:
+        speed = row.found[name][1].cold
+        if speed is None:
+            return NOTHING
+        return Cell(text.times(speed.median), text.span(speed.q1, speed.q3))
+
+    caption = "Speed-up over dense if every call finds cold caches."
+    return _matrix(found, cell, ("ours", "baseline"), caption, "Cold caches")
 
 
 def peaks(found: Sequence[Row]) -> Table | None:
@@ -97,14 +110,14 @@ def _matrix(
     if not lines:
         return None
     head = ("M × N × P", "r", *(one.name for one in methods))
-    return Table(head, tuple(lines), 2, caption, folded=folded)
+    return Table(head, tuple(lines), names=2, caption=caption, folded=folded)
 
 
 def steps(cases: Sequence[Case]) -> Table:
     """One line per case and method: layers, steps, kernels."""
     lines = []
     for case in cases:
-        dense = NOTHING if case.dense is None else Cell(text.milliseconds(case.dense.ms.median))
+        dense = NOTHING if case.dense is None else Cell(text.duration(case.dense.ms.median))
         for method in methods_of([case]):
             wanted = case.wanted.get(method.name)
             speed = method.speedup
@@ -113,9 +126,9 @@ def steps(cases: Sequence[Case]) -> Table:
             lines.append(
                 (
                     Cell(case.title),
-                    Cell(f"`{method.name}`" if method.role == "ours" else method.name),
+                    Cell(method.name, method.label if case.kind == "kernel" else ""),
                     dense,
-                    Cell(text.milliseconds(method.ms.median)),
+                    Cell(text.duration(method.ms.median)),
                     Cell(text.times(speed.median), text.span(speed.q1, speed.q3), tone),
                     NOTHING if wanted is None else Cell(text.times(wanted)),
                 )
@@ -131,12 +144,12 @@ def overheads(cases: Sequence[Case]) -> Table:
         for method in methods_of([case], ("dense", "ours", "baseline")):
             beyond = NOTHING if method.role == "dense" else Cell(_beyond(case, method))
             shape = Cell(case.shape), Cell(text.ratio(case.ratio)), Cell(method.name)
-            lines.append((*shape, Cell(text.microseconds(method.ms.median)), beyond))
+            lines.append((*shape, Cell(text.duration(method.ms.median)), beyond))
     return Table(("M × N × P", "r", "method", "call", "beyond dense"), tuple(lines), names=3)
 
 
 def _beyond(case: Case, method: Method) -> str:
-    return text.microseconds(overhead(case, method))
+    return text.duration(overhead(case, method))
 
 
 def exponents(fits: dict[str, Power | None], methods: Sequence[Method]) -> Table:
@@ -145,13 +158,13 @@ def exponents(fits: dict[str, Power | None], methods: Sequence[Method]) -> Table
     for method in methods:
         fit = fits[method.name]
         if fit is None:
-            lines.append((Cell(method.name), NOTHING, NOTHING, Cell("one size: no fit")))
+            lines.append((Cell(method.name), NOTHING, NOTHING, NOTHING, Cell("one size: no fit")))
             continue
-        error = f"± {fit.error:.3f}" if fit.points > 2 else "two sizes: no error"
-        exponent = Cell(f"{fit.exponent:.3f}", error)
-        lines.append((Cell(method.name), exponent, Cell(f"{fit.points}"), Cell(fit.growth)))
-    head = ("method", "exponent", "sizes", "growth")
-    return Table(head, tuple(lines), caption="Time ∝ M^exponent, ± its standard error.")
+        error = Cell(f"{fit.error:.3f}") if fit.points > 2 else Cell("–", "two sizes")
+        exponent = Cell(f"{fit.exponent:.3f}")
+        lines.append((Cell(method.name), exponent, error, Cell(f"{fit.points}"), Cell(fit.growth)))
+    head = ("method", "exponent", "standard error", "sizes", "growth")
+    return Table(head, tuple(lines), caption="Time ∝ M^exponent, by least squares in logarithms.")
 
 
 def time_models(models: Models, item_size: int | None) -> Table:
@@ -168,7 +181,7 @@ def _model(name: str, model: TimeModel | None, item_size: int | None) -> tuple[C
     passing, product = model.per_element, model.per_product
     return (
         Cell(name),
-        Cell(text.microseconds(model.fixed)),
+        Cell(text.duration(model.fixed)),
         Cell(f"{item_size / passing / 1e6:.3g} GB/s" if passing and item_size else "–"),
         Cell(f"{2 / product / 1e6:.3g} GFLOP/s" if product else "–"),
         Cell(f"{model.points}"),
@@ -196,17 +209,18 @@ def changes(comparison: Comparison) -> Table:
             time = change.new.ms.median / change.old.ms.median
             line.append(Cell(f"{100 * (time - 1):+.1f} %"))
         lines.append(tuple(line))
-    head = ("case", "method", "earlier", "now", "speed-up changed by")
-    return Table((*head, "time changed by") if same else head, tuple(lines), names=2)
+    head: tuple[str, ...] = ("case", "method", "earlier", "now", "speed-up changed by")
+    if same:
+        head = (*head, "time changed by")
+    return Table(head, tuple(lines), names=2, folded="Every call, the largest loss first")
 
 
 def definitions(methods: Sequence[Method]) -> Table:
-    """What every method in the run is."""
+    """What every method is."""
     lines = []
     for method in methods:
-        what = definition(method.name)
+        what = definition(method)
         unbiased = "–" if what is None else "yes" if what.unbiased else "no"
-        about = method.label if what is None else what.text
-        notes = method.note or ""
-        lines.append((Cell(method.name), Cell(unbiased), Cell(about, notes)))
-    return Table(("method", "unbiased", "what it is"), tuple(lines), names=3)
+        about = Cell(method.label if what is None else what.text, method.note or "")
+        lines.append((Cell(method.name), Cell(unbiased), about))
+    return Table(("method", "unbiased", "what it is"), tuple(lines), names=3, prose=True)

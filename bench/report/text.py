@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+# Keeps a number and its unit on one line.
+_SPACE = "\N{NO-BREAK SPACE}"
+
 
 def times(speedup: float) -> str:
     """`5.31×`, `12.4×`."""
@@ -15,19 +18,21 @@ def span(low: float, high: float) -> str:
     return f"{_three(low)}–{_three(high)}"
 
 
-def milliseconds(ms: float) -> str:
-    """`85.2 ms`; microseconds below a tenth of one."""
-    return f"{_three(ms)} ms" if ms >= 0.1 else microseconds(ms)
+def duration(ms: float) -> str:
+    """`85.2 ms`, or `38.0 µs` below a millisecond."""
+    return f"{_three(ms)}{_SPACE}ms" if abs(ms) >= 1 else f"{_three(1e3 * ms)}{_SPACE}µs"
 
 
-def microseconds(ms: float) -> str:
-    """`38 µs` from milliseconds."""
-    return f"{_three(1e3 * ms)} µs"
+def rate(gigas: float, unit: str) -> str:
+    """`200 GFLOP/s` or `2.95 TB/s`, from 10^9 `unit` a second."""
+    if gigas >= 1000:
+        return f"{_three(gigas / 1000)}{_SPACE}T{unit}/s"
+    return f"{_three(gigas)}{_SPACE}G{unit}/s"
 
 
 def percent(share: float) -> str:
     """`93 %`."""
-    return f"{100 * share:.0f} %"
+    return f"{100 * share:.0f}{_SPACE}%"
 
 
 def ratio(value: float) -> str:
@@ -41,7 +46,8 @@ def size(count: float) -> str:
     """Bytes with a binary unit: `1.5 KiB`, `132 MiB`."""
     power = min(3, int(math.log2(count) // 10)) if count >= 1 else 0
     value = count / 1024.0**power
-    return f"{_three(value) if power else f'{value:.0f}'} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+    digits = _three(value) if power else f"{value:.0f}"
+    return f"{digits}{_SPACE}{('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def count(number: int, what: str) -> str:
@@ -61,6 +67,9 @@ def axis(value: float) -> str:
 def _three(value: float) -> str:
     if not math.isfinite(value):
         return "–"
-    if value >= 99.95:
+    size = abs(value)
+    if size >= 99.95:
         return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    if size >= 9.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if size >= 0.0995 or size == 0 else f"{value:.2g}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from memaop_triton.errors import CommandError
 
 
 def positive(value: float | None) -> float | None:
@@ -23,6 +26,23 @@ def ratio_in_range(value: float) -> float:
     if not 0 < value <= 1:
         raise typer.BadParameter(f"{value} is not in (0, 1]: it is K/M, 0.125 for 1/8.")
     return value
+
+
+def require_file(option: str, path: Path) -> None:
+    """Make the folder of a file that is to be written; refuse a path where no file can be."""
+    if path.is_dir():
+        raise CommandError(f"{option}={path} is a directory: name a file in it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(
+            f"{option}={path} cannot be written: {error.strerror}. Name another place."
+        ) from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write numbers, strings, lists and dictionaries."""
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 Output = Annotated[Path, typer.Option(help="Directory for the figure.")]

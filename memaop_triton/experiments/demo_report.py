@@ -17,6 +17,7 @@ from rich.table import Table
 
 from memaop_triton.experiments.data import CLASSES
 from memaop_triton.experiments.demo import Curve, Scheme, SchemeResult, Settings
+from memaop_triton.units import human_bytes
 
 _COLOURS = {
     "dense": "black",
@@ -62,15 +63,6 @@ def explanation() -> str:
         f"Medians on the CPU, {torch.get_num_threads()} thread(s), schemes in turn on each batch; "
         "step is forward, backward and update, dW the weight gradients of the three hidden layers."
     )
-
-
-def human_bytes(count: int) -> str:
-    """A number of bytes with a binary unit: `0 B`, `1.5 KiB`, `132 MiB`."""
-    if count < 1024:
-        return f"{count} B"
-    power = min(3, int(math.log2(count) // 10))
-    size = count / 1024**power
-    return f"{size:.{0 if size >= 100 else 1}f} {('KiB', 'MiB', 'GiB')[power - 1]}"
 
 
 def _accuracy(values: list[float]) -> str:

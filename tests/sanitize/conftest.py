@@ -11,7 +11,7 @@ import pytest
 import torch
 from triton.runtime import driver
 
-from memaop_triton.kernels import targets
+from memaop_triton.kernels import autotune, targets
 from tests import judging
 
 
@@ -35,23 +35,30 @@ class Gpu:
 
 
 @pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"], autouse=True)
-def gpu(request, monkeypatch):
+def gpu(request, monkeypatch, tmp_path):
     """A GPU without tensor copies and one with; tensors made for "cuda" land on it."""
+    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
     # It captures no graphs, and PyTorch without CUDA cannot be asked.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     sanitize = pytest.importorskip("ttsem.sanitize", reason="needs ttsem: run `make sanitize`")
     pretending = pytest.importorskip("ttsem._fakedriver")
     before = driver._active
-    targets._target_of.cache_clear()
+    _forget_the_gpu()
     try:
         with sanitize.session(request.param) as session:
             yield Gpu(session, sanitize.KernelFault)
     finally:  # what the session leaves behind
         driver._active = before
         pretending.unstub_torch_cuda()
-        targets._target_of.cache_clear()
+        _forget_the_gpu()
     assert session.launches, "no kernel was launched"
     assert not session.races_unchecked, "too large to be searched for races: take smaller shapes"
+
+
+def _forget_the_gpu():
+    targets._target_of.cache_clear()
+    autotune.describe.cache_clear()
+    autotune.forget()
 
 
 @pytest.fixture

@@ -1,0 +1,143 @@
+"""How the C code beside this file is compiled on a machine, and where the result is kept.
+
+The file stays in the cache folder under a name that says what it was made from and for: other
+sources, another compiler or other flags make another file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from memaop_triton.kernels.cache_folder import cache_folder
+
+_log = logging.getLogger(__name__)
+
+HEADER = Path(__file__).with_name("lanes.h")
+SOURCES = tuple(HEADER.with_name(f"{name}.c") for name in ("rows", "selection", "gather_gemm"))
+# Not -march=native: a cache directory may be shared by machines of different make.
+VECTOR_FLAGS = {
+    "AVX512": [
+        *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"),
+        "-mprefer-vector-width=512",
+    ],
+    "AVX2": ["-mavx2", "-mfma"],
+}
+FLAGS = ["-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi"]
+
+
+class BuildError(RuntimeError):
+    """Why the C code is not compiled here."""
+
+
+class Recipe(NamedTuple):
+    """How the C code is compiled on this machine.
+
+    Attributes:
+        compiler: The command.
+        version: What it says of itself.
+        vectors: The vector instructions it is compiled for, as PyTorch names them.
+        flags: All flags.
+        file: Where the result is kept.
+    """
+
+    compiler: str
+    version: str
+    vectors: str
+    flags: list[str]
+    file: Path
+
+
+def find_recipe() -> Recipe:
+    """How the C code would be compiled here; asks the compiler for its version.
+
+    Raises:
+        BuildError: It cannot be compiled on this machine.
+    """
+    # PyTorch's own OpenMP runtime serves the parallel loops, and so its threads: the file is not
+    # linked against another one.
+    if sys.platform != "linux":
+        raise BuildError(f"not done on {sys.platform}")
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise BuildError("no C compiler: none of $CC, cc, gcc is there")
+    vectors = torch.backends.cpu.get_cpu_capability()
+    flags = FLAGS + VECTOR_FLAGS.get(vectors, [])
+    version = run([*compiler.split(), "--version"])
+    texts = [source.read_text() for source in (HEADER, *SOURCES)]
+    made_from = "\0".join([*texts, version, platform.machine(), *flags])
+    name = f"rows-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    return Recipe(compiler, version, vectors, flags, cache_folder("native") / name)
+
+
+def load() -> ctypes.CDLL:
+    """The compiled code, from the cache folder or made anew.
+
+    Raises:
+        BuildError: It cannot be compiled on this machine.
+        OSError: It cannot be loaded.
+    """
+    recipe = find_recipe()
+    cached = recipe.file
+    try:
+        return _open(cached)
+    except OSError as error:
+        _log.info("compiling the row passes: %s", error)
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = _compile(recipe.compiler, recipe.flags, Path(folder))
+        try:
+            _put(compiled, cached)
+            return _open(cached)
+        except OSError as error:
+            _log.info("compiled row passes are not kept in %s: %s", cached.parent, error)
+        return _open(compiled)
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for function in (library.panel_size, library.row_of_sums, library.strip_size):
+        function.restype = ctypes.c_long
+    return library
+
+
+def _compile(compiler: str, flags: list[str], folder: Path) -> Path:
+    objects = [folder / f"{source.stem}.o" for source in SOURCES]
+    for source, made in zip(SOURCES, objects, strict=True):
+        run([*compiler.split(), *flags, "-c", str(source), "-o", str(made)])
+    linked = folder / "rows.so"
+    run([*compiler.split(), "-shared", *map(str, objects), "-o", str(linked), "-lm"])
+    return linked
+
+
+def _put(source: Path, target: Path) -> None:
+    """Copy to `target` in one step, so that a process beside this one never loads half a file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        part = shutil.copy(source, folder)
+        os.replace(part, target)
+
+
+def run(command: list[str]) -> str:
+    """What a command prints.
+
+    Raises:
+        BuildError: It fails or is not there.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except subprocess.CalledProcessError as error:
+        raise BuildError(f"{command[0]} failed: {error.stderr.strip()[-500:]}") from error
+    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} did not run: {error}") from error
+    return done.stdout

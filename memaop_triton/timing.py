@@ -1,0 +1,85 @@
+"""How long calls take beside each other, on the device that they run on."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+#: A time below this is repeated until it is as long as this: the clock and a single delay weigh
+#: less then.
+SHORTEST_SECONDS = 2e-3
+MOST_REPEATS = 500
+FEWEST_ROUNDS = 3
+MOST_ROUNDS = 25
+
+
+class Spread(NamedTuple):
+    """Median and quartiles."""
+
+    median: float
+    q1: float
+    q3: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least two values."""
+        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, q1, q3)
+
+
+def elapsed(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Seconds of one call, the mean of `repeats` calls in a row.
+
+    On a GPU by events on its current stream, which is waited for.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(repeats):
+                call()
+            end.record()
+            end.synchronize()
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3 / repeats
+    before = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - before) / repeats
+
+
+def time_in_turn(
+    calls: Sequence[Callable[[], object]], device: torch.device, budget: float
+) -> list[list[float]]:
+    """Times of several calls, taken in turn, so that a machine that drifts drifts for all of them.
+
+    Args:
+        calls: What to time. Each is called twice before: what happens on first use is not timed.
+        device: Where the work is done.
+        budget: Seconds to spend, about. There are at least three rounds, whatever they take.
+
+    Returns:
+        For each call its seconds in every round.
+    """
+    for call in calls:
+        elapsed(call, device)
+    # Once is not enough to tell how often a short call has to be repeated.
+    guesses = [min(elapsed(call, device) for _ in range(2)) for call in calls]
+    repeats = [
+        min(MOST_REPEATS, max(1, math.ceil(SHORTEST_SECONDS / max(guess, 1e-9))))
+        for guess in guesses
+    ]
+    one_round = sum(guess * count for guess, count in zip(guesses, repeats, strict=True))
+    rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(budget / max(one_round, 1e-9))))
+    times: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds):
+        order = list(range(len(calls)))
+        # What comes after what changes, so that nobody always finds the same things in the cache.
+        for i in order if number % 2 == 0 else reversed(order):
+            times[i].append(elapsed(calls[i], device, repeats[i]))
+    return times

@@ -1,0 +1,13 @@
+"""What was tuned on this machine does not decide what these tests see."""
+
+import pytest
+
+from memaop_triton.kernels import autotune
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
+    autotune.forget()
+    yield
+    autotune.forget()
