@@ -122,7 +122,7 @@ def ours(setting: str, problem: Problem, x: Tensor, g: Tensor) -> Method:
         _LABELS[setting],
         lambda: weight_grad(x, g, config, memory),
         period=config.refresh_every if config.memory == "subspace" else 1,
-        config_source=path_of(x),
+        config_source=functools.partial(config_source, x),
     )
 
 
@@ -173,7 +173,7 @@ def layers(problem: Problem, variants: Sequence[tuple[str, str]]) -> list[Method
         name = variant_name(setting, grad_input)
         call = _layer_step(problem, x, g, config)
         period = config.refresh_every if config.memory == "subspace" else 1
-        source = path_of(x)
+        source = functools.partial(config_source, x)
         methods.append(Method(name, "ours", name, call, period, config_source=source))
     return methods
 
@@ -198,10 +198,13 @@ def _layer_step(
     return step
 
 
-def path_of(a: Tensor) -> str:
-    """What computes on tensors like `a`."""
+def config_source(a: Tensor) -> str:
+    """What computes on tensors like `a`, and on a GPU where configurations came from so far."""
     if dispatch.runs_triton(a):
-        return "triton"
+        from memaop_triton.kernels import autotune
+
+        origins = sorted({choice.origin for choice in autotune.choices().values()})
+        return f"Triton, {' and '.join(origins) or 'nothing launched'}"
     compiled_passes = a.dtype in (torch.float32, torch.float64) and native.is_compiled()
     return "PyTorch + C" if a.device.type == "cpu" and compiled_passes else "PyTorch"
 

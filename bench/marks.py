@@ -38,6 +38,8 @@ def _id(problem: Problem) -> str:
     parts = [problem.shape.replace("×", "x"), problem.budget.replace("/", "_")]
     if problem.dtype != torch.float32:
         parts.append(str(problem.dtype).removeprefix("torch."))
+    if problem.device != "cpu":
+        parts.append(problem.device)
     if problem.block_rows > 1:
         parts.append(f"blocks{problem.block_rows}")
     return "-".join(parts)

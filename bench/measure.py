@@ -42,7 +42,7 @@ class Method:
         call: Does it once. Its time must not depend on what the other methods leave behind.
         period: Calls after which the work repeats: a refresh in every 8th call counts an eighth.
         note: What a reader of the numbers should know.
-        config_source: Where the configuration of the kernels came from.
+        config_source: Says, once it was called, where the configuration of its kernels came from.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Method:
     call: Callable[[], object]
     period: int = 1
     note: str | None = None
-    config_source: str | None = None
+    config_source: Callable[[], str] | None = None
 
 
 class Clock(Protocol):
@@ -158,7 +158,8 @@ def compare(
     Args:
         methods: Exactly one has the role `"dense"`.
         clock: Of the device that they run on.
-        budget: Seconds that the rounds may take; `FEWEST_ROUNDS` are taken in any case.
+        budget: Seconds that the rounds may take; `FEWEST_ROUNDS` are taken in any case. With 0,
+            which shows that everything runs, no call is repeated for the clock's sake.
         cold: Also take `COLD_ROUNDS` rounds of single calls with cold caches.
 
     Returns:
@@ -174,7 +175,8 @@ def compare(
     dense = [method.name for method in methods if method.role == "dense"]
     if len(dense) != 1 or len(set(names)) != len(names):
         raise ValueError(f"methods={names} must have one name each and one dense, not {dense}.")
-    calls = {method.name: _calls_in_a_block(method, clock) for method in methods}
+    least = min(_BLOCK_SECONDS, budget)
+    calls = {method.name: _calls_in_a_block(method, clock, least) for method in methods}
     peaks = {method.name: clock.peak_bytes(method.call) for method in methods}
     order = list(methods)
     shuffle = random.Random(0).shuffle
@@ -198,7 +200,7 @@ def compare(
         result |= {
             "peak_bytes": peaks[method.name],
             "note": method.note,
-            "config_source": method.config_source,
+            "config_source": method.config_source() if method.config_source else None,
             "rounds": len(rounds),
             "calls": calls[method.name],
         }
@@ -220,13 +222,13 @@ def _times(rounds: list[dict[str, float]], name: str, dense: str) -> dict[str, A
     return {"ms": spread["median"], "q1": spread["q1"], "q3": spread["q3"], "speedup": speedup}
 
 
-def _calls_in_a_block(method: Method, clock: Clock) -> int:
-    """Warm a method up, and find how many of its calls make a block."""
+def _calls_in_a_block(method: Method, clock: Clock, least: float) -> int:
+    """Warm a method up, and find how many of its calls make a block of `least` seconds."""
     method.call()
     if clock.seconds(method.call, 1) > _LONG_CALL_SECONDS:
         return 1
     once = clock.seconds(method.call, 1)
-    periods = max(1, round(_BLOCK_SECONDS / (once * method.period)))
+    periods = max(1, round(least / (once * method.period)))
     return method.period * min(periods, 200)
 
 

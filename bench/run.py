@@ -42,6 +42,19 @@ class Progress:
     outcome: str = "passed"
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """A suite that left results.
+
+    Attributes:
+        log: What pytest printed, the table of ratios at its end.
+        failed: Names of the benchmarks that are not among the results, because they failed.
+    """
+
+    log: Path
+    failed: tuple[str, ...]
+
+
 def require_packages() -> None:
     """Raise `BenchmarkError` unless the packages of the extra `bench` are installed."""
     for module, name in (("pytest", "pytest"), ("pytest_benchmark", "pytest-benchmark")):
@@ -62,24 +75,25 @@ def run_suite(
     only: str | None = None,
     threads: int | None = None,
     tell: Callable[[Progress], None] = lambda progress: None,
-) -> Path:
+) -> Outcome:
     """Run a suite and leave its results, pytest-benchmark's JSON, in `json_path`.
+
+    A benchmark that fails does not stop the others.
 
     Args:
         suite: A key of `suites.SUITES`.
-        json_path: Replaced when the suite is done, and left as it is if that fails.
+        json_path: Replaced when the suite is done, and left as it is if nothing succeeded. The log
+            is beside it.
         only: Of its benchmarks, those whose name matches this expression of pytest's `-k`.
         threads: Of PyTorch; its own choice if `None`.
         tell: Called whenever something happened.
 
-    Returns:
-        The log beside `json_path`: what pytest printed, the table of ratios at its end.
-
     Raises:
-        BenchmarkError: Nothing matches `only`, or a benchmark failed.
+        BenchmarkError: Nothing matches `only`, or no benchmark succeeded.
         OSError: The folder of `json_path` cannot be written.
     """
     log_path = json_path.with_suffix(".log")
+    failed: list[str] = []
     with (
         tempfile.TemporaryDirectory() as scratch,
         log_path.open("w", encoding="utf-8") as log,
@@ -93,6 +107,8 @@ def run_suite(
         )
         try:
             for progress in _follow(events, process):
+                if progress.outcome == "failed":
+                    failed.append(progress.name)
                 tell(progress)
         finally:
             if process.poll() is None:
@@ -101,12 +117,13 @@ def run_suite(
         if process.returncode == _NOTHING_COLLECTED:
             matching = f" matches --only={only!r}" if only else ""
             raise BenchmarkError(f"no benchmark of --suite={suite}{matching}: see {log_path}.")
-        if process.returncode != 0 or not results.exists():
+        has_ended = process.returncode == 0 or (process.returncode == 1 and failed)
+        if not has_ended or not results.exists():
             raise BenchmarkError(
                 f"--suite={suite} failed: {_last_error(log_path)} The whole log is {log_path}."
             )
         json_path.write_bytes(results.read_bytes())
-    return log_path
+    return Outcome(log_path, tuple(failed))
 
 
 def _command(

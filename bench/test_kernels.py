@@ -194,7 +194,7 @@ def test_gpu_gather_gemm_tiles(compare, problem, weighted):
                 "ours",
                 f"gather GEMM, tile {name}",
                 lambda: by_triton(x, g, indices, weights, config=config),
-                config_source="argument",
+                config_source=lambda: "argument",
             ),
             Method(
                 f"plain {name}",

@@ -1,5 +1,7 @@
 """A whole training step: forward, backward, optimizer."""
 
+import functools
+
 import pytest
 import torch
 
@@ -58,7 +60,7 @@ def test_step(compare, net, variants, problem, wanted):
     for setting, grad_input in variants:
         name = contenders.variant_name(setting, grad_input)
         call = made(contenders.SETTINGS[setting], grad_input)
-        source = contenders.path_of(call.x)
+        source = functools.partial(contenders.config_source, call.x)
         methods.append(Method(name, "ours", name, call, config_source=source))
     title = f"{net.name}, {problem.budget}"
     compare(problem, "step", title, methods, model=net.name, wanted=wanted)

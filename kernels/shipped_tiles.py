@@ -1,6 +1,6 @@
 """The tiles that ship: every one is compiled for every target, and looked at.
 
-`bench/kernel_report.py` shows them and `tests/compile` checks them: no spills, shared memory within
+`make kernel-report` shows them and `tests/compile` checks them: no spills, shared memory within
 the chip's, the newest matrix instructions, copies of 16 bytes. `configs.py` chooses among them.
 """
 

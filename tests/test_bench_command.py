@@ -27,8 +27,9 @@ def smoke(tmp_path_factory):
     """The results of the smoke suite, where they lie, and what was told on the way."""
     folder = tmp_path_factory.mktemp("smoke")
     told = []
-    log = run.run_suite("smoke", folder / "smoke.json", threads=1, tell=told.append)
-    return json.loads((folder / "smoke.json").read_text()), log, told
+    outcome = run.run_suite("smoke", folder / "smoke.json", threads=1, tell=told.append)
+    assert not outcome.failed
+    return json.loads((folder / "smoke.json").read_text()), outcome.log, told
 
 
 def test_results_have_what_the_report_reads(smoke):
@@ -90,7 +91,17 @@ def test_command_writes_results_and_report_and_compares(smoke, capsys, tmp_path)
     assert benchmark["extra_info"]["kind"] == "overhead"
 
 
-def test_a_failing_benchmark_is_told_and_leaves_earlier_results(tmp_path, monkeypatch):
+def test_a_failing_benchmark_is_told_and_the_others_count(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    options = ["--suite", "smoke", "--only", "overhead or kernel and selection"]
+    assert cli.run(["bench", *options, "--output", str(tmp_path)]) == 1
+    assert "failed: test_overhead[64x64x64-r=1_8]" in capsys.readouterr().out
+    (benchmark,) = json.loads((tmp_path / "smoke.json").read_text())["benchmarks"]
+    assert benchmark["extra_info"]["kind"] == "kernel"
+
+
+def test_where_nothing_succeeds_earlier_results_stay(tmp_path, monkeypatch):
     results = tmp_path / "smoke.json"
     results.write_text("{}")
     monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "nonsense")

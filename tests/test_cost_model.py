@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.kernel_report import PAGE as REPORT
+from bench.microscope.kernel_report import PAGE as REPORT
 from memaop_triton.kernels import chips, configs, footprint
 from memaop_triton.kernels.config_types import GemmConfig, RowConfig
 from memaop_triton.kernels.cost_model import LAUNCH, count_work, predict

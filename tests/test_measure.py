@@ -1,5 +1,6 @@
 """How the benchmarks take times: fake clocks for the arithmetic, real calls for the memory."""
 
+import dataclasses
 import json
 import statistics
 
@@ -11,6 +12,7 @@ from memaop_triton.bench import contenders, machine, measure, models
 from memaop_triton.bench.measure import CpuClock, Method
 from memaop_triton.bench.problem import Problem
 from memaop_triton.bench.suites import SUITES
+from memaop_triton.kernels import autotune
 
 
 class FakeClock:
@@ -75,14 +77,14 @@ def test_every_round_has_every_method_in_changing_order():
 def test_a_refresh_counts_its_share():
     often = FakeCall("ours", [0.0001] * 7 + [0.0009])
     clock = FakeClock()
-    result = measure.compare(methods(FakeCall("dense", [0.0002]), often, period=8), clock, 0)
+    result = measure.compare(methods(FakeCall("dense", [0.0002]), often, period=8), clock, 1)
     assert result["ours"]["calls"] % 8 == 0
     assert result["ours"]["ms"] == pytest.approx(0.2)
 
 
 def test_short_calls_are_timed_many_at_once_and_long_ones_alone():
     short, long = FakeCall("dense", [1e-5]), FakeCall("ours", [0.1])
-    result = measure.compare(methods(short, long), FakeClock(), budget=0)
+    result = measure.compare(methods(short, long), FakeClock(), budget=1)
     assert result["dense"]["calls"] == 200
     assert result["ours"]["calls"] == 1
 
@@ -99,6 +101,28 @@ def test_rounds_fill_the_budget(monkeypatch):
     assert measure.compare(calls, FakeClock(), budget=0)["dense"]["rounds"] == 5
     assert measure.compare(calls, FakeClock(), budget=5)["dense"]["rounds"] == 10
     assert measure.compare(calls, FakeClock(), budget=1e9)["dense"]["rounds"] == 41
+
+
+def test_the_source_of_a_configuration_is_asked_after_the_calls():
+    ours = FakeCall("ours", [0.1])
+    sources = [None, lambda: f"after {ours.count > measure.FEWEST_ROUNDS}"]
+    calls = [
+        dataclasses.replace(method, config_source=source)
+        for method, source in zip(methods(FakeCall("dense", [0.4]), ours), sources, strict=True)
+    ]
+    result = measure.compare(calls, FakeClock(), budget=0)
+    assert result["dense"]["config_source"] is None
+    assert result["ours"]["config_source"] == "after True"
+
+
+def test_what_computes_is_named(monkeypatch):
+    x = torch.zeros(2, 2)
+    monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "torch")
+    assert contenders.config_source(x) == "PyTorch"
+    monkeypatch.setattr(contenders.dispatch, "runs_triton", lambda a: True)
+    made = {0: autotune.Choice(None, "tuned"), 1: autotune.Choice(None, "cache")}
+    monkeypatch.setattr(autotune, "choices", lambda: made)
+    assert contenders.config_source(x) == "Triton, cache and tuned"
 
 
 def test_cold_rounds():

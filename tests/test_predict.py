@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench import predict
-from bench.predict import (
+from bench.microscope import predict
+from bench.microscope.predict import (
     PAGE,
     SETTINGS,
     SHAPES,
@@ -24,7 +24,7 @@ H100, MI300X = TARGETS["sm_90"], TARGETS["gfx942"]
 def test_the_committed_page_is_what_would_be_written_now():
     if version_of_page() != pytorch():
         pytest.skip(f"written with PyTorch {version_of_page()}, this is {pytorch()}")
-    assert PAGE.read_text(encoding="utf-8") == page(), "run `python -m bench.predict`"
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `python -m bench.microscope.predict`"
 
 
 def test_every_table_is_marked_as_predicted():

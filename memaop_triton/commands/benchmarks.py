@@ -53,7 +53,7 @@ def bench(
         typer.Option(
             callback=positive,
             metavar="PERCENT",
-            help="Exit with 1 if a speed-up is so much smaller than in the earlier run.",
+            help="Exit with 1 if a speed-up fell by more since the earlier run, beyond its spread.",
         ),
     ] = None,
     only: Annotated[
@@ -83,7 +83,7 @@ def bench(
     with _kept(compare) as earlier:
         with progress(console, TextColumn("{task.fields[last]}")) as bar:
             row = bar.add_task(f"bench {suite}", total=None, last="")
-            log = run_suite(
+            outcome = run_suite(
                 suite,
                 json_path,
                 only=only,
@@ -94,10 +94,16 @@ def bench(
             )
         written = report.write(json_path, output, name=suite, compare=earlier)
         slower = [] if fail_if_slower is None else written.regressions(fail_if_slower)
-    say_written(console, json_path, log, written.markdown, written.html)
+    say_written(console, json_path, outcome.log, written.markdown, written.html)
+    for name in outcome.failed:
+        _say(console, f"failed: {name}: the log says why")
     for line in slower:
-        console.print(f"slower: {line}", highlight=False, soft_wrap=True)
-    return 1 if slower else 0
+        _say(console, f"slower: {line}")
+    return 1 if slower or outcome.failed else 0
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _check_device(suite: str) -> None:
@@ -122,9 +128,9 @@ def _make_writable(output: Path) -> None:
 def _warn_if_busy(console: Console) -> None:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > _BUSY * (os.cpu_count() or 1):
-        console.print(
+        _say(
+            console,
             f"The load average is {load:.1f}: something else is running, and times will scatter.",
-            highlight=False,
         )
 
 

@@ -1,6 +1,6 @@
 """Writes bench/results/predicted.md: how long GPUs that were not there should take.
 
-python -m bench.predict
+python -m bench.microscope.predict
 
 Every number comes from `kernels/cost_model.py`, and so from published rates. Nothing is measured.
 """
@@ -24,7 +24,7 @@ from memaop_triton.kernels.problem import Problem
 from memaop_triton.kernels.targets import TARGETS, Target
 from memaop_triton.selection import is_weighted, select_rows
 
-PAGE = Path(__file__).parent / "results" / "predicted.md"
+PAGE = Path(__file__).parents[1] / "results" / "predicted.md"
 SHAPES = [(16384, 4096, 4096), (16384, 1024, 1024), (8192, 4096, 11008), (4096, 768, 3072)]
 INVERSE_RATIOS = (8, 16)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -38,9 +38,10 @@ PARTS = ("score", "memory", "subspace", "select", "GEMM")
 INTRODUCTION = """\
 # PREDICTED times on GPUs
 
-**Nothing on this page was measured on a GPU.** Written by `python -m bench.predict` from the
-analytic model in `kernels/cost_model.py`, which starts from the vendors' rates; a test compares the
-page with the code. It says what to expect and what limits what; the first measurement replaces it.
+**Nothing on this page was measured on a GPU.** Written by `python -m bench.microscope.predict` from
+the analytic model in `kernels/cost_model.py`, which starts from the vendors' rates; a test compares
+the page with the code. It says what to expect and what limits what; the first measurement replaces
+it.
 
 All in bfloat16, in microseconds. *dense* is Gᵀ X by the vendor's library.
 
