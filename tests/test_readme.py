@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -11,6 +12,8 @@ from memaop_triton import MemAOPLinear, revert_
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
+# Layers this small stay dense.
+@pytest.mark.filterwarnings("ignore:nothing is converted:UserWarning")
 def test_every_block_of_python_runs(tmp_path):
     class Net(nn.Module):
         def __init__(self):
@@ -20,9 +23,19 @@ def test_every_block_of_python_runs(tmp_path):
             )
             self.head = nn.Linear(8, 2)
 
+        def forward(self, x):
+            for block in self.blocks:
+                x = block["mlp"]["up"](x)
+            return self.head(x)
+
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    names = {"model": model, "optimizer": optimizer, "path": tmp_path / "checkpoint.pt"}
+    names = {
+        "model": model,
+        "batch": torch.randn(16, 8),
+        "optimizer": optimizer,
+        "path": tmp_path / "checkpoint.pt",
+    }
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 2
     for block in blocks:
