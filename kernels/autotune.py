@@ -16,8 +16,10 @@ files and the heuristic say, and see its results at the next start. Tune before 
 it in their next collective, and goes on at the next start.
 
 A problem is a bucket: numbers of rows are rounded up to powers of two (`Problem.bucketed`). A
-configuration may split a sum into parts, so gradients of two configurations differ by rounding;
-with files that do not change any more, or with `off` and none, runs repeat bit for bit.
+configuration may split a sum into parts, so gradients of two configurations differ by rounding.
+Runs repeat bit for bit where all find the same: with files that do not change any more, or with
+`off` and no files. A run that tuned and is resumed finds its own results; but ranks that had none
+of them at the start then get other configurations than before.
 """
 
 from __future__ import annotations
@@ -171,11 +173,7 @@ def _choose(launch: Problem, device: torch.device, rehearse: Callable[[], Call])
     return choice
 
 
-def _serves(
-    found: config_cache.Found,
-    capturing: bool,
-    rehearse: Callable[[], Call],
-) -> bool:
+def _serves(found: config_cache.Found, capturing: bool, rehearse: Callable[[], Call]) -> bool:
     """Whether an entry may be used where nothing is tuned; a stale one is tried first."""
     if not found.is_stale or capturing:
         return not found.is_stale
@@ -186,11 +184,7 @@ def _serves(
 
 
 def _tune(
-    problem: Problem,
-    device: torch.device,
-    gpu: Gpu,
-    rehearse: Callable[[], Call],
-    wanted: str,
+    problem: Problem, device: torch.device, gpu: Gpu, rehearse: Callable[[], Call], wanted: str
 ) -> Choice:
     global _seconds_spent
     target, began = targets.current(device), time.monotonic()
@@ -219,9 +213,7 @@ def _tune(
     return Choice(tuned.config, "tuned")
 
 
-def _rehearsed(
-    rehearse: Callable[[], Call],
-) -> Call:
+def _rehearsed(rehearse: Callable[[], Call]) -> Call:
     with torch.no_grad():
         return rehearse()
 

@@ -48,11 +48,11 @@ def candidates(problem: Problem, target: Target) -> tuple[Config, ...]:
     kept = []
     for seconds, config in ranked:
         kind = _kind(config)
-        if seconds <= limit and (alike[kind] < ALIKE.get(kind[2], 1) or config == chosen):
+        if config == chosen or (seconds <= limit and alike[kind] < ALIKE.get(kind[2], 1)):
             alike[kind] += 1
             kept.append(config)
-    best = kept[:MOST]
-    return tuple(best if chosen in best else [*best[: MOST - 1], chosen])
+    surplus = [config for config in kept if config != chosen][MOST - 1 :]
+    return tuple(config for config in kept if config not in surplus)
 
 
 def _kind(config: Config) -> tuple[int, int, int]:

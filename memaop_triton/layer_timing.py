@@ -64,7 +64,8 @@ def measure(use: Use, config: MemAOPConfig, budget: float) -> Measurement:
     Draws from the default generators. On a GPU kernels may be tuned on first use: that, like
     everything on first use, is not part of the times, and comes on top of the budget.
     """
-    with torch.inference_mode(False), torch.enable_grad(), no_autocast(use.device.type):
+    # Gradients are on then, whatever the caller has switched off.
+    with torch.inference_mode(False), no_autocast(use.device.type):
         dense, x = _layer(use), _rows(use, use.in_features).requires_grad_(use.needs_input)
         g = _rows(use, use.out_features)
         variants = _variants(config)

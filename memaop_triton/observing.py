@@ -56,12 +56,10 @@ def observe(
         TypeError: `example_inputs` is nothing of the above.
         ValueError: There is nothing in the output to differentiate.
     """
-    arguments, keywords = _call_arguments(example_inputs)
     uses: dict[str, Counter[Use]] = {name: Counter() for name in layers}
 
     def step() -> None:
-        output = model(*arguments, **keywords)
-        torch.autograd.backward(*_losses(output, loss_fn))
+        run_backward(model, example_inputs, loss_fn)
 
     with untouched(model, example_inputs):
         with _watching(layers, uses):
@@ -69,6 +67,15 @@ def observe(
         model.zero_grad()
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         return Observation(uses, elapsed(step, device))
+
+
+def run_backward(
+    model: nn.Module, example_inputs: object, loss_fn: Callable[[Any], Tensor] | None = None
+) -> None:
+    """Run a model forward and backward; the arguments and errors are those of `observe`."""
+    arguments, keywords = _call_arguments(example_inputs)
+    output = model(*arguments, **keywords)
+    torch.autograd.backward(*_losses(output, loss_fn))
 
 
 @contextlib.contextmanager
@@ -131,7 +138,7 @@ def _training(model: nn.Module) -> Iterator[None]:
     eager: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
         eager = torch.compiler.set_stance("force_eager")
-    with alone, eager, torch.inference_mode(False), torch.enable_grad():
+    with alone, eager, torch.inference_mode(False):  # which switches gradients on as well
         yield
 
 

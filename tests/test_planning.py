@@ -395,12 +395,15 @@ def test_what_is_timed_is_what_is_wanted(monkeypatch, needs, dtype):
     results = []
 
     def time_in_turn(calls, device, budget):
+        # Rows have the dtype that they were seen in: nothing casts them a second time.
+        assert not torch.is_autocast_enabled("cpu")
         results.append([call() for call in calls])
         return [[1.0, 1.0]] * len(calls)
 
     monkeypatch.setattr(layer_timing, "time_in_turn", time_in_turn)
     config = MemAOPConfig(k=9, memory="none", grad_input="sampled")
-    layer_timing.measure(Use(9, 8, 4, dtype, CPU, *needs), config, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer_timing.measure(Use(9, 8, 4, dtype, CPU, *needs), config, 1.0)
     shapes = [s for s, needed in zip([(4, 8), (4,), (9, 8)], needs, strict=True) if needed]
     for gradients in results[0]:
         assert [tuple(gradient.shape) for gradient in gradients] == shapes

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from memaop_triton import MemAOPConfig, convert_, memory_state_dict, plan, planning
+from memaop_triton import MemAOPConfig, convert_, memory_state_dict, plan, planning, timing
 from memaop_triton.layer_timing import Measurement
 from memaop_triton.observing import untouched
 
@@ -147,12 +147,24 @@ def test_a_planned_model_is_what_it_was(quick, prepare, failure):
     assert set(model.modes) == {(True, True)}
 
 
-def test_gradients_are_wanted_whatever_the_caller_has_switched_off(quick):
+@pytest.mark.parametrize(("training", "inside"), [(True, [True, False]), (False, [True, True])])
+def test_what_is_frozen_in_a_model_in_training_stays_frozen(quick, training, inside):
+    """A model in evaluation mode is put in training mode as a whole."""
+    model, seen = Busy().train(training), []
+    model.norm.eval()
+    model.norm.register_forward_hook(lambda *_: seen.append([model.training, model.norm.training]))
+    plan(model, example_inputs=torch.randn(6, 4))
+    assert seen == [inside, inside]
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_on_whatever_the_caller_has_switched_off(monkeypatch, off):
+    monkeypatch.setattr(timing, "SHORTEST_SECONDS", 0.0)
     model, x = nn.Linear(4, 4), torch.ones(6, 4)
-    for off in (torch.no_grad, torch.inference_mode):
-        with off():
-            found = plan(model, example_inputs=x)
-        assert found.layers[0].calls == 1
+    with off(), torch.autocast("cpu", torch.bfloat16):
+        found = plan(model, example_inputs=x, time_budget=0.01)
+    assert found.layers[0].calls == 1
+    assert found.layers[0].dense_seconds > 0
 
 
 def test_gradients_of_the_inputs_are_what_they_were(quick):

@@ -105,12 +105,13 @@ def test_choices_on_an_h100(sizes, tile, split):
 
 
 def some(target):
-    """A few problems of every kernel."""
-    chosen = [p for p in problems([SIZES[0], SIZES[4]]) if p.rank in (0, 16)]
-    return [p for p in chosen if p.precision == "ieee" or target.has_tf32][::3]
+    """A problem of every kernel, type and size."""
+    of_default_rank = [p for p in problems([SIZES[0], SIZES[4]]) if p.rank in (0, 16)]
+    chosen = {(p.kernel, p.dtype, p.precision, p.rows): p for p in of_default_rank}
+    return [p for p in chosen.values() if p.precision == "ieee" or target.has_tf32]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_90", "sm_100", "gfx942"])
 def test_candidates(target):
     target = TARGETS[target]
     for problem in some(target):
@@ -119,7 +120,7 @@ def test_candidates(target):
         assert 1 <= len(found) <= 40
         assert len(set(found)) == len(found)
         times = [predict(problem, config, target).seconds for config in found]
-        assert times == sorted(times) or times[:-1] == sorted(times[:-1]), problem
+        assert times == sorted(times), problem
         for config in found:
             assert footprint.occupancy(problem, config, target) >= 1
             check_valid(problem, config, target)

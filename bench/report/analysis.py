@@ -156,6 +156,9 @@ def _speedup(run: Run, name: str, kind: str, what: str) -> Figure | None:
     cases = [case for case in run.of_kind(kind) if name in case.methods]
     if not cases:
         return None
+    # One dtype: a mean over several would say nothing of any.
+    setting = settings(cases)[0]
+    cases = [case for case in cases if case.setting == setting]
     ratio = main_ratio(cases)
     chosen = [case for case in cases if case.ratio == ratio]
     values = [case.methods[name].speedup.median for case in chosen]

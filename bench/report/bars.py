@@ -23,7 +23,7 @@ def bars(cases: Sequence[Case], label: str) -> Callable[[float], Drawing]:
         height = top + count * _BAR + len(groups) * (_TITLE + _GAP) + 40
         drawing = Drawing(width, height, label)
         longest = max((len(m.name) for _, methods in groups for m in methods), default=0)
-        left = min(longest * 1.1 * CHARACTER + 14, width * 0.36)
+        left = min(longest * 1.1 * CHARACTER + 14, width * 0.42)
         highest = max(
             [1.0]
             + [m.speedup.q3 for _, methods in groups for m in methods]

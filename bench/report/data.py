@@ -207,6 +207,8 @@ def load(path: Path) -> Run:
     if not cases:
         raise ReportError(f"{path.name} holds no benchmark with results: run the suite to its end.")
     commit = content.optional_object("commit_info").optional_text("id")
+    if commit == "unversioned":  # an installed package, run from a folder that is no checkout
+        commit = None
     return Run(path.stem, content.optional_text("datetime"), commit, machine, tuple(cases))
 
 

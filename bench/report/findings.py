@@ -242,7 +242,8 @@ def reason(run: Run, case: Case, method: Method) -> Reason:
     passed, product = (1e3 * part for part in parts)
     shares = [min(1.0, part / method.ms.median) for part in (passed, product)]
     if sum(shares) < _SMALL:
-        what = f"small layer: at this machine's rates its work is {text.percent(sum(shares))} of it"
+        part = text.percent(sum(shares))
+        what = f"small layer: at this machine's rates its work takes {part} of the time"
         return Reason(what, "small")
     bound = "memory" if passed > product else "arithmetic"
     what = (

@@ -16,21 +16,25 @@ Vector = npt.NDArray[np.float64]
 LINEAR = 0.05
 # A model is used for predictions if half of the measured times lie within this share of it.
 GOOD_ENOUGH = 0.15
+# Points from which a fixed part is told apart from the part that grows.
+_ENOUGH_FOR_FIXED = 5
 # Beyond it two terms cannot be told apart: one width and one ratio, for example.
 _WORST_CONDITION = 1e4
 
 
 @dataclass(frozen=True)
 class Power:
-    """time = scale · M^exponent.
+    """time = fixed + scale · M^exponent.
 
     Attributes:
+        fixed: What any call takes, in the times' unit, not below zero; 0 from few points.
         scale: In the times' unit.
-        exponent: The slope in logarithms.
-        error: Its standard error; NaN with two points.
+        exponent: Of the part that grows.
+        error: The exponent's standard error; NaN if there are no more points than unknowns.
         points: How many there were.
     """
 
+    fixed: float
     scale: float
     exponent: float
     error: float
@@ -45,22 +49,50 @@ class Power:
 
     def __call__(self, m: float) -> float:
         """The time at M rows."""
-        return self.scale * math.pow(m, self.exponent)
+        return self.fixed + self.scale * math.pow(m, self.exponent)
 
 
 def fit_power(sizes: Sequence[float], times: Sequence[float]) -> Power | None:
-    """Fit a line to log(time) against log(size); `None` with fewer than two different sizes."""
+    """Least squares of log(time) in fixed part, scale and exponent, the fixed part not below zero.
+
+    Fewer than `_ENOUGH_FOR_FIXED` points are taken to have no fixed part; `None` with fewer than
+    two different sizes.
+    """
     if len(set(sizes)) < 2:
         return None
-    x, y = np.log(np.asarray(sizes, float)), np.log(np.asarray(times, float))
-    centred = x - x.mean()
-    spread = float(centred @ centred)
-    slope = float(centred @ y) / spread
-    offset = float(y.mean() - slope * x.mean())
-    left = y - offset - slope * x
-    free = len(x) - 2
+    x, t = np.log(np.asarray(sizes, float)), np.asarray(times, float)
+    if len(x) < _ENOUGH_FOR_FIXED:
+        return _power(x, t, 0.0)
+    # In shares of the smallest time; of fixed parts that fit alike the smallest.
+    low, high = 0.0, 1.0
+    for _ in range(4):
+        shares = np.linspace(low, high, 41)[:-1]
+        misfits = [_misfit(_power(x, t, share * t.min()), x, t) for share in shares]
+        best, step = int(np.argmin(misfits)), shares[1] - shares[0]
+        low, high = max(0.0, shares[best] - step), shares[best] + step
+    return _power(x, t, float(shares[best] * t.min()))
+
+
+def _power(x: Vector, t: Vector, fixed: float) -> Power:
+    """The best for this fixed part: a line in logarithms through what is beyond it."""
+    beyond = t - fixed
+    # Errors are of the whole time; of a small part beyond the fixed one they are a larger share.
+    weight = (beyond / t) ** 2
+    y = np.log(beyond)
+    centred = x - weight @ x / weight.sum()
+    spread = float(weight @ centred**2)
+    slope = float((weight * centred) @ y) / spread
+    offset = float(weight @ (y - slope * x) / weight.sum())
+    # A fixed part that was fitted as well is one unknown more.
+    free = len(x) - 2 - (len(x) >= _ENOUGH_FOR_FIXED)
+    left = np.sqrt(weight) * (y - offset - slope * x)
     error = math.sqrt(float(left @ left) / free / spread) if free > 0 else math.nan
-    return Power(math.exp(offset), slope, error, len(x))
+    return Power(fixed, math.exp(offset), slope, error, len(x))
+
+
+def _misfit(fit: Power, x: Vector, t: Vector) -> float:
+    predicted = fit.fixed + fit.scale * np.exp(fit.exponent * x)
+    return float(np.sum(np.log(predicted / t) ** 2))
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ def against_ratio(run: Run) -> Section:
             section.blocks.append(Chart(_named(cases[0], cases[0].shape), by_ratio(cases), share))
         else:
             section.blocks.append(f"{cases[0].shape}: a single ratio, so there is no line to draw.")
-            section.blocks.append(tables.speedups(rows(cases)))
     if section.blocks:
         section.blocks.append(
             "Bands span the quartiles; grey lines are baselines. Scores and memory cost the same "

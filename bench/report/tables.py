@@ -158,13 +158,16 @@ def exponents(fits: dict[str, Power | None], methods: Sequence[Method]) -> Table
     for method in methods:
         fit = fits[method.name]
         if fit is None:
-            lines.append((Cell(method.name), NOTHING, NOTHING, NOTHING, Cell("one size: no fit")))
+            lines.append((Cell(method.name), *[NOTHING] * 4, Cell("one size: no fit")))
             continue
         error = Cell(f"{fit.error:.3f}") if fit.points > 2 else Cell("–", "two sizes")
         exponent = Cell(f"{fit.exponent:.3f}")
-        lines.append((Cell(method.name), exponent, error, Cell(f"{fit.points}"), Cell(fit.growth)))
-    head = ("method", "exponent", "standard error", "sizes", "growth")
-    return Table(head, tuple(lines), caption="Time ∝ M^exponent, by least squares in logarithms.")
+        fixed = Cell(text.duration(fit.fixed)) if fit.fixed else NOTHING
+        numbers = (fixed, exponent, error, Cell(f"{fit.points}"))
+        lines.append((Cell(method.name), *numbers, Cell(fit.growth)))
+    head = ("method", "fixed", "exponent", "standard error", "sizes", "growth")
+    caption = "Time = fixed + scale · M^exponent, by least squares in logarithms."
+    return Table(head, tuple(lines), caption=caption)
 
 
 def time_models(models: Models, item_size: int | None) -> Table:
@@ -221,6 +224,10 @@ def definitions(methods: Sequence[Method]) -> Table:
     for method in methods:
         what = definition(method)
         unbiased = "–" if what is None else "yes" if what.unbiased else "no"
-        about = Cell(method.label if what is None else what.text, method.note or "")
-        lines.append((Cell(method.name), Cell(unbiased), about))
+        about = method.label if what is None else what.text
+        if what is not None and "sampled dX" in method.name:
+            about += " The input gradient comes from K rows too."
+        # The column says so already.
+        note = "" if method.note == "biased" else method.note or ""
+        lines.append((Cell(method.name), Cell(unbiased), Cell(about, note)))
     return Table(("method", "unbiased", "what it is"), tuple(lines), names=3, prose=True)

@@ -77,6 +77,18 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x")))
 
 
+def parse_shape(option: str, text: str) -> tuple[int, int, int]:
+    """`8192x1024x1024` as M, N, P.
+
+    Raises:
+        CommandError: The text is nothing of the kind; the message names `option`.
+    """
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
+        raise CommandError(f"{option}={text!r} is not MxNxP, for example 8192x1024x1024.")
+    m, n, p = parse_sizes(text)
+    return m, n, p
+
+
 def make_inputs(
     specs: Iterable[InputSpec], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...] | dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from typing import Annotated
 
@@ -104,12 +103,7 @@ def plan(
 def _of_shapes(
     shapes: list[str], config: MemAOPConfig, dtype: Dtype | None, device: str | None, budget: float
 ) -> Plan:
-    sizes = []
-    for text in shapes:
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
-            raise CommandError(f"--shape={text!r} is not MxNxP, for example 8192x1024x1024.")
-        m, n, p = map(int, text.split("x"))
-        sizes.append((m, n, p))
+    sizes = [loading.parse_shape("--shape", text) for text in shapes]
     default = "cuda" if torch.cuda.is_available() else "cpu"
     return planning.plan_shapes(
         sizes,

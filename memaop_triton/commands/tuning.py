@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -14,12 +10,13 @@ import typer
 from rich.console import Console
 from rich.progress import TextColumn
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
+from memaop_triton.commands import loading
 from memaop_triton.commands.common import progress, ratio_in_range, say_written
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.convert import convert_
 from memaop_triton.errors import CommandError
+from memaop_triton.observing import run_backward
 
 
 class Dtype(StrEnum):
@@ -30,15 +27,6 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
-def _sizes(option: str, text: str, count: int | None = None) -> tuple[int, ...]:
-    parts = text.lower().split("x")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise CommandError(f"{option}={text} is not of the form 32x512x1024: positive integers.")
-    if count is not None and len(parts) != count:
-        raise CommandError(f"{option}={text} has {len(parts)} sizes: {count} are wanted, MxNxP.")
-    return tuple(map(int, parts))
-
-
 def tune(
     shapes: Annotated[
         list[str] | None, typer.Option(help="MxNxP of a layer: rows, inputs, outputs. Repeatable.")
@@ -46,9 +34,9 @@ def tune(
     model: Annotated[
         str | None, typer.Option(help="package.module:function that returns an nn.Module.")
     ] = None,
-    input_shape: Annotated[
+    inputs: Annotated[
         list[str] | None,
-        typer.Option("--input", help="Shape of an input of --model: 32x512x1024. Repeatable."),
+        typer.Option("--input", help=f"Of --model, repeatable: {loading.INPUT_FORMAT}."),
     ] = None,
     ratio: Annotated[
         float, typer.Option(callback=ratio_in_range, help="K/M, rows computed.")
@@ -72,7 +60,7 @@ def tune(
     """
     if (shapes is None) == (model is None):
         raise CommandError("name what to tune: --shapes MxNxP or --model package.module:function.")
-    if (model is None) != (input_shape is None):
+    if (model is None) != (inputs is None):
         raise CommandError("--model and --input belong together: --input 32x512x1024.")
     config = _config(
         ratio=ratio,
@@ -82,9 +70,9 @@ def tune(
         block_rows=block_rows,
         grad_input=grad_input,
     )
-    sizes = [_sizes("--shapes", text, 3) for text in shapes or ()]
-    inputs = [_sizes("--input", text) for text in input_shape or ()]
-    build = None if model is None else _function(model)
+    sizes = [loading.parse_shape("--shapes", text) for text in shapes or ()]
+    specs = [loading.parse_input(text) for text in inputs or ()]
+    net = None if model is None else loading.load_model(model)
     device = _gpu()
     from memaop_triton.commands.tuning_report import ProgressBars, table
     from memaop_triton.kernels import autotune, config_cache
@@ -93,11 +81,11 @@ def tune(
     with progress(console, TextColumn("{task.fields[last]}")) as bars:
         observer = ProgressBars(bars)
         with autotune.forced(observer):
-            if build is None:
+            if net is None:
                 for m, n, p in sizes:
                     _step_of_layers(m, n, p, config, device, getattr(torch, dtype or "bfloat16"))
             else:
-                _step_of_model(build(), inputs, config, device, dtype, autocast)
+                _step_of_model(net, specs, config, device, dtype, autocast)
     if not observer.outcomes:
         raise CommandError("no Triton kernel ran, so none was tuned: are all rows computed?")
     console.print(table(observer.outcomes))
@@ -122,26 +110,6 @@ def _gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _function(name: str) -> Callable[[], nn.Module]:
-    """The function that --model names; modules of the current folder are found."""
-    module_name, colon, function_name = name.partition(":")
-    if not (module_name and colon and function_name):
-        raise CommandError(f"--model={name} is not of the form package.module:function.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        function: Callable[[], nn.Module] = getattr(
-            importlib.import_module(module_name), function_name
-        )
-    except ModuleNotFoundError as error:
-        raise CommandError(f"--model={name}: there is no module {error.name}.") from error
-    except AttributeError as error:
-        raise CommandError(f"--model={name}: {module_name} has no {function_name}.") from error
-    if not callable(function):
-        raise CommandError(f"--model={name} is not a function that returns a module.")
-    return function
-
-
 def _step_of_layers(
     m: int, n: int, p: int, config: MemAOPConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
@@ -154,26 +122,19 @@ def _step_of_layers(
 
 
 def _step_of_model(
-    model: object,
-    shapes: list[tuple[int, ...]],
+    model: nn.Module,
+    specs: list[loading.InputSpec],
     config: MemAOPConfig,
     device: torch.device,
     dtype: Dtype | None,
     autocast: bool,
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise CommandError(f"--model returned {type(model).__name__}, not an nn.Module.")
     chosen: torch.dtype | None = getattr(torch, dtype) if dtype else None
     model = convert_(model.to(device) if autocast else model.to(device, chosen), config)
     own = next((a.dtype for a in model.parameters() if a.is_floating_point()), torch.float32)
-    inputs = [torch.randn(shape, device=device, dtype=own, requires_grad=True) for shape in shapes]
-    with torch.autocast(device.type, chosen or torch.bfloat16, enabled=autocast):
-        outputs = tree_leaves(model(*inputs))
-    losses = [
-        leaf.float().square().mean()
-        for leaf in outputs
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad
-    ]
-    if not losses:
-        raise CommandError("--model: no output depends on its parameters, so nothing is trained.")
-    torch.stack(losses).sum().backward()
+    inputs = loading.make_inputs(specs, own, device)
+    try:
+        with torch.autocast(device.type, chosen or torch.bfloat16, enabled=autocast):
+            run_backward(model, inputs)
+    except ValueError as error:
+        raise CommandError(f"--model: {error}") from error

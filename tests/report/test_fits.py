@@ -23,6 +23,18 @@ def test_exponent_of_synthetic_times():
     assert bent.error > 0.01
 
 
+def test_a_fixed_part_does_not_bend_the_exponent():
+    sizes = [2**i for i in range(8, 16)]
+    fit = fit_power(sizes, [0.5 + 3e-3 * m for m in sizes])
+    assert fit.exponent == pytest.approx(1, abs=2e-3)
+    assert fit.fixed == pytest.approx(0.5, rel=0.02)
+    assert fit(1000) == pytest.approx(3.5, rel=5e-3)
+    assert fit.growth == "linear"
+    few = fit_power(sizes[:4], [0.5 + 3e-3 * m for m in sizes[:4]])
+    assert few.fixed == 0
+    assert few.exponent < 0.9
+
+
 def test_standard_error_is_the_textbooks():
     # x = log of 1, e, e², e³; residuals +d, -d, -d, +d are orthogonal to the line.
     sizes, d = [math.exp(i) for i in range(4)], 0.1

@@ -89,6 +89,8 @@ def test_headline_is_computed(written):
     cases = [made.weight_grad("dw", m, 512, 512, r) for m in (1024, 4096) for r in (1 / 8, 1 / 16)]
     for case, speed in zip(cases, (2.0, 50.0, 8.0, 60.0), strict=True):
         case["methods"]["default"]["speedup"] = {"median": speed, "q1": speed, "q3": speed}
+    # Another dtype is not part of the mean.
+    cases.append(made.weight_grad("dw", 2048, 512, 512, 1 / 8) | {"dtype": "bfloat16"})
     page, markdown = written(cases)
     assert '<p class="number">4.00×</p>' in page
     assert "geometric mean of 2 cases, 2.00× to 8.00×" in markdown
