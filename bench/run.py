@@ -102,8 +102,14 @@ def run_suite(
         events.touch()
         results = Path(scratch) / "results.json"
         command = _command(suite, results, events, only, threads)
+        # In a checkout the results name its commit; an installed copy is in no repository of ours.
+        is_installed = FOLDER.parent == _package_folder()
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=_environment(), cwd=scratch
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+            cwd=scratch if is_installed else FOLDER,
         )
         try:
             for progress in _follow(events, process):
@@ -143,10 +149,16 @@ def _command(
 
 def _environment() -> dict[str, str]:
     """This process's, with its own copy of the package first on the path."""
-    home = str(Path(memaop_triton.__file__).resolve().parent.parent)
+    home = str(_package_folder().parent)
     before = os.environ.get("PYTHONPATH")
     path = home if not before else os.pathsep.join([home, before])
-    return os.environ | {"PYTHONPATH": path, "PYTEST_ADDOPTS": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    # No folder of ours may come first on the path: `models` or `report` may be others' names.
+    safe = {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_ADDOPTS": ""}
+    return os.environ | safe | {"PYTHONPATH": path}
+
+
+def _package_folder() -> Path:
+    return Path(memaop_triton.__file__).resolve().parent
 
 
 def _follow(events: Path, process: subprocess.Popen[bytes]) -> Iterator[Progress]:

@@ -57,6 +57,15 @@ def test_results_do_not_name_the_machine(smoke):
     assert {"project", "branch"}.isdisjoint(smoke[0]["commit_info"])
 
 
+def test_results_name_the_commit_of_a_checkout(smoke):
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=run.FOLDER, capture_output=True, text=True
+    )
+    if commit.returncode:
+        pytest.skip("not a git checkout")
+    assert smoke[0]["commit_info"]["id"] == commit.stdout.strip()
+
+
 def test_progress_counts_every_benchmark(smoke):
     results, _, told = smoke
     count = len(results["benchmarks"])
