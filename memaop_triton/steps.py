@@ -152,5 +152,5 @@ def _rows_and_weights(selection: Selection, config: MemAOPConfig) -> tuple[Tenso
 
 
 def _scores(x_norms: Tensor, g_norms: Tensor) -> Tensor:
-    """‖x_m‖·‖g_m‖, with +Inf for every row that is not finite, 0·Inf among them."""
-    return (x_norms * g_norms).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    """‖x_m‖·‖g_m‖ in place of the first, +Inf for every row that is not finite, 0·Inf too."""
+    return x_norms.mul_(g_norms).nan_to_num_(nan=torch.inf, posinf=torch.inf)
