@@ -13,7 +13,9 @@ from memaop_triton.bench.problem import Problem
 
 SAMPLED = ("default", "sampled")
 DEFAULT, PRIORITY = ("default", "exact"), ("priority", "exact")
-MLP = models.mlp(2048, 4096)
+# Activations of 24 MiB: the system maps larger ones anew in every step, dense or not, and the time
+# that takes has nothing to do with what is compared.
+MLP = models.mlp(2048, 3072)
 # Speed-ups that were asked for at r = 1/8 on a CPU.
 MLP_WANTED = {"default": 1.3, "default, sampled dX": 1.9}
 GPT_BLOCK, VIT_BLOCK = models.gpt_block(768, 256, 16), models.vit_block(768, 16)
