@@ -21,8 +21,8 @@ class Suite:
 
 
 SUITES = {
-    "quick": Suite("cpu", 1.5, "a look at every kind of benchmark in five minutes on two cores"),
-    "cpu": Suite("cpu", 6.0, "everything on the CPU, about twenty minutes on two cores"),
+    "quick": Suite("cpu", 1.5, "a look at every kind of benchmark, three minutes on two cores"),
+    "cpu": Suite("cpu", 6.0, "everything on the CPU, eleven minutes on two cores"),
     "gpu": Suite("cuda", 2.0, "everything on a GPU"),
     # Shows in a few seconds that all of it runs; its numbers mean nothing.
     "smoke": Suite("cpu", 0.0, "tiny problems"),
