@@ -155,9 +155,7 @@ def gather_gemm(
         by_row = x.new_empty((expand.shape[1], expand.shape[0] + _LANES))[:, : expand.shape[0]]
         by_row.copy_(expand.t())
         given += [by_row, z, zg]
-    wanted = torch.backends.cpu.get_cpu_capability() in _GEMM_CAPABILITIES and all(
-        a.dtype == torch.float32 for a in given
-    )
+    wanted = prefers_own_gemm() and all(a.dtype == torch.float32 for a in given)
     # A result smaller than a tile is no work for a GEMM.
     wanted = wanted and min(x.shape[1], g.shape[1]) >= _LANES and rank <= _MOST_RANK
     library = _library_for(*given) if wanted else None
@@ -200,6 +198,11 @@ def _room_for(count: int) -> Tensor:
 def is_compiled() -> bool:
     """Whether the compiled row passes are used on this machine (compiles them on first use)."""
     return _library() is not None
+
+
+def prefers_own_gemm() -> bool:
+    """Whether float32 rows are multiplied by `gather_gemm.c` here, and not by PyTorch."""
+    return torch.backends.cpu.get_cpu_capability() in _GEMM_CAPABILITIES
 
 
 def obstacle() -> str:

@@ -177,6 +177,8 @@ def _row_passes() -> Iterator[tuple[str, str]]:
         yield "used", f"no: {error}"
         return
     yield "used", f"no: {obstacle}" if obstacle else f"yes, for {_DTYPES_OF_ROWS} on a CPU"
+    own = native.prefers_own_gemm() and not obstacle
+    yield "gather GEMM", "compiled too, for float32" if own else "PyTorch's"
     yield "compiler", f"{recipe.compiler}: {recipe.version.splitlines()[0]}"
     yield "vectors", recipe.vectors
     yield "flags", " ".join(recipe.flags)

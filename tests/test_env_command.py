@@ -101,6 +101,8 @@ def test_row_passes_that_are_compiled(env, tmp_path):
     rows = facts["row passes (rows.c)"]
     assert rows["used"] == "yes, for float32 and float64 on a CPU"
     assert rows["vectors"] == torch.backends.cpu.get_cpu_capability()
+    own = "compiled too, for float32" if rows["vectors"] == "AVX2" else "PyTorch's"
+    assert rows["gather GEMM"] == own
     (kept,) = (tmp_path / "native").iterdir()
     assert rows["file"] == f"kept in {kept}"
     assert facts["cache"]["exists"].startswith("yes, 1 files, ")
@@ -121,7 +123,9 @@ def test_row_passes_that_are_compiled(env, tmp_path):
 @pytest.mark.skipif(not native.is_compiled(), reason="needs a C compiler")
 def test_row_passes_that_are_not_used_and_why(env, tmp_path, variables, reason):
     facts = env(MEMAOP_TRITON_CACHE_DIR=str(tmp_path), **variables)
-    assert facts["row passes (rows.c)"]["used"].startswith(reason)
+    rows = facts["row passes (rows.c)"]
+    assert rows["used"].startswith(reason)
+    assert rows.get("gather GEMM", "PyTorch's") == "PyTorch's"
     assert not facts["what works on"]["cpu float32"].startswith("PyTorch and rows.c")
 
 
