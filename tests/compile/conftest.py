@@ -7,7 +7,8 @@ from bench.microscope.building import Builder
 def builder(request):
     """Compiles in the background what the tests that were collected will ask for."""
     with Builder() as builder:
-        calls = (getattr(item, "callspec", None) for item in request.session.items)
+        mine = [item for item in request.session.items if "builder" in item.fixturenames]
+        calls = (getattr(item, "callspec", None) for item in mine)
         builder.start(call.params["key"] for call in calls if call and "key" in call.params)
         yield builder
 
