@@ -98,10 +98,10 @@ class ResidualMemory:
         assert self.g is not None
         assert self.filled is not None
         filled = self.filled[: scores.numel()]
-        filled[indices] = False
-        lost = scores.isinf()
-        if lost.any():
+        filled.index_fill_(0, indices, False)
+        if scores.amax() == math.inf:
             # Zero times what such a row holds would still be NaN.
+            lost = scores.isinf()
             filled[lost] = False
             self.x[: scores.numel()][lost] = 0
             self.g[: scores.numel()][lost] = 0
