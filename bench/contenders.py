@@ -151,7 +151,7 @@ def limit(memory: str, problem: Problem, x: Tensor, g: Tensor) -> Method:
         slots = torch.zeros_like(x), torch.zeros_like(g)
         touch = functools.partial(_update, slots, x, g)
     elif memory == "subspace":
-        rank = problem.config().rank_for(problem.n)
+        rank = problem.config().rank_for(problem.m, problem.n, problem.p)
         rows += round(problem.m * rank * (problem.n + problem.p) / (problem.n * problem.p))
         label = f"GEMM of {rows} rows that lie together + a pass over X and G"
     few_x, few_g = x[:rows].clone(), g[:rows].clone()

@@ -10,7 +10,10 @@ from collections.abc import Iterable
 
 import torch
 
+from memaop_triton.flops import Subspace, rank_within, rows_within
+
 DEFAULT_RATIO = 1 / 8
+DEFAULT_RANK = 16
 
 #: Every selection policy, in the order in which `select_rows` documents them.
 SELECTIONS = ("topk", "weightedk", "randk", "priority", "crs", "bernoulli", "wta")
@@ -21,6 +24,8 @@ MEMORIES = ("none", "residual", "signed", "subspace")
 #: Memories that hold one slot per row of the batch.
 ROW_MEMORIES = ("residual", "signed")
 GRAD_INPUTS = ("exact", "sampled")
+#: Whose rows the subspace is one of: the inputs X, the output gradients G, or the better one.
+SIDES = ("auto", "input", "grad")
 BLOCK_ROWS = (1, 16, 32, 64, 128)
 MEMORY_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -59,6 +64,10 @@ class MemAOPConfig:
     Args:
         ratio: K/M, in (0, 1]. Defaults to 1/8 if `k` is not given.
         k: K itself, a number of rows, instead of `ratio`. A batch of at most `k` rows is exact.
+        budget: Instead of `ratio` and `k`: floating-point operations of dW as a fraction of the
+            dense 2 M N P, in (0, 1), with everything counted (`memaop_triton.flops`). Half of them
+            go to the subspace, if there is one, unless `rank` is given; the rest to rows, at least
+            one.
         selection: The policy that picks the K rows: `"topk"`, `"weightedk"` and `"randk"` are the
             paper's (arXiv 2110.09164); `"priority"`, `"crs"`, `"bernoulli"` and `"wta"` are
             unbiased. `memaop_triton.selection.select_rows` defines each and names its source.
@@ -66,8 +75,11 @@ class MemAOPConfig:
             slots of the next batch (the paper's memory), `"signed"` does so with a random sign per
             row, `"subspace"` computes their part in a slowly moving subspace of the inputs
             exactly, `"none"` drops them. The first two hold M·(N+P) numbers a layer and refuse
-            unbiased policies, `"subspace"` holds N·`rank`.
-        rank: Dimension of the subspace; cut to a quarter of the layer's `in_features`.
+            unbiased policies, `"subspace"` holds (N+P)·`rank`, or those of one side.
+        rank: Dimension of the subspace; 16 if `None` and there is no `budget`. Cut to a quarter of
+            the layer's features on the side it is taken from, the smaller one for `"auto"`.
+        side: Whose rows the subspace is one of: `"input"` X, `"grad"` G, or `"auto"` that of which
+            less is left to sample, compared every few refreshes.
         refresh_every: Steps between two updates of the subspace.
         decay: Fraction in (0, 1] of a remembered outer product that survives a step; a remembered
             row shrinks by its square root. The authors' `memory-decay-rate`. Row memories only. A
@@ -90,20 +102,26 @@ class MemAOPConfig:
     k: int | None = None
     selection: str = "priority"
     memory: str = "subspace"
-    rank: int = 16
+    rank: int | None = None
     refresh_every: int = 8
     decay: float = 1.0
     rescale: bool = False
     block_rows: int = 1
     memory_dtype: torch.dtype | None = None
     grad_input: str = "exact"
+    budget: float | None = None
+    side: str = "auto"
 
     def __post_init__(self) -> None:
         self._check_budget()
         check_name("selection", self.selection, SELECTIONS)
         check_name("memory", self.memory, MEMORIES)
         check_name("grad_input", self.grad_input, GRAD_INPUTS)
-        _check_count("rank", self.rank, "dimensions of the subspace")
+        check_name("side", self.side, SIDES)
+        if self.rank is None and self.budget is None:
+            object.__setattr__(self, "rank", DEFAULT_RANK)
+        if self.rank is not None:
+            _check_count("rank", self.rank, "dimensions of the subspace")
         _check_count("refresh_every", self.refresh_every, "steps")
         if type(self.block_rows) is not int or self.block_rows not in BLOCK_ROWS:
             raise ValueError(f"block_rows={self.block_rows!r} is not one of {BLOCK_ROWS}.")
@@ -115,19 +133,31 @@ class MemAOPConfig:
         self._check_combinations()
 
     def _check_budget(self) -> None:
-        if self.ratio is not None and self.k is not None:
-            raise ValueError(
-                f"ratio={self.ratio} and k={self.k} say the same thing twice: give one of them."
-            )
-        if self.k is not None:
-            _check_count("k", self.k, "rows")
-            return
-        if self.ratio is None:
+        given = {
+            name: value
+            for name in ("ratio", "k", "budget")
+            if (value := getattr(self, name)) is not None
+        }
+        if len(given) > 1:
+            both = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(f"{both} say the same thing twice: give one of them.")
+        if not given:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
-        elif not _is_number(self.ratio):
-            raise TypeError(f"ratio must be a number in (0, 1], got {self.ratio!r}.")
-        elif not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio={self.ratio} must be in (0, 1]: it is K/M, 0.125 for 1/8.")
+        elif self.k is not None:
+            _check_count("k", self.k, "rows")
+        elif self.ratio is not None:
+            self._check_fraction("ratio", self.ratio, "it is K/M, 0.125 for 1/8")
+        elif self.budget is not None:
+            self._check_fraction("budget", self.budget, "1 is what dense costs")
+            if self.budget == 1:
+                raise ValueError("budget=1 is what dense costs: leave the layer dense.")
+
+    @staticmethod
+    def _check_fraction(argument: str, value: object, meaning: str) -> None:
+        if not _is_number(value):
+            raise TypeError(f"{argument} must be a number in (0, 1], got {value!r}.")
+        if not 0 < value <= 1:  # type: ignore[operator]
+            raise ValueError(f"{argument}={value} must be in (0, 1]: {meaning}.")
 
     def _check_combinations(self) -> None:
         if not (_is_number(self.decay) and 0 < self.decay <= 1):
@@ -192,12 +222,42 @@ class MemAOPConfig:
         """Whether the memory holds one slot per row of the batch."""
         return self.memory in ROW_MEMORIES
 
-    def num_rows(self, rows: int) -> int:
-        """K for a batch of `rows` rows: whole blocks, at least one, and at most `rows`."""
-        wanted = self.k if self.k is not None else (self.ratio or 0) * rows
+    def num_rows(
+        self,
+        rows: int,
+        in_features: int = 0,
+        out_features: int = 0,
+        subspace: Subspace | None = None,
+    ) -> int:
+        """K for a batch of `rows` rows: whole blocks, at least one, and at most `rows`.
+
+        Args:
+            rows: M.
+            in_features: N; only a budget asks for it, and for the next two.
+            out_features: P.
+            subspace: What the layer's memory spends beside the rows.
+        """
+        if self.k is not None:
+            wanted = float(self.k)
+        elif self.budget is not None:
+            # Down, to stay within it.
+            paid = rows_within(self.budget, rows, in_features, out_features, subspace)
+            blocks = math.floor(paid / self.block_rows)
+            return min(rows, max(1, blocks) * self.block_rows)
+        else:
+            wanted = (self.ratio or 0) * rows
         blocks = math.floor(wanted / self.block_rows + 0.5)
         return min(rows, max(1, blocks) * self.block_rows)
 
-    def rank_for(self, in_features: int) -> int:
-        """Rank of the subspace in a layer with this many inputs: at most a quarter of them."""
-        return min(self.rank, max(1, in_features // 4), in_features)
+    def rank_for(self, rows: int, in_features: int, out_features: int) -> int:
+        """Rank of the subspace in a layer of this size, with batches of `rows` rows."""
+        lengths = {"input": (in_features,), "grad": (out_features,)}
+        shortest = min(lengths.get(self.side, (in_features, out_features)))
+        if shortest == 0:
+            return 0
+        rank = self.rank
+        if rank is None:
+            assert self.budget is not None
+            sizes = rows, in_features, out_features, self.refresh_every
+            rank = rank_within(self.budget, *sizes, both_sides=self.side == "auto")
+        return min(rank, max(1, shortest // 4), shortest)

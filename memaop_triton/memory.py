@@ -11,9 +11,16 @@ from types import NoneType
 from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.layer_state import LayerState
 from memaop_triton.residual_memory import ResidualMemory
-from memaop_triton.subspace_memory import SubspaceMemory
+from memaop_triton.subspace_memory import MANY_ROWS, SubspaceMemory
 
-__all__ = ["Memory", "ResidualMemory", "SubspaceMemory", "check_memory", "new_memory"]
+__all__ = [
+    "Memory",
+    "ResidualMemory",
+    "SubspaceMemory",
+    "check_memory",
+    "new_memory",
+    "rows_to_compute",
+]
 
 Memory = ResidualMemory | SubspaceMemory
 
@@ -36,8 +43,14 @@ def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Mem
             dtype=config.memory_dtype,
         )
     elif config.memory == "subspace":
-        rank = config.rank_for(in_features)
-        memory = SubspaceMemory(in_features, rank, refresh_every=config.refresh_every)
+        memory = SubspaceMemory(
+            in_features,
+            out_features,
+            config.rank_for(MANY_ROWS, in_features, out_features),
+            side=config.side,
+            refresh_every=config.refresh_every,
+        )
+        memory.follow_budget(config, MANY_ROWS)
     else:
         return None
     memory.state = LayerState(config, memory)
@@ -66,7 +79,17 @@ def check_memory(
         raise ValueError(
             f"memory holds rows of {memory.in_features} inputs, but x has rows of {in_features}."
         )
-    if isinstance(memory, ResidualMemory) and memory.out_features != out_features:
+    if memory is not None and memory.out_features != out_features:
         raise ValueError(
             f"memory holds rows of {memory.out_features} outputs, but the layer has {out_features}."
         )
+
+
+def rows_to_compute(
+    config: MemAOPConfig, memory: Memory | None, rows: int, in_features: int, out_features: int
+) -> int:
+    """K of a batch of `rows` rows in a layer of this size, beside what its memory costs."""
+    if isinstance(memory, SubspaceMemory):
+        memory.follow_budget(config, rows)
+    subspace = memory.cost if isinstance(memory, SubspaceMemory) else None
+    return config.num_rows(rows, in_features, out_features, subspace)

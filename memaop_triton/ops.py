@@ -16,7 +16,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from memaop_triton import layer_state
 from memaop_triton.layer_state import LayerState
-from memaop_triton.memory import SubspaceMemory
+from memaop_triton.flops import weight_grad_flops
+from memaop_triton.memory import SubspaceMemory, rows_to_compute
 from memaop_triton.selection import Selection
 from memaop_triton.steps import Gradients
 from memaop_triton.weight_grad import (
@@ -99,8 +100,9 @@ def _sampled_backward(
     state = layer_state.find(handle)
     config = state.config
     selection = None
-    if config.num_rows(g.shape[0]) < g.shape[0]:
-        selection = select_for_both(x if weight_grad else None, g, config, shards=state.shards)
+    k = rows_to_compute(config, state.memory, g.shape[0], weight.shape[1], g.shape[1])
+    if k < g.shape[0]:
+        selection = select_for_both(x if weight_grad else None, g, config, k, shards=state.shards)
         dx = sampled_input_grad(g, weight, selection, config)
     else:
         dx = g @ weight
@@ -138,7 +140,7 @@ torch.library.register_fake("memaop_triton::sampled_backward", _sampled_backward
 def _flops_of_weight_grad(
     x: torch.Size, g: torch.Size, handle: torch.Size, *_: Any, **settings: Any
 ) -> int:
-    return _weight_grad_flops(x, g, handle)
+    return _weight_grad_flops(x[0], x[1], g[1], handle)
 
 
 @register_flop_formula(torch.ops.memaop_triton.sampled_backward)
@@ -151,19 +153,15 @@ def _flops_of_sampled_backward(
     weight_grad: bool,
     **settings: Any,
 ) -> int:
-    rows = layer_state.find_by_number(handle[0]).config.num_rows(g[0])
-    dx: int = 2 * rows * weight[0] * weight[1]
-    return dx + (_weight_grad_flops(x, g, handle) if weight_grad else 0)
+    (m, p), n = g, weight[1]
+    state = layer_state.find_by_number(handle[0])
+    k = rows_to_compute(state.config, state.memory, m, n, p)
+    dx: int = 2 * k * p * n
+    return dx + (_weight_grad_flops(m, n, p, handle) if weight_grad else 0)
 
 
-def _weight_grad_flops(x_shape: torch.Size, g_shape: torch.Size, handle_shape: torch.Size) -> int:
-    (m, n), p = x_shape, g_shape[1]
+def _weight_grad_flops(m: int, n: int, p: int, handle_shape: torch.Size) -> int:
     state = layer_state.find_by_number(handle_shape[0])
-    k = state.config.num_rows(m)
-    flops = 2 * k * n * p
-    if isinstance(state.memory, SubspaceMemory) and k < m:
-        q = state.memory.rank
-        # Z, Gᵀ Z, the basis as q more rows of the product, what it takes from the selected rows,
-        # and its share of a refresh.
-        flops += 2 * q * (m * (n + p) + n * p + k * n + m * n // state.memory.refresh_every)
-    return flops
+    k = rows_to_compute(state.config, state.memory, m, n, p)
+    subspace = state.memory.cost if isinstance(state.memory, SubspaceMemory) else None
+    return weight_grad_flops(m, n, p, k, subspace)

@@ -35,6 +35,7 @@ def weight_grad_reference(
     memory: tuple[Tensor, Tensor] | None = None,
     carry: float = 1.0,
     basis: Tensor | None = None,
+    side: str = "input",
     selection: Selection | None = None,
     generator: torch.Generator | None = None,
 ) -> ReferenceStep:
@@ -46,10 +47,11 @@ def weight_grad_reference(
     Args:
         x: [M, N], float32 or float64.
         g: [M, P].
-        config: As for `weight_grad`; `block_rows` must be 1.
+        config: As for `weight_grad`; `block_rows` must be 1, and there must be no budget.
         memory: (X, G) slots before the step, [M, N] and [M, P]; zeros if `None`.
         carry: c, the factor of the remembered rows.
-        basis: Q, [N, q], for `memory="subspace"`.
+        basis: Q, for `memory="subspace"`: [N, q], or [P, q] of the gradients' side.
+        side: Whose basis it is, `"input"` or `"grad"`.
         selection: Use these rows instead of selecting.
         generator: Source of the draws.
     """
@@ -63,11 +65,14 @@ def weight_grad_reference(
         x = factor * mx + x
         g = factor * mg + g
     exact = torch.zeros(g.shape[1], x.shape[1], dtype=x.dtype)
-    sampled = x
-    if basis is not None:
+    rest_x, rest_g = x, g
+    if basis is not None and side == "input":
         exact = g.T @ (x @ basis) @ basis.T
-        sampled = x - x @ basis @ basis.T
-    scores = sampled.square().sum(1).sqrt() * g.square().sum(1).sqrt()
+        rest_x = x - x @ basis @ basis.T
+    elif basis is not None:
+        exact = basis @ (basis.T @ g.T) @ x
+        rest_g = g - g @ basis @ basis.T
+    scores = rest_x.square().sum(1).sqrt() * rest_g.square().sum(1).sqrt()
     if selection is None:
         selection = select_rows(
             scores,
@@ -78,7 +83,7 @@ def weight_grad_reference(
         )
     dw = exact
     for row, weight in zip(*selection, strict=True):
-        dw = dw + weight * torch.outer(g[row], sampled[row])
+        dw = dw + weight * torch.outer(rest_g[row], rest_x[row])
     if config.has_row_memory:
         mx, mg = x.clone(), g.clone()
         mx[selection.indices] = 0

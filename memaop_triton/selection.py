@@ -100,17 +100,17 @@ def select_rows(
 def select(
     scores: Tensor,
     config: MemAOPConfig,
+    k: int,
     generator: torch.Generator | None = None,
     *,
     cut_short: bool = True,
 ) -> Selection:
-    """Pick K of the M rows with these scores ([M]), or whole blocks of them, as `config` says.
+    """Pick `k` of the M rows with these scores ([M]), or whole blocks of them, as `config` says.
 
     Where M cuts the last block short, the rows missing from it are left out, which takes a look at
     the values. Without `cut_short` they are named, from M on, and the shape is fixed.
     """
     rows = scores.numel()
-    k = config.num_rows(rows)
     block = config.block_rows
     if block == 1 or k == rows:
         return select_rows(scores, k, config.selection, rescale=config.rescale, generator=generator)

@@ -41,6 +41,7 @@ class Operands(NamedTuple):
         x: Inputs, [M, N].
         g: Gradient of the loss with respect to the output, [M, P].
         config: What to compute.
+        k: Rows to select.
         bias_grad: Whether the sum of the rows of G is wanted too.
         generator: Source of all draws.
         shards: The processes that hold the other columns of these rows, if there are any.
@@ -50,6 +51,7 @@ class Operands(NamedTuple):
     x: Tensor
     g: Tensor
     config: MemAOPConfig
+    k: int
     bias_grad: bool
     generator: torch.Generator | None
     shards: Shards | None = None
@@ -66,19 +68,26 @@ class Operands(NamedTuple):
     def choose(self, scores: Tensor, *, cut_short: bool = True) -> Selection:
         """K of the rows with these scores, the same ones in all shards."""
         if self.shards is None:
-            return select(scores, self.config, self.generator, cut_short=cut_short)
+            return select(scores, self.config, self.k, self.generator, cut_short=cut_short)
         # How much a cut leaves depends on the draws, which differ until they are shared.
-        selection = select(scores, self.config, self.generator, cut_short=False)
+        selection = select(scores, self.config, self.k, self.generator, cut_short=False)
         selection = self.shards.share(selection)
         return cut(selection, scores.numel()) if cut_short else selection
 
     def keep_factors(
-        self, x: Tensor, g: Tensor, selection: Selection, projection: kernels.Projection | None
+        self,
+        x: Tensor,
+        g: Tensor,
+        selection: Selection,
+        projection: kernels.Projection | None = None,
+        *,
+        exchanged: bool = False,
     ) -> None:
         """Hand over the selected rows of `x` and `g`, weighted, if somebody asks for them."""
         if self.factors is not None:
             selection = within(selection, x.shape[0])
-            self.factors.append(Factors(*kernels.selected_rows(x, g, *selection, projection)))
+            both = kernels.selected_rows(x, g, *selection, projection)
+            self.factors.append(Factors(*(reversed(both) if exchanged else both)))
 
 
 def without_memory(operands: Operands, selection: Selection | None) -> Gradients:
@@ -87,14 +96,14 @@ def without_memory(operands: Operands, selection: Selection | None) -> Gradients
     if selection is None:
         scores = _scores(kernels.row_norms(x), kernels.row_norms(g))
         selection = operands.choose(operands.whole(scores))
-    operands.keep_factors(x, g, selection, None)
+    operands.keep_factors(x, g, selection)
     dw = kernels.gather_gemm(x, g, *_rows_and_weights(selection, config))
     return Gradients(dw, operands.sum_rows())
 
 
 def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     """dW from the rows selected of m ← c·σ·m + x, which are then empty."""
-    x, g, _, _, generator, *_ = operands
+    x, g, _, _, _, generator, *_ = operands
     rows = x.shape[0]
     mx, mg, filled = memory.slots(rows, x)
     memory.follow_loss_scale()
@@ -108,7 +117,7 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     )
     scores = operands.whole(scores)
     selection = operands.choose(scores)
-    operands.keep_factors(mx, mg, selection, None)
+    operands.keep_factors(mx, mg, selection)
     dw = kernels.gather_gemm(mx, mg, selection.indices)
     filled.fill_(True)
     memory.empty(selection.indices, scores)
@@ -119,18 +128,20 @@ def with_subspace(
     operands: Operands, memory: SubspaceMemory, selection: Selection | None
 ) -> Gradients:
     """dW exact inside the memory's subspace, and from selected rows outside of it."""
-    x, g, config, _, generator, *_ = operands
-    basis = memory.basis_for(x, generator)
-    z, rest_norms = kernels.project_rows(x, basis)
-    zg, g_norms = kernels.project_gradient(g, z)
+    x, g, config, *_ = operands
+    # A basis of the gradients' side makes the same sum with the two exchanged: dWᵀ.
+    a, b = (x, g) if memory.side == "input" else (g, x)
+    basis = memory.basis_of(a)
+    z, rest_norms = kernels.project_rows(a, basis)
+    zb, b_norms = kernels.project_gradient(b, z)
     if selection is None:
-        selection = operands.choose(operands.whole(_scores(rest_norms, g_norms)))
+        selection = operands.choose(operands.whole(_scores(rest_norms, b_norms)))
     indices, weights = _rows_and_weights(selection, config)
-    projection = kernels.Projection(basis * kernels.basis_scale(x.shape[1]), z, zg)
-    operands.keep_factors(x, g, selection, projection)
-    dw = kernels.gather_gemm(x, g, indices, weights, projection)
-    memory.end_step(x, z)
-    return Gradients(dw, operands.sum_rows())
+    projection = kernels.Projection(basis * kernels.basis_scale(a.shape[1]), z, zb)
+    operands.keep_factors(a, b, selection, projection, exchanged=a is g)
+    dw = kernels.gather_gemm(a, b, indices, weights, projection)
+    memory.end_step(a, z)
+    return Gradients(dw if a is x else dw.t().contiguous(), operands.sum_rows())
 
 
 def sampled_input_grad(

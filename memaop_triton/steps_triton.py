@@ -21,14 +21,14 @@ from memaop_triton.steps import Gradients, Operands
 
 def without_memory(operands: Operands, selection: Selection | None) -> Gradients:
     """Score, select, multiply: 1 + K/M passes over X and G."""
-    x, g, config, bias_grad, *_ = operands
+    x, g, config, _, bias_grad, *_ = operands
     if selection is None:
         scores, db = score.row_scores(x, g, bias_grad=bias_grad)
         selection = operands.choose(operands.whole(scores), cut_short=False)
     else:
         db = operands.sum_rows()
     indices, weights = _rows_and_weights(selection, config)
-    operands.keep_factors(x, g, selection, None)
+    operands.keep_factors(x, g, selection)
     return Gradients(gather_gemm(x, g, indices, weights, block_rows=config.block_rows), db)
 
 
@@ -37,7 +37,7 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
 
     That holds with all slots filled; an empty one is not read.
     """
-    x, g, config, bias_grad, generator, *_ = operands
+    x, g, config, _, bias_grad, generator, *_ = operands
     rows = x.shape[0]
     slots = memory.slots(rows, x)
     memory.follow_loss_scale()
@@ -87,29 +87,36 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
             input_precision=_precision(x, slots[0]),
         )
     slots[2].index_fill_(0, taken_rows, False)
-    operands.keep_factors(*slots[:2], selection, None)
+    operands.keep_factors(*slots[:2], selection)
     return Gradients(dw, db)
 
 
 def with_subspace(
     operands: Operands, memory: SubspaceMemory, selection: Selection | None
 ) -> Gradients:
-    """Project X, project G, select, correct, multiply: 1 + 3K/2M passes at most."""
-    x, g, config, bias_grad, generator, *_ = operands
-    basis = memory.basis_for(x, generator).contiguous()
-    scale = basis_scale(x.shape[1])
-    z, rest = subspace.project(x, basis, scale)
-    parts, scores, db = subspace.project_gradient(g, z, rest, bias_grad=bias_grad)
+    """Project X, project G, select, correct, multiply: 1 + 3K/2M passes at most.
+
+    With a basis of the gradients' side the two are exchanged, and db takes a pass of its own.
+    """
+    x, g, config, _, bias_grad, *_ = operands
+    a, b = (x, g) if memory.side == "input" else (g, x)
+    basis = memory.basis_of(a).contiguous()
+    scale = basis_scale(a.shape[1])
+    z, rest = subspace.project(a, basis, scale)
+    parts, scores, db = subspace.project_gradient(b, z, rest, bias_grad=bias_grad and b is g)
     if selection is None:
         selection = operands.choose(operands.whole(scores), cut_short=False)
     indices, weights = _rows_and_weights(selection, config)
     if operands.factors is not None:
-        zg = subspace.transposed_mm(z, g).t()
-        operands.keep_factors(x, g, selection, Projection(basis * scale, z, zg))
+        zb = subspace.transposed_mm(z, b).t()
+        projection = Projection(basis * scale, z, zb)
+        operands.keep_factors(a, b, selection, projection, exchanged=a is g)
     block = config.block_rows
-    c = subspace.correction(parts, z, g, indices, weights, block_rows=block)
-    dw = gather_gemm(x, g, indices, weights, block_rows=block, correction=(c, basis * scale))
-    memory.end_step(x, z)
+    c = subspace.correction(parts, z, b, indices, weights, block_rows=block)
+    dw = gather_gemm(a, b, indices, weights, block_rows=block, correction=(c, basis * scale))
+    memory.end_step(a, z)
+    if a is g:
+        return Gradients(dw.t().contiguous(), operands.sum_rows())
     return Gradients(dw, db)
 
 

@@ -1,59 +1,120 @@
-"""The memory of unbiased policies: a basis of the subspace that the inputs mostly live in."""
+"""The memory of unbiased policies: a basis of the subspace that rows of X or of G mostly live in."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memaop_triton.config import MemAOPConfig
-from memaop_triton.dispatch import project_rows, transposed_mm
+from memaop_triton.basis import Basis, by_column
+from memaop_triton.config import SIDES, MemAOPConfig, check_name
+from memaop_triton.dispatch import project_rows, row_norms
+from memaop_triton.flops import RANK_STEP, REFRESHES_PER_CHOICE, Subspace
 from memaop_triton.layer_state import LayerState
 from memaop_triton.saved_state import check_fields, check_shape
 
+#: Stands for the number of rows where no batch has been seen.
+MANY_ROWS = 1 << 20
+# What the variance must fall to before side or rank are changed.
+_WORTH_A_CHANGE = 0.9
+
 
 class SubspaceMemory:
-    """An orthonormal basis Q (N×rank) of the subspace that the inputs of a layer mostly live in.
+    """An orthonormal basis Q of the subspace that the rows of X, or those of G, mostly live in.
 
     The part of every row inside the subspace enters the weight gradient exactly, and only the rest
-    is sampled: dW = (Gᵀ Z) Qᵀ + Σ_{m∈S} w_m G_mᵀ (X_m − Z_m Qᵀ) with Z = X Q. Whatever Q is, the
-    estimate stays unbiased; the closer Q follows the leading directions of X, the smaller its
-    variance. Q starts from one power iteration on the first batch and takes another,
-    Q ← qr(Xᵀ Z), every `refresh_every` steps.
+    is sampled. With a basis of the inputs' side, Q [N, rank] and Z = X Q:
+
+        dW = (Gᵀ Z) Qᵀ + Σ_{m∈S} w_m G_mᵀ (X_m − Z_m Qᵀ)
+
+    and with one of the gradients' side, Q [P, rank] and Z = G Q:
+
+        dW = Q (Zᵀ X) + Σ_{m∈S} w_m (G_m − Z_m Qᵀ)ᵀ X_m
+
+    Whatever Q is, the estimate stays unbiased; the closer Q follows the leading directions, the
+    smaller its variance. Q starts from one power iteration on the first batch and takes another,
+    Q ← qr(Xᵀ Z) or qr(Gᵀ Z), every `refresh_every` steps.
+
+    `side="auto"` keeps a basis of either side, and a budget leaves the rank open as well. In the
+    first step and at every fourth refresh the memory takes the side and rank for which the variance
+    of the estimate, (Σ_m s_m)²/K − Σ_m s_m² with the scores s and the rows K they would leave, is
+    the smallest.
 
     Args:
         in_features: N, length of a row of X.
-        rank: Dimension of the subspace, at most `in_features`.
+        out_features: P, length of a row of G.
+        rank: Dimension of the subspace, at most the length of the rows it is taken from.
+        side: `"input"`, `"grad"` or `"auto"`.
         refresh_every: Steps between two power iterations.
 
     Attributes:
-        basis: [N, rank] float32 (float64 for float64 inputs), or `None` before the first step.
+        side: The side in use, `"input"` or `"grad"`.
+        rank: The rank in use.
         state: Serves a memory that is handed to `memaop_linear`.
 
     Raises:
-        ValueError: `rank` is below 1 or does not fit `in_features`.
+        ValueError: `rank` is below 1 or does not fit, `refresh_every` is below 1, or `side` is
+            unknown.
     """
 
     kind = "subspace"
 
-    def __init__(self, in_features: int, rank: int = 16, *, refresh_every: int = 8) -> None:
-        if not min(1, in_features) <= rank <= in_features:
-            raise ValueError(
-                f"rank={rank} does not fit rows of in_features={in_features}: it must be from 1 to "
-                f"{in_features}."
-            )
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 16,
+        *,
+        side: str = "auto",
+        refresh_every: int = 8,
+    ) -> None:
+        check_name("side", side, SIDES)
         if refresh_every < 1:
             raise ValueError(f"refresh_every={refresh_every} must be at least 1.")
         self.in_features = in_features
-        self.rank = rank
+        self.out_features = out_features
         self.refresh_every = refresh_every
-        self.basis: Tensor | None = None
+        self._sides = ("input", "grad") if side == "auto" else (side,)
+        self._rank_is_open = False
+        self.set_rank(rank)
         self.state: LayerState | None = None
-        self._step = 0
-        # A graph that replays steps counts them on its device.
-        self._step_on_device: Tensor | None = None
+
+    def set_rank(self, rank: int) -> None:
+        """Start anew with another rank.
+
+        Raises:
+            ValueError: It does not fit the rows.
+        """
+        for side in self._sides:
+            length = self._length(side)
+            if not min(1, length) <= rank <= length:
+                name = "in_features" if side == "input" else "out_features"
+                raise ValueError(
+                    f"rank={rank} does not fit rows of {name}={length}: it must be from 1 to "
+                    f"{length}."
+                )
+        self._most = rank
+        self.reset()
+
+    def _length(self, side: str) -> int:
+        return self.in_features if side == "input" else self.out_features
+
+    def follow_budget(self, config: MemAOPConfig, rows: int) -> None:
+        """Leave the rank open where a budget does; before the first step, fit it to `rows` rows."""
+        self._rank_is_open = config.budget is not None and config.rank is None
+        if self._rank_is_open and self.basis is None:
+            most = config.rank_for(rows, self.in_features, self.out_features)
+            if most != self._most:
+                self.set_rank(most)
+
+    @property
+    def basis(self) -> Tensor | None:
+        """Q as it is used, [N, rank] or [P, rank]; `None` before the first step."""
+        q = self._bases[self.side].q
+        return None if q is None else q[:, : self.rank]
 
     @property
     def step(self) -> int:
@@ -63,108 +124,161 @@ class SubspaceMemory:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return 0 if self.basis is None else self.basis.nbytes
+        return sum(basis.nbytes for basis in self._bases.values())
 
-    def basis_for(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Q on the device and in the dtype of `x`; the first call makes it from `x` ([M, N])."""
-        if self.basis is None:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            shape = (self.in_features, self.rank)
-            start = torch.randn(shape, dtype=dtype, device=x.device, generator=generator)
-            self.basis = _by_column(torch.linalg.qr(start).Q)
-            self._iterate(x, project_rows(x, self.basis.to(x.dtype))[0])
-        elif self.basis.device != x.device:
-            self._move(x.device)
+    @property
+    def cost(self) -> Subspace:
+        """What `flops` has to know of this memory."""
+        return self._cost(self.side, self.rank)
+
+    def _cost(self, side: str, rank: int) -> Subspace:
+        kept = self._most * sum(map(self._length, self._sides)) if self._has_choice else 0
+        return Subspace(rank, self._length(side), self.refresh_every, kept)
+
+    @property
+    def _has_choice(self) -> bool:
+        return self._rank_is_open or len(self._sides) > 1
+
+    def begin_step(
+        self, x: Tensor, g: Tensor, config: MemAOPConfig, generator: torch.Generator | None = None
+    ) -> None:
+        """Make the bases in the first step, and choose among them when that is due.
+
+        Args:
+            x: [M, N].
+            g: [M, P].
+            config: The layer's.
+            generator: Source of the first bases.
+        """
+        is_first = self.basis is None
+        if is_first:
+            for side, basis in self._bases.items():
+                basis.of(x if side == "input" else g, self._most, generator)
         if x.is_cuda and self._step_on_device is None:
             self._step_on_device = torch.full((1,), self._step, device=x.device)
-        return self.basis.to(x.dtype)
+        every = self.refresh_every * REFRESHES_PER_CHOICE
+        is_due = is_first or (self._step > 0 and self._step % every == 0)
+        if self._has_choice and is_due and not _is_capturing(x.device):
+            self._choose(x, g, config, iterate=not is_first)
 
-    def end_step(self, x: Tensor, z: Tensor) -> None:
-        """Count a step that projected `x` ([M, N]) to `z` ∝ X Q; refresh Q when it is due.
+    def basis_of(self, a: Tensor) -> Tensor:
+        """Q on the device and in the dtype of `a`, the X or G of `side`."""
+        return self._bases[self.side].of(a, self.rank)
+
+    def _choose(self, x: Tensor, g: Tensor, config: MemAOPConfig, *, iterate: bool) -> None:
+        """Take the side and rank of the smallest variance, or stay where little is to be gained."""
+        ranks = [self._most]
+        if self._rank_is_open:
+            ranks = [*range(0, self._most, RANK_STEP), self._most]
+        choices, sums = [], []
+        for side, a, other in (("input", x, g), ("grad", g, x)):
+            if side not in self._sides:
+                continue
+            basis = self._bases[side]
+            if iterate:
+                basis.iterate(a, project_rows(a, basis.of(a, self._most))[0])
+            scores = basis.left_of(a, ranks) * row_norms(other)
+            choices += [(side, rank) for rank in ranks]
+            sums.append(torch.stack([scores.sum(1), scores.square().sum(1)], 1))
+        variance = {}
+        for choice, (total, squares) in zip(choices, torch.cat(sums).tolist(), strict=True):
+            sizes = x.shape[0], self.in_features, self.out_features
+            k = config.num_rows(*sizes, self._cost(*choice))
+            variance[choice] = max(0.0, total * total / k - squares)
+        best = min(variance, key=lambda choice: variance[choice])
+        # Not so with NaN.
+        if variance[best] < _WORTH_A_CHANGE * variance.get((self.side, self.rank), math.inf):
+            self.side, self.rank = best
+
+    def end_step(self, a: Tensor, z: Tensor) -> None:
+        """Count a step that projected `a`, X or G, to z ∝ A Q; refresh Q when it is due.
+
+        Nothing is projected at rank 0, and z [M, 0].
 
         While a CUDA graph is captured nobody can tell when that will be: the graph then computes
         the new basis in every step, and takes it over in every `refresh_every`-th.
         """
+        basis = self._bases[self.side]
         self._step += 1
         if self._step_on_device is not None:
             self._step_on_device += 1
-            if _is_capturing(x.device):
-                self._iterate(x, z, self._step_on_device % self.refresh_every == 0)
+            if _is_capturing(a.device):
+                if self.rank:
+                    basis.iterate(a, z, self._step_on_device % self.refresh_every == 0)
                 return
-        if self._step % self.refresh_every == 0:
-            self._iterate(x, z)
-
-    def _iterate(self, x: Tensor, z: Tensor, is_due: Tensor | bool = True) -> None:
-        assert self.basis is not None
-        product = transposed_mm(z, x).t().to(self.basis.dtype)  # [N, rank]
-        # A row that is not finite must not get into Q; the gradient shows it. Nothing here waits
-        # for the value, and Q stays at its address.
-        taken = product.isfinite().all() & is_due
-        refreshed = torch.linalg.qr(torch.where(taken, product, self.basis)).Q
-        self.basis.copy_(torch.where(taken, refreshed, self.basis))
+        if self.rank and self._step % self.refresh_every == 0:
+            basis.iterate(a, z)
 
     def _move(self, device: torch.device) -> None:
         self._step = self.step
         self._step_on_device = None
-        if self.basis is not None:
-            self.basis = self.basis.to(device)
+        for basis in self._bases.values():
+            basis.move(device)
 
     def fit(self, config: MemAOPConfig, in_features: int, out_features: int) -> None:
-        """Become a memory for rows of this length, with the rank of `config`, if it is not."""
-        if self.in_features != in_features:
-            self.reset()
-            self.in_features, self.rank = in_features, config.rank_for(in_features)
+        """Become a memory for rows of these lengths, with the rank of `config`, if it is not."""
+        if (self.in_features, self.out_features) != (in_features, out_features):
+            self.in_features, self.out_features = in_features, out_features
+            self.set_rank(config.rank_for(MANY_ROWS, in_features, out_features))
 
     def reset(self) -> None:
-        """Forget the basis; the next step starts a new one."""
-        self.basis = None
+        """Forget the bases; the next step starts new ones."""
+        self._bases = {side: Basis(self._length(side), self._most) for side in self._sides}
+        self.side = self._sides[0]
+        self.rank = self._most
         self._step = 0
-        self._step_on_device = None
+        # A graph that replays steps counts them on its device.
+        self._step_on_device: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Contents for a checkpoint. The tensor is the memory's own, not a copy."""
-        state: dict[str, Any] = {"kind": self.kind, "step": self.step}
-        return state if self.basis is None else state | {"basis": self.basis}
+        """Contents for a checkpoint. The tensors are the memory's own, not copies."""
+        state = {"kind": self.kind, "step": self.step, "side": self.side, "rank": self.rank}
+        return state | {side: b.q for side, b in self._bases.items() if b.q is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the contents of another subspace memory of the same shape (copied).
 
         Raises:
-            ValueError: The state is of another kind or its basis of another shape.
+            ValueError: The state is of another kind or its bases are of another shape.
         """
         self.check_state(state)
-        self.reset()
-        self._step = state["step"]
-        if "basis" in state:
-            self.basis = _by_column(state["basis"].clone())
+        self.set_rank(self._most_of(state))
+        self._step, self.side, self.rank = state["step"], state["side"], state["rank"]
+        for side, basis in self._bases.items():
+            if side in state:
+                basis.q = by_column(state[side].clone())
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise `ValueError` if `state` cannot be loaded into this memory."""
-        check_fields(self.kind, state, "step")
-        if "basis" in state:
-            check_shape("basis", state["basis"], (self.in_features, self.rank))
+        check_fields(self.kind, state, "step", "side", "rank")
+        held = {side for side in ("input", "grad") if side in state}
+        if state["side"] not in self._sides or (held and held != set(self._sides)):
+            raise ValueError(
+                f"state has bases of {sorted(held) or [state['side']]}, this memory of "
+                f"{sorted(self._sides)}."
+            )
+        for side in held:
+            check_shape(side, state[side], (self._length(side), self._most_of(state)))
+
+    def _most_of(self, state: Mapping[str, Any]) -> int:
+        """The columns of a saved memory's bases, if the rank is open; else those of this one."""
+        if self._rank_is_open and state["side"] in state:
+            return int(state[state["side"]].shape[-1])
+        return self._most
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow a module conversion to its device (`fn` as in `Module._apply`).
 
         Not to its dtype: a basis rounded to half precision would no longer be orthonormal.
         """
-        if self.basis is None:
+        q = self._bases[self.side].q
+        if q is None:
             return
-        device = fn(self.basis.new_empty(0)).device
+        device = fn(q.new_empty(0)).device
         if device.type == "meta":
             self.reset()
         else:
             self._move(device)
-
-
-def _by_column(basis: Tensor) -> Tensor:
-    """`basis` column after column in memory, as `qr` leaves it.
-
-    Products with it are rounded by its layout. A checkpoint that kept the values only would not
-    resume to the bit.
-    """
-    return basis.t().contiguous().t()
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -15,7 +15,13 @@ from torch import Tensor
 from memaop_triton import dispatch, steps
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.dispatch import runs_triton
-from memaop_triton.memory import Memory, ResidualMemory, SubspaceMemory, check_memory
+from memaop_triton.memory import (
+    Memory,
+    ResidualMemory,
+    SubspaceMemory,
+    check_memory,
+    rows_to_compute,
+)
 from memaop_triton.selection import Selection
 from memaop_triton.steps import Factors, Gradients, Operands
 
@@ -77,19 +83,26 @@ def weight_and_bias_grad(
     """
     _check_operands(x, g)
     check_memory(config, memory, x.shape[1], g.shape[1])
-    operands = Operands(x, g, config, bias_grad, generator, shards, factors)
+    (rows, n), p = x.shape, g.shape[1]
     if x.numel() == 0 or g.numel() == 0:
-        return Gradients(x.new_zeros((g.shape[1], x.shape[1])), operands.sum_rows())
+        return Gradients(x.new_zeros((p, n)), g.sum(0) if bias_grad else None)
+    k = rows_to_compute(config, memory, rows, n, p)
+    if isinstance(memory, SubspaceMemory) and k < rows:
+        memory.begin_step(x, g, config, generator)
+        k = rows_to_compute(config, memory, rows, n, p)
+    operands = Operands(x, g, config, k, bias_grad, generator, shards, factors)
     step = _steps_for(x, memory)
     result: Gradients
     if isinstance(memory, ResidualMemory) and not memory.is_paused:
         result = step.with_row_memory(operands, memory)
-    elif config.num_rows(x.shape[0]) == x.shape[0]:
+    elif k == rows:
         result = Gradients(g.t() @ x, operands.sum_rows())
-    elif isinstance(memory, SubspaceMemory):
+    elif isinstance(memory, SubspaceMemory) and memory.rank:
         result = step.with_subspace(operands, memory, selection)
     else:
         result = step.without_memory(operands, selection)
+        if isinstance(memory, SubspaceMemory):
+            memory.end_step(x, x[:, :0])
     return result
 
 
@@ -97,6 +110,7 @@ def select_for_both(
     x: Tensor | None,
     g: Tensor,
     config: MemAOPConfig,
+    k: int,
     generator: torch.Generator | None = None,
     shards: Shards | None = None,
 ) -> Selection:
@@ -106,6 +120,7 @@ def select_for_both(
         x: [M, N], or `None` if there is no weight gradient.
         g: [M, P].
         config: With an unbiased selection.
+        k: How many.
         generator: Source of the draws.
         shards: The processes that hold other columns of X or G.
     """
@@ -113,7 +128,7 @@ def select_for_both(
     if config.memory == "none" and x is not None:
         # Nothing else of this path reads all of X, where a row that is not finite must show.
         scores = scores.masked_fill(~dispatch.row_norms(x).isfinite(), torch.inf)
-    operands = Operands(g, g, config, False, generator, shards)
+    operands = Operands(g, g, config, k, False, generator, shards)
     return operands.choose(operands.whole(scores), cut_short=not runs_triton(g))
 
 

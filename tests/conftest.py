@@ -144,7 +144,7 @@ def contents():
 
     def read(memory):
         state = {} if memory is None else memory.state_dict()
-        return {n: torch.as_tensor(v).clone() for n, v in state.items() if n != "kind"}
+        return {n: torch.as_tensor(v).clone() for n, v in state.items() if not isinstance(v, str)}
 
     return read
 

@@ -53,9 +53,11 @@ def test_num_rows(budget, rows, expected):
     assert MemAOPConfig(**budget).num_rows(rows) == expected
 
 
-@pytest.mark.parametrize(("in_features", "rank"), [(1, 1), (3, 1), (8, 2), (64, 16), (784, 16)])
-def test_rank_is_cut_to_a_quarter_of_the_inputs(in_features, rank):
-    assert MemAOPConfig().rank_for(in_features) == rank
+@pytest.mark.parametrize(("features", "rank"), [(1, 1), (3, 1), (8, 2), (64, 16), (784, 16)])
+@pytest.mark.parametrize("side", ["input", "grad", "auto"])
+def test_rank_is_cut_to_a_quarter_of_the_rows(features, rank, side):
+    sizes = {"input": (features, 9), "grad": (9, features), "auto": (1000, features)}[side]
+    assert MemAOPConfig(side=side).rank_for(256, *sizes) == rank
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_numbers_of_numpy_are_numbers():
 def test_k_is_whole_blocks(rows, block, k):
     config = MemAOPConfig(block_rows=block, memory="none")
     assert config.num_rows(rows) == k
-    assert len(select(torch.rand(rows), config).indices) == k
+    assert len(select(torch.rand(rows), config, k).indices) == k
 
 
 @pytest.mark.parametrize("block_rows", [16.0, True, "16"])

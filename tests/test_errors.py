@@ -69,10 +69,14 @@ def test_operands_of_weight_grad_of_a_wrong_dtype():
     [
         (MemAOPConfig(), None, "memory is None, but config.memory='subspace' needs a Subspace"),
         (PLAIN, ResidualMemory(12, 5), "memory is a ResidualMemory, but .*'none' needs None"),
-        (MemAOPConfig.paper(), SubspaceMemory(12, 2), "is a SubspaceMemory, .* needs a Residual"),
+        (
+            MemAOPConfig.paper(),
+            SubspaceMemory(12, 8, 2),
+            "is a SubspaceMemory, .* needs a Residual",
+        ),
         (MemAOPConfig.paper(), ResidualMemory(12, 5, signed=True), "memory.signed=True, but"),
         (MemAOPConfig.paper(), ResidualMemory(11, 5), "rows of 11 inputs, but x has rows of 12"),
-        (MemAOPConfig(), SubspaceMemory(11, 2), "rows of 11 inputs, but x has rows of 12"),
+        (MemAOPConfig(), SubspaceMemory(11, 8, 2), "rows of 11 inputs, but x has rows of 12"),
         (MemAOPConfig.paper(), ResidualMemory(12, 4), "4 outputs"),
     ],
 )
@@ -84,10 +88,19 @@ def test_memory_that_does_not_fit(config, memory, message, outputs):
         memaop_linear(torch.ones(30, 12), torch.ones(outputs, 12), None, config, memory)
 
 
-@pytest.mark.parametrize(("rank", "inputs"), [(0, 12), (-1, 12), (13, 12)])
-def test_rank_that_does_not_fit(rank, inputs):
-    with pytest.raises(ValueError, match=f"rank={rank} does not fit.*in_features={inputs}.*1 to"):
-        SubspaceMemory(inputs, rank)
+@pytest.mark.parametrize(
+    ("rank", "side", "named"),
+    [
+        (0, "input", "in_features=12"),
+        (-1, "grad", "out_features=9"),
+        (13, "input", "in_features=12"),
+        (10, "grad", "out_features=9"),
+        (10, "auto", "out_features=9"),
+    ],
+)
+def test_rank_that_does_not_fit(rank, side, named):
+    with pytest.raises(ValueError, match=f"rank={rank} does not fit.*{named}.*1 to"):
+        SubspaceMemory(12, 9, rank, side=side)
 
 
 def test_refresh_interval_of_a_memory():

@@ -45,12 +45,13 @@ def test_row_memory_holds_one_slot_per_row():
 
 
 def test_subspace_memory_holds_an_orthonormal_basis_whatever_the_batch():
-    config = MemAOPConfig(k=3, rank=3)
-    memory = new_memory(config, 12, 5)
-    for rows in (17, 170, 5):
-        weight_grad(*operands(rows, dtype=torch.float32), config, memory)
-        assert memory.nbytes == 12 * 3 * 4
-        torch.testing.assert_close(memory.basis.T @ memory.basis, torch.eye(3))
+    for side, numbers in (("input", 12 * 3), ("grad", 16 * 3), ("auto", (12 + 16) * 3)):
+        config = MemAOPConfig(k=3, rank=3, side=side)
+        memory = new_memory(config, 12, 16)
+        for rows in (17, 170, 5):
+            weight_grad(*operands(rows, 12, 16, torch.float32), config, memory)
+            assert memory.nbytes == numbers * 4
+            torch.testing.assert_close(memory.basis.T @ memory.basis, torch.eye(3))
 
 
 @pytest.mark.parametrize("memory", ["residual", "signed"])
@@ -68,7 +69,7 @@ def test_shorter_batch_uses_the_first_slots_and_longer_grows(memory):
 
 
 def test_subspace_finds_and_follows_the_leading_directions():
-    config = MemAOPConfig(k=8, rank=2, refresh_every=2)
+    config = MemAOPConfig(k=8, rank=2, refresh_every=2, side="input")
     memory = new_memory(config, 12, 5)
     for axes in ([0, 1], [4, 7]):
         for _ in range(8):
@@ -80,7 +81,7 @@ def test_subspace_finds_and_follows_the_leading_directions():
 
 @pytest.mark.parametrize("refresh_every", [1, 3])
 def test_subspace_is_refreshed_every_few_steps(refresh_every):
-    config = MemAOPConfig(k=8, rank=2, refresh_every=refresh_every)
+    config = MemAOPConfig(k=8, rank=2, refresh_every=refresh_every, side="input")
     memory = new_memory(config, 12, 5)
     weight_grad(*operands(64), config, memory)
     changed = []
@@ -93,7 +94,7 @@ def test_subspace_is_refreshed_every_few_steps(refresh_every):
 
 
 def test_subspace_of_float16_inputs_with_a_large_mean_follows_it():
-    config = MemAOPConfig(k=8, rank=4, refresh_every=1)
+    config = MemAOPConfig(k=8, rank=4, refresh_every=1, side="input")
     memory = new_memory(config, 256, 5)
     for _ in range(4):
         x = (10 + torch.randn(4096, 256)).half()
@@ -229,7 +230,7 @@ def test_peak_memory_is_the_gathered_rows_and_a_few_vectors(scheme, dtype):
 
 def test_a_captured_step_refreshes_the_basis_when_an_eager_one_would(monkeypatch):
     """The steps of a graph count on the device, and every replay decides there."""
-    config = MemAOPConfig(k=3, rank=3, refresh_every=3)
+    config = MemAOPConfig(k=3, rank=3, refresh_every=3, side="input")
     eager, captured = new_memory(config, 12, 5), new_memory(config, 12, 5)
     batches = [operands(17, dtype=torch.float32) for _ in range(10)]
     for memory in (eager, captured):

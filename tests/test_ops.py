@@ -110,21 +110,25 @@ def flops(layer, rows=M):
 
 
 GEMM = 2 * M * N * P
+NORMS = 2 * M * (N + P)
 
 
 def test_flops_of_a_layer_are_those_of_its_gemms():
     assert flops(nn.Linear(N, P)) == 3 * GEMM
     plain = convert_(nn.Linear(N, P), MemAOPConfig(ratio=1 / 4, memory="none"))
-    assert flops(plain) == 2.25 * GEMM
+    assert flops(plain) == 2.25 * GEMM + NORMS
     exact = convert_(nn.Linear(N, P), MemAOPConfig(ratio=1, memory="none"))
     assert flops(exact) == 3 * GEMM
     sampled = MemAOPConfig(ratio=1 / 4, memory="none", grad_input="sampled")
-    assert flops(convert_(nn.Linear(N, P), sampled)) == 1.5 * GEMM
+    assert flops(convert_(nn.Linear(N, P), sampled)) == 1.5 * GEMM + NORMS
 
 
 def test_flops_of_the_subspace():
-    config = MemAOPConfig(ratio=1 / 4, rank=4, refresh_every=10)
-    k, q = M // 4, 4
-    extra = 2 * q * (M * N + M * P + N * P + k * N + M * N // 10)
-    assert flops(convert_(nn.Linear(N, P), config)) == 2.25 * GEMM + extra
+    k, q = M // 4, 3
+    for side, length, kept in (("input", N, 0), ("grad", P, 0), ("auto", N, q * (N + P))):
+        config = MemAOPConfig(ratio=1 / 4, rank=q, refresh_every=10, side=side)
+        extra = 2 * q * (M * N + M * P + N * P + k * length) + NORMS
+        extra += (2 * M + 4 * q) * q * length / 10  # a refresh
+        extra += (6 * M + 4 * q) * kept / 40  # a choice
+        assert flops(convert_(nn.Linear(N, P), config)) == 2.25 * GEMM + round(extra)
     assert flops(convert_(nn.Linear(N, P), MemAOPConfig(ratio=1, rank=4))) == 3 * GEMM

@@ -108,7 +108,10 @@ def test_loaded_basis_is_laid_out_as_it_was():
     """Products are rounded by the layout, which not every checkpoint keeps."""
     model, other = (converted(saved("subspace")) for _ in range(2))
     state = memory_state_dict(filled(saved("subspace"), model))
-    state = {n: memory | {"basis": memory["basis"].contiguous()} for n, memory in state.items()}
+    state = {
+        name: memory | {side: memory[side].contiguous() for side in ("input", "grad")}
+        for name, memory in state.items()
+    }
     load_memory_state_dict(other, state)
     for ours, theirs in zip(other[::2], model[::2], strict=True):
         assert ours.memory.basis.stride() == theirs.memory.basis.stride()
@@ -152,7 +155,7 @@ def test_memory_of_another_kind_names_the_layer(other, message):
         ("residual", "x", r"memory of layer '2': x has shape \(17, 9\), .* needs \(17, 8\)"),
         ("residual", "g", r"memory of layer '2': g has shape \(17, 9\), .* needs \(17, 8\)"),
         ("residual", "filled", r"memory of layer '2': filled has shape \(9,\), .* needs \(17,\)"),
-        ("subspace", "basis", r"memory of layer '2': basis has shape \(8, 9\), .* needs \(8, 2\)"),
+        ("subspace", "input", r"memory of layer '2': input has shape \(8, 9\), .* needs \(8, 2\)"),
     ],
 )
 def test_memory_of_another_shape_names_the_layer_and_changes_nothing(memory, field, message):

@@ -22,6 +22,17 @@ def dequantized(*tensors):
 @pytest.mark.parametrize("budget", [{"k": 1}, {"ratio": 1 / 3}, {"ratio": 1.0}])
 def test_steps_equal_the_reference(scheme, rows, inputs, outputs, budget, generator):
     config = MemAOPConfig(rank=4, refresh_every=2, **budget, **scheme)
+    equal_the_reference(config, rows, inputs, outputs, generator)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("side", ["input", "grad"])
+def test_steps_of_a_given_side_equal_the_reference(shape, side, generator):
+    config = MemAOPConfig(rank=4, refresh_every=2, side=side, ratio=1 / 3)
+    equal_the_reference(config, *shape, generator)
+
+
+def equal_the_reference(config, rows, inputs, outputs, generator):
     memory = new_memory(config, inputs, outputs)
     ours, theirs = generator(1), generator(1)
     slots = None
@@ -30,10 +41,13 @@ def test_steps_equal_the_reference(scheme, rows, inputs, outputs, budget, genera
         basis = None
         if config.memory == "subspace" and config.num_rows(rows) < rows:
             if step == 0:
-                memory.basis_for(x, ours)
+                memory.begin_step(x, g, config, ours)
                 theirs.set_state(ours.get_state())
             basis = memory.basis.clone()
-        expected = weight_grad_reference(x, g, config, memory=slots, basis=basis, generator=theirs)
+        side = getattr(memory, "side", "input")
+        expected = weight_grad_reference(
+            x, g, config, memory=slots, basis=basis, side=side, generator=theirs
+        )
         slots = expected.memory
         dw = weight_grad(x, g, config, memory, generator=ours)
         torch.testing.assert_close(dw, expected.weight_grad, rtol=1e-10, atol=1e-10)
@@ -44,8 +58,10 @@ def test_steps_equal_the_reference(scheme, rows, inputs, outputs, budget, genera
     assert torch.equal(ours.get_state(), theirs.get_state())
 
 
-def plain(x, g, selection, slots=None, basis=None):
+def plain(x, g, selection, slots=None, basis=None, side="input"):
     """The weight gradient and the slots after it, in the dtype of the operands throughout."""
+    if side == "grad":
+        return plain(g, x, selection, None, basis)[0].T, None
     indices, weights = selection
     if slots is not None:
         x, g = slots[0] + x, slots[1] + g
@@ -91,9 +107,15 @@ def test_rounding_error_is_at_most_twice_that_of_torch(
             Selection(selection.indices, selection.weights.double()),
             exact_slots if config.has_row_memory else None,
             *dequantized(basis),
+            getattr(memory, "side", "input"),
         )
         torchs, torch_slots = plain(
-            x, g, selection, torch_slots if config.has_row_memory else None, basis
+            x,
+            g,
+            selection,
+            torch_slots if config.has_row_memory else None,
+            basis,
+            getattr(memory, "side", "input"),
         )
         tiny = torch.finfo(dtype).eps * exact.abs().max()
         error = (dw.double() - exact).abs().max()
@@ -209,10 +231,11 @@ def test_bernoulli_that_draws_no_row_gives_zeros():
 
 
 def test_bernoulli_that_draws_no_row_keeps_the_part_in_the_subspace():
-    config = MemAOPConfig(k=1, selection="bernoulli", rank=3)
+    config = MemAOPConfig(k=1, selection="bernoulli", rank=3, side="input")
     memory = new_memory(config, 12, 5)
     x, g = operands(17, 12, 5)
-    basis = memory.basis_for(x, None).double()
+    memory.begin_step(x, g, config)
+    basis = memory.basis.clone()
     selection = Selection(torch.arange(5), torch.zeros(5, dtype=torch.float64))
     dw = weight_grad(x, g, config, memory, selection=selection)
     torch.testing.assert_close(dw, g.T @ (x @ basis) @ basis.T)

@@ -193,7 +193,7 @@ def weight_grad(
             parts["memory"] = cost("accumulate_and_score", m, n, p, stored=DTYPE, flags=sums)
         parts["memory"] += 2 * LAUNCH  # the carry, and the flags of the selected rows
     elif config.memory == "subspace":
-        rank = config.rank_for(n)
+        rank = config.rank_for(m, n, p)
         flags = ("norms", *sums)
         parts["subspace"] = (
             cost("project", m, n, rank=rank)

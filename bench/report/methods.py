@@ -176,6 +176,6 @@ def traffic(case: Case, method: Method) -> Traffic | None:
         return None
     flops = 2.0 * case.k * case.n * case.p
     if what.memory == "subspace":
-        flops += 2.0 * case.m * MemAOPConfig().rank_for(case.n) * (case.n + case.p)
+        flops += 2.0 * case.m * MemAOPConfig().rank_for(case.m, case.n, case.p) * (case.n + case.p)
     passed = _PASS_UNITS[what.memory] * unit
     return Traffic(flops, passed, case.k / case.m * unit, what.memory == "residual")

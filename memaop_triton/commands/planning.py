@@ -19,7 +19,7 @@ from memaop_triton.commands.common import (
     say_written,
     write_json,
 )
-from memaop_triton.config import DEFAULT_RATIO, MemAOPConfig
+from memaop_triton.config import DEFAULT_RANK, DEFAULT_RATIO, MemAOPConfig
 from memaop_triton.errors import CommandError
 from memaop_triton.plan_result import Plan
 
@@ -66,7 +66,7 @@ def plan(
     ] = DEFAULT_RATIO,
     selection: Annotated[str, typer.Option(help="Which rows.")] = MemAOPConfig.selection,
     memory: Annotated[str, typer.Option(help="What is remembered.")] = MemAOPConfig.memory,
-    rank: Annotated[int, typer.Option(min=1, help="Of the subspace.")] = MemAOPConfig.rank,
+    rank: Annotated[int, typer.Option(min=1, help="Of the subspace.")] = DEFAULT_RANK,
     grad_input: Annotated[
         str, typer.Option(help="exact, or sampled: the input gradient from K rows too.")
     ] = MemAOPConfig.grad_input,

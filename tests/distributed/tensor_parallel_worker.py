@@ -257,9 +257,11 @@ def every_selection_and_memory_adds_up_what_it_selected():
                 torch.testing.assert_close(carried, old)
             elif config.memory == "subspace":
                 q = memory.basis.to(x.dtype)
-                rest = x_here - x_here @ q @ q.T
-                expected = g_here.T @ (x_here - rest) + (total * g_here).T @ rest
-                want = everywhere((rest.norm(dim=1) * g_here.norm(dim=1)).square()).sum(0)
+                a, b = (x_here, g_here) if memory.side == "input" else (g_here, x_here)
+                rest = a - a @ q @ q.T
+                expected = b.T @ (a - rest) + (total * b).T @ rest
+                expected = expected if memory.side == "input" else expected.T
+                want = everywhere((rest.norm(dim=1) * b.norm(dim=1)).square()).sum(0)
             else:
                 expected = (total * g_here).T @ x_here
                 want = (x.norm(dim=1) * g.norm(dim=1)).square()

@@ -1,0 +1,89 @@
+"""A basis of the low-dimensional subspace that the rows of a matrix mostly live in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memaop_triton.dispatch import project_rows, transposed_mm
+from memaop_triton.kernels.cpu import basis_scale
+
+
+class Basis:
+    """An orthonormal basis Q of a subspace that follows the leading directions of rows.
+
+    It starts from one power iteration on the first rows, and takes another, Q ← qr(Aᵀ Z) with
+    Z = A Q, whenever it is told to. Columns come in the order of their importance: the first r of
+    them are what the iteration makes of r columns alone.
+
+    Args:
+        features: Length of the rows.
+        rank: Dimension of the subspace, at most `features`.
+
+    Attributes:
+        q: [features, rank] float32 (float64 for float64 rows), or `None` before the first rows.
+    """
+
+    def __init__(self, features: int, rank: int) -> None:
+        self.features = features
+        self.rank = rank
+        self.q: Tensor | None = None
+
+    def of(self, a: Tensor, rank: int, generator: torch.Generator | None = None) -> Tensor:
+        """The first `rank` columns of Q on the device and in the dtype of `a` ([M, features]).
+
+        The first call makes Q from `a`.
+        """
+        if self.q is None:
+            dtype = torch.promote_types(a.dtype, torch.float32)
+            shape = (self.features, self.rank)
+            start = torch.randn(shape, dtype=dtype, device=a.device, generator=generator)
+            self.q = by_column(torch.linalg.qr(start).Q)
+            self.iterate(a, project_rows(a, self.q.to(a.dtype))[0])
+        elif self.q.device != a.device:
+            self.move(a.device)
+        return self.q[:, :rank].to(a.dtype)
+
+    def iterate(self, a: Tensor, z: Tensor, is_due: Tensor | bool = True) -> None:
+        """One power iteration of the first r columns, by the rows `a` ([M, features]).
+
+        Args:
+            a: The rows.
+            z: [M, r] ∝ A Q.
+            is_due: Whether to take it over.
+        """
+        assert self.q is not None
+        q = self.q[:, : z.shape[1]]
+        product = transposed_mm(z, a).t().to(q.dtype)  # [features, r]
+        # A row that is not finite must not get into Q; the gradient shows it. Nothing here waits
+        # for the value, and Q stays at its address.
+        taken = product.isfinite().all() & is_due
+        refreshed = torch.linalg.qr(torch.where(taken, product, q)).Q
+        q.copy_(torch.where(taken, refreshed, q))
+
+    def left_of(self, a: Tensor, ranks: list[int]) -> Tensor:
+        """Norms of what the first r columns leave of each row, for each r: [len(ranks), M]."""
+        z, rest = project_rows(a, self.of(a, self.rank))
+        inside = (basis_scale(self.features) * z.to(rest.dtype)).square().cumsum(1)
+        whole = rest.square() + inside[:, -1]
+        left = [whole - inside[:, r - 1] if r else whole for r in ranks]
+        return torch.stack(left).clamp(min=0).sqrt()
+
+    def move(self, device: torch.device) -> None:
+        """Follow the rows to another device."""
+        if self.q is not None:
+            self.q = self.q.to(device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0 if self.q is None else self.q.nbytes
+
+
+def by_column(basis: Tensor) -> Tensor:
+    """`basis` column after column in memory, as `qr` leaves it.
+
+    Products with it are rounded by its layout. A checkpoint that kept the values only would not
+    resume to the bit.
+    """
+    return basis.t().contiguous().t()

@@ -1,0 +1,85 @@
+"""What a weight gradient costs in floating-point operations, and what a budget of them buys.
+
+A multiplication and an addition are two operations, as in PyTorch's counter. Everything that grows
+with the operands counts: products, norms, and a subspace's share of its refreshes. What is one
+number per row (scores, draws, selection) does not.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+#: Above this the Triton kernels refuse.
+MOST_RANK = 64
+#: Ranks that vectors like: a budget buys multiples of it.
+RANK_STEP = 4
+#: Refreshes of a subspace between two choices of its side and rank.
+REFRESHES_PER_CHOICE = 4
+# The largest part of a budget that may go to the subspace.
+_MOST_SHARE = 0.6
+
+
+class Subspace(NamedTuple):
+    """A subspace memory as its cost has it.
+
+    Attributes:
+        rank: Dimension in use.
+        features: Length of the rows it is a subspace of, N for X and P for G.
+        refresh_every: Steps between two power iterations.
+        kept: Numbers in the bases among which it chooses, 0 if there is no choice.
+    """
+
+    rank: int
+    features: int
+    refresh_every: int
+    kept: int
+
+
+def weight_grad_flops(m: int, n: int, p: int, k: int, subspace: Subspace | None = None) -> int:
+    """Operations of dW from `k` of `m` rows of `n` inputs and `p` outputs; dense at `k >= m`."""
+    if k >= m:
+        return 2 * m * n * p
+    flops = 2 * k * n * p + 2 * m * (n + p)
+    return flops if subspace is None else flops + round(_subspace_flops(m, n, p, k, subspace))
+
+
+def _subspace_flops(m: int, n: int, p: int, k: float, subspace: Subspace) -> float:
+    q, features, refresh_every, kept = subspace
+    # Z, Zᵀ of the other side, the basis as q more rows of the product, and what it takes from the
+    # selected rows.
+    flops = 2.0 * q * (m * (n + p) + n * p + k * features)
+    # A power iteration, and QR with its Q formed.
+    flops += (2 * m + 4 * q) * q * features / refresh_every
+    # A choice projects, iterates and projects again, on all that is kept.
+    return flops + (6 * m + 4 * q) * kept / (refresh_every * REFRESHES_PER_CHOICE)
+
+
+def rank_within(
+    budget: float, m: int, n: int, p: int, refresh_every: int, *, both_sides: bool
+) -> int:
+    """The largest rank that leaves enough of a budget for rows: at least 1, at most `MOST_RANK`.
+
+    Args:
+        budget: Operations, as a fraction of dense's 2 M N P.
+        m: M.
+        n: N.
+        p: P.
+        refresh_every: Steps between two refreshes.
+        both_sides: Whether X and G both have a basis.
+    """
+    longer = max(n, p)
+    one = Subspace(1, longer, refresh_every, n + p if both_sides else longer)
+    paid = _MOST_SHARE * (budget * 2 * m * n * p - 2 * m * (n + p))
+    steps = math.floor(paid / _subspace_flops(m, n, p, 0, one) / RANK_STEP)
+    return min(max(1, steps) * RANK_STEP, MOST_RANK)
+
+
+def rows_within(budget: float, m: int, n: int, p: int, subspace: Subspace | None = None) -> float:
+    """Rows that a budget pays for beside the norms and the subspace; may be below 1."""
+    left = budget * 2 * m * n * p - 2 * m * (n + p)
+    per_row = 2 * n * p
+    if subspace is not None:
+        left -= _subspace_flops(m, n, p, 0, subspace)
+        per_row += 2 * subspace.rank * subspace.features
+    return left / per_row
