@@ -1,0 +1,114 @@
+"""The command line of the study, `python -m bench.quality`."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+from rich.progress import TextColumn
+
+from memaop_triton.bench.quality import running, tuning
+from memaop_triton.bench.quality.options import (
+    DataDir,
+    Output,
+    Ratios,
+    Schemes,
+    SeedCount,
+    Tasks,
+    Threads,
+    use_threads,
+    wanted,
+)
+from memaop_triton.bench.quality.store import RESULTS, Run, Store
+from memaop_triton.bench.quality.tasks import TASKS
+from memaop_triton.bench.quality.tuning import Trial
+from memaop_triton.commands.common import progress
+from memaop_triton.errors import CommandError
+from memaop_triton.experiments.data import resolve_data_dir
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="What sampled weight gradients cost in quality.",
+)
+
+
+@app.command()
+def run(
+    task: Tasks = None,
+    scheme: Schemes = None,
+    ratio: Ratios = None,
+    seeds: SeedCount = 3,
+    threads: Threads = None,
+    data_dir: DataDir = None,
+    output: Output = RESULTS,
+) -> None:
+    """Train what has not been trained yet; it may be stopped and started again at any time."""
+    use_threads(threads)
+    folder, store, console = resolve_data_dir(data_dir), Store(output), Console()
+    jobs = wanted(task, scheme, ratio, seeds).jobs()
+    runs = store.runs()
+    left = running.pending(jobs, runs)
+    console.print(f"{len(jobs) - len(left)} of {len(jobs)} runs are there, {_estimate(left, runs)}")
+    with progress(console, TextColumn("{task.fields[estimate]}")) as bar:
+        overall = bar.add_task("runs", total=len(left), estimate="")
+        current = bar.add_task("", total=1, estimate="")
+        for number, job in enumerate(left, start=1):
+            name = f"{job.cell.task} {job.cell.scheme} {job.cell.ratio} seed {job.seed}"
+            bar.reset(current, description=name, total=TASKS[job.cell.task].steps)
+            done, _ = running.do(
+                job, store, folder, lambda step: bar.update(current, completed=step)
+            )
+            runs.append(done)
+            estimate = _estimate(left[number:], runs)
+            bar.update(overall, advance=1, estimate=estimate)
+            console.print(f"{name}: {_result(done)}; {estimate}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def tune(
+    task: Tasks = None,
+    threads: Threads = None,
+    data_dir: DataDir = None,
+    output: Output = RESULTS,
+) -> None:
+    """Try learning rates for the dense network; the best one goes into tasks.py."""
+    use_threads(threads)
+    folder, console = resolve_data_dir(data_dir), Console()
+
+    def say(trial: Trial) -> None:
+        score = f"loss {trial.loss:.4f}, accuracy {trial.accuracy:.2f} %"
+        console.print(f"{trial.task} lr {trial.lr:g} seed {trial.seed}: {score}", highlight=False)
+
+    for name in task or TASKS:
+        best = tuning.tune(TASKS[name], output / "tuning.csv", folder, say)
+        console.print(f"{name}: {best:g} is best, {TASKS[name].optimizer.lr:g} is used")
+
+
+def _result(run: Run) -> str:
+    if run.diverged_at:
+        return f"diverged at step {run.diverged_at}, {run.seconds:.0f} s"
+    return f"loss {run.loss:.4f}, accuracy {run.accuracy:.2f} %, {run.seconds:.0f} s"
+
+
+def _estimate(left: list[running.Job], runs: list[Run]) -> str:
+    seconds = running.remaining_seconds(left, runs)
+    if seconds is None:
+        unseen = {job.cell.task for job in left} - {run.task for run in runs}
+        known = [job for job in left if job.cell.task not in unseen]
+        seconds = running.remaining_seconds(known, runs) or 0.0
+        more = f" and {', '.join(sorted(unseen))}, not timed yet"
+    else:
+        more = ""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{len(left)} left: {f'{hours} h ' if hours else ''}{minutes} min{more}"
+
+
+def main() -> None:
+    """Entry point: wrong options and missing data are told in one line, code 2."""
+    try:
+        app()
+    except CommandError as error:
+        print(f"bench.quality: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
