@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import TextColumn
 
-from memaop_triton.bench.quality import running, tuning
+from memaop_triton.bench.quality import crossterms, running, step_times, tables, tuning
 from memaop_triton.bench.quality.options import (
     DataDir,
     Output,
@@ -20,12 +20,16 @@ from memaop_triton.bench.quality.options import (
     use_threads,
     wanted,
 )
+from memaop_triton.bench.quality.report import write
+from memaop_triton.bench.quality.schemes import DENSE
+from memaop_triton.bench.quality.step_times import StepTime
 from memaop_triton.bench.quality.store import RESULTS, Run, Store
 from memaop_triton.bench.quality.tasks import TASKS
 from memaop_triton.bench.quality.tuning import Trial
-from memaop_triton.commands.common import progress
+from memaop_triton.commands.common import progress, say_written
 from memaop_triton.errors import CommandError
 from memaop_triton.experiments.data import resolve_data_dir
+from memaop_triton.experiments.errors import require_extra
 
 app = typer.Typer(
     add_completion=False,
@@ -83,7 +87,56 @@ def tune(
 
     for name in task or TASKS:
         best = tuning.tune(TASKS[name], output / "tuning.csv", folder, say)
-        console.print(f"{name}: {best:g} is best, {TASKS[name].optimizer.lr:g} is used")
+        used = f"{TASKS[name].optimizer.lr:g} is used"
+        console.print(f"{name}: {'none' if best is None else f'{best:g}'} is best, {used}")
+
+
+@app.command()
+def time(
+    task: Tasks = None,
+    scheme: Schemes = None,
+    ratio: Ratios = None,
+    threads: Threads = None,
+    data_dir: DataDir = None,
+    output: Output = RESULTS,
+) -> None:
+    """Time training steps, in turns with dense ones, on a machine that does nothing else."""
+    use_threads(threads)
+    folder, console, path = resolve_data_dir(data_dir), Console(), output / "seconds.csv"
+    left = [cell for cell in wanted(task, scheme, ratio).cells() if cell.scheme != DENSE]
+    for cell in left:
+        times = tables.read(path, StepTime)
+        if step_times.is_timed(cell, times):
+            continue
+        one = step_times.measure(cell, folder)
+        step_times.add(path, one)
+        name = f"{cell.task} {cell.scheme} {cell.ratio}"
+        share = f"{one.share:.3f} of dense ({one.share_q1:.3f} to {one.share_q3:.3f})"
+        console.print(f"{name}: {one.ms:.1f} ms, {share}", highlight=False, soft_wrap=True)
+
+
+@app.command("crossterms")
+def cross_terms(
+    task: Tasks = None,
+    ratio: Ratios = None,
+    threads: Threads = None,
+    data_dir: DataDir = None,
+    output: Output = RESULTS,
+) -> None:
+    """Sum weight gradients on frozen weights, beside the dense ones; MLP and GPT by default."""
+    use_threads(threads)
+    folder, console = resolve_data_dir(data_dir), Console()
+    for name in task or crossterms.TASKS:
+        for one in ratio or crossterms.RATIOS:
+            console.print(f"{name}, {one}", highlight=False)
+            crossterms.run(name, one, output / "crossterms.csv", folder)
+
+
+@app.command()
+def report(output: Output = RESULTS) -> None:
+    """Write quality.md, quality.html and their pictures from what has been run so far."""
+    require_extra("matplotlib", "scipy")
+    say_written(Console(), *write(output))
 
 
 def _result(run: Run) -> str:

@@ -87,6 +87,20 @@ class Cell(NamedTuple):
     ratio: str
 
     @property
+    def is_known(self) -> bool:
+        """Whether its names stand for something."""
+        return self.task in TASKS and self.scheme in SCHEMES
+
+    @property
+    def place(self) -> tuple[tuple[int, str], ...]:
+        """Sorts cells as their names stand in the tables, unknown ones last."""
+        tables = (list(TASKS), list(SCHEMES), [WHOLE, *RATIOS])
+        pairs = zip(tables, self, strict=True)
+        return tuple(
+            (names.index(one) if one in names else len(names), one) for names, one in pairs
+        )
+
+    @property
     def config(self) -> MemAOPConfig | None:
         """What its layers are converted with."""
         return SCHEMES[self.scheme].config(self.ratio)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from filelock import FileLock
 
 from memaop_triton.bench.quality import tables
-from memaop_triton.bench.quality.schemes import RATIOS, SCHEMES, WHOLE, Cell
+from memaop_triton.bench.quality.schemes import Cell
 from memaop_triton.bench.quality.tasks import TASKS
 from memaop_triton.bench.quality.training import Outcome
 
@@ -121,24 +121,12 @@ class Store:
 
 def is_current(run: Run) -> bool:
     """Whether a run is of what its names stand for now."""
-    known = run.task in TASKS and run.scheme in SCHEMES
-    return known and run.code == run.cell.code
+    return run.cell.is_known and run.code == run.cell.code
 
 
 def _key(row: Run | CurvePoint) -> Key:
     return row.task, row.scheme, row.ratio, row.seed
 
 
-_PLACES = tuple(
-    {name: place for place, name in enumerate(names)}
-    for names in (TASKS, SCHEMES, (WHOLE, *RATIOS))
-)
-
-
 def _order(row: Run | CurvePoint) -> tuple[object, ...]:
-    """As tasks, schemes and ratios stand in their tables; what is in none comes last, by name."""
-    names = (row.task, row.scheme, row.ratio)
-    found = (
-        (places.get(name, len(places)), name) for places, name in zip(_PLACES, names, strict=True)
-    )
-    return (*found, row.seed)
+    return (*Cell(row.task, row.scheme, row.ratio).place, row.seed)

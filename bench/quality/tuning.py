@@ -50,7 +50,7 @@ def with_rate(task: Task, lr: float) -> Task:
 
 def tune(
     task: Task, path: Path, data_dir: Path | None, say: Callable[[Trial], None] = lambda _: None
-) -> float:
+) -> float | None:
     """Try the learning rates that `path` does not hold yet; the best one of all."""
     source = data.load(task, data_dir).for_tuning()
     for candidate in candidates(task):
@@ -67,12 +67,13 @@ def tune(
     return best_rate(task, tables.read(path, Trial))
 
 
-def best_rate(task: Task, trials: Iterable[Trial]) -> float:
-    """The learning rate with the best mean; one at which a run diverged is none."""
+def best_rate(task: Task, trials: Iterable[Trial]) -> float | None:
+    """The learning rate with the best mean, of those at which no run diverged; `None` of none."""
     results: dict[float, list[float]] = {}
     for trial in trials:
         if trial.task == task.name and trial.code == code_of(with_rate(task, trial.lr), None):
             value = trial.accuracy if task.metric == "accuracy" else trial.loss
             results.setdefault(trial.lr, []).append(task.sign * value)
     means = {lr: statistics.fmean(values) for lr, values in results.items()}
-    return max((lr for lr in means if math.isfinite(means[lr])), key=lambda lr: means[lr])
+    finite = [lr for lr in means if math.isfinite(means[lr])]
+    return max(finite, key=lambda lr: means[lr], default=None)
