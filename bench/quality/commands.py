@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import typer
 from rich.console import Console
@@ -128,8 +129,8 @@ def cross_terms(
     folder, console = resolve_data_dir(data_dir), Console()
     for name in task or crossterms.TASKS:
         for one in ratio or crossterms.RATIOS:
-            console.print(f"{name}, {one}", highlight=False)
-            crossterms.run(name, one, output / "crossterms.csv", folder)
+            tell = partial(_tell, console, f"{name} {one}:")
+            crossterms.run(name, one, output / "crossterms.csv", folder, tell)
 
 
 @app.command()
@@ -137,6 +138,10 @@ def report(output: Output = RESULTS) -> None:
     """Write quality.md, quality.html and their pictures from what has been run so far."""
     require_extra("matplotlib", "scipy")
     say_written(Console(), *write(output))
+
+
+def _tell(console: Console, *words: str) -> None:
+    console.print(*words, highlight=False)
 
 
 def _result(run: Run) -> str:

@@ -11,7 +11,7 @@ With `randk` the ages are known beforehand, and so is the inflation; see `predic
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,16 +82,25 @@ class CrossTerms(NamedTuple):
     predicted: float
 
 
-def run(task: str, ratio: str, path: Path, data_dir: Path | None) -> None:
+def run(
+    task: str,
+    ratio: str,
+    path: Path,
+    data_dir: Path | None,
+    progress: Callable[[str], None] = lambda layer: None,
+) -> None:
     """All methods on all hidden layers of a task, written into the file at `path`."""
-    found = capture(tasks.TASKS[task], data.load(tasks.TASKS[task], data_dir), TRAINED, BATCHES[-1])
-    lines = [
-        line
-        for layer, batches in found.items()
-        for selection, memory in METHODS
-        for draw in range(draws(selection, memory))
-        for line in compare(task, layer, batches, selection, memory, value_of(ratio), draw)
-    ]
+    captured = capture(
+        tasks.TASKS[task], data.load(tasks.TASKS[task], data_dir), TRAINED, BATCHES[-1]
+    )
+    lines = []
+    for layer, batches in captured.items():
+        for selection, memory in METHODS:
+            method = (selection, memory, value_of(ratio))
+            predicted = predictions(batches, *method)
+            for draw in range(draws(selection, memory)):
+                lines += compare(task, layer, batches, *method, draw, predicted)
+        progress(layer)
     others = [
         line
         for line in tables.read(path, CrossTerms)
@@ -147,8 +156,12 @@ def compare(
     memory: str,
     ratio: float,
     draw: int = 0,
+    predicted: Mapping[int, float] | None = None,
 ) -> Iterator[CrossTerms]:
-    """One method on the batches of one layer, a line for every T of `BATCHES` that there are."""
+    """One method on the batches of one layer, a line for every T of `BATCHES` that there are.
+
+    `predicted` is what `predictions` gives, for a method that it knows.
+    """
     config = MemAOPConfig(ratio=ratio, selection=selection, memory=memory)
     kept = new_memory(config, batches[0].x.shape[1], batches[0].g.shape[1])
     generator = torch.Generator().manual_seed(draw)
@@ -162,15 +175,13 @@ def compare(
             assert kept.filled is not None
             slots.empty(number, ~kept.filled, pairing=memory == "residual")
         if number in BATCHES:
-            cross = unexplained = predicted = math.nan
+            cross = unexplained = math.nan
             size = dense.norm()
             if isinstance(kept, ResidualMemory):
                 own = dense - slots.pending(number)
                 cross = float((returned - own).norm() / size)
                 if memory == "residual":
                     unexplained = float((returned - own - slots.cross).norm() / size)
-                if selection == "randk":
-                    predicted = predicted_ratio(batches[:number], ratio, signed=memory == "signed")
             yield CrossTerms(
                 task,
                 layer,
@@ -184,7 +195,7 @@ def compare(
                 float((returned - dense).norm() / size),
                 cross,
                 unexplained,
-                predicted,
+                math.nan if predicted is None else predicted[number],
             )
 
 
@@ -208,14 +219,16 @@ class _Slots:
         self._emptied[emptied] = number
 
     def _pair(self, number: int, emptied: Tensor) -> None:
-        first = int(self._emptied[emptied].min())
-        sum_x, sum_g = (torch.zeros_like(a[emptied].double()) for a in self._batches[0])
-        for before in range(first, number):
-            x, g = (a[emptied].double() for a in self._batches[before])
-            lived = (self._emptied[emptied] <= before)[:, None]
-            x, g = x * lived, g * lived
-            self.cross += g.t() @ sum_x + sum_g.t() @ x
-            sum_x, sum_g = sum_x + x, sum_g + g
+        slots = emptied.nonzero().flatten()
+        slots = slots[self._emptied[slots].argsort()]  # longest lives first
+        born = self._emptied[slots]
+        sum_x, sum_g = (torch.zeros_like(a[slots].double()) for a in self._batches[0])
+        for before in range(int(born[0]), number):
+            alive = int((born <= before).sum())
+            x, g = (a[slots[:alive]].double() for a in self._batches[before])
+            self.cross += g.t() @ sum_x[:alive] + sum_g[:alive].t() @ x
+            sum_x[:alive] += x
+            sum_g[:alive] += g
 
     def pending(self, number: int) -> Tensor:
         """Σ g xᵀ over all rows of the first `number` batches that were not returned yet."""
@@ -225,6 +238,17 @@ class _Slots:
             held = self._emptied <= before
             total += (g[held].t() @ x[held]).double()
         return total
+
+
+def predictions(
+    batches: Sequence[Rows], selection: str, memory: str, ratio: float
+) -> dict[int, float] | None:
+    """`predicted_ratio` by T, `None` for a method about which it says nothing."""
+    if selection != "randk" or memory == "none":
+        return None
+    signed = memory == "signed"
+    counts = [count for count in BATCHES if count <= len(batches)]
+    return {count: predicted_ratio(batches[:count], ratio, signed=signed) for count in counts}
 
 
 def predicted_ratio(batches: Sequence[Rows], ratio: float, *, signed: bool) -> float:

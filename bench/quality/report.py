@@ -60,13 +60,14 @@ def document(found: Results) -> Document:
         (),
         " ".join(_missing(found)),
         (
+            sections.overview_section(found),
             sections.reading_section(),
             *(sections.task_section(found, task) for task in TASKS.values()),
             sections.cross_terms_section(found),
             sections.tuning_section(found),
         ),
         kind="Study",
-        pictures="all pictures in one file",
+        pictures="those below, in one file with the tables",
     )
 
 

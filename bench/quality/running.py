@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from memaop_triton.bench.quality import data, flops
+from memaop_triton.bench.quality.flops import Flops
 from memaop_triton.bench.quality.schemes import DENSE, Cell, cells
 from memaop_triton.bench.quality.store import Run, Store
 from memaop_triton.bench.quality.tasks import TASKS
@@ -63,7 +65,7 @@ def do(
     """Train, count, and keep the result."""
     task, config = TASKS[job.cell.task], job.cell.config
     source = data.load(task, data_dir)
-    counted = flops.count(task, config, data.first_batch(source, task.batch))
+    counted = _flops(job.cell, data_dir)
     outcome = train(task, config, job.seed, source, progress)
     run = Run(
         *job.cell,
@@ -76,6 +78,13 @@ def do(
     )
     store.add(run, outcome)
     return run, outcome
+
+
+@functools.cache
+def _flops(cell: Cell, data_dir: Path | None) -> Flops:
+    task = TASKS[cell.task]
+    batch = data.first_batch(data.load(task, data_dir), task.batch)
+    return flops.count(task, cell.config, batch)
 
 
 def remaining_seconds(jobs: Iterable[Job], runs: Iterable[Run]) -> float | None:

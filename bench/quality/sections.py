@@ -27,7 +27,7 @@ from memaop_triton.bench.report.blocks import (
     Cell as Entry,
 )
 
-CURVE_RATIO = "1/8"
+OVERVIEW_RATIO = CURVE_RATIO = "1/8"
 READING = (
     "Runs of a task with the same seed start from the same weights and see the same batches. A "
     "difference is scheme − dense of such pairs: its mean ± half of a 95 % interval by Student's t "
@@ -45,6 +45,22 @@ READING = (
     "in turns with dense. The runs themselves may have shared their machine.",
     "Curves are on a fixed sample of the held-out data, tables on all of it.",
 )
+
+
+def overview_section(results: Results) -> Section:
+    """All schemes on all tasks at one ratio."""
+    names = [name for name in SCHEMES if name != DENSE]
+    rows = [
+        (
+            Entry(SCHEMES[name].label),
+            *(_difference(results, Cell(task, name, OVERVIEW_RATIO)) for task in TASKS),
+        )
+        for name in names
+    ]
+    caption = f"Difference to dense at r = {OVERVIEW_RATIO}"
+    units = "Accuracy in points, more is better; loss of the GPTs in nats, less is better."
+    head = ("scheme", *TASKS)
+    return Section("overview", "At a glance", [units, Table(head, tuple(rows), caption=caption)])
 
 
 def task_section(results: Results, task: Task) -> Section:
@@ -205,9 +221,8 @@ def tuning_section(results: Results) -> Section:
             value = fmean(one.accuracy if task.metric == "accuracy" else one.loss for one in mine)
             used = "used" if lr == task.optimizer.lr else ""
             tone = "best" if lr == best else ""
-            rows.append(
-                (Entry(task.name), Entry(f"{lr:g}", used), Entry(_number(task, value), tone=tone))
-            )
+            shown = _number(task, value) if math.isfinite(value) else "diverged"
+            rows.append((Entry(task.name), Entry(f"{lr:g}", used), Entry(shown, tone=tone)))
     if not rows:
         return Section("tuning", title, ["Not run yet."])
     caption = "Accuracy in %, or loss in nats, on a part of the training data; the best is marked."
