@@ -23,7 +23,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	rm -rf build/types && mkdir -p build/types
 	cp -R memaop_triton build/types/ && cp -R kernels build/types/memaop_triton/
-	mkdir build/types/memaop_triton/bench && cp -R bench/report build/types/memaop_triton/bench/
+	mkdir build/types/memaop_triton/bench
+	cp -R bench/report bench/quality build/types/memaop_triton/bench/
 	cp $(TYPED_BENCH) build/types/memaop_triton/bench/
 	cd build/types && ../../$(BIN)/mypy -p memaop_triton --config-file ../../pyproject.toml
 

@@ -68,6 +68,21 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture that was drawn before, as wide as the page.
+
+    Attributes:
+        title: Above it.
+        svg: The picture.
+        file: Its name beside the report, for Markdown.
+    """
+
+    title: str
+    svg: str
+    file: str
+
+
+@dataclass(frozen=True)
 class Bullets:
     """A list; what is beyond `shown` is folded away."""
 
@@ -89,7 +104,7 @@ class Subheading:
     text: str
 
 
-Block = str | Subheading | Table | Chart | Bullets | Code
+Block = str | Subheading | Table | Chart | Picture | Bullets | Code
 
 
 @dataclass(frozen=True)

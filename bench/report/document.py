@@ -23,6 +23,8 @@ class Document:
         figures: The headline numbers.
         missing: What the run has no numbers for; may be empty.
         sections: In order.
+        kind: What is written above the title.
+        pictures: What only the page has, for Markdown.
     """
 
     title: str
@@ -31,6 +33,8 @@ class Document:
     figures: tuple[Figure, ...]
     missing: str
     sections: tuple[Section, ...]
+    kind: str = "Performance report"
+    pictures: str = "roofline, curves, maps"
 
 
 def document(run: Run, comparison: Comparison | None) -> Document:

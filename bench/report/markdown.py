@@ -11,6 +11,7 @@ from memaop_triton.bench.report.blocks import (
     Cell,
     Chart,
     Code,
+    Picture,
     Subheading,
     Table,
 )
@@ -25,7 +26,8 @@ def markdown(document: Document, page: str) -> str:
         "\n".join(f"- **{plain(f.value)}** {_figure(f)}" for f in document.figures),
         plain(document.missing),
         "\n".join(["| | |", "|---|---|", *map(_fact, document.facts)]),
-        f"The page beside this file, [{page}]({page}), has the pictures: roofline, curves, maps.",
+        f"The page beside this file, [{page}]({page}), has the pictures: "
+        f"{plain(document.pictures)}.",
     ]
     for section in document.sections:
         parts.append(f"## {plain(section.title)}")
@@ -62,6 +64,8 @@ def _block(block: Block) -> str:
             return f"```\n{block.text}\n```"
         case Chart():
             return ""
+        case Picture():
+            return f"![{plain(block.title)}]({block.file})"
 
 
 def _bullets(bullets: Bullets) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from itertools import groupby
@@ -15,6 +16,7 @@ from memaop_triton.bench.report.blocks import (
     Cell,
     Chart,
     Code,
+    Picture,
     Section,
     Subheading,
     Table,
@@ -37,7 +39,7 @@ def page(document: Document) -> str:
             '<meta name="color-scheme" content="light dark">',
             f"<title>{title}</title>\n<style>\n{_STYLE.read_text(encoding='utf-8')}</style>",
             "</head>\n<body><main>\n",
-            f'<header><p class="kicker">Performance report</p><h1>{title}</h1>',
+            f'<header><p class="kicker">{escape(document.kind)}</p><h1>{title}</h1>',
             f'<p class="summary">{inline(document.summary)}</p></header>\n',
             _figures(document.figures),
             f'<p class="gap">{inline(document.missing)}</p>\n' if document.missing else "",
@@ -106,6 +108,8 @@ def _block(block: Block) -> str:
             return f"<pre><code>{escape(block.text)}</code></pre>\n"
         case Chart():
             return _chart(block)
+        case Picture():
+            return _picture(block)
 
 
 def _chart(chart: Chart) -> str:
@@ -113,6 +117,14 @@ def _chart(chart: Chart) -> str:
     drawn = "".join(f'<div class="on-{name}">{chart.draw(WIDTHS[name])}</div>' for name in needed)
     title = f"<figcaption>{inline(chart.title)}</figcaption>"
     return f'<figure class="chart share-{chart.share}">{title}{drawn}</figure>'
+
+
+def _picture(picture: Picture) -> str:
+    """As an image of its own: names inside one picture cannot meet those of another."""
+    content = b64encode(picture.svg.encode()).decode("ascii")
+    image = f'<img src="data:image/svg+xml;base64,{content}" alt="{escape(picture.title)}">'
+    title = f"<figcaption>{inline(picture.title)}</figcaption>"
+    return f'<figure class="picture">{title}{image}</figure>\n'
 
 
 def _bullets(bullets: Bullets) -> str:

@@ -26,6 +26,11 @@ CLASSES = 10
 
 _OPENML_NAMES = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
 _ENERGY_SHAPE = (768, 10)
+_TEXT_SOURCES = {
+    "tinyshakespeare": (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    )
+}
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -105,6 +110,31 @@ def load_energy(data_dir: Path | None = None) -> npt.NDArray[np.float64]:
     if table.shape != _ENERGY_SHAPE:
         raise DataError(f"{source} has shape {table.shape}, the energy data has {_ENERGY_SHAPE}.")
     return table
+
+
+def load_text(name: str, data_dir: Path | None = None) -> str:
+    """The text `"tinyshakespeare"`, 1.1 million characters.
+
+    Args:
+        name: Which one.
+        data_dir: Holds `tinyshakespeare.txt`. OpenML has no texts, so nothing is fetched without.
+
+    Raises:
+        DataError: The file is missing or not UTF-8.
+    """
+    source = f"the file is {_TEXT_SOURCES[name]}"
+    if data_dir is None:
+        raise DataError(
+            f"{name}.txt is not downloaded by itself: {source}; put it into a directory and name "
+            f"that with --data-dir or {DATA_DIR_VARIABLE}."
+        )
+    path = data_dir / f"{name}.txt"
+    if not path.is_file():
+        raise DataError(f"--data-dir={data_dir} has no file {path.name}: {source}.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}): {source}.") from None
 
 
 def _digits() -> Images:

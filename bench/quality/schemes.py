@@ -1,0 +1,143 @@
+"""How weight gradients are computed: a table with a line per scheme, and which cells are run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from memaop_triton import MemAOPConfig
+from memaop_triton.bench.quality.tasks import TASKS, Task
+
+#: Raise it when `training` or `data` changes what a run gives.
+PROTOCOL = 1
+
+DENSE = "dense"
+WHOLE = "1"  # the ratio of dense
+RATIOS = ("1/2", "1/4", "1/8", "1/16", "1/32")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to compute weight gradients.
+
+    Attributes:
+        name: Key on the command line and in files.
+        label: For readers.
+        make: From a ratio to the configuration; `None` for dense.
+    """
+
+    name: str
+    label: str
+    make: Callable[[float], MemAOPConfig] | None
+
+    def config(self, ratio: str) -> MemAOPConfig | None:
+        """The configuration at a ratio like `"1/8"`."""
+        return None if self.make is None else self.make(value_of(ratio))
+
+
+def _of(selection: str, memory: str, **settings: Any) -> Callable[[float], MemAOPConfig]:
+    return lambda ratio: MemAOPConfig(ratio=ratio, selection=selection, memory=memory, **settings)
+
+
+# In the order in which they are run and shown.
+_TABLE: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
+    ("subspace", "priority + subspace", _of("priority", "subspace", rank=16)),
+    ("priority", "priority", _of("priority", "none")),
+    ("topk-residual", "topk + residual (paper)", _of("topk", "residual")),
+    ("topk-signed", "topk + signed", _of("topk", "signed")),
+    ("topk", "topk", _of("topk", "none")),
+    ("randk-residual", "randk + residual (paper)", _of("randk", "residual")),
+    ("weightedk-residual", "weightedk + residual (paper)", _of("weightedk", "residual")),
+    ("randk-signed", "randk + signed", _of("randk", "signed")),
+    ("topk-signed-half", "topk + signed, decay ½", _of("topk", "signed", decay=0.5)),
+    ("randk-rescaled", "randk, rescaled", _of("randk", "none", rescale=True)),
+    ("crs", "crs", _of("crs", "none")),
+    ("bernoulli", "bernoulli", _of("bernoulli", "none")),
+    ("wta", "wta", _of("wta", "none")),
+    (
+        "subspace-both",
+        "priority + subspace, dX sampled",
+        _of("priority", "subspace", rank=16, grad_input="sampled"),
+    ),
+    (
+        "priority-both",
+        "priority, dX sampled",
+        _of("priority", "none", grad_input="sampled"),
+    ),
+)
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (Scheme(DENSE, "dense", None), *(Scheme(*line) for line in _TABLE))
+}
+
+# The larger networks repeat the comparisons that matter.
+_FEW = ("subspace", "priority", "topk-residual", "topk-signed", "subspace-both")
+_FEW_RATIOS = ("1/4", "1/8", "1/16")
+_LARGE = ("gpt-512", "gpt-256")
+
+
+class Cell(NamedTuple):
+    """A task under a scheme at a ratio."""
+
+    task: str
+    scheme: str
+    ratio: str
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its names stand for something."""
+        return self.task in TASKS and self.scheme in SCHEMES
+
+    @property
+    def place(self) -> tuple[tuple[int, str], ...]:
+        """Sorts cells as their names stand in the tables, unknown ones last."""
+        tables = (list(TASKS), list(SCHEMES), [WHOLE, *RATIOS])
+        pairs = zip(tables, self, strict=True)
+        return tuple(
+            (names.index(one) if one in names else len(names), one) for names, one in pairs
+        )
+
+    @property
+    def config(self) -> MemAOPConfig | None:
+        """What its layers are converted with."""
+        return SCHEMES[self.scheme].config(self.ratio)
+
+    @property
+    def dense(self) -> Cell:
+        """What it is compared with."""
+        return Cell(self.task, DENSE, WHOLE)
+
+    @property
+    def code(self) -> str:
+        """Short hash of all that determines the result of a seed."""
+        return code_of(TASKS[self.task], self.config)
+
+
+def value_of(ratio: str) -> float:
+    """0.125 for `"1/8"`."""
+    above, _, below = ratio.partition("/")
+    return int(above) / int(below or 1)
+
+
+def cells(task: str) -> list[Cell]:
+    """All cells of a task, dense first, then by importance."""
+    large = task in _LARGE
+    schemes = _FEW if large else tuple(name for name in SCHEMES if name != DENSE)
+    ratios = _FEW_RATIOS if large else RATIOS
+    return [Cell(task, DENSE, WHOLE), *(Cell(task, s, r) for s in schemes for r in ratios)]
+
+
+def code_of(task: Task, config: MemAOPConfig | None) -> str:
+    """Short hash of a task and a configuration.
+
+    A setting that is `None` does not count, so that one that is added to the library later changes
+    nothing here unless it is used.
+    """
+    fields = [] if config is None else dataclasses.fields(config)
+    values = [(field.name, getattr(config, field.name)) for field in fields]
+    settings = sorted((name, repr(value)) for name, value in values if value is not None)
+    content = f"{PROTOCOL} {task!r} {settings!r}"
+    return hashlib.sha256(content.encode()).hexdigest()[:10]

@@ -1,0 +1,156 @@
+"""The page of made-up results: values in their cells, gaps said."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from memaop_triton.bench.quality import report, results, tables
+from memaop_triton.bench.quality.crossterms import CrossTerms
+from memaop_triton.bench.quality.schemes import Cell, code_of
+from memaop_triton.bench.quality.step_times import StepTime
+from memaop_triton.bench.quality.tuning import Trial, with_rate
+from tests.quality import tiny
+
+NAN = float("nan")
+RATIOS = ["1/2", "1/4", "1/8", "1/16", "1/32"]
+
+
+@pytest.fixture
+def filled(store):
+    """Three seeds of dense and some schemes, times, trials and cross terms."""
+    for seed, accuracy in enumerate((90.0, 91.0, 92.0)):
+        store.add(*tiny.run(seed=seed, accuracy=accuracy))
+        store.add(*tiny.run("subspace", "1/8", seed, accuracy=accuracy - 1, weight_grads=0.25))
+        store.add(*tiny.run("topk", "1/8", seed, accuracy=accuracy + seed - 1, weight_grads=0.125))
+    store.add(*tiny.run("crs", "1/4", 0, accuracy=89.0))
+    store.add(*tiny.run("topk-residual", "1/32", 0, accuracy=NAN, loss=NAN, diverged_at=5))
+    store.add(*tiny.run("topk-residual", "1/32", 1, accuracy=20.0))
+    store.add(*tiny.run("wta", "1/2", 0, code="of before", accuracy=12.34))
+    cell = Cell("tiny", "subspace", "1/8")
+    time = StepTime(*cell, cell.code, "A CPU", 2, 32, 20, 19, 21, 15, 14, 16, 0.75, 0.7, 0.8)
+    tables.write(store.folder / "seconds.csv", StepTime, [time])
+    trials = [
+        Trial("tiny", lr, seed, code_of(with_rate(tiny.TASK, lr), None), 0.5, accuracy + seed)
+        for lr, accuracy in ((0.003, 80.0), (0.006, 85.0), (0.012, NAN))
+        for seed in (0, 1)
+    ]
+    tables.write(store.folder / "tuning.csv", Trial, trials)
+    lines = [
+        CrossTerms("tiny", layer, "randk", memory, 0.125, draw, t, norm * t, 0.9, 1, 2, 3, 4.5)
+        for layer, norm in (("hidden1", 1.0), ("hidden2", 2.0))
+        for memory in ("residual", "signed")
+        for draw in (0, 1)
+        for t in (1, 4)
+    ]
+    tables.write(store.folder / "crossterms.csv", CrossTerms, lines)
+    return store
+
+
+@pytest.fixture
+def markdown(filled):
+    report.write(filled.folder)
+    return (filled.folder / "quality.md").read_text("utf-8")
+
+
+def table(markdown, caption):
+    """The cells of the table below a caption: {row: {column: text}}."""
+    lines = markdown.split(caption)[1].strip().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines[: lines.index("")]]
+    head = rows[0][1:]
+    return {row[0]: dict(zip(head, row[1:], strict=True)) for row in rows[2:]}
+
+
+def test_differences_are_in_their_cells(markdown):
+    rows = table(markdown, "Difference to dense in accuracy, points.")
+    assert len(rows) == 15
+    assert list(rows["topk"]) == RATIOS
+    assert rows["priority + subspace"]["1/8"] == "−1.00 ± 0.00 (0 of 3 better)"
+    # −1, 0, 1: t(0.975, 2)/√3 = 2.48; the best of the column.
+    assert rows["topk"]["1/8"] == "**+0.00 ± 2.48** (1 of 3 better)"
+    assert rows["crs"]["1/4"] == "**−1.00 ± ?** (0 of 1 better)"
+    assert rows["topk + residual (paper)"]["1/32"] == "1 of 2 diverged"
+    shown = sum(cell != "–" for row in rows.values() for cell in row.values())
+    assert shown == 4
+    assert "12.34" not in markdown
+
+
+def test_dense_and_costs_are_in_their_cells(markdown):
+    assert "Dense: 91.00 %, standard deviation 1.00, 3 seeds, 20 steps, learning rate 0.003." in (
+        markdown
+    )
+    rows = table(markdown, "time of a step over dense's.")
+    assert rows["priority + subspace"]["1/8"] == "0.250 (0.75× time)"
+    assert rows["topk"]["1/8"] == "0.125 (not timed)"
+    assert rows["topk"]["1/4"] == "–"
+
+
+def test_the_overview_has_every_task_at_one_ratio(markdown):
+    rows = table(markdown, "Difference to dense at r = 1/8")
+    assert rows["priority + subspace"] == {"tiny": "−1.00 ± 0.00 (0 of 3 better)"}
+    assert rows["wta"] == {"tiny": "–"}
+
+
+def test_clearly_worse_is_marked_on_the_page(filled, markdown):
+    page = (filled.folder / "quality.html").read_text("utf-8")
+    assert re.search(r'class="value bad">−1\.00 ± 0\.00', page)
+    assert re.search(r'class="value best">\+0\.00 ± 2\.48', page)
+    assert re.search(r'class="value bad">1 of 2 diverged', page)
+
+
+def test_what_is_missing_is_said(markdown):
+    assert "Cells with fewer than 3 runs: tiny 73 of 76." in markdown
+    assert "74 cells without step times." in markdown
+    assert "1 run left out, because the task or the scheme has changed" in markdown
+    assert "| diverged | 1 |" in markdown
+    assert "| step times | A CPU, 2 threads |" in markdown
+
+
+def test_tuning_marks_the_best_rate_and_the_one_used(markdown):
+    section = markdown.split("## Learning rates tried for dense")[1]
+    assert "| tiny | 0.003 (used) | 80.50 |" in section
+    assert "| tiny | 0.006 | **85.50** |" in section
+    assert "| tiny | 0.012 | diverged |" in section
+
+
+def test_cross_terms_are_over_layers_and_draws(markdown):
+    rows = table(markdown, "T = 4: mean over layers, least and most below.")
+    assert set(rows) == {"randk + residual", "randk + signed"}
+    assert rows["randk + signed"]["‖S‖/‖D‖"] == "6 (4 to 8)"
+    assert rows["randk + residual"]["unexplained"] == "3 (3 to 3)"
+    assert rows["randk + residual"]["predicted"] == "4.5 (4.5 to 4.5)"
+
+
+def test_pictures_are_files_and_on_the_page(filled):
+    files = {path.name: path for path in report.write(filled.folder)}
+    assert set(files) == {
+        "quality.html", "quality.md", "tiny-curves.svg", "tiny-trade.svg", "tiny-crossterms-8.svg",
+    }  # fmt: skip
+    text = files["quality.md"].read_text("utf-8")
+    page = files["quality.html"].read_text("utf-8")
+    for name in files:
+        if name.endswith(".svg"):
+            ElementTree.parse(files[name])
+            assert f"]({name})" in text
+    assert page.count('src="data:image/svg+xml;base64,') == 3
+    assert not re.search(r'(src|href)="(?!data:|#|https://arxiv\.org/)', page)
+    before = {name: path.read_bytes() for name, path in files.items()}
+    report.write(filled.folder)
+    assert before == {name: path.read_bytes() for name, path in files.items()}
+
+
+def test_curves_are_means_over_seeds_at_their_cost(filled):
+    found = results.load(filled.folder)
+    cell = Cell("tiny", "topk", "1/8")
+    assert found.mean_curve(cell) == [(10, pytest.approx(90.9)), (20, pytest.approx(90.95))]
+    assert found.step_ms(Cell("tiny", "subspace", "1/8")) == 15
+    assert found.step_ms(cell.dense) == 20
+    assert found.step_ms(cell) is None
+
+
+def test_nothing_at_all_is_a_page_too(store):
+    files = report.write(store.folder)
+    assert [path.name for path in files] == ["quality.html", "quality.md"]
+    text = files[1].read_text("utf-8")
+    assert text.count("Not run yet.") == 3
+    assert "tiny 76 of 76" in text
