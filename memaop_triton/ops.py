@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memaop_triton import layer_state
-from memaop_triton.layer_state import LayerState
 from memaop_triton.flops import weight_grad_flops
+from memaop_triton.layer_state import LayerState
 from memaop_triton.memory import SubspaceMemory, rows_to_compute
 from memaop_triton.selection import Selection
 from memaop_triton.steps import Gradients

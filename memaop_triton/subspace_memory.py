@@ -1,4 +1,4 @@
-"""The memory of unbiased policies: a basis of the subspace that rows of X or of G mostly live in."""
+"""The memory of unbiased policies: a basis of the subspace that rows of X or G mostly live in."""
 
 from __future__ import annotations
 
