@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 TYPED_BENCH := $(filter-out bench/test_% bench/conftest.py bench/throttled_link.py, \
 	$(wildcard bench/*.py))
+# A file's tests run in one process, so that what they share is made once; long ones come first.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint format bench sanitize kernel-report gpu clean
@@ -14,7 +16,7 @@ demo: $(VENV)/.demo
 	$(BIN)/memaop-triton demo --output results
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # mypy needs the package as it is once installed, with the kernels and the benchmarks inside. What
 # pytest runs is not typed.
@@ -38,7 +40,7 @@ bench: $(VENV)/.dev
 # Executes the kernels by their semantics, without a GPU, and stops at what a GPU lets pass.
 sanitize: $(VENV)/.sanitize
 	$(BIN)/python -c 'import ttsem.sanitize'
-	$(BIN)/python -m pytest tests/sanitize
+	$(BIN)/python -m pytest $(PARALLEL) tests/sanitize
 
 # Compiles the kernels for GPUs that need not be there: bench/results/kernel_report.md.
 kernel-report: $(VENV)/.dev

@@ -5,21 +5,8 @@ import pytest
 import torch
 
 from memaop_triton import steps
-from memaop_triton.config import MEMORIES, ROW_MEMORIES, SELECTIONS, UNBIASED_SELECTIONS
-
-RANDK_RESCALED = {"selection": "randk", "rescale": True}
-UNBIASED = [{"selection": name} for name in UNBIASED_SELECTIONS] + [RANDK_RESCALED]
-PAPER = [{"selection": name} for name in SELECTIONS if name not in UNBIASED_SELECTIONS]
-LEGAL = [scheme | {"memory": memory} for scheme in PAPER for memory in MEMORIES] + [
-    scheme | {"memory": memory}
-    for scheme in UNBIASED
-    for memory in MEMORIES
-    if memory not in ROW_MEMORIES
-]
-
-
-def _label(scheme):
-    return "-".join("rescale" if value is True else str(value) for value in scheme.values())
+from memaop_triton.config import MEMORIES, ROW_MEMORIES
+from tests.schemes import LEGAL, UNBIASED, label
 
 
 def pytest_configure():
@@ -67,13 +54,13 @@ def fake_gpu(monkeypatch, tmp_path):
     autotune.forget()
 
 
-@pytest.fixture(params=LEGAL, ids=_label)
+@pytest.fixture(params=LEGAL, ids=label)
 def scheme(request):
     """Keyword arguments of every legal selection and memory."""
     return request.param
 
 
-@pytest.fixture(params=UNBIASED, ids=_label)
+@pytest.fixture(params=UNBIASED, ids=label)
 def unbiased(request):
     """Keyword arguments of every unbiased selection."""
     return request.param

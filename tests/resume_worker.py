@@ -37,7 +37,7 @@ from memaop_triton import (
     memory_state_dict,
 )
 from memaop_triton.checkpoint import load_memory, memory_entries
-from tests.conftest import LEGAL, _label
+from tests.schemes import LEGAL, label
 
 SAVED_AT = 5
 STEPS = 9
@@ -64,8 +64,8 @@ def cases():
         "inductor rows": SIGNED | {"compiled": "inductor"},
     }
     for scheme in LEGAL:
-        special[_label(scheme)] = scheme
-        special[f"{_label(scheme)} compiled"] = scheme | {"compiled": "aot_eager"}
+        special[label(scheme)] = scheme
+        special[f"{label(scheme)} compiled"] = scheme | {"compiled": "aot_eager"}
     return special
 
 

@@ -17,6 +17,7 @@ from memaop_triton import (
     memory_state_dict,
     new_memory,
 )
+from tests.schemes import LEGAL
 
 pytestmark = [
     # The compiler's own.
@@ -43,6 +44,12 @@ class Branches(nn.Module):
 
     def forward(self, x):
         return self.out(self.query(x).relu() * self.key(x) + self.value(x).relu())
+
+
+def branches(configs):
+    """Such layers, converted one by one; those without a configuration get the default one."""
+    overrides = dict(zip(("query", "key", "value", "out"), configs, strict=False))
+    return convert_(Branches(), MemAOPConfig(ratio=1 / 4), overrides=overrides)
 
 
 class Twice(nn.Module):
@@ -106,19 +113,27 @@ def exactly(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_equals_eager_bit_for_bit_with_changing_batches(scheme):
-    model = convert_(Branches(), MemAOPConfig(ratio=1 / 4, refresh_every=2, **scheme))
-    eager, compiled = both(model, "aot_eager", rows=(24, 24, 40, 16, 24, 64))
+@pytest.mark.parametrize("schemes", [LEGAL[i::6] for i in range(6)], ids=range(6))
+def test_equals_eager_bit_for_bit_with_changing_batches(schemes):
+    """Every scheme, each layer with its own: it is compiling that takes the time."""
+    configs = [MemAOPConfig(ratio=1 / 4, refresh_every=2, **scheme) for scheme in schemes]
+    eager, compiled = both(branches(configs), "aot_eager", rows=(24, 24, 40, 16, 24, 64))
     exactly(compiled, eager)
     # One graph for the first shape, one for all others.
     assert counters["stats"]["unique_graphs"] == 2
 
 
-@pytest.mark.parametrize("memory", ["none", "residual", "signed", "subspace"])
-def test_equals_eager_under_inductor(memory):
-    selection = "weightedk" if memory in ("residual", "signed") else "priority"
-    config = MemAOPConfig(ratio=1 / 4, selection=selection, memory=memory, refresh_every=2)
-    eager, compiled = both(convert_(Branches(), config), "inductor")
+def test_equals_eager_under_inductor():
+    configs = [
+        MemAOPConfig(ratio=1 / 4, selection=selection, memory=memory, refresh_every=2)
+        for selection, memory in (
+            ("weightedk", "residual"),
+            ("priority", "subspace"),
+            ("weightedk", "signed"),
+            ("priority", "none"),
+        )
+    ]
+    eager, compiled = both(branches(configs), "inductor")
     # Fused operations round less often; other draws would differ in the first digit.
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 

@@ -5,7 +5,11 @@ from bench.microscope.building import Builder
 
 @pytest.fixture(scope="session")
 def builder(request):
-    """Compiles in the background what the tests that were collected will ask for."""
+    """Compiles in the background what the tests that were collected will ask for.
+
+    They stand in one file: where files run in several processes, each with a second file that asks
+    for kernels would compile all of them again.
+    """
     with Builder() as builder:
         mine = [item for item in request.session.items if "builder" in item.fixturenames]
         calls = (getattr(item, "callspec", None) for item in mine)

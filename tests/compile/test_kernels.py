@@ -11,7 +11,8 @@ from bench.microscope.building import REPORTED, by_name
 from bench.microscope.compiling import compile_call
 from bench.microscope.counts import copy_bits
 from bench.microscope.gathering import pairs
-from bench.microscope.kernel_report import version_of_page
+from bench.microscope.kernel_report import PAGE, page, version_of_page
+from bench.microscope.kernel_report import keys as reported
 from bench.microscope.reading import read
 from bench.microscope.report import faults
 from bench.microscope.shipped import cases, row_tiles
@@ -53,6 +54,13 @@ def test_values_stay_in_registers_and_tiles_fit(key, built):
     """With other versions than the report's, whose assemblers differ, four values may spill."""
     spare = 0 if triton.__version__ == version_of_page() else 32
     assert [fault for one in built for fault in faults(*key, one, spare=spare)] == []
+
+
+def test_the_committed_report_is_what_would_be_written_now(builder):
+    if version_of_page() != triton.__version__:
+        pytest.skip(f"written with Triton {version_of_page()}, this is {triton.__version__}")
+    builder.start(reported())
+    assert page(builder) == PAGE.read_text(encoding="utf-8"), "run `make kernel-report`"
 
 
 @pytest.mark.parametrize("target", sorted(set(TARGETS) - set(REPORTED)))

@@ -12,6 +12,7 @@ from bench.microscope import bound, dots, nvidia, plain
 from bench.microscope.cases import float32_products
 from bench.microscope.compiling import compile_call, compile_launch, record
 from bench.microscope.reading import read
+from bench.microscope.report import table
 from memaop_triton.kernels import launch as launching
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.targets import TARGETS
@@ -172,3 +173,8 @@ def test_float32_products_take_the_rate_of_their_instructions(precision, factor)
         single = compiled("sm_80", shape=(4096, 4096, torch.float32))
     assert bool(read(single).matrix) == (precision == "tf32")
     assert tensor_cycles(single) == factor * tensor_cycles(half)
+
+
+def test_table():
+    text = table(("kernel", "loop"), [("gather", "100")])
+    assert text == "| kernel | loop |\n|---|---:|\n| gather | 100 |"

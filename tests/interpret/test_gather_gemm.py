@@ -17,6 +17,7 @@ from tests.judging import (
     operands,
     outer_products,
 )
+from tests.pairwise import pairwise
 
 DTYPES = (torch.float16, torch.float32)
 # M, N, P, K
@@ -39,17 +40,17 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize(
-    ("dtype", "weighted"), [(torch.float16, False), (torch.float16, True), (torch.float32, True)]
-)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_shapes(shape, dtype, weighted, config):
+KINDS = [(torch.float16, False), (torch.float16, True), (torch.float32, True)]
+
+
+@pytest.mark.parametrize(("shape", "config", "kind"), pairwise(SHAPES, CONFIGS, KINDS))
+def test_shapes(shape, config, kind):
+    dtype, weighted = kind
     rows, n, p, k = shape
     x, g = operands(rows, n, p, dtype)
     indices = drawn_rows(rows, k, torch.int32 if weighted else torch.int64)
     weights = 4 * torch.rand(k) if weighted else None
-    result = gather_gemm(x, g, indices, weights, config=config)
+    result = gather_gemm(x, g, indices, weights, config=CONFIGS[config])
     assert result.dtype == dtype
     check_products(result, x, g, indices, weights)
 
@@ -177,15 +178,15 @@ def test_into_a_gradient_of_the_operands_dtype():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "by_descriptor"),
-    [(torch.float16, False), (torch.float16, True), (torch.float32, False)],
+    ("rank", "way", "kind"),
+    pairwise(
+        [1, 5, 16, 17, 64],
+        [(1, 1, True), (3, 1, True), (2, 2, True), (2, 1, False)],
+        [(torch.float16, False), (torch.float16, True), (torch.float32, False)],
+    ),
 )
-@pytest.mark.parametrize("rank", [1, 5, 16, 17, 64])
-@pytest.mark.parametrize(
-    ("split", "tiles", "deterministic"),
-    [(1, 1, True), (3, 1, True), (2, 2, True), (2, 1, False)],
-)
-def test_correction(rank, dtype, split, tiles, deterministic, by_descriptor, request):
+def test_correction(rank, way, kind, request):
+    (split, tiles, deterministic), (dtype, by_descriptor) = way, kind
     if by_descriptor:
         request.getfixturevalue("tensor_copies")
     x, g = operands(70, 40, 24, dtype)

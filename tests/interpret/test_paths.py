@@ -10,7 +10,7 @@ import torch
 from memaop_triton import MemAOPConfig, new_memory
 from memaop_triton.weight_grad import weight_and_bias_grad
 
-M, N, P, K = 512, 128, 192, 64
+M, N, P, K = 256, 128, 192, 32
 UNIT = M * (N + P) * 4
 PATHS = {
     "none": ({"selection": "topk", "memory": "none"}, 1 + K / M),

@@ -10,6 +10,7 @@ from memaop_triton.kernels.gather_gemm import gather_gemm
 from memaop_triton.kernels.residual_gemm import residual_gemm
 from memaop_triton.kernels.score import accumulate_and_score, accumulate_rest
 from tests.judging import LAYOUTS, SMALL, as_good_as, drawn_blocks, operands, outer_products
+from tests.pairwise import pairwise
 
 CARRY, SEED = torch.tensor([0.75]), torch.tensor([987654321])
 TILE = RowConfig(16, 32, 4)
@@ -55,20 +56,16 @@ def some_rows(rows, count):
 
 
 @pytest.mark.parametrize(
-    ("config", "signed"),
-    [(SMALL, False), (CONFIGS["split"], True), (CONFIGS["chosen"], True)],
-    ids=["whole", "split-signed", "chosen-signed"],
+    ("shape", "config", "dtype"), pairwise(SHAPES, CONFIGS, [torch.float16, torch.float32])
 )
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_shapes(shape, dtype, config, signed):
-    rows, n, p, k = shape
+def test_shapes(shape, config, dtype):
+    (rows, n, p, k), signed = shape, config != "whole"
     x, g = operands(rows, n, p, dtype)
     memory = new_memory(rows, n, p, torch.float32 if signed else dtype)
     before = [m.clone() for m in memory]
     indices = some_rows(rows, k).to(torch.int32 if signed else torch.int64)
     result = residual_gemm(
-        memory, x, g, indices, CARRY, SEED, torch.zeros(1), signed=signed, config=config
+        memory, x, g, indices, CARRY, SEED, torch.zeros(1), signed=signed, config=CONFIGS[config]
     )
     assert result.dtype == dtype
     check(result, memory, x, g, indices, signed)

@@ -1,13 +1,17 @@
 """Whole weight gradients by the Triton kernels, against the same in plain PyTorch."""
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from memaop_triton import MemAOPConfig, convert_, new_memory
+from memaop_triton import MemAOPConfig, convert_, new_memory, ops
+from memaop_triton.config import ROW_MEMORIES
+from memaop_triton.kernels import launch
 from memaop_triton.weight_grad import weight_and_bias_grad
+from tests.schemes import LEGAL, label
 
 SHAPES = [(70, 24, 40), (37, 16, 33), (5, 1, 3), (129, 17, 3)]
 
@@ -37,14 +41,20 @@ def run(config, data, generator):
     ], memory
 
 
+# The backends draw signs in different ways, and with them the rows: these are tested below.
+ALIKE = [
+    scheme
+    for scheme in LEGAL
+    if scheme["memory"] not in ROW_MEMORIES
+    or (scheme["selection"], scheme["memory"]) == ("topk", "residual")
+]
+
+
+@pytest.mark.parametrize("scheme", ALIKE, ids=label)
 @pytest.mark.parametrize(
     ("shape", "block_rows"), [(shape, 1) for shape in SHAPES] + [(SHAPES[0], 16), (SHAPES[1], 32)]
 )
 def test_steps_equal_those_in_pytorch(scheme, shape, block_rows, backend, generator):
-    if scheme["memory"] == "signed":
-        scheme = scheme | {"memory": "residual"}  # signs are drawn in other ways, see below
-    if scheme["memory"] == "residual":
-        scheme = scheme | {"selection": "topk"}  # so are the rows, after the seed of the signs
     config = MemAOPConfig(ratio=1 / 4, rank=4, refresh_every=2, block_rows=block_rows, **scheme)
     data = batches(shape)
     ours, memory = run(config, data, generator(3))
@@ -128,8 +138,40 @@ class NoSynchronisation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("block_rows", [1, 16])
-def test_a_training_step_looks_at_no_value(scheme, block_rows, traffic):
+@pytest.fixture
+def watched(monkeypatch):
+    """A dictionary: once it holds "on", the backward operators' own operations are watched.
+
+    Around the operators a mode would see them, and not what they are made of. The interpreter,
+    which stands for the GPU, may read values.
+    """
+    switch = {"on": False}
+    run = launch.launch
+
+    def unwatched(*args, **kwargs):
+        with _disable_current_modes():
+            run(*args, **kwargs)
+
+    def watch(function):
+        def call(*args, **kwargs):
+            with NoSynchronisation() if switch["on"] else contextlib.nullcontext():
+                return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(launch, "launch", unwatched)
+    for name in ("weight_and_bias_grad", "select_for_both", "sampled_input_grad"):
+        monkeypatch.setattr(ops, name, watch(getattr(ops, name)))
+    return switch
+
+
+@pytest.mark.parametrize(
+    ("scheme", "block_rows"),
+    [(scheme, 1) for scheme in LEGAL]
+    + [(scheme, 16) for scheme in LEGAL if scheme["memory"] in ("none", "residual")]
+    + [({"selection": "priority", "memory": "subspace"}, 16)],
+)
+def test_a_training_step_looks_at_no_value(scheme, block_rows, traffic, watched):
     config = MemAOPConfig(ratio=1 / 4, rank=4, refresh_every=2, block_rows=block_rows, **scheme)
     if config.is_unbiased:
         config = dataclasses.replace(config, ratio=1 / 4, grad_input="sampled")
@@ -139,12 +181,8 @@ def test_a_training_step_looks_at_no_value(scheme, block_rows, traffic):
     for step in range(4):
         before = len(traffic)
         loss = layer(x).square().sum()
-        if step == 0:
-            loss.backward()
-        else:
-            # The interpreter itself reads values: only PyTorch's own operations are watched.
-            with NoSynchronisation():
-                loss.backward()
+        watched["on"] = step > 0
+        loss.backward()
         launches.append([launch.kernel for launch in traffic[before:]])
     assert launches[1] == launches[3]  # with a refresh of the subspace
     assert set(launches[2]) <= set(launches[1])

@@ -10,6 +10,7 @@ from memaop_triton.kernels import subspace
 from memaop_triton.kernels.configs import RowConfig
 from memaop_triton.kernels.gather_gemm import gather_gemm
 from tests.judging import LAYOUTS, SMALL, as_good_as, drawn_blocks, drawn_rows, laid_out, operands
+from tests.pairwise import pairwise
 
 TILE = RowConfig(16, 32, 4)
 DTYPES = (torch.float16, torch.float32)
@@ -133,11 +134,12 @@ def test_transposed_product(shape, dtype, config):
     as_good_as(result, a.T.float() @ z.float(), a.T.double() @ z.double())
 
 
-@pytest.mark.parametrize("by_descriptor", [False, True], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize("split", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rank", [1, 8, 17, 64])
-def test_correction(rank, dtype, split, by_descriptor, request):
+@pytest.mark.parametrize(
+    ("rank", "way", "dtype"),
+    pairwise([1, 8, 17, 64], [(1, False), (1, True), (2, False), (2, True)], DTYPES),
+)
+def test_correction(rank, way, dtype, request):
+    split, by_descriptor = way
     if by_descriptor:
         request.getfixturevalue("tensor_copies")
     g, z = operands(70, 24, rank, dtype)
