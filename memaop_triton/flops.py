@@ -58,7 +58,7 @@ def _subspace_flops(m: int, n: int, p: int, k: float, subspace: Subspace) -> flo
 def rank_within(
     budget: float, m: int, n: int, p: int, refresh_every: int, *, both_sides: bool
 ) -> int:
-    """The largest rank that leaves enough of a budget for rows: at least 1, at most `MOST_RANK`.
+    """The largest rank that leaves enough of a budget for rows, 0 if none does.
 
     Args:
         budget: Operations, as a fraction of dense's 2 M N P.
@@ -72,7 +72,7 @@ def rank_within(
     one = Subspace(1, longer, refresh_every, n + p if both_sides else longer)
     paid = _MOST_SHARE * (budget * 2 * m * n * p - 2 * m * (n + p))
     steps = math.floor(paid / _subspace_flops(m, n, p, 0, one) / RANK_STEP)
-    return min(max(1, steps) * RANK_STEP, MOST_RANK)
+    return min(max(0, steps) * RANK_STEP, MOST_RANK)
 
 
 def rows_within(budget: float, m: int, n: int, p: int, subspace: Subspace | None = None) -> float:

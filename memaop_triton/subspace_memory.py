@@ -90,7 +90,8 @@ class SubspaceMemory:
         """
         for side in self._sides:
             length = self._length(side)
-            if not min(1, length) <= rank <= length:
+            least = 0 if self._rank_is_open else min(1, length)
+            if not least <= rank <= length:
                 name = "in_features" if side == "input" else "out_features"
                 raise ValueError(
                     f"rank={rank} does not fit rows of {name}={length}: it must be from 1 to "
@@ -150,6 +151,8 @@ class SubspaceMemory:
             config: The layer's.
             generator: Source of the first bases.
         """
+        if self._most == 0:
+            return
         is_first = self.basis is None
         if is_first:
             for side, basis in self._bases.items():

@@ -24,7 +24,7 @@ from memaop_triton.kernels.targets import TARGETS
 GPU = Gpu("Fake GPU (1)", "9.0", 132)
 KERNEL = "gather_gemm"
 PATH = config_cache.path_of(config_cache.folder(), GPU, KERNEL)
-SHAPES, KILLS = 50, 100
+SHAPES, KILLS = 50, 200
 
 
 def problem(number):

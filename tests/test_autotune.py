@@ -1,6 +1,5 @@
 """Which configuration a launch gets, and that looking for it changes nothing but that."""
 
-import itertools
 import logging
 from dataclasses import replace
 from functools import partial
@@ -519,14 +518,11 @@ def test_every_timed_call_finds_the_cache_overwritten(monkeypatch):
 
 
 def test_every_candidate_is_one_that_a_file_may_hold():
-    """What tuning finds must be accepted when it is read back.
-
-    Each problem on every third target: what is found differs little between neighbours.
-    """
+    """What tuning finds must be accepted when it is read back."""
     from memaop_triton.kernels.config_entries import config_of
 
-    for i, target in enumerate(targets.TARGETS.values()):
-        for problem in itertools.islice(problems(), i % 3, None, 3):
+    for target in targets.TARGETS.values():
+        for problem in problems():
             for config in search_space.candidates(problem, target):
                 assert config_of(problem.kernel, fields_of(config)) == config
 

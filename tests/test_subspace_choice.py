@@ -1,0 +1,174 @@
+"""Which side's subspace a memory uses, and how many dimensions of it."""
+
+import copy
+
+import pytest
+import torch
+
+from memaop_triton import MemAOPConfig, new_memory
+from memaop_triton.steps import Factors
+from memaop_triton.weight_grad import weight_and_bias_grad, weight_grad
+
+M, N, P = 512, 64, 96
+
+
+def low_rank(rows, columns, rank=2, noise=0.05):
+    return torch.randn(rows, rank) @ torch.randn(rank, columns) + noise * torch.randn(rows, columns)
+
+
+def batch(side):
+    """Rows of which those of one side lie in a plane."""
+    torch.manual_seed(1)
+    if side == "input":
+        return low_rank(M, N), torch.randn(M, P)
+    return torch.randn(M, N), low_rank(M, P)
+
+
+@pytest.mark.parametrize("side", ["input", "grad"])
+def test_the_side_that_leaves_less_is_taken(side):
+    config = MemAOPConfig(k=64, rank=4)
+    memory = new_memory(config, N, P)
+    x, g = batch(side)
+    dw = weight_grad(x, g, config, memory)
+    assert memory.side == side
+    exact = g.T @ x
+    other = MemAOPConfig(k=64, rank=4, side="grad" if side == "input" else "input")
+    theirs = weight_grad(x, g, other, new_memory(other, N, P))
+    assert (dw - exact).norm() < 0.3 * (theirs - exact).norm()
+
+
+def test_the_side_follows_the_data_at_every_fourth_refresh():
+    config = MemAOPConfig(k=64, rank=4, refresh_every=2)
+    memory = new_memory(config, N, P)
+    weight_grad(*batch("input"), config, memory)
+    sides = []
+    for _ in range(9):
+        weight_grad(*batch("grad"), config, memory)
+        sides.append(memory.side)
+    # Steps 1 to 9; the choice is made at the beginning of step 8.
+    assert sides == ["input"] * 7 + ["grad"] * 2
+
+
+def test_a_side_that_is_hardly_better_is_not_taken(monkeypatch):
+    config = MemAOPConfig(k=64, rank=4, refresh_every=1)
+    memory = new_memory(config, N, N)
+    a = torch.randn(M, N)
+    weight_grad(a, a, config, memory)
+    first = memory.side
+    for _ in range(12):
+        a = torch.randn(M, N)
+        weight_grad(a, a * 1.01, config, memory)
+        assert memory.side == first
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_changes_nothing(bad):
+    config = MemAOPConfig(k=64, rank=4, refresh_every=1)
+    memory = new_memory(config, N, P)
+    weight_grad(*batch("input"), config, memory)
+    for _ in range(8):
+        x, g = batch("grad")
+        x[3, 5] = bad
+        assert not weight_grad(x, g, config, memory).isfinite().all()
+    assert memory.side == "input"
+    assert all(basis.q.isfinite().all() for basis in memory._bases.values())
+
+
+def test_an_open_rank_is_none_where_rows_are_better():
+    config = MemAOPConfig(budget=1 / 4)
+    memory = new_memory(config, N, P)
+    weight_grad(torch.randn(M, N), torch.randn(M, P), config, memory)
+    assert memory.rank == 0
+    assert memory.basis.shape[1] == 0
+    step = memory.step
+    weight_grad(torch.randn(M, N), torch.randn(M, P), config, memory)
+    assert memory.step == step + 1
+
+
+def test_an_open_rank_grows_when_the_data_allow_it():
+    config = MemAOPConfig(budget=1 / 2, refresh_every=3)
+    memory = new_memory(config, N, P)
+    weight_grad(torch.randn(M, N), torch.randn(M, P), config, memory)
+    assert memory.rank == 0
+    for _ in range(24):
+        dw = weight_grad(*batch("grad"), config, memory)
+    assert (memory.side, memory.rank > 0) == ("grad", True)
+    x, g = batch("grad")
+    assert (dw - g.T @ x).norm() < 0.2 * (g.T @ x).norm()
+
+
+def test_the_choice_has_the_least_variance_of_all():
+    """Against draws, with the spectrum such that neither end of the ranks is best."""
+    torch.manual_seed(0)
+    x = torch.randn(M, N) * torch.where(torch.arange(N) < 4, 3, 0.3)
+    g = torch.randn(M, P)
+    config = MemAOPConfig(budget=1 / 2, refresh_every=5)
+    memory = new_memory(config, N, P)
+    for _ in range(41):
+        weight_grad(x, g, config, memory)
+    exact = g.T @ x
+
+    def variance(side, rank):
+        kept = copy.deepcopy(memory)
+        kept.side, kept.rank = side, rank
+        kept._step = 1  # far from the next choice
+        kept.refresh_every = 100
+        errors = [weight_grad(x, g, config, kept) - exact for _ in range(60)]
+        return torch.stack(errors).square().sum((1, 2)).mean()
+
+    chosen = variance(memory.side, memory.rank)
+    assert (memory.side, memory.rank, memory._most) == ("input", 4, 8)
+    for other in [("input", 0), ("input", memory._most), ("grad", 4), ("grad", memory._most)]:
+        assert chosen < 1.05 * variance(*other), other
+
+
+@pytest.mark.parametrize(("rows", "most"), [(64, 4), (128, 8), (2048, 12)])
+def test_the_rank_fits_the_first_batch(rows, most):
+    """More rows make a dimension cheaper: it is one more outer product."""
+    config = MemAOPConfig(budget=1 / 4)
+    memory = new_memory(config, 256, 256)
+    weight_grad(torch.randn(rows, 256), torch.randn(rows, 256), config, memory)
+    assert memory._most == most
+
+
+@pytest.mark.parametrize("side", ["input", "grad"])
+def test_factors_multiply_to_the_gradient(side):
+    config = MemAOPConfig(k=64, rank=4, side=side)
+    memory = new_memory(config, N, P)
+    factors = []
+    for _ in range(3):
+        x, g = torch.randn(M, N), torch.randn(M, P)
+        dw, db = weight_and_bias_grad(x, g, config, memory, factors=factors)
+        (pair,) = factors
+        assert isinstance(pair, Factors)
+        torch.testing.assert_close(pair.g.T @ pair.x, dw, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(db, g.sum(0), rtol=1e-4, atol=1e-4)
+        factors.clear()
+
+
+def test_a_saved_choice_is_loaded_again():
+    config = MemAOPConfig(budget=1 / 2)
+    memory, other = new_memory(config, N, P), new_memory(config, N, P)
+    for _ in range(3):
+        weight_grad(*batch("grad"), config, memory)
+    assert memory.side == "grad"
+    assert memory.rank not in (0, other.rank)
+    other.load_state_dict(memory.state_dict())
+    assert (other.side, other.rank, other.step) == (memory.side, memory.rank, memory.step)
+    torch.manual_seed(3)
+    ours = weight_grad(*batch("grad"), config, memory)
+    torch.manual_seed(3)
+    assert torch.equal(weight_grad(*batch("grad"), config, other), ours)
+
+
+def test_a_memory_of_another_side_is_refused():
+    states = {
+        side: new_memory(MemAOPConfig(rank=4, side=side), N, P)
+        for side in ("auto", "input", "grad")
+    }
+    for side, memory in states.items():
+        weight_grad(*batch("grad"), MemAOPConfig(rank=4, side=side), memory)
+    for side, memory in states.items():
+        for other in states.keys() - {side}:
+            with pytest.raises(ValueError, match="state has bases of .* this memory of"):
+                memory.load_state_dict(states[other].state_dict())
