@@ -93,7 +93,7 @@ def run(
     captured = capture(
         tasks.TASKS[task], data.load(tasks.TASKS[task], data_dir), TRAINED, BATCHES[-1]
     )
-    lines = []
+    lines: list[CrossTerms] = []
     for layer, batches in captured.items():
         for selection, memory in METHODS:
             method = (selection, memory, value_of(ratio))
