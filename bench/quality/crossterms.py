@@ -269,7 +269,9 @@ def predicted_ratio(batches: Sequence[Rows], ratio: float, *, signed: bool) -> f
     lives = [rows * ratio * (1 - ratio) ** (a - 1) * (1 + ratio * (count - a)) for a in ages]
     own = sum(n * a for n, a in zip(lives, ages, strict=True)) / (rows * count)
     pairs = sum(n * a * (a - 1) for n, a in zip(lives, ages, strict=True))
+    # A row counts a − 1 times in the means' products; the means are those of these very rows.
     bent = sum(n * a * (a - 1) ** 2 for n, a in zip(lives, ages, strict=True))
+    bent -= pairs**2 / (rows * count)
     mean_x, mean_g = x.mean(0), g.mean(0)
     all_x, all_g = float(x.square().sum(1).mean()), float(g.square().sum(1).mean())
     in_x, in_g = float(mean_x.square().sum()), float(mean_g.square().sum())
