@@ -93,7 +93,7 @@ def run(
     captured = capture(
         tasks.TASKS[task], data.load(tasks.TASKS[task], data_dir), TRAINED, BATCHES[-1]
     )
-    lines = []
+    lines: list[CrossTerms] = []
     for layer, batches in captured.items():
         for selection, memory in METHODS:
             method = (selection, memory, value_of(ratio))
@@ -255,11 +255,11 @@ def predicted_ratio(batches: Sequence[Rows], ratio: float, *, signed: bool) -> f
     """‖S‖/‖D‖ that `randk` with a row memory should show after these batches.
 
     A slot is selected with probability r in each batch, so T batches end r(1−r)^(a−1)·(1 + r(T−a))
-    lives of age a per slot. Rows of different batches are independent, with means x̄ and ḡ: the mean
-    of a life's cross terms is a(a−1) ḡx̄ᵀ, and they scatter around it by
-    a(a−1)²(E|g̃|²|x̄|² + |ḡ|²E|x̃|² + 2ḡᵀVx̄) + a(a−1)(E|g̃|²E|x̃|² + ‖V‖²), where a tilde takes the mean
-    away and V = E g̃x̃ᵀ. Random signs leave no mean and a(a−1)(E|g|²E|x|² + ‖E gxᵀ‖²). Own terms that
-    are still held back are missing.
+    lives of age a per slot. Rows are taken to be independent, with means x̄ and ḡ: the mean of a
+    life's cross terms is a(a−1) ḡx̄ᵀ, and they scatter around it by a(a−1)²(E|g̃|²|x̄|² + |ḡ|²E|x̃|² +
+    2ḡᵀVx̄) + a(a−1)(E|g̃|²E|x̃|² + ‖V‖²); a tilde takes the mean away, V = E g̃x̃ᵀ. Random signs
+    leave no mean and a(a−1)(E|g|²E|x|² + ‖E gxᵀ‖²). Own terms still held back are missing. Rows of
+    one sequence are not independent, so that a GPT scatters somewhat more.
     """
     x = torch.cat([one.x for one in batches]).double()
     g = torch.cat([one.g for one in batches]).double()
@@ -269,7 +269,9 @@ def predicted_ratio(batches: Sequence[Rows], ratio: float, *, signed: bool) -> f
     lives = [rows * ratio * (1 - ratio) ** (a - 1) * (1 + ratio * (count - a)) for a in ages]
     own = sum(n * a for n, a in zip(lives, ages, strict=True)) / (rows * count)
     pairs = sum(n * a * (a - 1) for n, a in zip(lives, ages, strict=True))
+    # A row counts a − 1 times in the means' products; the means are those of these very rows.
     bent = sum(n * a * (a - 1) ** 2 for n, a in zip(lives, ages, strict=True))
+    bent -= pairs**2 / (rows * count)
     mean_x, mean_g = x.mean(0), g.mean(0)
     all_x, all_g = float(x.square().sum(1).mean()), float(g.square().sum(1).mean())
     in_x, in_g = float(mean_x.square().sum()), float(mean_g.square().sum())

@@ -9,6 +9,7 @@ from typing import Any
 from memaop_triton.bench.quality.results import Results, root_mean_square
 from memaop_triton.bench.quality.schemes import DENSE, SCHEMES, WHOLE, Cell, cells
 from memaop_triton.bench.quality.tasks import Task
+from memaop_triton.bench.report import text
 
 # What the curves show; all schemes would hide each other.
 CURVES = (DENSE, "subspace", "priority", "topk-residual", "topk-signed", "topk", "subspace-both")
@@ -85,6 +86,7 @@ def trade_off(results: Results, task: Task) -> str:
     panel.axhline(0, color="#1a1e23", linewidth=1)
     panel.set_yscale("symlog", linthresh=_LINEAR[task.metric])
     panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter(lambda value, _: text.ratio(value))
     panel.set_xlabel("FLOPs of all weight gradients, as a fraction of dense")
     panel.set_ylabel(f"{_metric(task)}, difference to dense")
     _legend(figure, panel)

@@ -68,8 +68,8 @@ def trials(*scores):
 
 def test_best_rate_follows_the_metric():
     nan = float("nan")
-    found = trials((0.1, 80.0), (0.2, 90.0), (0.3, 85.0), (0.4, nan))
-    assert tuning.best_rate(tiny.TASK, found) == 0.2
+    diverged, *found = trials((0.05, nan), (0.1, 80.0), (0.2, 90.0), (0.3, 85.0))
+    assert tuning.best_rate(tiny.TASK, [diverged, *found]) == 0.2
     assert tuning.best_rate(tiny.TASK, [*found, found[1]._replace(seed=1, accuracy=70.0)]) == 0.3
     assert tuning.best_rate(tiny.TASK, [*found, found[1]._replace(seed=1, accuracy=nan)]) == 0.3
     assert tuning.best_rate(tiny.TASK, [found[1]._replace(code="other")]) is None

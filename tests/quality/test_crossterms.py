@@ -62,6 +62,18 @@ def test_prediction_holds_for_independent_rows(batches, memory, ratio):
     assert measured == pytest.approx(lines[0].predicted, rel=0.08)
 
 
+def test_prediction_holds_where_only_scatter_is_left():
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(ROWS, 12), (ROWS, 24)]
+    batches = [
+        Rows(*(torch.randn(shape, generator=generator) for shape in shapes)) for _ in range(32)
+    ]
+    batches = [Rows(x + 2, g) for x, g in batches]
+    lines = [last(batches, "randk", "residual", draw) for draw in range(12)]
+    measured = math.sqrt(fmean(line.norm**2 for line in lines))
+    assert measured == pytest.approx(lines[0].predicted, rel=0.12)
+
+
 def test_residual_inflates_and_signed_does_not(batches):
     assert last(batches, "randk", "residual").norm > 3
     norms = [last(batches, "randk", "signed", draw).norm for draw in range(12)]

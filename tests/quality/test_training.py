@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from memaop_triton import MemAOPConfig
-from memaop_triton.bench.quality import data, flops
+from memaop_triton.bench.quality import data, flops, training
 from memaop_triton.bench.quality.networks import Mlp
 from memaop_triton.bench.quality.training import Trainer, evaluate, train
 from tests.quality import tiny
@@ -18,6 +18,8 @@ CONFIGS = (
     MemAOPConfig(ratio=1 / 4, memory="none"),
     MemAOPConfig(ratio=1 / 2, selection="randk", memory="signed"),
 )
+# Into a second pass, whose order is drawn after a scheme has drawn, too.
+LONG = dataclasses.replace(tiny.TASK, steps=30)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def seen(monkeypatch, source):
 
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "step", recording)
-            train(tiny.TASK, config, seed, source)
+            train(LONG, config, seed, source)
         return [*start, *(one for batch in batches for one in batch)]
 
     return record
@@ -52,7 +54,7 @@ def equal(one, other):
 
 def test_runs_of_a_seed_share_weights_and_batches(seen):
     dense = seen(None, 3)
-    assert len(dense) == 6 + 2 * tiny.TASK.steps
+    assert len(dense) == 6 + 2 * LONG.steps
     for config in CONFIGS[1:]:
         torch.manual_seed(99)  # what came before does not matter
         assert all(equal(dense, seen(config, 3)))
@@ -87,6 +89,22 @@ def test_training_learns_and_the_score_is_on_all_held_out_data(source):
     logits = model(x)
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
     assert accuracy == pytest.approx(100 * (logits.argmax(1) == y).double().mean().item())
+
+
+def test_curves_are_on_the_sample_and_the_score_on_everything(source, monkeypatch):
+    seen = []
+
+    def recording(model, batch):
+        seen.append(batch)
+        return evaluate(model, batch)
+
+    monkeypatch.setattr(training, "evaluate", recording)
+    train(tiny.TASK, None, 0, source)
+    *curve, last = seen
+    assert len(curve) == 10
+    assert all(torch.equal(batch.x, source.sample.x) for batch in curve)
+    assert torch.equal(last.x, source.held_out.x)
+    assert not torch.equal(last.x, curve[0].x)  # in another order even where they are the same
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(source):
