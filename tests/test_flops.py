@@ -45,11 +45,8 @@ def test_the_subspace_costs_what_its_products_cost(side):
     cost = weight_grad_flops(m, n, p, k, subspace)
     assert cost == counted(step) + norms + round(refresh / 5)
     looked_at = weight_grad_flops(m, n, p, k, subspace._replace(kept=q * (n + p)))
-    both = 3 * counted(
-        lambda: (torch.randn(m, n) @ torch.randn(n, q), b @ torch.randn(b.shape[1], q))
-    )
-    if n == a.shape[1]:
-        assert looked_at - cost == round((both + 4 * q * q * (n + p)) / 20)
+    projected = counted(lambda: (a @ torch.randn(a.shape[1], q), b @ torch.randn(b.shape[1], q)))
+    assert abs(looked_at - cost - (3 * projected + 4 * q * q * (n + p)) / 20) <= 1
 
 
 def test_all_rows_cost_what_dense_costs():
@@ -116,5 +113,5 @@ def test_settings_that_make_no_sense(arguments, message):
 
 
 def test_a_budget_is_a_number():
-    with pytest.raises(TypeError, match="budget must be a number .* got '1/8'"):
+    with pytest.raises(TypeError, match=r"budget must be a number .* got '1/8'"):
         MemAOPConfig(budget="1/8")

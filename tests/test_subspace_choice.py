@@ -170,5 +170,5 @@ def test_a_memory_of_another_side_is_refused():
         weight_grad(*batch("grad"), MemAOPConfig(rank=4, side=side), memory)
     for side, memory in states.items():
         for other in states.keys() - {side}:
-            with pytest.raises(ValueError, match="state has bases of .* this memory of"):
+            with pytest.raises(ValueError, match=r"state has bases of .* this memory of"):
                 memory.load_state_dict(states[other].state_dict())
