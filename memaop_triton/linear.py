@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any, TypeGuard, TypeVar
@@ -129,6 +130,21 @@ class MemAOPLinear(nn.Linear):
 
             self.layer_state.fit(*tensor_parallel.local_sizes(weight))
         return self.layer_state.memory
+
+    def set_ratio_(self, ratio: float) -> None:
+        """Compute this share of the rows from the next backward pass on, whole blocks as before.
+
+        The memory stays, and no compiled graph is built anew. A layer that was given `k` has a
+        ratio from then on. `ratio=1` is exact and scores nothing, once a row memory is empty.
+
+        Args:
+            ratio: K/M, in (0, 1].
+
+        Raises:
+            ValueError: `ratio` is out of range.
+            TypeError: `ratio` is not a number.
+        """
+        self.layer_state.config = dataclasses.replace(self.config, ratio=ratio, k=None)
 
     def _parameter_device(self) -> torch.device:
         # Not `self.weight`: a parametrised one would be computed.

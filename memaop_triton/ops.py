@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memaop_triton import layer_state
+from memaop_triton.config import MemAOPConfig
 from memaop_triton.layer_state import LayerState
-from memaop_triton.memory import SubspaceMemory
+from memaop_triton.memory import Memory, SubspaceMemory
 from memaop_triton.selection import Selection
 from memaop_triton.steps import Gradients
 from memaop_triton.weight_grad import (
@@ -69,6 +70,7 @@ def _gradients(
         selection=selection,
         shards=state.shards,
         factors=state.factors,
+        observer=state.observer,
     )
     if state.on_weight_grad is not None:
         state.on_weight_grad(gradients.weight)
@@ -157,13 +159,17 @@ def _flops_of_sampled_backward(
 
 
 def _weight_grad_flops(x_shape: torch.Size, g_shape: torch.Size, handle_shape: torch.Size) -> int:
-    (m, n), p = x_shape, g_shape[1]
     state = layer_state.find_by_number(handle_shape[0])
-    k = state.config.num_rows(m)
+    return weight_grad_flops(x_shape[0], x_shape[1], g_shape[1], state.config, state.memory)
+
+
+def weight_grad_flops(m: int, n: int, p: int, config: MemAOPConfig, memory: Memory | None) -> int:
+    """FLOPs of the products that dW [P, N] takes from M rows: a step's mean, with its subspace."""
+    k = config.num_rows(m)
     flops = 2 * k * n * p
-    if isinstance(state.memory, SubspaceMemory) and k < m:
-        q = state.memory.rank
+    if isinstance(memory, SubspaceMemory) and k < m:
+        q = memory.rank
         # Z, Gᵀ Z, the basis as q more rows of the product, what it takes from the selected rows,
         # and its share of a refresh.
-        flops += 2 * q * (m * (n + p) + n * p + k * n + m * n // state.memory.refresh_every)
+        flops += 2 * q * (m * (n + p) + n * p + k * n + m * n // memory.refresh_every)
     return flops

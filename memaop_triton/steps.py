@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels import cpu as kernels
+from memaop_triton.layer_observer import LayerObserver, Projected
 from memaop_triton.memory import ResidualMemory, SubspaceMemory
 from memaop_triton.selection import Selection, cut, is_weighted, select, within
 
@@ -45,6 +46,7 @@ class Operands(NamedTuple):
         generator: Source of all draws.
         shards: The processes that hold the other columns of these rows, if there are any.
         factors: Takes the pair of matrices whose product dW is, if somebody asks for them.
+        observer: Takes note of the step, if somebody watches the layer.
     """
 
     x: Tensor
@@ -54,6 +56,12 @@ class Operands(NamedTuple):
     generator: torch.Generator | None
     shards: Shards | None = None
     factors: list[Factors] | None = None
+    observer: LayerObserver | None = None
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether this step will be observed, so that what it would drop is kept."""
+        return self.observer is not None and self.observer.is_due
 
     def sum_rows(self) -> Tensor | None:
         """The bias gradient by a pass of its own, if it is wanted."""
@@ -80,15 +88,28 @@ class Operands(NamedTuple):
             selection = within(selection, x.shape[0])
             self.factors.append(Factors(*kernels.selected_rows(x, g, *selection, projection)))
 
+    def observe(
+        self,
+        selection: Selection,
+        dw: Tensor,
+        scores: Tensor | None,
+        projected: Projected | None = None,
+    ) -> None:
+        """Hand over what a step used and computed, as `LayerObserver.observe` takes it."""
+        if self.observer is not None:
+            self.observer.observe(self, selection, dw, scores, projected)
+
 
 def without_memory(operands: Operands, selection: Selection | None) -> Gradients:
     """dW from the selected rows; `selection` takes the place of scores."""
     x, g, config, *_ = operands
+    scores = None
     if selection is None:
         scores = _scores(kernels.row_norms(x), kernels.row_norms(g))
         selection = operands.choose(operands.whole(scores))
     operands.keep_factors(x, g, selection, None)
     dw = kernels.gather_gemm(x, g, *_rows_and_weights(selection, config))
+    operands.observe(selection, dw, scores)
     return Gradients(dw, operands.sum_rows())
 
 
@@ -106,12 +127,13 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     scores = _scores(
         kernels.accumulate_and_score(mx, x, carry), kernels.accumulate_and_score(mg, g, carry)
     )
-    scores = operands.whole(scores)
-    selection = operands.choose(scores)
+    whole_scores = operands.whole(scores)
+    selection = operands.choose(whole_scores)
     operands.keep_factors(mx, mg, selection, None)
     dw = kernels.gather_gemm(mx, mg, selection.indices)
     filled.fill_(True)
-    memory.empty(selection.indices, scores)
+    memory.empty(selection.indices, whole_scores)
+    operands.observe(selection, dw, scores)
     return Gradients(dw.to(x.dtype), operands.sum_rows())
 
 
@@ -123,12 +145,16 @@ def with_subspace(
     basis = memory.basis_for(x, generator)
     z, rest_norms = kernels.project_rows(x, basis)
     zg, g_norms = kernels.project_gradient(g, z)
+    # The scores take the place of the norms.
+    projected = Projected(rest_norms.clone(), z, zg) if operands.is_observed else None
+    scores = _scores(rest_norms, g_norms)
     if selection is None:
-        selection = operands.choose(operands.whole(_scores(rest_norms, g_norms)))
+        selection = operands.choose(operands.whole(scores))
     indices, weights = _rows_and_weights(selection, config)
     projection = kernels.Projection(basis * kernels.basis_scale(x.shape[1]), z, zg)
     operands.keep_factors(x, g, selection, projection)
     dw = kernels.gather_gemm(x, g, indices, weights, projection)
+    operands.observe(selection, dw, scores, projected)
     memory.end_step(x, z)
     return Gradients(dw, operands.sum_rows())
 
