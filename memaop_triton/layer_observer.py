@@ -87,7 +87,7 @@ class LayerObserver:
             # always seen in the same use.
             self._next += self.every + (0 if self.every == 1 else (-1) ** self._observations)
         self._steps += 1
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _is_capturing(device):
             self.is_due = True
 
     def observe(
@@ -228,3 +228,7 @@ def _parts_of(scores: Tensor, projected: Projected, columns: int) -> _Parts:
     outside = rest.dot(rest)
     inputs = inside.dot(inside) + outside
     return _Parts(scores.dot(scores) + both.dot(both), inputs, outside, exact.square())
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

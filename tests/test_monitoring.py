@@ -85,6 +85,22 @@ def test_observes_every_so_many_passes_and_both_uses_of_a_layer():
     assert watch.read()[""].observations == pytest.approx(202 / 10, abs=1)
 
 
+def test_a_captured_step_is_observed_whenever_it_is_replayed(monkeypatch):
+    layer = MemAOPLinear(N, P, config=MemAOPConfig.paper(ratio=1 / 4))
+    with monitor(layer, every=100) as watch:
+        observer = watch._watched[""].observer
+        layer(batches(1)[0]).sum().backward()
+        layer(batches(1)[0]).sum().backward()
+        assert watch.read()[""].observations == 1
+        monkeypatch.setattr("memaop_triton.layer_observer._is_capturing", lambda device: True)
+        places = [t.data_ptr() for t in (*observer.read(), observer.ages)]
+        for _ in range(3):
+            layer(batches(1)[0]).sum().backward()
+        # What a replay writes is what the next one reads.
+        assert [t.data_ptr() for t in (*observer.read(), observer.ages)] == places
+        assert watch.read()[""].observations == 4
+
+
 def test_averages_forget_at_the_rate_of_the_smoothing():
     layer = MemAOPLinear(N, P, config=MemAOPConfig(k=8, memory="none"))
     sums = []
@@ -329,6 +345,16 @@ def test_the_live_table_is_drawn_at_most_every_second(monkeypatch):
     text = console.export_text()
     assert "16 of 64" in text
     assert "outside" in text
+
+
+def test_the_benchmark_of_its_cost_runs(capsys, monkeypatch):
+    from memaop_triton.bench import monitor_overhead
+    from memaop_triton.bench.models import mlp
+
+    monkeypatch.setattr(monitor_overhead, "NETS", (mlp(8, 16, depth=1),))
+    monkeypatch.setattr("sys.argv", ["monitor_overhead", "--seconds", "0"])
+    monitor_overhead.main()
+    assert "one pass in 10 " in capsys.readouterr().out
 
 
 def test_tables_of_every_kind_of_layer():
