@@ -15,13 +15,16 @@ _here = _Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "cpu.py").is_file():
     __path__.append(str(_here.parent))
 
+from memaop_triton.budget import allocate_
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.convert import convert_, revert_
 from memaop_triton.functional import memaop_linear
 from memaop_triton.linear import MemAOPLinear
 from memaop_triton.memory import ResidualMemory, SubspaceMemory, new_memory
+from memaop_triton.monitoring import Monitor, StarvedLayerWarning, monitor
 from memaop_triton.optim import attach_optimizer
 from memaop_triton.planning import plan
+from memaop_triton.schedules import RatioScheduler
 from memaop_triton.state import load_memory_state_dict, memory_state_dict, reset_memory
 
 if _TYPE_CHECKING:
@@ -33,13 +36,18 @@ __all__ = [
     "FactorAllGather",
     "MemAOPConfig",
     "MemAOPLinear",
+    "Monitor",
+    "RatioScheduler",
     "ResidualMemory",
+    "StarvedLayerWarning",
     "SubspaceMemory",
+    "allocate_",
     "attach_optimizer",
     "convert_",
     "load_memory_state_dict",
     "memaop_linear",
     "memory_state_dict",
+    "monitor",
     "new_memory",
     "plan",
     "reset_memory",

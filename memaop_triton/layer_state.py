@@ -21,6 +21,7 @@ from torch import Tensor
 from memaop_triton.config import MemAOPConfig
 
 if TYPE_CHECKING:
+    from memaop_triton.layer_observer import LayerObserver
     from memaop_triton.memory import Memory
     from memaop_triton.steps import Factors
     from memaop_triton.tensor_parallel import Shards
@@ -50,11 +51,14 @@ class LayerState:
             is; `None` if nobody collects them.
         on_weight_grad: Called with the dW ([P, N]) of every backward pass, exact ones included,
             after its factors were added.
+        observer: Takes note of the backward passes, if a `Monitor` watches the layer. Copies are
+            not watched.
     """
 
     shards: Shards | None = None
     factors: list[Factors] | None = None
     on_weight_grad: Callable[[Tensor], None] | None = None
+    observer: LayerObserver | None = None
 
     def __init__(self, config: MemAOPConfig, memory: Memory | None) -> None:
         self.config = config

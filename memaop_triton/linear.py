@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any, TypeGuard, TypeVar
@@ -130,6 +131,21 @@ class MemAOPLinear(nn.Linear):
             self.layer_state.fit(*tensor_parallel.local_sizes(weight))
         return self.layer_state.memory
 
+    def set_ratio_(self, ratio: float) -> None:
+        """Compute this share of the rows from the next backward pass on, whole blocks as before.
+
+        The memory stays, and no compiled graph is built anew. A layer that was given `k` or a
+        budget has a ratio from then on, and keeps the rank that its subspace has. `ratio=1` is exact and scores nothing, once a row memory is empty.
+
+        Args:
+            ratio: K/M, in (0, 1].
+
+        Raises:
+            ValueError: `ratio` is out of range.
+            TypeError: `ratio` is not a number.
+        """
+        self.layer_state.config = with_ratio(self.config, ratio)
+
     def _parameter_device(self) -> torch.device:
         # Not `self.weight`: a parametrised one would be computed.
         return next((p.device for p in self.parameters()), torch.device("cpu"))
@@ -173,6 +189,11 @@ class MemAOPLinear(nn.Linear):
             return super().__reduce_ex__(protocol)
         # The class of a converted subclass is made on demand and cannot be found by its name.
         return _blank, (self.dense_class,), self.__getstate__()
+
+
+def with_ratio(config: MemAOPConfig, ratio: float) -> MemAOPConfig:
+    """`config` with this share of the rows instead of its own, `k` or budget."""
+    return dataclasses.replace(config, ratio=ratio, k=None, budget=None)
 
 
 def _is_distributed(a: Tensor | None) -> TypeGuard[Tensor]:

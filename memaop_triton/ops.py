@@ -70,6 +70,7 @@ def _gradients(
         selection=selection,
         shards=state.shards,
         factors=state.factors,
+        observer=state.observer,
     )
     if state.on_weight_grad is not None:
         state.on_weight_grad(gradients.weight)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels import cpu as kernels
+from memaop_triton.layer_observer import LayerObserver, Projected
 from memaop_triton.memory import ResidualMemory, SubspaceMemory
 from memaop_triton.selection import Selection, cut, is_weighted, select, within
 
@@ -46,6 +47,7 @@ class Operands(NamedTuple):
         generator: Source of all draws.
         shards: The processes that hold the other columns of these rows, if there are any.
         factors: Takes the pair of matrices whose product dW is, if somebody asks for them.
+        observer: Takes note of the step, if somebody watches the layer.
     """
 
     x: Tensor
@@ -56,6 +58,12 @@ class Operands(NamedTuple):
     generator: torch.Generator | None
     shards: Shards | None = None
     factors: list[Factors] | None = None
+    observer: LayerObserver | None = None
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether this step will be observed, so that what it would drop is kept."""
+        return self.observer is not None and self.observer.is_due
 
     def sum_rows(self) -> Tensor | None:
         """The bias gradient by a pass of its own, if it is wanted."""
@@ -89,15 +97,28 @@ class Operands(NamedTuple):
             both = kernels.selected_rows(x, g, *selection, projection)
             self.factors.append(Factors(*(reversed(both) if exchanged else both)))
 
+    def observe(
+        self,
+        selection: Selection,
+        dw: Tensor,
+        scores: Tensor | None,
+        projected: Projected | None = None,
+    ) -> None:
+        """Hand over what a step used and computed, as `LayerObserver.observe` takes it."""
+        if self.observer is not None:
+            self.observer.observe(self, selection, dw, scores, projected)
+
 
 def without_memory(operands: Operands, selection: Selection | None) -> Gradients:
     """dW from the selected rows; `selection` takes the place of scores."""
     x, g, config, *_ = operands
+    scores = None
     if selection is None:
         scores = _scores(kernels.row_norms(x), kernels.row_norms(g))
         selection = operands.choose(operands.whole(scores))
     operands.keep_factors(x, g, selection)
     dw = kernels.gather_gemm(x, g, *_rows_and_weights(selection, config))
+    operands.observe(selection, dw, scores)
     return Gradients(dw, operands.sum_rows())
 
 
@@ -115,12 +136,13 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     scores = _scores(
         kernels.accumulate_and_score(mx, x, carry), kernels.accumulate_and_score(mg, g, carry)
     )
-    scores = operands.whole(scores)
-    selection = operands.choose(scores)
+    whole_scores = operands.whole(scores)
+    selection = operands.choose(whole_scores)
     operands.keep_factors(mx, mg, selection)
     dw = kernels.gather_gemm(mx, mg, selection.indices)
     filled.fill_(True)
-    memory.empty(selection.indices, scores)
+    memory.empty(selection.indices, whole_scores)
+    operands.observe(selection, dw, scores)
     return Gradients(dw.to(x.dtype), operands.sum_rows())
 
 
@@ -134,12 +156,18 @@ def with_subspace(
     basis = memory.basis_of(a)
     z, rest_norms = kernels.project_rows(a, basis)
     zb, b_norms = kernels.project_gradient(b, z)
+    # The scores take the place of the norms.
+    projected = None
+    if operands.is_observed:
+        projected = Projected(rest_norms.clone(), z, zb, a.shape[1])
+    scores = _scores(rest_norms, b_norms)
     if selection is None:
-        selection = operands.choose(operands.whole(_scores(rest_norms, b_norms)))
+        selection = operands.choose(operands.whole(scores))
     indices, weights = _rows_and_weights(selection, config)
     projection = kernels.Projection(basis * kernels.basis_scale(a.shape[1]), z, zb)
     operands.keep_factors(a, b, selection, projection, exchanged=a is g)
     dw = kernels.gather_gemm(a, b, indices, weights, projection)
+    operands.observe(selection, dw, scores, projected)
     memory.end_step(a, z)
     return Gradients(dw if a is x else dw.t().contiguous(), operands.sum_rows())
 

@@ -14,6 +14,7 @@ from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels import residual_gemm, score, subspace, targets
 from memaop_triton.kernels.cpu import Projection, basis_scale
 from memaop_triton.kernels.gather_gemm import gather_gemm
+from memaop_triton.layer_observer import Projected
 from memaop_triton.memory import ResidualMemory, SubspaceMemory
 from memaop_triton.selection import Selection, is_weighted, within
 from memaop_triton.steps import Gradients, Operands
@@ -22,6 +23,7 @@ from memaop_triton.steps import Gradients, Operands
 def without_memory(operands: Operands, selection: Selection | None) -> Gradients:
     """Score, select, multiply: 1 + K/M passes over X and G."""
     x, g, config, _, bias_grad, *_ = operands
+    scores = None
     if selection is None:
         scores, db = score.row_scores(x, g, bias_grad=bias_grad)
         selection = operands.choose(operands.whole(scores), cut_short=False)
@@ -29,7 +31,9 @@ def without_memory(operands: Operands, selection: Selection | None) -> Gradients
         db = operands.sum_rows()
     indices, weights = _rows_and_weights(selection, config)
     operands.keep_factors(x, g, selection)
-    return Gradients(gather_gemm(x, g, indices, weights, block_rows=config.block_rows), db)
+    dw = gather_gemm(x, g, indices, weights, block_rows=config.block_rows)
+    operands.observe(selection, dw, scores)
+    return Gradients(dw, db)
 
 
 def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
@@ -48,6 +52,7 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     else:
         carry = torch.full((1,), factor, dtype=torch.float32, device=x.device)
     seed = memory.draw_seed(x.device, generator)
+    scores = None
     if config.selection == "randk":
         unscored = torch.zeros(rows, dtype=torch.float32, device=x.device)
         selection = operands.choose(unscored, cut_short=False)
@@ -71,12 +76,14 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
             signed=memory.signed,
             block_rows=config.block_rows,
         )
+        if operands.is_observed:
+            # The rows taken are formed nowhere: they count with what the batch has of them.
+            scores = torch.where(taken, score.row_scores(x, g)[0], score.row_scores(*slots[:2])[0])
     else:
         scores, db = score.accumulate_and_score(
             slots, x, g, carry, seed, signed=memory.signed, bias_grad=bias_grad
         )
-        scores = operands.whole(scores)
-        selection = operands.choose(scores, cut_short=False)
+        selection = operands.choose(operands.whole(scores), cut_short=False)
         taken_rows = selection.indices.clamp(max=rows - 1)
         dw = torch.empty((g.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
         gather_gemm(
@@ -88,6 +95,7 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
         )
     slots[2].index_fill_(0, taken_rows, False)
     operands.keep_factors(*slots[:2], selection)
+    operands.observe(selection, dw, scores)
     return Gradients(dw, db)
 
 
@@ -114,6 +122,10 @@ def with_subspace(
     block = config.block_rows
     c = subspace.correction(parts, z, b, indices, weights, block_rows=block)
     dw = gather_gemm(a, b, indices, weights, block_rows=block, correction=(c, basis * scale))
+    projected = None
+    if operands.is_observed:
+        projected = Projected(rest, z, parts.sum(0), a.shape[1])
+    operands.observe(selection, dw, scores, projected)
     memory.end_step(a, z)
     if a is g:
         return Gradients(dw.t().contiguous(), operands.sum_rows())

@@ -41,7 +41,7 @@ class SubspaceMemory:
     `side="auto"` keeps a basis of either side, and a budget leaves the rank open as well. In the
     first step and at every fourth refresh the memory takes the side and rank for which the variance
     of the estimate, (Σ_m s_m)²/K − Σ_m s_m² with the scores s and the rows K they would leave, is
-    the smallest.
+    the smallest. On a GPU, where nobody waits for the numbers, it is taken a refresh later.
 
     Args:
         in_features: N, length of a row of X.
@@ -159,6 +159,8 @@ class SubspaceMemory:
                 basis.of(x if side == "input" else g, self._most, generator)
         if x.is_cuda and self._step_on_device is None:
             self._step_on_device = torch.full((1,), self._step, device=x.device)
+        if self._pending is not None and self._step % self.refresh_every == 0:
+            self._take_choice(config)
         every = self.refresh_every * REFRESHES_PER_CHOICE
         is_due = is_first or (self._step > 0 and self._step % every == 0)
         if self._has_choice and is_due and not _is_capturing(x.device):
@@ -170,22 +172,36 @@ class SubspaceMemory:
 
     def _choose(self, x: Tensor, g: Tensor, config: MemAOPConfig, *, iterate: bool) -> None:
         """Take the side and rank of the smallest variance, or stay where little is to be gained."""
-        ranks = [self._most]
-        if self._rank_is_open:
-            ranks = [*range(0, self._most, RANK_STEP), self._most]
-        choices, sums = [], []
-        for side, a, other in (("input", x, g), ("grad", g, x)):
-            if side not in self._sides:
-                continue
+        ranks, sums = self._ranks(), []
+        for side in self._sides:
+            a, other = (x, g) if side == "input" else (g, x)
             basis = self._bases[side]
             if iterate:
                 basis.iterate(a, project_rows(a, basis.of(a, self._most))[0])
             scores = basis.left_of(a, ranks) * row_norms(other)
-            choices += [(side, rank) for rank in ranks]
             sums.append(torch.stack([scores.sum(1), scores.square().sum(1)], 1))
+        self._pending = x.shape[0], _Arriving(torch.cat(sums))
+        if self._waits_for(x.device):
+            self._take_choice(config)
+
+    @staticmethod
+    def _waits_for(device: torch.device) -> bool:
+        return device.type == "cpu"
+
+    def _ranks(self) -> list[int]:
+        """The ranks to choose from."""
+        if not self._rank_is_open:
+            return [self._most]
+        return [*range(0, self._most, RANK_STEP), self._most]
+
+    def _take_choice(self, config: MemAOPConfig) -> None:
+        assert self._pending is not None
+        rows, sums = self._pending
+        self._pending = None
         variance = {}
-        for choice, (total, squares) in zip(choices, torch.cat(sums).tolist(), strict=True):
-            sizes = x.shape[0], self.in_features, self.out_features
+        choices = [(side, rank) for side in self._sides for rank in self._ranks()]
+        for choice, (total, squares) in zip(choices, sums.get().tolist(), strict=True):
+            sizes = rows, self.in_features, self.out_features
             k = config.num_rows(*sizes, self._cost(*choice))
             variance[choice] = max(0.0, total * total / k - squares)
         best = min(variance, key=lambda choice: variance[choice])
@@ -230,12 +246,18 @@ class SubspaceMemory:
         self.side = self._sides[0]
         self.rank = self._most
         self._step = 0
+        # Rows, and on their way Σs and Σs² of their scores under each choice: [choices, 2].
+        self._pending: tuple[int, _Arriving] | None = None
         # A graph that replays steps counts them on its device.
         self._step_on_device: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Contents for a checkpoint. The tensors are the memory's own, not copies."""
-        state = {"kind": self.kind, "step": self.step, "side": self.side, "rank": self.rank}
+        state: dict[str, Any] = {"kind": self.kind, "step": self.step}
+        state |= {"side": self.side, "rank": self.rank}
+        if self._pending is not None:
+            rows, sums = self._pending
+            state |= {"pending_rows": rows, "pending_sums": sums.get()}
         return state | {side: b.q for side, b in self._bases.items() if b.q is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -247,6 +269,8 @@ class SubspaceMemory:
         self.check_state(state)
         self.set_rank(self._most_of(state))
         self._step, self.side, self.rank = state["step"], state["side"], state["rank"]
+        if "pending_sums" in state:
+            self._pending = state["pending_rows"], _Arriving(state["pending_sums"].clone())
         for side, basis in self._bases.items():
             if side in state:
                 basis.q = by_column(state[side].clone())
@@ -282,6 +306,26 @@ class SubspaceMemory:
             self.reset()
         else:
             self._move(device)
+
+
+class _Arriving:
+    """Numbers on their way to the host: nobody waits for a GPU before they are asked for."""
+
+    def __init__(self, a: Tensor) -> None:
+        self._host, self._event = a, None
+        if a.is_cuda:
+            self._host = torch.empty(a.shape, dtype=a.dtype, pin_memory=True)
+            self._host.copy_(a, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def get(self) -> Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_host": self.get(), "_event": None}
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from memaop_triton import dispatch, steps
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.dispatch import runs_triton
+from memaop_triton.layer_observer import LayerObserver
 from memaop_triton.memory import (
     Memory,
     ResidualMemory,
@@ -50,7 +51,7 @@ def weight_grad(
 
     Returns:
         [P, N] in the dtype of `x`. Zeros for an empty batch, Gᵀ X itself when K = M and no row
-        memory is involved.
+        memory holds anything.
 
     Raises:
         ValueError: Shapes do not fit, or `memory` is not of the kind that `config` asks for.
@@ -73,6 +74,7 @@ def weight_and_bias_grad(
     generator: torch.Generator | None = None,
     shards: Shards | None = None,
     factors: list[Factors] | None = None,
+    observer: LayerObserver | None = None,
 ) -> Gradients:
     """`weight_grad`, and with `bias_grad` also the exact db = Σ_m g_m ([P]).
 
@@ -80,23 +82,32 @@ def weight_and_bias_grad(
         shards: The processes that hold other columns of X or G: all select the same rows.
         factors: Takes the selected rows, weighted: two matrices whose product is dW. Takes nothing
             where the gradient is exact.
+        observer: Takes note of the step, unless the batch is empty or the memory rests.
     """
     _check_operands(x, g)
     check_memory(config, memory, x.shape[1], g.shape[1])
     (rows, n), p = x.shape, g.shape[1]
     if x.numel() == 0 or g.numel() == 0:
         return Gradients(x.new_zeros((p, n)), g.sum(0) if bias_grad else None)
+    rests = isinstance(memory, ResidualMemory) and memory.is_paused
+    observer = None if rests else observer
+    if observer is not None:
+        observer.begin_step(x.device)
     k = rows_to_compute(config, memory, rows, n, p)
     if isinstance(memory, SubspaceMemory) and k < rows:
         memory.begin_step(x, g, config, generator)
         k = rows_to_compute(config, memory, rows, n, p)
-    operands = Operands(x, g, config, k, bias_grad, generator, shards, factors)
+    operands = Operands(x, g, config, k, bias_grad, generator, shards, factors, observer)
     step = _steps_for(x, memory)
     result: Gradients
-    if isinstance(memory, ResidualMemory) and not memory.is_paused:
+    # Nothing was ever left over: all rows of this batch are all there is, and no slots are made.
+    is_untouched = isinstance(memory, ResidualMemory) and k == rows and memory.rows == 0
+    if isinstance(memory, ResidualMemory) and not rests and not is_untouched:
         result = step.with_row_memory(operands, memory)
     elif k == rows:
         result = Gradients(g.t() @ x, operands.sum_rows())
+        if observer is not None:
+            observer.observe_exact(operands, result.weight, memory)
     elif isinstance(memory, SubspaceMemory) and memory.rank:
         result = step.with_subspace(operands, memory, selection)
     else:

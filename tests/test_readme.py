@@ -12,16 +12,16 @@ from memaop_triton import MemAOPLinear, revert_
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
-# Layers this small stay dense.
+# Layers this small may stay dense.
 @pytest.mark.filterwarnings("ignore:nothing is converted:UserWarning")
 def test_every_block_of_python_runs(tmp_path):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
             self.blocks = nn.ModuleList(
-                nn.ModuleDict({"mlp": nn.ModuleDict({"up": nn.Linear(8, 8)})}) for _ in range(2)
+                nn.ModuleDict({"mlp": nn.ModuleDict({"up": nn.Linear(256, 256)})}) for _ in range(2)
             )
-            self.head = nn.Linear(8, 2)
+            self.head = nn.Linear(256, 8)
 
         def forward(self, x):
             for block in self.blocks:
@@ -32,7 +32,7 @@ def test_every_block_of_python_runs(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     names = {
         "model": model,
-        "batch": torch.randn(16, 8),
+        "batch": torch.randn(512, 256),
         "optimizer": optimizer,
         "path": tmp_path / "checkpoint.pt",
     }

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, new_memory
+from memaop_triton import MemAOPConfig, SubspaceMemory, new_memory
 from memaop_triton.steps import Factors
 from memaop_triton.weight_grad import weight_and_bias_grad, weight_grad
 
@@ -172,3 +172,26 @@ def test_a_memory_of_another_side_is_refused():
         for other in states.keys() - {side}:
             with pytest.raises(ValueError, match=r"state has bases of .* this memory of"):
                 memory.load_state_dict(states[other].state_dict())
+
+
+def test_where_nobody_waits_the_choice_is_taken_at_the_next_refresh(monkeypatch):
+    config = MemAOPConfig(k=64, rank=4, refresh_every=2)
+    memory = new_memory(config, N, P)
+    monkeypatch.setattr(SubspaceMemory, "_waits_for", staticmethod(lambda device: False))
+    sides, other = [], None
+    for step in range(12):
+        weight_grad(*batch("input" if step == 1 else "grad"), config, memory)
+        sides.append(memory.side)
+        if step == 8:
+            assert memory.state_dict()["pending_rows"] == M
+            other = new_memory(config, N, P)
+            other.load_state_dict(memory.state_dict())
+            twin = copy.deepcopy(memory)
+    # Looked at in steps 0 and 8, taken in steps 2 and 10.
+    assert sides == ["input"] * 2 + ["grad"] * 10
+    for loaded in (other, twin):
+        assert loaded._pending is not None
+        for _ in range(2):
+            weight_grad(*batch("grad"), config, loaded)
+        assert loaded._pending is None
+        assert loaded.side == "grad"

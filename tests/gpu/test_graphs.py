@@ -12,6 +12,7 @@ from memaop_triton import (
     convert_,
     load_memory_state_dict,
     memory_state_dict,
+    monitor,
 )
 
 pytestmark = [
@@ -90,6 +91,23 @@ def test_a_replayed_step_keeps_its_addresses(memory):
         replay(x.requires_grad_()).float().square().mean().backward()
     assert addresses(model) == before
     assert all(t.isfinite().all() for t in tensors(model))
+
+
+@pytest.mark.parametrize("memory", ["none", "signed", "subspace"])
+def test_a_monitor_counts_replays(memory):
+    model = net(configuration(memory))
+    with monitor(model, every=100, starving=1e9) as watch:
+        sample = batches(1)[0].requires_grad_()
+        for x in batches(WARM_UP):
+            model(x).float().square().mean().backward()
+        replay = torch.cuda.make_graphed_callables(model, (sample,))
+        before = watch.read()["0"]
+        for x in batches(5):
+            replay(x.requires_grad_()).float().square().mean().backward()
+        after = watch.read()["0"]
+    assert after.observations == before.observations + 5
+    assert after.skipped == 0
+    assert 0 < after.captured <= 1
 
 
 @pytest.mark.parametrize("memory", ["none", "signed", "subspace"])

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from memaop_triton import MemAOPConfig, convert_, new_memory, ops
+from memaop_triton import MemAOPConfig, convert_, monitor, new_memory, ops
 from memaop_triton.config import ROW_MEMORIES
 from memaop_triton.kernels import launch
+from memaop_triton.layer_observer import LayerObserver
+from memaop_triton.sampling_estimates import Figures
 from memaop_triton.weight_grad import weight_and_bias_grad
 from tests.schemes import LEGAL, label
 
@@ -165,6 +167,42 @@ def watched(monkeypatch):
     return switch
 
 
+@pytest.mark.parametrize(("k", "block_rows"), [(18, 1), (18, 16), (70, 1)])
+@pytest.mark.parametrize("memory", ["none", "residual", "subspace"])
+def test_an_observed_step_says_what_it_says_in_pytorch(memory, k, block_rows, backend, generator):
+    # With a row memory, draws come after that of a seed that PyTorch's steps do not need.
+    selection = "topk" if memory == "residual" else "priority"
+    config = MemAOPConfig(
+        k=k, rank=4, refresh_every=2, block_rows=block_rows, memory=memory, selection=selection
+    )
+    data = batches(SHAPES[0])
+    found = []
+    for name in ("triton", "torch"):
+        backend(name)
+        observer = LayerObserver(1, 0.5, torch.device("cpu"))
+        memory, draws = new_memory(config, *SHAPES[0][1:]), generator(3)
+        for x, g in data:
+            weight_and_bias_grad(x, g, config, memory, generator=draws, observer=observer)
+        found.append((*observer.read(), observer.ages))
+    torch.testing.assert_close(found[0], found[1], rtol=2e-3, atol=1e-6)
+    assert found[0][1].tolist() == [3, 0, 0]
+
+
+def test_an_observed_step_without_scores_counts_the_memory(selections):
+    config = MemAOPConfig(ratio=1 / 3, selection="randk", memory="residual")
+    observer = LayerObserver(1, 0.0, torch.device("cpu"))
+    memory = new_memory(config, 24, 40)
+    for x, g in batches((70, 24, 40)):
+        weight_and_bias_grad(x, g, config, memory, observer=observer)
+        held = (memory.x.norm(dim=1) * memory.g.norm(dim=1))[memory.filled]
+        taken = selections[-1].indices
+        drawn = (x.norm(dim=1) * g.norm(dim=1))[taken]
+        figures = Figures(*observer.read()[0].tolist()[:-1])
+        assert figures.remembered_square_sum == pytest.approx(float(held.square().sum()), rel=1e-4)
+        assert figures.computed_score_sum == pytest.approx(float(drawn.sum()), rel=1e-4)
+        assert figures.score_sum == pytest.approx(float(held.sum() + drawn.sum()), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("scheme", "block_rows"),
     [(scheme, 1) for scheme in LEGAL]
@@ -187,3 +225,27 @@ def test_a_training_step_looks_at_no_value(scheme, block_rows, traffic, watched)
     assert launches[1] == launches[3]  # with a refresh of the subspace
     assert set(launches[2]) <= set(launches[1])
     assert len(launches[2]) <= len(launches[1]) <= 10
+
+
+@pytest.mark.parametrize(
+    ("selection", "memory"),
+    [
+        *(("priority", "none"), ("crs", "subspace"), ("wta", "subspace")),
+        *(("randk", "residual"), ("topk", "signed")),
+    ],
+)
+def test_watching_a_training_step_looks_at_no_value(selection, memory):
+    config = MemAOPConfig(ratio=1 / 4, rank=4, selection=selection, memory=memory, block_rows=16)
+    configs = [config]
+    if config.is_unbiased:
+        configs.append(dataclasses.replace(config, k=70, ratio=None))
+        configs.append(dataclasses.replace(config, grad_input="sampled"))
+    for one in configs:
+        layer = convert_(torch.nn.Linear(24, 40), one)
+        watch = monitor(layer, every=1)
+        x = torch.randn(70, 24, requires_grad=True)
+        layer(x).square().sum().backward()
+        loss = layer(x).square().sum()
+        with NoSynchronisation():
+            loss.backward()
+        assert watch.read()[""].observations == 2
