@@ -135,7 +135,8 @@ class MemAOPLinear(nn.Linear):
         """Compute this share of the rows from the next backward pass on, whole blocks as before.
 
         The memory stays, and no compiled graph is built anew. A layer that was given `k` or a
-        budget has a ratio from then on, and keeps the rank that its subspace has. `ratio=1` is exact and scores nothing, once a row memory is empty.
+        budget has a ratio from then on, and keeps the rank that its subspace has. `ratio=1` is
+        exact and scores nothing, once a row memory is empty.
 
         Args:
             ratio: K/M, in (0, 1].

@@ -62,6 +62,13 @@ class SubspaceMemory:
 
     kind = "subspace"
 
+    side: str
+    rank: int
+    # A graph that replays steps counts them on its device.
+    _step_on_device: Tensor | None
+    # Rows, and on their way Σs and Σs² of their scores under each choice: [choices, 2].
+    _pending: tuple[int, _Arriving] | None
+
     def __init__(
         self,
         in_features: int,
@@ -246,10 +253,8 @@ class SubspaceMemory:
         self.side = self._sides[0]
         self.rank = self._most
         self._step = 0
-        # Rows, and on their way Σs and Σs² of their scores under each choice: [choices, 2].
-        self._pending: tuple[int, _Arriving] | None = None
-        # A graph that replays steps counts them on its device.
-        self._step_on_device: Tensor | None = None
+        self._pending = None
+        self._step_on_device = None
 
     def state_dict(self) -> dict[str, Any]:
         """Contents for a checkpoint. The tensors are the memory's own, not copies."""
