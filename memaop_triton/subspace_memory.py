@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,16 +9,15 @@ import torch
 from torch import Tensor
 
 from memaop_triton.basis import Basis, by_column
+from memaop_triton.basis_choice import Arriving, Choice, better_choice, score_sums
 from memaop_triton.config import SIDES, MemAOPConfig, check_name
-from memaop_triton.dispatch import project_rows, row_norms
+from memaop_triton.dispatch import project_rows
 from memaop_triton.flops import RANK_STEP, REFRESHES_PER_CHOICE, Subspace
 from memaop_triton.layer_state import LayerState
 from memaop_triton.saved_state import check_fields, check_shape
 
 #: Stands for the number of rows where no batch has been seen.
 MANY_ROWS = 1 << 20
-# What the variance must fall to before side or rank are changed.
-_WORTH_A_CHANGE = 0.9
 
 
 class SubspaceMemory:
@@ -67,7 +65,7 @@ class SubspaceMemory:
     # A graph that replays steps counts them on its device.
     _step_on_device: Tensor | None
     # Rows, and on their way Σs and Σs² of their scores under each choice: [choices, 2].
-    _pending: tuple[int, _Arriving] | None
+    _pending: tuple[int, Arriving] | None
 
     def __init__(
         self,
@@ -166,30 +164,27 @@ class SubspaceMemory:
                 basis.of(x if side == "input" else g, self._most, generator)
         if x.is_cuda and self._step_on_device is None:
             self._step_on_device = torch.full((1,), self._step, device=x.device)
+        if not self._has_choice or _is_capturing(x.device):
+            return
         if self._pending is not None and self._step % self.refresh_every == 0:
-            self._take_choice(config)
+            self._choose(config)
         every = self.refresh_every * REFRESHES_PER_CHOICE
-        is_due = is_first or (self._step > 0 and self._step % every == 0)
-        if self._has_choice and is_due and not _is_capturing(x.device):
-            self._choose(x, g, config, iterate=not is_first)
+        if is_first or (self._step > 0 and self._step % every == 0):
+            self._look(x, g, config, iterate=not is_first)
 
     def basis_of(self, a: Tensor) -> Tensor:
         """Q on the device and in the dtype of `a`, the X or G of `side`."""
         return self._bases[self.side].of(a, self.rank)
 
-    def _choose(self, x: Tensor, g: Tensor, config: MemAOPConfig, *, iterate: bool) -> None:
-        """Take the side and rank of the smallest variance, or stay where little is to be gained."""
-        ranks, sums = self._ranks(), []
-        for side in self._sides:
-            a, other = (x, g) if side == "input" else (g, x)
-            basis = self._bases[side]
-            if iterate:
+    def _look(self, x: Tensor, g: Tensor, config: MemAOPConfig, *, iterate: bool) -> None:
+        """Bring all bases up to date, and see what each would leave."""
+        if iterate:
+            for side, basis in self._bases.items():
+                a = x if side == "input" else g
                 basis.iterate(a, project_rows(a, basis.of(a, self._most))[0])
-            scores = basis.left_of(a, ranks) * row_norms(other)
-            sums.append(torch.stack([scores.sum(1), scores.square().sum(1)], 1))
-        self._pending = x.shape[0], _Arriving(torch.cat(sums))
+        self._pending = x.shape[0], Arriving(score_sums(self._bases, self._ranks(), x, g))
         if self._waits_for(x.device):
-            self._take_choice(config)
+            self._choose(config)
 
     @staticmethod
     def _waits_for(device: torch.device) -> bool:
@@ -201,20 +196,17 @@ class SubspaceMemory:
             return [self._most]
         return [*range(0, self._most, RANK_STEP), self._most]
 
-    def _take_choice(self, config: MemAOPConfig) -> None:
+    def _choose(self, config: MemAOPConfig) -> None:
+        """Act on what the last look has seen."""
         assert self._pending is not None
         rows, sums = self._pending
         self._pending = None
-        variance = {}
-        choices = [(side, rank) for side in self._sides for rank in self._ranks()]
-        for choice, (total, squares) in zip(choices, sums.get().tolist(), strict=True):
-            sizes = rows, self.in_features, self.out_features
-            k = config.num_rows(*sizes, self._cost(*choice))
-            variance[choice] = max(0.0, total * total / k - squares)
-        best = min(variance, key=lambda choice: variance[choice])
-        # Not so with NaN.
-        if variance[best] < _WORTH_A_CHANGE * variance.get((self.side, self.rank), math.inf):
-            self.side, self.rank = best
+        choices = [Choice(side, rank) for side in self._bases for rank in self._ranks()]
+        seen = dict(zip(choices, sums.get().tolist(), strict=True))
+        sizes = rows, self.in_features, self.out_features
+        self.side, self.rank = better_choice(
+            Choice(self.side, self.rank), seen, lambda c: config.num_rows(*sizes, self._cost(*c))
+        )
 
     def end_step(self, a: Tensor, z: Tensor) -> None:
         """Count a step that projected `a`, X or G, to z ∝ A Q; refresh Q when it is due.
@@ -275,7 +267,7 @@ class SubspaceMemory:
         self.set_rank(self._most_of(state))
         self._step, self.side, self.rank = state["step"], state["side"], state["rank"]
         if "pending_sums" in state:
-            self._pending = state["pending_rows"], _Arriving(state["pending_sums"].clone())
+            self._pending = state["pending_rows"], Arriving(state["pending_sums"].clone())
         for side, basis in self._bases.items():
             if side in state:
                 basis.q = by_column(state[side].clone())
@@ -311,26 +303,6 @@ class SubspaceMemory:
             self.reset()
         else:
             self._move(device)
-
-
-class _Arriving:
-    """Numbers on their way to the host: nobody waits for a GPU before they are asked for."""
-
-    def __init__(self, a: Tensor) -> None:
-        self._host, self._event = a, None
-        if a.is_cuda:
-            self._host = torch.empty(a.shape, dtype=a.dtype, pin_memory=True)
-            self._host.copy_(a, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def get(self) -> Tensor:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_host": self.get(), "_event": None}
 
 
 def _is_capturing(device: torch.device) -> bool:
