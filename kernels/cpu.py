@@ -98,6 +98,8 @@ def gather_gemm(
     indices: Tensor,
     weights: Tensor | None = None,
     projection: Projection | None = None,
+    *,
+    transposed: bool = False,
 ) -> Tensor:
     """dW = Σ_k w_k g[i_k]ᵀ x[i_k], and with a projection also what it leaves out: [P, N].
 
@@ -110,8 +112,9 @@ def gather_gemm(
         indices: [K] int64, ascending for locality; may repeat.
         weights: [K] in `score_dtype`, or `None` for all 1.
         projection: E, Z and Zᵀ G.
+        transposed: Return dWᵀ, [N, P]; either is contiguous.
     """
-    product = native.gather_gemm(x, g, indices, weights, projection)
+    product = native.gather_gemm(x, g, indices, weights, projection, transposed=transposed)
     if product is not None:
         return product
     rows = indices.numel()
@@ -119,12 +122,13 @@ def gather_gemm(
     # Half precision would round the sum at every panel, so there all rows make one.
     panel = _PANEL_ROWS if x.dtype == score_dtype(x.dtype) else max(1, rows)
     buffers = _panel_buffers(x, g, min(panel, rows), projection)
-    dw = x.new_empty((g.shape[1], x.shape[1]))
+    dw = x.new_empty((x.shape[1], g.shape[1]) if transposed else (g.shape[1], x.shape[1]))
     for start in range(0, max(1, rows), panel):
         end = min(start + panel, rows)
         part = weights if weights is None else weights[start:end]
         gx, gg = _fill_panel(buffers, x, g, indices[start:end], part, projection, end == rows)
-        dw.addmm_(gg.t(), gx, beta=0 if start == 0 else 1)
+        left, right = (gx, gg) if transposed else (gg, gx)
+        dw.addmm_(left.t(), right, beta=0 if start == 0 else 1)
     return dw
 
 

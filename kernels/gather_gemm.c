@@ -1,4 +1,4 @@
-/* dW = sum over k of w_k g[i_k]^T x[i_k], for tensors in a CPU's memory, in float32.
+/* dW = sum over k of w_k g[i_k]^T x[i_k], or its transpose, for tensors in a CPU's memory, in float32.
  *
  * A product of matrices copies its operands into panels that the caches like; here that copy is where
  * the selected rows are gathered, weighted, and freed from their projection, so that none of this is
@@ -107,8 +107,8 @@ INLINE void multiply(const float *g, const float *x, long depth, float *out, lon
 }
 
 static void multiply_tile(const float *g, const float *x, long depth, float *out, long ldo,
-                          long height, long width, int add) {
-    if (height >= TALL && width >= SIDE) {
+                          long height, long width, int transposed, int add) {
+    if (height >= TALL && width >= SIDE && !transposed) {
         for (int i = 0; i < TALL; i++) {
             __builtin_prefetch(out + i * ldo, 1);
             __builtin_prefetch(out + i * ldo + SIDE - 1, 1);
@@ -118,20 +118,26 @@ static void multiply_tile(const float *g, const float *x, long depth, float *out
     }
     float whole[TALL * SIDE];
     multiply(g, x, depth, whole, SIDE, 0);
-    for (long i = 0; i < SMALLER(height, TALL); i++)
-        for (long j = 0; j < SMALLER(width, SIDE); j++)
-            out[i * ldo + j] = whole[i * SIDE + j] + (add ? out[i * ldo + j] : 0);
+    const long rows = transposed ? SMALLER(width, SIDE) : SMALLER(height, TALL);
+    const long columns = transposed ? SMALLER(height, TALL) : SMALLER(width, SIDE);
+    const long next_row = transposed ? 1 : SIDE, next_column = transposed ? SIDE : 1;
+    for (long i = 0; i < rows; i++)
+        for (long j = 0; j < columns; j++)
+            out[i * ldo + j] =
+                whole[i * next_row + j * next_column] + (add ? out[i * ldo + j] : 0);
 }
 
 /* The tiles of panels `first` to `end` of g with all panels of x. */
 static void multiply_panels(const Rows *rows, const float *x_panels, const float *g_panels, long depth,
-                            Share tall, Share wide, float *out, int add) {
+                            Share tall, Share wide, float *out, int transposed, int add) {
+    const long ldo = transposed ? rows->p : rows->n;
+    const long down = transposed ? 1 : ldo, right = transposed ? ldo : 1;
     for (long block = tall.first; block < tall.end; block += AHEAD)
         for (long j = wide.first; j < wide.end; j++)
             for (long i = block; i < SMALLER(block + AHEAD, tall.end); i++)
                 multiply_tile(g_panels + i * TALL * depth, x_panels + j * SIDE * depth, depth,
-                              out + i * TALL * rows->n + j * SIDE, rows->n,
-                              rows->p - i * TALL, rows->n - j * SIDE, add);
+                              out + i * TALL * down + j * SIDE * right, ldo,
+                              rows->p - i * TALL, rows->n - j * SIDE, transposed, add);
 }
 
 /* Numbers that `panels` below has to have room for. */
@@ -139,13 +145,13 @@ long panel_size(long n, long p) {
     return DEPTH * (panels_of(n, SIDE) * SIDE + panels_of(p, TALL) * TALL);
 }
 
-/* out [p, n] = the sum above. panels: room for `panel_size(n, p)` numbers, at an address that vectors
+/* out [p, n], or [n, p] if transposed, = the sum above. panels: room for `panel_size(n, p)` numbers, at an address that vectors
  * may have. Returns 0, or 1 and nothing done if an index is not below `total`. Every element is summed
  * in the order of the rows, however many threads there are. */
 int gather_gemm(const float *x, long ldx, const float *g, long ldg, const int64_t *indices,
                 const float *weights, const float *z, long ldz, const float *expand,
                 long lde, const float *zg, float *out, float *panels, long total, long k, long n, long p,
-                long rank, int threads) {
+                long rank, int transposed, int threads) {
     for (long r = 0; r < k; r++)
         if (indices[r] < 0 || indices[r] >= total)
             return 1;
@@ -168,7 +174,7 @@ int gather_gemm(const float *x, long ldx, const float *g, long ldg, const int64_
             const Share every = {0, tall >= wide ? wide : tall};
             if (mine.first < mine.end)
                 multiply_panels(&rows, panels, g_panels, depth, tall >= wide ? mine : every,
-                                tall >= wide ? every : mine, out, step > 0);
+                                tall >= wide ? every : mine, out, transposed, step > 0);
             _Pragma("omp barrier");
         }
     }

@@ -140,8 +140,10 @@ def gather_gemm(
     indices: Tensor,
     weights: Tensor | None = None,
     projection: tuple[Tensor, Tensor, Tensor] | None = None,
+    *,
+    transposed: bool = False,
 ) -> Tensor | None:
-    """Σ_k w_k g[i_k]ᵀ x[i_k] ([P, N]), or `None`; arguments and projection as in `cpu.gather_gemm`.
+    """Σ_k w_k g[i_k]ᵀ x[i_k] ([P, N]), or `None`; the arguments are those of `cpu.gather_gemm`.
 
     Raises:
         IndexError: An index is not in [0, M).
@@ -162,7 +164,7 @@ def gather_gemm(
     if library is None:
         return None
     (rows, n), p, k = x.shape, g.shape[1], indices.numel()
-    out = x.new_empty((p, n))
+    out = x.new_empty((n, p) if transposed else (p, n))
     nothing = ctypes.c_void_p()
     inside = (nothing, ctypes.c_long(), nothing, ctypes.c_long(), nothing)
     if projection is not None:
@@ -175,7 +177,8 @@ def gather_gemm(
     failed = library.gather_gemm(
         *(*_matrix(x), *_matrix(g), _pointer(indices.contiguous())),
         *(nothing if weights is None else _pointer(weights.contiguous()), *inside),
-        *(_pointer(out), _pointer(panels), *sizes, ctypes.c_int(threads)),
+        *(_pointer(out), _pointer(panels), *sizes),
+        *(ctypes.c_int(transposed), ctypes.c_int(threads)),
     )
     if failed:
         raise IndexError(f"indices must be in [0, {rows}), the rows of x.")

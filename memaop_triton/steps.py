@@ -166,10 +166,10 @@ def with_subspace(
     indices, weights = _rows_and_weights(selection, config)
     projection = kernels.Projection(basis * kernels.basis_scale(a.shape[1]), z, zb)
     operands.keep_factors(a, b, selection, projection, exchanged=a is g)
-    dw = kernels.gather_gemm(a, b, indices, weights, projection)
+    dw = kernels.gather_gemm(a, b, indices, weights, projection, transposed=a is g)
     operands.observe(selection, dw, scores, projected)
     memory.end_step(a, z)
-    return Gradients(dw if a is x else dw.t().contiguous(), operands.sum_rows())
+    return Gradients(dw, operands.sum_rows())
 
 
 def sampled_input_grad(

@@ -65,6 +65,9 @@ def test_gather_gemm(rows, weighted):
     scale = torch.ones(rows, dtype=torch.float64) if weights is None else weights
     expected = sum(torch.outer(g[i], x[i]) * w for i, w in zip(indices, scale, strict=True))
     torch.testing.assert_close(cpu.gather_gemm(x, g, indices, weights), expected)
+    turned = cpu.gather_gemm(x, g, indices, weights, transposed=True)
+    torch.testing.assert_close(turned, expected.T)
+    assert turned.is_contiguous()
 
 
 def test_gather_gemm_of_no_rows_is_zero():

@@ -220,6 +220,9 @@ def test_the_gather_gemm_agrees_with_float64(own_gemm, n, p, k, rank, weighted):
     exact = gg.t() @ gx + (zg.t() @ basis.t() if rank else 0)
     found = own_gemm(x, g, indices, weights, projection)
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=2e-4)
+    turned = own_gemm(x, g, indices, weights, projection, transposed=True)
+    assert turned.is_contiguous()
+    assert torch.equal(turned, found.t())
 
 
 @needs_compiler

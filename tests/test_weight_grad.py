@@ -53,6 +53,11 @@ def equal_the_reference(config, rows, inputs, outputs, generator):
         torch.testing.assert_close(dw, expected.weight_grad, rtol=1e-10, atol=1e-10)
         if slots is not None:
             stored = memory.state_dict()
+            if "x" not in stored:  # all rows were computed, and there is nothing to remember
+                assert not slots[0].any()
+                assert not slots[1].any()
+                theirs.set_state(ours.get_state())  # no signs are drawn for nothing
+                continue
             torch.testing.assert_close(stored["x"], slots[0], rtol=1e-10, atol=1e-10)
             torch.testing.assert_close(stored["g"], slots[1], rtol=1e-10, atol=1e-10)
     assert torch.equal(ours.get_state(), theirs.get_state())
