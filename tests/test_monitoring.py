@@ -250,10 +250,13 @@ def test_closing_twice_and_after_the_model_was_reverted():
     watch.close()
     assert watch.read()["0"].observations == 1
     convert_(model)
-    second = monitor(model)
-    watch.close()  # must not stop the second one
+    with monitor(model) as second:
+        pass
+    third = monitor(model)
+    second.close()  # must not stop the third
     train(model, batches(1))
-    assert second.read()["0"].observations == 1
+    assert second.read() == {}
+    assert third.read()["0"].observations == 1
 
 
 def test_arguments_are_checked():
