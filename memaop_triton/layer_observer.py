@@ -171,7 +171,7 @@ class LayerObserver:
             contributions = contributions_of(selection, s)
             if config.is_unbiased:
                 sampled_square = dw_square - parts.exact
-                variance = sampling_variance(config, selection, s, sampled_square)
+                variance = sampling_variance(config, self.k, selection, s, sampled_square)
                 dense_square = dw_square - variance
             else:
                 dense_square = zero
@@ -194,15 +194,15 @@ class LayerObserver:
             input_square_sum=parts.inputs,
             outside_square_sum=parts.outside,
         )
-        self._mix(torch.stack([*figures, torch.ones_like(zero)]), (~s.isfinite()).sum())
+        self._mix(torch.stack([*figures, torch.ones_like(zero)]), _count_nonfinite(s))
 
     def _mix(self, new: Tensor, lost_rows: Tensor) -> None:
-        is_finite = new.isfinite().all()
+        is_finite = _count_nonfinite(new) == 0
         if self._sums.device != new.device:
             self._sums, self._counts = self._sums.to(new.device), self._counts.to(new.device)
-        mixed = self._sums * self.smoothing + new * (1 - self.smoothing)
+        mixed = self._sums.lerp(new, 1 - self.smoothing)
         self._sums.copy_(torch.where(is_finite, mixed, self._sums))
-        self._counts += torch.stack([is_finite.long(), (~is_finite).long(), lost_rows])
+        self._counts += torch.stack([is_finite, ~is_finite, lost_rows])
 
 
 class _Parts(NamedTuple):
@@ -232,6 +232,11 @@ def _parts_of(scores: Tensor, projected: Projected) -> _Parts:
     outside = rest.dot(rest)
     inputs = inside.dot(inside) + outside
     return _Parts(scores.dot(scores) + both.dot(both), inputs, outside, exact.square())
+
+
+def _count_nonfinite(a: Tensor) -> Tensor:
+    """Number of elements that are NaN or infinite: these less themselves are NaN, others 0."""
+    return (a - a).count_nonzero()
 
 
 def _is_capturing(device: torch.device) -> bool:

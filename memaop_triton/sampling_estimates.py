@@ -71,12 +71,12 @@ def effective_sample_size(contributions: Tensor) -> Tensor:
     `priority` the weights are unequal just so that the contributions are equal. A row that was
     drawn twice is one row.
     """
-    ratio = contributions.sum().square() / contributions.square().sum()
+    ratio = contributions.sum().square() / contributions.dot(contributions)
     return ratio.nan_to_num(nan=0.0)
 
 
 def sampling_variance(
-    config: MemAOPConfig, selection: Selection, scores: Tensor, sampled_square: Tensor
+    config: MemAOPConfig, k: int, selection: Selection, scores: Tensor, sampled_square: Tensor
 ) -> Tensor:
     """An estimate of E‖T − dW‖² from one selection, whose mean is that, or above it for `wta`.
 
@@ -93,28 +93,30 @@ def sampling_variance(
 
     Args:
         config: With an unbiased selection.
+        k: Rows that were to be drawn.
         selection: What was drawn.
         scores: s, [M], float64.
         sampled_square: ‖T‖².
     """
     rows, block = scores.numel(), config.block_rows
     indices, weights = within(selection, rows)
-    weights = weights.double()
-    squares = weights.square() * scores.index_select(0, indices).square()
-    draws = -(-config.num_rows(rows) // block)
+    picked = scores.index_select(0, indices)
+    drawn = weights.double() * picked
+    draws = -(-k // block)
     if config.selection == "crs":
         if draws == 1:
-            return squares.sum()
-        return (draws * squares.sum() - sampled_square) / (draws - 1)
+            return drawn.dot(drawn)
+        return (draws * drawn.dot(drawn) - sampled_square) / (draws - 1)
     if config.selection == "wta":
-        return squares.masked_fill(weights == 1, 0).sum()
+        drawn = drawn.masked_fill(weights == 1, 0)
+        return drawn.dot(drawn)
     if config.selection == "randk":
         units = -(-rows // block)
-        total = scores.square().sum()
+        total = scores.dot(scores)
         if draws == 1:
             return units * total
         return (units - draws) / (draws - 1) * (total - sampled_square / units)
-    return torch.where(weights > 0, squares * (1 - 1 / weights), 0).sum()
+    return drawn.dot(drawn - picked)
 
 
 def batch_variance(square_sum: Tensor, dense_square: Tensor, rows: int) -> Tensor:

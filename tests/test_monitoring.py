@@ -13,6 +13,7 @@ from memaop_triton import (
     MemAOPConfig,
     MemAOPLinear,
     StarvedLayerWarning,
+    allocate_,
     attach_optimizer,
     convert_,
     monitor,
@@ -254,10 +255,13 @@ def test_closing_twice_and_after_the_model_was_reverted():
     watch.close()
     assert watch.read()["0"].observations == 1
     convert_(model)
-    second = monitor(model)
-    watch.close()  # must not stop the second one
+    with monitor(model) as second:
+        pass
+    third = monitor(model)
+    second.close()  # must not stop the third
     train(model, batches(1))
-    assert second.read()["0"].observations == 1
+    assert second.read() == {}
+    assert third.read()["0"].observations == 1
 
 
 def test_arguments_are_checked():
@@ -372,3 +376,16 @@ def test_tables_of_every_kind_of_layer():
     text = console.export_text()
     assert "biased" in text
     assert "× the batch" in text
+
+
+@pytest.mark.parametrize("memory", ["none", "subspace"])
+def test_a_layer_in_a_budget_is_watched(memory):
+    layer = MemAOPLinear(64, 96, config=MemAOPConfig(budget=1 / 4, memory=memory))
+    with monitor(layer, every=1) as watch:
+        for _ in range(3):
+            layer(torch.randn(512, 64)).square().sum().backward()
+        seen = watch.read()[""]
+    assert 0 < seen.k < 512 / 4
+    assert seen.sampling_variance > 0
+    assert allocate_(layer, watch, 1 / 2)[""] == layer.config.ratio
+    assert layer.config.budget is None

@@ -74,6 +74,30 @@ def test_sampling_variance_is_the_mean_squared_error(unbiased, memory, grad_inpu
         assert 6 * error_bar < 0.3 * found.sampling_variance
 
 
+@pytest.mark.parametrize("memory", ["none", "subspace"])
+@pytest.mark.parametrize("selection", ["crs", "randk"])
+def test_of_a_step_with_a_subspace_only_the_sampled_part_counts(
+    selection, memory, batch, selections
+):
+    x, g = batch
+    config = MemAOPConfig(
+        k=K, rank=4, memory=memory, selection=selection, rescale=selection == "randk"
+    )
+    _, found, kept = observed(config, x, g, draws=1)
+    (chosen,) = selections
+    basis = torch.zeros(N, 1, dtype=x.dtype) if kept is None else kept.basis
+    rest = x - x @ basis @ basis.T
+    scores = rest.norm(dim=1) * g.norm(dim=1)
+    outer = torch.einsum("kp,kn->kpn", g[chosen.indices], rest[chosen.indices])
+    drawn = K * chosen.weights[:, None, None] * outer  # each an estimate by itself
+    if selection == "crs":
+        expected = drawn.flatten(1).var(0, correction=1).sum() / K
+    else:
+        mean = drawn.flatten(1).mean(0)
+        expected = (M - K) / (K - 1) * (scores.square().sum() - mean.square().sum() / M)
+    assert found.sampling_variance == pytest.approx(float(expected))
+
+
 def test_variance_of_whole_blocks_whose_rows_are_uncorrelated(unbiased):
     # Orthogonal rows: a block's squared norm is the sum of its rows'.
     config = MemAOPConfig(k=32, memory="none", block_rows=16, **unbiased)
@@ -186,4 +210,6 @@ def test_names_beyond_the_last_row_add_nothing_to_the_variance():
     zero = torch.zeros(())
     expected = 2 * scores[16:32].square().sum() + 6 * scores[32:].square().sum()
     for selection in (inside, beyond):
-        assert sampling_variance(config, selection, scores, zero) == pytest.approx(float(expected))
+        assert sampling_variance(config, config.k, selection, scores, zero) == pytest.approx(
+            float(expected)
+        )
