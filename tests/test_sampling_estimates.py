@@ -80,8 +80,9 @@ def test_of_a_step_with_a_subspace_only_the_sampled_part_counts(
     selection, memory, batch, selections
 ):
     x, g = batch
+    rescale = selection == "randk"
     config = MemAOPConfig(
-        k=K, rank=4, memory=memory, selection=selection, rescale=selection == "randk"
+        k=K, rank=4, side="input", memory=memory, selection=selection, rescale=rescale
     )
     _, found, kept = observed(config, x, g, draws=1)
     (chosen,) = selections
