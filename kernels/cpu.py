@@ -252,17 +252,31 @@ def _transposed_mm_in_chunks(z: Tensor, a: Tensor, norms: Tensor | None = None) 
 
 
 def sampled_rows_mm(
-    g: Tensor, weight: Tensor, indices: Tensor, weights: Tensor | None = None
+    g: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    weights: Tensor | None = None,
+    projection: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Rows `indices` of G W, times their weights, and zeros elsewhere: [M, N].
+
+    With a projection Z Eᵀ of G's rows, every row is that of Z Eᵀ W, and the selected ones add what
+    it leaves of them.
 
     Args:
         g: [M, P].
         weight: W, [P, N].
         indices: [K] int64; a row named twice is added twice.
         weights: [K] in `score_dtype`, or `None` for all 1.
+        projection: E [P, q] and Z [M, q].
     """
     rows = g.index_select(0, indices)
+    if projection is None:
+        dx = g.new_zeros((g.shape[0], weight.shape[1]))
+    else:
+        expand, z = projection
+        dx = z @ (expand.t() @ weight)
+        rows.addmm_(z.index_select(0, indices), expand.t(), alpha=-1)
     if weights is not None:
         rows.mul_(weights.unsqueeze(1))
-    return g.new_zeros((g.shape[0], weight.shape[1])).index_add_(0, indices, rows @ weight)
+    return dx.index_add_(0, indices, rows @ weight)

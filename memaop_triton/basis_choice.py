@@ -26,6 +26,9 @@ class Choice(NamedTuple):
 def score_sums(bases: Mapping[str, Basis], ranks: list[int], x: Tensor, g: Tensor) -> Tensor:
     """Σs and Σs² over the rows of a batch for every side and rank: [sides · ranks, 2].
 
+    With a basis of G's side, those of dX follow, whose scores are the norms of what it leaves of G:
+    [ranks, 2] more.
+
     Args:
         bases: By side.
         ranks: To choose from.
@@ -35,9 +38,15 @@ def score_sums(bases: Mapping[str, Basis], ranks: list[int], x: Tensor, g: Tenso
     sums = []
     for side, basis in bases.items():
         a, other = (x, g) if side == "input" else (g, x)
-        scores = basis.left_of(a, ranks) * row_norms(other)
-        sums.append(torch.stack([scores.sum(1), scores.square().sum(1)], 1))
+        left = basis.left_of(a, ranks)
+        sums.append(_sums(left * row_norms(other)))
+    if "grad" in bases:
+        sums.append(_sums(left))  # G comes last
     return torch.cat(sums)
+
+
+def _sums(scores: Tensor) -> Tensor:
+    return torch.stack([scores.sum(1), scores.square().sum(1)], 1)
 
 
 def better_choice(

@@ -44,6 +44,16 @@ def weight_grad_flops(m: int, n: int, p: int, k: int, subspace: Subspace | None 
     return flops if subspace is None else flops + round(_subspace_flops(m, n, p, k, subspace))
 
 
+def input_grad_flops(m: int, n: int, p: int, k: int, subspace: Subspace | None = None) -> int:
+    """Operations of dX from `k` of `m` rows; dense at `k >= m`.
+
+    Without a subspace the rows are those of dW, whose scores count there.
+    """
+    if k >= m or subspace is None:
+        return 2 * min(k, m) * n * p
+    return 2 * k * n * p + 2 * m * p + round(_subspace_flops(m, n, p, k, subspace))
+
+
 def _subspace_flops(m: int, n: int, p: int, k: float, subspace: Subspace) -> float:
     q, features, refresh_every, kept = subspace
     # Z, Zᵀ of the other side, the basis as q more rows of the product, and what it takes from the

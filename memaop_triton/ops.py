@@ -15,16 +15,17 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memaop_triton import layer_state
-from memaop_triton.flops import weight_grad_flops
+from memaop_triton.flops import input_grad_flops, weight_grad_flops
+from memaop_triton.input_grad import (
+    input_grad_with_subspace,
+    sampled_input_grad,
+    select_for_both,
+)
 from memaop_triton.layer_state import LayerState
 from memaop_triton.memory import SubspaceMemory, rows_to_compute
 from memaop_triton.selection import Selection
 from memaop_triton.steps import Gradients
-from memaop_triton.weight_grad import (
-    sampled_input_grad,
-    select_for_both,
-    weight_and_bias_grad,
-)
+from memaop_triton.weight_grad import weight_and_bias_grad
 
 # Unsafe in the CUDA graphs that Inductor cuts a program into, because the operators keep tensors
 # from one step to the next: it runs them between two graphs, as in eager mode.
@@ -94,24 +95,30 @@ def _sampled_backward(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dX [M, N], dW [P, N] and db [P] from the same K rows of x [M, N] and g [M, P].
+    """dX [M, N], dW [P, N] and db [P] from K rows of x [M, N] and g [M, P].
 
-    `x` may have shape [0] if no weight gradient is wanted.
+    The same rows for both, unless a subspace memory gives each scores of its own. `x` may have
+    shape [0] if no weight gradient is wanted.
     """
     state = layer_state.find(handle)
-    config = state.config
-    selection = None
-    k = rows_to_compute(config, state.memory, g.shape[0], weight.shape[1], g.shape[1])
-    if k < g.shape[0]:
+    config, memory = state.config, state.memory
+    selection = dx = None
+    k = rows_to_compute(config, memory, g.shape[0], weight.shape[1], g.shape[1])
+    is_split = isinstance(memory, SubspaceMemory) and g.numel() > 0
+    if k == g.shape[0]:
+        dx = g @ weight
+    elif not is_split:
         selection = select_for_both(x if weight_grad else None, g, config, k, shards=state.shards)
         dx = sampled_input_grad(g, weight, selection, config)
-    else:
-        dx = g @ weight
     dw, db = x.new_empty(0), None
     if weight_grad:
         dw, db = _gradients(state, x, g, bias_grad, selection)
     elif bias_grad:
         db = g.sum(0)
+    if dx is None:
+        # After dW, whose step makes the bases and chooses among them.
+        assert isinstance(memory, SubspaceMemory)
+        dx = input_grad_with_subspace(g, weight, config, memory, shards=state.shards)
     return dx, dw, g.new_empty(0) if db is None else db
 
 
@@ -157,7 +164,11 @@ def _flops_of_sampled_backward(
     (m, p), n = g, weight[1]
     state = layer_state.find_by_number(handle[0])
     k = rows_to_compute(state.config, state.memory, m, n, p)
-    dx: int = 2 * k * p * n
+    subspace = None
+    if isinstance(state.memory, SubspaceMemory) and k < m:
+        subspace = state.memory.cost_of_input_grad
+        k = state.config.num_rows(m, n, p, subspace)
+    dx = input_grad_flops(m, n, p, k, subspace)
     return dx + (_weight_grad_flops(m, n, p, handle) if weight_grad else 0)
 
 

@@ -173,10 +173,14 @@ def with_subspace(
 
 
 def sampled_input_grad(
-    g: Tensor, weight: Tensor, selection: Selection, config: MemAOPConfig
+    g: Tensor,
+    weight: Tensor,
+    selection: Selection,
+    config: MemAOPConfig,
+    projection: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Rows of G W at the selection, times their weights, and zeros elsewhere: [M, N]."""
-    return kernels.sampled_rows_mm(g, weight, *_rows_and_weights(selection, config))
+    """Rows of G W at the selection, weighted, as `kernels.cpu.sampled_rows_mm` has it: [M, N]."""
+    return kernels.sampled_rows_mm(g, weight, *_rows_and_weights(selection, config), projection)
 
 
 def _rows_and_weights(selection: Selection, config: MemAOPConfig) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels import residual_gemm, score, subspace, targets
-from memaop_triton.kernels.cpu import Projection, basis_scale
+from memaop_triton.kernels.cpu import Projection, basis_scale, sampled_rows_mm
 from memaop_triton.kernels.gather_gemm import gather_gemm
 from memaop_triton.layer_observer import Projected
 from memaop_triton.memory import ResidualMemory, SubspaceMemory
@@ -133,14 +133,14 @@ def with_subspace(
 
 
 def sampled_input_grad(
-    g: Tensor, weight: Tensor, selection: Selection, config: MemAOPConfig
+    g: Tensor,
+    weight: Tensor,
+    selection: Selection,
+    config: MemAOPConfig,
+    projection: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Rows of G W at the selection, times their weights, and zeros elsewhere: [M, N]."""
-    rows = g.shape[0]
-    indices, weights = within(selection, rows)
-    chosen = g.index_select(0, indices) * weights.unsqueeze(1)
-    dx = g.new_zeros((rows, weight.shape[1]))
-    return dx.index_add_(0, indices, chosen.to(g.dtype) @ weight)
+    """Rows of G W at the selection, weighted, as `kernels.cpu.sampled_rows_mm` has it: [M, N]."""
+    return sampled_rows_mm(g, weight, *within(selection, g.shape[0]), projection)
 
 
 def _precision(x: Tensor, stored: Tensor) -> str | None:

@@ -51,6 +51,7 @@ class SubspaceMemory:
     Attributes:
         side: The side in use, `"input"` or `"grad"`.
         rank: The rank in use.
+        input_grad_rank: The rank in use for a sampled dX, which takes the gradients' side.
         state: Serves a memory that is handed to `memaop_linear`.
 
     Raises:
@@ -62,6 +63,7 @@ class SubspaceMemory:
 
     side: str
     rank: int
+    input_grad_rank: int
     # A graph that replays steps counts them on its device.
     _step_on_device: Tensor | None
     # Rows, and on their way Σs and Σs² of their scores under each choice: [choices, 2].
@@ -176,13 +178,41 @@ class SubspaceMemory:
         """Q on the device and in the dtype of `a`, the X or G of `side`."""
         return self._bases[self.side].of(a, self.rank)
 
+    @property
+    def cost_of_input_grad(self) -> Subspace:
+        """What `flops` has to know of this memory in a sampled dX, beside what dW pays for."""
+        rank = self.input_grad_rank if "grad" in self._bases else 0
+        return self._cost_of_input_grad(rank)
+
+    def _cost_of_input_grad(self, rank: int) -> Subspace:
+        return Subspace(rank, self.out_features, self.refresh_every, 0)
+
+    def basis_for_input_grad(self, g: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Q of the gradients' side, [P, `input_grad_rank`], in the dtype of `g` ([M, P]).
+
+        [P, 0] if this memory keeps none.
+        """
+        if "grad" not in self._bases or self._most == 0:
+            return g.new_empty((g.shape[1], 0))
+        return self._bases["grad"].of(g, self.input_grad_rank, generator)
+
+    def end_input_grad(self, g: Tensor, z: Tensor) -> None:
+        """Refresh Q of the gradients' side when it is due, unless dW does so.
+
+        `g` ([M, P]) was projected to z ∝ G Q. Where the weight is frozen no step is counted, and Q
+        stays.
+        """
+        if self.side == "input" and self._step > 0 and self._step % self.refresh_every == 0:
+            self._bases["grad"].iterate(g, z)
+
     def _look(self, x: Tensor, g: Tensor, config: MemAOPConfig, *, iterate: bool) -> None:
         """Bring all bases up to date, and see what each would leave."""
         if iterate:
             for side, basis in self._bases.items():
                 a = x if side == "input" else g
                 basis.iterate(a, project_rows(a, basis.of(a, self._most))[0])
-        self._pending = x.shape[0], Arriving(score_sums(self._bases, self._ranks(), x, g))
+        sums = score_sums(self._bases, self._ranks(), x, g)
+        self._pending = x.shape[0], Arriving(sums)
         if self._waits_for(x.device):
             self._choose(config)
 
@@ -201,12 +231,21 @@ class SubspaceMemory:
         assert self._pending is not None
         rows, sums = self._pending
         self._pending = None
-        choices = [Choice(side, rank) for side in self._bases for rank in self._ranks()]
-        seen = dict(zip(choices, sums.get().tolist(), strict=True))
         sizes = rows, self.in_features, self.out_features
+        ranks, seen = self._ranks(), sums.get().tolist()
+        choices = [Choice(side, rank) for side in self._bases for rank in ranks]
         self.side, self.rank = better_choice(
-            Choice(self.side, self.rank), seen, lambda c: config.num_rows(*sizes, self._cost(*c))
+            Choice(self.side, self.rank),
+            dict(zip(choices, seen, strict=False)),
+            lambda c: config.num_rows(*sizes, self._cost(*c)),
         )
+        if "grad" in self._bases:
+            choices = [Choice("grad", rank) for rank in ranks]
+            _, self.input_grad_rank = better_choice(
+                Choice("grad", self.input_grad_rank),
+                dict(zip(choices, seen[-len(ranks) :], strict=True)),
+                lambda c: config.num_rows(*sizes, self._cost_of_input_grad(c.rank)),
+            )
 
     def end_step(self, a: Tensor, z: Tensor) -> None:
         """Count a step that projected `a`, X or G, to z ∝ A Q; refresh Q when it is due.
@@ -243,7 +282,7 @@ class SubspaceMemory:
         """Forget the bases; the next step starts new ones."""
         self._bases = {side: Basis(self._length(side), self._most) for side in self._sides}
         self.side = self._sides[0]
-        self.rank = self._most
+        self.rank = self.input_grad_rank = self._most
         self._step = 0
         self._pending = None
         self._step_on_device = None
@@ -251,7 +290,7 @@ class SubspaceMemory:
     def state_dict(self) -> dict[str, Any]:
         """Contents for a checkpoint. The tensors are the memory's own, not copies."""
         state: dict[str, Any] = {"kind": self.kind, "step": self.step}
-        state |= {"side": self.side, "rank": self.rank}
+        state |= {"side": self.side, "rank": self.rank, "input_grad_rank": self.input_grad_rank}
         if self._pending is not None:
             rows, sums = self._pending
             state |= {"pending_rows": rows, "pending_sums": sums.get()}
@@ -266,6 +305,7 @@ class SubspaceMemory:
         self.check_state(state)
         self.set_rank(self._most_of(state))
         self._step, self.side, self.rank = state["step"], state["side"], state["rank"]
+        self.input_grad_rank = state["input_grad_rank"]
         if "pending_sums" in state:
             self._pending = state["pending_rows"], Arriving(state["pending_sums"].clone())
         for side, basis in self._bases.items():
@@ -274,7 +314,7 @@ class SubspaceMemory:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise `ValueError` if `state` cannot be loaded into this memory."""
-        check_fields(self.kind, state, "step", "side", "rank")
+        check_fields(self.kind, state, "step", "side", "rank", "input_grad_rank")
         held = {side for side in ("input", "grad") if side in state}
         if state["side"] not in self._sides or (held and held != set(self._sides)):
             raise ValueError(

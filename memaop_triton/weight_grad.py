@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memaop_triton import dispatch, steps
+from memaop_triton import steps
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.dispatch import runs_triton
 from memaop_triton.layer_observer import LayerObserver
@@ -115,40 +115,6 @@ def weight_and_bias_grad(
         if isinstance(memory, SubspaceMemory):
             memory.end_step(x, x[:, :0])
     return result
-
-
-def select_for_both(
-    x: Tensor | None,
-    g: Tensor,
-    config: MemAOPConfig,
-    k: int,
-    generator: torch.Generator | None = None,
-    shards: Shards | None = None,
-) -> Selection:
-    """Rows for the input gradient and the weight gradient alike, by the norms of G's rows alone.
-
-    Args:
-        x: [M, N], or `None` if there is no weight gradient.
-        g: [M, P].
-        config: With an unbiased selection.
-        k: How many.
-        generator: Source of the draws.
-        shards: The processes that hold other columns of X or G.
-    """
-    scores = dispatch.row_norms(g)
-    if config.memory == "none" and x is not None:
-        # Nothing else of this path reads all of X, where a row that is not finite must show.
-        scores = scores.masked_fill(~dispatch.row_norms(x).isfinite(), torch.inf)
-    operands = Operands(g, g, config, k, False, generator, shards)
-    return operands.choose(operands.whole(scores), cut_short=not runs_triton(g))
-
-
-def sampled_input_grad(
-    g: Tensor, weight: Tensor, selection: Selection, config: MemAOPConfig
-) -> Tensor:
-    """The selected rows of dX = G W, weighted, zeros elsewhere: [M, N]."""
-    dx: Tensor = _steps_for(g).sampled_input_grad(g, weight, selection, config)
-    return dx
 
 
 def _steps_for(a: Tensor, memory: Memory | None = None) -> ModuleType:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memaop_triton import MemAOPConfig, new_memory
+from memaop_triton.input_grad import select_for_both
 from memaop_triton.layer_observer import LayerObserver
 from memaop_triton.reference import weight_grad_reference
 from memaop_triton.sampling_estimates import (
@@ -15,7 +16,7 @@ from memaop_triton.sampling_estimates import (
     sampling_variance,
 )
 from memaop_triton.selection import Selection, select_rows
-from memaop_triton.weight_grad import select_for_both, weight_and_bias_grad
+from memaop_triton.weight_grad import weight_and_bias_grad
 
 M, N, P, K = 40, 16, 5, 10
 DRAWS = 400

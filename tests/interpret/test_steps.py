@@ -162,7 +162,12 @@ def watched(monkeypatch):
         return call
 
     monkeypatch.setattr(launch, "launch", unwatched)
-    for name in ("weight_and_bias_grad", "select_for_both", "sampled_input_grad"):
+    for name in (
+        "weight_and_bias_grad",
+        "select_for_both",
+        "sampled_input_grad",
+        "input_grad_with_subspace",
+    ):
         monkeypatch.setattr(ops, name, watch(getattr(ops, name)))
     return switch
 
