@@ -89,8 +89,8 @@ INLINE void pack(const Rows *rows, long r, long t, long depth, float *x_panels, 
         pack_end_of_x(rows, x[i], z[i], j, x_panels + j * depth + (t + i) * SIDE);
 }
 
-/* out (+)= g^T x for one panel of each. */
-INLINE void multiply(const float *g, const float *x, long depth, float *out, long ldo, int add) {
+/* out (+)= g^T x for one panel of each. Alone in a function, so that its sums get all registers. */
+__attribute__((noinline)) static void multiply(const float *g, const float *x, long depth, float *out, long ldo, int add) {
     vec sum[TALL][VECTORS];
     for (int i = 0; i < TALL; i++)
         for (int v = 0; v < VECTORS; v++)

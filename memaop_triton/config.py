@@ -253,11 +253,11 @@ class MemAOPConfig:
         """Rank of the subspace in a layer of this size, with batches of `rows` rows."""
         lengths = {"input": (in_features,), "grad": (out_features,)}
         shortest = min(lengths.get(self.side, (in_features, out_features)))
-        if shortest == 0:
-            return 0
         rank = self.rank
         if rank is None:
             assert self.budget is not None
+            if shortest == 0:
+                return 0
             sizes = rows, in_features, out_features, self.refresh_every
             rank = rank_within(self.budget, *sizes, both_sides=self.side == "auto")
         return min(rank, max(1, shortest // 4), shortest)

@@ -46,7 +46,7 @@ def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Mem
         memory = SubspaceMemory(
             in_features,
             out_features,
-            config.rank_for(MANY_ROWS, in_features, out_features) or min(1, in_features),
+            None if config.rank is None else config.rank_for(MANY_ROWS, in_features, out_features),
             side=config.side,
             refresh_every=config.refresh_every,
         )

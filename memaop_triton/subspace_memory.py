@@ -44,7 +44,8 @@ class SubspaceMemory:
     Args:
         in_features: N, length of a row of X.
         out_features: P, length of a row of G.
-        rank: Dimension of the subspace, at most the length of the rows it is taken from.
+        rank: Dimension of the subspace, at most the length of the rows it is taken from. `None`
+            leaves it to a budget (`follow_budget`).
         side: `"input"`, `"grad"` or `"auto"`.
         refresh_every: Steps between two power iterations.
 
@@ -73,7 +74,7 @@ class SubspaceMemory:
         self,
         in_features: int,
         out_features: int,
-        rank: int = 16,
+        rank: int | None = 16,
         *,
         side: str = "auto",
         refresh_every: int = 8,
@@ -85,8 +86,8 @@ class SubspaceMemory:
         self.out_features = out_features
         self.refresh_every = refresh_every
         self._sides = ("input", "grad") if side == "auto" else (side,)
-        self._rank_is_open = False
-        self.set_rank(rank)
+        self._rank_is_open = rank is None
+        self.set_rank(0 if rank is None else rank)
         self.state: LayerState | None = None
 
     def set_rank(self, rank: int) -> None:
@@ -95,9 +96,9 @@ class SubspaceMemory:
         Raises:
             ValueError: It does not fit the rows.
         """
+        least = 0 if self._rank_is_open else min(1, *map(self._length, self._sides))
         for side in self._sides:
             length = self._length(side)
-            least = 0 if self._rank_is_open else min(1, length)
             if not least <= rank <= length:
                 name = "in_features" if side == "input" else "out_features"
                 raise ValueError(

@@ -155,7 +155,7 @@ def test_demo_writes_table_figure_and_numbers(capsys, tmp_path):
         assert scheme["curves"][0]["steps"][-1] == 1437 // 128
     memory = {scheme["key"]: scheme["memory_bytes"] for scheme in content["schemes"]}
     assert memory["dense"] == memory["priority"] == 0
-    assert memory["default"] == 4 * (64 * 16 + 2 * 32 * 8)
+    assert memory["default"] == 4 * 8 * ((64 + 32) + 2 * (32 + 32))
     # A float32 row of x and g and a flag for each of the 128 rows of the three hidden layers.
     assert memory["paper"] == 128 * (4 * (64 + 32 + 4 * 32) + 3)
 

@@ -234,7 +234,7 @@ def test_functional_form_equals_the_layer():
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        (MemAOPConfig(), "ratio=0.125, selection=priority, memory=subspace, rank=3"),
+        (MemAOPConfig(), "ratio=0.125, selection=priority, memory=subspace, rank=1"),
         (RESIDUAL, "k=3, selection=topk, memory=residual"),
         (MemAOPConfig(memory="none", grad_input="sampled"), "memory=none, grad_input=sampled"),
     ],

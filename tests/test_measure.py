@@ -177,7 +177,7 @@ def test_every_family_has_dense_ours_a_baseline_and_one_limit(memory):
 def test_the_limit_counts_the_rows_of_the_design(memory, rows, monkeypatch):
     # M q (N + P)/(N P) = 512 · 8 · 128/(64 · 64) = 128 for q = 8
     problem = Problem(512, 64, 64)
-    monkeypatch.setattr(contenders.MemAOPConfig, "rank_for", lambda config, columns: 8)
+    monkeypatch.setattr(contenders.MemAOPConfig, "rank_for", lambda config, *sizes: 8)
     limit = contenders.limit(memory, problem, *problem.operands())
     with FlopCounterMode(display=False) as flops:
         limit.call()

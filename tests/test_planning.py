@@ -386,7 +386,7 @@ def test_a_refresh_counts_for_its_share_and_the_forward_pass_for_what_it_adds(
     found = layer_timing.measure(Use(9, 8, 8, torch.float32, CPU), config, 1.0)
     assert found.dense == [3.0, 4.0]
     assert found.ours == pytest.approx([ours + 0.4] * 2)
-    assert found.memory_bytes == (8 * 2 * 4 if config.memory == "subspace" else 0)
+    assert found.memory_bytes == (2 * 8 * 2 * 4 if config.memory == "subspace" else 0)
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, False, True)])
@@ -423,7 +423,7 @@ def test_a_real_plan(monkeypatch):
         "paper": MemAOPConfig.paper(ratio=1 / 8),
     }
     held = {
-        "default": [32 * 8 * 4, 16 * 4 * 4],
+        "default": [(32 + 16) * 4 * 4, (16 + 3) * 1 * 4],
         "sampled": [0, 0],
         "paper": [64 * (32 + 16) * 4 + 64, 64 * (16 + 3) * 4 + 64],
     }

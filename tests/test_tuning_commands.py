@@ -94,11 +94,15 @@ def tuned_problems():
 def test_tune_shapes_tunes_every_kernel_that_the_layers_use(on_gpu, capsys, wide):
     shown = told(capsys, "tune", "--shapes", "64x32x16", "--dtype", "float32", "--rank", "4")
     problems = tuned_problems()
-    assert {kernel for kernel, _ in problems} == {"gather_gemm", "project", "transposed_mm"}
+    kernels = {"gather_gemm", "project", "transposed_mm", "row_scores"}  # the last for the choice
+    assert {kernel for kernel, _ in problems} == kernels
     products = [problem for kernel, problem in problems if kernel == "transposed_mm"]
-    # For the basis, and for the gradient with and without the sums of its columns.
-    assert len(products) == 3
+    # For the bases of both sides, for the product with either, and with the sums of G's columns.
+    assert len(products) == 5
     assert sum("sums" in problem for problem in products) == 1
+    sides = [problem for kernel, problem in problems if kernel == "gather_gemm"]
+    assert any("N=32 P=16" in problem for problem in sides)
+    assert any("N=16 P=32" in problem for problem in sides)
     for kernel, problem in problems:
         assert f"{kernel}" in shown
         assert problem in shown

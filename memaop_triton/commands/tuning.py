@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import itertools
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -110,13 +113,20 @@ def _gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def _with_both_sides(config: MemAOPConfig) -> list[MemAOPConfig]:
+    """A setting, and what its subspace may come to be in training."""
+    if config.memory != "subspace" or config.side != "auto":
+        return [config]
+    return [config, *(dataclasses.replace(config, side=side) for side in ("input", "grad"))]
+
+
 def _step_of_layers(
     m: int, n: int, p: int, config: MemAOPConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
     """A training step of a layer with a bias and of one without: they use other kernels."""
-    for bias in (True, False):
+    for bias, one in itertools.product((True, False), _with_both_sides(config)):
         linear = nn.Linear(n, p, bias=bias, device=device, dtype=dtype)
-        layer = convert_(nn.Sequential(linear), config)
+        layer = convert_(nn.Sequential(linear), one)
         x = torch.randn(m, n, device=device, dtype=dtype, requires_grad=True)
         layer(x).backward(torch.randn(m, p, device=device, dtype=dtype))
 
@@ -130,11 +140,12 @@ def _step_of_model(
     autocast: bool,
 ) -> None:
     chosen: torch.dtype | None = getattr(torch, dtype) if dtype else None
-    model = convert_(model.to(device) if autocast else model.to(device, chosen), config)
+    model = model.to(device) if autocast else model.to(device, chosen)
     own = next((a.dtype for a in model.parameters() if a.is_floating_point()), torch.float32)
     inputs = loading.make_inputs(specs, own, device)
     try:
         with torch.autocast(device.type, chosen or torch.bfloat16, enabled=autocast):
-            run_backward(model, inputs)
+            for one in _with_both_sides(config):
+                run_backward(convert_(copy.deepcopy(model), one), inputs)
     except ValueError as error:
         raise CommandError(f"--model: {error}") from error

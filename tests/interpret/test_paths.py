@@ -37,7 +37,7 @@ def launches_of(traffic):
         if config.has_row_memory:
             memory.slots(M, x)[2].fill_(True)
         elif memory is not None:
-            memory.basis_for(x, None)
+            memory.begin_step(x, g, config)
         before = len(traffic)
         weight_and_bias_grad(x, g, config, memory, bias_grad=bias_grad)
         return traffic[before:]
@@ -63,8 +63,9 @@ def test_passes_over_the_operands(path, launches_of):
     assert units(launches_of(MemAOPConfig(k=K, **scheme))) == pytest.approx(expected, rel=0.02)
 
 
-def test_passes_of_the_subspace(launches_of):
-    launches = launches_of(MemAOPConfig(k=K, rank=4, refresh_every=100))
+@pytest.mark.parametrize("side", ["input", "grad"])
+def test_passes_of_the_subspace(side, launches_of):
+    launches = launches_of(MemAOPConfig(k=K, rank=4, refresh_every=100, side=side))
     assert 1 + K / M < units(launches) <= 1.5 + K / M
 
 
@@ -74,9 +75,12 @@ def test_passes_of_the_subspace(launches_of):
         ({"selection": "priority", "memory": "none"}, ["score", "gather_gemm"]),
         ({"selection": "topk", "memory": "signed"}, ["accumulate", "gather_gemm"]),
         ({"selection": "randk", "memory": "residual"}, ["accumulate", "residual_gemm"]),
-        (
-            {},
-            ["project", "transposed", "combine", "gather_gemm", "sum_parts", "gather_gemm"],
+        *(
+            (
+                {"side": side},
+                ["project", "transposed", "combine", "gather_gemm", "sum_parts", "gather_gemm"],
+            )
+            for side in ("input", "grad")
         ),
     ],
     ids=str,

@@ -139,6 +139,7 @@ def test_only_matrices_decay():
 
 M, N, H, P = 64, 64, 32, 10
 DENSE = 2 * M * (N * H + H * H + H * P)
+NORMS = 2 * M * (N + H + H + H)
 
 
 @pytest.mark.parametrize(
@@ -147,19 +148,20 @@ DENSE = 2 * M * (N * H + H * H + H * P)
         (None, DENSE, 2 * M * (H * H + H * P)),
         (
             MemAOPConfig(ratio=1 / 4, memory="none"),
-            2 * M * (N * H / 4 + H * H / 4 + H * P),
+            2 * M * (N * H / 4 + H * H / 4 + H * P) + NORMS,
             2 * M * (H * H + H * P),
         ),
         (
             MemAOPConfig(ratio=1 / 4, memory="none", grad_input="sampled"),
-            2 * M * (N * H / 4 + H * H / 4 + H * P),
+            2 * M * (N * H / 4 + H * H / 4 + H * P) + NORMS,
             2 * M * (H * H / 4 + H * P),
         ),
         (
-            MemAOPConfig(ratio=1 / 4, rank=4, refresh_every=8),
+            MemAOPConfig(ratio=1 / 4, rank=4, refresh_every=8, side="input"),
             2 * M * (N * H / 4 + H * H / 4 + H * P)
-            + 2 * 4 * (M * (N + H) + N * H + M / 4 * N + M * N / 8)
-            + 2 * 4 * (M * (H + H) + H * H + M / 4 * H + M * H / 8),
+            + NORMS
+            + 2 * 4 * (M * (N + H) + N * H + M / 4 * N + (M + 2 * 4) * N / 8)
+            + 2 * 4 * (M * (H + H) + H * H + M / 4 * H + (M + 2 * 4) * H / 8),
             2 * M * (H * H + H * P),
         ),
     ],
