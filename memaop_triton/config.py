@@ -90,8 +90,10 @@ class MemAOPConfig:
             at least one block.
         memory_dtype: Storage dtype of a row memory; `None` is the dtype of the layer's input.
         grad_input: `"sampled"` computes the input gradient G W from K rows as well, picked by the
-            policy (which must be unbiased) on the norms of the rows of G; dW then uses the same
-            rows. `"exact"` leaves it as it is.
+            policy, which must be unbiased. With a subspace, of which `side` must not be `"input"`,
+            every row has its part inside exactly, and the rows are picked by what is left of G;
+            without one they are picked by the norms of G's rows, and dW uses the same ones. A
+            budget is that of either gradient. `"exact"` leaves it as it is.
 
     Raises:
         ValueError: An argument is out of range, unknown, or contradicts another.

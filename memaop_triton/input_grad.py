@@ -76,6 +76,8 @@ def input_grad_with_subspace(
     memory: SubspaceMemory,
     generator: torch.Generator | None = None,
     shards: Shards | None = None,
+    *,
+    is_alone: bool = False,
 ) -> Tensor:
     """dX with the part of G in the memory's subspace exact, and the rest sampled: [M, N].
 
@@ -88,6 +90,7 @@ def input_grad_with_subspace(
         memory: Of the layer, one with a basis of the gradients' side; it is brought up to date.
         generator: Source of the draws.
         shards: The processes that hold other columns of X or G.
+        is_alone: The weight is frozen, and no step of dW precedes.
     """
     basis = memory.basis_for_input_grad(g, generator)
     k = config.num_rows(g.shape[0], weight.shape[1], g.shape[1], memory.cost_of_input_grad)
@@ -102,7 +105,7 @@ def input_grad_with_subspace(
     dx: Tensor = _steps_for(g, basis.shape[1]).sampled_input_grad(
         g, weight, selection, config, (expand, z)
     )
-    memory.end_input_grad(g, z)
+    memory.end_input_grad(g, z, is_alone=is_alone)
     return dx
 
 

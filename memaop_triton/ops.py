@@ -118,7 +118,9 @@ def _sampled_backward(
     if dx is None:
         # After dW, whose step makes the bases and chooses among them.
         assert isinstance(memory, SubspaceMemory)
-        dx = input_grad_with_subspace(g, weight, config, memory, shards=state.shards)
+        dx = input_grad_with_subspace(
+            g, weight, config, memory, shards=state.shards, is_alone=not weight_grad
+        )
     return dx, dw, g.new_empty(0) if db is None else db
 
 

@@ -165,8 +165,6 @@ class SubspaceMemory:
         if is_first:
             for side, basis in self._bases.items():
                 basis.of(x if side == "input" else g, self._most, generator)
-        if x.is_cuda and self._step_on_device is None:
-            self._step_on_device = torch.full((1,), self._step, device=x.device)
         if not self._has_choice or _is_capturing(x.device):
             return
         if self._pending is not None and self._step % self.refresh_every == 0:
@@ -197,14 +195,18 @@ class SubspaceMemory:
             return g.new_empty((g.shape[1], 0))
         return self._bases["grad"].of(g, self.input_grad_rank, generator)
 
-    def end_input_grad(self, g: Tensor, z: Tensor) -> None:
-        """Refresh Q of the gradients' side when it is due, unless dW does so.
+    def end_input_grad(self, g: Tensor, z: Tensor, *, is_alone: bool) -> None:
+        """Refresh Q of the gradients' side when it is due, unless dW has done so.
 
-        `g` ([M, P]) was projected to z ∝ G Q. Where the weight is frozen no step is counted, and Q
-        stays.
+        Args:
+            g: [M, P].
+            z: ∝ G Q, [M, `input_grad_rank`].
+            is_alone: The weight is frozen, so that no step of dW was counted.
         """
-        if self.side == "input" and self._step > 0 and self._step % self.refresh_every == 0:
-            self._bases["grad"].iterate(g, z)
+        if is_alone:
+            self._count(g.device)
+        if is_alone or self.side != "grad":
+            self._refresh("grad", g, z)
 
     def _look(self, x: Tensor, g: Tensor, config: MemAOPConfig, *, iterate: bool) -> None:
         """Bring all bases up to date, and see what each would leave."""
@@ -256,16 +258,23 @@ class SubspaceMemory:
         While a CUDA graph is captured nobody can tell when that will be: the graph then computes
         the new basis in every step, and takes it over in every `refresh_every`-th.
         """
-        basis = self._bases[self.side]
+        self._count(a.device)
+        if self.rank:
+            self._refresh(self.side, a, z)
+
+    def _count(self, device: torch.device) -> None:
+        if device.type == "cuda" and self._step_on_device is None:
+            self._step_on_device = torch.full((1,), self._step, device=device)
         self._step += 1
         if self._step_on_device is not None:
             self._step_on_device += 1
-            if _is_capturing(a.device):
-                if self.rank:
-                    basis.iterate(a, z, self._step_on_device % self.refresh_every == 0)
-                return
-        if self.rank and self._step % self.refresh_every == 0:
-            basis.iterate(a, z)
+
+    def _refresh(self, side: str, a: Tensor, z: Tensor) -> None:
+        if self._step_on_device is not None and _is_capturing(a.device):
+            is_due = self._step_on_device % self.refresh_every == 0
+            self._bases[side].iterate(a, z, is_due)
+        elif self._step % self.refresh_every == 0:
+            self._bases[side].iterate(a, z)
 
     def _move(self, device: torch.device) -> None:
         self._step = self.step

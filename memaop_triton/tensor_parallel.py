@@ -120,9 +120,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) ->
     Raises:
         TypeError: `x` or `bias` is not a `DTensor`.
         ValueError: The weight is divided along several dimensions of the mesh or in another way, or
-            leaves a process without a part; or the operands are on different meshes.
+            leaves a process without a part; the operands are on different meshes; or the
+            configuration has a budget.
     """
     x, weight, bias = _checked(x, weight, bias)
+    if state.config.budget is not None:
+        raise ValueError(
+            f"budget={state.config.budget} would buy different numbers of rows in the processes "
+            "among which the weight is divided: give ratio and rank instead."
+        )
     mesh = weight.device_mesh
     divided = _divided_dimension(weight)
     sampled = state.config.grad_input == "sampled"

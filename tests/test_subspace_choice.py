@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, SubspaceMemory, new_memory
+from memaop_triton import MemAOPConfig, MemAOPLinear, SubspaceMemory, new_memory
+from memaop_triton.input_grad import input_grad_with_subspace
 from memaop_triton.steps import Factors
 from memaop_triton.weight_grad import weight_and_bias_grad, weight_grad
 
@@ -195,3 +196,60 @@ def test_where_nobody_waits_the_choice_is_taken_at_the_next_refresh(monkeypatch)
             weight_grad(*batch("grad"), config, loaded)
         assert loaded._pending is None
         assert loaded.side == "grad"
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_a_sampled_input_gradient_has_the_noise_of_what_the_subspace_leaves(rank):
+    """Rows of G in a plane, and noise: only that is sampled."""
+    torch.manual_seed(2)
+    g, w = low_rank(M, P), torch.randn(P, N)
+    config = MemAOPConfig(k=64, rank=rank, grad_input="sampled")
+    memory = new_memory(config, N, P)
+    error = input_grad_with_subspace(g, w, config, memory) - g @ w
+    inside = g @ memory._bases["grad"].q @ memory._bases["grad"].q.T
+    scores = (g - inside).norm(dim=1)
+    expected = (scores.sum().square() / 64 - scores.square().sum()) * w.square().sum() / P
+    assert error.square().sum() == pytest.approx(float(expected), rel=0.3)
+    assert error.norm() < 0.1 * (g @ w).norm()
+
+
+@pytest.mark.parametrize("weight_is_frozen", [False, True])
+def test_the_basis_of_a_sampled_input_gradient_follows_the_rows(weight_is_frozen):
+    config = MemAOPConfig(k=64, rank=4, refresh_every=2, grad_input="sampled")
+    layer = MemAOPLinear(N, P, config=config)
+    layer.weight.requires_grad_(not weight_is_frozen)
+    plane = torch.linalg.qr(torch.randn(P, 2)).Q
+    for step in range(12):
+        # X lies in a plane, so that dW is on the inputs' side and refreshes no basis of G's.
+        x = (low_rank(M, N, noise=0.0) + 1e-4 * torch.randn(M, N)).requires_grad_()
+        g = torch.randn(M, P)
+        if step > 1:
+            g = torch.randn(M, 2) @ plane.T + 0.01 * torch.randn(M, P)
+        layer(x).backward(g)
+    assert layer.memory.side == "input"
+    q = layer.memory._bases["grad"].q
+    assert (plane.T @ q).norm() > 0.99 * 2**0.5
+    error = x.grad - g @ layer.weight
+    assert error.norm() < 0.2 * x.grad.norm()
+
+
+def test_an_open_rank_of_a_sampled_input_gradient_is_its_own():
+    config = MemAOPConfig(budget=1 / 2, refresh_every=3, grad_input="sampled")
+    layer = MemAOPLinear(N, P, config=config)
+    x = torch.randn(M, N, requires_grad=True)
+    layer(x).backward(low_rank(M, P))
+    assert layer.memory.input_grad_rank > 0
+    layer = MemAOPLinear(N, P, config=config)
+    x = low_rank(M, N).requires_grad_()
+    layer(x).backward(torch.randn(M, P))
+    assert (layer.memory.side, layer.memory.input_grad_rank) == ("input", 0)
+    assert layer.memory.rank > 0
+    assert (x.grad.norm(dim=1) > 0).sum() < M / 2  # the rows drawn, and zeros
+
+
+def test_a_memory_without_a_basis_of_the_gradients_samples_all_of_dx():
+    config = MemAOPConfig(k=64, rank=4, side="input", grad_input="sampled")
+    layer = MemAOPLinear(N, P, config=config)
+    x = torch.randn(M, N, requires_grad=True)
+    layer(x).backward(torch.randn(M, P))
+    assert (x.grad.norm(dim=1) > 0).sum() == 64

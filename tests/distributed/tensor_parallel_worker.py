@@ -216,6 +216,18 @@ def schemes():
             yield {"selection": selection, "memory": memory, "grad_input": "sampled"}
 
 
+def check_input_grad(layer, dx, g_here, by_row, agreed):
+    """dX of a layer with a subspace: each process splits the columns of G that it has."""
+    q = layer.memory.basis_for_input_grad(g_here)
+    rest = g_here - g_here @ q @ q.T
+    indices, weights = agreed.selections[1]
+    total = torch.zeros(ROWS, 1, dtype=torch.float64).index_add_(0, indices, weights[:, None])
+    parts = everywhere((g_here - rest + total * rest) @ layer.weight.to_local())
+    torch.testing.assert_close(dx, torch.cat(list(parts), 1) if by_row else parts.sum(0))
+    want = everywhere(rest.square().sum(1)).sum(0)
+    torch.testing.assert_close(agreed.scores[1], want.sqrt())
+
+
 def every_selection_and_memory_adds_up_what_it_selected():
     """Weights, rows and memories against the definition, each process drawing for itself."""
     for scheme, style in itertools.product(schemes(), (ColwiseParallel, RowwiseParallel)):
@@ -235,16 +247,19 @@ def every_selection_and_memory_adds_up_what_it_selected():
             leaf = x.clone().requires_grad_()
             with Recording() as agreed:
                 layer(leaf).backward(g)
-            ((indices, weights),) = agreed.selections
-            assert same_everywhere(indices)
-            assert same_everywhere(weights)
-            assert indices.dtype == torch.int64
-            (scores,) = agreed.scores
+            memory = layer.memory
+            is_split = config.grad_input == "sampled" and config.memory == "subspace"
+            for indices, weights in agreed.selections:
+                assert same_everywhere(indices)
+                assert same_everywhere(weights)
+                assert indices.dtype == torch.int64
+            assert len(agreed.selections) == len(agreed.scores) == (2 if is_split else 1)
+            indices, weights = agreed.selections[0]
+            scores = agreed.scores[0]
             total = torch.zeros(ROWS, 1, dtype=torch.float64).index_add_(
                 0, indices, weights[:, None]
             )
             dw = layer.weight.grad.to_local()
-            memory = layer.memory
             if config.has_row_memory:
                 expected = memory.g[indices].T @ memory.x[indices]
                 want = everywhere((memory.x.norm(dim=1) * memory.g.norm(dim=1)).square()).sum(0)
@@ -266,7 +281,9 @@ def every_selection_and_memory_adds_up_what_it_selected():
                 expected = (total * g_here).T @ x_here
                 want = (x.norm(dim=1) * g.norm(dim=1)).square()
             torch.testing.assert_close(dw, expected)
-            if config.grad_input == "sampled":
+            if is_split:
+                check_input_grad(layer, leaf.grad, g_here, by_row, agreed)
+            elif config.grad_input == "sampled":
                 # Scored by G alone, of which a layer divided by rows of X has two copies.
                 want = g.norm(dim=1).square() * (2 if by_row else 1)
                 torch.testing.assert_close(leaf.grad, (total * g) @ plain.weight)
@@ -443,7 +460,7 @@ def exact_in_eval_mode_and_without_gradients():
 
 
 def frozen_parameters_get_no_gradient():
-    layer, _ = single(ColwiseParallel, MemAOPConfig(k=4, grad_input="sampled"))
+    layer, _ = single(ColwiseParallel, MemAOPConfig(k=4, memory="none", grad_input="sampled"))
     layer.weight.requires_grad_(False)
     x, g = batch(ROWS, 12).requires_grad_(), batch(ROWS, 8)
     layer(x).backward(g)
@@ -479,6 +496,9 @@ def what_cannot_be_divided_is_refused():
     placed = distribute_tensor(x, both, [Replicate(), Replicate()])
     with raises(ValueError, "Shard(dim=0), Shard(dim=1)", "along one dimension", "Colwise"):
         layer(placed)
+    layer, _ = single(ColwiseParallel, MemAOPConfig(budget=1 / 2, memory="none"))
+    with raises(ValueError, "budget=0.5 would buy", "give ratio and rank"):
+        layer(x)
     layer, _ = single(ColwiseParallel, PAPER)
     with raises(TypeError, "x is a plain tensor", "Shard(dim=0)"):
         layer.forward(x)
