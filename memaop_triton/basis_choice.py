@@ -78,7 +78,7 @@ class Arriving:
     def __init__(self, a: Tensor) -> None:
         self._host = a
         self._event: torch.cuda.Event | None = None
-        if a.is_cuda:
+        if a.is_cuda and torch.backends.cuda.is_built():  # not where a GPU is pretended
             self._host = torch.empty(a.shape, dtype=a.dtype, pin_memory=True)
             self._host.copy_(a, non_blocking=True)
             self._event = torch.cuda.Event()
