@@ -11,7 +11,7 @@ from torch import nn
 
 from memaop_triton.convert import converted_layers
 from memaop_triton.diagnostics import LayerDiagnostics
-from memaop_triton.flops import weight_grad_flops
+from memaop_triton.flops import input_grad_flops, weight_grad_flops
 from memaop_triton.linear import MemAOPLinear, with_ratio
 from memaop_triton.memory import SubspaceMemory
 from memaop_triton.monitoring import Monitor
@@ -194,8 +194,10 @@ def _variance(layer: MemAOPLinear, seen: LayerDiagnostics, ratio: float) -> floa
 def _flops(layer: MemAOPLinear, rows: int, ratio: float) -> float:
     k = with_ratio(layer.config, ratio).num_rows(rows)
     n, p, memory = layer.in_features, layer.out_features, layer.memory
-    subspace = memory.cost if isinstance(memory, SubspaceMemory) else None
+    subspace = of_input_grad = None
+    if isinstance(memory, SubspaceMemory):
+        subspace, of_input_grad = memory.cost, memory.cost_of_input_grad
     flops = weight_grad_flops(rows, n, p, k, subspace)
     if layer.config.grad_input == "sampled":
-        flops += 2 * k * n * p
+        flops += input_grad_flops(rows, n, p, k, of_input_grad)
     return float(flops)

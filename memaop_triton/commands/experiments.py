@@ -45,7 +45,7 @@ class Optimizer(StrEnum):
 
 # Batch size, epochs: about a minute on two cores for digits, several for the larger sets.
 _DEMO_DEFAULTS = {
-    Dataset.DIGITS: (1024, 60),
+    Dataset.DIGITS: (1024, 54),
     Dataset.MNIST: (1024, 3),
     Dataset.FASHION_MNIST: (1024, 3),
 }
