@@ -1,4 +1,4 @@
-/* dW = sum over k of w_k g[i_k]^T x[i_k], or its transpose, for tensors in a CPU's memory, in float32.
+/* dW = sum over k of w_k g[i_k]^T x[i_k], or its transpose, for float32 tensors in a CPU's memory.
  *
  * A product of matrices copies its operands into panels that the caches like; here that copy is where
  * the selected rows are gathered, weighted, and freed from their projection, so that none of this is
@@ -90,7 +90,8 @@ INLINE void pack(const Rows *rows, long r, long t, long depth, float *x_panels, 
 }
 
 /* out (+)= g^T x for one panel of each. Alone in a function, so that its sums get all registers. */
-__attribute__((noinline)) static void multiply(const float *g, const float *x, long depth, float *out, long ldo, int add) {
+__attribute__((noinline)) static void multiply(const float *g, const float *x, long depth,
+                                               float *out, long ldo, int add) {
     vec sum[TALL][VECTORS];
     for (int i = 0; i < TALL; i++)
         for (int v = 0; v < VECTORS; v++)
@@ -145,8 +146,8 @@ long panel_size(long n, long p) {
     return DEPTH * (panels_of(n, SIDE) * SIDE + panels_of(p, TALL) * TALL);
 }
 
-/* out [p, n], or [n, p] if transposed, = the sum above. panels: room for `panel_size(n, p)` numbers, at an address that vectors
- * may have. Returns 0, or 1 and nothing done if an index is not below `total`. Every element is summed
+/* out [p, n], or [n, p] if transposed, = the sum above. panels: room for `panel_size(n, p)` numbers,
+ * at an address that vectors may have. Returns 0, or 1 and nothing done if an index is not below `total`. Every element is summed
  * in the order of the rows, however many threads there are. */
 int gather_gemm(const float *x, long ldx, const float *g, long ldg, const int64_t *indices,
                 const float *weights, const float *z, long ldz, const float *expand,

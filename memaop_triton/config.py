@@ -7,6 +7,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Iterable
+from typing import TypeGuard
 
 import torch
 
@@ -46,7 +47,7 @@ def check_config(config: object) -> None:
         raise TypeError(f"config must be a MemAOPConfig, got {config!r}.")
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -65,9 +66,9 @@ class MemAOPConfig:
         ratio: K/M, in (0, 1]. Defaults to 1/8 if `k` is not given.
         k: K itself, a number of rows, instead of `ratio`. A batch of at most `k` rows is exact.
         budget: Instead of `ratio` and `k`: floating-point operations of dW as a fraction of the
-            dense 2 M N P, in (0, 1), with everything counted (`memaop_triton.flops`). Half of them
-            go to the subspace, if there is one, unless `rank` is given; the rest to rows, at least
-            one.
+            dense 2 M N P, in (0, 1), with everything counted (`memaop_triton.flops`). Unless `rank`
+            is given, up to 0.6 of them go to the subspace, if there is one; the rest to rows, at
+            least one.
         selection: The policy that picks the K rows: `"topk"`, `"weightedk"` and `"randk"` are the
             paper's (arXiv 2110.09164); `"priority"`, `"crs"`, `"bernoulli"` and `"wta"` are
             unbiased. `memaop_triton.selection.select_rows` defines each and names its source.
@@ -76,8 +77,8 @@ class MemAOPConfig:
             row, `"subspace"` computes their part in a slowly moving subspace of the inputs
             exactly, `"none"` drops them. The first two hold M·(N+P) numbers a layer and refuse
             unbiased policies, `"subspace"` holds (N+P)·`rank`, or those of one side.
-        rank: Dimension of the subspace; 16 if `None` and there is no `budget`. Cut to a quarter of
-            the layer's features on the side it is taken from, the smaller one for `"auto"`.
+        rank: Dimension of the subspace. `None` is 16, or left open by a `budget`. Cut to a quarter
+            of the layer's features on the side it is taken from, the smaller one for `"auto"`.
         side: Whose rows the subspace is one of: `"input"` X, `"grad"` G, or `"auto"` that of which
             less is left to sample, compared every few refreshes.
         refresh_every: Steps between two updates of the subspace.
@@ -158,7 +159,7 @@ class MemAOPConfig:
     def _check_fraction(argument: str, value: object, meaning: str) -> None:
         if not _is_number(value):
             raise TypeError(f"{argument} must be a number in (0, 1], got {value!r}.")
-        if not 0 < value <= 1:  # type: ignore[operator]
+        if not 0 < value <= 1:
             raise ValueError(f"{argument}={value} must be in (0, 1]: {meaning}.")
 
     def _check_combinations(self) -> None:

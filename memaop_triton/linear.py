@@ -171,7 +171,8 @@ class MemAOPLinear(nn.Linear):
     def extra_repr(self) -> str:
         """The layer's sizes and the settings that differ between layers."""
         config = self.config
-        budget = f"k={config.k}" if config.k is not None else f"ratio={config.ratio:g}"
+        given = ((name, getattr(config, name)) for name in ("k", "budget", "ratio"))
+        budget = next(f"{name}={value:g}" for name, value in given if value is not None)
         parts = [super().extra_repr(), budget, f"selection={config.selection}"]
         parts.append(f"memory={config.memory}")
         if isinstance(self.memory, SubspaceMemory):

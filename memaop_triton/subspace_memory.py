@@ -114,7 +114,7 @@ class SubspaceMemory:
     def follow_budget(self, config: MemAOPConfig, rows: int) -> None:
         """Leave the rank open where a budget does; before the first step, fit it to `rows` rows."""
         self._rank_is_open = config.budget is not None and config.rank is None
-        if self._rank_is_open and self.basis is None:
+        if self._rank_is_open and self.nbytes == 0:
             most = config.rank_for(rows, self.in_features, self.out_features)
             if most != self._most:
                 self.set_rank(most)
@@ -143,6 +143,11 @@ class SubspaceMemory:
     def _cost(self, side: str, rank: int) -> Subspace:
         kept = self._most * sum(map(self._length, self._sides)) if self._has_choice else 0
         return Subspace(rank, self._length(side), self.refresh_every, kept)
+
+    @property
+    def _name(self) -> str:
+        """The `side` that this memory was made with."""
+        return "auto" if len(self._sides) > 1 else self._sides[0]
 
     @property
     def _has_choice(self) -> bool:
@@ -299,7 +304,7 @@ class SubspaceMemory:
 
     def state_dict(self) -> dict[str, Any]:
         """Contents for a checkpoint. The tensors are the memory's own, not copies."""
-        state: dict[str, Any] = {"kind": self.kind, "step": self.step}
+        state: dict[str, Any] = {"kind": self.kind, "step": self.step, "sides": self._name}
         state |= {"side": self.side, "rank": self.rank, "input_grad_rank": self.input_grad_rank}
         if self._pending is not None:
             rows, sums = self._pending
@@ -324,21 +329,19 @@ class SubspaceMemory:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise `ValueError` if `state` cannot be loaded into this memory."""
-        check_fields(self.kind, state, "step", "side", "rank", "input_grad_rank")
-        held = {side for side in ("input", "grad") if side in state}
-        if state["side"] not in self._sides or (held and held != set(self._sides)):
+        check_fields(self.kind, state, "step", "sides", "side", "rank", "input_grad_rank")
+        if state["sides"] != self._name:
             raise ValueError(
-                f"state has bases of {sorted(held) or [state['side']]}, this memory of "
-                f"{sorted(self._sides)}."
+                f"side={state['sides']!r} in the state, {self._name!r} in this memory."
             )
-        for side in held:
-            check_shape(side, state[side], (self._length(side), self._most_of(state)))
+        for side in self._sides:
+            if side in state:
+                check_shape(side, state[side], (self._length(side), self._most_of(state)))
 
     def _most_of(self, state: Mapping[str, Any]) -> int:
         """The columns of a saved memory's bases, if the rank is open; else those of this one."""
-        if self._rank_is_open and state["side"] in state:
-            return int(state[state["side"]].shape[-1])
-        return self._most
+        held = [state[side] for side in self._sides if side in state]
+        return int(held[0].shape[-1]) if self._rank_is_open and held else self._most
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow a module conversion to its device (`fn` as in `Module._apply`).

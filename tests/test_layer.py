@@ -239,6 +239,7 @@ def test_functional_form_equals_the_layer():
     [
         (MemAOPConfig(), "ratio=0.125, selection=priority, memory=subspace, rank=1"),
         (RESIDUAL, "k=3, selection=topk, memory=residual"),
+        (MemAOPConfig(budget=1 / 4, memory="none"), "budget=0.25, selection=priority, memory=none"),
         (MemAOPConfig(memory="none", grad_input="sampled"), "memory=none, grad_input=sampled"),
     ],
 )

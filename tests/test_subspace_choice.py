@@ -171,7 +171,7 @@ def test_a_memory_of_another_side_is_refused():
         weight_grad(*batch("grad"), MemAOPConfig(rank=4, side=side), memory)
     for side, memory in states.items():
         for other in states.keys() - {side}:
-            with pytest.raises(ValueError, match=r"state has bases of .* this memory of"):
+            with pytest.raises(ValueError, match=f"side='{other}' in the state, '{side}' in"):
                 memory.load_state_dict(states[other].state_dict())
 
 
@@ -253,3 +253,24 @@ def test_a_memory_without_a_basis_of_the_gradients_samples_all_of_dx():
     x = torch.randn(M, N, requires_grad=True)
     layer(x).backward(torch.randn(M, P))
     assert (x.grad.norm(dim=1) > 0).sum() == 64
+
+
+@pytest.mark.parametrize("budget", [None, 1 / 2])
+def test_a_frozen_layer_saves_the_one_basis_it_has(budget):
+    config = MemAOPConfig(budget=budget, refresh_every=2, grad_input="sampled")
+    layers = [MemAOPLinear(N, P, config=config) for _ in range(2)]
+    for layer in layers:
+        layer.weight.requires_grad_(False)
+    for rows in (M, M // 2, M):
+        x = torch.randn(rows, N, requires_grad=True)
+        layers[0](x).backward(low_rank(rows, P))
+    state = layers[0].memory.state_dict()
+    assert "grad" in state
+    assert "input" not in state
+    assert layers[0].memory.step == 3
+    layers[1].memory.load_state_dict(state)
+    layers[1].weight.requires_grad_(True)
+    x = torch.randn(M, N, requires_grad=True)
+    layers[1](x).backward(low_rank(M, P))
+    assert layers[1].memory.state_dict().keys() >= {"input", "grad"}
+    assert layers[1].weight.grad.isfinite().all()
