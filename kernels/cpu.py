@@ -203,36 +203,41 @@ def project_rows(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """
     scale = basis_scale(x.shape[1])
     shrunk = basis / scale
-    both = native.project(x, shrunk)
-    z, norms = _project_in_chunks(x, shrunk) if both is None else both
-    squared = norms.square()
-    rest = squared - (scale * row_norms(z)).square()
-    return z, torch.maximum(rest, squared * torch.finfo(x.dtype).eps).sqrt()
+    both = native.project(x, shrunk, scale)
+    return _project_in_chunks(x, shrunk, scale) if both is None else both
 
 
-def _project_in_chunks(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+def _project_in_chunks(x: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     z = x.new_empty((x.shape[0], basis.shape[1]))
     norms = x.new_empty(x.shape[0], dtype=score_dtype(x.dtype))
     step = 2 * _chunk_rows(x)
     for chunk, z_out, out in zip(*(a.split(step) for a in (x, z, norms)), strict=True):
         torch.mm(chunk, basis, out=z_out)
         out.copy_(row_norms(chunk))
-    return z, norms
+    squared = norms.square()
+    rest = squared - (scale * row_norms(z)).square()
+    return z, torch.maximum(rest, squared * torch.finfo(x.dtype).eps).sqrt()
 
 
-def project_gradient(g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Zᵀ G and the row norms of G, in one pass over G.
+def project_gradient(
+    g: Tensor, z: Tensor, *, bias_grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Zᵀ G, the row norms of G and, if wanted, the sum of its rows, in one pass over G.
 
     Args:
         g: [M, P].
         z: [M, q], same dtype.
+        bias_grad: Whether the sum is wanted.
 
     Returns:
-        Zᵀ G [q, P] and [M] norms, both in `score_dtype`.
+        Zᵀ G [q, P] and [M] norms, both in `score_dtype`, and the sum [P] in the dtype of `g`.
     """
     norms = g.new_empty(g.shape[0], dtype=score_dtype(g.dtype))
-    zg = native.transposed_mm(z, g, norms)
-    return _transposed_mm_in_chunks(z, g, norms) if zg is None else zg, norms
+    db = g.new_empty(g.shape[1]) if bias_grad else None
+    zg = native.transposed_mm(z, g, norms, db)
+    if zg is not None:
+        return zg, norms, db
+    return _transposed_mm_in_chunks(z, g, norms), norms, g.sum(0) if bias_grad else None
 
 
 def transposed_mm(z: Tensor, a: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ def accumulate_and_score(memory: Tensor, rows: Tensor, carry: Tensor) -> Tensor 
     return norms
 
 
-def project(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Z = X Q ([M, q]) and the row norms of X ([M]) for basis Q ([N, q]), or `None`."""
+def project(x: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
+    """Z = X Q ([M, q]) and √(‖x‖² − scale²‖z‖²) of the rows ([M]) for Q [N, q], or `None`."""
     groups = -(-basis.shape[1] // _LANES)
     wanted = x.dtype == basis.dtype == torch.float32 and groups in range(1, 5)
     if not wanted or x.shape[1] % _LANES:
@@ -73,20 +73,28 @@ def project(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor] | None:
     norms = x.new_empty(x.shape[0])
     *size, threads = _size(x)
     library.project(
-        *_matrix(x), _pointer(padded), _pointer(z), _pointer(norms), *size, groups, threads
+        *(*_matrix(x), _pointer(padded), _pointer(z), _pointer(norms)),
+        *(ctypes.c_float(scale), *size, groups, threads),
     )
     return z[:, : basis.shape[1]], norms
 
 
-def transposed_mm(z: Tensor, a: Tensor, norms: Tensor | None = None) -> Tensor | None:
-    """Zᵀ A ([q, N]) for z [M, q] and a [M, N], or `None`; fills `norms` ([M]) with |a_i|."""
+def transposed_mm(
+    z: Tensor, a: Tensor, norms: Tensor | None = None, sums: Tensor | None = None
+) -> Tensor | None:
+    """Zᵀ A ([q, N]) for z [M, q] and a [M, N], or `None` and nothing done.
+
+    Fills `norms` ([M]) with |a_i| and `sums` ([N]) with the sum of the rows of `a`.
+    """
     wanted = z.dtype == a.dtype == torch.float32 and z.shape[1] in range(4, 65, 4)
     library = _library_for(z, a) if wanted and a.shape[1] % _LANES == 0 else None
     if library is None:
         return None
     rank, columns = z.shape[1], a.shape[1]
     *size, threads = _size(a, most_threads=max(1, _MOST_PARTS // (rank * columns)))
-    parts = a.new_zeros((threads.value, rank, library.row_of_sums(ctypes.c_long(columns))))
+    has_sums = sums is not None
+    row = library.row_of_sums(ctypes.c_long(columns))
+    parts = a.new_zeros((threads.value, rank + has_sums, row))
     library.transposed_product(
         *_matrix(z),
         ctypes.c_long(rank),
@@ -95,9 +103,13 @@ def transposed_mm(z: Tensor, a: Tensor, norms: Tensor | None = None) -> Tensor |
         _pointer(_room_for(4 * threads.value * library.strip_size())),
         None if norms is None else _pointer(norms),
         *size,
+        ctypes.c_int(has_sums),
         threads,
     )
-    return parts[..., :columns].sum(0)
+    product = parts[..., :columns].sum(0)
+    if sums is not None:
+        sums.copy_(product[rank])
+    return product[:rank]
 
 
 def priority(scores: Tensor, draws: Tensor, k: int) -> tuple[Tensor, Tensor] | None:

@@ -8,6 +8,7 @@
 
 #include "lanes.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -75,7 +76,7 @@ DEFINE_ROW_FUNCTIONS(double, f64, sqrt)
  * registers and leaves the other half to operands: more would spill, fewer would wait for the last
  * multiply-add of the same sum. */
 
-enum { GROUP = 16, STRIP = 64, BLOCK = 1024, SUMS = REGISTERS / 2, WIDE = SUMS / 4, MOST_ROWS = 8 };
+enum { GROUP = 16, STRIP = 64, SUMS = REGISTERS / 2, WIDE = SUMS / 4, MOST_ROWS = 8 };
 
 /* How many groups are taken together. */
 enum { PIECE = LANES == 16 ? 4 : 1 };
@@ -88,7 +89,7 @@ INLINE float total(vec v) {
 }
 
 /* z_r = x_r Q for `n` rows and `width` vectors of columns at once, each product kept in registers;
- * norms[r] = |x_r| too, unless `norms` is null. */
+ * norms[r] = |x_r|^2 too, unless `norms` is null. */
 INLINE void project_tile(const float *x, long ldx, const float *basis, float *z, float *norms,
                          long columns, long ldz, const int n, const int width) {
     vec product[MOST_ROWS][SUMS], squares[MOST_ROWS];
@@ -112,26 +113,38 @@ INLINE void project_tile(const float *x, long ldx, const float *basis, float *z,
     }
     for (int r = 0; r < n; r++) {
         if (norms != NULL)
-            norms[r] = sqrtf(total(squares[r]));
+            norms[r] = total(squares[r]);
         for (int v = 0; v < width; v++)
             ((loose *)(z + r * ldz))[v] = product[r][v];
     }
 }
 
-/* All columns of Z for `n` rows, `piece` groups in a tile; the first tile takes the norms. */
+/* All columns of Z for `n` rows, `piece` groups in a tile; the first tile takes the norms, and what z
+ * accounts for is taken from them. */
 INLINE void project_rows(const float *x, long ldx, const float *basis, float *z, float *norms,
-                         long columns, const int n, const int groups, const int piece) {
+                         float scale, long columns, const int n, const int groups,
+                         const int piece) {
     const long ldz = groups * GROUP;
     const int width = piece * GROUP / LANES;
     project_tile(x, ldx, basis, z, norms, columns, ldz, n, width);
     for (long c = piece * GROUP; c < ldz; c += piece * GROUP)
         project_tile(x, ldx, basis + c, z + c, NULL, columns, ldz, n, width);
+    for (int r = 0; r < n; r++) {
+        vec inside = {0};
+        for (long c = 0; c < ldz; c += LANES) {
+            const vec part = scale * *(const loose *)(z + r * ldz + c);
+            inside += part * part;
+        }
+        const float rest = norms[r] - total(inside), least = norms[r] * FLT_EPSILON;
+        norms[r] = sqrtf(rest > least ? rest : least);
+    }
 }
 
 /* As many rows in a tile as its sums have registers for. */
 #define DEFINE_PROJECT(GROUPS)                                                                     \
     static void project_##GROUPS(const float *x, long ldx, const float *basis, float *z,           \
-                                 float *norms, long rows, long columns, int threads) {             \
+                                 float *norms, float scale, long rows, long columns,               \
+                                 int threads) {                                                    \
         enum {                                                                                     \
             TOGETHER = SMALLER(GROUPS, PIECE),                                                     \
             FITS = SUMS * LANES / (TOGETHER * GROUP),                                              \
@@ -142,11 +155,11 @@ INLINE void project_rows(const float *x, long ldx, const float *basis, float *z,
             const Share share = share_of(rows, threads);                                           \
             long i = share.first;                                                                  \
             for (; i + TILE <= share.end; i += TILE)                                               \
-                project_rows(x + i * ldx, ldx, basis, z + i * ldz, norms + i, columns, TILE,       \
-                             GROUPS, TOGETHER);                                                    \
+                project_rows(x + i * ldx, ldx, basis, z + i * ldz, norms + i, scale, columns,      \
+                             TILE, GROUPS, TOGETHER);                                              \
             for (; i < share.end; i++)                                                             \
-                project_rows(x + i * ldx, ldx, basis, z + i * ldz, norms + i, columns, 1, GROUPS,  \
-                             TOGETHER);                                                            \
+                project_rows(x + i * ldx, ldx, basis, z + i * ldz, norms + i, scale, columns, 1,   \
+                             GROUPS, TOGETHER);                                                    \
         }                                                                                          \
     }
 
@@ -155,24 +168,25 @@ DEFINE_PROJECT(2)
 DEFINE_PROJECT(3)
 DEFINE_PROJECT(4)
 
-/* Z = X Q and norms[i] = |x_i|, in one pass over X.
+/* Z = X Q and norms[i] = sqrt(|x_i|^2 - scale^2 |z_i|^2), in one pass over X; a difference that drowns
+ * in rounding is set to the size of that rounding.
  * x [rows, columns], columns a multiple of 16; basis [columns, 16 groups]; z [rows, 16 groups]. */
-void project(const float *x, long ldx, const float *basis, float *z, float *norms, long rows,
-             long columns, int groups, int threads) {
+void project(const float *x, long ldx, const float *basis, float *z, float *norms, float scale,
+             long rows, long columns, int groups, int threads) {
     switch (groups) {
-    case 1: project_1(x, ldx, basis, z, norms, rows, columns, threads); break;
-    case 2: project_2(x, ldx, basis, z, norms, rows, columns, threads); break;
-    case 3: project_3(x, ldx, basis, z, norms, rows, columns, threads); break;
-    case 4: project_4(x, ldx, basis, z, norms, rows, columns, threads); break;
+    case 1: project_1(x, ldx, basis, z, norms, scale, rows, columns, threads); break;
+    case 2: project_2(x, ldx, basis, z, norms, scale, rows, columns, threads); break;
+    case 3: project_3(x, ldx, basis, z, norms, scale, rows, columns, threads); break;
+    case 4: project_4(x, ldx, basis, z, norms, scale, rows, columns, threads); break;
     }
 }
 
-/* Columns of a panel, and numbers from one panel to the next: not a power of two, or the panels of a
- * row would share a few places of the cache. */
-enum { SIDE = WIDE * LANES, PANEL = STRIP * SIDE + GROUP };
+/* Columns of a panel, numbers from one panel to the next (not a power of two, or the panels of a row
+ * would share a few places of the cache), and columns that are packed together. */
+enum { SIDE = WIDE * LANES, PANEL = STRIP * SIDE + GROUP, BLOCK = (1024 + SIDE - 1) / SIDE * SIDE };
 
-/* Columns `first` up to `end` of `rows` rows as panels, the last one filled up with zeros; adds what
- * they contribute to |a_i|^2, unless `squares` is null. */
+/* `rows` rows of `columns` columns as panels, the last one filled up with zeros; adds what they
+ * contribute to |a_i|^2, unless `squares` is null. */
 static void pack_strip(const float *a, long lda, float *panels, float *squares, long rows,
                        long columns) {
     for (long i = 0; i < rows; i++) {
@@ -217,36 +231,53 @@ INLINE void transposed_tile(const float *z, long ldz, const float *panel, float 
             ((loose *)(out + c * ldo))[v] = sum[c][v];
 }
 
+/* out[j] += sum over `rows` rows of a panel. */
+INLINE void sum_panel(const float *panel, float *out, long rows) {
+    vec sum[WIDE] = {{0}};
+    for (long i = 0; i < rows; i++)
+        for (int v = 0; v < WIDE; v++)
+            sum[v] += ((const loose *)(panel + i * SIDE))[v];
+    for (int v = 0; v < WIDE; v++)
+        ((loose *)out)[v] += sum[v];
+}
+
 /* Numbers from one row of `parts` below to the next, and the panels that each thread has. */
 long row_of_sums(long columns) { return (columns + SIDE - 1) / SIDE * SIDE + GROUP; }
 long strip_size(void) { return BLOCK / SIDE * PANEL; }
 
-/* Z^T A and, unless `norms` is null, norms[i] = |a_i|, in one pass over A.
+/* Z^T A and, unless `norms` is null, norms[i] = |a_i|, and if `column_sums` is not 0, the sums of A's
+ * columns, in one pass over A.
  * z [rows, z_columns], z_columns a multiple of 4; a [rows, columns];
- * parts [threads, z_columns, row_of_sums(columns)], zero on entry: their sum is the product. Every
- * thread has its own, so that the order of the sums is always the same.
+ * parts [threads, z_columns (+ 1 with column sums), row_of_sums(columns)], zero on entry: their sum
+ * over threads is the product and, in its last row, the column sums. Every thread has its own, so that
+ * the order of the sums is always the same.
  * panels [threads, strip_size()]: a strip of rows is copied there, where it fits the second-level
  * cache, while its norms are taken from memory's own pace. */
 void transposed_product(const float *z, long ldz, long z_columns, const float *a, long lda,
                         float *parts, float *panels, float *norms, long rows, long columns,
-                        int threads) {
+                        int column_sums, int threads) {
     const long ldo = row_of_sums(columns);
     _Pragma("omp parallel if (threads > 1)") {
         const Share share = share_of(rows, threads);
-        float *out = parts + omp_get_thread_num() * z_columns * ldo;
+        float *out = parts + omp_get_thread_num() * (z_columns + (column_sums != 0)) * ldo;
         float *mine = panels + omp_get_thread_num() * strip_size();
         for (long first = share.first; first < share.end; first += STRIP) {
             const long count = SMALLER(STRIP, share.end - first);
+            const float *strip = a + first * lda;
             float *squares = norms == NULL ? NULL : norms + first;
             if (squares != NULL)
                 memset(squares, 0, count * sizeof *squares);
             for (long j = 0; j < columns; j += BLOCK) {
                 const long width = SMALLER(BLOCK, columns - j);
-                pack_strip(a + first * lda + j, lda, mine, squares, count, width);
-                for (long t = 0; t * SIDE < width; t++)
+                pack_strip(strip + j, lda, mine, squares, count, width);
+                for (long t = 0; t * SIDE < width; t++) {
+                    const float *panel = mine + t * PANEL;
+                    float *to = out + j + t * SIDE;
                     for (long c = 0; c < z_columns; c += 4)
-                        transposed_tile(z + first * ldz + c, ldz, mine + t * PANEL,
-                                        out + c * ldo + j + t * SIDE, ldo, count);
+                        transposed_tile(z + first * ldz + c, ldz, panel, to + c * ldo, ldo, count);
+                    if (column_sums)
+                        sum_panel(panel, to + z_columns * ldo, count);
+                }
             }
             for (long i = 0; squares != NULL && i < count; i++)
                 squares[i] = sqrtf(squares[i]);

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memaop_triton.dispatch import project_rows, transposed_mm
+from memaop_triton.flops import refresh_stride
 from memaop_triton.kernels.cpu import basis_scale
 
 
@@ -13,7 +14,8 @@ class Basis:
     """An orthonormal basis Q of a subspace that follows the leading directions of rows.
 
     It starts from one power iteration on the first rows, and takes another, Q ← qr(Aᵀ Z) with
-    Z = A Q, whenever it is told to. Columns come in the order of their importance: the first r of
+    Z = A Q, whenever it is told to. Many rows are thinned out for it: a thousand show where they
+    lie. Columns come in the order of their importance: the first r of
     them are what the iteration makes of r columns alone.
 
     Args:
@@ -39,13 +41,14 @@ class Basis:
             shape = (self.features, self.rank)
             start = torch.randn(shape, dtype=dtype, device=a.device, generator=generator)
             self.q = by_column(torch.linalg.qr(start).Q)
-            self.iterate(a, project_rows(a, self.q.to(a.dtype))[0])
+            few = self.thinned(a)
+            self.iterate(few, project_rows(few, self.q.to(a.dtype))[0])
         elif self.q.device != a.device:
             self.move(a.device)
         return self.q[:, :rank].to(a.dtype)
 
     def iterate(self, a: Tensor, z: Tensor, is_due: Tensor | bool = True) -> None:
-        """One power iteration of the first r columns, by the rows `a` ([M, features]).
+        """One power iteration of the first r columns, by some of the rows `a` ([M, features]).
 
         Args:
             a: The rows.
@@ -54,12 +57,16 @@ class Basis:
         """
         assert self.q is not None
         q = self.q[:, : z.shape[1]]
-        product = transposed_mm(z, a).t().to(q.dtype)  # [features, r]
+        product = transposed_mm(self.thinned(z), self.thinned(a)).t().to(q.dtype)  # [features, r]
         # A row that is not finite must not get into Q; the gradient shows it. Nothing here waits
         # for the value, and Q stays at its address.
         taken = product.isfinite().all() & is_due
         refreshed = torch.linalg.qr(torch.where(taken, product, q)).Q
         q.copy_(torch.where(taken, refreshed, q))
+
+    def thinned(self, a: Tensor) -> Tensor:
+        """The rows of `a` that an iteration reads; all of them, if they have been thinned out."""
+        return a[:: refresh_stride(a.shape[0], self.rank)]
 
     def left_of(self, a: Tensor, ranks: list[int]) -> Tensor:
         """Norms of what the first r columns leave of each row, for each r: [len(ranks), M]."""

@@ -93,7 +93,7 @@ def transposed_mm(z: Tensor, a: Tensor) -> Tensor:
         return cpu.transposed_mm(z, a)
     from memaop_triton.kernels import subspace
 
-    return subspace.transposed_mm(z, a).t()
+    return subspace.transposed_mm(z.contiguous(), a).t()
 
 
 def row_norms(a: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ MOST_RANK = 64
 RANK_STEP = 4
 #: Refreshes of a subspace between two choices of its side and rank.
 REFRESHES_PER_CHOICE = 4
+# A power iteration reads about so many rows, more only if its rank asks for them.
+_ROWS_PER_REFRESH = 1024
+_ROWS_PER_DIMENSION = 16
 # The largest part of a budget that may go to the subspace.
 _MOST_SHARE = 0.6
 
@@ -54,15 +57,24 @@ def input_grad_flops(m: int, n: int, p: int, k: int, subspace: Subspace | None =
     return 2 * k * n * p + 2 * m * p + round(_subspace_flops(m, n, p, k, subspace))
 
 
+def refresh_stride(m: int, rank: int) -> int:
+    """Of `m` rows, every how many-th one a power iteration of this rank reads.
+
+    Odd, so that of sequences of equal length no places are always left out.
+    """
+    return m // max(_ROWS_PER_REFRESH, _ROWS_PER_DIMENSION * rank) | 1
+
+
 def _subspace_flops(m: int, n: int, p: int, k: float, subspace: Subspace) -> float:
     q, features, refresh_every, kept = subspace
     # Z, Zᵀ of the other side, the basis as q more rows of the product, and what it takes from the
     # selected rows.
     flops = 2.0 * q * (m * (n + p) + n * p + k * features)
     # A power iteration, and QR with its Q formed.
-    flops += (2 * m + 4 * q) * q * features / refresh_every
+    read = -(-m // refresh_stride(m, q))
+    flops += (2 * read + 4 * q) * q * features / refresh_every
     # A choice projects, iterates and projects again, on all that is kept.
-    return flops + (6 * m + 4 * q) * kept / (refresh_every * REFRESHES_PER_CHOICE)
+    return flops + (6 * read + 4 * q) * kept / (refresh_every * REFRESHES_PER_CHOICE)
 
 
 def rank_within(

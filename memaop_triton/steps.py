@@ -150,12 +150,12 @@ def with_subspace(
     operands: Operands, memory: SubspaceMemory, selection: Selection | None
 ) -> Gradients:
     """dW exact inside the memory's subspace, and from selected rows outside of it."""
-    x, g, config, *_ = operands
+    x, g, config, _, bias_grad, *_ = operands
     # A basis of the gradients' side makes the same sum with the two exchanged: dWᵀ.
     a, b = (x, g) if memory.side == "input" else (g, x)
     basis = memory.basis_of(a)
     z, rest_norms = kernels.project_rows(a, basis)
-    zb, b_norms = kernels.project_gradient(b, z)
+    zb, b_norms, db = kernels.project_gradient(b, z, bias_grad=bias_grad and b is g)
     # The scores take the place of the norms.
     projected = None
     if operands.is_observed:
@@ -169,7 +169,7 @@ def with_subspace(
     dw = kernels.gather_gemm(a, b, indices, weights, projection, transposed=a is g)
     operands.observe(selection, dw, scores, projected)
     memory.end_step(a, z)
-    return Gradients(dw, operands.sum_rows())
+    return Gradients(dw, operands.sum_rows() if db is None else db)
 
 
 def sampled_input_grad(

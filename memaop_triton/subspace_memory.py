@@ -12,7 +12,7 @@ from memaop_triton.basis import Basis, by_column
 from memaop_triton.basis_choice import Arriving, Choice, better_choice, score_sums
 from memaop_triton.config import SIDES, MemAOPConfig, check_name
 from memaop_triton.dispatch import project_rows
-from memaop_triton.flops import RANK_STEP, REFRESHES_PER_CHOICE, Subspace
+from memaop_triton.flops import RANK_STEP, REFRESHES_PER_CHOICE, Subspace, refresh_stride
 from memaop_triton.layer_state import LayerState
 from memaop_triton.saved_state import check_fields, check_shape
 
@@ -215,12 +215,15 @@ class SubspaceMemory:
 
     def _look(self, x: Tensor, g: Tensor, config: MemAOPConfig, *, iterate: bool) -> None:
         """Bring all bases up to date, and see what each would leave."""
+        rows = x.shape[0]
+        stride = refresh_stride(rows, self._most)
+        x, g = x[::stride], g[::stride]
         if iterate:
             for side, basis in self._bases.items():
                 a = x if side == "input" else g
                 basis.iterate(a, project_rows(a, basis.of(a, self._most))[0])
-        sums = score_sums(self._bases, self._ranks(), x, g)
-        self._pending = x.shape[0], Arriving(sums)
+        sums = score_sums(self._bases, self._ranks(), x, g) * (rows / x.shape[0])
+        self._pending = rows, Arriving(sums)
         if self._waits_for(x.device):
             self._choose(config)
 

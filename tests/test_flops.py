@@ -10,6 +10,7 @@ from memaop_triton.flops import (
     MOST_RANK,
     Subspace,
     rank_within,
+    refresh_stride,
     rows_within,
     weight_grad_flops,
 )
@@ -47,6 +48,25 @@ def test_the_subspace_costs_what_its_products_cost(side):
     looked_at = weight_grad_flops(m, n, p, k, subspace._replace(kept=q * (n + p)))
     projected = counted(lambda: (a @ torch.randn(a.shape[1], q), b @ torch.randn(b.shape[1], q)))
     assert abs(looked_at - cost - (3 * projected + 4 * q * q * (n + p)) / 20) <= 1
+
+
+@pytest.mark.parametrize(
+    ("m", "rank", "read"), [(1023, 16, 1023), (2048, 16, 683), (8192, 16, 911), (8192, 256, 2731)]
+)
+def test_a_refresh_reads_some_of_many_rows(m, rank, read):
+    assert len(range(m)[:: refresh_stride(m, rank)]) == read
+    n, p = 64, 96
+    cost = [weight_grad_flops(m, n, p, 8, Subspace(rank, n, every, 0)) for every in (1, 10**9)]
+    assert cost[0] - cost[1] == (2 * read + 4 * rank) * rank * n
+    looked = [weight_grad_flops(m, n, p, 8, Subspace(rank, n, 10**9, kept)) for kept in (0, 10**9)]
+    assert abs(looked[1] - looked[0] - (6 * read + 4 * rank) / 4) <= 1
+
+
+@pytest.mark.parametrize("length", [16, 64, 128, 256])
+def test_all_places_of_a_sequence_are_read(length):
+    rows = torch.arange(128 * length) % length
+    counts = rows[:: refresh_stride(rows.numel(), 16)].bincount(minlength=length)
+    assert counts.min() >= counts.max() - 1 > 0
 
 
 def test_all_rows_cost_what_dense_costs():

@@ -68,17 +68,28 @@ def test_projections_agree_with_pytorch(plain, rows, columns, rank, threads):
     torch.set_num_threads(threads)
     try:
         z, norms = cpu.project_rows(x, basis)
-        product, x_norms = cpu.project_gradient(x, z)
+        product, x_norms, sums = cpu.project_gradient(x, z, bias_grad=True)
         again = cpu.transposed_mm(z, x)
     finally:
         torch.set_num_threads(1)
     scale = cpu.basis_scale(columns)
     torch.testing.assert_close(scale * z, x @ basis, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(x_norms, x.norm(dim=1))
+    torch.testing.assert_close(sums, x.sum(0), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(product, z.T @ x, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(again, product)
     plain()
     torch.testing.assert_close(cpu.project_rows(x, basis)[1], norms, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [4, 16, 40])
+def test_what_a_basis_leaves_of_its_own_rows_is_rounding_and_never_nothing(rank):
+    basis = torch.linalg.qr(torch.randn(96, rank)).Q
+    rows = torch.randn(50, rank) @ basis.t()
+    rest = cpu.project_rows(rows, basis)[1] / rows.norm(dim=1)
+    least = torch.finfo(torch.float32).eps ** 0.5
+    assert rest.min() >= 0.99 * least
+    assert rest.max() <= 10 * least
 
 
 @needs_compiler
@@ -110,15 +121,15 @@ def test_narrower_registers_give_the_same_numbers(tmp_path, capability):
     probe = (
         "import torch; from memaop_triton.kernels import cpu, native; assert native.is_compiled(); "
         "torch.manual_seed(0); x, q = torch.randn(75, 208), torch.randn(208, 40); "
-        "z, norms = cpu.project_rows(x, q); zx, x_norms = cpu.project_gradient(x, z); "
-        f"torch.save((z, norms, zx, x_norms), {str(tmp_path / 'found')!r})"
+        "z, norms = cpu.project_rows(x, q); gradient = cpu.project_gradient(x, z, bias_grad=True); "
+        f"torch.save((z, norms, *gradient), {str(tmp_path / 'found')!r})"
     )
     environ = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), ATEN_CPU_CAPABILITY=capability)
     subprocess.run([sys.executable, "-c", probe], env=environ, check=True)
     torch.manual_seed(0)
     x, q = torch.randn(75, 208), torch.randn(208, 40)
     z, norms = cpu.project_rows(x, q)
-    expected = (z, norms, *cpu.project_gradient(x, z))
+    expected = (z, norms, *cpu.project_gradient(x, z, bias_grad=True))
     for found, wanted in zip(torch.load(tmp_path / "found"), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
 
@@ -358,7 +369,7 @@ def test_tensors_without_memory_of_their_own_are_left_to_pytorch():
 
 def test_sparse_or_transposed_rows_are_left_to_pytorch():
     transposed = torch.randn(32, 32).t()
-    assert native.project(transposed, torch.randn(32, 16)) is None
+    assert native.project(transposed, torch.randn(32, 16), 4.0) is None
     assert native.transposed_mm(torch.randn(32, 16), transposed) is None
     assert native.row_norms(transposed) is None
     assert native.row_norms(torch.eye(4).to_sparse()) is None

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memaop_triton import MemAOPConfig, MemAOPLinear, SubspaceMemory, new_memory
+from memaop_triton.basis_choice import score_sums
 from memaop_triton.input_grad import input_grad_with_subspace
 from memaop_triton.steps import Factors
 from memaop_triton.weight_grad import weight_and_bias_grad, weight_grad
@@ -123,7 +124,19 @@ def test_the_choice_has_the_least_variance_of_all():
         assert chosen < 1.05 * variance(*other), other
 
 
-@pytest.mark.parametrize(("rows", "most"), [(64, 4), (128, 8), (2048, 12)])
+def test_sums_of_scores_stand_for_all_rows_where_some_are_read(monkeypatch):
+    torch.manual_seed(0)
+    x, g = torch.randn(8192, N), torch.randn(8192, P)
+    memory = SubspaceMemory(N, P, rank=4)
+    monkeypatch.setattr(SubspaceMemory, "_waits_for", staticmethod(lambda device: False))
+    memory.begin_step(x, g, MemAOPConfig())
+    rows, sums = memory._pending
+    whole = score_sums(memory._bases, [4], x, g)
+    assert rows == 8192
+    torch.testing.assert_close(sums.get(), whole, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "most"), [(64, 4), (128, 8), (2048, 16)])
 def test_the_rank_fits_the_first_batch(rows, most):
     """More rows make a dimension cheaper: it is one more outer product."""
     config = MemAOPConfig(budget=1 / 4)
