@@ -22,7 +22,6 @@ from memaop_triton.bench.quality.options import (
     wanted,
 )
 from memaop_triton.bench.quality.report import write
-from memaop_triton.bench.quality.schemes import DENSE
 from memaop_triton.bench.quality.step_times import StepTime
 from memaop_triton.bench.quality.store import RESULTS, Run, Store
 from memaop_triton.bench.quality.tasks import TASKS
@@ -61,7 +60,7 @@ def run(
         current = bar.add_task("", total=1, estimate="")
         for number, job in enumerate(left, start=1):
             name = f"{job.cell.task} {job.cell.scheme} {job.cell.ratio} seed {job.seed}"
-            bar.reset(current, description=name, total=TASKS[job.cell.task].steps)
+            bar.reset(current, description=name, total=job.cell.problem.steps)
             done, _ = running.do(
                 job, store, folder, lambda step: bar.update(current, completed=step)
             )
@@ -104,7 +103,7 @@ def time(
     """Time training steps, in turns with dense ones, on a machine that does nothing else."""
     use_threads(threads)
     folder, console, path = resolve_data_dir(data_dir), Console(), output / "seconds.csv"
-    left = [cell for cell in wanted(task, scheme, ratio).cells() if cell.scheme != DENSE]
+    left = [cell for cell in wanted(task, scheme, ratio).cells() if cell.config is not None]
     for cell in left:
         times = tables.read(path, StepTime)
         if step_times.is_timed(cell, times):

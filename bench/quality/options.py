@@ -10,7 +10,7 @@ import torch
 import typer
 
 from memaop_triton.bench.quality.running import Wanted
-from memaop_triton.bench.quality.schemes import RATIOS, SCHEMES
+from memaop_triton.bench.quality.schemes import ALL_RATIOS, SCHEMES
 from memaop_triton.bench.quality.tasks import TASKS
 from memaop_triton.config import check_name
 
@@ -32,7 +32,7 @@ def _one_of(option: str, allowed: Iterable[str]) -> typer.models.OptionInfo:
 
 Tasks = Annotated[list[str] | None, _one_of("task", TASKS)]
 Schemes = Annotated[list[str] | None, _one_of("scheme", SCHEMES)]
-Ratios = Annotated[list[str] | None, _one_of("ratio", RATIOS)]
+Ratios = Annotated[list[str] | None, _one_of("ratio", ALL_RATIOS)]
 SeedCount = Annotated[int, typer.Option("--seeds", min=1, help="Runs of every cell.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of PyTorch; its own choice if not given.")

@@ -7,14 +7,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memaop_triton.bench.quality.results import Results, root_mean_square
-from memaop_triton.bench.quality.schemes import DENSE, SCHEMES, WHOLE, Cell, cells
+from memaop_triton.bench.quality.schemes import (
+    DENSE,
+    RATIO,
+    RATIO_OF_BOTH,
+    SCHEMES,
+    SHORTER,
+    Cell,
+    cells,
+)
 from memaop_triton.bench.quality.tasks import Task
 from memaop_triton.bench.report import text
 
 # What the curves show; all schemes would hide each other.
-CURVES = (DENSE, "subspace", "priority", "topk-residual", "topk-signed", "topk", "subspace-both")
+CURVES = (DENSE, SHORTER, "budget", "priority", "topk-residual", "topk-signed", "budget-both")
 _COLOURS = {
     DENSE: "#1a1e23",
+    SHORTER: "#8b949e",
+    "budget": "#d1348b",
+    "budget-both": "#e58fc0",
     "subspace": "#0b5cad",
     "subspace-both": "#6fa8dc",
     "priority": "#00796b",
@@ -33,8 +44,9 @@ _MARKERS = "osD^vPX<>*"
 _LINEAR = {"accuracy": 0.5, "loss": 0.02}
 
 
-def curves(results: Results, task: Task, ratio: str) -> str:
+def curves(results: Results, task: Task) -> str:
     """The metric on the sample against steps, backward FLOPs and seconds."""
+    shown = [cell for cell in cells(task.name) if cell.scheme in CURVES and _is_shown(cell)]
 
     def flops(cell: Cell) -> float | None:
         run = results.any_run(cell)
@@ -51,12 +63,12 @@ def curves(results: Results, task: Task, ratio: str) -> str:
         ("seconds (steps × median step)", seconds),
     )
     for panel, (label, unit) in zip(panels, axes, strict=True):
-        for name in CURVES:
-            cell = Cell(task.name, name, WHOLE if name == DENSE else ratio)
+        for cell in shown:
             points, scale = results.mean_curve(cell), unit(cell)
             if points and scale is not None:
                 x, y = [step * scale for step, _ in points], [value for _, value in points]
-                panel.plot(x, y, **_line(name), marker=".", label=SCHEMES[name].label)
+                name = SCHEMES[cell.scheme].label
+                panel.plot(x, y, **_line(cell.scheme), marker=".", label=name)
         if not panel.lines:
             panel.text(0.5, 0.5, "not measured yet", ha="center", transform=panel.transAxes)
         panel.set_xlabel(label)
@@ -66,6 +78,13 @@ def curves(results: Results, task: Task, ratio: str) -> str:
     return _svg(figure)
 
 
+def _is_shown(cell: Cell) -> bool:
+    """Whether it is of the ratio at which schemes are compared."""
+    if cell.config is None:
+        return True
+    return cell.ratio == (RATIO_OF_BOTH if SCHEMES[cell.scheme].samples_both else RATIO)
+
+
 def trade_off(results: Results, task: Task) -> str:
     """Difference to dense against the FLOPs of the weight gradients, all schemes."""
     figure, (panel,) = _figure(1, 5.6)
@@ -73,7 +92,7 @@ def trade_off(results: Results, task: Task) -> str:
         samples = []
         for cell in cells(task.name):
             run, difference = results.any_run(cell), results.difference(cell)
-            if cell.scheme == name != DENSE and run is not None and difference is not None:
+            if cell.scheme == name and cell.config and run and difference is not None:
                 known = difference.half_width if difference.pairs > 1 else 0.0
                 samples.append((run.weight_grads, difference.mean, known))
         if samples:
@@ -132,7 +151,7 @@ def _figure(panels: int, height: float, *, sharey: bool = False) -> tuple[Any, S
 def _line(name: str) -> dict[str, Any]:
     place = list(SCHEMES).index(name)
     colour = _COLOURS.get(name, _OTHERS[place % len(_OTHERS)])
-    return {"color": colour, "linewidth": 2 if name in (DENSE, "subspace") else 1.2}
+    return {"color": colour, "linewidth": 2 if name in (DENSE, "budget") else 1.2}
 
 
 def _limit(panel: Any, task: Task) -> None:

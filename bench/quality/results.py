@@ -61,7 +61,7 @@ class Results:
 
     def step_ms(self, cell: Cell) -> float | None:
         """Median milliseconds of a step; dense's is the median of its medians beside others."""
-        if cell != cell.dense:
+        if cell.config is not None:
             return self.times[cell].ms if cell in self.times else None
         dense = [one.dense for one in self.times.values() if one.task == cell.task]
         return median(dense) if dense else None

@@ -63,7 +63,7 @@ def do(
     job: Job, store: Store, data_dir: Path | None, progress: Callable[[int], None] = lambda _: None
 ) -> tuple[Run, Outcome]:
     """Train, count, and keep the result."""
-    task, config = TASKS[job.cell.task], job.cell.config
+    task, config = job.cell.problem, job.cell.config
     source = data.load(task, data_dir)
     counted = _flops(job.cell, data_dir)
     outcome = train(task, config, job.seed, source, progress)
@@ -82,7 +82,7 @@ def do(
 
 @functools.cache
 def _flops(cell: Cell, data_dir: Path | None) -> Flops:
-    task = TASKS[cell.task]
+    task = cell.problem
     batch = data.first_batch(data.load(task, data_dir), task.batch)
     return flops.count(task, cell.config, batch)
 

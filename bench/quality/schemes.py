@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,13 @@ PROTOCOL = 1
 
 DENSE = "dense"
 WHOLE = "1"  # the ratio of dense
+#: Dense, trained for fewer steps: what dense reaches in the time that a cheaper step takes.
+SHORTER = "dense-shorter"
+SHARE_OF_STEPS = "3/4"
 RATIOS = ("1/2", "1/4", "1/8", "1/16", "1/32")
+ALL_RATIOS = (SHARE_OF_STEPS, *RATIOS)
+#: Where all schemes are compared, and where those that sample dX as well are.
+RATIO, RATIO_OF_BOTH = "1/8", "1/4"
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,13 @@ class Scheme:
         name: Key on the command line and in files.
         label: For readers.
         make: From a ratio to the configuration; `None` for dense.
+        samples_both: Whether dX is sampled too.
     """
 
     name: str
     label: str
     make: Callable[[float], MemAOPConfig] | None
+    samples_both: bool = False
 
     def config(self, ratio: str) -> MemAOPConfig | None:
         """The configuration at a ratio like `"1/8"`."""
@@ -63,6 +71,13 @@ _TABLE: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
     ("crs", "crs", _of("crs", "none")),
     ("bernoulli", "bernoulli", _of("bernoulli", "none")),
     ("wta", "wta", _of("wta", "none")),
+)
+_TABLE_OF_BOTH: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
+    (
+        "budget-both",
+        "default in a budget, dX sampled",
+        _within(0.9, grad_input="sampled"),
+    ),
     (
         "subspace-both",
         "priority + subspace, dX sampled",
@@ -76,13 +91,27 @@ _TABLE: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
 )
 SCHEMES = {
     scheme.name: scheme
-    for scheme in (Scheme(DENSE, "dense", None), *(Scheme(*line) for line in _TABLE))
+    for scheme in (
+        Scheme(DENSE, "dense", None),
+        Scheme(SHORTER, "dense, fewer steps", None),
+        *(Scheme(*line) for line in _TABLE),
+        *(Scheme(*line, samples_both=True) for line in _TABLE_OF_BOTH),
+    )
 }
 
-# The larger networks repeat the comparisons that matter.
-_FEW = ("budget", "subspace", "priority", "topk-residual", "topk-signed", "subspace-both")
-_FEW_RATIOS = ("1/4", "1/8", "1/16")
-_LARGE = ("gpt-512", "gpt-256")
+# Runs of seconds cover the whole grid. Those of minutes take a few schemes to all ratios and the
+# others to one; those of a quarter of an hour repeat the comparisons that matter.
+_MEDIUM = ("fashion", "vit", "gpt-128")
+_MAIN = ("budget", "priority", "topk-residual", "topk-signed")
+_IN_LONG_TASKS = {
+    "budget": ("1/8",),
+    "priority": ("1/8",),
+    "topk-residual": ("1/8",),
+    "topk-signed": ("1/8",),
+    "budget-both": ("1/4",),
+    SHORTER: (SHARE_OF_STEPS,),
+}
+LONG_TASKS = ("gpt-512", "gpt-256")
 
 
 class Cell(NamedTuple):
@@ -100,11 +129,19 @@ class Cell(NamedTuple):
     @property
     def place(self) -> tuple[tuple[int, str], ...]:
         """Sorts cells as their names stand in the tables, unknown ones last."""
-        tables = (list(TASKS), list(SCHEMES), [WHOLE, *RATIOS])
+        tables = (list(TASKS), list(SCHEMES), [WHOLE, *ALL_RATIOS])
         pairs = zip(tables, self, strict=True)
         return tuple(
             (names.index(one) if one in names else len(names), one) for names, one in pairs
         )
+
+    @property
+    def problem(self) -> Task:
+        """The task, in as many steps as this cell trains."""
+        task = TASKS[self.task]
+        if self.scheme != SHORTER:
+            return task
+        return dataclasses.replace(task, steps=round(value_of(self.ratio) * task.steps))
 
     @property
     def config(self) -> MemAOPConfig | None:
@@ -119,7 +156,7 @@ class Cell(NamedTuple):
     @property
     def code(self) -> str:
         """Short hash of all that determines the result of a seed."""
-        return code_of(TASKS[self.task], self.config)
+        return code_of(self.problem, self.config)
 
 
 def value_of(ratio: str) -> float:
@@ -130,10 +167,21 @@ def value_of(ratio: str) -> float:
 
 def cells(task: str) -> list[Cell]:
     """All cells of a task, dense first, then by importance."""
-    large = task in _LARGE
-    schemes = _FEW if large else tuple(name for name in SCHEMES if name != DENSE)
-    ratios = _FEW_RATIOS if large else RATIOS
-    return [Cell(task, DENSE, WHOLE), *(Cell(task, s, r) for s in schemes for r in ratios)]
+    return [Cell(task, DENSE, WHOLE), *(Cell(task, s, r) for s, r in _sampled(task))]
+
+
+def _sampled(task: str) -> Iterator[tuple[str, str]]:
+    """Schemes and ratios beside dense."""
+    if task in LONG_TASKS:
+        yield from ((name, ratio) for name, ratios in _IN_LONG_TASKS.items() for ratio in ratios)
+        return
+    for name, scheme in SCHEMES.items():
+        if name in (DENSE, SHORTER):
+            continue
+        if task not in _MEDIUM or name in _MAIN:
+            yield from ((name, ratio) for ratio in RATIOS)
+        else:
+            yield name, RATIO_OF_BOTH if scheme.samples_both else RATIO
 
 
 def code_of(task: Task, config: MemAOPConfig | None) -> str:

@@ -11,7 +11,17 @@ from statistics import fmean, stdev
 from memaop_triton.bench.quality import plots
 from memaop_triton.bench.quality.crossterms import CrossTerms
 from memaop_triton.bench.quality.results import Results, root_mean_square
-from memaop_triton.bench.quality.schemes import DENSE, RATIOS, SCHEMES, WHOLE, Cell, cells
+from memaop_triton.bench.quality.schemes import (
+    ALL_RATIOS,
+    DENSE,
+    RATIO,
+    RATIO_OF_BOTH,
+    SCHEMES,
+    SHORTER,
+    WHOLE,
+    Cell,
+    cells,
+)
 from memaop_triton.bench.quality.tasks import TASKS, Task
 from memaop_triton.bench.quality.tuning import best_rate
 from memaop_triton.bench.report import text
@@ -27,7 +37,6 @@ from memaop_triton.bench.report.blocks import (
     Cell as Entry,
 )
 
-OVERVIEW_RATIO = CURVE_RATIO = "1/8"
 READING = (
     "Runs of a task with the same seed start from the same weights and see the same batches. A "
     "difference is scheme − dense of such pairs: its mean ± half of a 95 % interval by Student's t "
@@ -48,19 +57,29 @@ READING = (
 
 
 def overview_section(results: Results) -> Section:
-    """All schemes on all tasks at one ratio."""
-    names = [name for name in SCHEMES if name != DENSE]
+    """All schemes on all tasks, those that sample dX too at a ratio of their own."""
+    units = "Accuracy in points, more is better; loss of the GPTs in nats, less is better."
+    only = [name for name, one in SCHEMES.items() if one.make and not one.samples_both]
+    both = [name for name, one in SCHEMES.items() if one.samples_both]
+    blocks: list[Block] = [
+        units,
+        _overview(results, only, RATIO, f"Difference to dense at r = {RATIO}"),
+        _overview(
+            results, both, RATIO_OF_BOTH, f"dX sampled too: difference to dense at {RATIO_OF_BOTH}"
+        ),
+    ]
+    return Section("overview", "At a glance", blocks)
+
+
+def _overview(results: Results, names: Sequence[str], ratio: str, caption: str) -> Table:
     rows = [
         (
             Entry(SCHEMES[name].label),
-            *(_difference(results, Cell(task, name, OVERVIEW_RATIO)) for task in TASKS),
+            *(_difference(results, Cell(task, name, ratio)) for task in TASKS),
         )
         for name in names
     ]
-    caption = f"Difference to dense at r = {OVERVIEW_RATIO}"
-    units = "Accuracy in points, more is better; loss of the GPTs in nats, less is better."
-    head = ("scheme", *TASKS)
-    return Section("overview", "At a glance", [units, Table(head, tuple(rows), caption=caption)])
+    return Table(("scheme", *TASKS), tuple(rows), caption=caption)
 
 
 def task_section(results: Results, task: Task) -> Section:
@@ -90,8 +109,8 @@ def task_section(results: Results, task: Task) -> Section:
                 partial(_cost, results),
                 "FLOPs of the weight gradients over dense's; time of a step over dense's.",
             ),
-            _picture(f"{task.title}: r = {CURVE_RATIO}, mean over seeds", f"{task.name}-curves",
-                     plots.curves(results, task, CURVE_RATIO)),
+            _picture(f"{task.title}: r = {RATIO}, mean over seeds", f"{task.name}-curves",
+                     plots.curves(results, task)),
             _picture(f"{task.title}: what is lost for what is saved", f"{task.name}-trade",
                      plots.trade_off(results, task)),
         ]  # fmt: skip
@@ -106,7 +125,7 @@ def _table(
     task: Task, entry: Callable[[Cell], Entry], caption: str, *, best: Sequence[Cell] = ()
 ) -> Table:
     every = [cell for cell in cells(task.name) if cell.scheme != DENSE]
-    ratios = [ratio for ratio in RATIOS if any(cell.ratio == ratio for cell in every)]
+    ratios = [ratio for ratio in ALL_RATIOS if any(cell.ratio == ratio for cell in every)]
     rows = []
     for name in dict.fromkeys(cell.scheme for cell in every):
         row = [entry(Cell(task.name, name, ratio)) for ratio in ratios]
@@ -137,6 +156,8 @@ def _difference(results: Results, cell: Cell) -> Entry:
 
 def _cost(results: Results, cell: Cell) -> Entry:
     run, time = results.any_run(cell), results.times.get(cell)
+    if cell.scheme == SHORTER:
+        return Entry(f"{cell.ratio} of the steps")
     if run is None and time is None:
         return NOTHING
     flops = "FLOPs ?" if run is None else f"{run.weight_grads:.3f}"
@@ -148,7 +169,7 @@ def _best(results: Results, task: Task) -> list[Cell]:
     found: dict[str, tuple[float, Cell]] = {}
     for cell in cells(task.name):
         difference = results.difference(cell)
-        if cell.scheme == DENSE or difference is None:
+        if cell.config is None or difference is None:
             continue
         gain = task.sign * difference.mean
         if cell.ratio not in found or gain > found[cell.ratio][0]:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from memaop_triton.bench.quality import data, tables
-from memaop_triton.bench.quality.schemes import code_of
+from memaop_triton.bench.quality.schemes import LONG_TASKS, code_of
 from memaop_triton.bench.quality.tasks import Task
 from memaop_triton.bench.quality.training import train
 
-FACTORS = (1 / 4, 1 / 2, 1, 2, 4)
-SEEDS = 2
+# A run of the long tasks takes a quarter of an hour.
+FACTORS, SEEDS = (1 / 4, 1 / 2, 1, 2, 4), 2
+FEW_FACTORS, FEW_SEEDS = (1 / 2, 1, 2), 1
 
 
 class Trial(NamedTuple):
@@ -40,7 +41,8 @@ class Trial(NamedTuple):
 
 def candidates(task: Task) -> list[Task]:
     """The task at learning rates around its own."""
-    return [with_rate(task, float(f"{factor * task.optimizer.lr:.3g}")) for factor in FACTORS]
+    factors = FEW_FACTORS if task.name in LONG_TASKS else FACTORS
+    return [with_rate(task, float(f"{factor * task.optimizer.lr:.3g}")) for factor in factors]
 
 
 def with_rate(task: Task, lr: float) -> Task:
@@ -54,7 +56,7 @@ def tune(
     """Try the learning rates that `path` does not hold yet; the best one of all."""
     source = data.load(task, data_dir).for_tuning()
     for candidate in candidates(task):
-        for seed in range(SEEDS):
+        for seed in range(FEW_SEEDS if task.name in LONG_TASKS else SEEDS):
             trials = tables.read(path, Trial)
             code = code_of(candidate, None)
             if any(one.code == code and one.seed == seed for one in trials):

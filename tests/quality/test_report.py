@@ -12,7 +12,8 @@ from memaop_triton.bench.quality.step_times import StepTime
 from memaop_triton.bench.quality.tuning import Trial, with_rate
 from tests.quality import tiny
 
-CELLS = 1 + len(RATIOS) * (len(SCHEMES) - 1)
+SAMPLED = [name for name, scheme in SCHEMES.items() if scheme.make]
+CELLS = 1 + len(RATIOS) * len(SAMPLED)
 
 NAN = float("nan")
 RATIOS = ["1/2", "1/4", "1/8", "1/16", "1/32"]
@@ -26,6 +27,7 @@ def filled(store):
         store.add(*tiny.run("subspace", "1/8", seed, accuracy=accuracy - 1, weight_grads=0.25))
         store.add(*tiny.run("topk", "1/8", seed, accuracy=accuracy + seed - 1, weight_grads=0.125))
     store.add(*tiny.run("crs", "1/4", 0, accuracy=89.0))
+    store.add(*tiny.run("priority-both", "1/4", 0, accuracy=88.0))
     store.add(*tiny.run("topk-residual", "1/32", 0, accuracy=NAN, loss=NAN, diverged_at=5))
     store.add(*tiny.run("topk-residual", "1/32", 1, accuracy=20.0))
     store.add(*tiny.run("wta", "1/2", 0, code="of before", accuracy=12.34))
@@ -65,7 +67,7 @@ def table(markdown, caption):
 
 def test_differences_are_in_their_cells(markdown):
     rows = table(markdown, "Difference to dense in accuracy, points.")
-    assert len(rows) == len(SCHEMES) - 1
+    assert len(rows) == len(SAMPLED)
     assert list(rows["topk"]) == RATIOS
     assert rows["priority + subspace"]["1/8"] == "−1.00 ± 0.00 (0 of 3 better)"
     # −1, 0, 1: t(0.975, 2)/√3 = 2.48; the best of the column.
@@ -73,7 +75,7 @@ def test_differences_are_in_their_cells(markdown):
     assert rows["crs"]["1/4"] == "**−1.00 ± ?** (0 of 1 better)"
     assert rows["topk + residual (paper)"]["1/32"] == "1 of 2 diverged"
     shown = sum(cell != "–" for row in rows.values() for cell in row.values())
-    assert shown == 4
+    assert shown == 5
     assert "12.34" not in markdown
 
 
@@ -91,6 +93,9 @@ def test_the_overview_has_every_task_at_one_ratio(markdown):
     rows = table(markdown, "Difference to dense at r = 1/8")
     assert rows["priority + subspace"] == {"tiny": "−1.00 ± 0.00 (0 of 3 better)"}
     assert rows["wta"] == {"tiny": "–"}
+    assert "priority, dX sampled" not in rows
+    both = table(markdown, "dX sampled too: difference to dense at 1/4")
+    assert both["priority, dX sampled"] == {"tiny": "−2.00 ± ? (0 of 1 better)"}
 
 
 def test_clearly_worse_is_marked_on_the_page(filled, markdown):

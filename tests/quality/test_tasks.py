@@ -103,16 +103,37 @@ def test_vit_cuts_squares():
     assert seen[0].tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]
 
 
-def test_every_cell_has_a_configuration_of_its_own():
+@pytest.mark.parametrize("task", TASKS)
+def test_every_cell_has_a_configuration_of_its_own(task):
     configs = {}
-    for cell in cells("gpt-128"):
+    for cell in cells(task):
         config = cell.config
-        assert (config is None) == (cell.scheme == "dense")
-        share = None if config is None else config.ratio or config.budget / 0.9
-        assert share is None or share == pytest.approx(value_of(cell.ratio))
-        assert configs.setdefault(config, cell) is cell
-    assert len(configs) == 1 + len(RATIOS) * (len(SCHEMES) - 1)
+        assert (config is None) == (cell.scheme in ("dense", "dense-shorter"))
+        if config is not None:
+            share = config.ratio or config.budget / 0.9
+            assert share == pytest.approx(value_of(cell.ratio))
+            assert SCHEMES[cell.scheme].samples_both == (config.grad_input == "sampled")
+            assert configs.setdefault(config, cell) is cell
     assert [value_of(ratio) for ratio in RATIOS] == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
+def test_cheap_tasks_cover_the_grid_and_all_tasks_one_column_of_it():
+    sampled = {name for name, scheme in SCHEMES.items() if scheme.make}
+    assert len(cells("mnist-sgd")) == 1 + len(RATIOS) * len(sampled)
+    for task in ("fashion", "vit", "gpt-128"):
+        found = cells(task)
+        assert {cell.scheme for cell in found} == {"dense", *sampled}
+        assert sum(cell.scheme == "budget" for cell in found) == len(RATIOS)
+        assert sum(cell.scheme == "crs" for cell in found) == 1
+
+
+def test_fewer_steps_are_a_problem_of_their_own():
+    for task in ("gpt-512", "gpt-256"):
+        (shorter,) = (cell for cell in cells(task) if cell.scheme == "dense-shorter")
+        steps = TASKS[task].steps
+        assert shorter.problem == dataclasses.replace(TASKS[task], steps=3 * steps // 4)
+        assert shorter.code != shorter.dense.code
+        assert shorter.dense.problem is TASKS[task]
 
 
 def test_seeds_are_independent():
