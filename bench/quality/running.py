@@ -66,7 +66,8 @@ def do(
     task, config = job.cell.problem, job.cell.config
     source = data.load(task, data_dir)
     counted = _flops(job.cell, data_dir)
-    outcome = train(task, config, job.seed, source, progress)
+    allocated = job.cell.allocated
+    outcome = train(task, config, job.seed, source, progress, allocated=allocated)
     run = Run(
         *job.cell,
         job.seed,

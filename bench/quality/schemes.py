@@ -19,6 +19,7 @@ WHOLE = "1"  # the ratio of dense
 #: Dense, trained for fewer steps: what dense reaches in the time that a cheaper step takes.
 SHORTER = "dense-shorter"
 SHARE_OF_STEPS = "3/4"
+ALLOCATED = "priority-allocated"
 RATIOS = ("1/2", "1/4", "1/8", "1/16", "1/32")
 ALL_RATIOS = (SHARE_OF_STEPS, *RATIOS)
 #: Where all schemes are compared, and where those that sample dX as well are.
@@ -34,12 +35,14 @@ class Scheme:
         label: For readers.
         make: From a ratio to the configuration; `None` for dense.
         samples_both: Whether dX is sampled too.
+        allocates: Whether the ratio is a budget that `allocate_` spreads over the layers.
     """
 
     name: str
     label: str
     make: Callable[[float], MemAOPConfig] | None
     samples_both: bool = False
+    allocates: bool = False
 
     def config(self, ratio: str) -> MemAOPConfig | None:
         """The configuration at a ratio like `"1/8"`."""
@@ -95,6 +98,7 @@ SCHEMES = {
         Scheme(DENSE, "dense", None),
         Scheme(SHORTER, "dense, fewer steps", None),
         *(Scheme(*line) for line in _TABLE),
+        Scheme(ALLOCATED, "priority, allocated", _of("priority", "none"), allocates=True),
         *(Scheme(*line, samples_both=True) for line in _TABLE_OF_BOTH),
     )
 }
@@ -156,7 +160,12 @@ class Cell(NamedTuple):
     @property
     def code(self) -> str:
         """Short hash of all that determines the result of a seed."""
-        return code_of(self.problem, self.config)
+        return code_of(self.problem, self.config, self.allocated)
+
+    @property
+    def allocated(self) -> float | None:
+        """The budget that `allocate_` spreads, if the scheme has it do so."""
+        return value_of(self.ratio) if SCHEMES[self.scheme].allocates else None
 
 
 def value_of(ratio: str) -> float:
@@ -184,8 +193,8 @@ def _sampled(task: str) -> Iterator[tuple[str, str]]:
             yield name, RATIO_OF_BOTH if scheme.samples_both else RATIO
 
 
-def code_of(task: Task, config: MemAOPConfig | None) -> str:
-    """Short hash of a task and a configuration.
+def code_of(task: Task, config: MemAOPConfig | None, allocated: float | None = None) -> str:
+    """Short hash of a task, a configuration and the budget that is spread over layers.
 
     A setting that is `None` does not count, so that one that is added to the library later changes
     nothing here unless it is used.
@@ -194,4 +203,5 @@ def code_of(task: Task, config: MemAOPConfig | None) -> str:
     values = [(field.name, getattr(config, field.name)) for field in fields]
     settings = sorted((name, repr(value)) for name, value in values if value is not None)
     content = f"{PROTOCOL} {task!r} {settings!r}"
+    content += "" if allocated is None else f" allocated {allocated}"
     return hashlib.sha256(content.encode()).hexdigest()[:10]

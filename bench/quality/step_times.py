@@ -100,7 +100,7 @@ def measure(cell: Cell, data_dir: Path | None, rounds: int | None = None) -> Ste
     assert config is not None, DENSE
     period = config.refresh_every if config.memory == "subspace" else 1
     rounds = rounds or (ROUNDS if period == 1 else LONG_ROUNDS)
-    trainers = {kind: Trainer(task, one, 0) for kind, one in ((True, None), (False, config))}
+    trainers = {True: Trainer(task, None, 0), False: Trainer(task, config, 0, cell.allocated)}
     steps = WARM_UP + rounds * period
     source = data.load(task, data_dir)
     seconds: dict[bool, list[float]] = {True: [], False: []}

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memaop_triton import MemAOPConfig, attach_optimizer, convert_
+from memaop_triton import MemAOPConfig, allocate_, attach_optimizer, convert_, monitor
 from memaop_triton.bench.quality.data import Batch, Data
 from memaop_triton.bench.quality.tasks import Task
 
 POINTS = 10  # of a curve
+ALLOCATE_EVERY = 50  # steps
+_ALLOCATED = (1 / 32, 3 / 64, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 1.0)
 _NUMBERS = 1 << 16  # pixels or characters of one forward pass of an evaluation
 
 
@@ -80,10 +82,16 @@ class Trainer:
         task: What is trained.
         config: What its layers are converted with; `None` leaves them dense.
         seed: Of the weights. The global generator is left as it was.
+        allocated: Share of the dense layers' FLOPs that `allocate_` spreads over them from time to
+            time; `None` leaves all with the rows that `config` gives them.
     """
 
-    def __init__(self, task: Task, config: MemAOPConfig | None, seed: int) -> None:
+    def __init__(
+        self, task: Task, config: MemAOPConfig | None, seed: int, allocated: float | None = None
+    ) -> None:
         self.task = task
+        self.allocated = allocated
+        self.steps = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Seeds.of(seed).weights)
             self.model = task.network.build()
@@ -94,6 +102,9 @@ class Trainer:
         if config is not None:
             convert_(self.model, config, overrides=dict.fromkeys(task.left_dense))
             attach_optimizer(self.model, self.optimizer)
+        self.monitor = (
+            None if allocated is None else monitor(self.model, every=5, starving=math.inf)
+        )
 
     def step(self, batch: Batch) -> float:
         """Take one step, unless the loss is not finite; the loss before it."""
@@ -104,6 +115,9 @@ class Trainer:
             loss.backward()
             self.optimizer.step()
             self.schedule.step()
+            self.steps += 1
+            if self.monitor and self.allocated and self.steps % ALLOCATE_EVERY == 0:
+                allocate_(self.model, self.monitor, self.allocated, _ALLOCATED)
         return value
 
 
@@ -113,11 +127,13 @@ def train(
     seed: int,
     data: Data,
     progress: Callable[[int], None] = lambda step: None,
+    *,
+    allocated: float | None = None,
 ) -> Outcome:
     """Train from `seed`; `progress` is called with the number of every step taken."""
     start = time.perf_counter()
     seeds = Seeds.of(seed)
-    trainer = Trainer(task, config, seed)
+    trainer = Trainer(task, config, seed, allocated)
     points = {round(i * task.steps / POINTS) for i in range(1, POINTS + 1)}
     curve: list[Point] = []
     sample = data.sample

@@ -116,6 +116,21 @@ def test_a_loss_that_is_not_finite_ends_the_run(source):
     assert all(point.step < outcome.diverged_at for point in outcome.curve)
 
 
+def test_rows_are_allocated_after_fifty_steps_and_again(source, monkeypatch):
+    calls, allocate = [], training.allocate_
+    monkeypatch.setattr(
+        training, "allocate_", lambda *args: calls.append(allocate(*args)) or calls[-1]
+    )
+    task = dataclasses.replace(tiny.TASK, steps=120)
+    even = train(task, CONFIGS[2], 0, source)
+    assert not calls
+    uneven = train(task, CONFIGS[2], 0, source, allocated=1 / 4)
+    assert len(calls) == 2
+    assert all(set(ratios) == {"hidden1", "hidden2"} for ratios in calls)
+    assert even.curve[3] == uneven.curve[3]  # step 48
+    assert even.score != uneven.score
+
+
 def test_learning_rate_follows_warm_up_and_cosine():
     optimizer = dataclasses.replace(tiny.TASK.optimizer, warmup=0.1, floor=0.1)
     factors = [optimizer.factor(step, 100) for step in range(100)]
