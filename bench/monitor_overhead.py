@@ -3,9 +3,9 @@
     python -m bench.monitor_overhead [--seconds 60] [--threads N]
 
 Steps are forward, backward and update of converted networks (default configuration). What is timed
-is a monitor that observes every pass; by default it observes one in ten, and one tenth is what that
-costs, because between two observations a pass only counts. "Again" is a step without a monitor, the
-noise of the measurement. Figures are medians over rounds of a ratio of two times of one round, with
+is a monitor that observes every pass; by default it observes one in 25, which costs a 25th of that,
+because between two observations a pass only counts. "Again" is a step without a monitor, the noise
+of the measurement. Figures are medians over rounds of a ratio of two times of one round, with
 quartiles.
 """
 

@@ -31,7 +31,7 @@ class StarvedLayerWarning(UserWarning):
 
 
 def monitor(
-    model: nn.Module, *, every: int = 10, smoothing: float = 0.9, starving: float = 4.0
+    model: nn.Module, *, every: int = 25, smoothing: float = 0.9, starving: float = 4.0
 ) -> Monitor:
     """Watch the backward passes of the converted layers of `model` until it is closed.
 
