@@ -144,7 +144,7 @@ TASKS = {
             _epochs(4, 256),
             "accuracy",
         ),
-        _gpt("gpt-128", Gpt(128, 4), 600, 1e-3),
+        _gpt("gpt-128", Gpt(128, 4), 600, 4e-3),
         Task(
             "vit",
             "Fashion-MNIST, ViT of 16 tokens, d=128, 3 layers",
