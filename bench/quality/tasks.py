@@ -31,6 +31,7 @@ class Optimizer:
         weight_decay: Of matrices.
         warmup: Share of the steps in which the rate grows from zero.
         floor: What a cosine takes the rate down to, as a share; 1 keeps it constant.
+        clip: Norm to which a longer gradient of all Parameters is cut; `None` cuts nothing.
     """
 
     kind: Literal["sgd", "adam", "adamw"]
@@ -39,6 +40,7 @@ class Optimizer:
     weight_decay: float = 0.0
     warmup: float = 0.0
     floor: float = 1.0
+    clip: float | None = None
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of a model's Parameters."""
@@ -99,7 +101,7 @@ def _epochs(count: float, batch: int) -> int:
 
 
 def _transformer(lr: float) -> Optimizer:
-    return Optimizer("adamw", lr, (0.9, 0.99), weight_decay=0.1, warmup=0.05, floor=0.1)
+    return Optimizer("adamw", lr, (0.9, 0.99), 0.1, warmup=0.1, floor=0.1, clip=1.0)
 
 
 def _gpt(name: str, network: Gpt, steps: int, lr: float) -> Task:
@@ -129,7 +131,7 @@ TASKS = {
             "MNIST, MLP 784-256-256-10, Adam",
             "mnist",
             _SMALL,
-            Optimizer("adam", 4e-3, floor=0.0),
+            Optimizer("adam", 8e-3, floor=0.0),
             256,
             _epochs(4, 256),
             "accuracy",
@@ -144,7 +146,7 @@ TASKS = {
             _epochs(4, 256),
             "accuracy",
         ),
-        _gpt("gpt-128", Gpt(128, 4), 600, 4e-3),
+        _gpt("gpt-128", Gpt(128, 4), 600, 2e-3),
         Task(
             "vit",
             "Fashion-MNIST, ViT of 16 tokens, d=128, 3 layers",

@@ -113,6 +113,8 @@ class Trainer:
         value = loss.item()
         if math.isfinite(value):
             loss.backward()
+            if self.task.optimizer.clip is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.task.optimizer.clip)
             self.optimizer.step()
             self.schedule.step()
             self.steps += 1

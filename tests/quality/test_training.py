@@ -143,6 +143,18 @@ def test_learning_rate_follows_warm_up_and_cosine():
     assert {constant.factor(step, 100) for step in range(100)} == {1.0}
 
 
+def test_a_gradient_is_cut_to_the_norm_asked_for(source):
+    def norm_after_a_step(clip):
+        optimizer = dataclasses.replace(tiny.TASK.optimizer, clip=clip)
+        trainer = Trainer(dataclasses.replace(tiny.TASK, optimizer=optimizer), None, 0)
+        trainer.step(source.held_out)
+        return torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()])
+
+    whole = norm_after_a_step(None)
+    assert norm_after_a_step(whole / 2) == pytest.approx(whole / 2, rel=1e-4)
+    assert norm_after_a_step(2 * whole) == whole
+
+
 def test_only_matrices_decay():
     adamw = dataclasses.replace(tiny.TASK.optimizer, kind="adamw", weight_decay=0.1)
     model = tiny.TASK.network.build()
