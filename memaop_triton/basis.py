@@ -76,6 +76,16 @@ class Basis:
         left = [whole - inside[:, r - 1] if r else whole for r in ranks]
         return torch.stack(left).clamp(min=0).sqrt()
 
+    def resize(self, rank: int) -> None:
+        """Keep the first `rank` columns, or add random ones, which the next iterations turn."""
+        if self.q is not None and rank > self.rank:
+            shape = (self.features, rank - self.rank)
+            more = torch.randn(shape, dtype=self.q.dtype, device=self.q.device)
+            self.q = by_column(torch.linalg.qr(torch.cat([self.q, more], 1)).Q)
+        elif self.q is not None:
+            self.q = by_column(self.q[:, :rank].clone())
+        self.rank = rank
+
     def move(self, device: torch.device) -> None:
         """Follow the rows to another device."""
         if self.q is not None:

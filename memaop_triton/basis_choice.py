@@ -49,23 +49,26 @@ def _sums(scores: Tensor) -> Tensor:
     return torch.stack([scores.sum(1), scores.square().sum(1)], 1)
 
 
-def better_choice(
-    now: Choice, sums: Mapping[Choice, list[float]], rows_of: Callable[[Choice], int]
-) -> Choice:
-    """The choice of the least variance, or `now` where little is to be gained.
+def variances(
+    sums: Mapping[Choice, list[float]], rows_of: Callable[[Choice], int]
+) -> dict[Choice, float]:
+    """The variance of a weight gradient by choice.
 
-    The variance of drawing row m with probability K s_m/Σs, which `priority` and `bernoulli` come
-    close to, is (Σs)²/K − Σs².
+    That of drawing row m with probability K s_m/Σs, which `priority` and `bernoulli` come close to,
+    is (Σs)²/K − Σs².
 
     Args:
-        now: What is in use.
         sums: Σs and Σs² by choice.
         rows_of: K that a choice leaves.
     """
-    variance = {
+    return {
         choice: max(0.0, total * total / rows_of(choice) - squares)
         for choice, (total, squares) in sums.items()
     }
+
+
+def better_choice(now: Choice, variance: Mapping[Choice, float]) -> Choice:
+    """The choice of the least variance, or `now` where little is to be gained."""
     best = min(variance, key=lambda choice: variance[choice])
     # With NaN nothing is better.
     is_worth_it = variance[best] < _WORTH_A_CHANGE * variance.get(now, math.inf)

@@ -9,28 +9,32 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from memaop_triton.config import MemAOPConfig
 from memaop_triton.convert import converted_layers
 from memaop_triton.diagnostics import LayerDiagnostics
 from memaop_triton.flops import input_grad_flops, weight_grad_flops
-from memaop_triton.linear import MemAOPLinear, with_ratio
+from memaop_triton.linear import MemAOPLinear, with_budget, with_ratio
 from memaop_triton.memory import SubspaceMemory
 from memaop_triton.monitoring import Monitor
 
 #: Ratios that layers are given: few, so that few sizes are tuned on a GPU, and each twice the last.
 DEFAULT_RATIOS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+#: Budgets that layers are given which have a budget. Their rows follow from the rank and are many
+#: sizes anyway.
+DEFAULT_BUDGETS = (*(n / 64 for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)), 3 / 4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A ratio that a layer may get.
+    """A ratio or a budget that a layer may get.
 
     Attributes:
-        ratio: K/M.
+        share: K/M, or the budget.
         cost: FLOPs.
         variance: Of the layer's gradient with that many rows, weighted.
     """
 
-    ratio: float
+    share: float
     cost: float
     variance: float
 
@@ -39,19 +43,23 @@ def allocate_(
     model: nn.Module,
     monitor: Monitor,
     budget: float = 1 / 8,
-    ratios: Sequence[float] = DEFAULT_RATIOS,
+    ratios: Sequence[float] | None = None,
     *,
-    relative: bool = True,
+    relative: bool = False,
 ) -> dict[str, float]:
     """Give the layers of `model` the ratios that add the least variance within a budget.
 
-    Minimises Σ_l weight_l · V_l(K_l) with V(K) = max(0, (Σs)²/K − Σs²) over ratios of the list,
-    while Σ_l cost_l(K_l) ≤ budget · Σ_l dense cost_l. V is the variance of drawing every row with
+    A layer with a budget of its own is given another budget instead, for which it then chooses side
+    and rank of its subspace as before.
+
+    Minimises Σ_l weight_l · V_l(K_l) with V(K) = max(0, (Σs)²/K − Σs²) over the list, while
+    Σ_l cost_l(K_l) ≤ budget · Σ_l dense cost_l. V is the variance of drawing every row with
     probability K s/Σs. `priority` and `bernoulli` come close to it as long as no row has a share of
     the scores above 1/K, and have more where one does; for other policies it stands for how much
-    there is to lose. Σs and Σs² are the monitor's averages. A cost is what the products of the
-    weight gradient take, those of the subspace and, where the input gradient is sampled, its own
-    too (the noise in it is not counted); a layer that is used twice in a step counts twice.
+    there is to lose. Σs and Σs² are the monitor's averages, or what the subspace saw when it last
+    chose its rank. A cost is what the products of the weight gradient take, those of the subspace
+    and, where the input gradient is sampled, its own too (the noise in it is not counted); a layer
+    that is used twice in a step counts twice.
 
     The memories stay, and no compiled graph is built anew. Call it again every few hundred steps:
     scores change. Every process of a distributed run has its own monitor; where processes share a
@@ -62,14 +70,15 @@ def allocate_(
         monitor: What `monitor(model)` returned, at least one observation old. Layers that it has
             not observed keep their ratios and take no part.
         budget: Share in (0, 1] of the FLOPs that the dense gradients take.
-        ratios: Ratios to choose from.
-        relative: Weight a layer by one over the mean square of its dense gradient, by which Adam
-            and its kin divide: noise counts relative to what it is added to, and a layer whose
-            gradients are small gets its share. `False` weights all layers alike, which is the
-            noise that SGD's update has.
+        ratios: Ratios to choose from, and budgets (a 1 among them is for ratios alone); `None` for
+            `DEFAULT_RATIOS` and `DEFAULT_BUDGETS`.
+        relative: Weight a layer by one over the mean square of its dense gradient, so that noise
+            counts relative to what it is added to. By default all weigh the same, which keeps the
+            layers cleanest whose gradients are large, and which did better with AdamW, too
+            (docs/quality.md).
 
     Returns:
-        The new ratios by name of the layer.
+        The new ratios and budgets by name of the layer.
 
     Raises:
         ValueError: Nothing was observed yet, the budget is too small for the smallest ratio, or an
@@ -77,7 +86,7 @@ def allocate_(
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget={budget} must be in (0, 1]: 0.125 is an eighth of dense.")
-    if not ratios or not all(0 < ratio <= 1 for ratio in ratios):
+    if ratios is not None and not (ratios and all(0 < ratio <= 1 for ratio in ratios)):
         raise ValueError(f"ratios={ratios} must be one or more numbers in (0, 1].")
     seen = monitor.read()
     layers = {name: layer for name, layer in converted_layers(model) if name in seen}
@@ -94,18 +103,18 @@ def allocate_(
         uses = seen[name].observations / often
         weight = uses * (_inverse_square(seen[name]) if relative else 1.0)
         options[name] = [
-            Option(
-                ratio,
-                uses * _flops(layer, seen[name].rows, ratio),
-                weight * _variance(layer, seen[name], ratio),
-            )
-            for ratio in sorted(set(map(float, ratios)))
+            dataclasses.replace(option, cost=uses * option.cost, variance=weight * option.variance)
+            for option in _options(layer, seen[name], ratios)
         ]
-        available += budget * uses * _flops(layer, seen[name].rows, 1.0)
+        available += budget * uses * _dense_flops(layer, seen[name].rows)
     chosen = best_options(options, available)
     for name, option in chosen.items():
-        layers[name].set_ratio_(option.ratio)
-    return {name: option.ratio for name, option in chosen.items()}
+        layer = layers[name]
+        if layer.config.budget is None:
+            layer.set_ratio_(option.share)
+        elif layer.config.budget != option.share:
+            layer.set_budget_(option.share)
+    return {name: option.share for name, option in chosen.items()}
 
 
 def best_options(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, Option]:
@@ -184,20 +193,41 @@ def _inverse_square(seen: LayerDiagnostics) -> float:
     return 1 / square if square > 0 else 0.0
 
 
-def _variance(layer: MemAOPLinear, seen: LayerDiagnostics, ratio: float) -> float:
-    k = with_ratio(layer.config, ratio).num_rows(seen.rows)
-    if k == seen.rows:
-        return 0.0
-    return max(0.0, seen.score_sum**2 / k - seen.score_square_sum)
+def _options(
+    layer: MemAOPLinear, seen: LayerDiagnostics, ratios: Sequence[float] | None
+) -> list[Option]:
+    """What a layer may get, with its FLOPs and variance in one use."""
+    if layer.config.budget is None:
+        shares = sorted(set(map(float, ratios or DEFAULT_RATIOS)))
+        configs = [with_ratio(layer.config, share) for share in shares]
+    else:
+        shares = sorted(set(map(float, ratios or DEFAULT_BUDGETS)) - {1.0})
+        configs = [with_budget(layer.config, share) for share in shares]
+    outcomes = [_outcome(layer, seen, config) for config in configs]
+    return [Option(share, *one) for share, one in zip(shares, outcomes, strict=True)]
 
 
-def _flops(layer: MemAOPLinear, rows: int, ratio: float) -> float:
-    k = with_ratio(layer.config, ratio).num_rows(rows)
-    n, p, memory = layer.in_features, layer.out_features, layer.memory
+def _outcome(
+    layer: MemAOPLinear, seen: LayerDiagnostics, config: MemAOPConfig
+) -> tuple[float, float]:
+    """FLOPs and variance of a layer's gradients under another configuration."""
+    rows, n, p, memory = seen.rows, layer.in_features, layer.out_features, layer.memory
     subspace = of_input_grad = None
     if isinstance(memory, SubspaceMemory):
         subspace, of_input_grad = memory.cost, memory.cost_of_input_grad
+    k = config.num_rows(rows, n, p, subspace)
+    variance = max(0.0, seen.score_sum**2 / k - seen.score_square_sum) if k < rows else 0.0
+    if isinstance(memory, SubspaceMemory) and config.budget is not None:
+        best = memory.least_variance(config)
+        if best is not None:
+            variance, k, subspace = best
     flops = weight_grad_flops(rows, n, p, k, subspace)
-    if layer.config.grad_input == "sampled":
-        flops += input_grad_flops(rows, n, p, k, of_input_grad)
-    return float(flops)
+    if config.grad_input == "sampled":
+        own = k if config.budget is None else config.num_rows(rows, n, p, of_input_grad)
+        flops += input_grad_flops(rows, n, p, own, of_input_grad)
+    return float(flops), variance
+
+
+def _dense_flops(layer: MemAOPLinear, rows: int) -> float:
+    halves = 2 if layer.config.grad_input == "sampled" else 1
+    return 2.0 * rows * layer.in_features * layer.out_features * halves

@@ -147,6 +147,22 @@ class MemAOPLinear(nn.Linear):
         """
         self.layer_state.config = with_ratio(self.config, ratio)
 
+    def set_budget_(self, budget: float) -> None:
+        """Compute what this share of dense's FLOPs buys from the next backward pass on.
+
+        The memory stays; where the budget chooses the rank of its subspace it is chosen again.
+
+        Args:
+            budget: FLOPs of the weight gradient over dense's, in (0, 1).
+
+        Raises:
+            ValueError: `budget` is out of range.
+            TypeError: `budget` is not a number.
+        """
+        self.layer_state.config = with_budget(self.config, budget)
+        if isinstance(self.memory, SubspaceMemory):
+            self.memory.change_budget(self.config)
+
     def _parameter_device(self) -> torch.device:
         # Not `self.weight`: a parametrised one would be computed.
         return next((p.device for p in self.parameters()), torch.device("cpu"))
@@ -196,6 +212,11 @@ class MemAOPLinear(nn.Linear):
 def with_ratio(config: MemAOPConfig, ratio: float) -> MemAOPConfig:
     """`config` with this share of the rows instead of its own, `k` or budget."""
     return dataclasses.replace(config, ratio=ratio, k=None, budget=None)
+
+
+def with_budget(config: MemAOPConfig, budget: float) -> MemAOPConfig:
+    """`config` with this budget instead of its own, ratio or `k`."""
+    return dataclasses.replace(config, ratio=None, k=None, budget=budget)
 
 
 def _is_distributed(a: Tensor | None) -> TypeGuard[Tensor]:

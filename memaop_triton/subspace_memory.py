@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memaop_triton.basis import Basis, by_column
-from memaop_triton.basis_choice import Arriving, Choice, better_choice, score_sums
+from memaop_triton.basis_choice import Arriving, Choice, better_choice, score_sums, variances
 from memaop_triton.config import SIDES, MemAOPConfig, check_name
 from memaop_triton.dispatch import project_rows
 from memaop_triton.flops import RANK_STEP, REFRESHES_PER_CHOICE, Subspace, refresh_stride
@@ -69,6 +69,8 @@ class SubspaceMemory:
     _step_on_device: Tensor | None
     # Rows, and on their way Σs and Σs² of their scores under each choice: [choices, 2].
     _pending: tuple[int, Arriving] | None
+    # The same once they are there; `None` before the first look.
+    _seen: tuple[int, Tensor] | None
 
     def __init__(
         self,
@@ -118,6 +120,37 @@ class SubspaceMemory:
             most = config.rank_for(rows, self.in_features, self.out_features)
             if most != self._most:
                 self.set_rank(most)
+
+    def change_budget(self, config: MemAOPConfig) -> None:
+        """Go on with the rank that another budget allows, and look at the next step what is best.
+
+        What is kept of the bases is kept; new dimensions start at random.
+        """
+        if self._seen is None or not self._rank_is_open:
+            return
+        most = config.rank_for(self._seen[0], self.in_features, self.out_features)
+        if most == 0:
+            self.set_rank(0)
+        elif most != self._most:
+            for basis in self._bases.values():
+                basis.resize(most)
+            self._most = most
+            self.rank, self.input_grad_rank = min(self.rank, most), min(self.input_grad_rank, most)
+        self._seen = self._pending = None
+
+    def least_variance(self, config: MemAOPConfig) -> tuple[float, int, Subspace] | None:
+        """The variance that dW would have under `config` at best, by what was seen last.
+
+        Returns:
+            The variance, the rows that it takes, and what the subspace costs then. `None` before
+            the first look, or if this memory has nothing to choose.
+        """
+        if self._seen is None:
+            return None
+        variance = self._variances(config)
+        best = min(variance, key=lambda choice: variance[choice])
+        cost = self._cost(*best)
+        return variance[best], self._rows_left(config, cost), cost
 
     @property
     def basis(self) -> Tensor | None:
@@ -175,7 +208,8 @@ class SubspaceMemory:
         if self._pending is not None and self._step % self.refresh_every == 0:
             self._choose(config)
         every = self.refresh_every * REFRESHES_PER_CHOICE
-        if is_first or (self._step > 0 and self._step % every == 0):
+        is_new = self._seen is None and self._pending is None
+        if is_new or (self._step > 0 and self._step % every == 0):
             self._look(x, g, config, iterate=not is_first)
 
     def basis_of(self, a: Tensor) -> Tensor:
@@ -241,22 +275,31 @@ class SubspaceMemory:
         """Act on what the last look has seen."""
         assert self._pending is not None
         rows, sums = self._pending
+        self._seen = rows, sums.get()
         self._pending = None
-        sizes = rows, self.in_features, self.out_features
-        ranks, seen = self._ranks(), sums.get().tolist()
-        choices = [Choice(side, rank) for side in self._bases for rank in ranks]
-        self.side, self.rank = better_choice(
-            Choice(self.side, self.rank),
-            dict(zip(choices, seen, strict=False)),
-            lambda c: config.num_rows(*sizes, self._cost(*c)),
-        )
+        now = Choice(self.side, self.rank)
+        self.side, self.rank = better_choice(now, self._variances(config))
         if "grad" in self._bases:
+            ranks = self._ranks()
             choices = [Choice("grad", rank) for rank in ranks]
-            _, self.input_grad_rank = better_choice(
-                Choice("grad", self.input_grad_rank),
-                dict(zip(choices, seen[-len(ranks) :], strict=True)),
-                lambda c: config.num_rows(*sizes, self._cost_of_input_grad(c.rank)),
+            variance = variances(
+                dict(zip(choices, self._seen[1][-len(ranks) :].tolist(), strict=True)),
+                lambda c: self._rows_left(config, self._cost_of_input_grad(c.rank)),
             )
+            now = Choice("grad", self.input_grad_rank)
+            _, self.input_grad_rank = better_choice(now, variance)
+
+    def _variances(self, config: MemAOPConfig) -> dict[Choice, float]:
+        """Of dW by side and rank."""
+        assert self._seen is not None
+        choices = [Choice(side, rank) for side in self._bases for rank in self._ranks()]
+        sums = dict(zip(choices, self._seen[1].tolist(), strict=False))
+        return variances(sums, lambda c: self._rows_left(config, self._cost(*c)))
+
+    def _rows_left(self, config: MemAOPConfig, cost: Subspace) -> int:
+        """K that `config` leaves beside a subspace, for the rows that were seen last."""
+        assert self._seen is not None
+        return config.num_rows(self._seen[0], self.in_features, self.out_features, cost)
 
     def end_step(self, a: Tensor, z: Tensor) -> None:
         """Count a step that projected `a`, X or G, to z ∝ A Q; refresh Q when it is due.
@@ -303,6 +346,7 @@ class SubspaceMemory:
         self.rank = self.input_grad_rank = self._most
         self._step = 0
         self._pending = None
+        self._seen = None
         self._step_on_device = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -312,6 +356,8 @@ class SubspaceMemory:
         if self._pending is not None:
             rows, sums = self._pending
             state |= {"pending_rows": rows, "pending_sums": sums.get()}
+        if self._seen is not None:
+            state["seen_rows"], state["seen_sums"] = self._seen
         return state | {side: b.q for side, b in self._bases.items() if b.q is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -326,6 +372,8 @@ class SubspaceMemory:
         self.input_grad_rank = state["input_grad_rank"]
         if "pending_sums" in state:
             self._pending = state["pending_rows"], Arriving(state["pending_sums"].clone())
+        if "seen_sums" in state:
+            self._seen = state["seen_rows"], state["seen_sums"].clone()
         for side, basis in self._bases.items():
             if side in state:
                 basis.q = by_column(state[side].clone())

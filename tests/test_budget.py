@@ -1,5 +1,6 @@
 """Ratios of all layers from one budget: the optimum, and the layers that get them."""
 
+import copy
 import itertools
 import math
 
@@ -9,7 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from memaop_triton import MemAOPConfig, MemAOPLinear, allocate_, convert_, monitor
-from memaop_triton.budget import DEFAULT_RATIOS, Option, best_options
+from memaop_triton.budget import DEFAULT_BUDGETS, DEFAULT_RATIOS, Option, best_options
+from memaop_triton.linear import with_budget
 
 N = 16
 
@@ -104,7 +106,7 @@ def test_a_poor_step_does_not_hide_the_good_one_behind_it():
 def test_equal_layers_are_served_in_order():
     options = {name: [Option(0.1, 1.0, 2.0), Option(0.5, 5.0, 0.0)] for name in "abc"}
     chosen = best_options(options, 11.0)
-    assert [chosen[name].ratio for name in "abc"] == [0.5, 0.5, 0.1]
+    assert [chosen[name].share for name in "abc"] == [0.5, 0.5, 0.1]
 
 
 def test_too_small_a_budget_says_what_would_do():
@@ -188,9 +190,110 @@ def test_relative_weights_serve_layers_whose_gradients_are_small():
     seen = watch.read()
     assert seen["inner"].batch_variance < 0.1 * seen["head"].batch_variance
     absolute = allocate_(model, watch, 1 / 4, relative=False)
-    relative = allocate_(model, watch, 1 / 4)
+    relative = allocate_(model, watch, 1 / 4, relative=True)
     assert absolute["inner"] < relative["inner"]
-    assert allocate_(model, watch, 1 / 4) == relative
+    assert allocate_(model, watch, 1 / 4) == absolute
+
+
+WIDE, ROWS = 128, 1024
+
+
+def wide(**settings):
+    """Layers with a budget, of which the inputs of the first lie near four dimensions."""
+    torch.manual_seed(0)
+    config = MemAOPConfig(budget=1 / 4, **settings)
+    model = convert_(nn.Sequential(*(nn.Linear(WIDE, WIDE) for _ in range(3))), config)
+    plane = torch.randn(4, WIDE)
+
+    def step():
+        x = torch.randn(ROWS, 4) @ plane + 0.1 * torch.randn(ROWS, WIDE)
+        model(x).square().mean().backward()
+
+    return model, step
+
+
+def allocated(budget, **settings):
+    model, step = wide(**settings)
+    with monitor(model, every=1, starving=1e9) as watch:
+        for _ in range(3):
+            step()
+        return model, step, allocate_(model, watch, budget)
+
+
+@pytest.mark.parametrize("settings", [{}, {"memory": "none"}, {"grad_input": "sampled"}])
+@pytest.mark.parametrize("budget", [0.15, 0.3])
+def test_layers_with_budgets_get_budgets(budget, settings):
+    model, step, budgets = allocated(budget, **settings)
+    assert [layer.config.budget for layer in model] == list(budgets.values())
+    assert set(budgets.values()) <= set(DEFAULT_BUDGETS)
+    assert len(set(budgets.values())) > 1
+    step()
+    with FlopCounterMode(display=False) as counter:
+        step()
+    counts = counter.get_flop_counts()["Global"]
+    spent = sum(n for op, n in counts.items() if "memaop" in str(op))
+    dense = 3 * 2 * ROWS * WIDE * WIDE * (2 if "grad_input" in settings else 1)
+    assert 0.6 * budget < spent / dense <= budget
+
+
+def test_the_subspace_makes_a_layer_content_with_less():
+    with_subspace, without = allocated(0.3)[2], allocated(0.3, memory="none")[2]
+    assert with_subspace["0"] < without["0"]
+
+
+def test_a_changed_budget_keeps_what_is_left_of_the_basis_and_looks_again():
+    model, step = wide(side="input")
+    memory = model[0].memory
+    for _ in range(3):
+        step()
+    rank, before = memory._most, memory._bases["input"].q.clone()
+    assert memory._seen is not None
+    for budget in (1 / 2, 3 / 16):
+        model[0].set_budget_(budget)
+        wanted = model[0].config.rank_for(ROWS, WIDE, WIDE)
+        assert memory._most == wanted not in (0, rank)
+        after = memory._bases["input"].q
+        kept = min(rank, wanted)
+        torch.testing.assert_close((after[:, :kept].T @ before[:, :kept]).abs(), torch.eye(kept))
+        torch.testing.assert_close(after.T @ after, torch.eye(wanted))
+        assert memory._seen is None
+        assert memory.rank <= wanted
+        rank = wanted
+        step()
+        assert memory._seen is not None
+        before = memory._bases["input"].q.clone()
+    model[0].set_budget_(1 / 32)
+    assert memory._most == 0
+    step()
+    assert memory.basis is None
+    model[0].set_budget_(1 / 2)
+    step()
+    assert memory.rank > 0
+
+
+def test_what_was_seen_is_saved():
+    model, step = wide()
+    for _ in range(3):
+        step()
+    memory = model[1].memory
+    loaded = copy.deepcopy(memory)
+    loaded.reset()
+    loaded.load_state_dict(memory.state_dict())
+    config = with_budget(model[1].config, 1 / 2)
+    assert loaded.least_variance(config) == memory.least_variance(config)
+    assert loaded.least_variance(config)[0] < memory.least_variance(model[1].config)[0]
+
+
+def test_a_budget_replaces_ratio_and_k():
+    layer = MemAOPLinear(N, N, config=MemAOPConfig(ratio=1 / 2, rank=4))
+    layer.set_budget_(1 / 4)
+    assert layer.config == MemAOPConfig(budget=1 / 4, rank=4)
+    for budget in (0, 1, 1.5):
+        with pytest.raises(ValueError, match=f"budget={budget}"):
+            layer.set_budget_(budget)
+    with pytest.raises(TypeError, match="budget must be a number"):
+        layer.set_budget_("1/4")
+    assert layer.config.budget == 1 / 4
 
 
 def test_sampled_input_gradients_are_paid_for():

@@ -20,14 +20,25 @@ from memaop_triton.bench.quality.tasks import Task
 from memaop_triton.bench.report import text
 
 # What the curves show; all schemes would hide each other.
-CURVES = (DENSE, SHORTER, "budget", "priority", "topk-residual", "topk-signed", "budget-both")
+CURVES = (
+    DENSE,
+    SHORTER,
+    "budget",
+    "budget-allocated",
+    "priority",
+    "topk-residual",
+    "topk-signed",
+    "budget-both",
+)
 _COLOURS = {
     DENSE: "#1a1e23",
     SHORTER: "#8b949e",
     "budget": "#d1348b",
     "budget-both": "#e58fc0",
-    "subspace": "#0b5cad",
-    "subspace-both": "#6fa8dc",
+    "budget-allocated": "#0b5cad",
+    "priority-allocated": "#7fc7bd",
+    "subspace": "#6f42c1",
+    "subspace-both": "#b39ddb",
     "priority": "#00796b",
     "priority-both": "#6cc0b3",
     "topk": "#8a6100",

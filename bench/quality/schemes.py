@@ -19,7 +19,6 @@ WHOLE = "1"  # the ratio of dense
 #: Dense, trained for fewer steps: what dense reaches in the time that a cheaper step takes.
 SHORTER = "dense-shorter"
 SHARE_OF_STEPS = "3/4"
-ALLOCATED = "priority-allocated"
 RATIOS = ("1/2", "1/4", "1/8", "1/16", "1/32")
 ALL_RATIOS = (SHARE_OF_STEPS, *RATIOS)
 #: Where all schemes are compared, and where those that sample dX as well are.
@@ -75,6 +74,10 @@ _TABLE: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
     ("bernoulli", "bernoulli", _of("bernoulli", "none")),
     ("wta", "wta", _of("wta", "none")),
 )
+_TABLE_OF_ALLOCATED: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
+    ("budget-allocated", "default in a budget, allocated", _within(0.9)),
+    ("priority-allocated", "priority, allocated", _of("priority", "none")),
+)
 _TABLE_OF_BOTH: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
     (
         "budget-both",
@@ -98,7 +101,7 @@ SCHEMES = {
         Scheme(DENSE, "dense", None),
         Scheme(SHORTER, "dense, fewer steps", None),
         *(Scheme(*line) for line in _TABLE),
-        Scheme(ALLOCATED, "priority, allocated", _of("priority", "none"), allocates=True),
+        *(Scheme(*line, allocates=True) for line in _TABLE_OF_ALLOCATED),
         *(Scheme(*line, samples_both=True) for line in _TABLE_OF_BOTH),
     )
 }
@@ -106,9 +109,10 @@ SCHEMES = {
 # Runs of seconds cover the whole grid. Those of minutes take a few schemes to all ratios and the
 # others to one; those of a quarter of an hour repeat the comparisons that matter.
 _MEDIUM = ("fashion", "vit", "gpt-128")
-_MAIN = ("budget", "priority", "topk-residual", "topk-signed")
+_MAIN = ("budget", "budget-allocated", "priority", "topk-residual", "topk-signed")
 _IN_LONG_TASKS = {
     "budget": ("1/8",),
+    "budget-allocated": ("1/8",),
     "priority": ("1/8",),
     "topk-residual": ("1/8",),
     "topk-signed": ("1/8",),
@@ -165,7 +169,10 @@ class Cell(NamedTuple):
     @property
     def allocated(self) -> float | None:
         """The budget that `allocate_` spreads, if the scheme has it do so."""
-        return value_of(self.ratio) if SCHEMES[self.scheme].allocates else None
+        config = self.config
+        if config is None or not SCHEMES[self.scheme].allocates:
+            return None
+        return config.budget or config.ratio
 
 
 def value_of(ratio: str) -> float:

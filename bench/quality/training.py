@@ -22,10 +22,11 @@ from torch.nn import functional as F
 from memaop_triton import MemAOPConfig, allocate_, attach_optimizer, convert_, monitor
 from memaop_triton.bench.quality.data import Batch, Data
 from memaop_triton.bench.quality.tasks import Task
+from memaop_triton.budget import DEFAULT_BUDGETS
 
 POINTS = 10  # of a curve
 ALLOCATE_EVERY = 50  # steps
-_ALLOCATED = (1 / 32, 3 / 64, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 1.0)
+_ALLOCATED = (*DEFAULT_BUDGETS, 1.0)  # of budgets and ratios alike
 _NUMBERS = 1 << 16  # pixels or characters of one forward pass of an evaluation
 
 

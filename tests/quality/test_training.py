@@ -148,7 +148,8 @@ def test_a_gradient_is_cut_to_the_norm_asked_for(source):
         optimizer = dataclasses.replace(tiny.TASK.optimizer, clip=clip)
         trainer = Trainer(dataclasses.replace(tiny.TASK, optimizer=optimizer), None, 0)
         trainer.step(source.held_out)
-        return torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()])
+        grads = [p.grad for p in trainer.model.parameters()]
+        return torch.nn.utils.get_total_norm(grads).item()
 
     whole = norm_after_a_step(None)
     assert norm_after_a_step(whole / 2) == pytest.approx(whole / 2, rel=1e-4)
