@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import TextColumn
 
-from memaop_triton.bench.quality import crossterms, running, step_times, tables, tuning
+from memaop_triton.bench.quality import crossterms, noise, running, step_times, tables, tuning
 from memaop_triton.bench.quality.options import (
     DataDir,
     Output,
@@ -22,6 +22,7 @@ from memaop_triton.bench.quality.options import (
     wanted,
 )
 from memaop_triton.bench.quality.report import write
+from memaop_triton.bench.quality.schemes import RATIO, value_of
 from memaop_triton.bench.quality.step_times import StepTime
 from memaop_triton.bench.quality.store import RESULTS, Run, Store
 from memaop_triton.bench.quality.tasks import TASKS
@@ -130,6 +131,27 @@ def cross_terms(
         for one in ratio or crossterms.RATIOS:
             tell = partial(_tell, console, f"{name} {one}:")
             crossterms.run(name, one, output / "crossterms.csv", folder, tell)
+
+
+@app.command("noise")
+def noise_of_a_step(
+    task: Tasks = None,
+    ratio: Ratios = None,
+    threads: Threads = None,
+    data_dir: DataDir = None,
+    output: Output = RESULTS,
+) -> None:
+    """How noisy single weight gradients are, with a subspace of either side and without."""
+    use_threads(threads)
+    folder, console = resolve_data_dir(data_dir), Console()
+    for name in task or noise.NAMES:
+        for step in noise.STEPS:
+            for one in ratio or (RATIO,):
+                lines = noise.run(name, step, value_of(one), output / "noise.csv", folder)
+                for line in lines:
+                    where = f"{line.side}, rank {line.rank}, {line.k} rows"
+                    what = f"{line.variance:.3g} (batch {line.own:.3g})"
+                    _tell(console, f"{name} step {step} {line.layer}: {where}: {what}")
 
 
 @app.command()

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memaop_triton import MemAOPConfig
 from memaop_triton.bench.quality import data, tables, tasks
-from memaop_triton.bench.quality.data import Data
+from memaop_triton.bench.quality.capture import Rows, capture
 from memaop_triton.bench.quality.schemes import value_of
-from memaop_triton.bench.quality.tasks import Task
-from memaop_triton.bench.quality.training import Trainer, evaluating, loss_of
 from memaop_triton.memory import ResidualMemory, new_memory
 from memaop_triton.weight_grad import weight_grad
 
@@ -38,13 +36,6 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 DRAWS = 4
 TRAINED = 100  # steps before the weights are frozen
 _MOST_ROWS = 512
-
-
-class Rows(NamedTuple):
-    """Inputs and output gradients of one layer in one batch: [M, N] and [M, P]."""
-
-    x: Tensor
-    g: Tensor
 
 
 class CrossTerms(NamedTuple):
@@ -90,9 +81,8 @@ def run(
     progress: Callable[[str], None] = lambda layer: None,
 ) -> None:
     """All methods on all hidden layers of a task, written into the file at `path`."""
-    captured = capture(
-        tasks.TASKS[task], data.load(tasks.TASKS[task], data_dir), TRAINED, BATCHES[-1]
-    )
+    one = tasks.TASKS[task]
+    captured = capture(one, data.load(one, data_dir), TRAINED, BATCHES[-1], _MOST_ROWS)
     lines: list[CrossTerms] = []
     for layer, batches in captured.items():
         for selection, memory in METHODS:
@@ -112,40 +102,6 @@ def run(
 def draws(selection: str, memory: str) -> int:
     """How often a method is run: once if it draws nothing."""
     return DRAWS if selection == "randk" or memory == "signed" else 1
-
-
-def capture(task: Task, source: Data, steps: int, batches: int) -> dict[str, list[Rows]]:
-    """Rows of every hidden linear layer over `batches` batches, after `steps` steps of training.
-
-    A batch is the task's, or as many of its sequences as make 512 rows.
-    """
-    trainer = Trainer(task, None, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    for batch in source.batches(task.batch, steps, generator):
-        trainer.step(batch)
-    rows = source.sample.y[0].numel()
-    size = max(1, min(task.batch, _MOST_ROWS // rows))
-    layers = {
-        name: module
-        for name, module in trainer.model.named_modules()
-        if isinstance(module, nn.Linear) and name not in task.left_dense
-    }
-    found: dict[str, list[Rows]] = {name: [] for name in layers}
-    handles = [_watch(module, found[name]) for name, module in layers.items()]
-    with evaluating(trainer.model):
-        for batch in source.batches(size, batches, generator):
-            loss_of(trainer.model, batch).backward()
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-def _watch(module: nn.Linear, rows: list[Rows]) -> torch.utils.hooks.RemovableHandle:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].detach().flatten(0, -2)
-        output.register_hook(lambda g: rows.append(Rows(x, g.flatten(0, -2).clone())))
-
-    return module.register_forward_hook(hook)
 
 
 def compare(

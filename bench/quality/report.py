@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from memaop_triton.bench.quality import results, sections
+from memaop_triton.bench.quality import evidence, results, sections
 from memaop_triton.bench.quality.results import Results
 from memaop_triton.bench.quality.running import Wanted
 from memaop_triton.bench.quality.schemes import cells
@@ -63,8 +63,9 @@ def document(found: Results) -> Document:
             sections.overview_section(found),
             sections.reading_section(),
             *(sections.task_section(found, task) for task in TASKS.values()),
-            sections.cross_terms_section(found),
-            sections.tuning_section(found),
+            evidence.noise_section(found),
+            evidence.cross_terms_section(found),
+            evidence.tuning_section(found),
         ),
         kind="Study",
         pictures="those below, in one file with the tables",

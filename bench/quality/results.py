@@ -10,6 +10,7 @@ from statistics import fmean, median
 
 from memaop_triton.bench.quality import tables
 from memaop_triton.bench.quality.crossterms import CrossTerms
+from memaop_triton.bench.quality.noise import Noise
 from memaop_triton.bench.quality.schemes import Cell
 from memaop_triton.bench.quality.statistics import Difference, paired
 from memaop_triton.bench.quality.step_times import StepTime
@@ -29,6 +30,7 @@ class Results:
         machine: Which, in words; empty without times.
         trials: Of learning rates.
         cross_terms: Of the experiment on frozen weights.
+        noise: Of single steps.
         stale: Runs that were left out.
     """
 
@@ -38,6 +40,7 @@ class Results:
     machine: str = ""
     trials: list[Trial] = field(default_factory=list)
     cross_terms: list[CrossTerms] = field(default_factory=list)
+    noise: list[Noise] = field(default_factory=list)
     stale: int = 0
 
     def metrics(self, cell: Cell) -> dict[int, float]:
@@ -99,6 +102,7 @@ def load(folder: Path) -> Results:
         "" if most is None else f"{most[0]}, {most[1]} threads",
         tables.read(folder / "tuning.csv", Trial),
         tables.read(folder / "crossterms.csv", CrossTerms),
+        tables.read(folder / "noise.csv", Noise),
         len(store.stale()),
     )
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from memaop_triton.bench.quality import crossterms, data
-from memaop_triton.bench.quality.crossterms import Rows, compare, predicted_ratio
+from memaop_triton.bench.quality.capture import Rows, capture
+from memaop_triton.bench.quality.crossterms import compare, predicted_ratio
 from tests.quality import tiny
 
 ROWS = 64
@@ -93,7 +94,7 @@ def test_without_memory_of_the_past_there_is_nothing_to_predict(batches):
 
 def test_rows_are_those_of_the_frozen_network():
     source = data.load(tiny.TASK, None)
-    found = crossterms.capture(tiny.TASK, source, steps=3, batches=2)
+    found = capture(tiny.TASK, source, steps=3, batches=2)
     assert {name: [(*r.x.shape, *r.g.shape) for r in rows] for name, rows in found.items()} == {
         "hidden1": [(64, 64, 64, 24)] * 2,
         "hidden2": [(64, 24, 64, 16)] * 2,
@@ -102,7 +103,7 @@ def test_rows_are_those_of_the_frozen_network():
     hidden = found["hidden2"][0].x
     assert (hidden >= 0).all()
     assert found["hidden1"][0].x.max() == 1
-    again = crossterms.capture(tiny.TASK, source, steps=3, batches=2)
+    again = capture(tiny.TASK, source, steps=3, batches=2)
     assert torch.equal(hidden, again["hidden2"][0].x)
 
 

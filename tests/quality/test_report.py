@@ -7,6 +7,7 @@ import pytest
 
 from memaop_triton.bench.quality import report, results, tables
 from memaop_triton.bench.quality.crossterms import CrossTerms
+from memaop_triton.bench.quality.noise import Noise
 from memaop_triton.bench.quality.schemes import RATIOS, SCHEMES, Cell, code_of
 from memaop_triton.bench.quality.step_times import StepTime
 from memaop_triton.bench.quality.tuning import Trial, with_rate
@@ -48,6 +49,13 @@ def filled(store):
         for t in (1, 4)
     ]
     tables.write(store.folder / "crossterms.csv", CrossTerms, lines)
+    sides = (("none", 0, 30, 2.0), ("input", 4, 20, 0.5), ("grad", 8, 10, 1.5))
+    noise = [
+        Noise("tiny", 50, layer, 64, 24, 16, 0.125, *one, 0.7)
+        for layer in ("hidden1", "hidden2")
+        for one in sides
+    ]
+    tables.write(store.folder / "noise.csv", Noise, noise)
     return store
 
 
@@ -120,6 +128,14 @@ def test_tuning_marks_the_best_rate_and_the_one_used(markdown):
     assert "| tiny | 0.012 | diverged |" in section
 
 
+def test_noise_has_a_row_for_every_layer(markdown):
+    rows = table(markdown, "after 50 steps, 1/8 of dense's FLOPs")
+    assert list(rows) == ["hidden1 (24 to 16)", "hidden2 (24 to 16)"]
+    assert list(rows["hidden1 (24 to 16)"].values()) == [
+        "0.7", "2 (q=0, K=30)", "**0.5** (q=4, K=20)", "1.5 (q=8, K=10)",
+    ]  # fmt: skip
+
+
 def test_cross_terms_are_over_layers_and_draws(markdown):
     rows = table(markdown, "T = 4: mean over layers, least and most below.")
     assert set(rows) == {"randk + residual", "randk + signed"}
@@ -159,5 +175,5 @@ def test_nothing_at_all_is_a_page_too(store):
     files = report.write(store.folder)
     assert [path.name for path in files] == ["quality.html", "quality.md"]
     text = files[1].read_text("utf-8")
-    assert text.count("Not run yet.") == 3
+    assert text.count("Not run yet.") == 4
     assert f"tiny {CELLS} of {CELLS}" in text
