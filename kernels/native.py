@@ -42,7 +42,7 @@ def row_norms(a: Tensor) -> Tensor | None:
         return None
     norms = torch.empty(a.shape[0], dtype=a.dtype, device=a.device)
     function = getattr(library, f"row_norms_{_SUFFIX[a.dtype]}")
-    function(*_matrix(a), _pointer(norms), *_size(a))
+    function(*_matrix(a), norms.data_ptr(), *_size(a))
     return norms
 
 
@@ -54,7 +54,8 @@ def accumulate_and_score(memory: Tensor, rows: Tensor, carry: Tensor) -> Tensor 
         return None
     norms = torch.empty_like(carry)
     function = getattr(library, f"accumulate_{_SUFFIX[memory.dtype]}")
-    function(*_matrix(memory), *_matrix(rows), _pointer(carry), _pointer(norms), *_size(memory))
+    pointers = carry.data_ptr(), norms.data_ptr()
+    function(*_matrix(memory), *_matrix(rows), *pointers, *_size(memory))
     return norms
 
 
@@ -73,8 +74,8 @@ def project(x: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor] | N
     norms = x.new_empty(x.shape[0])
     *size, threads = _size(x)
     library.project(
-        *(*_matrix(x), _pointer(padded), _pointer(z), _pointer(norms)),
-        *(ctypes.c_float(scale), *size, groups, threads),
+        *(*_matrix(x), padded.data_ptr(), z.data_ptr(), norms.data_ptr()),
+        *(scale, *size, groups, threads),
     )
     return z[:, : basis.shape[1]], norms
 
@@ -92,24 +93,14 @@ def transposed_mm(
         return None
     rank, columns = z.shape[1], a.shape[1]
     *size, threads = _size(a, most_threads=max(1, _MOST_PARTS // (rank * columns)))
-    has_sums = sums is not None
-    row = library.row_of_sums(ctypes.c_long(columns))
-    parts = a.new_zeros((threads.value, rank + has_sums, row))
+    product = a.new_empty((rank, columns))
     library.transposed_product(
-        *_matrix(z),
-        ctypes.c_long(rank),
-        *_matrix(a),
-        _pointer(parts),
-        _pointer(_room_for(4 * threads.value * library.strip_size())),
-        None if norms is None else _pointer(norms),
-        *size,
-        ctypes.c_int(has_sums),
-        threads,
+        *(*_matrix(z), rank, *_matrix(a), product.data_ptr()),
+        _room_for(4 * library.product_room(rank, columns, threads)).data_ptr(),
+        *(None if out is None else out.data_ptr() for out in (norms, sums)),
+        *(*size, threads),
     )
-    product = parts[..., :columns].sum(0)
-    if sums is not None:
-        sums.copy_(product[rank])
-    return product[:rank]
+    return product
 
 
 def priority(scores: Tensor, draws: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
@@ -141,8 +132,8 @@ def largest(scores: Tensor, k: int) -> Tensor | None:
 def _choose(function: Any, k: int, *scores: Tensor, results: Sequence[Tensor] = ()) -> Tensor:
     keys = torch.empty_like(scores[0], dtype=torch.int32)
     indices = torch.empty(k, dtype=torch.int64)
-    sizes = ctypes.c_long(keys.numel()), ctypes.c_long(k)
-    function(*map(_pointer, (*scores, keys)), *sizes, *map(_pointer, (indices, *results)))
+    given = (a.data_ptr() for a in (*scores, keys))
+    function(*given, keys.numel(), k, *(a.data_ptr() for a in (indices, *results)))
     return indices
 
 
@@ -177,20 +168,20 @@ def gather_gemm(
         return None
     (rows, n), p, k = x.shape, g.shape[1], indices.numel()
     out = x.new_empty((n, p) if transposed else (p, n))
-    nothing = ctypes.c_void_p()
-    inside = (nothing, ctypes.c_long(), nothing, ctypes.c_long(), nothing)
-    if projection is not None:
-        inside = (*_matrix(z), *_matrix(by_row), _pointer(zg.contiguous()))
     if k + rank == 0:
         return out.zero_()
-    sizes = map(ctypes.c_long, (rows, k, n, p, rank))
+    indices = indices.contiguous()
+    weights = None if weights is None else weights.contiguous()
+    inside: tuple[int | None, ...] = (None, 0, None, 0, None)
+    if projection is not None:
+        zg = zg.contiguous()
+        inside = (*_matrix(z), *_matrix(by_row), zg.data_ptr())
     threads = min(torch.get_num_threads(), 1 + (k + rank) * n * p // 200_000)
-    panels = _room_for(4 * library.panel_size(ctypes.c_long(n), ctypes.c_long(p)))
+    panels = _room_for(4 * library.panel_size(n, p))
     failed = library.gather_gemm(
-        *(*_matrix(x), *_matrix(g), _pointer(indices.contiguous())),
-        *(nothing if weights is None else _pointer(weights.contiguous()), *inside),
-        *(_pointer(out), _pointer(panels), *sizes),
-        *(ctypes.c_int(transposed), ctypes.c_int(threads)),
+        *(*_matrix(x), *_matrix(g), indices.data_ptr()),
+        *(None if weights is None else weights.data_ptr(), *inside),
+        *(out.data_ptr(), panels.data_ptr(), rows, k, n, p, rank, transposed, threads),
     )
     if failed:
         raise IndexError(f"indices must be in [0, {rows}), the rows of x.")
@@ -243,9 +234,9 @@ def _library_for(*operands: Tensor) -> ctypes.CDLL | None:
 
 def _is_plain(a: Tensor) -> bool:
     """Whether a pointer and a row stride are all there is to know about `a`."""
-    if type(a) not in (Tensor, torch.nn.Parameter) or a.layout != torch.strided:
+    if type(a) not in (Tensor, torch.nn.Parameter) or a.layout != torch.strided or not a.is_cpu:
         return False
-    if a.device.type != "cpu" or a.dtype not in _SUFFIX or a.stride(-1) != 1 or a.is_neg():
+    if a.dtype not in _SUFFIX or a.stride(-1) != 1 or a.is_neg():
         return False
     try:
         return a.numel() == 0 or a.data_ptr() != 0
@@ -253,21 +244,16 @@ def _is_plain(a: Tensor) -> bool:
         return False
 
 
-def _pointer(a: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(a.data_ptr())
+def _matrix(a: Tensor) -> tuple[int, int]:
+    """Its address, and from one row to the next."""
+    return a.data_ptr(), a.stride(0)
 
 
-def _matrix(a: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_long]:
-    return _pointer(a), ctypes.c_long(a.stride(0))
-
-
-def _size(
-    a: Tensor, most_threads: int = 1 << 30
-) -> tuple[ctypes.c_long, ctypes.c_long, ctypes.c_int]:
+def _size(a: Tensor, most_threads: int = 1 << 30) -> tuple[int, int, int]:
     """Rows, columns, and the number of threads to use."""
     # A thread is not worth its share of less than a few thousand numbers.
-    threads = min(torch.get_num_threads(), 1 + a.numel() // 16384, most_threads)
-    return ctypes.c_long(a.shape[0]), ctypes.c_long(a.shape[1]), ctypes.c_int(threads)
+    rows, columns = a.shape
+    return rows, columns, min(torch.get_num_threads(), 1 + rows * columns // 16384, most_threads)
 
 
 def _library() -> ctypes.CDLL | None:

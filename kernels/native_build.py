@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +35,24 @@ VECTOR_FLAGS = {
     "AVX2": ["-mavx2", "-mfma"],
 }
 FLAGS = ["-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi"]
+
+
+_TYPES: dict[str, Any] = {
+    "p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float, "v": None,
+}  # fmt: skip
+_MATRIX = "pl"  # and the distance between its rows
+#: What every function returns and takes, a letter each as in `_TYPES`.
+SIGNATURES = {
+    **{f"row_norms_{one}": ("v", f"{_MATRIX} p ll i") for one in ("f32", "f64")},
+    **{f"accumulate_{one}": ("v", f"{_MATRIX} {_MATRIX} pp ll i") for one in ("f32", "f64")},
+    "project": ("v", f"{_MATRIX} ppp f ll ii"),
+    "product_room": ("l", "ll i"),
+    "transposed_product": ("v", f"{_MATRIX} l {_MATRIX} pppp ll i"),
+    "largest": ("v", "pp ll p"),
+    "priority": ("v", "ppp ll pp"),
+    "panel_size": ("l", "ll"),
+    "gather_gemm": ("i", f"{_MATRIX} {_MATRIX} pp {_MATRIX} {_MATRIX} p pp lllll ii"),
+}
 
 
 class BuildError(RuntimeError):
@@ -106,8 +124,10 @@ def load() -> ctypes.CDLL:
 
 def _open(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for function in (library.panel_size, library.row_of_sums, library.strip_size):
-        function.restype = ctypes.c_long
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype = _TYPES[result]
+        function.argtypes = [_TYPES[one] for one in arguments.replace(" ", "")]
     return library
 
 

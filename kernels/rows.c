@@ -241,46 +241,60 @@ INLINE void sum_panel(const float *panel, float *out, long rows) {
         ((loose *)out)[v] += sum[v];
 }
 
-/* Numbers from one row of `parts` below to the next, and the panels that each thread has. */
-long row_of_sums(long columns) { return (columns + SIDE - 1) / SIDE * SIDE + GROUP; }
-long strip_size(void) { return BLOCK / SIDE * PANEL; }
+/* Numbers from one row of a thread's sums below to the next, and the panels that each thread has. */
+INLINE long row_of_sums(long columns) { return (columns + SIDE - 1) / SIDE * SIDE + GROUP; }
+enum { STRIP_SIZE = BLOCK / SIDE * PANEL };
 
-/* Z^T A and, unless `norms` is null, norms[i] = |a_i|, and if `column_sums` is not 0, the sums of A's
- * columns, in one pass over A.
- * z [rows, z_columns], z_columns a multiple of 4; a [rows, columns];
- * parts [threads, z_columns (+ 1 with column sums), row_of_sums(columns)], zero on entry: their sum
- * over threads is the product and, in its last row, the column sums. Every thread has its own, so that
- * the order of the sums is always the same.
- * panels [threads, strip_size()]: a strip of rows is copied there, where it fits the second-level
- * cache, while its norms are taken from memory's own pace. */
-void transposed_product(const float *z, long ldz, long z_columns, const float *a, long lda,
-                        float *parts, float *panels, float *norms, long rows, long columns,
-                        int column_sums, int threads) {
-    const long ldo = row_of_sums(columns);
+/* Numbers that `room` below has to have place for. */
+long product_room(long z_columns, long columns, int threads) {
+    return threads * ((z_columns + 1) * row_of_sums(columns) + STRIP_SIZE);
+}
+
+/* out = Z^T A and, unless they are null, norms[i] = |a_i| and the sums of A's columns, in one pass
+ * over A. z [rows, z_columns], z_columns a multiple of 4; a [rows, columns]; out [z_columns, columns].
+ * Every thread sums up its own rows, in `room`, and the sums of all are added in the same order every
+ * time. A strip of rows is copied there first, where it fits the second-level cache, while its norms
+ * are taken at memory's own pace. */
+void transposed_product(const float *z, long ldz, long z_columns, const float *a, long lda, float *out,
+                        float *room, float *norms, float *column_sums, long rows, long columns,
+                        int threads) {
+    const long ldo = row_of_sums(columns), results = z_columns + (column_sums != NULL);
+    float *strips = room + threads * results * ldo;
     _Pragma("omp parallel if (threads > 1)") {
+        const int me = omp_get_thread_num();
         const Share share = share_of(rows, threads);
-        float *out = parts + omp_get_thread_num() * (z_columns + (column_sums != 0)) * ldo;
-        float *mine = panels + omp_get_thread_num() * strip_size();
+        if (me < threads)
+            memset(room + me * results * ldo, 0, results * ldo * sizeof *room);
         for (long first = share.first; first < share.end; first += STRIP) {
+            float *mine = room + me * results * ldo, *strip = strips + me * STRIP_SIZE;
             const long count = SMALLER(STRIP, share.end - first);
-            const float *strip = a + first * lda;
             float *squares = norms == NULL ? NULL : norms + first;
             if (squares != NULL)
                 memset(squares, 0, count * sizeof *squares);
             for (long j = 0; j < columns; j += BLOCK) {
                 const long width = SMALLER(BLOCK, columns - j);
-                pack_strip(strip + j, lda, mine, squares, count, width);
+                pack_strip(a + first * lda + j, lda, strip, squares, count, width);
                 for (long t = 0; t * SIDE < width; t++) {
-                    const float *panel = mine + t * PANEL;
-                    float *to = out + j + t * SIDE;
+                    const float *panel = strip + t * PANEL;
+                    float *to = mine + j + t * SIDE;
                     for (long c = 0; c < z_columns; c += 4)
                         transposed_tile(z + first * ldz + c, ldz, panel, to + c * ldo, ldo, count);
-                    if (column_sums)
+                    if (column_sums != NULL)
                         sum_panel(panel, to + z_columns * ldo, count);
                 }
             }
             for (long i = 0; squares != NULL && i < count; i++)
                 squares[i] = sqrtf(squares[i]);
+        }
+        const int team = SMALLER(omp_get_num_threads(), threads);
+        _Pragma("omp barrier");
+        const Share added = share_of(results, threads);
+        for (long c = added.first; c < added.end; c++) {
+            float *to = c < z_columns ? out + c * columns : column_sums;
+            memcpy(to, room + c * ldo, columns * sizeof *to);
+            for (int t = 1; t < team; t++)
+                for (long j = 0; j < columns; j++)
+                    to[j] += room[(t * results + c) * ldo + j];
         }
     }
 }
