@@ -34,7 +34,8 @@ class SubspaceMemory:
 
     Whatever Q is, the estimate stays unbiased; the closer Q follows the leading directions, the
     smaller its variance. Q starts from one power iteration on the first batch and takes another,
-    Q ← qr(Xᵀ Z) or qr(Gᵀ Z), every `refresh_every` steps.
+    Q ← qr(Xᵀ Z) or qr(Gᵀ Z), every `refresh_every` steps, from about a thousand rows of a larger
+    batch.
 
     `side="auto"` keeps a basis of either side, and a budget leaves the rank open as well. In the
     first step and at every fourth refresh the memory takes the side and rank for which the variance
