@@ -147,8 +147,8 @@ long panel_size(long n, long p) {
 }
 
 /* out [p, n], or [n, p] if transposed, = the sum above. panels: room for `panel_size(n, p)` numbers,
- * at an address that vectors may have. Returns 0, or 1 and nothing done if an index is not below `total`. Every element is summed
- * in the order of the rows, however many threads there are. */
+ * at an address that vectors may have. Returns 0, or 1 and nothing done if an index is not below
+ * `total`. Every element is summed in the order of the rows, however many threads there are. */
 int gather_gemm(const float *x, long ldx, const float *g, long ldg, const int64_t *indices,
                 const float *weights, const float *z, long ldz, const float *expand,
                 long lde, const float *zg, float *out, float *panels, long total, long k, long n, long p,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from memaop_triton import MemAOPConfig, convert_, monitor, new_memory, ops
+from memaop_triton import MemAOPConfig, convert_, flops, monitor, new_memory, ops
 from memaop_triton.config import ROW_MEMORIES
 from memaop_triton.kernels import launch
 from memaop_triton.layer_observer import LayerObserver
@@ -69,6 +69,24 @@ def test_steps_equal_those_in_pytorch(scheme, shape, block_rows, backend, genera
         for name, value in reference.state_dict().items():
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(memory.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["auto", "input", "grad"])
+def test_refreshes_from_some_of_the_rows_equal_those_in_pytorch(
+    side, backend, generator, monkeypatch
+):
+    monkeypatch.setattr(flops, "_ROWS_PER_REFRESH", 16)
+    monkeypatch.setattr(flops, "_ROWS_PER_DIMENSION", 1)
+    assert flops.refresh_stride(70, 4) == 5
+    config = MemAOPConfig(ratio=1 / 4, rank=4, refresh_every=2, side=side)
+    data = batches((70, 24, 40))
+    ours, memory = run(config, data, generator(3))
+    backend("torch")
+    theirs, reference = run(config, data, generator(3))
+    for (dw, _), (expected, _) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(dw, expected, rtol=1e-4, atol=1e-3)
+    for one, other in zip(memory._bases.values(), reference._bases.values(), strict=True):
+        torch.testing.assert_close(one.q @ one.q.T, other.q @ other.q.T, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("selection", ["randk", "topk", "weightedk"])
