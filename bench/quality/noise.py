@@ -15,13 +15,14 @@ import torch
 
 from memaop_triton import MemAOPConfig
 from memaop_triton.basis import Basis
-from memaop_triton.basis_choice import Choice, score_sums, variances
+from memaop_triton.basis_choice import Choice
 from memaop_triton.bench.quality import data, tables
 from memaop_triton.bench.quality.capture import Rows, capture
 from memaop_triton.bench.quality.tasks import TASKS
 from memaop_triton.dispatch import project_rows, row_norms
 from memaop_triton.flops import RANK_STEP, Subspace
 from memaop_triton.sampling_estimates import batch_variance
+from memaop_triton.selection import inclusion_probabilities
 
 NAMES = ("gpt-128", "mnist-adam")
 STEPS = (50, 300)
@@ -97,23 +98,26 @@ def measure(
     own = batch_variance(products.square().sum(), square, sizes[0]) / square
     most = max(config.rank_for(*sizes), min(RANK_STEP, *sizes))  # even where none is worth it
     ranks = [*range(0, most, RANK_STEP), most]
-    bases = {side: _basis(rows, most) for side, rows in (("input", before.x), ("grad", before.g))}
-    sums = score_sums(bases, ranks, *after).tolist()
-    choices = [Choice(side, rank) for side in bases for rank in ranks]
+    found: dict[Choice, tuple[int, float]] = {}
+    for side in ("input", "grad"):
+        a, other = ("x", "g") if side == "input" else ("g", "x")
+        left = _basis(getattr(before, a), most).left_of(getattr(after, a), ranks)
+        for rank, scores in zip(ranks, left * row_norms(getattr(after, other)), strict=True):
+            length = sizes[1] if side == "input" else sizes[2]
+            cost = Subspace(rank, length, config.refresh_every, most * (sizes[1] + sizes[2]))
+            k = config.num_rows(*sizes, cost if rank else None)
+            found[Choice(side, rank)] = k, _variance(scores, k) / float(square)
+    none = found[Choice("input", 0)]
+    yield "none", 0, *none, float(own)
+    for side in ("input", "grad"):
+        best = min((one for one in found if one.side == side), key=lambda one: found[one][1])
+        yield side, best.rank, *found[best], float(own)
 
-    def rows_of(choice: Choice) -> int:
-        length = sizes[1] if choice.side == "input" else sizes[2]
-        kept = most * (sizes[1] + sizes[2])
-        cost = Subspace(choice.rank, length, config.refresh_every, kept)
-        return config.num_rows(*sizes, cost if choice.rank else None)
 
-    found = variances(dict(zip(choices, sums, strict=False)), rows_of)
-    none = Choice("input", 0)
-    yield "none", 0, rows_of(none), found[none] / float(square), float(own)
-    for side in bases:
-        mine = [choice for choice in choices if choice.side == side]
-        best = min(mine, key=lambda choice: found[choice])
-        yield side, best.rank, rows_of(best), found[best] / float(square), float(own)
+def _variance(scores: torch.Tensor, k: int) -> float:
+    """Of drawing rows with the best probabilities for K of them: Σ s² (1/p − 1)."""
+    p = inclusion_probabilities(scores, k).double()
+    return float((scores.double().square() * torch.where(p > 0, 1 / p - 1, 0)).sum())
 
 
 def _basis(rows: torch.Tensor, rank: int) -> Basis:
