@@ -275,9 +275,11 @@ class SubspaceMemory:
     def _choose(self, config: MemAOPConfig) -> None:
         """Act on what the last look has seen."""
         assert self._pending is not None
-        rows, sums = self._pending
-        self._seen = rows, sums.get()
+        rows, sums = self._pending[0], self._pending[1].get()
         self._pending = None
+        if not sums.isfinite().all():  # a row was not; nothing follows from it
+            return
+        self._seen = rows, sums
         now = Choice(self.side, self.rank)
         self.side, self.rank = better_choice(now, self._variances(config))
         if "grad" in self._bases:

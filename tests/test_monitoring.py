@@ -387,5 +387,5 @@ def test_a_layer_in_a_budget_is_watched(memory):
         seen = watch.read()[""]
     assert 0 < seen.k < 512 / 4
     assert seen.sampling_variance > 0
-    assert allocate_(layer, watch, 1 / 2)[""] == layer.config.ratio
-    assert layer.config.budget is None
+    assert allocate_(layer, watch, 1 / 2)[""] == layer.config.budget == 1 / 2
+    assert layer.config.ratio is None

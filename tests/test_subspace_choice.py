@@ -76,6 +76,17 @@ def test_a_row_that_is_not_finite_changes_nothing(bad):
     assert all(basis.q.isfinite().all() for basis in memory._bases.values())
 
 
+def test_after_a_first_batch_that_is_not_finite_the_next_one_is_looked_at():
+    config = MemAOPConfig(k=64, rank=4)
+    memory = new_memory(config, N, P)
+    x, g = batch("grad")
+    x[3, 5] = float("nan")
+    weight_grad(x, g, config, memory)
+    assert memory._seen is None
+    weight_grad(*batch("grad"), config, memory)
+    assert memory.side == "grad"
+
+
 def test_an_open_rank_is_none_where_rows_are_better():
     config = MemAOPConfig(budget=1 / 4)
     memory = new_memory(config, N, P)
