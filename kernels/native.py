@@ -94,9 +94,9 @@ def transposed_mm(
     rank, columns = z.shape[1], a.shape[1]
     *size, threads = _size(a, most_threads=max(1, _MOST_PARTS // (rank * columns)))
     product = a.new_empty((rank, columns))
+    room = _room_for(4 * library.product_room(rank, columns, threads))
     library.transposed_product(
-        *(*_matrix(z), rank, *_matrix(a), product.data_ptr()),
-        _room_for(4 * library.product_room(rank, columns, threads)).data_ptr(),
+        *(*_matrix(z), rank, *_matrix(a), product.data_ptr(), room.data_ptr()),
         *(None if out is None else out.data_ptr() for out in (norms, sums)),
         *(*size, threads),
     )

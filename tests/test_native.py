@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -80,6 +81,28 @@ def test_projections_agree_with_pytorch(plain, rows, columns, rank, threads):
     torch.testing.assert_close(again, product)
     plain()
     torch.testing.assert_close(cpu.project_rows(x, basis)[1], norms, rtol=1e-3, atol=1e-3)
+
+
+def test_room_lives_until_the_call_returns(monkeypatch):
+    """Where it is too large to be kept, nobody else holds it."""
+    references, alive = [], []
+
+    class Library:
+        def product_room(self, *sizes):
+            return 64
+
+        def transposed_product(self, *arguments):
+            alive.append(references[-1]() is not None)
+
+    def room_for(count):
+        room = torch.empty(count, dtype=torch.uint8)
+        references.append(weakref.ref(room))
+        return room
+
+    monkeypatch.setattr(native, "_room_for", room_for)
+    monkeypatch.setattr(native, "_library_for", lambda *operands: Library())
+    native.transposed_mm(torch.randn(8, 4), torch.randn(8, 16))
+    assert alive == [True]
 
 
 @pytest.mark.parametrize("rank", [4, 16, 40])

@@ -92,7 +92,6 @@ class Trainer:
     ) -> None:
         self.task = task
         self.allocated = allocated
-        self.steps = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Seeds.of(seed).weights)
             self.model = task.network.build()
@@ -118,8 +117,8 @@ class Trainer:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.task.optimizer.clip)
             self.optimizer.step()
             self.schedule.step()
-            self.steps += 1
-            if self.monitor and self.allocated and self.steps % ALLOCATE_EVERY == 0:
+            steps = self.schedule.last_epoch
+            if self.monitor and self.allocated and steps % ALLOCATE_EVERY == 0:
                 allocate_(self.model, self.monitor, self.allocated, _ALLOCATED)
         return value
 
