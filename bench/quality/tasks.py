@@ -146,7 +146,7 @@ TASKS = {
             _epochs(4, 256),
             "accuracy",
         ),
-        _gpt("gpt-128", Gpt(128, 4), 600, 2e-3),
+        _gpt("gpt-128", Gpt(128, 4), 600, 4e-3),
         Task(
             "vit",
             "Fashion-MNIST, ViT of 16 tokens, d=128, 3 layers",
@@ -157,7 +157,7 @@ TASKS = {
             _epochs(1.25, 128),
             "accuracy",
         ),
-        _gpt("gpt-512", Gpt(512, 2), 600, 2e-3),
-        _gpt("gpt-256", Gpt(256, 4), 1000, 2e-3),
+        _gpt("gpt-512", Gpt(512, 2), 600, 1e-3),
+        _gpt("gpt-256", Gpt(256, 4), 1000, 1e-3),
     )
 }
