@@ -141,7 +141,7 @@ TASKS = {
             "Fashion-MNIST, MLP 784-1024-1024-10, Adam",
             "fashion_mnist",
             _WIDE,
-            Optimizer("adam", 1e-3, floor=0.0),
+            Optimizer("adam", 2e-3, floor=0.0),
             256,
             _epochs(4, 256),
             "accuracy",
@@ -152,12 +152,12 @@ TASKS = {
             "Fashion-MNIST, ViT of 16 tokens, d=128, 3 layers",
             "fashion_mnist",
             Vit(128, 3),
-            _transformer(1e-3),
+            _transformer(5e-4),
             128,
             _epochs(1.25, 128),
             "accuracy",
         ),
         _gpt("gpt-512", Gpt(512, 2), 600, 1e-3),
-        _gpt("gpt-256", Gpt(256, 4), 1000, 1e-3),
+        _gpt("gpt-256", Gpt(256, 4), 1000, 2e-3),
     )
 }
