@@ -79,6 +79,8 @@ def curves(results: Results, task: Task) -> str:
             if points and scale is not None:
                 x, y = [step * scale for step, _ in points], [value for _, value in points]
                 name = SCHEMES[cell.scheme].label
+                if cell.scheme == SHORTER:
+                    name = f"dense, {cell.ratio} of the steps"
                 panel.plot(x, y, **_line(cell.scheme), marker=".", label=name)
         if not panel.lines:
             panel.text(0.5, 0.5, "not measured yet", ha="center", transform=panel.transAxes)

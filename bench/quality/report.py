@@ -61,6 +61,7 @@ def document(found: Results) -> Document:
         " ".join(_missing(found)),
         (
             sections.overview_section(found),
+            sections.equal_time_section(found),
             sections.reading_section(),
             *(sections.task_section(found, task) for task in TASKS.values()),
             evidence.noise_section(found),

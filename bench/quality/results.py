@@ -8,10 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 
+import numpy as np
+
 from memaop_triton.bench.quality import tables
 from memaop_triton.bench.quality.crossterms import CrossTerms
 from memaop_triton.bench.quality.noise import Noise
-from memaop_triton.bench.quality.schemes import Cell
+from memaop_triton.bench.quality.schemes import (
+    DENSE,
+    SHARES_OF_STEPS,
+    SHORTER,
+    WHOLE,
+    Cell,
+    value_of,
+)
 from memaop_triton.bench.quality.statistics import Difference, paired
 from memaop_triton.bench.quality.step_times import StepTime
 from memaop_triton.bench.quality.store import CurvePoint, Run, Store
@@ -57,6 +66,31 @@ class Results:
         if self.diverged(cell):
             return None
         return paired(self.metrics(cell), self.metrics(cell.dense), TASKS[cell.task].sign)
+
+    def at_equal_time(self, cell: Cell) -> Difference | None:
+        """To dense that stops after the seconds that the cell's runs take.
+
+        Dense runs of fewer steps are interpolated linearly. `None` without runs or step times, and
+        where the cell takes longer than dense or less time than the shortest dense runs.
+        """
+        if self.diverged(cell) or cell not in self.times:
+            return None
+        dense = self._dense_after(cell.task, self.times[cell].share)
+        return paired(self.metrics(cell), dense, TASKS[cell.task].sign)
+
+    def _dense_after(self, task: str, share: float) -> dict[int, float]:
+        """By seed, what dense reaches in a share of its steps."""
+        by_share = {
+            value_of(one): self.metrics(Cell(task, SHORTER, one)) for one in SHARES_OF_STEPS
+        }
+        by_share[1.0] = self.metrics(Cell(task, DENSE, WHOLE))
+        found = {}
+        for seed in by_share[1.0]:
+            points = sorted((at, ends[seed]) for at, ends in by_share.items() if seed in ends)
+            shares, values = zip(*points, strict=True)
+            if shares[0] <= share <= 1:
+                found[seed] = float(np.interp(share, shares, values))
+        return found
 
     def any_run(self, cell: Cell) -> Run | None:
         """One of a cell's runs, for what is the same in all of them."""

@@ -18,9 +18,9 @@ DENSE = "dense"
 WHOLE = "1"  # the ratio of dense
 #: Dense, trained for fewer steps: what dense reaches in the time that a cheaper step takes.
 SHORTER = "dense-shorter"
-SHARE_OF_STEPS = "3/4"
+SHARES_OF_STEPS = ("3/4", "1/2")
 RATIOS = ("1/2", "1/4", "1/8", "1/16", "1/32")
-ALL_RATIOS = (SHARE_OF_STEPS, *RATIOS)
+ALL_RATIOS = ("3/4", *RATIOS)
 #: Where all schemes are compared, and where those that sample dX as well are.
 RATIO, RATIO_OF_BOTH = "1/8", "1/4"
 
@@ -107,7 +107,8 @@ SCHEMES = {
 }
 
 # Runs of seconds cover the whole grid. Those of minutes take a few schemes to all ratios and the
-# others to one; those of a quarter of an hour repeat the comparisons that matter.
+# others to one; those of a quarter of an hour repeat the comparisons that matter, and those with
+# larger batches ask from which size on a cheaper step pays.
 _MEDIUM = ("fashion", "vit", "gpt-128")
 _MAIN = ("budget", "budget-allocated", "priority", "topk-residual", "topk-signed")
 _IN_LONG_TASKS = {
@@ -117,9 +118,16 @@ _IN_LONG_TASKS = {
     "topk-residual": ("1/8",),
     "topk-signed": ("1/8",),
     "budget-both": ("1/4",),
-    SHORTER: (SHARE_OF_STEPS,),
+    SHORTER: SHARES_OF_STEPS,
 }
-LONG_TASKS = ("gpt-512", "gpt-256")
+_WITH_LARGER_BATCHES = {"budget": ("1/8",), "budget-both": ("1/4",), SHORTER: SHARES_OF_STEPS}
+_FEW_CELLS = {
+    "gpt-512": _IN_LONG_TASKS,
+    "gpt-256": _IN_LONG_TASKS,
+    "gpt-128-64": _WITH_LARGER_BATCHES,
+    "gpt-128-256": _WITH_LARGER_BATCHES,
+}
+LONG_TASKS = tuple(_FEW_CELLS)
 
 
 class Cell(NamedTuple):
@@ -188,13 +196,16 @@ def cells(task: str) -> list[Cell]:
 
 def _sampled(task: str) -> Iterator[tuple[str, str]]:
     """Schemes and ratios beside dense."""
-    if task in LONG_TASKS:
-        yield from ((name, ratio) for name, ratios in _IN_LONG_TASKS.items() for ratio in ratios)
+    if task in _FEW_CELLS:
+        few = _FEW_CELLS[task].items()
+        yield from ((name, ratio) for name, ratios in few for ratio in ratios)
         return
     for name, scheme in SCHEMES.items():
-        if name in (DENSE, SHORTER):
+        if name == DENSE or (name == SHORTER and task not in _MEDIUM):
             continue
-        if task not in _MEDIUM or name in _MAIN:
+        if name == SHORTER:
+            yield from ((name, ratio) for ratio in SHARES_OF_STEPS)
+        elif task not in _MEDIUM or name in _MAIN:
             yield from ((name, ratio) for ratio in RATIOS)
         else:
             yield name, RATIO_OF_BOTH if scheme.samples_both else RATIO

@@ -20,6 +20,7 @@ from memaop_triton.bench.quality.schemes import (
     Cell,
     cells,
 )
+from memaop_triton.bench.quality.statistics import Difference
 from memaop_triton.bench.quality.tasks import TASKS, Task
 from memaop_triton.bench.report import text
 from memaop_triton.bench.report.blocks import (
@@ -66,6 +67,40 @@ def overview_section(results: Results) -> Section:
         ),
     ]
     return Section("overview", "At a glance", blocks)
+
+
+def equal_time_section(results: Results) -> Section:
+    """Where a cheaper step buys more than it loses."""
+    title = "At equal time"
+    known = [cell for cell in results.times if results.at_equal_time(cell) is not None]
+    if not known:
+        return Section("equal-time", title, ["Not measured yet."])
+    columns = [task for task in TASKS if any(cell.task == task for cell in known)]
+    rows = []
+    for scheme, ratio in dict.fromkeys(cell[1:] for cell in sorted(known, key=_at)):
+        row = (_at_equal_time(results, Cell(task, scheme, ratio)) for task in columns)
+        rows.append((Entry(f"{SCHEMES[scheme].label}, {ratio}"), *row))
+    caption = "Difference to dense after the same seconds; below, a step's time over dense's."
+    how = (
+        "Dense was trained with fewer steps too, and its learning rate comes down by then; what it "
+        "reaches in the time that a scheme takes is interpolated between these runs."
+    )
+    return Section(
+        "equal-time", title, [how, Table(("scheme", *columns), tuple(rows), caption=caption)]
+    )
+
+
+def _at(cell: Cell) -> tuple[tuple[int, str], ...]:
+    return cell.place[1:]
+
+
+def _at_equal_time(results: Results, cell: Cell) -> Entry:
+    time = results.times.get(cell)
+    difference = results.at_equal_time(cell)
+    if difference is None:
+        return NOTHING if time is None else Entry("–", f"{time.share:.2f}× time")
+    assert time is not None
+    return _entry(TASKS[cell.task], difference, f"{time.share:.2f}× time")
 
 
 def _overview(results: Results, names: Sequence[str], ratio: str, caption: str) -> Table:
@@ -142,7 +177,10 @@ def _difference(results: Results, cell: Cell) -> Entry:
     difference = results.difference(cell)
     if difference is None:
         return NOTHING
-    sub = f"{difference.better} of {difference.pairs} better"
+    return _entry(task, difference, f"{difference.better} of {difference.pairs} better")
+
+
+def _entry(task: Task, difference: Difference, sub: str) -> Entry:
     mean = number(task, difference.mean, signed=True)
     if difference.pairs == 1:
         return Entry(f"{mean} ± ?", sub)

@@ -104,10 +104,10 @@ def _transformer(lr: float) -> Optimizer:
     return Optimizer("adamw", lr, (0.9, 0.99), 0.1, warmup=0.1, floor=0.1, clip=1.0)
 
 
-def _gpt(name: str, network: Gpt, steps: int, lr: float) -> Task:
+def _gpt(name: str, network: Gpt, steps: int, lr: float, batch: int = 16) -> Task:
     title = f"Character GPT, d={network.width}, {network.depth} layers, {steps:,} steps"
-    optimizer = _transformer(lr)
-    return Task(name, title, "tinyshakespeare", network, optimizer, 16, steps, "loss")
+    title += f" of {batch} sequences" if batch != 16 else ""
+    return Task(name, title, "tinyshakespeare", network, _transformer(lr), batch, steps, "loss")
 
 
 _SMALL = Mlp((784, 256, 256, 10))
@@ -159,5 +159,8 @@ TASKS = {
         ),
         _gpt("gpt-512", Gpt(512, 2), 600, 1e-3),
         _gpt("gpt-256", Gpt(256, 4), 1000, 2e-3),
+        # At the small batch's rate, so that nothing differs but how noisy a step is.
+        _gpt("gpt-128-64", Gpt(128, 4), 600, 4e-3, batch=64),
+        _gpt("gpt-128-256", Gpt(128, 4), 600, 4e-3, batch=256),
     )
 }

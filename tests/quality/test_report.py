@@ -106,6 +106,39 @@ def test_the_overview_has_every_task_at_one_ratio(markdown):
     assert both["priority, dX sampled"] == {"tiny": "−2.00 ± ? (0 of 1 better)"}
 
 
+def test_equal_time_is_unknown_without_dense_runs_of_fewer_steps(markdown):
+    assert "## At equal time\n\nNot measured yet." in markdown
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        # Dense: 84, 85 and 85 after 3/4 of the steps, 80, 81 and 82 after 1/2; subspace: 89 to 91.
+        (0.75, "+5.33 ± 1.43 (0.75× time)"),
+        # 82, 83 and 83.5.
+        (0.625, "+7.17 ± 0.72 (0.62× time)"),
+        # Half way to 90, 91 and 92.
+        (0.875, "+2.17 ± 0.72 (0.88× time)"),
+        (0.4, None),
+        (1.1, None),
+    ],
+)
+def test_equal_time_compares_with_dense_of_as_many_seconds(filled, share, expected):
+    for seed, (half, more) in enumerate(((80.0, 84.0), (81.0, 85.0), (82.0, 85.0))):
+        filled.add(*tiny.run("dense-shorter", "1/2", seed, accuracy=half))
+        filled.add(*tiny.run("dense-shorter", "3/4", seed, accuracy=more))
+    cell = Cell("tiny", "subspace", "1/8")
+    time = StepTime(*cell, cell.code, "A CPU", 2, 32, 20, 19, 21, 15, 14, 16, share, 0.7, 0.8)
+    tables.write(filled.folder / "seconds.csv", StepTime, [time])
+    report.write(filled.folder)
+    page = (filled.folder / "quality.md").read_text("utf-8")
+    if expected is None:
+        assert "## At equal time\n\nNot measured yet." in page
+    else:
+        rows = table(page, "below, a step's time over dense's.")
+        assert rows["priority + subspace, 1/8"] == {"tiny": expected}
+
+
 def test_clearly_worse_is_marked_on_the_page(filled, markdown):
     page = (filled.folder / "quality.html").read_text("utf-8")
     assert re.search(r'class="value bad">−1\.00 ± 0\.00', page)

@@ -122,18 +122,27 @@ def test_cheap_tasks_cover_the_grid_and_all_tasks_one_column_of_it():
     assert len(cells("mnist-sgd")) == 1 + len(RATIOS) * len(sampled)
     for task in ("fashion", "vit", "gpt-128"):
         found = cells(task)
-        assert {cell.scheme for cell in found} == {"dense", *sampled}
+        assert {cell.scheme for cell in found} == {"dense", "dense-shorter", *sampled}
         assert sum(cell.scheme == "budget" for cell in found) == len(RATIOS)
         assert sum(cell.scheme == "crs" for cell in found) == 1
 
 
 def test_fewer_steps_are_a_problem_of_their_own():
-    for task in ("gpt-512", "gpt-256"):
-        (shorter,) = (cell for cell in cells(task) if cell.scheme == "dense-shorter")
+    for task in ("gpt-512", "gpt-256", "gpt-128", "gpt-128-256"):
+        longer, shorter = (cell for cell in cells(task) if cell.scheme == "dense-shorter")
         steps = TASKS[task].steps
-        assert shorter.problem == dataclasses.replace(TASKS[task], steps=3 * steps // 4)
-        assert shorter.code != shorter.dense.code
+        assert longer.problem == dataclasses.replace(TASKS[task], steps=3 * steps // 4)
+        assert shorter.problem == dataclasses.replace(TASKS[task], steps=steps // 2)
+        assert len({longer.code, shorter.code, shorter.dense.code}) == 3
         assert shorter.dense.problem is TASKS[task]
+
+
+def test_a_larger_batch_is_all_that_differs():
+    small = TASKS["gpt-128"]
+    for batch in (64, 256):
+        large = TASKS[f"gpt-128-{batch}"]
+        assert large == dataclasses.replace(small, name=large.name, title=large.title, batch=batch)
+        assert {cell.scheme for cell in cells(large.name)} >= {"dense", "budget", "budget-both"}
 
 
 def test_seeds_are_independent():
