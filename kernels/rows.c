@@ -72,11 +72,11 @@ DEFINE_ROW_FUNCTIONS(float, f32, sqrtf)
 DEFINE_ROW_FUNCTIONS(double, f64, sqrt)
 
 /* Products with a basis of few columns, in vectors of the width that the registers have. `groups`
- * counts the 16 columns that a row of Z is padded to. A tile keeps its sums in half of the vector
- * registers and leaves the other half to operands: more would spill, fewer would wait for the last
- * multiply-add of the same sum. */
+ * counts the 16 columns that a row of Z is padded to; 16 floats are a line of the caches as well. A
+ * tile keeps its sums in half of the vector registers and leaves the other half to operands: more would
+ * spill, fewer would wait for the last multiply-add of the same sum. */
 
-enum { GROUP = 16, STRIP = 64, SUMS = REGISTERS / 2, WIDE = SUMS / 4, MOST_ROWS = 8 };
+enum { GROUP = 16, LINE = 16, STRIP = 64, SUMS = REGISTERS / 2, WIDE = SUMS / 4, MOST_ROWS = 8 };
 
 /* How many groups are taken together. */
 enum { PIECE = LANES == 16 ? 4 : 1 };
@@ -182,8 +182,9 @@ void project(const float *x, long ldx, const float *basis, float *z, float *norm
 }
 
 /* Columns of a panel, numbers from one panel to the next (not a power of two, or the panels of a row
- * would share a few places of the cache), and columns that are packed together. */
-enum { SIDE = WIDE * LANES, PANEL = STRIP * SIDE + GROUP, BLOCK = (1024 + SIDE - 1) / SIDE * SIDE };
+ * would share a few places of the cache), and columns that are packed together: few enough that the
+ * second-level cache has room for the panels and for what is fetched meanwhile. */
+enum { SIDE = WIDE * LANES, PANEL = STRIP * SIDE + GROUP, BLOCK = (256 + SIDE - 1) / SIDE * SIDE };
 
 /* `rows` rows of `columns` columns as panels, the last one filled up with zeros; adds what they
  * contribute to |a_i|^2, unless `squares` is null. */
@@ -241,6 +242,19 @@ INLINE void sum_panel(const float *panel, float *out, long rows) {
         ((loose *)out)[v] += sum[v];
 }
 
+/* Rows of a matrix that are wanted soon, and how many of them have been asked for. */
+typedef struct {
+    const float *a;
+    long lda, rows, columns, asked;
+} Ahead;
+
+/* Ask for the next `rows` of them. */
+INLINE void ask_for(Ahead *next, long rows) {
+    for (; rows > 0 && next->asked < next->rows; rows--, next->asked++)
+        for (long j = 0; j < next->columns; j += LINE)
+            __builtin_prefetch(next->a + next->asked * next->lda + j, 0, 2);
+}
+
 /* Numbers from one row of a thread's sums below to the next, and the panels that each thread has. */
 INLINE long row_of_sums(long columns) { return (columns + SIDE - 1) / SIDE * SIDE + GROUP; }
 enum { STRIP_SIZE = BLOCK / SIDE * PANEL };
@@ -253,8 +267,8 @@ long product_room(long z_columns, long columns, int threads) {
 /* out = Z^T A and, unless they are null, norms[i] = |a_i| and the sums of A's columns, in one pass
  * over A. z [rows, z_columns], z_columns a multiple of 4; a [rows, columns]; out [z_columns, columns].
  * Every thread sums up its own rows, in `room`, and the sums of all are added in the same order every
- * time. A strip of rows is copied there first, where it fits the second-level cache, while its norms
- * are taken at memory's own pace. */
+ * time. A strip of rows is copied there first, block by block, and its norms are taken on the way. While
+ * one block is multiplied the next one comes from memory. */
 void transposed_product(const float *z, long ldz, long z_columns, const float *a, long lda, float *out,
                         float *room, float *norms, float *column_sums, long rows, long columns,
                         int threads) {
@@ -273,12 +287,20 @@ void transposed_product(const float *z, long ldz, long z_columns, const float *a
                 memset(squares, 0, count * sizeof *squares);
             for (long j = 0; j < columns; j += BLOCK) {
                 const long width = SMALLER(BLOCK, columns - j);
+                const long panels = (width + SIDE - 1) / SIDE;
+                const int is_last = j + BLOCK >= columns;
+                const long row = is_last ? first + count : first, column = is_last ? 0 : j + BLOCK;
+                Ahead next = {a + row * lda + column, lda, SMALLER(STRIP, share.end - row),
+                              SMALLER(BLOCK, columns - column), 0};
+                const long at_once = 1 + next.rows / (panels * z_columns / 4);
                 pack_strip(a + first * lda + j, lda, strip, squares, count, width);
-                for (long t = 0; t * SIDE < width; t++) {
+                for (long t = 0; t < panels; t++) {
                     const float *panel = strip + t * PANEL;
                     float *to = mine + j + t * SIDE;
-                    for (long c = 0; c < z_columns; c += 4)
+                    for (long c = 0; c < z_columns; c += 4) {
+                        ask_for(&next, at_once);
                         transposed_tile(z + first * ldz + c, ldz, panel, to + c * ldo, ldo, count);
+                    }
                     if (column_sums != NULL)
                         sum_panel(panel, to + z_columns * ldo, count);
                 }
