@@ -76,7 +76,7 @@ DEFINE_ROW_FUNCTIONS(double, f64, sqrt)
  * tile keeps its sums in half of the vector registers and leaves the other half to operands: more would
  * spill, fewer would wait for the last multiply-add of the same sum. */
 
-enum { GROUP = 16, LINE = 16, STRIP = 64, SUMS = REGISTERS / 2, WIDE = SUMS / 4, MOST_ROWS = 8 };
+enum { GROUP = 16, LINE = 16, STRIP = 48, SUMS = REGISTERS / 2, WIDE = SUMS / 4, MOST_ROWS = 8 };
 
 /* How many groups are taken together. */
 enum { PIECE = LANES == 16 ? 4 : 1 };
@@ -181,52 +181,58 @@ void project(const float *x, long ldx, const float *basis, float *z, float *norm
     }
 }
 
-/* Columns of a panel, numbers from one panel to the next (not a power of two, or the panels of a row
- * would share a few places of the cache), and columns that are packed together: few enough that the
- * second-level cache has room for the panels and for what is fetched meanwhile. */
-enum { SIDE = WIDE * LANES, PANEL = STRIP * SIDE + GROUP, BLOCK = (256 + SIDE - 1) / SIDE * SIDE };
+/* Columns of a panel, and of a block: what is fetched ahead has to fit the second-level cache beside
+ * the sums. Strips are no longer because rows that lie a power of two apart share few places there. */
+enum { SIDE = WIDE * LANES, BLOCK = (128 + SIDE - 1) / SIDE * SIDE };
 
-/* `rows` rows of `columns` columns as panels, the last one filled up with zeros; adds what they
- * contribute to |a_i|^2, unless `squares` is null. */
-static void pack_strip(const float *a, long lda, float *panels, float *squares, long rows,
-                       long columns) {
-    for (long i = 0; i < rows; i++) {
-        const float *row = a + i * lda;
-        float *to = panels + i * SIDE;
-        vec sums[WIDE] = {{0}};
-        long j = 0;
-        for (; j + SIDE <= columns; j += SIDE, to += PANEL)
-            for (int v = 0; v < WIDE; v++) {
-                const vec part = *(const loose *)(row + j + v * LANES);
-                *(loose *)(to + v * LANES) = part;
-                sums[v] += part * part;
-            }
-        float sum = 0;
-        for (int v = 0; v < WIDE; v++)
-            sum += total(sums[v]);
-        if (j < columns) {
-            memset(to, 0, SIDE * sizeof *to);
-            for (long c = 0; j < columns; j++, c++) {
-                to[c] = row[j];
-                sum += row[j] * row[j];
-            }
-        }
-        if (squares != NULL)
-            squares[i] += sum;
-    }
+/* Rows of a matrix that are wanted soon, and how many of them have been asked for. */
+typedef struct {
+    const float *a;
+    long lda, rows, columns, asked;
+} Ahead;
+
+/* Ask for `count` more of them. */
+INLINE void ask_for(Ahead *next, long count) {
+    for (; count > 0 && next->asked < next->rows; count--, next->asked++)
+        for (long j = 0; j < next->columns; j += LINE)
+            __builtin_prefetch(next->a + next->asked * next->lda + j, 0, 2);
 }
 
-/* out[c][j] += sum over `rows` rows of z[i][c] a[i][j], for 4 rows of `out` and a panel of a. */
-INLINE void transposed_tile(const float *z, long ldz, const float *panel, float *out, long ldo,
-                            long rows) {
+/* The last panel: `rows` rows of less than SIDE columns, filled up with zeros; adds to their
+ * squares. */
+static void pack_rest(const float *a, long lda, float *panel, vec *squares, long rows, long columns) {
+    memset(panel, 0, rows * SIDE * sizeof *panel);
+    for (long i = 0; i < rows; i++)
+        for (long j = 0; j < columns; j++) {
+            panel[i * SIDE + j] = a[i * lda + j];
+            squares[i][0] += a[i * lda + j] * a[i * lda + j];
+        }
+}
+
+/* out[c][j] += sum over `rows` rows of z[i][c] a[i][j], for 4 rows of `out` and SIDE columns of a.
+ * Copies these into a panel too and adds to the squares of the rows, unless `panel` is null. */
+INLINE void transposed_tile(const float *z, long ldz, const float *a, long lda, float *panel,
+                            vec *squares, float *out, long ldo, long rows) {
     vec sum[4][WIDE];
     for (int c = 0; c < 4; c++)
         for (int v = 0; v < WIDE; v++)
             sum[c][v] = ((const loose *)(out + c * ldo))[v];
-    for (long i = 0; i < rows; i++)
+    for (long i = 0; i < rows; i++) {
+        vec part[WIDE];
+        for (int v = 0; v < WIDE; v++)
+            part[v] = ((const loose *)(a + i * lda))[v];
+        if (panel != NULL) {
+            vec square = squares[i];
+            for (int v = 0; v < WIDE; v++) {
+                ((loose *)(panel + i * SIDE))[v] = part[v];
+                square += part[v] * part[v];
+            }
+            squares[i] = square;
+        }
         for (int c = 0; c < 4; c++)
             for (int v = 0; v < WIDE; v++)
-                sum[c][v] += z[i * ldz + c] * ((const loose *)(panel + i * SIDE))[v];
+                sum[c][v] += z[i * ldz + c] * part[v];
+    }
     for (int c = 0; c < 4; c++)
         for (int v = 0; v < WIDE; v++)
             ((loose *)(out + c * ldo))[v] = sum[c][v];
@@ -242,71 +248,68 @@ INLINE void sum_panel(const float *panel, float *out, long rows) {
         ((loose *)out)[v] += sum[v];
 }
 
-/* Rows of a matrix that are wanted soon, and how many of them have been asked for. */
-typedef struct {
-    const float *a;
-    long lda, rows, columns, asked;
-} Ahead;
-
-/* Ask for the next `rows` of them. */
-INLINE void ask_for(Ahead *next, long rows) {
-    for (; rows > 0 && next->asked < next->rows; rows--, next->asked++)
-        for (long j = 0; j < next->columns; j += LINE)
-            __builtin_prefetch(next->a + next->asked * next->lda + j, 0, 2);
+/* What a strip adds to SIDE columns of Z^T A; of these columns of A, `left` are there. The first four
+ * rows of `out` take A as it lies there and leave it in `panel`, which the others read from the nearest
+ * cache. `count` more rows are asked for before every tile. */
+INLINE void transposed_panel(const float *z, long ldz, long z_columns, const float *a, long lda,
+                             long left, float *panel, vec *squares, float *out, long ldo, long rows,
+                             Ahead *next, long count) {
+    ask_for(next, count);
+    if (left >= SIDE) {
+        transposed_tile(z, ldz, a, lda, panel, squares, out, ldo, rows);
+    } else {
+        pack_rest(a, lda, panel, squares, rows, left);
+        transposed_tile(z, ldz, panel, SIDE, NULL, NULL, out, ldo, rows);
+    }
+    for (long c = 4; c < z_columns; c += 4) {
+        ask_for(next, count);
+        transposed_tile(z + c, ldz, panel, SIDE, NULL, NULL, out + c * ldo, ldo, rows);
+    }
 }
 
-/* Numbers from one row of a thread's sums below to the next, and the panels that each thread has. */
+/* Numbers from one row of a thread's sums below to the next. */
 INLINE long row_of_sums(long columns) { return (columns + SIDE - 1) / SIDE * SIDE + GROUP; }
-enum { STRIP_SIZE = BLOCK / SIDE * PANEL };
 
 /* Numbers that `room` below has to have place for. */
 long product_room(long z_columns, long columns, int threads) {
-    return threads * ((z_columns + 1) * row_of_sums(columns) + STRIP_SIZE);
+    return threads * (z_columns + 1) * row_of_sums(columns);
 }
 
 /* out = Z^T A and, unless they are null, norms[i] = |a_i| and the sums of A's columns, in one pass
  * over A. z [rows, z_columns], z_columns a multiple of 4; a [rows, columns]; out [z_columns, columns].
  * Every thread sums up its own rows, in `room`, and the sums of all are added in the same order every
- * time. A strip of rows is copied there first, block by block, and its norms are taken on the way. While
- * one block is multiplied the next one comes from memory. */
+ * time. While one block is multiplied, the next one comes from memory. */
 void transposed_product(const float *z, long ldz, long z_columns, const float *a, long lda, float *out,
                         float *room, float *norms, float *column_sums, long rows, long columns,
                         int threads) {
     const long ldo = row_of_sums(columns), results = z_columns + (column_sums != NULL);
-    float *strips = room + threads * results * ldo;
     _Pragma("omp parallel if (threads > 1)") {
         const int me = omp_get_thread_num();
         const Share share = share_of(rows, threads);
         if (me < threads)
             memset(room + me * results * ldo, 0, results * ldo * sizeof *room);
         for (long first = share.first; first < share.end; first += STRIP) {
-            float *mine = room + me * results * ldo, *strip = strips + me * STRIP_SIZE;
+            _Alignas(64) float panel[STRIP * SIDE];
+            float *mine = room + me * results * ldo;
+            vec squares[STRIP] = {{0}};
             const long count = SMALLER(STRIP, share.end - first);
-            float *squares = norms == NULL ? NULL : norms + first;
-            if (squares != NULL)
-                memset(squares, 0, count * sizeof *squares);
             for (long j = 0; j < columns; j += BLOCK) {
-                const long width = SMALLER(BLOCK, columns - j);
-                const long panels = (width + SIDE - 1) / SIDE;
                 const int is_last = j + BLOCK >= columns;
                 const long row = is_last ? first + count : first, column = is_last ? 0 : j + BLOCK;
                 Ahead next = {a + row * lda + column, lda, SMALLER(STRIP, share.end - row),
                               SMALLER(BLOCK, columns - column), 0};
-                const long at_once = 1 + next.rows / (panels * z_columns / 4);
-                pack_strip(a + first * lda + j, lda, strip, squares, count, width);
-                for (long t = 0; t < panels; t++) {
-                    const float *panel = strip + t * PANEL;
-                    float *to = mine + j + t * SIDE;
-                    for (long c = 0; c < z_columns; c += 4) {
-                        ask_for(&next, at_once);
-                        transposed_tile(z + first * ldz + c, ldz, panel, to + c * ldo, ldo, count);
-                    }
+                const long end = SMALLER(j + BLOCK, columns);
+                const long tiles = (end - j + SIDE - 1) / SIDE * (z_columns / 4);
+                for (long t = j; t < end; t += SIDE) {
+                    transposed_panel(z + first * ldz, ldz, z_columns, a + first * lda + t, lda,
+                                     columns - t, panel, squares, mine + t, ldo, count, &next,
+                                     1 + next.rows / tiles);
                     if (column_sums != NULL)
-                        sum_panel(panel, to + z_columns * ldo, count);
+                        sum_panel(panel, mine + z_columns * ldo + t, count);
                 }
             }
-            for (long i = 0; squares != NULL && i < count; i++)
-                squares[i] = sqrtf(squares[i]);
+            for (long i = 0; norms != NULL && i < count; i++)
+                norms[first + i] = sqrtf(total(squares[i]));
         }
         const int team = SMALLER(omp_get_num_threads(), threads);
         _Pragma("omp barrier");
