@@ -20,7 +20,7 @@ WHOLE = "1"  # the ratio of dense
 SHORTER = "dense-shorter"
 SHARES_OF_STEPS = ("3/4", "1/2")
 RATIOS = ("1/2", "1/4", "1/8", "1/16", "1/32")
-ALL_RATIOS = ("3/4", *RATIOS)
+ALL_RATIOS = tuple(dict.fromkeys((*SHARES_OF_STEPS, *RATIOS)))
 #: Where all schemes are compared, and where those that sample dX as well are.
 RATIO, RATIO_OF_BOTH = "1/8", "1/4"
 
