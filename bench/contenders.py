@@ -205,7 +205,7 @@ def config_source(a: Tensor) -> str:
 
         origins = sorted({choice.origin for choice in autotune.choices().values()})
         return f"Triton, {' and '.join(origins) or 'nothing launched'}"
-    compiled_passes = a.dtype in (torch.float32, torch.float64) and native.is_compiled()
+    compiled_passes = a.dtype in native.DTYPES and native.is_compiled()
     return "PyTorch + C" if a.device.type == "cpu" and compiled_passes else "PyTorch"
 
 

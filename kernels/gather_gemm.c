@@ -1,4 +1,4 @@
-/* dW = sum over k of w_k g[i_k]^T x[i_k], or its transpose, for float32 tensors in a CPU's memory.
+/* dW = sum over k of w_k g[i_k]^T x[i_k], or its transpose, for tensors in a CPU's memory.
  *
  * A product of matrices copies its operands into panels that the caches like; here that copy is where
  * the selected rows are gathered, weighted, and freed from their projection, so that none of this is
@@ -22,7 +22,8 @@ enum { TOGETHER = 4, MOST_RANK = 1024 };
  * x [.., n], g [.., p]; indices, weights (or null) [k]; z [.., rank] belongs to x; expand [rank, n]
  * and zg [rank, p] make x_m = ... + z_m expand, and z^T g. rank is 0 without a projection. */
 typedef struct {
-    const float *x, *g, *weights, *z, *expand, *zg;
+    const stored *x, *g;
+    const number *weights, *z, *expand, *zg;
     const int64_t *indices;
     long ldx, ldg, ldz, lde, k, n, p, rank;
 } Rows;
@@ -31,8 +32,8 @@ INLINE long panels_of(long columns, long width) { return (columns + width - 1) /
 
 /* SIDE columns of `count` rows, less z times the same columns of `expand`, one row after another. The
  * columns of `expand` serve all these rows while they are at hand. */
-INLINE void pack_x(const Rows *rows, const float *const *row, const float *const *z, long first,
-                   float *to, const int count) {
+INLINE void pack_x(const Rows *rows, const number *const *row, const number *const *z, long first,
+                   number *to, const int count) {
     vec part[TOGETHER][VECTORS];
     for (int r = 0; r < count; r++)
         for (int v = 0; v < VECTORS; v++)
@@ -49,7 +50,7 @@ INLINE void pack_x(const Rows *rows, const float *const *row, const float *const
 }
 
 /* The same for the last columns of a row, if they are fewer than SIDE. */
-static void pack_end_of_x(const Rows *rows, const float *row, const float *z, long first, float *to) {
+static void pack_end_of_x(const Rows *rows, const number *row, const number *z, long first, number *to) {
     for (long j = 0; j < SIDE; j++) {
         to[j] = first + j < rows->n ? row[first + j] : 0;
         if (first + j < rows->n)
@@ -58,7 +59,7 @@ static void pack_end_of_x(const Rows *rows, const float *row, const float *z, lo
     }
 }
 
-INLINE void pack_g(const float *row, float weight, long count, float *to) {
+INLINE void pack_g(const number *row, number weight, long count, number *to) {
     if (count >= TALL)
         for (int i = 0; i < TALL; i++)
             to[i] = weight * row[i];
@@ -67,18 +68,22 @@ INLINE void pack_g(const float *row, float weight, long count, float *to) {
             to[i] = i < count ? weight * row[i] : 0;
 }
 
-/* `count` rows from the `r`-th of the product on into place `t` of the panels, `depth` rows deep. */
-INLINE void pack(const Rows *rows, long r, long t, long depth, float *x_panels, float *g_panels,
-                 const int count) {
-    static const float nothing[MOST_RANK];
-    const float *x[TOGETHER], *z[TOGETHER];
+/* `count` rows from the `r`-th of the product on into place `t` of the panels, `depth` rows deep. Those
+ * that are stored in fewer bits are widened into `room` on the way. */
+INLINE void pack(const Rows *rows, long r, long t, long depth, number *x_panels, number *g_panels,
+                 number *room, const int count) {
+    static const number nothing[MOST_RANK];
+    const number *x[TOGETHER], *z[TOGETHER];
     for (int i = 0; i < count; i++) {
         const int selected = r + i < rows->k;
         const long row = selected ? rows->indices[r + i] : r + i - rows->k;
-        x[i] = selected ? rows->x + row * rows->ldx : rows->expand + row * rows->lde;
+        x[i] = selected ? widened_row(rows->x + row * rows->ldx, room + i * rows->n, rows->n)
+                        : rows->expand + row * rows->lde;
         z[i] = selected && rows->rank ? rows->z + row * rows->ldz : nothing;
-        const float *g = selected ? rows->g + row * rows->ldg : rows->zg + row * rows->p;
-        const float weight = selected && rows->weights != NULL ? rows->weights[r + i] : 1;
+        const number *g = selected ? widened_row(rows->g + row * rows->ldg,
+                                                 room + TOGETHER * rows->n, rows->p)
+                                   : rows->zg + row * rows->p;
+        const number weight = selected && rows->weights != NULL ? rows->weights[r + i] : 1;
         for (long j = 0; j < rows->p; j += TALL)
             pack_g(g + j, weight, rows->p - j, g_panels + j * depth + (t + i) * TALL);
     }
@@ -90,8 +95,8 @@ INLINE void pack(const Rows *rows, long r, long t, long depth, float *x_panels, 
 }
 
 /* out (+)= g^T x for one panel of each. Alone in a function, so that its sums get all registers. */
-__attribute__((noinline)) static void multiply(const float *g, const float *x, long depth,
-                                               float *out, long ldo, int add) {
+__attribute__((noinline)) static void multiply(const number *g, const number *x, long depth,
+                                               number *out, long ldo, int add) {
     vec sum[TALL][VECTORS];
     for (int i = 0; i < TALL; i++)
         for (int v = 0; v < VECTORS; v++)
@@ -107,7 +112,7 @@ __attribute__((noinline)) static void multiply(const float *g, const float *x, l
         }
 }
 
-static void multiply_tile(const float *g, const float *x, long depth, float *out, long ldo,
+static void multiply_tile(const number *g, const number *x, long depth, number *out, long ldo,
                           long height, long width, int transposed, int add) {
     if (height >= TALL && width >= SIDE && !transposed) {
         for (int i = 0; i < TALL; i++) {
@@ -117,7 +122,7 @@ static void multiply_tile(const float *g, const float *x, long depth, float *out
         multiply(g, x, depth, out, ldo, add);
         return;
     }
-    float whole[TALL * SIDE];
+    number whole[TALL * SIDE];
     multiply(g, x, depth, whole, SIDE, 0);
     const long rows = transposed ? SMALLER(width, SIDE) : SMALLER(height, TALL);
     const long columns = transposed ? SMALLER(height, TALL) : SMALLER(width, SIDE);
@@ -129,8 +134,8 @@ static void multiply_tile(const float *g, const float *x, long depth, float *out
 }
 
 /* The tiles of panels `first` to `end` of g with all panels of x. */
-static void multiply_panels(const Rows *rows, const float *x_panels, const float *g_panels, long depth,
-                            Share tall, Share wide, float *out, int transposed, int add) {
+static void multiply_panels(const Rows *rows, const number *x_panels, const number *g_panels, long depth,
+                            Share tall, Share wide, number *out, int transposed, int add) {
     const long ldo = transposed ? rows->p : rows->n;
     const long down = transposed ? 1 : ldo, right = transposed ? ldo : 1;
     for (long block = tall.first; block < tall.end; block += AHEAD)
@@ -141,34 +146,41 @@ static void multiply_panels(const Rows *rows, const float *x_panels, const float
                               rows->p - i * TALL, rows->n - j * SIDE, transposed, add);
 }
 
-/* Numbers that `panels` below has to have room for. */
-long panel_size(long n, long p) {
+/* Numbers in the panels of a step, and in the rows that a thread has widened. */
+INLINE long in_panels(long n, long p) {
     return DEPTH * (panels_of(n, SIDE) * SIDE + panels_of(p, TALL) * TALL);
 }
+INLINE long in_widened_rows(long n, long p) { return IS_WIDENED ? TOGETHER * n + p : 0; }
 
-/* out [p, n], or [n, p] if transposed, = the sum above. panels: room for `panel_size(n, p)` numbers,
- * at an address that vectors may have. Returns 0, or 1 and nothing done if an index is not below
- * `total`. Every element is summed in the order of the rows, however many threads there are. */
-int gather_gemm(const float *x, long ldx, const float *g, long ldg, const int64_t *indices,
-                const float *weights, const float *z, long ldz, const float *expand,
-                long lde, const float *zg, float *out, float *panels, long total, long k, long n, long p,
-                long rank, int transposed, int threads) {
+/* Numbers that `panels` below has to have room for. */
+long NAME(panel_size)(long n, long p, int threads) {
+    return in_panels(n, p) + threads * in_widened_rows(n, p);
+}
+
+/* out [p, n], or [n, p] if transposed, = the sum above. panels: room for `panel_size(n, p, threads)`
+ * numbers, at an address that vectors may have. Returns 0, or 1 and nothing done if an index is not
+ * below `total`. Every element is summed in the order of the rows, however many threads there are. */
+int NAME(gather_gemm)(const stored *x, long ldx, const stored *g, long ldg, const int64_t *indices,
+                      const number *weights, const number *z, long ldz, const number *expand, long lde,
+                      const number *zg, number *out, number *panels, long total, long k, long n, long p,
+                      long rank, int transposed, int threads) {
     for (long r = 0; r < k; r++)
         if (indices[r] < 0 || indices[r] >= total)
             return 1;
     const Rows rows = {x, g, weights, z, expand, zg, indices, ldx, ldg, ldz, lde, k, n, p, rank};
     const long all = k + rank, steps = panels_of(all, DEPTH);
     const long tall = panels_of(p, TALL), wide = panels_of(n, SIDE);
-    float *g_panels = panels + DEPTH * wide * SIDE;
+    number *g_panels = panels + DEPTH * wide * SIDE;
     _Pragma("omp parallel if (threads > 1)") {
+        number *room = panels + in_panels(n, p) + omp_get_thread_num() * in_widened_rows(n, p);
         for (long step = 0; step < steps; step++) {
             const long start = all * step / steps, depth = all * (step + 1) / steps - start;
             const Share packed = share_of(depth, threads);
             long t = packed.first;
             for (; t + TOGETHER <= packed.end; t += TOGETHER)
-                pack(&rows, start + t, t, depth, panels, g_panels, TOGETHER);
+                pack(&rows, start + t, t, depth, panels, g_panels, room, TOGETHER);
             for (; t < packed.end; t++)
-                pack(&rows, start + t, t, depth, panels, g_panels, 1);
+                pack(&rows, start + t, t, depth, panels, g_panels, room, 1);
             _Pragma("omp barrier");
             /* The longer side is shared out: a thread reads its own panels of that side only. */
             const Share mine = share_of(tall >= wide ? tall : wide, threads);

@@ -1,4 +1,5 @@
-/* What the loops over rows have in common: the widths of vectors, and a thread's share of the work.
+/* What the loops over rows have in common: kinds of numbers, the widths of vectors, and a thread's
+ * share of the work.
  *
  * Loops carry `omp simd` or vector types, not fast-math: sums may be reordered, NaN and infinity mean
  * what they always mean. Matrices are row-major with unit column stride; `ld` is the distance between
@@ -8,6 +9,8 @@
 #ifndef MEMAOP_LANES_H
 #define MEMAOP_LANES_H
 
+#include <float.h>
+#include <math.h>
 #include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -15,19 +18,97 @@
 #define INLINE static inline __attribute__((always_inline))
 #define SMALLER(A, B) ((A) < (B) ? (A) : (B))
 
-/* Floats in a vector register, and how many registers there are. */
-#if defined(__AVX512F__)
-enum { LANES = 16, REGISTERS = 32 };
-#elif defined(__AVX__)
-enum { LANES = 8, REGISTERS = 16 };
-#elif defined(__aarch64__)
-enum { LANES = 4, REGISTERS = 32 };
+/* A file is compiled once for every kind of matrix, and its functions are named after it: rows of
+ * `stored` numbers, computed with as `number`s. EPSILON is the rounding of a stored one. */
+#if defined(KIND_F64)
+typedef double stored;
+typedef double number;
+#define NAME(FUNCTION) FUNCTION##_f64
+#define EPSILON DBL_EPSILON
+#define SQRT sqrt
+#elif defined(KIND_BF16)
+typedef uint16_t stored; /* the upper half of a float */
+typedef float number;
+#define NAME(FUNCTION) FUNCTION##_bf16
+#define EPSILON 0x1p-7f
+#define SQRT sqrtf
+#define IS_WIDENED 1
 #else
-enum { LANES = 4, REGISTERS = 16 };
+typedef float stored;
+typedef float number;
+#define NAME(FUNCTION) FUNCTION##_f32
+#define EPSILON FLT_EPSILON
+#define SQRT sqrtf
+#endif
+#ifndef IS_WIDENED
+#define IS_WIDENED 0
 #endif
 
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float loose __attribute__((vector_size(4 * LANES), aligned(4))); /* at any address */
+/* Bytes in a vector register, and how many registers there are. */
+#if defined(__AVX512F__)
+enum { BYTES = 64, REGISTERS = 32 };
+#elif defined(__AVX__)
+enum { BYTES = 32, REGISTERS = 16 };
+#elif defined(__aarch64__)
+enum { BYTES = 16, REGISTERS = 32 };
+#else
+enum { BYTES = 16, REGISTERS = 16 };
+#endif
+enum { LANES = BYTES / sizeof(number) };
+
+typedef number vec __attribute__((vector_size(BYTES)));
+typedef number loose __attribute__((vector_size(BYTES), aligned(sizeof(number)))); /* anywhere */
+
+/* A number as it is computed with, LANES of them, and back: rounded to nearest, ties to even. */
+#if IS_WIDENED
+typedef union {
+    float value;
+    uint32_t bits;
+} Bits;
+
+INLINE number widened(stored half) {
+    const Bits both = {.bits = (uint32_t)half << 16};
+    return both.value;
+}
+
+INLINE vec load(const stored *from) {
+    typedef uint16_t halves __attribute__((vector_size(BYTES / 2), aligned(sizeof(stored))));
+    typedef uint32_t words __attribute__((vector_size(BYTES)));
+    return (vec)(__builtin_convertvector(*(const halves *)from, words) << 16);
+}
+
+INLINE stored rounded(number value) {
+    const Bits both = {.value = value};
+    const uint32_t up = both.bits + 0x7fff + (both.bits >> 16 & 1);
+    return value == value ? up >> 16 : 0x7fc0;
+}
+#else
+INLINE number widened(stored value) { return value; }
+INLINE vec load(const stored *from) { return *(const loose *)from; }
+INLINE stored rounded(number value) { return value; }
+#endif
+
+INLINE number total(vec v) {
+    number sum = 0;
+    for (int i = 0; i < LANES; i++)
+        sum += v[i];
+    return sum;
+}
+
+/* `count` numbers from `from` on: where they lie, or widened into `room`. */
+INLINE const number *widened_row(const stored *from, number *room, long count) {
+#if IS_WIDENED
+    long j = 0;
+    for (; j + LANES <= count; j += LANES)
+        *(loose *)(room + j) = load(from + j);
+    for (; j < count; j++)
+        room[j] = widened(from[j]);
+    return room;
+#else
+    (void)room, (void)count;
+    return from;
+#endif
+}
 
 /* The part of `count` items that this thread takes if at most `threads` work. The team keeps the
  * size it has everywhere else in PyTorch: asking for another size would start threads anew. */

@@ -13,7 +13,7 @@ import functools
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +30,25 @@ _MOST_KEPT = 32 << 20
 _MOST_RANK = 1024
 # Every thread sums into a product of its own: 16 MiB of these at the most.
 _MOST_PARTS = 1 << 22
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
-#: What any of these functions take; most take float32 only.
-DTYPES = tuple(_SUFFIX)
+
+
+class _Kind(NamedTuple):
+    """A dtype of rows as the C code names it, and the dtype that it computes with."""
+
+    suffix: str
+    number: torch.dtype
+
+    def function(self, library: ctypes.CDLL, name: str) -> Any:
+        return getattr(library, f"{name}_{self.suffix}")
+
+
+_KINDS = {
+    torch.float32: _Kind("f32", torch.float32),
+    torch.float64: _Kind("f64", torch.float64),
+    torch.bfloat16: _Kind("bf16", torch.float32),
+}
+#: Dtypes of rows that the C code takes.
+DTYPES = tuple(_KINDS)
 
 
 def row_norms(a: Tensor) -> Tensor | None:
@@ -40,44 +56,46 @@ def row_norms(a: Tensor) -> Tensor | None:
     library = _library_for(a)
     if library is None:
         return None
-    norms = torch.empty(a.shape[0], dtype=a.dtype, device=a.device)
-    function = getattr(library, f"row_norms_{_SUFFIX[a.dtype]}")
-    function(*_matrix(a), norms.data_ptr(), *_size(a))
+    kind = _KINDS[a.dtype]
+    norms = torch.empty(a.shape[0], dtype=kind.number, device=a.device)
+    kind.function(library, "row_norms")(*_matrix(a), norms.data_ptr(), *_size(a))
     return norms
 
 
 def accumulate_and_score(memory: Tensor, rows: Tensor, carry: Tensor) -> Tensor | None:
     """`memory` ← carry·memory + rows in place; the norms of its rows, or `None` (nothing done)."""
-    same = memory.dtype == rows.dtype == carry.dtype and memory.shape == rows.shape
+    same = memory.dtype == rows.dtype and memory.shape == rows.shape
     library = _library_for(memory, rows, carry) if same else None
-    if library is None:
+    if library is None or carry.dtype != _KINDS[memory.dtype].number:
         return None
     norms = torch.empty_like(carry)
-    function = getattr(library, f"accumulate_{_SUFFIX[memory.dtype]}")
     pointers = carry.data_ptr(), norms.data_ptr()
-    function(*_matrix(memory), *_matrix(rows), *pointers, *_size(memory))
+    accumulate = _KINDS[memory.dtype].function(library, "accumulate")
+    accumulate(*_matrix(memory), *_matrix(rows), *pointers, *_size(memory))
     return norms
 
 
 def project(x: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-    """Z = X Q ([M, q]) and √(‖x‖² − scale²‖z‖²) of the rows ([M]) for Q [N, q], or `None`."""
+    """Z = X Q ([M, q]) and √(‖x‖² − scale²‖z‖²) of the rows ([M]) for Q [N, q], or `None`.
+
+    Z is in the dtype of `x`, which is that of Q too; the norms are in `score_dtype` of it.
+    """
     groups = -(-basis.shape[1] // _LANES)
-    wanted = x.dtype == basis.dtype == torch.float32 and groups in range(1, 5)
-    if not wanted or x.shape[1] % _LANES:
-        return None
-    padded = x.new_zeros((x.shape[1], groups * _LANES))
-    padded[:, : basis.shape[1]] = basis  # of any layout: QR leaves it transposed
-    library = _library_for(x, padded)
+    wanted = x.dtype == basis.dtype and groups in range(1, 5) and x.shape[1] % _LANES == 0
+    library = _library_for(x) if wanted else None
     if library is None:
         return None
-    z = x.new_empty((x.shape[0], groups * _LANES))
-    norms = x.new_empty(x.shape[0])
+    kind = _KINDS[x.dtype]
+    padded = x.new_zeros((x.shape[1], groups * _LANES), dtype=kind.number)
+    padded[:, : basis.shape[1]] = basis  # of any layout: QR leaves it transposed
+    z = x.new_empty((x.shape[0], groups * _LANES), dtype=kind.number)
+    norms = x.new_empty(x.shape[0], dtype=kind.number)
     *size, threads = _size(x)
-    library.project(
+    kind.function(library, "project")(
         *(*_matrix(x), padded.data_ptr(), z.data_ptr(), norms.data_ptr()),
         *(scale, *size, groups, threads),
     )
-    return z[:, : basis.shape[1]], norms
+    return z[:, : basis.shape[1]].to(x.dtype), norms
 
 
 def transposed_mm(
@@ -85,21 +103,27 @@ def transposed_mm(
 ) -> Tensor | None:
     """Zᵀ A ([q, N]) for z [M, q] and a [M, N], or `None` and nothing done.
 
-    Fills `norms` ([M]) with |a_i| and `sums` ([N]) with the sum of the rows of `a`.
+    Fills `norms` ([M], in `score_dtype` like the product) with |a_i| and `sums` ([N], in the dtype
+    of `a`) with the sum of the rows of `a`.
     """
-    wanted = z.dtype == a.dtype == torch.float32 and z.shape[1] in range(4, 65, 4)
-    library = _library_for(z, a) if wanted and a.shape[1] % _LANES == 0 else None
+    wanted = z.dtype == a.dtype and z.shape[1] in range(4, 65, 4) and a.shape[1] % _LANES == 0
+    library = _library_for(z, a) if wanted else None
     if library is None:
         return None
+    kind = _KINDS[a.dtype]
+    z = z.to(kind.number)
     rank, columns = z.shape[1], a.shape[1]
     *size, threads = _size(a, most_threads=max(1, _MOST_PARTS // (rank * columns)))
-    product = a.new_empty((rank, columns))
-    room = _room_for(4 * library.product_room(rank, columns, threads))
-    library.transposed_product(
+    product = a.new_empty((rank, columns), dtype=kind.number)
+    exact_sums = None if sums is None else sums.to(kind.number)
+    room = _room_for(kind, kind.function(library, "product_room")(rank, columns, threads))
+    kind.function(library, "transposed_product")(
         *(*_matrix(z), rank, *_matrix(a), product.data_ptr(), room.data_ptr()),
-        *(None if out is None else out.data_ptr() for out in (norms, sums)),
+        *(None if out is None else out.data_ptr() for out in (norms, exact_sums)),
         *(*size, threads),
     )
+    if sums is not None and exact_sums is not None:
+        sums.copy_(exact_sums)
     return product
 
 
@@ -151,48 +175,48 @@ def gather_gemm(
     Raises:
         IndexError: An index is not in [0, M).
     """
-    given = [x, g] if weights is None else [x, g, weights]
-    rank = 0
-    if projection is not None:
-        expand, z, zg = projection
-        rank = z.shape[1]
-        # Rows a power of two apart would share a few places of the cache.
-        by_row = x.new_empty((expand.shape[1], expand.shape[0] + _LANES))[:, : expand.shape[0]]
-        by_row.copy_(expand.t())
-        given += [by_row, z, zg]
-    wanted = prefers_own_gemm() and all(a.dtype == torch.float32 for a in given)
     # A result smaller than a tile is no work for a GEMM.
-    wanted = wanted and min(x.shape[1], g.shape[1]) >= _LANES and rank <= _MOST_RANK
-    library = _library_for(*given) if wanted else None
+    wanted = x.dtype == g.dtype and min(x.shape[1], g.shape[1]) >= _LANES
+    rank = 0 if projection is None else projection[1].shape[1]
+    library = None
+    if wanted and rank <= _MOST_RANK and prefers_own_gemm():
+        others = [] if weights is None else [weights]
+        others += [] if projection is None else projection[1:]
+        library = _library_for(x, g, *others)
     if library is None:
         return None
+    kind = _KINDS[x.dtype]
     (rows, n), p, k = x.shape, g.shape[1], indices.numel()
-    out = x.new_empty((n, p) if transposed else (p, n))
+    out = x.new_empty((n, p) if transposed else (p, n), dtype=kind.number)
     if k + rank == 0:
-        return out.zero_()
+        return out.zero_().to(x.dtype)
     indices = indices.contiguous()
-    weights = None if weights is None else weights.contiguous()
+    weights = None if weights is None else weights.to(kind.number).contiguous()
     inside: tuple[int | None, ...] = (None, 0, None, 0, None)
     if projection is not None:
-        zg = zg.contiguous()
+        expand, z, zg = projection
+        # Rows a power of two apart would share a few places of the cache.
+        by_row = out.new_empty((rank, n + _LANES))[:, :n].copy_(expand.t())
+        z, zg = z.to(kind.number), zg.to(kind.number).contiguous()
         inside = (*_matrix(z), *_matrix(by_row), zg.data_ptr())
     threads = min(torch.get_num_threads(), 1 + (k + rank) * n * p // 200_000)
-    panels = _room_for(4 * library.panel_size(n, p))
-    failed = library.gather_gemm(
+    panels = _room_for(kind, kind.function(library, "panel_size")(n, p, threads))
+    failed = kind.function(library, "gather_gemm")(
         *(*_matrix(x), *_matrix(g), indices.data_ptr()),
         *(None if weights is None else weights.data_ptr(), *inside),
         *(out.data_ptr(), panels.data_ptr(), rows, k, n, p, rank, transposed, threads),
     )
     if failed:
         raise IndexError(f"indices must be in [0, {rows}), the rows of x.")
-    return out
+    return out.to(x.dtype)
 
 
 _kept = threading.local()
 
 
-def _room_for(count: int) -> Tensor:
-    """`count` bytes from a multiple of 64 on, until the thread that asks asks again."""
+def _room_for(kind: _Kind, numbers: int) -> Tensor:
+    """Room for these from a multiple of 64 bytes on, until the thread that asks asks again."""
+    count = numbers * kind.number.itemsize
     room: Tensor | None = getattr(_kept, "room", None)
     if room is None or room.numel() < count + 64:
         room = torch.empty(count + 64, dtype=torch.uint8, device="cpu")
@@ -207,7 +231,7 @@ def is_compiled() -> bool:
 
 
 def prefers_own_gemm() -> bool:
-    """Whether float32 rows are multiplied by `gather_gemm.c` here, and not by PyTorch."""
+    """Whether rows are multiplied by `gather_gemm.c` here, and not by PyTorch."""
     return torch.backends.cpu.get_cpu_capability() in _GEMM_CAPABILITIES
 
 
@@ -236,7 +260,7 @@ def _is_plain(a: Tensor) -> bool:
     """Whether a pointer and a row stride are all there is to know about `a`."""
     if type(a) not in (Tensor, torch.nn.Parameter) or a.layout != torch.strided or not a.is_cpu:
         return False
-    if a.dtype not in _SUFFIX or a.stride(-1) != 1 or a.is_neg():
+    if a.dtype not in _KINDS or a.stride(-1) != 1 or a.is_neg():
         return False
     try:
         return a.numel() == 0 or a.data_ptr() != 0

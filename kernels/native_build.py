@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,18 @@ from memaop_triton.kernels.cache_folder import cache_folder
 _log = logging.getLogger(__name__)
 
 HEADER = Path(__file__).with_name("lanes.h")
-SOURCES = tuple(HEADER.with_name(f"{name}.c") for name in ("rows", "selection", "gather_gemm"))
+#: How matrices of rows may be stored, and the flag that compiles a file for these.
+KINDS = {"f32": "-DKIND_F32", "f64": "-DKIND_F64", "bf16": "-DKIND_BF16"}
+#: Every file and the kinds it is compiled for.
+SOURCES = {
+    HEADER.with_name(f"{name}.c"): kinds
+    for name, kinds in (
+        ("rows", tuple(KINDS)),
+        ("projection", tuple(KINDS)),
+        ("gather_gemm", tuple(KINDS)),
+        ("selection", ("f32",)),
+    )
+}
 # Not -march=native: a cache directory may be shared by machines of different make.
 VECTOR_FLAGS = {
     "AVX512": [
@@ -42,16 +54,19 @@ _TYPES: dict[str, Any] = {
 }  # fmt: skip
 _MATRIX = "pl"  # and the distance between its rows
 #: What every function returns and takes, a letter each as in `_TYPES`.
-SIGNATURES = {
-    **{f"row_norms_{one}": ("v", f"{_MATRIX} p ll i") for one in ("f32", "f64")},
-    **{f"accumulate_{one}": ("v", f"{_MATRIX} {_MATRIX} pp ll i") for one in ("f32", "f64")},
+_OF_A_KIND = {
+    "row_norms": ("v", f"{_MATRIX} p ll i"),
+    "accumulate": ("v", f"{_MATRIX} {_MATRIX} pp ll i"),
     "project": ("v", f"{_MATRIX} ppp f ll ii"),
     "product_room": ("l", "ll i"),
     "transposed_product": ("v", f"{_MATRIX} l {_MATRIX} pppp ll i"),
+    "panel_size": ("l", "ll i"),
+    "gather_gemm": ("i", f"{_MATRIX} {_MATRIX} pp {_MATRIX} {_MATRIX} p pp lllll ii"),
+}
+SIGNATURES = {
+    **{f"{name}_{kind}": types for name, types in _OF_A_KIND.items() for kind in KINDS},
     "largest": ("v", "pp ll p"),
     "priority": ("v", "ppp ll pp"),
-    "panel_size": ("l", "ll"),
-    "gather_gemm": ("i", f"{_MATRIX} {_MATRIX} pp {_MATRIX} {_MATRIX} p pp lllll ii"),
 }
 
 
@@ -94,7 +109,7 @@ def find_recipe() -> Recipe:
     flags = FLAGS + VECTOR_FLAGS.get(vectors, [])
     version = run([*compiler.split(), "--version"])
     texts = [source.read_text() for source in (HEADER, *SOURCES)]
-    made_from = "\0".join([*texts, version, platform.machine(), *flags])
+    made_from = "\0".join([*texts, version, platform.machine(), *flags, repr(KINDS)])
     name = f"rows-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     return Recipe(compiler, version, vectors, flags, cache_folder("native") / name)
 
@@ -132,9 +147,14 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def _compile(compiler: str, flags: list[str], folder: Path) -> Path:
-    objects = [folder / f"{source.stem}.o" for source in SOURCES]
-    for source, made in zip(SOURCES, objects, strict=True):
-        run([*compiler.split(), *flags, "-c", str(source), "-o", str(made)])
+    def made_of(source: Path, kind: str) -> Path:
+        made = folder / f"{source.stem}_{kind}.o"
+        run([*compiler.split(), *flags, KINDS[kind], "-c", str(source), "-o", str(made)])
+        return made
+
+    pairs = [(source, kind) for source, kinds in SOURCES.items() for kind in kinds]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(made_of, *zip(*pairs, strict=True)))
     linked = folder / "rows.so"
     run([*compiler.split(), "-shared", *map(str, objects), "-o", str(linked), "-lm"])
     return linked

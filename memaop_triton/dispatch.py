@@ -1,8 +1,8 @@
-"""Whether a tensor's work is done by the Triton kernels or by plain PyTorch (and `rows.c`).
+"""Whether a tensor's work is done by the Triton kernels or by plain PyTorch (and C).
 
 | `MEMAOP_TRITON_BACKEND` | tensors on a GPU | tensors on a CPU |
 |---|---|---|
-| unset | Triton, if installed, for float16, bfloat16 and float32 | PyTorch and `rows.c` |
+| unset | Triton, if installed, for float16, bfloat16 and float32 | PyTorch and C |
 | `torch` | PyTorch | PyTorch alone |
 | `triton` | Triton | Triton's interpreter, with `TRITON_INTERPRET=1`; an error without |
 """

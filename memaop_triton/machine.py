@@ -27,10 +27,10 @@ VARIABLES = {
     "MEMAOP_TRITON_CACHE_DIR": "compiled row passes and tuned configurations, on first use",
     "MEMAOP_TRITON_DATA_DIR": "data sets of the commands demo and reproduce",
     "TRITON_INTERPRET": "1: Triton kernels in its interpreter, if set before Triton is imported",
-    "CC": "the compiler of rows.c, on first use",
+    "CC": "the compiler of the C code, on first use",
     "OMP_NUM_THREADS": "threads on a CPU, if set before PyTorch is imported",
 }
-_DTYPES_OF_ROWS = " and ".join(str(dtype).removeprefix("torch.") for dtype in native.DTYPES)
+_DTYPES_OF_ROWS = ", ".join(str(dtype).removeprefix("torch.") for dtype in native.DTYPES)
 # Of /proc/cpuinfo's flags: what the row passes and PyTorch's GEMMs choose by.
 _VECTOR_FLAGS = (
     *("sse4_2", "avx", "fma", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
@@ -41,15 +41,15 @@ _VECTOR_FLAGS = (
 def describe() -> Report:
     """Versions, processors, GPUs, which path runs and why, variables, cache.
 
-    Compiles `rows.c` if that has not been done on this machine. The home directory is written as ~;
-    of the environment only what `VARIABLES` lists and what starts with MEMAOP_TRITON_ is shown.
+    Compiles the C code if that has not been done on this machine. The home directory is written as
+    ~; of the environment only what `VARIABLES` lists and what starts with MEMAOP_TRITON_ is shown.
     """
     report = {
         "versions": dict(_versions()),
         "PyTorch": dict(_pytorch()),
         "CPU": dict(_cpu()),
         "GPU": dict(_gpus()),
-        "row passes (rows.c)": dict(_row_passes()),
+        "row passes in C": dict(_row_passes()),
         "what works on": dict(_paths()),
         "variables": dict(_variables()),
         "cache": dict(_cache()),
@@ -178,7 +178,7 @@ def _row_passes() -> Iterator[tuple[str, str]]:
         return
     yield "used", f"no: {obstacle}" if obstacle else f"yes, for {_DTYPES_OF_ROWS} on a CPU"
     own = native.prefers_own_gemm() and not obstacle
-    yield "gather GEMM", "compiled too, for float32" if own else "PyTorch's"
+    yield "gather GEMM", "compiled too" if own else "PyTorch's"
     yield "compiler", f"{recipe.compiler}: {recipe.version.splitlines()[0]}"
     yield "vectors", recipe.vectors
     yield "flags", " ".join(recipe.flags)
@@ -195,7 +195,7 @@ def _paths() -> Iterator[tuple[str, str]]:
             try:
                 path = dispatch.explain(torch.empty(0, 1, dtype=dtype, device=device))
                 if device.type == "cpu" and dtype in native.DTYPES and native.is_compiled():
-                    path = path.replace("PyTorch:", "PyTorch and rows.c:")
+                    path = path.replace("PyTorch:", "PyTorch and C:")
             except ValueError as error:
                 path = f"an error: {error}"
             yield name, path

@@ -98,16 +98,16 @@ def test_every_variable_that_the_package_reads_is_explained():
 @pytest.mark.skipif(not native.is_compiled(), reason="needs a C compiler")
 def test_row_passes_that_are_compiled(env, tmp_path):
     facts = env(MEMAOP_TRITON_CACHE_DIR=str(tmp_path))
-    rows = facts["row passes (rows.c)"]
-    assert rows["used"] == "yes, for float32 and float64 on a CPU"
+    rows = facts["row passes in C"]
+    assert rows["used"] == "yes, for float32, float64, bfloat16 on a CPU"
     assert rows["vectors"] == torch.backends.cpu.get_cpu_capability()
-    own = "compiled too, for float32" if rows["vectors"] == "AVX2" else "PyTorch's"
+    own = "compiled too" if rows["vectors"] == "AVX2" else "PyTorch's"
     assert rows["gather GEMM"] == own
     (kept,) = (tmp_path / "native").iterdir()
     assert rows["file"] == f"kept in {kept}"
     assert facts["cache"]["exists"].startswith("yes, 1 files, ")
-    assert facts["what works on"]["cpu float32"] == "PyTorch and rows.c: the default on a CPU"
-    assert facts["what works on"]["cpu bfloat16"] == "PyTorch: the default on a CPU"
+    assert facts["what works on"]["cpu float32"] == "PyTorch and C: the default on a CPU"
+    assert facts["what works on"]["cpu bfloat16"] == "PyTorch and C: the default on a CPU"
 
 
 @pytest.mark.parametrize(
@@ -123,16 +123,16 @@ def test_row_passes_that_are_compiled(env, tmp_path):
 @pytest.mark.skipif(not native.is_compiled(), reason="needs a C compiler")
 def test_row_passes_that_are_not_used_and_why(env, tmp_path, variables, reason):
     facts = env(MEMAOP_TRITON_CACHE_DIR=str(tmp_path), **variables)
-    rows = facts["row passes (rows.c)"]
+    rows = facts["row passes in C"]
     assert rows["used"].startswith(reason)
     assert rows.get("gather GEMM", "PyTorch's") == "PyTorch's"
-    assert not facts["what works on"]["cpu float32"].startswith("PyTorch and rows.c")
+    assert not facts["what works on"]["cpu float32"].startswith("PyTorch and C")
 
 
 @pytest.mark.skipif(not native.is_compiled(), reason="needs a C compiler")
 def test_a_cache_that_cannot_be_written(env, tmp_path):
     (tmp_path / "native").write_text("in the way")
-    rows = env(MEMAOP_TRITON_CACHE_DIR=str(tmp_path))["row passes (rows.c)"]
+    rows = env(MEMAOP_TRITON_CACHE_DIR=str(tmp_path))["row passes in C"]
     assert rows["used"].startswith("yes")
     assert rows["file"].startswith("not kept, compiled by every process; wanted in")
 

@@ -101,6 +101,7 @@ def test_wheel(environment, sources, tmp_path):
     assert {
         "memaop_triton/kernels/cpu.py",
         "memaop_triton/kernels/lanes.h",
+        "memaop_triton/kernels/projection.c",
         "memaop_triton/kernels/rows.c",
         "memaop_triton/kernels/gather_gemm.c",
         "memaop_triton/kernels/configs/fake-gpu/gather_gemm.json",
