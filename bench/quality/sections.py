@@ -103,7 +103,7 @@ def _at_equal_time(results: Results, cell: Cell) -> Entry:
     return _entry(TASKS[cell.task], difference, f"{time.share:.2f}× time")
 
 
-def _overview(results: Results, names: Sequence[str], ratio: str, caption: str) -> Table:
+def _overview(results: Results, names: Sequence[str], ratio: str, caption: str) -> Table | str:
     rows = [
         (
             Entry(SCHEMES[name].label),
@@ -111,7 +111,23 @@ def _overview(results: Results, names: Sequence[str], ratio: str, caption: str) 
         )
         for name in names
     ]
-    return Table(("scheme", *TASKS), tuple(rows), caption=caption)
+    return _table_of_known(("scheme", *TASKS), rows, caption)
+
+
+def _table_of_known(
+    head: Sequence[str], rows: Sequence[tuple[Entry, ...]], caption: str
+) -> Table | str:
+    """Without the rows and columns that say nothing yet; the first column names the rows."""
+    rows = [row for row in rows if any(one != NOTHING for one in row[1:])]
+    if not rows:
+        return f"{caption.rstrip('.')}: not run yet."
+    kept = [at for at, column in enumerate(zip(*rows, strict=True))
+            if at == 0 or any(one != NOTHING for one in column)]  # fmt: skip
+    return Table(
+        tuple(head[at] for at in kept),
+        tuple(tuple(row[at] for at in kept) for row in rows),
+        caption=caption,
+    )
 
 
 def task_section(results: Results, task: Task) -> Section:
@@ -155,7 +171,7 @@ def picture(title: str, name: str, svg: str) -> Picture:
 
 def _table(
     task: Task, entry: Callable[[Cell], Entry], caption: str, *, best: Sequence[Cell] = ()
-) -> Table:
+) -> Table | str:
     every = [cell for cell in cells(task.name) if cell.scheme != DENSE]
     ratios = [ratio for ratio in ALL_RATIOS if any(cell.ratio == ratio for cell in every)]
     rows = []
@@ -166,7 +182,7 @@ def _table(
             for one, ratio in zip(row, ratios, strict=True)
         ]
         rows.append((Entry(SCHEMES[name].label), *marked))
-    return Table(("scheme", *ratios), tuple(rows), caption=caption)
+    return _table_of_known(("scheme", *ratios), rows, caption)
 
 
 def _difference(results: Results, cell: Cell) -> Entry:
@@ -191,10 +207,10 @@ def _entry(task: Task, difference: Difference, sub: str) -> Entry:
 
 def _cost(results: Results, cell: Cell) -> Entry:
     run, time = results.any_run(cell), results.times.get(cell)
-    if cell.scheme == SHORTER:
-        return Entry(f"{cell.ratio} of the steps")
     if run is None and time is None:
         return NOTHING
+    if cell.scheme == SHORTER:
+        return Entry(f"{cell.ratio} of the steps")
     flops = "FLOPs ?" if run is None else f"{run.weight_grads:.3f}"
     return Entry(flops, "not timed" if time is None else f"{time.share:.2f}× time")
 
