@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -97,6 +98,12 @@ def time(
     task: Tasks = None,
     scheme: Schemes = None,
     ratio: Ratios = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=4, help="Of every cell; fewer for steps that are long. [default: 10 or 32]"
+        ),
+    ] = None,
     threads: Threads = None,
     data_dir: DataDir = None,
     output: Output = RESULTS,
@@ -109,7 +116,7 @@ def time(
         times = tables.read(path, StepTime)
         if step_times.is_timed(cell, times):
             continue
-        one = step_times.measure(cell, folder)
+        one = step_times.measure(cell, folder, rounds)
         step_times.add(path, one)
         name = f"{cell.task} {cell.scheme} {cell.ratio}"
         share = f"{one.share:.3f} of dense ({one.share_q1:.3f} to {one.share_q3:.3f})"

@@ -43,6 +43,16 @@ def test_without_refresh_rounds_are_single_steps(task, clock):
     assert clock[True] == 36
 
 
+def test_the_time_command_takes_the_number_of_rounds(task, clock, tmp_path):
+    cell = ["--task", "tiny", "--scheme", "subspace", "--ratio", "1/8"]
+    arguments = ["time", *cell, "--rounds", "4", "--output", str(tmp_path)]
+    result = CliRunner().invoke(commands.app, arguments)
+    assert result.exit_code == 0, result.output
+    (one,) = tables.read(tmp_path / "seconds.csv", StepTime)
+    assert (one.rounds, one.share) == (4, pytest.approx(0.6))
+    assert CliRunner().invoke(commands.app, [*arguments[:-3], "3"]).exit_code == 2
+
+
 def test_a_time_is_of_one_machine_and_replaces_its_like(task, tmp_path, monkeypatch):
     path, cell = tmp_path / "seconds.csv", Cell("tiny", "priority", "1/8")
     first = step_times.measure(cell, None, rounds=4)
