@@ -8,8 +8,6 @@
 
 #include "lanes.h"
 
-#include <string.h>
-
 /* Sums of a tile, two operands of x and one of g leave no register unused and none short. */
 enum { VECTORS = 2, SIDE = VECTORS * LANES, TALL = REGISTERS == 32 ? 12 : 6 };
 /* A panel of x (DEPTH by SIDE) fits the first-level cache, AHEAD panels of g the second. Deeper panels
@@ -133,7 +131,7 @@ static void multiply_tile(const number *g, const number *x, long depth, number *
                 whole[i * next_row + j * next_column] + (add ? out[i * ldo + j] : 0);
 }
 
-/* The tiles of panels `first` to `end` of g with all panels of x. */
+/* The tiles of panels `tall` of g with panels `wide` of x. */
 static void multiply_panels(const Rows *rows, const number *x_panels, const number *g_panels, long depth,
                             Share tall, Share wide, number *out, int transposed, int add) {
     const long ldo = transposed ? rows->p : rows->n;

@@ -14,6 +14,7 @@
 #include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #define SMALLER(A, B) ((A) < (B) ? (A) : (B))
@@ -33,12 +34,14 @@ typedef float number;
 #define EPSILON 0x1p-7f
 #define SQRT sqrtf
 #define IS_WIDENED 1
-#else
+#elif defined(KIND_F32)
 typedef float stored;
 typedef float number;
 #define NAME(FUNCTION) FUNCTION##_f32
 #define EPSILON FLT_EPSILON
 #define SQRT sqrtf
+#else
+#error "one of KIND_F32, KIND_F64 and KIND_BF16 has to be defined"
 #endif
 #ifndef IS_WIDENED
 #define IS_WIDENED 0
@@ -72,9 +75,12 @@ INLINE number widened(stored half) {
 }
 
 INLINE vec load(const stored *from) {
-    typedef uint16_t halves __attribute__((vector_size(BYTES / 2), aligned(sizeof(stored))));
-    typedef uint32_t words __attribute__((vector_size(BYTES)));
-    return (vec)(__builtin_convertvector(*(const halves *)from, words) << 16);
+    uint32_t bits[LANES];
+    vec all;
+    for (int i = 0; i < LANES; i++)
+        bits[i] = (uint32_t)from[i] << 16;
+    memcpy(&all, bits, sizeof all);
+    return all;
 }
 
 INLINE stored rounded(number value) {

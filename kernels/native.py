@@ -28,7 +28,7 @@ _GEMM_CAPABILITIES = ("AVX2",)
 # A thread keeps this much room for panels between calls; asking for it anew costs page faults.
 _MOST_KEPT = 32 << 20
 _MOST_RANK = 1024
-# Every thread sums into a product of its own: 16 MiB of these at the most.
+# Every thread sums into a product of its own: 4 million numbers of these at the most.
 _MOST_PARTS = 1 << 22
 
 
@@ -78,7 +78,8 @@ def accumulate_and_score(memory: Tensor, rows: Tensor, carry: Tensor) -> Tensor 
 def project(x: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
     """Z = X Q ([M, q]) and √(‖x‖² − scale²‖z‖²) of the rows ([M]) for Q [N, q], or `None`.
 
-    Z is in the dtype of `x`, which is that of Q too; the norms are in `score_dtype` of it.
+    Z is in the dtype of `x`, which is that of Q too; the norms are in `score_dtype` of it, and take
+    Z as it was before it was rounded to that dtype.
     """
     groups = -(-basis.shape[1] // _LANES)
     wanted = x.dtype == basis.dtype and groups in range(1, 5) and x.shape[1] % _LANES == 0
@@ -111,9 +112,9 @@ def transposed_mm(
     if library is None:
         return None
     kind = _KINDS[a.dtype]
-    z = z.to(kind.number)
+    z = z.to(kind.number).contiguous()
     rank, columns = z.shape[1], a.shape[1]
-    *size, threads = _size(a, most_threads=max(1, _MOST_PARTS // (rank * columns)))
+    *size, threads = _size(a, most_threads=max(1, _MOST_PARTS // max(1, rank * columns)))
     product = a.new_empty((rank, columns), dtype=kind.number)
     exact_sums = None if sums is None else sums.to(kind.number)
     room = _room_for(kind, kind.function(library, "product_room")(rank, columns, threads))
@@ -155,7 +156,7 @@ def largest(scores: Tensor, k: int) -> Tensor | None:
 
 def _choose(function: Any, k: int, *scores: Tensor, results: Sequence[Tensor] = ()) -> Tensor:
     keys = torch.empty_like(scores[0], dtype=torch.int32)
-    indices = torch.empty(k, dtype=torch.int64)
+    indices = scores[0].new_empty(k, dtype=torch.int64)
     given = (a.data_ptr() for a in (*scores, keys))
     function(*given, keys.numel(), k, *(a.data_ptr() for a in (indices, *results)))
     return indices
@@ -197,7 +198,7 @@ def gather_gemm(
         expand, z, zg = projection
         # Rows a power of two apart would share a few places of the cache.
         by_row = out.new_empty((rank, n + _LANES))[:, :n].copy_(expand.t())
-        z, zg = z.to(kind.number), zg.to(kind.number).contiguous()
+        z, zg = (a.to(kind.number).contiguous() for a in (z, zg))
         inside = (*_matrix(z), *_matrix(by_row), zg.data_ptr())
     threads = min(torch.get_num_threads(), 1 + (k + rank) * n * p // 200_000)
     panels = _room_for(kind, kind.function(library, "panel_size")(n, p, threads))

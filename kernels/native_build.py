@@ -109,7 +109,8 @@ def find_recipe() -> Recipe:
     flags = FLAGS + VECTOR_FLAGS.get(vectors, [])
     version = run([*compiler.split(), "--version"])
     texts = [source.read_text() for source in (HEADER, *SOURCES)]
-    made_from = "\0".join([*texts, version, platform.machine(), *flags, repr(KINDS)])
+    functions = repr((list(SOURCES.values()), KINDS, SIGNATURES))
+    made_from = "\0".join([*texts, version, platform.machine(), *flags, functions])
     name = f"rows-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     return Recipe(compiler, version, vectors, flags, cache_folder("native") / name)
 
@@ -153,7 +154,7 @@ def _compile(compiler: str, flags: list[str], folder: Path) -> Path:
         return made
 
     pairs = [(source, kind) for source, kinds in SOURCES.items() for kind in kinds]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(made_of, *zip(*pairs, strict=True)))
     linked = folder / "rows.so"
     run([*compiler.split(), "-shared", *map(str, objects), "-o", str(linked), "-lm"])
@@ -175,7 +176,7 @@ def run(command: list[str]) -> str:
         BuildError: It fails or is not there.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     except subprocess.CalledProcessError as error:
         raise BuildError(f"{command[0]} failed: {error.stderr.strip()[-500:]}") from error
     except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired) as error:

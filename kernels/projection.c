@@ -7,8 +7,6 @@
 
 #include "lanes.h"
 
-#include <string.h>
-
 enum { GROUP = 16, MOST_ROWS = 8 };
 /* Stored numbers in a line of the caches. */
 enum { LINE = 64 / sizeof(stored) };
@@ -93,7 +91,7 @@ INLINE number rest_norm(vec squares, const number *z, number scale, long z_colum
         inside += part * part;
     }
     const number whole = total(squares), rest = whole - total(inside), least = whole * EPSILON;
-    return SQRT(rest > least ? rest : least);
+    return SQRT(rest <= least ? least : rest); /* NaN stays NaN */
 }
 
 /* A tile has as many rows as there are registers for their sums, beside a row of Q and one number. */

@@ -7,8 +7,6 @@
 
 #include "lanes.h"
 
-#include <string.h>
-
 /* Four sums, so that a multiply-add does not wait for the one before it. */
 INLINE number norm(const stored *row, long columns) {
     vec sums[4] = {{0}};
@@ -47,7 +45,7 @@ INLINE number accumulate_row(stored *slot, const stored *row, const number carry
     return SQRT(sum);
 }
 
-/* m_i = carry_i m_i + x_i and norms[i] = |m_i|, as it is stored; a row with carry 0 is not read. */
+/* m_i = carry_i m_i + x_i and norms[i] = |m_i|, as it is stored; a slot with carry 0 is not read. */
 void NAME(accumulate)(stored *m, long ldm, const stored *x, long ldx, const number *carry,
                       number *norms, long rows, long columns, int threads) {
     _Pragma("omp parallel if (threads > 1)") {

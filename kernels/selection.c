@@ -2,10 +2,6 @@
 
 #include "lanes.h"
 
-#include <float.h>
-#include <math.h>
-#include <string.h>
-
 /* The bits of a non-negative float or infinity, which are ordered like the numbers. */
 INLINE uint32_t bits_of(float value) {
     uint32_t bits;

@@ -100,9 +100,7 @@ def time(
     ratio: Ratios = None,
     rounds: Annotated[
         int | None,
-        typer.Option(
-            min=4, help="Of every cell; fewer for steps that are long. [default: 10 or 32]"
-        ),
+        typer.Option(min=4, help="Of every cell that is not timed yet. [default: 10 or 32]"),
     ] = None,
     threads: Threads = None,
     data_dir: DataDir = None,
