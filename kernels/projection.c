@@ -94,6 +94,32 @@ INLINE number rest_norm(vec squares, const number *z, number scale, long z_colum
     return SQRT(rest <= least ? least : rest); /* NaN stays NaN */
 }
 
+/* Z and the norms of what it leaves, for a strip of rows from `first` on, of rows up to `end`; `tile` rows
+ * and `piece` groups are taken together. */
+INLINE void project_strip(const stored *x, long ldx, const number *basis, number *z, number *norms,
+                          number scale, long first, long end, long columns, const int groups,
+                          const int piece, const int tile) {
+    const long ldz = groups * GROUP, count = SMALLER(LOW_STRIP, end - first);
+    vec squares[LOW_STRIP] = {{0}};
+    z += first * ldz;
+    memset(z, 0, count * ldz * sizeof *z);
+    for (long j = 0; j < columns; j += SHORT_BLOCK) {
+        const stored *block = x + first * ldx + j;
+        const number *q = basis + j * ldz;
+        const long width = SMALLER(SHORT_BLOCK, columns - j);
+        Ahead next = after_block(x, ldx, first, end, j, columns, LOW_STRIP, SHORT_BLOCK);
+        long i = 0;
+        for (; i + tile <= count; i += tile) {
+            ask_for(&next, 1 + tile);
+            project_block(block + i * ldx, ldx, q, z + i * ldz, squares + i, width, tile, groups, piece);
+        }
+        for (; i < count; i++)
+            project_block(block + i * ldx, ldx, q, z + i * ldz, squares + i, width, 1, groups, piece);
+    }
+    for (long i = 0; i < count; i++)
+        norms[first + i] = rest_norm(squares[i], z + i * ldz, scale, ldz);
+}
+
 /* A tile has as many rows as there are registers for their sums, beside a row of Q and one number. */
 #define DEFINE_PROJECT(GROUPS)                                                                     \
     static void project_##GROUPS(const stored *x, long ldx, const number *basis, number *z,        \
@@ -104,34 +130,12 @@ INLINE number rest_norm(vec squares, const number *z, number scale, long z_colum
             WIDTH = TOGETHER * GROUP / LANES,                                                      \
             FITS = (REGISTERS - 1 - WIDTH) / WIDTH,                                                \
             TILE = FITS < 1 ? 1 : SMALLER(FITS, MOST_ROWS),                                        \
-            LDZ = GROUPS * GROUP,                                                                  \
         };                                                                                         \
         _Pragma("omp parallel if (threads > 1)") {                                                 \
             const Share share = share_of(rows, threads);                                           \
-            for (long first = share.first; first < share.end; first += LOW_STRIP) {                \
-                const long count = SMALLER(LOW_STRIP, share.end - first);                          \
-                number *to = z + first * LDZ;                                                      \
-                vec squares[LOW_STRIP] = {{0}};                                                    \
-                memset(to, 0, count * LDZ * sizeof *to);                                           \
-                for (long j = 0; j < columns; j += SHORT_BLOCK) {                                  \
-                    const stored *block = x + first * ldx + j;                                     \
-                    const number *q = basis + j * LDZ;                                             \
-                    const long width = SMALLER(SHORT_BLOCK, columns - j);                          \
-                    Ahead next = after_block(x, ldx, first, share.end, j, columns, LOW_STRIP,      \
-                                             SHORT_BLOCK);                                         \
-                    long i = 0;                                                                    \
-                    for (; i + TILE <= count; i += TILE) {                                         \
-                        ask_for(&next, 1 + TILE);                                                  \
-                        project_block(block + i * ldx, ldx, q, to + i * LDZ, squares + i, width,   \
-                                      TILE, GROUPS, TOGETHER);                                     \
-                    }                                                                              \
-                    for (; i < count; i++)                                                         \
-                        project_block(block + i * ldx, ldx, q, to + i * LDZ, squares + i, width,   \
-                                      1, GROUPS, TOGETHER);                                        \
-                }                                                                                  \
-                for (long i = 0; i < count; i++)                                                   \
-                    norms[first + i] = rest_norm(squares[i], to + i * LDZ, scale, LDZ);            \
-            }                                                                                      \
+            for (long first = share.first; first < share.end; first += LOW_STRIP)                  \
+                project_strip(x, ldx, basis, z, norms, scale, first, share.end, columns, GROUPS,   \
+                              TOGETHER, TILE);                                                     \
         }                                                                                          \
     }
 

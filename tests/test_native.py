@@ -1,13 +1,6 @@
-"""The compiled row passes agree with plain PyTorch, and their absence changes nothing but time."""
+"""The compiled row passes agree with plain PyTorch."""
 
 import functools
-import logging
-import os
-import platform
-import re
-import shutil
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -15,27 +8,9 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 from memaop_triton import MemAOPConfig, new_memory, selection
-from memaop_triton.kernels import cpu, native, native_build
+from memaop_triton.kernels import cpu, native
 from memaop_triton.weight_grad import weight_grad
-
-needs_compiler = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("cc") is None,
-    reason="the row passes are compiled on Linux with a C compiler only",
-)
-
-
-PRODUCT = r"fn?m(?:add|sub)\d+p|mulp"
-# dtype of the rows, and how far a product may be off
-KINDS = [(torch.float32, 1e-4), (torch.float64, 1e-12), (torch.bfloat16, 2e-2)]
-
-
-def assembly(source, kind, capability, folder):
-    """What the compiler makes of a file for processors with these instructions."""
-    flags = native_build.FLAGS + native_build.VECTOR_FLAGS.get(capability, [])
-    listing = folder / "listing.s"
-    file = native_build.HEADER.with_name(source)
-    native_build.run(["cc", *flags, native_build.KINDS[kind], "-S", str(file), "-o", str(listing)])
-    return listing.read_text()
+from tests.compiled import KINDS, needs_compiler
 
 
 @pytest.fixture
@@ -44,23 +19,10 @@ def plain(monkeypatch):
     return lambda: monkeypatch.setattr(native, "_library", lambda: None)
 
 
-@pytest.fixture
-def fresh_library():
-    """Forgets what was loaded, before and after."""
-    native._compiled.cache_clear()
-    yield native._library
-    native._compiled.cache_clear()
-
-
 def both(plain, call):
     compiled = call()
     plain()
     return compiled, call()
-
-
-@needs_compiler
-def test_a_machine_with_a_compiler_uses_it():
-    assert native.is_compiled()
 
 
 @pytest.mark.parametrize(("dtype", "off"), KINDS)
@@ -129,50 +91,6 @@ def test_what_a_basis_leaves_of_its_own_rows_is_rounding_and_never_nothing(rank,
     assert rest.max() <= (2 if dtype == torch.bfloat16 else 10) * least
 
 
-@needs_compiler
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 assembly")
-@pytest.mark.parametrize("kind", ["f32", "f64"])  # others are widened on the stack before
-@pytest.mark.parametrize("capability", [*native_build.VECTOR_FLAGS, "DEFAULT"])
-def test_sums_stay_in_registers(tmp_path, capability, kind):
-    listing = assembly("projection.c", kind, capability, tmp_path)
-    spills = re.findall(r"mov[ua]?p[sd]\t.*\(%r[sb]p", listing)
-    products = re.findall(PRODUCT, listing)
-    assert len(products) > 100
-    assert len(spills) < len(products) / 4
-
-
-@needs_compiler
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 assembly")
-@pytest.mark.parametrize("kind", native_build.KINDS)
-@pytest.mark.parametrize("capability", [*native_build.VECTOR_FLAGS, "DEFAULT"])
-def test_the_loop_of_the_gemm_stores_nothing(tmp_path, capability, kind):
-    listing = assembly("gather_gemm.c", kind, capability, tmp_path)
-    loops = re.findall(r"^(\.L\d+):\n((?:\t.*\n)*?)\tj\w+\t\1\n", listing, re.MULTILINE)
-    inner = [body for _, body in loops if len(re.findall(PRODUCT, body)) >= 12]
-    assert inner
-    for body in inner:
-        assert not re.search(r"mov[ua]?p[sd]\t%[xyz]mm\d+, .*\(", body)
-
-
-@needs_compiler
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_narrower_registers_give_the_same_numbers(tmp_path, capability):
-    probe = (
-        "import torch; from memaop_triton.kernels import cpu, native; assert native.is_compiled(); "
-        "torch.manual_seed(0); x, q = torch.randn(75, 208), torch.randn(208, 40); "
-        "z, norms = cpu.project_rows(x, q); gradient = cpu.project_gradient(x, z, bias_grad=True); "
-        f"torch.save((z, norms, *gradient), {str(tmp_path / 'found')!r})"
-    )
-    environ = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), ATEN_CPU_CAPABILITY=capability)
-    subprocess.run([sys.executable, "-c", probe], env=environ, check=True)
-    torch.manual_seed(0)
-    x, q = torch.randn(75, 208), torch.randn(208, 40)
-    z, norms = cpu.project_rows(x, q)
-    expected = (z, norms, *cpu.project_gradient(x, z, bias_grad=True))
-    for found, wanted in zip(torch.load(tmp_path / "found"), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
-
-
 @pytest.mark.parametrize("dtype", [dtype for dtype, _ in KINDS])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (17, 3), (3, 129), (600, 64)])
 def test_accumulation_agrees_with_pytorch(plain, dtype, rows, columns):
@@ -233,78 +151,6 @@ def test_of_equal_scores_the_first_are_selected_and_nan_before_all():
     assert native.largest(scores, 3).tolist() == [1, 2, 3]
 
 
-@pytest.fixture
-def own_gemm(monkeypatch):
-    """The GEMM of `gather_gemm.c`, whether it is the faster one on this machine or not."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    monkeypatch.setattr(native, "_GEMM_CAPABILITIES", (capability,))
-    return native.gather_gemm
-
-
-def gemm_operands(k, n, p, rank, dtype=torch.float32):
-    rows = max(k, 1) + 40
-    x, g = torch.randn(rows, n, dtype=dtype), torch.randn(rows, p, dtype=dtype)
-    indices = torch.randperm(rows)[:k].sort().values
-    wide = cpu.score_dtype(dtype)
-    projection = None
-    if rank:
-        basis = torch.linalg.qr(torch.randn(n, n, dtype=wide)).Q[:, :rank].to(dtype)
-        z = x @ basis
-        projection = cpu.Projection(basis, z, z.to(wide).t() @ g.to(wide))
-    return x, g, indices, torch.rand(k, dtype=wide) + 1, projection
-
-
-@needs_compiler
-@pytest.mark.parametrize(("dtype", "off"), KINDS)
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("rank", [0, 1, 16])
-@pytest.mark.parametrize("k", [0, 1, 3, 255, 256, 257, 700])
-@pytest.mark.parametrize(("n", "p"), [(16, 16), (17, 31), (96, 48), (130, 61), (64, 400)])
-def test_the_gather_gemm_agrees_with_float64(own_gemm, n, p, k, rank, weighted, dtype, off):
-    x, g, indices, weights, projection = gemm_operands(k, n, p, rank, dtype)
-    weights = weights if weighted else None
-    gx, gg = x[indices].double(), g[indices].double()
-    if weighted:
-        gg *= weights.double()[:, None]
-    if rank:
-        basis, z, zg = (a.double() for a in projection)
-        gx -= z[indices] @ basis.t()
-    exact = gg.t() @ gx + (zg.t() @ basis.t() if rank else 0)
-    found = own_gemm(x, g, indices, weights, projection)
-    assert found.dtype == dtype
-    # All sums are taken before anything is rounded to bfloat16.
-    off = torch.finfo(dtype).eps if dtype == torch.bfloat16 else off
-    torch.testing.assert_close(found.double(), exact, rtol=off, atol=min(2 * off, 2e-4))
-    turned = own_gemm(x, g, indices, weights, projection, transposed=True)
-    assert turned.is_contiguous()
-    assert torch.equal(turned, found.t())
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype", [dtype for dtype, _ in KINDS])
-@pytest.mark.parametrize(("n", "p"), [(130, 61), (61, 130)])
-def test_the_gather_gemm_rounds_alike_for_any_number_of_threads(own_gemm, n, p, dtype):
-    operands = gemm_operands(700, n, p, 5, dtype)
-    found = []
-    for threads in (1, 2, 3, 5):
-        torch.set_num_threads(threads)
-        try:
-            found.append(own_gemm(*operands))
-        finally:
-            torch.set_num_threads(1)
-    assert all(torch.equal(found[0], other) for other in found[1:])
-
-
-@needs_compiler
-@pytest.mark.parametrize(("dtype", "off"), KINDS)
-def test_the_gather_gemm_takes_rows_of_any_stride_and_repeats(own_gemm, dtype, off):
-    x = torch.randn(50, 40, dtype=dtype)[:, 3:35]
-    g = torch.randn(100, 90, dtype=dtype)[::2, 5:30]
-    indices = torch.tensor([4, 4, 9, 49])
-    found, exact = own_gemm(x, g, indices), g[indices].double().t() @ x[indices].double()
-    torch.testing.assert_close(found.double(), exact, rtol=off, atol=off)
-
-
 @pytest.mark.parametrize(("dtype", "off"), KINDS)
 def test_rows_of_z_may_overlap(dtype, off):
     z, a = torch.randn(12, dtype=dtype).unfold(0, 4, 1), torch.randn(9, 32, dtype=dtype)
@@ -320,43 +166,6 @@ def test_the_default_device_is_nobodys_device():
     finally:
         torch.set_default_device(None)
     assert torch.equal(indices.sort().values, scores.topk(5).indices.sort().values)
-
-
-@needs_compiler
-@pytest.mark.parametrize("index", [-1, 30])
-def test_the_gather_gemm_reads_nothing_outside(own_gemm, index):
-    with pytest.raises(IndexError, match=r"indices must be in \[0, 30\)"):
-        own_gemm(torch.randn(30, 16), torch.randn(30, 16), torch.tensor([0, index]))
-
-
-@needs_compiler
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_the_gather_gemm_spoils_what_the_row_reaches_and_nothing_else(own_gemm, value):
-    x, g, indices, weights, _ = gemm_operands(300, 50, 40, 0)
-    x[indices[7], 49] = value
-    found = own_gemm(x, g, indices, weights).isfinite()
-    assert not found[:, 49].any()
-    assert found[:, :49].all()
-
-
-@needs_compiler
-def test_the_gather_gemm_keeps_its_room_within_bounds(own_gemm, monkeypatch):
-    native._kept.__dict__.clear()
-    own_gemm(*gemm_operands(300, 64, 64, 0))
-    kept = native._kept.room
-    own_gemm(*gemm_operands(300, 32, 32, 0))
-    assert native._kept.room is kept
-    monkeypatch.setattr(native, "_MOST_KEPT", kept.numel())
-    own_gemm(*gemm_operands(300, 512, 512, 0))
-    assert native._kept.room is kept
-
-
-@needs_compiler
-def test_the_gather_gemm_leaves_other_dtypes_and_small_results_alone(own_gemm):
-    indices = torch.arange(4)
-    assert own_gemm(*torch.randn(2, 9, 16, dtype=torch.float16), indices) is None
-    assert own_gemm(torch.randn(9, 16), torch.randn(9, 16).bfloat16(), indices) is None
-    assert own_gemm(torch.randn(9, 15), torch.randn(9, 64), indices) is None
 
 
 @needs_compiler
@@ -450,74 +259,6 @@ def test_the_default_setting_uses_them(monkeypatch):
     memory = new_memory(config, 64, 32)
     for _ in range(3):
         weight_grad(torch.randn(100, 64), torch.randn(100, 32), config, memory)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="nothing is compiled elsewhere")
-def test_unknown_backend(fresh_library, monkeypatch):
-    monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "pytorch")
-    with pytest.raises(ValueError, match="MEMAOP_TRITON_BACKEND='pytorch' is not one of 'torch'"):
-        fresh_library()
-
-
-@needs_compiler
-def test_the_compiled_file_is_kept_and_used_again(fresh_library, monkeypatch, tmp_path):
-    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
-    assert fresh_library() is not None
-    (kept,) = (tmp_path / "native").iterdir()
-    native._compiled.cache_clear()
-    monkeypatch.setattr(native_build, "_compile", lambda *_: pytest.fail("compiled a second time"))
-    assert fresh_library() is not None
-    assert list((tmp_path / "native").iterdir()) == [kept]
-
-
-@needs_compiler
-def test_a_cache_that_cannot_be_written_costs_nothing_but_the_next_compilation(
-    fresh_library, monkeypatch, tmp_path, caplog
-):
-    (tmp_path / "native").write_text("in the way")
-    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
-    with caplog.at_level(logging.INFO):
-        assert fresh_library() is not None
-    assert "not kept in" in caplog.text
-
-
-@needs_compiler
-def test_a_broken_file_in_the_cache_falls_back(fresh_library, monkeypatch, tmp_path, caplog):
-    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
-    assert fresh_library() is not None
-    (kept,) = (tmp_path / "native").iterdir()
-    # In a process of its own: the file is mapped into this one.
-    kept.unlink()
-    kept.write_bytes(b"not a library")
-    probe = "from memaop_triton.kernels import native; print(native.is_compiled())"
-    environ = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-    done = subprocess.run(
-        [sys.executable, "-c", probe], env=environ, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "True", done.stderr
-
-
-@pytest.mark.parametrize(
-    ("variables", "reason"),
-    [
-        ({"PATH": "", "CC": ""}, "no C compiler"),
-        ({"CC": "/nowhere/cc"}, "did not run"),
-        ({"CC": "false"}, "failed"),
-        ({"MEMAOP_TRITON_BACKEND": "torch"}, ""),
-    ],
-)
-@pytest.mark.skipif(sys.platform != "linux", reason="nothing is compiled elsewhere")
-def test_without_a_compiler_plain_pytorch_serves(
-    fresh_library, monkeypatch, tmp_path, caplog, variables, reason
-):
-    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with caplog.at_level(logging.INFO):
-        assert not native.is_compiled()
-    assert reason in caplog.text
-    x = torch.randn(5, 16)
-    torch.testing.assert_close(cpu.row_norms(x), x.norm(dim=1))
 
 
 @pytest.mark.parametrize("memory", ["residual", "signed"])
