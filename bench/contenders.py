@@ -24,7 +24,7 @@ from memaop_triton import MemAOPConfig, convert_, dispatch, new_memory
 from memaop_triton.bench import baselines
 from memaop_triton.bench.measure import Method
 from memaop_triton.bench.problem import Problem
-from memaop_triton.kernels import native
+from memaop_triton.kernels import native_library
 from memaop_triton.weight_grad import weight_grad
 
 #: Our configurations by name.
@@ -205,7 +205,7 @@ def config_source(a: Tensor) -> str:
 
         origins = sorted({choice.origin for choice in autotune.choices().values()})
         return f"Triton, {' and '.join(origins) or 'nothing launched'}"
-    compiled_passes = a.dtype in native.DTYPES and native.is_compiled()
+    compiled_passes = a.dtype in native_library.DTYPES and native_library.is_compiled()
     return "PyTorch + C" if a.device.type == "cpu" and compiled_passes else "PyTorch"
 
 

@@ -6,7 +6,7 @@
  * against a panel of SIDE columns of X, their sums in registers.
  */
 
-#include "lanes.h"
+#include "passes.h"
 
 /* Sums of a tile, two operands of x and one of g leave no register unused and none short. */
 enum { VECTORS = 2, SIDE = VECTORS * LANES, TALL = REGISTERS == 32 ? 12 : 6 };

@@ -25,17 +25,18 @@ from memaop_triton.kernels.cache_folder import cache_folder
 
 _log = logging.getLogger(__name__)
 
-HEADER = Path(__file__).with_name("lanes.h")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("lanes.h", "passes.h"))
 #: How matrices of rows may be stored, and the flag that compiles a file for these.
 KINDS = {"f32": "-DKIND_F32", "f64": "-DKIND_F64", "bf16": "-DKIND_BF16"}
 #: Every file and the kinds it is compiled for.
 SOURCES = {
-    HEADER.with_name(f"{name}.c"): kinds
+    Path(__file__).with_name(f"{name}.c"): kinds
     for name, kinds in (
         ("rows", tuple(KINDS)),
         ("projection", tuple(KINDS)),
         ("gather_gemm", tuple(KINDS)),
-        ("selection", ("f32",)),
+        ("step", tuple(KINDS)),
+        ("selection", ("f32", "f64")),
     )
 }
 # Not -march=native: a cache directory may be shared by machines of different make.
@@ -62,11 +63,16 @@ _OF_A_KIND = {
     "transposed_product": ("v", f"{_MATRIX} l {_MATRIX} pppp ll i"),
     "panel_size": ("l", "ll i"),
     "gather_gemm": ("i", f"{_MATRIX} {_MATRIX} pp {_MATRIX} {_MATRIX} p pp lllll ii"),
+    "step_room": ("l", "llll ii"),
+    "step": ("v", f"{_MATRIX} {_MATRIX} {_MATRIX} l f p ppp pp pp pp llll iiii"),
+}
+_OF_NUMBERS = {
+    "largest": ("v", "pp ll p"),
+    "priority": ("v", "ppp ll pp"),
 }
 SIGNATURES = {
     **{f"{name}_{kind}": types for name, types in _OF_A_KIND.items() for kind in KINDS},
-    "largest": ("v", "pp ll p"),
-    "priority": ("v", "ppp ll pp"),
+    **{f"{name}_{kind}": types for name, types in _OF_NUMBERS.items() for kind in ("f32", "f64")},
 }
 
 
@@ -108,7 +114,7 @@ def find_recipe() -> Recipe:
     vectors = torch.backends.cpu.get_cpu_capability()
     flags = FLAGS + VECTOR_FLAGS.get(vectors, [])
     version = run([*compiler.split(), "--version"])
-    texts = [source.read_text() for source in (HEADER, *SOURCES)]
+    texts = [source.read_text() for source in (*HEADERS, *SOURCES)]
     functions = repr((list(SOURCES.values()), KINDS, SIGNATURES))
     made_from = "\0".join([*texts, version, platform.machine(), *flags, functions])
     name = f"rows-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"

@@ -5,7 +5,7 @@
  * that the registers have. `groups` counts the 16 columns that a row of Z is padded to.
  */
 
-#include "lanes.h"
+#include "passes.h"
 
 enum { GROUP = 16, MOST_ROWS = 8 };
 /* Stored numbers in a line of the caches. */
@@ -13,12 +13,14 @@ enum { LINE = 64 / sizeof(stored) };
 
 /* A pass takes a strip of rows, in blocks of columns. While one block is multiplied, the next one comes
  * from memory; it has to fit the second-level cache beside the rest. Strips are no longer because rows
- * that lie a power of two apart share few places there. Blocks of X Q are smaller, so that the rows of Q
- * that they meet stay in the nearest cache. Z^T A has panels of SIDE columns, WIDE vectors. */
+ * that lie a power of two apart share few places there, and blocks no wider so that the rows of Q that
+ * they meet stay in the nearest cache. X Q has the low strips. Z^T A has panels of SIDE columns, WIDE
+ * vectors, of which a block holds some whole ones. */
 enum { WIDE = REGISTERS / 8, SIDE = WIDE * LANES };
-enum { STRIP = 48, BLOCK = (128 + SIDE - 1) / SIDE * SIDE, LOW_STRIP = 24, SHORT_BLOCK = 64 };
+enum { STRIP = 48, LOW_STRIP = 24, BLOCK = 64 };
+_Static_assert(BLOCK % SIDE == 0, "a block holds whole panels");
 /* From one widened row to the next: no power of two, for the same reason. */
-enum { WIDENED = SHORT_BLOCK + GROUP };
+enum { WIDENED = BLOCK + GROUP };
 
 /* How many groups are taken together, if there are so many. */
 enum { PIECE = LANES == 16 ? 4 : 1 };
@@ -103,11 +105,11 @@ INLINE void project_strip(const stored *x, long ldx, const number *basis, number
     vec squares[LOW_STRIP] = {{0}};
     z += first * ldz;
     memset(z, 0, count * ldz * sizeof *z);
-    for (long j = 0; j < columns; j += SHORT_BLOCK) {
+    for (long j = 0; j < columns; j += BLOCK) {
         const stored *block = x + first * ldx + j;
         const number *q = basis + j * ldz;
-        const long width = SMALLER(SHORT_BLOCK, columns - j);
-        Ahead next = after_block(x, ldx, first, end, j, columns, LOW_STRIP, SHORT_BLOCK);
+        const long width = SMALLER(BLOCK, columns - j);
+        Ahead next = after_block(x, ldx, first, end, j, columns, LOW_STRIP, BLOCK);
         long i = 0;
         for (; i + tile <= count; i += tile) {
             ask_for(&next, 1 + tile);

@@ -5,7 +5,7 @@
  * as the limit.
  */
 
-#include "lanes.h"
+#include "passes.h"
 
 /* Four sums, so that a multiply-add does not wait for the one before it. */
 INLINE number norm(const stored *row, long columns) {

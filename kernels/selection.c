@@ -1,27 +1,30 @@
 /* The choice among scored rows, for tensors in a CPU's memory. */
 
-#include "lanes.h"
+#include "passes.h"
 
-/* The bits of a non-negative float or infinity, which are ordered like the numbers. */
-INLINE uint32_t bits_of(float value) {
-    uint32_t bits;
+enum { BITS = 8 * sizeof(number), DIGIT = 11 };
+
+/* The bits of a non-negative number or infinity, which are ordered like the numbers. */
+INLINE key bits_of(number value) {
+    key bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
+INLINE int is_finite(number value) { return value <= LARGEST; }
+
 /* The bits of the `rank`-th largest key (from 0): a histogram of the upper 11 bits, then of the next
  * ones among the keys that share those, and so on. */
-static uint32_t ranked_key(const uint32_t *keys, long count, long rank) {
-    static const int shifts[] = {21, 10, 0};
-    uint32_t prefix = 0, known = 0;
-    for (int pass = 0; pass < 3; pass++) {
-        const int shift = shifts[pass];
-        const uint32_t digit = pass < 2 ? 2047 : 1023;
-        long histogram[2048] = {0};
+static key ranked_key(const key *keys, long count, long rank) {
+    key prefix = 0, known = 0;
+    for (int left = BITS; left > 0; left -= DIGIT) {
+        const int shift = left > DIGIT ? left - DIGIT : 0;
+        const key digit = ((key)1 << (left - shift)) - 1;
+        long histogram[1 << DIGIT] = {0};
         for (long i = 0; i < count; i++)
             if ((keys[i] & known) == prefix)
                 histogram[keys[i] >> shift & digit]++;
-        uint32_t bin = digit;
+        key bin = digit;
         while (rank >= histogram[bin])
             rank -= histogram[bin--];
         prefix |= bin << shift;
@@ -31,7 +34,7 @@ static uint32_t ranked_key(const uint32_t *keys, long count, long rank) {
 }
 
 /* The k rows with the largest keys, ascending; of equal ones the first. `least` is the k-th largest. */
-static void take(const uint32_t *keys, long count, long k, uint32_t least, int64_t *indices) {
+static void take(const key *keys, long count, long k, key least, int64_t *indices) {
     long above = 0;
     for (long i = 0; i < count; i++)
         above += keys[i] > least;
@@ -43,32 +46,33 @@ static void take(const uint32_t *keys, long count, long k, uint32_t least, int64
 
 /* The k rows with the largest scores, ascending. NaN counts as infinity.
  * scores, keys [count], 0 < k < count; indices [k]. */
-void largest(const float *scores, uint32_t *keys, long count, long k, int64_t *indices) {
+void NUMBER_NAME(largest)(const number *scores, key *keys, long count, long k, int64_t *indices) {
     for (long i = 0; i < count; i++)
-        keys[i] = bits_of(scores[i] <= FLT_MAX ? scores[i] : INFINITY);
+        keys[i] = bits_of(is_finite(scores[i]) ? scores[i] : INFINITY);
     take(keys, count, k, ranked_key(keys, count, k - 1), indices);
 }
 
-/* Priority sampling: the k rows with the largest scores[i] / draws[i], ascending, each with its
+/* Priority sampling: the k rows with the largest scores[i] / (1 - uniform[i]), ascending, each with its
  * weight max(1, t / score) for t the next largest key, or 0 for a score of 0. NaN counts as infinity;
  * beside infinite scores the finite ones count as 0, and the infinite ones as 1.
- * scores, draws, keys [count], draws in (0, 1], 0 < k < count; indices, weights [k]. */
-void priority(const float *scores, const float *draws, uint32_t *keys, long count, long k,
-              int64_t *indices, float *weights) {
+ * scores, uniform, keys [count], uniform in [0, 1), 0 < k < count; indices, weights [k]. */
+void NUMBER_NAME(priority)(const number *scores, const number *uniform, key *keys, long count, long k,
+                           int64_t *indices, number *weights) {
     int infinite = 0;
     for (long i = 0; i < count; i++)
-        infinite |= !(scores[i] <= FLT_MAX);
+        infinite |= !is_finite(scores[i]);
     for (long i = 0; i < count; i++) {
-        const float score = infinite ? !(scores[i] <= FLT_MAX) : scores[i];
-        keys[i] = bits_of(score / draws[i]);
+        const number score = infinite ? !is_finite(scores[i]) : scores[i];
+        keys[i] = bits_of(score / (1 - uniform[i]));
     }
-    const uint32_t next = ranked_key(keys, count, k);
-    float threshold;
+    const key next = ranked_key(keys, count, k);
+    number threshold;
     memcpy(&threshold, &next, sizeof threshold);
     take(keys, count, k, next, indices);
     for (long t = 0; t < k; t++) {
-        const float value = scores[indices[t]];
-        const float score = infinite ? !(value <= FLT_MAX) : value;
-        weights[t] = score > 0 ? fmaxf(1, threshold / score) : 0;
+        const number value = scores[indices[t]];
+        const number score = infinite ? !is_finite(value) : value;
+        const number weight = threshold / score;
+        weights[t] = score > 0 ? (weight > 1 ? weight : 1) : 0;
     }
 }

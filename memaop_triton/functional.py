@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from typing import Any
 
 import torch
@@ -51,6 +52,12 @@ class _MemAOPLinearFunction(torch.autograd.Function):
                 None if a is None else _DifferentiableOnce.apply(a, *sources) for a in gradients
             )
         return *gradients, None, None, None
+
+
+# `apply` asks for it in every call, and takes longer to find out than all else that it does.
+_MemAOPLinearFunction.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    _MemAOPLinearFunction.forward
+)
 
 
 class _DifferentiableOnce(torch.autograd.Function):

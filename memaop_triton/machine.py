@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from memaop_triton import dispatch
-from memaop_triton.kernels import native, native_build, targets
+from memaop_triton.kernels import native_build, native_library, targets
 from memaop_triton.kernels.cache_folder import cache_folder
 from memaop_triton.units import human_bytes
 
@@ -30,7 +30,7 @@ VARIABLES = {
     "CC": "the compiler of the C code, on first use",
     "OMP_NUM_THREADS": "threads on a CPU, if set before PyTorch is imported",
 }
-_DTYPES_OF_ROWS = ", ".join(str(dtype).removeprefix("torch.") for dtype in native.DTYPES)
+_DTYPES_OF_ROWS = ", ".join(str(dtype).removeprefix("torch.") for dtype in native_library.DTYPES)
 # Of /proc/cpuinfo's flags: what the row passes and PyTorch's GEMMs choose by.
 _VECTOR_FLAGS = (
     *("sse4_2", "avx", "fma", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
@@ -172,12 +172,12 @@ def _driver() -> str:
 def _row_passes() -> Iterator[tuple[str, str]]:
     try:
         recipe = native_build.find_recipe()
-        obstacle = native.obstacle()
+        obstacle = native_library.obstacle()
     except (native_build.BuildError, ValueError) as error:
         yield "used", f"no: {error}"
         return
     yield "used", f"no: {obstacle}" if obstacle else f"yes, for {_DTYPES_OF_ROWS} on a CPU"
-    own = native.prefers_own_gemm() and not obstacle
+    own = native_library.prefers_own_gemm() and not obstacle
     yield "gather GEMM", "compiled too" if own else "PyTorch's"
     yield "compiler", f"{recipe.compiler}: {recipe.version.splitlines()[0]}"
     yield "vectors", recipe.vectors
@@ -194,7 +194,11 @@ def _paths() -> Iterator[tuple[str, str]]:
             name = f"{device} {str(dtype).removeprefix('torch.')}"
             try:
                 path = dispatch.explain(torch.empty(0, 1, dtype=dtype, device=device))
-                if device.type == "cpu" and dtype in native.DTYPES and native.is_compiled():
+                if (
+                    device.type == "cpu"
+                    and dtype in native_library.DTYPES
+                    and native_library.is_compiled()
+                ):
                     path = path.replace("PyTorch:", "PyTorch and C:")
             except ValueError as error:
                 path = f"an error: {error}"

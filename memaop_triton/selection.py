@@ -78,8 +78,8 @@ def select_rows(
     if k >= rows:
         return Selection(torch.arange(rows, device=scores.device), torch.ones_like(scores))
     if policy == "priority":
-        draws = _uniform(scores, rows, generator)
-        chosen = native.priority(scores, draws, k)
+        uniform = _from_zero(scores, rows, generator)
+        chosen = native.priority(scores, uniform, k)
         if chosen is not None:
             return Selection(*chosen)
     if policy == "topk":
@@ -90,7 +90,7 @@ def select_rows(
     if policy == "randk":
         indices, weights = _randk(scores, k, generator, rescale)
     elif policy == "priority":
-        indices, weights = _priority(scores, draws, k)
+        indices, weights = _priority(scores, 1 - uniform, k)
     else:
         indices, weights = _POLICIES[policy](scores, k, generator)
     indices, order = indices.sort()
@@ -149,9 +149,14 @@ def is_weighted(policy: str, rescale: bool = False) -> bool:
     return rescale or policy not in ("topk", "weightedk", "randk")
 
 
+def _from_zero(scores: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """`count` draws from [0, 1)."""
+    return torch.rand(count, dtype=scores.dtype, device=scores.device, generator=generator)
+
+
 def _uniform(scores: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """`count` draws from (0, 1]."""
-    return 1 - torch.rand(count, dtype=scores.dtype, device=scores.device, generator=generator)
+    return 1 - _from_zero(scores, count, generator)
 
 
 def _only_infinite(scores: Tensor) -> Tensor:

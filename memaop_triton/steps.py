@@ -13,9 +13,16 @@ from torch import Tensor
 
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels import cpu as kernels
+from memaop_triton.kernels import native_step
 from memaop_triton.layer_observer import LayerObserver, Projected
 from memaop_triton.memory import ResidualMemory, SubspaceMemory
-from memaop_triton.selection import Selection, cut, is_weighted, select, within
+from memaop_triton.selection import (
+    Selection,
+    cut,
+    is_weighted,
+    select,
+    within,
+)
 
 if TYPE_CHECKING:
     from memaop_triton.tensor_parallel import Shards
@@ -82,6 +89,28 @@ class Operands(NamedTuple):
         selection = self.shards.share(selection)
         return cut(selection, scores.numel()) if cut_short else selection
 
+    def in_one_call(
+        self, a: Tensor, b: Tensor, basis: Tensor | None = None, *, sums: bool = False
+    ) -> native_step.Step | None:
+        """Scores, selection and product by one call of the C code, if it can do all of that.
+
+        The arguments are those of `native_step.run`; `a` is G where the two have been exchanged.
+        """
+        policy = self.config.selection
+        is_alone = self.shards is None and self.config.block_rows == 1
+        if not is_alone or policy not in ("priority", "topk"):
+            return None
+        return native_step.run(
+            a,
+            b,
+            self.k,
+            basis,
+            draw=policy == "priority",
+            sums=sums,
+            transposed=a is not self.x,
+            generator=self.generator,
+        )
+
     def keep_factors(
         self,
         x: Tensor,
@@ -112,12 +141,17 @@ class Operands(NamedTuple):
 def without_memory(operands: Operands, selection: Selection | None) -> Gradients:
     """dW from the selected rows; `selection` takes the place of scores."""
     x, g, config, *_ = operands
-    scores = None
+    scores = dw = None
     if selection is None:
-        scores = _scores(kernels.row_norms(x), kernels.row_norms(g))
-        selection = operands.choose(operands.whole(scores))
+        step = operands.in_one_call(x, g)
+        if step is not None:
+            scores, selection, dw = step.scores, Selection(step.indices, step.weights), step.product
+        else:
+            scores = _scores(kernels.row_norms(x), kernels.row_norms(g))
+            selection = operands.choose(operands.whole(scores))
     operands.keep_factors(x, g, selection)
-    dw = kernels.gather_gemm(x, g, *_rows_and_weights(selection, config))
+    if dw is None:
+        dw = kernels.gather_gemm(x, g, *_rows_and_weights(selection, config))
     operands.observe(selection, dw, scores)
     return Gradients(dw, operands.sum_rows())
 
@@ -154,19 +188,24 @@ def with_subspace(
     # A basis of the gradients' side makes the same sum with the two exchanged: dWᵀ.
     a, b = (x, g) if memory.side == "input" else (g, x)
     basis = memory.basis_of(a)
-    z, rest_norms = kernels.project_rows(a, basis)
-    zb, b_norms, db = kernels.project_gradient(b, z, bias_grad=bias_grad and b is g)
-    # The scores take the place of the norms.
-    projected = None
-    if operands.is_observed:
-        projected = Projected(rest_norms.clone(), z, zb, a.shape[1])
-    scores = _scores(rest_norms, b_norms)
-    if selection is None:
-        selection = operands.choose(operands.whole(scores))
-    indices, weights = _rows_and_weights(selection, config)
-    projection = kernels.Projection(basis * kernels.basis_scale(a.shape[1]), z, zb)
-    operands.keep_factors(a, b, selection, projection, exchanged=a is g)
-    dw = kernels.gather_gemm(a, b, indices, weights, projection, transposed=a is g)
+    wants_sums = bias_grad and b is g
+    step = None if selection is not None else operands.in_one_call(a, b, basis, sums=wants_sums)
+    if step is not None:
+        rest, scores, indices, weights, z, zb, db, dw = step
+        selection = Selection(indices, weights)
+    else:
+        z, rest = kernels.project_rows(a, basis)
+        zb, b_norms, db = kernels.project_gradient(b, z, bias_grad=wants_sums)
+        scores, dw = _scores(rest.clone() if operands.is_observed else rest, b_norms), None
+        if selection is None:
+            selection = operands.choose(operands.whole(scores))
+    if dw is None or operands.factors is not None:
+        projection = kernels.Projection(basis * kernels.basis_scale(a.shape[1]), z, zb)
+        operands.keep_factors(a, b, selection, projection, exchanged=a is g)
+    if dw is None:
+        rows = _rows_and_weights(selection, config)
+        dw = kernels.gather_gemm(a, b, *rows, projection, transposed=a is g)
+    projected = Projected(rest, z, zb, a.shape[1]) if operands.is_observed else None
     operands.observe(selection, dw, scores, projected)
     memory.end_step(a, z)
     return Gradients(dw, operands.sum_rows() if db is None else db)

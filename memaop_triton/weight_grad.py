@@ -95,8 +95,10 @@ def weight_and_bias_grad(
         observer.begin_step(x.device)
     k = rows_to_compute(config, memory, rows, n, p)
     if isinstance(memory, SubspaceMemory) and k < rows:
+        choice = memory.side, memory.rank
         memory.begin_step(x, g, config, generator)
-        k = rows_to_compute(config, memory, rows, n, p)
+        if (memory.side, memory.rank) != choice:
+            k = rows_to_compute(config, memory, rows, n, p)
     operands = Operands(x, g, config, k, bias_grad, generator, shards, factors, observer)
     step = _steps_for(x, memory)
     result: Gradients

@@ -6,6 +6,8 @@ import torch
 
 from memaop_triton import steps
 from memaop_triton.config import MEMORIES, ROW_MEMORIES
+from memaop_triton.kernels import native_step
+from memaop_triton.selection import Selection
 from tests.schemes import LEGAL, UNBIASED, label
 
 
@@ -83,13 +85,20 @@ def generator():
 def selections(monkeypatch):
     """Every selection that the pipeline makes from now on, in order."""
     made = []
-    select = steps.select
+    select, run = steps.select, native_step.run
 
     def recording(*args, **kwargs):
         made.append(select(*args, **kwargs))
         return made[-1]
 
+    def recording_step(*args, **kwargs):
+        step = run(*args, **kwargs)
+        if step is not None:
+            made.append(Selection(step.indices, step.weights))
+        return step
+
     monkeypatch.setattr(steps, "select", recording)
+    monkeypatch.setattr(native_step, "run", recording_step)
     return made
 
 

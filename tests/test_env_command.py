@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memaop_triton import cli, dispatch, machine
-from memaop_triton.kernels import native, targets
+from memaop_triton.kernels import native_library, targets
 from memaop_triton.units import milliseconds
 
 
@@ -23,11 +23,11 @@ def env(monkeypatch):
     def run(**variables):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        native._compiled.cache_clear()
+        native_library._compiled.cache_clear()
         return machine.describe()
 
     yield run
-    native._compiled.cache_clear()
+    native_library._compiled.cache_clear()
 
 
 def test_text_and_json_say_the_same(capsys, tmp_path):
@@ -88,14 +88,14 @@ def test_variables_are_shown_with_their_meaning_and_misspelt_ones_are_named(env)
 
 
 def test_every_variable_that_the_package_reads_is_explained():
-    folders = Path(machine.__file__).parent, Path(native.__file__).parent
+    folders = Path(machine.__file__).parent, Path(native_library.__file__).parent
     sources = [path.read_text() for folder in folders for path in folder.rglob("*.py")]
     read = set(re.findall(r"MEMAOP_TRITON_[A-Z_]*[A-Z]", "\n".join(sources)))
     assert {"MEMAOP_TRITON_BACKEND", "MEMAOP_TRITON_CACHE_DIR"} <= read
     assert read <= machine.VARIABLES.keys()
 
 
-@pytest.mark.skipif(not native.is_compiled(), reason="needs a C compiler")
+@pytest.mark.skipif(not native_library.is_compiled(), reason="needs a C compiler")
 def test_row_passes_that_are_compiled(env, tmp_path):
     facts = env(MEMAOP_TRITON_CACHE_DIR=str(tmp_path))
     rows = facts["row passes in C"]
@@ -120,7 +120,7 @@ def test_row_passes_that_are_compiled(env, tmp_path):
         ({"MEMAOP_TRITON_BACKEND": "cuda"}, "no: MEMAOP_TRITON_BACKEND='cuda' is not one of"),
     ],
 )
-@pytest.mark.skipif(not native.is_compiled(), reason="needs a C compiler")
+@pytest.mark.skipif(not native_library.is_compiled(), reason="needs a C compiler")
 def test_row_passes_that_are_not_used_and_why(env, tmp_path, variables, reason):
     facts = env(MEMAOP_TRITON_CACHE_DIR=str(tmp_path), **variables)
     rows = facts["row passes in C"]
@@ -129,7 +129,7 @@ def test_row_passes_that_are_not_used_and_why(env, tmp_path, variables, reason):
     assert not facts["what works on"]["cpu float32"].startswith("PyTorch and C")
 
 
-@pytest.mark.skipif(not native.is_compiled(), reason="needs a C compiler")
+@pytest.mark.skipif(not native_library.is_compiled(), reason="needs a C compiler")
 def test_a_cache_that_cannot_be_written(env, tmp_path):
     (tmp_path / "native").write_text("in the way")
     rows = env(MEMAOP_TRITON_CACHE_DIR=str(tmp_path))["row passes in C"]

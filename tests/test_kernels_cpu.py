@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from memaop_triton.kernels import cpu
+from memaop_triton.kernels import cpu, native_library
 
 SHAPES = [(1, 1), (3, 17), (129, 3), (17, 129), (0, 5)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -50,7 +50,7 @@ def test_row_passes_in_pytorch_agree_with_the_compiled_ones(monkeypatch):
     results = []
     for compiled in (True, False):
         if not compiled:
-            monkeypatch.setattr(cpu.native, "_library", lambda: None)
+            monkeypatch.setattr(native_library, "_library", lambda: None)
         memory = before.clone()
         results.append((cpu.row_norms(rows), cpu.accumulate_and_score(memory, rows, carry), memory))
     torch.testing.assert_close(*results)

@@ -8,7 +8,7 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 from memaop_triton import MemAOPConfig, new_memory, selection
-from memaop_triton.kernels import cpu, native
+from memaop_triton.kernels import cpu, native, native_library
 from memaop_triton.weight_grad import weight_grad
 from tests.compiled import KINDS, needs_compiler
 
@@ -16,7 +16,7 @@ from tests.compiled import KINDS, needs_compiler
 @pytest.fixture
 def plain(monkeypatch):
     """Switches the compiled row passes off from the moment it is called."""
-    return lambda: monkeypatch.setattr(native, "_library", lambda: None)
+    return lambda: monkeypatch.setattr(native_library, "_library", lambda: None)
 
 
 def both(plain, call):
@@ -74,8 +74,8 @@ def test_room_lives_until_the_call_returns(monkeypatch):
         references.append(weakref.ref(room))
         return room
 
-    monkeypatch.setattr(native, "_room_for", room_for)
-    monkeypatch.setattr(native, "_library_for", lambda *operands: Library())
+    monkeypatch.setattr(native, "room_for", room_for)
+    monkeypatch.setattr(native, "library_for", lambda *operands: Library())
     native.transposed_mm(torch.randn(8, 4), torch.randn(8, 16))
     assert alive == [True]
 
@@ -105,21 +105,23 @@ def test_accumulation_agrees_with_pytorch(plain, dtype, rows, columns):
 
 @needs_compiler
 @pytest.mark.parametrize(("count", "k"), [(2, 1), (17, 16), (500, 3), (5000, 625)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["normal", "wide", "zeros", "infinite", "all infinite", "nan"])
-def test_priority_selects_what_pytorch_selects(count, k, kind):
-    scores = torch.rand(count)
+def test_priority_selects_what_pytorch_selects(count, k, kind, dtype):
+    scores = torch.rand(count, dtype=dtype)
     if kind == "wide":
-        scores = (20 * torch.randn(count)).exp().clamp(max=1e30)
+        scores = (20 * torch.randn(count, dtype=dtype)).exp().clamp(max=1e30)
     elif kind == "zeros":
         scores[torch.rand(count) < 0.9] = 0
     elif kind != "normal":
         bad = torch.ones(count) if kind == "all infinite" else torch.rand(count) < 0.01
         scores[bad.bool()] = torch.nan if kind == "nan" else torch.inf
-    draws = 1 - torch.rand(count)
-    indices, weights = native.priority(scores, draws, k)
+    uniform = torch.rand(count, dtype=dtype)
+    indices, weights = native.priority(scores, uniform, k)
     assert (indices.diff() > 0).all()
     assert ((indices >= 0) & (indices < count)).all()
-    theirs, their_weights = selection._priority(scores.nan_to_num(torch.inf, torch.inf), draws, k)
+    finite = scores.nan_to_num(torch.inf, torch.inf)
+    theirs, their_weights = selection._priority(finite, 1 - uniform, k)
     order = theirs.argsort()
     # Rows of weight 0 fill up to K, and any of them will do.
     found, expected = weights > 0, their_weights[order] > 0
@@ -129,15 +131,16 @@ def test_priority_selects_what_pytorch_selects(count, k, kind):
 
 @needs_compiler
 def test_priority_takes_the_first_of_equal_keys():
-    indices, weights = native.priority(torch.ones(9), torch.ones(9), 4)
+    indices, weights = native.priority(torch.ones(9), torch.zeros(9), 4)
     assert indices.tolist() == [0, 1, 2, 3]
     assert weights.tolist() == [1, 1, 1, 1]
 
 
 @needs_compiler
 @pytest.mark.parametrize(("count", "k"), [(2, 1), (17, 16), (500, 3), (5000, 625)])
-def test_the_largest_scores_are_selected(count, k):
-    scores = torch.rand(count)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_scores_are_selected(count, k, dtype):
+    scores = torch.rand(count, dtype=dtype)
     scores[torch.rand(count) < 0.1] = 0
     indices = native.largest(scores, k)
     assert torch.equal(scores[indices].sort().values, scores.topk(k).values.flip(0))

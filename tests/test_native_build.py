@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from memaop_triton.kernels import cpu, native, native_build
+from memaop_triton.kernels import cpu, native_build, native_library
 from tests.compiled import needs_compiler
 
 PRODUCT = r"fn?m(?:add|sub)\d+p|mulp"
@@ -20,7 +20,7 @@ def assembly(source, kind, capability, folder):
     """What the compiler makes of a file for processors with these instructions."""
     flags = native_build.FLAGS + native_build.VECTOR_FLAGS.get(capability, [])
     listing = folder / "listing.s"
-    file = native_build.HEADER.with_name(source)
+    file = native_build.HEADERS[0].with_name(source)
     native_build.run(["cc", *flags, native_build.KINDS[kind], "-S", str(file), "-o", str(listing)])
     return listing.read_text()
 
@@ -28,14 +28,14 @@ def assembly(source, kind, capability, folder):
 @pytest.fixture
 def fresh_library():
     """Forgets what was loaded, before and after."""
-    native._compiled.cache_clear()
-    yield native._library
-    native._compiled.cache_clear()
+    native_library._compiled.cache_clear()
+    yield native_library._library
+    native_library._compiled.cache_clear()
 
 
 @needs_compiler
 def test_a_machine_with_a_compiler_uses_it():
-    assert native.is_compiled()
+    assert native_library.is_compiled()
 
 
 @needs_compiler
@@ -67,7 +67,8 @@ def test_the_loop_of_the_gemm_stores_nothing(tmp_path, capability, kind):
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_narrower_registers_give_the_same_numbers(tmp_path, capability):
     probe = (
-        "import torch; from memaop_triton.kernels import cpu, native; assert native.is_compiled(); "
+        "import torch; from memaop_triton.kernels import cpu, native_library; "
+        "assert native_library.is_compiled(); "
         "torch.manual_seed(0); x, q = torch.randn(75, 208), torch.randn(208, 40); "
         "z, norms = cpu.project_rows(x, q); gradient = cpu.project_gradient(x, z, bias_grad=True); "
         f"torch.save((z, norms, *gradient), {str(tmp_path / 'found')!r})"
@@ -94,7 +95,7 @@ def test_the_compiled_file_is_kept_and_used_again(fresh_library, monkeypatch, tm
     monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
     assert fresh_library() is not None
     (kept,) = (tmp_path / "native").iterdir()
-    native._compiled.cache_clear()
+    native_library._compiled.cache_clear()
     monkeypatch.setattr(native_build, "_compile", lambda *_: pytest.fail("compiled a second time"))
     assert fresh_library() is not None
     assert list((tmp_path / "native").iterdir()) == [kept]
@@ -119,7 +120,7 @@ def test_a_broken_file_in_the_cache_falls_back(fresh_library, monkeypatch, tmp_p
     # In a process of its own: the file is mapped into this one.
     kept.unlink()
     kept.write_bytes(b"not a library")
-    probe = "from memaop_triton.kernels import native; print(native.is_compiled())"
+    probe = "from memaop_triton.kernels import native_library; print(native_library.is_compiled())"
     environ = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
     done = subprocess.run(
         [sys.executable, "-c", probe], env=environ, capture_output=True, text=True
@@ -144,7 +145,7 @@ def test_without_a_compiler_plain_pytorch_serves(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with caplog.at_level(logging.INFO):
-        assert not native.is_compiled()
+        assert not native_library.is_compiled()
     assert reason in caplog.text
     x = torch.randn(5, 16)
     torch.testing.assert_close(cpu.row_norms(x), x.norm(dim=1))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memaop_triton.kernels import cpu, native
+from memaop_triton.kernels import cpu, native, native_library
 from tests.compiled import KINDS, needs_compiler
 
 
@@ -11,7 +11,7 @@ from tests.compiled import KINDS, needs_compiler
 def own_gemm(monkeypatch):
     """The GEMM of `gather_gemm.c`, whether it is the faster one on this machine or not."""
     capability = torch.backends.cpu.get_cpu_capability()
-    monkeypatch.setattr(native, "_GEMM_CAPABILITIES", (capability,))
+    monkeypatch.setattr(native_library, "_GEMM_CAPABILITIES", (capability,))
     return native.gather_gemm
 
 
@@ -98,14 +98,14 @@ def test_the_gather_gemm_spoils_what_the_row_reaches_and_nothing_else(own_gemm, 
 
 @needs_compiler
 def test_the_gather_gemm_keeps_its_room_within_bounds(own_gemm, monkeypatch):
-    native._kept.__dict__.clear()
+    native_library._kept.__dict__.clear()
     own_gemm(*gemm_operands(300, 64, 64, 0))
-    kept = native._kept.room
+    kept = native_library._kept.room
     own_gemm(*gemm_operands(300, 32, 32, 0))
-    assert native._kept.room is kept
-    monkeypatch.setattr(native, "_MOST_KEPT", kept.numel())
+    assert native_library._kept.room is kept
+    monkeypatch.setattr(native_library, "_MOST_KEPT", kept.numel())
     own_gemm(*gemm_operands(300, 512, 512, 0))
-    assert native._kept.room is kept
+    assert native_library._kept.room is kept
 
 
 @needs_compiler

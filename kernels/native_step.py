@@ -1,0 +1,127 @@
+"""A whole weight gradient in one call of the C code beside this file.
+
+Where a layer is small, the calls of a step take longer than its arithmetic: scores, selection and
+product are one call here. The same passes one by one (`cpu`, `selection`) give the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memaop_triton.kernels.cpu import basis_scale
+from memaop_triton.kernels.native_library import (
+    KINDS,
+    LANES,
+    gemm_threads,
+    is_plain,
+    library_for,
+    matrix,
+    prefers_own_gemm,
+    room_for,
+    sizes_of,
+)
+
+
+class Step(NamedTuple):
+    """What a call has computed of Bᵀ A; numbers are in `score_dtype` unless something else is said.
+
+    Attributes:
+        rest: ‖a_m − Q Qᵀ a_m‖, [M]; without a basis the norms themselves.
+        scores: Those times ‖b_m‖, [M], infinite where a row is not finite.
+        indices: Rows that were selected, ascending, [K] int64.
+        weights: Of these rows, [K].
+        z: A Q / s in the dtype of `a`, [M, q]; [M, 0] without a basis.
+        zb: Zᵀ B, [q, P].
+        sums: Of the columns of B, [P] in the dtype of `b`, if they were asked for.
+        product: [P, N], or [N, P], in the dtype of `a`; `None` if PyTorch is to multiply.
+    """
+
+    rest: Tensor
+    scores: Tensor
+    indices: Tensor
+    weights: Tensor
+    z: Tensor
+    zb: Tensor
+    sums: Tensor | None
+    product: Tensor | None
+
+
+def run(
+    a: Tensor,
+    b: Tensor,
+    k: int,
+    basis: Tensor | None = None,
+    *,
+    draw: bool = True,
+    sums: bool = False,
+    transposed: bool = False,
+    generator: torch.Generator | None = None,
+) -> Step | None:
+    """Score all rows, select `k` of them, and multiply these; `None` if this does not apply.
+
+    Args:
+        a: [M, N].
+        b: [M, P].
+        k: From 1 to M − 1.
+        basis: Q, [N, q], column after column in memory: of a subspace in which all rows of A count,
+            and beside which they are scored.
+        draw: Draw the rows by priority sampling, instead of those of the largest scores.
+        sums: Whether those of the columns of B are wanted, which takes a basis.
+        transposed: Return the transposed product.
+        generator: Source of the draws, which are those of `selection.select_rows`.
+    """
+    library = library_for(a, b) if _fits(a, b, basis) else None
+    if library is None:
+        return None
+    kind = KINDS[a.dtype]
+    (rows, n), p = a.shape, b.shape[1]
+    rank = 0 if basis is None else basis.shape[1]
+    z = a.new_empty((rows, -(-rank // LANES) * LANES), dtype=kind.number)
+    zb = a.new_empty((rank, p), dtype=kind.number)
+    rest, scores = a.new_empty(rows, dtype=kind.number), a.new_empty(rows, dtype=kind.number)
+    column_sums = a.new_empty(p, dtype=kind.number) if sums else None
+    indices = a.new_empty(k, dtype=torch.int64)
+    uniform = None
+    if draw:
+        uniform = torch.rand(rows, dtype=kind.number, device=a.device, generator=generator)
+    weights = a.new_empty(k, dtype=kind.number) if draw else rest.new_ones(k)
+    product = None
+    if prefers_own_gemm():
+        product = a.new_empty((n, p) if transposed else (p, n), dtype=kind.number)
+    threads = [
+        sizes_of(a)[-1],
+        sizes_of(b, rank)[-1],
+        0 if product is None else gemm_threads(k + rank, n, p),
+    ]
+    room = room_for(kind, kind.function(library, "step_room")(rows, n, p, rank, *threads[1:]))
+    kind.function(library, "step")(
+        *(*matrix(a), *matrix(b), *((None, 0) if basis is None else matrix(basis.t())), rank),
+        *(basis_scale(n), None if uniform is None else uniform.data_ptr(), z.data_ptr()),
+        *(zb.data_ptr(), None if column_sums is None else column_sums.data_ptr()),
+        *(rest.data_ptr(), scores.data_ptr(), indices.data_ptr(), weights.data_ptr()),
+        *(None if product is None else product.data_ptr(), room.data_ptr()),
+        *(rows, k, n, p, transposed, *threads),
+    )
+    return Step(
+        rest,
+        scores,
+        indices,
+        weights,
+        z[:, :rank].to(a.dtype),
+        zb,
+        None if column_sums is None else column_sums.to(b.dtype),
+        None if product is None else product.to(a.dtype),
+    )
+
+
+def _fits(a: Tensor, b: Tensor, basis: Tensor | None) -> bool:
+    n, p = a.shape[1], b.shape[1]
+    if a.dtype != b.dtype or min(n, p) < LANES:
+        return False
+    if basis is None:
+        return True
+    fits = basis.shape[1] in range(4, 65, 4) and n % LANES == 0 and p % LANES == 0
+    return fits and basis.dtype == a.dtype and is_plain(basis.t())

@@ -1,0 +1,42 @@
+/* What the files of C code offer each other; each says beside its functions what they do. */
+
+#ifndef MEMAOP_PASSES_H
+#define MEMAOP_PASSES_H
+
+#include "lanes.h"
+
+/* Unsigned and as wide as a number. What works on numbers alone is named after them. */
+#if defined(KIND_F64)
+typedef uint64_t key;
+#define LARGEST DBL_MAX
+#define NUMBER_NAME(FUNCTION) FUNCTION##_f64
+#else
+typedef uint32_t key;
+#define LARGEST FLT_MAX
+#define NUMBER_NAME(FUNCTION) FUNCTION##_f32
+#endif
+
+/* rows.c */
+void NAME(row_norms)(const stored *x, long ld, number *norms, long rows, long columns, int threads);
+
+/* projection.c */
+void NAME(project)(const stored *x, long ldx, const number *basis, number *z, number *norms,
+                   float scale, long rows, long columns, int groups, int threads);
+long NAME(product_room)(long z_columns, long columns, int threads);
+void NAME(transposed_product)(const number *z, long ldz, long z_columns, const stored *a, long lda,
+                              number *out, number *room, number *norms, number *column_sums,
+                              long rows, long columns, int threads);
+
+/* selection.c */
+void NUMBER_NAME(largest)(const number *scores, key *keys, long count, long k, int64_t *indices);
+void NUMBER_NAME(priority)(const number *scores, const number *uniform, key *keys, long count, long k,
+                           int64_t *indices, number *weights);
+
+/* gather_gemm.c */
+long NAME(panel_size)(long n, long p, int threads);
+int NAME(gather_gemm)(const stored *x, long ldx, const stored *g, long ldg, const int64_t *indices,
+                      const number *weights, const number *z, long ldz, const number *expand, long lde,
+                      const number *zg, number *out, number *panels, long total, long k, long n, long p,
+                      long rank, int transposed, int threads);
+
+#endif
