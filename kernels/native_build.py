@@ -64,7 +64,10 @@ _OF_A_KIND = {
     "panel_size": ("l", "ll i"),
     "gather_gemm": ("i", f"{_MATRIX} {_MATRIX} pp {_MATRIX} {_MATRIX} p pp lllll ii"),
     "step_room": ("l", "llll ii"),
-    "step": ("v", f"{_MATRIX} {_MATRIX} {_MATRIX} l f p ppp pp pp pp llll iiii"),
+    "step": (
+        "v",
+        f"{_MATRIX} {_MATRIX} {_MATRIX} {_MATRIX} p {_MATRIX} l f p ppp pp pp pp llll iiii",
+    ),
 }
 _OF_NUMBERS = {
     "largest": ("v", "pp ll p"),

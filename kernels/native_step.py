@@ -25,6 +25,20 @@ from memaop_triton.kernels.native_library import (
 )
 
 
+class Added(NamedTuple):
+    """Rows that a memory of rows, A and B, takes before it is scored.
+
+    Attributes:
+        a: [M, N].
+        b: [M, P].
+        carry: [M] in `score_dtype`: what the rows of the memory are multiplied by before.
+    """
+
+    a: Tensor
+    b: Tensor
+    carry: Tensor
+
+
 class Step(NamedTuple):
     """What a call has computed of Bᵀ A; numbers are in `score_dtype` unless something else is said.
 
@@ -54,6 +68,7 @@ def run(
     b: Tensor,
     k: int,
     basis: Tensor | None = None,
+    added: Added | None = None,
     *,
     draw: bool = True,
     sums: bool = False,
@@ -68,12 +83,13 @@ def run(
         k: From 1 to M − 1.
         basis: Q, [N, q], column after column in memory: of a subspace in which all rows of A count,
             and beside which they are scored.
+        added: What is added to A and B, in place, before all else; without a basis.
         draw: Draw the rows by priority sampling, instead of those of the largest scores.
         sums: Whether those of the columns of B are wanted, which takes a basis.
         transposed: Return the transposed product.
         generator: Source of the draws, which are those of `selection.select_rows`.
     """
-    library = library_for(a, b) if _fits(a, b, basis) else None
+    library = library_for(a, b, *(added or ())) if _fits(a, b, basis, added) else None
     if library is None:
         return None
     kind = KINDS[a.dtype]
@@ -97,8 +113,17 @@ def run(
         0 if product is None else gemm_threads(k + rank, n, p),
     ]
     room = room_for(kind, kind.function(library, "step_room")(rows, n, p, rank, *threads[1:]))
+    before: tuple[int | None, ...] = (None, 0, None, 0, None)
+    if added is not None:
+        before = (*matrix(added.a), *matrix(added.b), added.carry.data_ptr())
     kind.function(library, "step")(
-        *(*matrix(a), *matrix(b), *((None, 0) if basis is None else matrix(basis.t())), rank),
+        *(
+            *matrix(a),
+            *matrix(b),
+            *before,
+            *((None, 0) if basis is None else matrix(basis.t())),
+            rank,
+        ),
         *(basis_scale(n), None if uniform is None else uniform.data_ptr(), z.data_ptr()),
         *(zb.data_ptr(), None if column_sums is None else column_sums.data_ptr()),
         *(rest.data_ptr(), scores.data_ptr(), indices.data_ptr(), weights.data_ptr()),
@@ -117,10 +142,13 @@ def run(
     )
 
 
-def _fits(a: Tensor, b: Tensor, basis: Tensor | None) -> bool:
+def _fits(a: Tensor, b: Tensor, basis: Tensor | None, added: Added | None) -> bool:
     n, p = a.shape[1], b.shape[1]
     if a.dtype != b.dtype or min(n, p) < LANES:
         return False
+    if added is not None:
+        dtypes = added.a.dtype, added.b.dtype, added.carry.dtype
+        return dtypes == (a.dtype, a.dtype, KINDS[a.dtype].number if a.dtype in KINDS else None)
     if basis is None:
         return True
     fits = basis.shape[1] in range(4, 65, 4) and n % LANES == 0 and p % LANES == 0

@@ -18,6 +18,8 @@ typedef uint32_t key;
 
 /* rows.c */
 void NAME(row_norms)(const stored *x, long ld, number *norms, long rows, long columns, int threads);
+void NAME(accumulate)(stored *m, long ldm, const stored *x, long ldx, const number *carry,
+                      number *norms, long rows, long columns, int threads);
 
 /* projection.c */
 void NAME(project)(const stored *x, long ldx, const number *basis, number *z, number *norms,

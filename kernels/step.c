@@ -57,15 +57,27 @@ static void lay_out(const stored *basis, long ldq, number scale, number *shrunk,
         }
 }
 
+/* Norms of rows; those of a memory take the rows of a batch before. */
+INLINE void score_rows(stored *a, long lda, const stored *added, long ld, const number *carry,
+                       number *norms, long rows, long columns, int threads) {
+    if (carry != NULL)
+        NAME(accumulate)(a, lda, added, ld, carry, norms, rows, columns, threads);
+    else
+        NAME(row_norms)(a, lda, norms, rows, columns, threads);
+}
+
 /* out [p, n], or [n, p] if transposed, = B^T A, approximately: A's part in the subspace of the basis,
  * and the rest from k of the rows. They are drawn by priority sampling from scores[i] = rest[i] |b_i|,
- * or are those of the largest scores if `uniform` is null. Nothing is multiplied if `out` is null.
+ * or are those of the largest scores if `uniform` is null. Nothing is multiplied if `out` is null. Unless
+ * `carry` is null, A and B are a memory, which first becomes carry A + added_a and carry B + added_b.
  *
- * a [rows, n], b [rows, p]; basis: the columns of Q [n, rank], rank a multiple of 4 up to 64 and n and p
- * multiples of 16, or none at all and rank 0; z [rows, whole groups], zg [rank, p], sums (of the columns
- * of b) [p] or null; rest, scores, uniform [rows]; indices, weights [k], 0 < k < rows; room: for
- * `step_room(...)` numbers, at a multiple of 64 bytes. */
-void NAME(step)(const stored *a, long lda, const stored *b, long ldb, const stored *basis, long ldq,
+ * a, added_a [rows, n], b, added_b [rows, p]; carry [rows], without a basis only; basis: the columns of
+ * Q [n, rank], rank a multiple of 4 up to 64 and n and p multiples of 16, or none at all and rank 0;
+ * z [rows, whole groups], zg [rank, p], sums (of the columns of b) [p] or null; rest, scores, uniform
+ * [rows]; indices, weights [k], 0 < k < rows; room: for `step_room(...)` numbers, at a multiple of 64
+ * bytes. */
+void NAME(step)(stored *a, long lda, stored *b, long ldb, const stored *added_a, long ld_added_a,
+                const stored *added_b, long ld_added_b, const number *carry, const stored *basis, long ldq,
                 long rank, float scale, const number *uniform, number *z, number *zg, number *sums,
                 number *rest, number *scores, int64_t *indices, number *weights, number *out,
                 number *room, long rows, long k, long n, long p, int transposed, int a_threads,
@@ -83,8 +95,8 @@ void NAME(step)(const stored *a, long lda, const stored *b, long ldb, const stor
             round_all(z, rows * ldz, a_threads);
         NAME(transposed_product)(z, ldz, rank, b, ldb, zg, shared, scores, sums, rows, p, b_threads);
     } else {
-        NAME(row_norms)(a, lda, rest, rows, n, a_threads);
-        NAME(row_norms)(b, ldb, scores, rows, p, b_threads);
+        score_rows(a, lda, added_a, ld_added_a, carry, rest, rows, n, a_threads);
+        score_rows(b, ldb, added_b, ld_added_b, carry, scores, rows, p, b_threads);
     }
     for (long i = 0; i < rows; i++) {
         const number score = rest[i] * scores[i];

@@ -90,24 +90,32 @@ class Operands(NamedTuple):
         return cut(selection, scores.numel()) if cut_short else selection
 
     def in_one_call(
-        self, a: Tensor, b: Tensor, basis: Tensor | None = None, *, sums: bool = False
+        self,
+        a: Tensor,
+        b: Tensor,
+        basis: Tensor | None = None,
+        added: native_step.Added | None = None,
+        *,
+        sums: bool = False,
+        transposed: bool = False,
     ) -> native_step.Step | None:
         """Scores, selection and product by one call of the C code, if it can do all of that.
 
-        The arguments are those of `native_step.run`; `a` is G where the two have been exchanged.
+        The arguments are those of `native_step.run`.
         """
         policy = self.config.selection
         is_alone = self.shards is None and self.config.block_rows == 1
-        if not is_alone or policy not in ("priority", "topk"):
+        if not is_alone or policy not in ("priority", "topk") or self.k == a.shape[0]:
             return None
         return native_step.run(
             a,
             b,
             self.k,
             basis,
+            added,
             draw=policy == "priority",
             sums=sums,
-            transposed=a is not self.x,
+            transposed=transposed,
             generator=self.generator,
         )
 
@@ -167,13 +175,19 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     carry = filled.to(kernels.score_dtype(mx.dtype)) * factor
     if memory.signed:
         carry *= memory.draw_signs(rows, carry, generator)
-    scores = _scores(
-        kernels.accumulate_and_score(mx, x, carry), kernels.accumulate_and_score(mg, g, carry)
-    )
-    whole_scores = operands.whole(scores)
-    selection = operands.choose(whole_scores)
+    step = operands.in_one_call(mx, mg, added=native_step.Added(x, g, carry))
+    if step is not None:
+        scores, selection, dw = step.scores, Selection(step.indices, step.weights), step.product
+        whole_scores = scores
+    else:
+        scores = _scores(
+            kernels.accumulate_and_score(mx, x, carry), kernels.accumulate_and_score(mg, g, carry)
+        )
+        whole_scores, dw = operands.whole(scores), None
+        selection = operands.choose(whole_scores)
     operands.keep_factors(mx, mg, selection)
-    dw = kernels.gather_gemm(mx, mg, selection.indices)
+    if dw is None:
+        dw = kernels.gather_gemm(mx, mg, selection.indices)
     filled.fill_(True)
     memory.empty(selection.indices, whole_scores)
     operands.observe(selection, dw, scores)
@@ -189,7 +203,9 @@ def with_subspace(
     a, b = (x, g) if memory.side == "input" else (g, x)
     basis = memory.basis_of(a)
     wants_sums = bias_grad and b is g
-    step = None if selection is not None else operands.in_one_call(a, b, basis, sums=wants_sums)
+    step = None
+    if selection is None:
+        step = operands.in_one_call(a, b, basis, sums=wants_sums, transposed=a is g)
     if step is not None:
         rest, scores, indices, weights, z, zb, db, dw = step
         selection = Selection(indices, weights)

@@ -53,7 +53,8 @@ def gradients(config, shape, dtype, *, steps=3, watched=False, spoil=lambda x, g
         both = weight_and_bias_grad(x, g, config, memory, factors=factors, observer=observer)
         found += [*both, *(a for pair in factors or () for a in pair)]
     if memory is not None:
-        found.append(memory.basis)
+        kept = memory.state_dict().values()
+        found += [kept_one for kept_one in kept if isinstance(kept_one, torch.Tensor)]
     if observer is not None:
         found += [observer._sums, observer._counts]
     return found
@@ -103,6 +104,52 @@ def test_without_memory(shape, selection, threads, dtype, own_gemm, calls, one_b
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("memory", ["residual", "signed"])
+@pytest.mark.parametrize("shape", [(2, 16, 16), (300, 50, 33), (700, 128, 96)], ids=str)
+def test_with_a_memory_of_rows(shape, memory, threads, dtype, own_gemm, calls, one_by_one):
+    k = max(1, shape[0] // 9)
+    config = MemAOPConfig(k=k, selection="topk", memory=memory, decay=0.9)
+    torch.set_num_threads(threads)
+    try:
+        found = gradients(config, shape, dtype, watched=True)
+        assert len(calls) == 3
+        one_by_one()
+        agree(found, gradients(config, shape, dtype, watched=True))
+    finally:
+        torch.set_num_threads(1)
+
+
+@needs_compiler
+def test_a_memory_that_is_not_stored_like_its_rows_goes_its_own_way(calls):
+    config = MemAOPConfig(k=5, selection="topk", memory="residual", memory_dtype=torch.bfloat16)
+    gradients(config, (60, 32, 48), torch.float32)
+    assert calls == []
+
+
+@needs_compiler
+def test_all_rows_of_a_memory(calls, one_by_one):
+    config = MemAOPConfig(k=60, selection="topk", memory="residual")
+
+    def both():
+        torch.manual_seed(0)
+        memory = new_memory(config, 32, 48)
+        sizes = 90, 60  # the second batch is computed whole, with what is left of the first
+        return [
+            weight_and_bias_grad(
+                torch.randn(rows, 32), torch.randn(rows, 48), config, memory
+            ).weight
+            for rows in sizes
+        ]
+
+    found = both()
+    assert len(calls) == 1
+    one_by_one()
+    agree(found, both())
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("memory", ["none", "subspace"])
 @pytest.mark.parametrize("selection", ["priority", "topk"])
 def test_what_is_watched_and_collected(selection, memory, dtype, own_gemm, calls, one_by_one):
@@ -127,14 +174,15 @@ def test_where_pytorch_multiplies(memory, dtype, monkeypatch, calls, one_by_one)
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("memory", ["none", "subspace"])
+@pytest.mark.parametrize("memory", ["none", "residual", "subspace"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_rows_that_are_not_finite_show(value, memory, dtype, own_gemm, calls, one_by_one):
     def spoil(x, g):
         x[[3, 50], 7] = value
         g[3] = 0
 
-    config = MemAOPConfig(k=20, rank=8, memory=memory, side="input")
+    selection = "topk" if memory == "residual" else "priority"
+    config = MemAOPConfig(k=20, rank=8, selection=selection, memory=memory, side="input")
     found = gradients(config, (200, 64, 80), dtype, spoil=spoil)
     assert not found[0].isfinite().all()
     for step in calls:
