@@ -6,6 +6,7 @@ product are one call here. The same passes one by one (`cpu`, `selection`) give 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -93,42 +94,31 @@ def run(
     if library is None:
         return None
     kind = KINDS[a.dtype]
+    new = functools.partial(a.new_empty, dtype=kind.number)
     (rows, n), p = a.shape, b.shape[1]
     rank = 0 if basis is None else basis.shape[1]
-    z = a.new_empty((rows, -(-rank // LANES) * LANES), dtype=kind.number)
-    zb = a.new_empty((rank, p), dtype=kind.number)
-    rest, scores = a.new_empty(rows, dtype=kind.number), a.new_empty(rows, dtype=kind.number)
-    column_sums = a.new_empty(p, dtype=kind.number) if sums else None
+    z, zb = new((rows, -(-rank // LANES) * LANES)), new((rank, p))
+    rest, scores = new(rows), new(rows)
+    column_sums = new(p) if sums else None
     indices = a.new_empty(k, dtype=torch.int64)
     uniform = None
     if draw:
         uniform = torch.rand(rows, dtype=kind.number, device=a.device, generator=generator)
-    weights = a.new_empty(k, dtype=kind.number) if draw else rest.new_ones(k)
-    product = None
-    if prefers_own_gemm():
-        product = a.new_empty((n, p) if transposed else (p, n), dtype=kind.number)
-    threads = [
-        sizes_of(a)[-1],
-        sizes_of(b, rank)[-1],
-        0 if product is None else gemm_threads(k + rank, n, p),
-    ]
-    room = room_for(kind, kind.function(library, "step_room")(rows, n, p, rank, *threads[1:]))
-    before: tuple[int | None, ...] = (None, 0, None, 0, None)
-    if added is not None:
-        before = (*matrix(added.a), *matrix(added.b), added.carry.data_ptr())
+    weights = new(k) if draw else rest.new_ones(k)
+    multiplies = prefers_own_gemm()
+    product = new((n, p) if transposed else (p, n)) if multiplies else None
+    b_threads = sizes_of(b, rank)[-1]
+    product_threads = gemm_threads(k + rank, n, p) if multiplies else 0
+    room_of = kind.function(library, "step_room")
+    room = room_for(kind, room_of(rows, n, p, rank, b_threads, product_threads))
     kind.function(library, "step")(
-        *(
-            *matrix(a),
-            *matrix(b),
-            *before,
-            *((None, 0) if basis is None else matrix(basis.t())),
-            rank,
+        *(*matrix(a), *matrix(b), *_addresses_of(added)),
+        *((None, 0) if basis is None else matrix(basis.t())),
+        *(rank, basis_scale(n)),
+        *map(
+            _address, (uniform, z, zb, column_sums, rest, scores, indices, weights, product, room)
         ),
-        *(basis_scale(n), None if uniform is None else uniform.data_ptr(), z.data_ptr()),
-        *(zb.data_ptr(), None if column_sums is None else column_sums.data_ptr()),
-        *(rest.data_ptr(), scores.data_ptr(), indices.data_ptr(), weights.data_ptr()),
-        *(None if product is None else product.data_ptr(), room.data_ptr()),
-        *(rows, k, n, p, transposed, *threads),
+        *(rows, k, n, p, transposed, sizes_of(a)[-1], b_threads, product_threads),
     )
     return Step(
         rest,
@@ -140,6 +130,16 @@ def run(
         None if column_sums is None else column_sums.to(b.dtype),
         None if product is None else product.to(a.dtype),
     )
+
+
+def _address(a: Tensor | None) -> int | None:
+    return None if a is None else a.data_ptr()
+
+
+def _addresses_of(added: Added | None) -> tuple[int | None, ...]:
+    if added is None:
+        return None, 0, None, 0, None
+    return *matrix(added.a), *matrix(added.b), added.carry.data_ptr()
 
 
 def _fits(a: Tensor, b: Tensor, basis: Tensor | None, added: Added | None) -> bool:
