@@ -57,13 +57,22 @@ static void pack_end_of_x(const Rows *rows, const number *row, const number *z, 
     }
 }
 
+/* Compilers take TALL columns one by one, unless they are told what they consist of. */
+_Static_assert(TALL % 4 == 0 || TALL % 4 == 2, "fours, and a two at most");
+typedef number four __attribute__((vector_size(4 * sizeof(number)), aligned(sizeof(number))));
+typedef number two __attribute__((vector_size(2 * sizeof(number)), aligned(sizeof(number))));
+
 INLINE void pack_g(const number *row, number weight, long count, number *to) {
-    if (count >= TALL)
-        for (int i = 0; i < TALL; i++)
-            to[i] = weight * row[i];
-    else
+    if (count < TALL) {
         for (int i = 0; i < TALL; i++)
             to[i] = i < count ? weight * row[i] : 0;
+        return;
+    }
+    int i = 0;
+    for (; i + 4 <= TALL; i += 4)
+        *(four *)(to + i) = weight * *(const four *)(row + i);
+    if (i < TALL)
+        *(two *)(to + i) = weight * *(const two *)(row + i);
 }
 
 /* `count` rows from the `r`-th of the product on into place `t` of the panels, `depth` rows deep. Those

@@ -126,6 +126,8 @@ _FEW_CELLS = {
     "gpt-256": _IN_LONG_TASKS,
     "gpt-128-64": _WITH_LARGER_BATCHES,
     "gpt-128-256": _WITH_LARGER_BATCHES,
+    "fashion-1024": _WITH_LARGER_BATCHES,
+    "vit-512": _WITH_LARGER_BATCHES,
 }
 LONG_TASKS = tuple(_FEW_CELLS)
 

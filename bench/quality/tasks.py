@@ -18,6 +18,8 @@ from memaop_triton.bench.quality.networks import Gpt, Mlp, Network, Vit
 Metric = Literal["accuracy", "loss"]
 
 _IMAGES = 60_000
+_SMALL = Mlp((784, 256, 256, 10))
+_WIDE = Mlp((784, 1024, 1024, 10))
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,25 @@ def _transformer(lr: float) -> Optimizer:
     return Optimizer("adamw", lr, (0.9, 0.99), 0.1, warmup=0.1, floor=0.1, clip=1.0)
 
 
+def _fashion(name: str, batch: int, epochs: float, lr: float) -> Task:
+    title = "Fashion-MNIST, MLP 784-1024-1024-10, Adam"
+    title += f", {batch:,} images a step" if batch != 256 else ""
+    optimizer, steps = Optimizer("adam", lr, floor=0.0), _epochs(epochs, batch)
+    return Task(name, title, "fashion_mnist", _WIDE, optimizer, batch, steps, "accuracy")
+
+
+def _vit(name: str, batch: int, epochs: float, lr: float) -> Task:
+    title = "Fashion-MNIST, ViT of 16 tokens, d=128, 3 layers"
+    title += f", {batch:,} images a step" if batch != 128 else ""
+    steps, network = _epochs(epochs, batch), Vit(128, 3)
+    return Task(name, title, "fashion_mnist", network, _transformer(lr), batch, steps, "accuracy")
+
+
 def _gpt(name: str, network: Gpt, steps: int, lr: float, batch: int = 16) -> Task:
     title = f"Character GPT, d={network.width}, {network.depth} layers, {steps:,} steps"
     title += f" of {batch} sequences" if batch != 16 else ""
     return Task(name, title, "tinyshakespeare", network, _transformer(lr), batch, steps, "loss")
 
-
-_SMALL = Mlp((784, 256, 256, 10))
-_WIDE = Mlp((784, 1024, 1024, 10))
 
 TASKS = {
     task.name: task
@@ -136,31 +149,16 @@ TASKS = {
             _epochs(4, 256),
             "accuracy",
         ),
-        Task(
-            "fashion",
-            "Fashion-MNIST, MLP 784-1024-1024-10, Adam",
-            "fashion_mnist",
-            _WIDE,
-            Optimizer("adam", 2e-3, floor=0.0),
-            256,
-            _epochs(4, 256),
-            "accuracy",
-        ),
+        _fashion("fashion", 256, 4, 2e-3),
         _gpt("gpt-128", Gpt(128, 4), 600, 4e-3),
-        Task(
-            "vit",
-            "Fashion-MNIST, ViT of 16 tokens, d=128, 3 layers",
-            "fashion_mnist",
-            Vit(128, 3),
-            _transformer(5e-4),
-            128,
-            _epochs(1.25, 128),
-            "accuracy",
-        ),
+        _vit("vit", 128, 1.25, 5e-4),
         _gpt("gpt-512", Gpt(512, 2), 600, 1e-3),
         _gpt("gpt-256", Gpt(256, 4), 1000, 2e-3),
         # At the small batch's rate, so that nothing differs but how noisy a step is.
         _gpt("gpt-128-64", Gpt(128, 4), 600, 4e-3, batch=64),
         _gpt("gpt-128-256", Gpt(128, 4), 600, 4e-3, batch=256),
+        # Four times the batch: in as many epochs, and in as many steps.
+        _fashion("fashion-1024", 1024, 4, 4e-3),
+        _vit("vit-512", 512, 5, 2e-3),
     )
 }
