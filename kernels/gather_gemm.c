@@ -80,20 +80,22 @@ INLINE void pack_g(const number *row, number weight, long count, number *to) {
 INLINE void pack(const Rows *rows, long r, long t, long depth, number *x_panels, number *g_panels,
                  number *room, const int count) {
     static const number nothing[MOST_RANK];
-    const number *x[TOGETHER], *z[TOGETHER];
+    const number *x[TOGETHER], *z[TOGETHER], *g[TOGETHER];
+    number weight[TOGETHER];
     for (int i = 0; i < count; i++) {
         const int selected = r + i < rows->k;
         const long row = selected ? rows->indices[r + i] : r + i - rows->k;
         x[i] = selected ? widened_row(rows->x + row * rows->ldx, room + i * rows->n, rows->n)
                         : rows->expand + row * rows->lde;
         z[i] = selected && rows->rank ? rows->z + row * rows->ldz : nothing;
-        const number *g = selected ? widened_row(rows->g + row * rows->ldg,
-                                                 room + TOGETHER * rows->n, rows->p)
-                                   : rows->zg + row * rows->p;
-        const number weight = selected && rows->weights != NULL ? rows->weights[r + i] : 1;
-        for (long j = 0; j < rows->p; j += TALL)
-            pack_g(g + j, weight, rows->p - j, g_panels + j * depth + (t + i) * TALL);
+        g[i] = selected ? widened_row(rows->g + row * rows->ldg,
+                                      room + TOGETHER * rows->n + i * rows->p, rows->p)
+                        : rows->zg + row * rows->p;
+        weight[i] = selected && rows->weights != NULL ? rows->weights[r + i] : 1;
     }
+    for (long j = 0; j < rows->p; j += TALL)
+        for (int i = 0; i < count; i++)
+            pack_g(g[i] + j, weight[i], rows->p - j, g_panels + j * depth + (t + i) * TALL);
     long j = 0;
     for (; j + SIDE <= rows->n; j += SIDE)
         pack_x(rows, x, z, j, x_panels + j * depth + t * SIDE, count);
@@ -157,7 +159,7 @@ static void multiply_panels(const Rows *rows, const number *x_panels, const numb
 INLINE long in_panels(long n, long p) {
     return DEPTH * (panels_of(n, SIDE) * SIDE + panels_of(p, TALL) * TALL);
 }
-INLINE long in_widened_rows(long n, long p) { return IS_WIDENED ? TOGETHER * n + p : 0; }
+INLINE long in_widened_rows(long n, long p) { return IS_WIDENED ? TOGETHER * (n + p) : 0; }
 
 /* Numbers that `panels` below has to have room for. */
 long NAME(panel_size)(long n, long p, int threads) {
