@@ -111,9 +111,10 @@ SCHEMES = {
 # larger batches ask from which size on a cheaper step pays.
 _MEDIUM = ("fashion", "vit", "gpt-128")
 _MAIN = ("budget", "budget-allocated", "priority", "topk-residual", "topk-signed")
+_AT_EQUAL_TIME = ("1/8", "1/4", "1/2")
 _IN_LONG_TASKS = {
-    "budget": ("1/8",),
-    "budget-allocated": ("1/8",),
+    "budget": _AT_EQUAL_TIME,
+    "budget-allocated": _AT_EQUAL_TIME,
     "priority": ("1/8",),
     "topk-residual": ("1/8",),
     "topk-signed": ("1/8",),

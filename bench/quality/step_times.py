@@ -16,7 +16,7 @@ from memaop_triton.bench.quality import data, tables
 from memaop_triton.bench.quality.data import Batch
 from memaop_triton.bench.quality.schemes import DENSE, Cell
 from memaop_triton.bench.quality.tasks import TASKS
-from memaop_triton.bench.quality.training import Trainer
+from memaop_triton.bench.quality.training import ALLOCATE_EVERY, Trainer
 
 WARM_UP = 4
 ROUNDS = 32
@@ -95,13 +95,17 @@ def add(path: Path, time: StepTime) -> None:
 
 
 def measure(cell: Cell, data_dir: Path | None, rounds: int | None = None) -> StepTime:
-    """Time a cell that is not dense; `rounds` as by the memory if `None`."""
+    """Time a cell that is not dense; `rounds` as by the memory if `None`.
+
+    One that `allocate_` spreads a budget for is timed after it has done so.
+    """
     task, config = TASKS[cell.task], cell.config
     assert config is not None, DENSE
     period = config.refresh_every if config.memory == "subspace" else 1
     rounds = rounds or (ROUNDS if period == 1 else LONG_ROUNDS)
     trainers = {True: Trainer(task, None, 0), False: Trainer(task, config, 0, cell.allocated)}
-    steps = WARM_UP + rounds * period
+    warm_up = WARM_UP if cell.allocated is None else ALLOCATE_EVERY
+    steps = warm_up + rounds * period
     source = data.load(task, data_dir)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     generator = torch.Generator().manual_seed(0)
@@ -109,7 +113,7 @@ def measure(cell: Cell, data_dir: Path | None, rounds: int | None = None) -> Ste
     for batch in source.batches(task.batch, steps, generator):
         for is_dense in order.sample((True, False), 2):
             seconds[is_dense].append(_seconds(trainers[is_dense], batch))
-    dense, ours = (_means(seconds[kind][WARM_UP:], period) for kind in (True, False))
+    dense, ours = (_means(seconds[kind][warm_up:], period) for kind in (True, False))
     shares = [one / other for one, other in zip(ours, dense, strict=True)]
     values = (*_quartiles(dense, 1e3), *_quartiles(ours, 1e3), *_quartiles(shares))
     here = (processor_name(), torch.get_num_threads())

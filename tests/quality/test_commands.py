@@ -43,6 +43,12 @@ def test_without_refresh_rounds_are_single_steps(task, clock):
     assert clock[True] == 36
 
 
+def test_what_is_allocated_is_timed_once_it_has_been(task, clock):
+    one = step_times.measure(Cell("tiny", "budget-allocated", "1/8"), None, rounds=4)
+    assert one.share == pytest.approx(0.6)
+    assert clock == {True: 50 + 32, False: 50 + 32}
+
+
 def test_the_time_command_takes_the_number_of_rounds(task, clock, tmp_path):
     cell = ["--task", "tiny", "--scheme", "subspace", "--ratio", "1/8"]
     arguments = ["time", *cell, "--rounds", "4", "--output", str(tmp_path)]
