@@ -48,6 +48,8 @@ VECTOR_FLAGS = {
     "AVX2": ["-mavx2", "-mfma"],
 }
 FLAGS = ["-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi"]
+# The files call each other, and never what another library has given the same name.
+LINK_FLAGS = ["-shared", "-Wl,-Bsymbolic"]
 
 
 _TYPES: dict[str, Any] = {
@@ -119,7 +121,7 @@ def find_recipe() -> Recipe:
     version = run([*compiler.split(), "--version"])
     texts = [source.read_text() for source in (*HEADERS, *SOURCES)]
     functions = repr((list(SOURCES.values()), KINDS, SIGNATURES))
-    made_from = "\0".join([*texts, version, platform.machine(), *flags, functions])
+    made_from = "\0".join([*texts, version, platform.machine(), *flags, *LINK_FLAGS, functions])
     name = f"rows-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     return Recipe(compiler, version, vectors, flags, cache_folder("native") / name)
 
@@ -166,7 +168,7 @@ def _compile(compiler: str, flags: list[str], folder: Path) -> Path:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(made_of, *zip(*pairs, strict=True)))
     linked = folder / "rows.so"
-    run([*compiler.split(), "-shared", *map(str, objects), "-o", str(linked), "-lm"])
+    run([*compiler.split(), *LINK_FLAGS, *map(str, objects), "-o", str(linked), "-lm"])
     return linked
 
 

@@ -1,4 +1,4 @@
-"""The compiled C code as the functions of `native` need it: which tensors it takes, and its room.
+"""The compiled C code: which tensors it takes, how many threads, and the room that it works in.
 
 `MEMAOP_TRITON_BACKEND=torch` leaves the C code out, `MEMAOP_TRITON_CACHE_DIR` moves the cache that
 `native_build` keeps it in.
@@ -112,7 +112,7 @@ def matrix(a: Tensor) -> tuple[int, int]:
 
 
 def sizes_of(a: Tensor, rank: int = 0) -> tuple[int, int, int]:
-    """Rows, columns, and the number of threads to use, each of which may sum up `rank` columns."""
+    """Rows, columns, and the number of threads to use, where each holds `rank` sums a column."""
     # A thread is not worth its share of less than a few thousand numbers.
     rows, columns = a.shape
     most = max(1, _MOST_PARTS // max(1, rank * columns))

@@ -147,8 +147,11 @@ def _fits(a: Tensor, b: Tensor, basis: Tensor | None, added: Added | None) -> bo
     if a.dtype != b.dtype or min(n, p) < LANES:
         return False
     if added is not None:
+        shapes = added.a.shape, added.b.shape, added.carry.shape
+        if basis is not None or a.dtype not in KINDS or shapes != (a.shape, b.shape, a.shape[:1]):
+            return False
         dtypes = added.a.dtype, added.b.dtype, added.carry.dtype
-        return dtypes == (a.dtype, a.dtype, KINDS[a.dtype].number if a.dtype in KINDS else None)
+        return dtypes == (a.dtype, a.dtype, KINDS[a.dtype].number)
     if basis is None:
         return True
     fits = basis.shape[1] in range(4, 65, 4) and n % LANES == 0 and p % LANES == 0

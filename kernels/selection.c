@@ -6,6 +6,7 @@ enum { BITS = 8 * sizeof(number), DIGIT = 11 };
 
 /* The bits of a non-negative number or infinity, which are ordered like the numbers. */
 INLINE key bits_of(number value) {
+    value += 0; /* no bit is set in 0, whatever its sign was */
     key bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;

@@ -59,9 +59,10 @@ def select_rows(
         generator: Source of the draws; the device's default one if `None`.
 
     Returns:
-        Ascending indices and their weights in the scores' dtype, K of each. `crs` and `wta` can
-        name a row twice. `bernoulli` returns a fixed number somewhat above K, of which the ones
-        that were not drawn have weight 0. A row of score 0 may be returned to fill up to K.
+        Ascending indices and their weights in the scores' dtype, K of each. Take the weights for
+        constants: not every policy links them to the scores. `crs` and `wta` can name a row twice.
+        `bernoulli` returns a fixed number somewhat above K, of which the ones that were not drawn
+        have weight 0. A row of score 0 may be returned to fill up to K.
 
     Raises:
         ValueError: `policy` is unknown, `k` is below 1, or `scores` is not a vector.

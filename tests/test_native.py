@@ -154,6 +154,16 @@ def test_of_equal_scores_the_first_are_selected_and_nan_before_all():
     assert native.largest(scores, 3).tolist() == [1, 2, 3]
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_zero_has_no_sign(dtype):
+    scores = torch.tensor([3.0, -0.0, 2.0, 1.0, -0.0], dtype=dtype)
+    assert native.largest(scores, 2).tolist() == [0, 2]
+    indices, weights = native.priority(scores, torch.zeros_like(scores), 2)
+    assert indices.tolist() == [0, 2]
+    assert weights.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(("dtype", "off"), KINDS)
 def test_rows_of_z_may_overlap(dtype, off):
     z, a = torch.randn(12, dtype=dtype).unfold(0, 4, 1), torch.randn(9, 32, dtype=dtype)

@@ -149,3 +149,20 @@ def test_without_a_compiler_plain_pytorch_serves(
     assert reason in caplog.text
     x = torch.randn(5, 16)
     torch.testing.assert_close(cpu.row_norms(x), x.norm(dim=1))
+
+
+@needs_compiler
+def test_other_libraries_do_not_get_in_between(tmp_path):
+    other, library = tmp_path / "other.c", tmp_path / "other.so"
+    other.write_text("void row_norms_f32(void) {}\nvoid largest_f32(void) {}\n")
+    native_build.run(["cc", "-shared", "-fPIC", str(other), "-o", str(library)])
+    probe = (
+        f"import ctypes; ctypes.CDLL({str(library)!r}, mode=ctypes.RTLD_GLOBAL); "
+        "import torch; from memaop_triton.kernels import native_step; a = torch.ones(9, 16); "
+        "a[4:6] = 3; print(native_step.run(a, a, 2, draw=False).indices.tolist())"
+    )
+    environ = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    done = subprocess.run(
+        [sys.executable, "-c", probe], env=environ, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[4, 5]"

@@ -4,13 +4,33 @@ import pytest
 import torch
 
 from memaop_triton import MemAOPConfig, new_memory
-from memaop_triton.kernels import native_library, native_step
+from memaop_triton.kernels import native, native_library, native_step
 from memaop_triton.layer_observer import LayerObserver
 from memaop_triton.weight_grad import weight_and_bias_grad
 from tests.compiled import KINDS, needs_compiler
 
 DTYPES = [dtype for dtype, _ in KINDS]
 CPU = torch.device("cpu")
+FENCE = 64
+
+
+@pytest.fixture(autouse=True)
+def _rooms_have_a_fence(monkeypatch):
+    """Every room is exactly as large as it was asked for, and nothing behind it is written to."""
+    fences = []
+
+    def room_for(kind, numbers):
+        size = numbers * kind.number.itemsize
+        whole = torch.full((size + FENCE + 64,), 123, dtype=torch.uint8)
+        room = whole[-whole.data_ptr() % 64 :]
+        fences.append(room[size : size + FENCE])
+        return room
+
+    for module in (native, native_step):
+        monkeypatch.setattr(module, "room_for", room_for)
+    yield
+    for fence in fences:
+        assert (fence == 123).all()
 
 
 @pytest.fixture
@@ -122,9 +142,11 @@ def test_with_a_memory_of_rows(shape, memory, threads, dtype, own_gemm, calls, o
 
 @needs_compiler
 def test_a_memory_that_is_not_stored_like_its_rows_goes_its_own_way(calls):
-    config = MemAOPConfig(k=5, selection="topk", memory="residual", memory_dtype=torch.bfloat16)
-    gradients(config, (60, 32, 48), torch.float32)
-    assert calls == []
+    for dtype, expected in ((torch.float32, 3), (torch.bfloat16, 0)):
+        config = MemAOPConfig(k=5, selection="topk", memory="residual", memory_dtype=dtype)
+        gradients(config, (60, 32, 48), torch.float32)
+        assert len(calls) == expected
+        calls.clear()
 
 
 @needs_compiler
@@ -185,6 +207,7 @@ def test_rows_that_are_not_finite_show(value, memory, dtype, own_gemm, calls, on
     config = MemAOPConfig(k=20, rank=8, selection=selection, memory=memory, side="input")
     found = gradients(config, (200, 64, 80), dtype, spoil=spoil)
     assert not found[0].isfinite().all()
+    assert len(calls) == 3
     for step in calls:
         assert step.scores.isinf().nonzero().flatten().tolist() == [3, 50]
     one_by_one()
@@ -209,14 +232,21 @@ def test_rows_with_room_between_them_and_a_basis_of_any_layout(own_gemm, generat
     assert native_step.run(a, b, 30, basis.contiguous()) is None
 
 
+def added(rows=9, p=64, dtype=torch.float32):
+    return native_step.Added(torch.randn(rows, 64), torch.randn(9, p), torch.ones(9, dtype=dtype))
+
+
 @needs_compiler
 @pytest.mark.parametrize(
-    ("a", "b", "basis"),
+    ("a", "b", "other"),
     [
         (torch.randn(9, 8), torch.randn(9, 64), None),
         (torch.randn(9, 64), torch.randn(9, 64).double(), None),
         (torch.randn(9, 64).half(), torch.randn(9, 64).half(), None),
         (torch.randn(64, 9).t(), torch.randn(9, 64), None),
+        (torch.randn(9, 64), torch.randn(9, 64), added(rows=8)),
+        (torch.randn(9, 64), torch.randn(9, 64), added(p=48)),
+        (torch.randn(9, 64), torch.randn(9, 64), added(dtype=torch.float64)),
         (torch.randn(9, 72), torch.randn(9, 64), torch.randn(8, 72).t()),
         (torch.randn(9, 64), torch.randn(9, 72), torch.randn(8, 64).t()),
         (torch.randn(9, 64), torch.randn(9, 64), torch.randn(6, 64).t()),
@@ -224,8 +254,15 @@ def test_rows_with_room_between_them_and_a_basis_of_any_layout(own_gemm, generat
         (torch.randn(9, 64), torch.randn(9, 64), torch.randn(8, 64).double().t()),
     ],
 )
-def test_what_the_passes_do_not_take_is_left_alone(a, b, basis):
-    assert native_step.run(a, b, 3, basis) is None
+def test_what_the_passes_do_not_take_is_left_alone(a, b, other):
+    def run(a, b, other):
+        basis, rows = (None, other) if isinstance(other, tuple) else (other, None)
+        return native_step.run(a, b, 3, basis, rows)
+
+    taken = torch.randn(9, 64)
+    for fine in (None, torch.randn(8, 64).t(), added()):
+        assert run(taken, taken.clone(), fine) is not None
+    assert run(a, b, other) is None
 
 
 @needs_compiler
@@ -237,7 +274,43 @@ def test_the_switch_leaves_it_out(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("change", [{"block_rows": 16}, {"selection": "bernoulli"}])
+@pytest.mark.parametrize("change", [{}, {"block_rows": 16}, {"selection": "bernoulli"}])
 def test_other_selections_go_their_own_way(change, calls):
     gradients(MemAOPConfig(k=32, rank=8, **change), (200, 64, 80), torch.float32)
+    assert len(calls) == (0 if change else 3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("memory", ["none", "residual", "subspace"])
+def test_processes_that_share_a_layer_select_together(memory, calls):
+    class Shards:
+        """Another process that holds as much as this one."""
+
+        asked = 0
+
+        def whole(self, scores):
+            self.asked += 1
+            return 2 * scores
+
+        def share(self, selection):
+            return selection
+
+    selection = "topk" if memory == "residual" else "priority"
+    config = MemAOPConfig(k=20, rank=8, selection=selection, memory=memory)
+    shards = Shards()
+    operands = torch.randn(200, 64), torch.randn(200, 80)
+    weight_and_bias_grad(*operands, config, new_memory(config, 64, 80), shards=shards)
     assert calls == []
+    assert shards.asked == 1
+
+
+def test_the_first_step_has_the_rows_of_the_rank_it_chose(selections):
+    config = MemAOPConfig(budget=0.3)
+    memory = new_memory(config, 128, 128)
+    x, g = torch.randn(512, 128), torch.randn(512, 128)
+    for _ in range(2):
+        weight_and_bias_grad(x, g, config, memory)
+    first, second = (one.indices.numel() for one in selections)
+    # Rows without a structure: a subspace is not worth its cost.
+    assert memory.rank == 0
+    assert first == second == config.num_rows(512, 128, 128, memory.cost)
