@@ -10,9 +10,10 @@
 
 /* Sums of a tile, two operands of x and one of g leave no register unused and none short. */
 enum { VECTORS = 2, SIDE = VECTORS * LANES, TALL = REGISTERS == 32 ? 12 : 6 };
-/* A panel of x (DEPTH by SIDE) fits the first-level cache, AHEAD panels of g the second. Deeper panels
- * store their sums less often. */
-enum { DEPTH = 512, AHEAD = 16 };
+/* A panel of x (DEPTH by SIDE) about fills the first-level cache, AHEAD panels of g the second. Deeper
+ * panels store their sums less often. Rows are shared out evenly among the steps, and a few more than
+ * 512, those of a subspace beside a round number of selected ones, take no step of their own. */
+enum { DEPTH = 576, AHEAD = 16 };
 /* Rows that are packed together, and the largest rank of a projection. */
 enum { TOGETHER = 4, MOST_RANK = 1024 };
 
