@@ -126,11 +126,13 @@ def _baselines(run: Run) -> Finding:
 
 
 def _why_slower(run: Run, case: Case, method: Method, baseline: Method) -> Reason:
+    why = reason(run, case, method)
     mine, other = definition(method), definition(baseline)
-    if mine and other and mine.memory != other.memory and mine.memory in _EXTRA_WORK:
+    has_more = mine and other and mine.memory != other.memory and mine.memory in _EXTRA_WORK
+    if mine and has_more and why.cause != "small":
         extra = _EXTRA_WORK[mine.memory]
         return Reason(extra, extra, more_work=True)
-    return reason(run, case, method)
+    return why
 
 
 def _wanted(run: Run) -> Finding:

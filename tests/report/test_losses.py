@@ -91,6 +91,9 @@ def test_reasons(saved):
     }  # fmt: skip
     order = [one.why.more_work for one in beside]
     assert order == sorted(order)
+    # Nor is it what takes the time of a call that is over before it has begun.
+    tiny = {one.why.cause for one in beside if one.where.startswith("64×64×64")}
+    assert tiny == {"small"}
 
 
 def test_a_baseline_counts_as_timed_beside_the_call(saved, winning):
