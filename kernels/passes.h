@@ -5,6 +5,9 @@
 
 #include "lanes.h"
 
+/* Columns that rows of Z are padded to multiples of. */
+enum { GROUP = 16 };
+
 /* Unsigned and as wide as a number. What works on numbers alone is named after them. */
 #if defined(KIND_F64)
 typedef uint64_t key;

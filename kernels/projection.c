@@ -7,7 +7,7 @@
 
 #include "passes.h"
 
-enum { GROUP = 16, MOST_ROWS = 8 };
+enum { MOST_ROWS = 8 };
 /* Stored numbers in a line of the caches. */
 enum { LINE = 64 / sizeof(stored) };
 

@@ -3,7 +3,8 @@
 
 #include "passes.h"
 
-enum { GROUP = 16, PAD = 16 };
+/* Rows a power of two apart would share a few places of the cache. */
+enum { PAD = 16 };
 
 /* Where the parts of a room begin: at multiples of 64 bytes, like the room. */
 typedef struct {
@@ -74,8 +75,8 @@ INLINE void score_rows(stored *a, long lda, const stored *added, long ld, const 
  * a, added_a [rows, n], b, added_b [rows, p]; carry [rows], without a basis only; basis: the columns of
  * Q [n, rank], rank a multiple of 4 up to 64 and n and p multiples of 16, or none at all and rank 0;
  * z [rows, whole groups], zg [rank, p], sums (of the columns of b) [p] or null; rest, scores, uniform
- * [rows]; indices, weights [k], 0 < k < rows, the weights left alone if `uniform` is null; room: for `step_room(...)` numbers, at a multiple of 64
- * bytes. */
+ * [rows]; indices, weights [k], 0 < k < rows, the weights left alone if `uniform` is null; room: for
+ * `step_room(...)` numbers, at a multiple of 64 bytes. */
 void NAME(step)(stored *a, long lda, stored *b, long ldb, const stored *added_a, long ld_added_a,
                 const stored *added_b, long ld_added_b, const number *carry, const stored *basis, long ldq,
                 long rank, float scale, const number *uniform, number *z, number *zg, number *sums,

@@ -87,22 +87,32 @@ def agree(first, second):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.fixture
+def same(calls, one_by_one):
+    """Fails unless the single call was made in every step, and changed nothing."""
+
+    def check(config, shape, dtype, threads=1, **how):
+        torch.set_num_threads(threads)
+        try:
+            found = gradients(config, shape, dtype, **how)
+            assert len(calls) == 3
+            one_by_one()
+            agree(found, gradients(config, shape, dtype, **how))
+        finally:
+            torch.set_num_threads(1)
+
+    return check
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("rank", [4, 16, 20, 64])
 @pytest.mark.parametrize("side", ["input", "grad"])
 @pytest.mark.parametrize("shape", [(60, 272, 256), (513, 256, 272)], ids=str)
-def test_with_a_subspace(shape, side, rank, threads, dtype, own_gemm, calls, one_by_one):
+def test_with_a_subspace(shape, side, rank, threads, dtype, own_gemm, same):
     config = MemAOPConfig(ratio=0.2, rank=rank, side=side, refresh_every=2)
-    torch.set_num_threads(threads)
-    try:
-        found = gradients(config, shape, dtype)
-        assert len(calls) == 3
-        one_by_one()
-        agree(found, gradients(config, shape, dtype))
-    finally:
-        torch.set_num_threads(1)
+    same(config, shape, dtype, threads)
 
 
 @needs_compiler
@@ -110,16 +120,9 @@ def test_with_a_subspace(shape, side, rank, threads, dtype, own_gemm, calls, one
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("selection", ["priority", "topk"])
 @pytest.mark.parametrize("shape", [(2, 16, 16), (300, 50, 33), (700, 128, 96)], ids=str)
-def test_without_memory(shape, selection, threads, dtype, own_gemm, calls, one_by_one):
+def test_without_memory(shape, selection, threads, dtype, own_gemm, same):
     config = MemAOPConfig(k=max(1, shape[0] // 9), selection=selection, memory="none")
-    torch.set_num_threads(threads)
-    try:
-        found = gradients(config, shape, dtype)
-        assert len(calls) == 3
-        one_by_one()
-        agree(found, gradients(config, shape, dtype))
-    finally:
-        torch.set_num_threads(1)
+    same(config, shape, dtype, threads)
 
 
 @needs_compiler
@@ -127,17 +130,10 @@ def test_without_memory(shape, selection, threads, dtype, own_gemm, calls, one_b
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("memory", ["residual", "signed"])
 @pytest.mark.parametrize("shape", [(2, 16, 16), (300, 50, 33), (700, 128, 96)], ids=str)
-def test_with_a_memory_of_rows(shape, memory, threads, dtype, own_gemm, calls, one_by_one):
+def test_with_a_memory_of_rows(shape, memory, threads, dtype, own_gemm, same):
     k = max(1, shape[0] // 9)
     config = MemAOPConfig(k=k, selection="topk", memory=memory, decay=0.9)
-    torch.set_num_threads(threads)
-    try:
-        found = gradients(config, shape, dtype, watched=True)
-        assert len(calls) == 3
-        one_by_one()
-        agree(found, gradients(config, shape, dtype, watched=True))
-    finally:
-        torch.set_num_threads(1)
+    same(config, shape, dtype, threads, watched=True)
 
 
 @needs_compiler
@@ -174,24 +170,18 @@ def test_all_rows_of_a_memory(calls, one_by_one):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("memory", ["none", "subspace"])
 @pytest.mark.parametrize("selection", ["priority", "topk"])
-def test_what_is_watched_and_collected(selection, memory, dtype, own_gemm, calls, one_by_one):
+def test_what_is_watched_and_collected(selection, memory, dtype, own_gemm, same):
     config = MemAOPConfig(ratio=0.2, rank=8, selection=selection, memory=memory)
-    found = gradients(config, (200, 64, 80), dtype, watched=True)
-    assert len(calls) == 3
-    one_by_one()
-    agree(found, gradients(config, (200, 64, 80), dtype, watched=True))
+    same(config, (200, 64, 80), dtype, watched=True)
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("memory", ["none", "subspace"])
-def test_where_pytorch_multiplies(memory, dtype, monkeypatch, calls, one_by_one):
+def test_where_pytorch_multiplies(memory, dtype, monkeypatch, same):
     monkeypatch.setattr(native_library, "_GEMM_CAPABILITIES", ())
     config = MemAOPConfig(ratio=0.2, rank=8, memory=memory)
-    found = gradients(config, (200, 64, 80), dtype)
-    assert len(calls) == 3
-    one_by_one()
-    agree(found, gradients(config, (200, 64, 80), dtype))
+    same(config, (200, 64, 80), dtype)
 
 
 @needs_compiler
