@@ -109,7 +109,7 @@ def time(
     """Time training steps, in turns with dense ones, on a machine that does nothing else."""
     use_threads(threads)
     folder, console, path = resolve_data_dir(data_dir), Console(), output / "seconds.csv"
-    left = [cell for cell in wanted(task, scheme, ratio).cells() if cell.config is not None]
+    left = [cell for cell in wanted(task, scheme, ratio).cells() if cell.has_own_steps]
     for cell in left:
         times = tables.read(path, StepTime)
         if step_times.is_timed(cell, times):

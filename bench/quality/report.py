@@ -85,7 +85,7 @@ def _missing(found: Results) -> Iterator[str]:
     if gaps:
         yield f"Cells with fewer than {seeds} runs: {', '.join(gaps)}."
     untimed = sum(
-        cell not in found.times for name in TASKS for cell in cells(name) if cell.config is not None
+        cell not in found.times for name in TASKS for cell in cells(name) if cell.has_own_steps
     )
     if untimed:
         yield f"{text.count(untimed, 'cell')} without step times."

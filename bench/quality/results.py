@@ -15,7 +15,7 @@ from memaop_triton.bench.quality.crossterms import CrossTerms
 from memaop_triton.bench.quality.noise import Noise
 from memaop_triton.bench.quality.schemes import (
     DENSE,
-    SHARES_OF_STEPS,
+    DENSE_SHARES,
     SHORTER,
     WHOLE,
     Cell,
@@ -67,23 +67,26 @@ class Results:
             return None
         return paired(self.metrics(cell), self.metrics(cell.dense), TASKS[cell.task].sign)
 
-    def at_equal_time(self, cell: Cell) -> Difference | None:
-        """To dense that stops after the seconds that the cell's runs take.
+    def at_equal_time(self, cell: Cell, kind: str = SHORTER) -> Difference | None:
+        """To dense that takes as many seconds as the cell's runs, by fewer steps or fewer rows.
 
-        Dense runs of fewer steps are interpolated linearly. `None` without runs or step times, and
-        where the cell takes longer than dense or less time than the shortest dense runs.
+        Runs of dense are interpolated linearly. `None` without runs or step times, and where the
+        cell takes longer than dense or less time than the cheapest of these.
         """
-        if self.diverged(cell) or cell not in self.times:
+        if self.diverged(cell) or cell not in self.times or cell.scheme == kind:
             return None
-        dense = self._dense_after(cell.task, self.times[cell].share)
+        dense = self._dense_within(self.times[cell].share, cell.task, kind)
         return paired(self.metrics(cell), dense, TASKS[cell.task].sign)
 
-    def _dense_after(self, task: str, share: float) -> dict[int, float]:
-        """By seed, what dense reaches in a share of its steps."""
-        by_share = {
-            value_of(one): self.metrics(Cell(task, SHORTER, one)) for one in SHARES_OF_STEPS
-        }
-        by_share[1.0] = self.metrics(Cell(task, DENSE, WHOLE))
+    def _dense_within(self, share: float, task: str, kind: str) -> dict[int, float]:
+        """By seed, what dense reaches in a share of its time."""
+        by_share = {1.0: self.metrics(Cell(task, DENSE, WHOLE))}
+        for one in DENSE_SHARES[kind]:
+            cell = Cell(task, kind, one)
+            if kind == SHORTER:
+                by_share[value_of(one)] = self.metrics(cell)
+            elif cell in self.times:
+                by_share[self.times[cell].share] = self.metrics(cell)
         found = {}
         for seed in by_share[1.0]:
             points = sorted((at, ends[seed]) for at, ends in by_share.items() if seed in ends)
@@ -98,7 +101,7 @@ class Results:
 
     def step_ms(self, cell: Cell) -> float | None:
         """Median milliseconds of a step; dense's is the median of its medians beside others."""
-        if cell.config is not None:
+        if cell.has_own_steps:
             return self.times[cell].ms if cell in self.times else None
         dense = [one.dense for one in self.times.values() if one.task == cell.task]
         return median(dense) if dense else None

@@ -85,7 +85,9 @@ def do(
 def _flops(cell: Cell, data_dir: Path | None) -> Flops:
     task = cell.problem
     batch = data.first_batch(data.load(task, data_dir), task.batch)
-    return flops.count(task, cell.config, batch)
+    counted = flops.count(task, cell.config, batch)
+    share = task.batch / TASKS[cell.task].batch
+    return counted._replace(weight_grads=share * counted.weight_grads)
 
 
 def remaining_seconds(jobs: Iterable[Job], runs: Iterable[Run]) -> float | None:

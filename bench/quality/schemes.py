@@ -18,9 +18,12 @@ DENSE = "dense"
 WHOLE = "1"  # the ratio of dense
 #: Dense, trained for fewer steps: what dense reaches in the time that a cheaper step takes.
 SHORTER = "dense-shorter"
-SHARES_OF_STEPS = ("3/4", "1/2")
+#: Dense, in as many steps of fewer rows: the other way to make a step cheaper.
+SMALLER = "dense-smaller"
+#: Of the steps, and of the rows.
+DENSE_SHARES = {SHORTER: ("3/4", "1/2"), SMALLER: ("3/4", "1/2", "1/4")}
 RATIOS = ("1/2", "1/4", "1/8", "1/16", "1/32")
-ALL_RATIOS = tuple(dict.fromkeys((*SHARES_OF_STEPS, *RATIOS)))
+ALL_RATIOS = ("3/4", *RATIOS)
 #: Where all schemes are compared, and where those that sample dX as well are.
 RATIO, RATIO_OF_BOTH = "1/8", "1/4"
 
@@ -100,6 +103,7 @@ SCHEMES = {
     for scheme in (
         Scheme(DENSE, "dense", None),
         Scheme(SHORTER, "dense, fewer steps", None),
+        Scheme(SMALLER, "dense, smaller batch", None),
         *(Scheme(*line) for line in _TABLE),
         *(Scheme(*line, allocates=True) for line in _TABLE_OF_ALLOCATED),
         *(Scheme(*line, samples_both=True) for line in _TABLE_OF_BOTH),
@@ -119,9 +123,9 @@ _IN_LONG_TASKS = {
     "topk-residual": ("1/8",),
     "topk-signed": ("1/8",),
     "budget-both": ("1/4",),
-    SHORTER: SHARES_OF_STEPS,
+    **DENSE_SHARES,
 }
-_WITH_LARGER_BATCHES = {"budget": ("1/8",), "budget-both": ("1/4",), SHORTER: SHARES_OF_STEPS}
+_WITH_LARGER_BATCHES = {"budget": ("1/8",), "budget-both": ("1/4",), **DENSE_SHARES}
 _FEW_CELLS = {
     "gpt-512": _IN_LONG_TASKS,
     "gpt-256": _IN_LONG_TASKS,
@@ -156,11 +160,18 @@ class Cell(NamedTuple):
 
     @property
     def problem(self) -> Task:
-        """The task, in as many steps as this cell trains."""
+        """The task, in as many steps and with as large a batch as this cell trains."""
         task = TASKS[self.task]
-        if self.scheme != SHORTER:
-            return task
-        return dataclasses.replace(task, steps=round(value_of(self.ratio) * task.steps))
+        if self.scheme == SHORTER:
+            return dataclasses.replace(task, steps=round(value_of(self.ratio) * task.steps))
+        if self.scheme == SMALLER:
+            return dataclasses.replace(task, batch=round(value_of(self.ratio) * task.batch))
+        return task
+
+    @property
+    def has_own_steps(self) -> bool:
+        """Whether a step takes another time than one of dense."""
+        return self.scheme not in (DENSE, SHORTER)
 
     @property
     def config(self) -> MemAOPConfig | None:
@@ -204,10 +215,10 @@ def _sampled(task: str) -> Iterator[tuple[str, str]]:
         yield from ((name, ratio) for name, ratios in few for ratio in ratios)
         return
     for name, scheme in SCHEMES.items():
-        if name == DENSE or (name == SHORTER and task not in _MEDIUM):
+        if name == DENSE or (name in DENSE_SHARES and task not in _MEDIUM):
             continue
-        if name == SHORTER:
-            yield from ((name, ratio) for ratio in SHARES_OF_STEPS)
+        if name in DENSE_SHARES:
+            yield from ((name, ratio) for ratio in DENSE_SHARES[name])
         elif task not in _MEDIUM or name in _MAIN:
             yield from ((name, ratio) for ratio in RATIOS)
         else:

@@ -16,6 +16,7 @@ from memaop_triton.bench.quality.schemes import (
     RATIO_OF_BOTH,
     SCHEMES,
     SHORTER,
+    SMALLER,
     WHOLE,
     Cell,
     cells,
@@ -36,7 +37,8 @@ from memaop_triton.bench.report.blocks import (
 )
 
 READING = (
-    "Runs of a task with the same seed start from the same weights and see the same batches. A "
+    "Runs of a task with the same seed start from the same weights and see the same batches, but "
+    "for those with a smaller one. A "
     "difference is scheme − dense of such pairs: its mean ± half of a 95 % interval by Student's t "
     "(n − 1 degrees of freedom, normal differences assumed). Below stands in how many pairs the "
     "scheme did better. Nothing is corrected for the number of cells that are compared.",
@@ -72,31 +74,43 @@ def overview_section(results: Results) -> Section:
 def equal_time_section(results: Results) -> Section:
     """Where a cheaper step buys more than it loses."""
     title = "At equal time"
-    known = [cell for cell in results.times if results.at_equal_time(cell) is not None]
-    if not known:
+    tables = [
+        table
+        for kind, how in ((SHORTER, "fewer steps"), (SMALLER, "a smaller batch"))
+        if (table := _equal_time_table(results, kind, how)) is not None
+    ]
+    if not tables:
         return Section("equal-time", title, ["Not measured yet."])
+    how = (
+        "Dense was trained with fewer steps too, its learning rate coming down by then, and with "
+        "fewer rows in as many steps; what it reaches in the time that a scheme takes is "
+        "interpolated between these runs."
+    )
+    return Section("equal-time", title, [how, *tables])
+
+
+def _equal_time_table(results: Results, kind: str, how: str) -> Table | None:
+    known = [cell for cell in results.times if results.at_equal_time(cell, kind) is not None]
+    if not known:
+        return None
     columns = [task for task in TASKS if any(cell.task == task for cell in known)]
     rows = []
     for scheme, ratio in dict.fromkeys(cell[1:] for cell in sorted(known, key=_at)):
-        row = (_at_equal_time(results, Cell(task, scheme, ratio)) for task in columns)
+        row = (_at_equal_time(results, Cell(task, scheme, ratio), kind) for task in columns)
         rows.append((Entry(f"{SCHEMES[scheme].label}, {ratio}"), *row))
-    caption = "Difference to dense after the same seconds; below, a step's time over dense's."
-    how = (
-        "Dense was trained with fewer steps too, and its learning rate comes down by then; what it "
-        "reaches in the time that a scheme takes is interpolated between these runs."
+    caption = (
+        f"Difference to dense with {how} after the same seconds; below, a step's time over dense's."
     )
-    return Section(
-        "equal-time", title, [how, Table(("scheme", *columns), tuple(rows), caption=caption)]
-    )
+    return Table(("scheme", *columns), tuple(rows), caption=caption)
 
 
 def _at(cell: Cell) -> tuple[tuple[int, str], ...]:
     return cell.place[1:]
 
 
-def _at_equal_time(results: Results, cell: Cell) -> Entry:
+def _at_equal_time(results: Results, cell: Cell, kind: str) -> Entry:
     time = results.times.get(cell)
-    difference = results.at_equal_time(cell)
+    difference = results.at_equal_time(cell, kind)
     if difference is None:
         return NOTHING if time is None else Entry("–", f"{time.share:.2f}× time")
     assert time is not None
@@ -211,8 +225,11 @@ def _cost(results: Results, cell: Cell) -> Entry:
         return NOTHING
     if cell.scheme == SHORTER:
         return Entry(f"{cell.ratio} of the steps")
+    times = "not timed" if time is None else f"{time.share:.2f}× time"
+    if cell.scheme == SMALLER:
+        return Entry(f"{cell.ratio} of the rows", times)
     flops = "FLOPs ?" if run is None else f"{run.weight_grads:.3f}"
-    return Entry(flops, "not timed" if time is None else f"{time.share:.2f}× time")
+    return Entry(flops, times)
 
 
 def _best(results: Results, task: Task) -> list[Cell]:

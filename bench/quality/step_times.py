@@ -14,7 +14,7 @@ import torch
 from memaop_triton.bench.machine import processor_name
 from memaop_triton.bench.quality import data, tables
 from memaop_triton.bench.quality.data import Batch
-from memaop_triton.bench.quality.schemes import DENSE, Cell
+from memaop_triton.bench.quality.schemes import Cell
 from memaop_triton.bench.quality.tasks import TASKS
 from memaop_triton.bench.quality.training import ALLOCATE_EVERY, Trainer
 
@@ -95,15 +95,15 @@ def add(path: Path, time: StepTime) -> None:
 
 
 def measure(cell: Cell, data_dir: Path | None, rounds: int | None = None) -> StepTime:
-    """Time a cell that is not dense; `rounds` as by the memory if `None`.
+    """Time a cell whose steps are not dense's; `rounds` as by the memory if `None`.
 
     One that `allocate_` spreads a budget for is timed after it has done so.
     """
-    task, config = TASKS[cell.task], cell.config
-    assert config is not None, DENSE
-    period = config.refresh_every if config.memory == "subspace" else 1
+    task, own, config = TASKS[cell.task], cell.problem, cell.config
+    assert cell.has_own_steps
+    period = config.refresh_every if config is not None and config.memory == "subspace" else 1
     rounds = rounds or (ROUNDS if period == 1 else LONG_ROUNDS)
-    trainers = {True: Trainer(task, None, 0), False: Trainer(task, config, 0, cell.allocated)}
+    trainers = {True: Trainer(task, None, 0), False: Trainer(own, config, 0, cell.allocated)}
     warm_up = WARM_UP if cell.allocated is None else ALLOCATE_EVERY
     steps = warm_up + rounds * period
     source = data.load(task, data_dir)
@@ -112,7 +112,9 @@ def measure(cell: Cell, data_dir: Path | None, rounds: int | None = None) -> Ste
     order = random.Random(0)
     for batch in source.batches(task.batch, steps, generator):
         for is_dense in order.sample((True, False), 2):
-            seconds[is_dense].append(_seconds(trainers[is_dense], batch))
+            rows = task.batch if is_dense else own.batch
+            some = Batch(batch.x[:rows], batch.y[:rows])
+            seconds[is_dense].append(_seconds(trainers[is_dense], some))
     dense, ours = (_means(seconds[kind][warm_up:], period) for kind in (True, False))
     shares = [one / other for one, other in zip(ours, dense, strict=True)]
     values = (*_quartiles(dense, 1e3), *_quartiles(ours, 1e3), *_quartiles(shares))

@@ -49,6 +49,22 @@ def test_what_is_allocated_is_timed_once_it_has_been(task, clock):
     assert clock == {True: 50 + 32, False: 50 + 32}
 
 
+def test_a_smaller_batch_is_timed_beside_the_whole_one(task, monkeypatch):
+    now, sizes = [0.0], []
+
+    def step(self, batch):
+        assert len(batch.x) == len(batch.y) == self.task.batch
+        sizes.append(len(batch.y))
+        now[0] += 1e-4 * len(batch.y)
+        return 0.0
+
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(step_times.clock, "perf_counter", lambda: now[0])
+    one = step_times.measure(Cell("tiny", "dense-smaller", "1/4"), None, rounds=4)
+    assert (one.dense, one.ms, one.share) == pytest.approx((6.4, 1.6, 0.25))
+    assert sorted(sizes) == [16] * 8 + [64] * 8
+
+
 def test_the_time_command_takes_the_number_of_rounds(task, clock, tmp_path):
     cell = ["--task", "tiny", "--scheme", "subspace", "--ratio", "1/8"]
     arguments = ["time", *cell, "--rounds", "4", "--output", str(tmp_path)]

@@ -140,6 +140,31 @@ def test_equal_time_compares_with_dense_of_as_many_seconds(filled, share, expect
         assert rows["priority + subspace, 1/8"] == {"tiny": expected}
 
 
+def test_equal_time_compares_with_dense_of_a_smaller_batch_too(filled):
+    """Between dense of half the rows, in 0.6 of the time, and dense."""
+    half, ours = Cell("tiny", "dense-smaller", "1/2"), Cell("tiny", "subspace", "1/8")
+    for seed, accuracy in enumerate((82.0, 84.0, 86.0)):
+        filled.add(*tiny.run(half.scheme, half.ratio, seed, accuracy=accuracy))
+    times = [
+        StepTime(*cell, cell.code, "A CPU", 2, 32, 20, 19, 21, 15, 14, 16, share, 0.7, 0.8)
+        for cell, share in ((half, 0.6), (ours, 0.8))
+    ]
+    tables.write(filled.folder / "seconds.csv", StepTime, times)
+    report.write(filled.folder)
+    page = (filled.folder / "quality.md").read_text("utf-8")
+    # Dense: 86, 87.5, 89; subspace: 89, 90, 91.
+    rows = table(
+        page, "with a smaller batch after the same seconds; below, a step's time over dense's."
+    )
+    assert rows == {"priority + subspace, 1/8": {"tiny": "+2.50 ± 1.24 (0.80× time)"}}
+    assert "Difference to dense with fewer steps" not in page
+    # Less time than the smallest batch takes.
+    tables.write(filled.folder / "seconds.csv", StepTime, [times[0], times[1]._replace(share=0.5)])
+    report.write(filled.folder)
+    page = (filled.folder / "quality.md").read_text("utf-8")
+    assert "## At equal time\n\nNot measured yet." in page
+
+
 def test_clearly_worse_is_marked_on_the_page(filled, markdown):
     page = (filled.folder / "quality.html").read_text("utf-8")
     assert re.search(r'class="value bad">−1\.00 ± 0\.00', page)

@@ -112,6 +112,16 @@ def test_two_writers_lose_nothing(store):
 
 
 OPTIONS = "--scheme priority --ratio 1/2 --ratio 1/8 --seeds 2 --threads 1"
+
+
+def test_weight_gradients_of_a_smaller_batch_cost_less(task, store):
+    run, _ = running.do(running.Job(Cell("tiny", "dense-smaller", "1/4"), 0), store, None)
+    dense, _ = running.do(running.Job(Cell("tiny", "dense", "1"), 0), store, None)
+    assert (run.weight_grads, dense.weight_grads) == (0.25, 1.0)
+    assert run.backward == pytest.approx(0.25 * dense.backward)
+    assert run.loss != dense.loss
+
+
 WANTED = running.Wanted(schemes=["priority"], ratios=["1/2", "1/8"], seeds=2)
 
 

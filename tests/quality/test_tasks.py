@@ -18,6 +18,7 @@ from memaop_triton.experiments.data import load_text
 from memaop_triton.experiments.errors import DataError
 from memaop_triton.linear import MemAOPLinear
 
+DENSE = ("dense", "dense-shorter", "dense-smaller")
 DATA_DIR = os.environ.get("MEMAOP_TRITON_DATA_DIR")
 needs_data = pytest.mark.skipif(not DATA_DIR, reason="MEMAOP_TRITON_DATA_DIR is not set")
 
@@ -108,7 +109,7 @@ def test_every_cell_has_a_configuration_of_its_own(task):
     configs = {}
     for cell in cells(task):
         config = cell.config
-        assert (config is None) == (cell.scheme in ("dense", "dense-shorter"))
+        assert (config is None) == (cell.scheme in DENSE)
         if config is not None:
             share = config.ratio or config.budget / 0.9
             assert share == pytest.approx(value_of(cell.ratio))
@@ -122,7 +123,7 @@ def test_cheap_tasks_cover_the_grid_and_all_tasks_one_column_of_it():
     assert len(cells("mnist-sgd")) == 1 + len(RATIOS) * len(sampled)
     for task in ("fashion", "vit", "gpt-128"):
         found = cells(task)
-        assert {cell.scheme for cell in found} == {"dense", "dense-shorter", *sampled}
+        assert {cell.scheme for cell in found} == {*DENSE, *sampled}
         assert sum(cell.scheme == "budget" for cell in found) == len(RATIOS)
         assert sum(cell.scheme == "crs" for cell in found) == 1
 
@@ -135,6 +136,15 @@ def test_fewer_steps_are_a_problem_of_their_own():
         assert shorter.problem == dataclasses.replace(TASKS[task], steps=steps // 2)
         assert len({longer.code, shorter.code, shorter.dense.code}) == 3
         assert shorter.dense.problem is TASKS[task]
+
+
+def test_a_smaller_batch_is_a_problem_of_its_own():
+    for task in ("gpt-512", "gpt-128", "fashion", "vit-512"):
+        found = [cell for cell in cells(task) if cell.scheme == "dense-smaller"]
+        for cell, share in zip(found, (0.75, 0.5, 0.25), strict=True):
+            problem = dataclasses.replace(TASKS[task], batch=share * TASKS[task].batch)
+            assert cell.problem == problem
+        assert len({cell.code for cell in (*found, found[0].dense)}) == 4
 
 
 def test_a_larger_batch_is_all_that_differs():
