@@ -59,7 +59,7 @@ def allocate_(
     there is to lose. Σs and Σs² are the monitor's averages, or what the subspace saw when it last
     chose its rank. A cost is what the products of the weight gradient take, those of the subspace
     and, where the input gradient is sampled, its own too (the noise in it is not counted); a layer
-    that is used twice in a step counts twice.
+    that is used twice in a step counts twice. A projected input gradient takes no part.
 
     The memories stay, and no compiled graph is built anew. Call it again every few hundred steps:
     scores change. Every process of a distributed run has its own monitor; where processes share a

@@ -11,7 +11,7 @@ from typing import TypeGuard
 
 import torch
 
-from memaop_triton.flops import Subspace, rank_within, rows_within
+from memaop_triton.flops import Subspace, projection_rank_within, rank_within, rows_within
 
 DEFAULT_RATIO = 1 / 8
 DEFAULT_RANK = 16
@@ -24,7 +24,7 @@ UNBIASED_SELECTIONS = ("priority", "crs", "bernoulli", "wta")
 MEMORIES = ("none", "residual", "signed", "subspace")
 #: Memories that hold one slot per row of the batch.
 ROW_MEMORIES = ("residual", "signed")
-GRAD_INPUTS = ("exact", "sampled")
+GRAD_INPUTS = ("exact", "sampled", "projected")
 #: Whose rows the subspace is one of: the inputs X, the output gradients G, or the better one.
 SIDES = ("auto", "input", "grad")
 BLOCK_ROWS = (1, 16, 32, 64, 128)
@@ -94,7 +94,14 @@ class MemAOPConfig:
             policy, which must be unbiased. With a subspace, of which `side` must not be `"input"`,
             every row has its part inside exactly, and the rows are picked by what is left of G;
             without one they are picked by the norms of G's rows, and dW uses the same ones. A
-            budget is that of either gradient. `"exact"` leaves it as it is.
+            budget is that of either gradient. `"projected"` gives every row its part in a subspace
+            of G's rows alone, (G Q)(Qᵀ W), and drops the rest: it adds no noise and is not
+            unbiased, and loses less than sampling where the batch is noisy itself
+            (docs/quality.md). It needs `memory="subspace"`, which keeps Q, and does not depend on
+            the rows of dW: with `ratio=1` these are all there. `"exact"` leaves dX as it is.
+        grad_input_budget: Floating-point operations of a projected dX as a fraction of the dense
+            2 M N P, in (0, 1), from which the dimension of its subspace follows with the first
+            batch. `None` takes over `budget`; without either the dimension is that of `rank`.
 
     Raises:
         ValueError: An argument is out of range, unknown, or contradicts another.
@@ -114,6 +121,7 @@ class MemAOPConfig:
     grad_input: str = "exact"
     budget: float | None = None
     side: str = "auto"
+    grad_input_budget: float | None = None
 
     def __post_init__(self) -> None:
         self._check_budget()
@@ -190,10 +198,29 @@ class MemAOPConfig:
                     f"memory_dtype={self.memory_dtype} has no meaning for memory={self.memory!r}: "
                     "it is the storage of memory='residual' and 'signed'."
                 )
+        if self.grad_input == "projected" and self.memory != "subspace":
+            raise ValueError(
+                "grad_input='projected' needs memory='subspace', which keeps the subspace of G's "
+                f"rows, not {self.memory!r}."
+            )
+        if self.grad_input_budget is not None:
+            self._check_grad_input_budget(self.grad_input_budget)
+        elif self.grad_input == "projected":
+            object.__setattr__(self, "grad_input_budget", self.budget)
         if self.grad_input == "sampled" and not self.is_unbiased:
             raise ValueError(
                 f"grad_input='sampled' needs an unbiased selection, not {self.selection!r}: use "
                 "'priority', 'crs', 'bernoulli', 'wta', or 'randk' with rescale=True."
+            )
+
+    def _check_grad_input_budget(self, budget: float) -> None:
+        self._check_fraction("grad_input_budget", budget, "1 is what dense costs")
+        if budget == 1:
+            raise ValueError("grad_input_budget=1 is what dense costs: use grad_input='exact'.")
+        if self.grad_input != "projected":
+            raise ValueError(
+                f"grad_input_budget={budget} has no meaning for grad_input={self.grad_input!r}: it "
+                "is that of grad_input='projected'."
             )
 
     @classmethod
@@ -251,6 +278,14 @@ class MemAOPConfig:
             wanted = (self.ratio or 0) * rows
         blocks = math.floor(wanted / self.block_rows + 0.5)
         return min(rows, max(1, blocks) * self.block_rows)
+
+    def projection_rank(self, rows: int, in_features: int, out_features: int) -> int:
+        """Dimension of a projected dX's subspace, with batches of `rows` rows."""
+        if self.grad_input_budget is None:
+            assert self.rank is not None
+            return max(1, min(self.rank, min(in_features, out_features) // 4))
+        sizes = rows, in_features, out_features
+        return projection_rank_within(self.grad_input_budget, *sizes, self.refresh_every)
 
     def rank_for(self, rows: int, in_features: int, out_features: int) -> int:
         """Rank of the subspace in a layer of this size, with batches of `rows` rows."""

@@ -37,7 +37,7 @@ class _MemAOPLinearFunction(torch.autograd.Function):
         # Out of the saved tensors: a graph writes to `order` between the backward passes of a layer
         # that is used twice. The state is kept alive.
         ctx.handle, ctx.order, ctx.state = handle, order, state
-        ctx.sampled = needs_x and state.config.grad_input == "sampled"
+        ctx.sampled = needs_x and state.config.grad_input != "exact"
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
     @staticmethod
@@ -122,8 +122,9 @@ def memaop_linear(
     """`torch.nn.functional.linear` with an approximate weight gradient (and input gradient).
 
     The result and the bias gradient are exact. The weight gradient is computed from K of the M rows
-    of `x` as `config` says, and likewise the input gradient with `grad_input="sampled"`. Every draw
-    comes from the default generator of the tensors' device.
+    of `x` as `config` says, and likewise the input gradient with `grad_input="sampled"`; with
+    `"projected"` it is that of G's rows in a subspace. Every draw comes from the default generator
+    of the tensors' device.
 
     Args:
         x: [..., N], any floating dtype. The leading dimensions make M rows.

@@ -1,4 +1,4 @@
-"""The sampled input gradient: dX = G W from K of the M rows of G.
+"""The input gradient dX = G W, sampled from K of the M rows of G or projected.
 
 Without a subspace the rows are zeros but for the selected ones, which the weight gradient uses too.
 With a basis Q [P, q] of the subspace that the rows of G mostly live in, every row has its part
@@ -6,7 +6,9 @@ inside exactly, and the selected ones the rest:
 
     Z = G Q        dX = Z (Qᵀ W) + Σ_{m∈S} w_m e_m (G_m − Z_m Qᵀ) W
 
-e_m being the m-th unit vector. It is unbiased whatever Q is, like the weight gradient.
+e_m being the m-th unit vector. It is unbiased whatever Q is, like the weight gradient. A projected
+dX is the first term alone, of more dimensions: what is outside is lost, but nothing is drawn, and
+noise in dX reaches every layer below.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from torch import Tensor
 from memaop_triton import dispatch, steps
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.dispatch import runs_triton
+from memaop_triton.flops import input_grad_flops, projected_input_grad_flops
 from memaop_triton.kernels.cpu import basis_scale
-from memaop_triton.memory import SubspaceMemory
+from memaop_triton.memory import Memory, SubspaceMemory, rows_to_compute
 from memaop_triton.selection import Selection
 from memaop_triton.steps import Operands
 
@@ -107,6 +110,45 @@ def input_grad_with_subspace(
     )
     memory.end_input_grad(g, z, is_alone=is_alone)
     return dx
+
+
+def projected_input_grad(
+    g: Tensor,
+    weight: Tensor,
+    config: MemAOPConfig,
+    memory: SubspaceMemory,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """dX = (G Q)(Qᵀ W) with the memory's basis Q of G's rows, which it brings up to date: [M, N].
+
+    The product itself where that takes no more operations.
+
+    Args:
+        g: [M, P].
+        weight: W, [P, N].
+        config: With `grad_input="projected"`.
+        memory: Of the layer.
+        generator: Source of the first basis.
+    """
+    m, (p, n), projection = g.shape[0], weight.shape, memory.projection
+    if projection.rank == 0:
+        projection.start(config.projection_rank(m, n, p))
+    if not projection.pays_for(m, n):
+        return g @ weight
+    return projection.input_grad(g, weight, generator)
+
+
+def flops_of_input_grad(config: MemAOPConfig, memory: Memory | None, m: int, n: int, p: int) -> int:
+    """Operations of a layer's dX: dense ones if all rows are taken or a projection saves none."""
+    dense = 2 * m * n * p
+    if config.grad_input == "projected" and isinstance(memory, SubspaceMemory):
+        rank = memory.projection.rank or config.projection_rank(m, n, p)
+        return min(dense, projected_input_grad_flops(m, n, p, rank, config.refresh_every))
+    k = rows_to_compute(config, memory, m, n, p)
+    if not isinstance(memory, SubspaceMemory) or k == m:
+        return input_grad_flops(m, n, p, k)
+    subspace = memory.cost_of_input_grad
+    return input_grad_flops(m, n, p, config.num_rows(m, n, p, subspace), subspace)
 
 
 def _choose(

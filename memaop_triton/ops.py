@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memaop_triton import layer_state
-from memaop_triton.flops import input_grad_flops, weight_grad_flops
+from memaop_triton.flops import weight_grad_flops
 from memaop_triton.input_grad import (
+    flops_of_input_grad,
     input_grad_with_subspace,
+    projected_input_grad,
     sampled_input_grad,
     select_for_both,
 )
@@ -95,17 +97,18 @@ def _sampled_backward(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dX [M, N], dW [P, N] and db [P] from K rows of x [M, N] and g [M, P].
+    """dX [M, N], sampled or projected, dW [P, N] and db [P] from x [M, N] and g [M, P].
 
-    The same rows for both, unless a subspace memory gives each scores of its own. `x` may have
+    Sampled from the same rows, unless a subspace memory gives each scores of its own. `x` may have
     shape [0] if no weight gradient is wanted.
     """
     state = layer_state.find(handle)
     config, memory = state.config, state.memory
     selection = dx = None
     k = rows_to_compute(config, memory, g.shape[0], weight.shape[1], g.shape[1])
-    is_split = isinstance(memory, SubspaceMemory) and g.numel() > 0
-    if k == g.shape[0]:
+    is_split = isinstance(memory, SubspaceMemory) and g.numel() > 0 and weight.numel() > 0
+    is_projected = config.grad_input == "projected" and is_split
+    if k == g.shape[0] and not is_projected:
         dx = g @ weight
     elif not is_split:
         selection = select_for_both(x if weight_grad else None, g, config, k, shards=state.shards)
@@ -118,9 +121,12 @@ def _sampled_backward(
     if dx is None:
         # After dW, whose step makes the bases and chooses among them.
         assert isinstance(memory, SubspaceMemory)
-        dx = input_grad_with_subspace(
-            g, weight, config, memory, shards=state.shards, is_alone=not weight_grad
-        )
+        if is_projected:
+            dx = projected_input_grad(g, weight, config, memory)
+        else:
+            dx = input_grad_with_subspace(
+                g, weight, config, memory, shards=state.shards, is_alone=not weight_grad
+            )
     return dx, dw, g.new_empty(0) if db is None else db
 
 
@@ -165,12 +171,7 @@ def _flops_of_sampled_backward(
 ) -> int:
     (m, p), n = g, weight[1]
     state = layer_state.find_by_number(handle[0])
-    k = rows_to_compute(state.config, state.memory, m, n, p)
-    subspace = None
-    if isinstance(state.memory, SubspaceMemory) and k < m:
-        subspace = state.memory.cost_of_input_grad
-        k = state.config.num_rows(m, n, p, subspace)
-    dx = input_grad_flops(m, n, p, k, subspace)
+    dx = flops_of_input_grad(state.config, state.memory, m, n, p)
     return dx + (_weight_grad_flops(m, n, p, handle) if weight_grad else 0)
 
 

@@ -13,7 +13,9 @@ from memaop_triton.basis_choice import Arriving, Choice, better_choice, score_su
 from memaop_triton.config import SIDES, MemAOPConfig, check_name
 from memaop_triton.dispatch import project_rows
 from memaop_triton.flops import RANK_STEP, REFRESHES_PER_CHOICE, Subspace, refresh_stride
+from memaop_triton.grad_projection import GradProjection
 from memaop_triton.layer_state import LayerState
+from memaop_triton.refresh_clock import RefreshClock, is_capturing
 from memaop_triton.saved_state import check_fields, check_shape
 
 #: Stands for the number of rows where no batch has been seen.
@@ -54,6 +56,7 @@ class SubspaceMemory:
         side: The side in use, `"input"` or `"grad"`.
         rank: The rank in use.
         input_grad_rank: The rank in use for a sampled dX, which takes the gradients' side.
+        projection: The basis of a projected dX; empty unless there is one.
         state: Serves a memory that is handed to `memaop_linear`.
 
     Raises:
@@ -66,8 +69,6 @@ class SubspaceMemory:
     side: str
     rank: int
     input_grad_rank: int
-    # A graph that replays steps counts them on its device.
-    _step_on_device: Tensor | None
     # Rows, and on their way Σs and Σs² of their scores under each choice: [choices, 2].
     _pending: tuple[int, Arriving] | None
     # The same once they are there; `None` before the first look.
@@ -90,6 +91,7 @@ class SubspaceMemory:
         self.refresh_every = refresh_every
         self._sides = ("input", "grad") if side == "auto" else (side,)
         self._rank_is_open = rank is None
+        self.projection = GradProjection(out_features, refresh_every)
         self.set_rank(0 if rank is None else rank)
         self.state: LayerState | None = None
 
@@ -109,7 +111,7 @@ class SubspaceMemory:
                     f"{length}."
                 )
         self._most = rank
-        self.reset()
+        self._start()
 
     def _length(self, side: str) -> int:
         return self.in_features if side == "input" else self.out_features
@@ -117,7 +119,7 @@ class SubspaceMemory:
     def follow_budget(self, config: MemAOPConfig, rows: int) -> None:
         """Leave the rank open where a budget does; before the first step, fit it to `rows` rows."""
         self._rank_is_open = config.budget is not None and config.rank is None
-        if self._rank_is_open and self.nbytes == 0:
+        if self._rank_is_open and all(basis.q is None for basis in self._bases.values()):
             most = config.rank_for(rows, self.in_features, self.out_features)
             if most != self._most:
                 self.set_rank(most)
@@ -162,12 +164,12 @@ class SubspaceMemory:
     @property
     def step(self) -> int:
         """Number of steps taken."""
-        return self._step if self._step_on_device is None else int(self._step_on_device)
+        return self._clock.step
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(basis.nbytes for basis in self._bases.values())
+        return self.projection.nbytes + sum(basis.nbytes for basis in self._bases.values())
 
     @property
     def cost(self) -> Subspace:
@@ -204,13 +206,14 @@ class SubspaceMemory:
         if is_first:
             for side, basis in self._bases.items():
                 basis.of(x if side == "input" else g, self._most, generator)
-        if not self._has_choice or _is_capturing(x.device):
+        if not self._has_choice or is_capturing(x.device):
             return
-        if self._pending is not None and self._step % self.refresh_every == 0:
+        step = self._clock.host_step
+        if self._pending is not None and step % self.refresh_every == 0:
             self._choose(config)
         every = self.refresh_every * REFRESHES_PER_CHOICE
         is_new = self._seen is None and self._pending is None
-        if is_new or (self._step > 0 and self._step % every == 0):
+        if is_new or (step > 0 and step % every == 0):
             self._look(x, g, config, iterate=not is_first)
 
     def basis_of(self, a: Tensor) -> Tensor:
@@ -244,9 +247,9 @@ class SubspaceMemory:
             is_alone: The weight is frozen, so that no step of dW was counted.
         """
         if is_alone:
-            self._count(g.device)
+            self._clock.count(g.device)
         if is_alone or self.side != "grad":
-            self._refresh("grad", g, z)
+            self._clock.refresh(self._bases["grad"], g, z)
 
     def _look(self, x: Tensor, g: Tensor, config: MemAOPConfig, *, iterate: bool) -> None:
         """Bring all bases up to date, and see what each would leave."""
@@ -308,49 +311,30 @@ class SubspaceMemory:
         """Count a step that projected `a`, X or G, to z ∝ A Q; refresh Q when it is due.
 
         Nothing is projected at rank 0, and z [M, 0].
-
-        While a CUDA graph is captured nobody can tell when that will be: the graph then computes
-        the new basis in every step, and takes it over in every `refresh_every`-th.
         """
-        self._count(a.device)
+        self._clock.count(a.device)
         if self.rank:
-            self._refresh(self.side, a, z)
-
-    def _count(self, device: torch.device) -> None:
-        if device.type == "cuda" and self._step_on_device is None:
-            self._step_on_device = torch.full((1,), self._step, device=device)
-        self._step += 1
-        if self._step_on_device is not None:
-            self._step_on_device += 1
-
-    def _refresh(self, side: str, a: Tensor, z: Tensor) -> None:
-        if self._step_on_device is not None and _is_capturing(a.device):
-            is_due = self._step_on_device % self.refresh_every == 0
-            self._bases[side].iterate(a, z, is_due)
-        elif self._step % self.refresh_every == 0:
-            self._bases[side].iterate(a, z)
-
-    def _move(self, device: torch.device) -> None:
-        self._step = self.step
-        self._step_on_device = None
-        for basis in self._bases.values():
-            basis.move(device)
+            self._clock.refresh(self._bases[self.side], a, z)
 
     def fit(self, config: MemAOPConfig, in_features: int, out_features: int) -> None:
         """Become a memory for rows of these lengths, with the rank of `config`, if it is not."""
         if (self.in_features, self.out_features) != (in_features, out_features):
             self.in_features, self.out_features = in_features, out_features
+            self.projection = GradProjection(out_features, self.refresh_every)
             self.set_rank(config.rank_for(MANY_ROWS, in_features, out_features))
 
     def reset(self) -> None:
         """Forget the bases; the next step starts new ones."""
+        self._start()
+        self.projection.reset()
+
+    def _start(self) -> None:
         self._bases = {side: Basis(self._length(side), self._most) for side in self._sides}
         self.side = self._sides[0]
         self.rank = self.input_grad_rank = self._most
-        self._step = 0
+        self._clock = RefreshClock(self.refresh_every)
         self._pending = None
         self._seen = None
-        self._step_on_device = None
 
     def state_dict(self) -> dict[str, Any]:
         """Contents for a checkpoint. The tensors are the memory's own, not copies."""
@@ -361,7 +345,8 @@ class SubspaceMemory:
             state |= {"pending_rows": rows, "pending_sums": sums.get()}
         if self._seen is not None:
             state["seen_rows"], state["seen_sums"] = self._seen
-        return state | {side: b.q for side, b in self._bases.items() if b.q is not None}
+        state |= {side: basis.q for side, basis in self._bases.items() if basis.q is not None}
+        return state | self.projection.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the contents of another subspace memory of the same shape (copied).
@@ -371,7 +356,7 @@ class SubspaceMemory:
         """
         self.check_state(state)
         self.set_rank(self._most_of(state))
-        self._step, self.side, self.rank = state["step"], state["side"], state["rank"]
+        self._clock.step, self.side, self.rank = state["step"], state["side"], state["rank"]
         self.input_grad_rank = state["input_grad_rank"]
         if "pending_sums" in state:
             self._pending = state["pending_rows"], Arriving(state["pending_sums"].clone())
@@ -380,6 +365,7 @@ class SubspaceMemory:
         for side, basis in self._bases.items():
             if side in state:
                 basis.q = by_column(state[side].clone())
+        self.projection.load_state_dict(state)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise `ValueError` if `state` cannot be loaded into this memory."""
@@ -391,6 +377,7 @@ class SubspaceMemory:
         for side in self._sides:
             if side in state:
                 check_shape(side, state[side], (self._length(side), self._most_of(state)))
+        self.projection.check_state(state)
 
     def _most_of(self, state: Mapping[str, Any]) -> int:
         """The columns of a saved memory's bases, if the rank is open; else those of this one."""
@@ -402,15 +389,15 @@ class SubspaceMemory:
 
         Not to its dtype: a basis rounded to half precision would no longer be orthonormal.
         """
-        q = self._bases[self.side].q
+        held = (self._bases[self.side].q, self.projection.basis)
+        q = next((q for q in held if q is not None), None)
         if q is None:
             return
         device = fn(q.new_empty(0)).device
         if device.type == "meta":
             self.reset()
-        else:
-            self._move(device)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            return
+        self._clock.leave_device()
+        for basis in self._bases.values():
+            basis.move(device)
+        self.projection.move(device)

@@ -131,7 +131,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) ->
         )
     mesh = weight.device_mesh
     divided = _divided_dimension(weight)
-    sampled = state.config.grad_input == "sampled"
+    sampled = state.config.grad_input != "exact"
     along = [
         _along(of_x, of_weight, x.dim() - 1, sampled)
         for of_x, of_weight in zip(x.placements, weight.placements, strict=True)

@@ -54,6 +54,7 @@ def cases():
         "adam": PRIORITY | {"optimizer": "adam"},
         "adam rows": SIGNED | {"optimizer": "adam"},
         "sampled": PRIORITY | {"grad_input": "sampled"},
+        "projected": PRIORITY | {"grad_input": "projected"},
         "sampled crs": {"selection": "crs", "memory": "none", "grad_input": "sampled"},
         "sampled compiled": PRIORITY | {"grad_input": "sampled", "compiled": "aot_eager"},
         "half": SIGNED | {"memory_dtype": torch.bfloat16},

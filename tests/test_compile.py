@@ -140,8 +140,9 @@ def test_equals_eager_under_inductor():
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
-def test_sampled_input_gradient():
-    config = MemAOPConfig(ratio=1 / 4, grad_input="sampled")
+@pytest.mark.parametrize("grad_input", ["sampled", "projected"])
+def test_approximate_input_gradient(grad_input):
+    config = MemAOPConfig(ratio=1 / 4, grad_input=grad_input)
     exactly(*both(convert_(Branches(), config), "aot_eager"))
 
 

@@ -11,6 +11,7 @@ from memaop_triton import (
     SubspaceMemory,
     memaop_linear,
     new_memory,
+    refresh_clock,
     subspace_memory,
 )
 from memaop_triton.weight_grad import weight_grad
@@ -236,14 +237,15 @@ def test_a_captured_step_refreshes_the_basis_when_an_eager_one_would(monkeypatch
     for memory in (eager, captured):
         torch.manual_seed(1)
         weight_grad(*batches[0], config, memory)
-    captured._step_on_device = torch.full((1,), captured.step)
-    monkeypatch.setattr(subspace_memory, "_is_capturing", lambda device: True)
+    captured._clock._on_device = torch.full((1,), captured.step)
+    for module in (subspace_memory, refresh_clock):
+        monkeypatch.setattr(module, "is_capturing", lambda device: True)
     address = captured.basis.data_ptr()
     for batch in batches[1:]:
         for memory in (eager, captured):
             torch.manual_seed(2)
             weight_grad(*batch, config, memory)
-        captured._step = 0  # a replay runs nothing on the host
+        captured._clock._step = 0  # a replay runs nothing on the host
         assert torch.equal(captured.basis, eager.basis)
         assert captured.step == eager.step
     assert captured.basis.data_ptr() == address

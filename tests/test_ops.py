@@ -41,9 +41,12 @@ def test_opcheck_weight_grad(settings, bias_grad):
 
 @pytest.mark.parametrize("weight_grad", [True, False])
 @pytest.mark.parametrize("bias_grad", [True, False])
-@pytest.mark.parametrize("memory", ["none", "subspace"])
-def test_opcheck_sampled_backward(memory, weight_grad, bias_grad):
-    state = state_for(memory=memory, grad_input="sampled")
+@pytest.mark.parametrize(
+    ("memory", "grad_input"),
+    [("none", "sampled"), ("subspace", "sampled"), ("subspace", "projected")],
+)
+def test_opcheck_sampled_backward(memory, grad_input, weight_grad, bias_grad):
+    state = state_for(memory=memory, grad_input=grad_input)
     x = torch.randn(M, N) if weight_grad else torch.randn(0)
     arguments = x, torch.randn(M, P), torch.randn(P, N), state.handle, state.order
     settings = {"weight_grad": weight_grad, "bias_grad": bias_grad}

@@ -68,7 +68,7 @@ def plan(
     memory: Annotated[str, typer.Option(help="What is remembered.")] = MemAOPConfig.memory,
     rank: Annotated[int, typer.Option(min=1, help="Of the subspace.")] = DEFAULT_RANK,
     grad_input: Annotated[
-        str, typer.Option(help="exact, or sampled: the input gradient from K rows too.")
+        str, typer.Option(help="exact, sampled (dX from K rows too) or projected.")
     ] = MemAOPConfig.grad_input,
     budget: Annotated[
         float, typer.Option(callback=positive, help="Seconds for measuring, about.")

@@ -54,7 +54,7 @@ def tune(
     memory: Annotated[str | None, typer.Option(help="Default: that of MemAOPConfig.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of the subspace memory.")] = None,
     block_rows: Annotated[int | None, typer.Option(help="Rows of a block.")] = None,
-    grad_input: Annotated[str | None, typer.Option(help="exact or sampled.")] = None,
+    grad_input: Annotated[str | None, typer.Option(help="exact, sampled or projected.")] = None,
 ) -> None:
     """Time the kernels' configurations on this GPU, and keep the best in the cache.
 

@@ -1,0 +1,294 @@
+"""dX = (G Q)(Qᵀ W): every row's part in a subspace, nothing drawn."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from memaop_triton import MemAOPConfig, MemAOPLinear, convert_, new_memory
+from memaop_triton.flops import projected_input_grad_flops, projection_rank_within
+from memaop_triton.input_grad import flops_of_input_grad, projected_input_grad
+from memaop_triton.weight_grad import weight_grad
+
+M, N, P = 512, 64, 96
+DENSE = 2 * M * N * P
+
+
+def low_rank(rank, noise=0.0):
+    rows = torch.randn(M, rank) @ torch.randn(rank, P)
+    return rows + noise * torch.randn(M, P)
+
+
+def layer_of(dtype=torch.float32, **settings):
+    config = MemAOPConfig(grad_input="projected", **settings)
+    return MemAOPLinear(N, P, config=config, dtype=dtype)
+
+
+def input_grad(layer, g):
+    x = torch.randn(len(g), N, dtype=g.dtype, requires_grad=True)
+    layer(x).backward(g)
+    return x.grad
+
+
+def inside(layer, g):
+    """What the layer's subspace has of the rows."""
+    q = layer.memory.projection.basis.to(g.dtype)
+    return g @ q @ q.T
+
+
+@pytest.mark.parametrize("settings", [{"rank": 4}, {"budget": 1 / 4}, {"ratio": 1.0, "rank": 4}])
+def test_it_is_the_gradient_of_the_rows_in_the_subspace(settings):
+    torch.manual_seed(0)
+    layer, g = layer_of(refresh_every=99, **settings), low_rank(2, noise=0.5)
+    dx = input_grad(layer, g)
+    torch.testing.assert_close(dx, inside(layer, g) @ layer.weight, rtol=1e-4, atol=1e-4)
+    assert (dx - g @ layer.weight).norm() > 0.05 * dx.norm()
+
+
+def test_rows_of_few_dimensions_lose_nothing():
+    torch.manual_seed(0)
+    layer, g = layer_of(rank=4), low_rank(4)
+    torch.testing.assert_close(input_grad(layer, g), g @ layer.weight, rtol=1e-3, atol=1e-3)
+
+
+def test_the_subspace_follows_the_rows():
+    torch.manual_seed(0)
+    layer = layer_of(rank=4, refresh_every=2)
+    input_grad(layer, torch.randn(M, P))
+    plane = torch.randn(3, P)
+    for _ in range(8):
+        g = torch.randn(M, 3) @ plane
+        dx = input_grad(layer, g)
+    torch.testing.assert_close(dx, g @ layer.weight, rtol=1e-3, atol=1e-3)
+
+
+def test_a_refresh_comes_every_so_many_steps():
+    layer, seen = layer_of(rank=4, refresh_every=3), []
+    for _ in range(7):
+        input_grad(layer, torch.randn(M, P))
+        seen.append(layer.memory.projection.basis.clone())
+    same = [torch.equal(one, other) for one, other in itertools.pairwise(seen)]
+    assert same == [True, False, True, True, False, True]
+
+
+@pytest.mark.parametrize("ratio", [1 / 8, 1.0])
+def test_the_weight_gradient_is_what_it_is_without(ratio):
+    x, g = torch.randn(M, N, requires_grad=True), torch.randn(M, P)
+    gradients = []
+    for grad_input in ("exact", "projected"):
+        torch.manual_seed(0)
+        config = MemAOPConfig(ratio=ratio, grad_input=grad_input)
+        layer = MemAOPLinear(N, P, config=config)
+        layer(x).backward(g)
+        gradients.append(layer.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_frozen_weight_has_it_too():
+    torch.manual_seed(0)
+    layer = layer_of(rank=4, refresh_every=2)
+    layer.weight.requires_grad_(False)
+    for _ in range(5):
+        g = low_rank(3)
+        dx = input_grad(layer, g)
+    torch.testing.assert_close(dx, inside(layer, g) @ layer.weight, rtol=1e-4, atol=1e-4)
+    assert layer.memory.basis is None  # of dW
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtypes(dtype):
+    torch.manual_seed(0)
+    layer, g = layer_of(dtype, rank=4), low_rank(3).to(dtype)
+    dx, exact = input_grad(layer, g), g @ layer.weight
+    assert dx.dtype == dtype
+    assert layer.memory.projection.basis.dtype == torch.promote_types(dtype, torch.float32)
+    assert (dx - exact).norm() < (0.02 if dtype == torch.bfloat16 else 1e-6) * exact.norm()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_shows_and_stays_alone(bad):
+    layer = layer_of(rank=4, refresh_every=1)
+    g = torch.randn(M, P)
+    g[3, 5] = bad
+    dx = input_grad(layer, g)
+    assert not dx[3].isfinite().any()
+    assert dx[torch.arange(M) != 3].isfinite().all()
+    assert layer.memory.projection.basis.isfinite().all()
+
+
+def test_what_costs_no_less_is_exact():
+    layer, g = layer_of(rank=16), torch.randn(4, P)
+    torch.testing.assert_close(input_grad(layer, g), g @ layer.weight)
+
+
+def test_evaluation_and_empty_batches():
+    layer = layer_of(rank=4)
+    assert input_grad(layer, torch.randn(0, P)).shape == (0, N)
+    assert layer.memory.nbytes == 0
+    layer.eval()
+    g = torch.randn(M, P)
+    torch.testing.assert_close(input_grad(layer, g), g @ layer.weight)
+
+
+@pytest.mark.parametrize("budget", [1 / 16, 1 / 4, 1 / 2])
+def test_both_halves_stay_within_their_budgets(budget):
+    layer = layer_of(budget=budget)
+    x = torch.randn(M, N, requires_grad=True)
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            y = layer(x)
+        with FlopCounterMode(display=False) as backward:
+            y.backward(torch.randn(M, P))
+    assert counter.get_total_flops() == DENSE
+    assert 0.8 * 2 * budget * DENSE < backward.get_total_flops() <= 2 * budget * DENSE
+
+
+def test_the_rank_is_the_largest_that_the_budget_pays_for():
+    for budget in (0.03, 0.1, 0.3, 0.7, 0.999):
+        rank = projection_rank_within(budget, M, N, P, 8)
+        assert projected_input_grad_flops(M, N, P, rank, 8) <= budget * DENSE
+        assert projected_input_grad_flops(M, N, P, rank + 4, 8) > budget * DENSE or rank == P
+    assert projection_rank_within(1e-6, M, N, P, 8) == 1
+    assert projection_rank_within(0.9, 10**6, 10**4, 6, 8) == 4
+
+
+def test_flops_are_those_of_the_three_products_and_the_refreshes():
+    config = MemAOPConfig(rank=4, grad_input="projected", refresh_every=10)
+    memory = new_memory(config, N, P)
+    # A power iteration on all of the 512 rows, and QR.
+    refresh = 2 * M * 4 * P + 4 * 4 * 4 * P
+    expected = 2 * 4 * (M * P + P * N + M * N) + refresh / 10
+    assert flops_of_input_grad(config, memory, M, N, P) == round(expected)
+    assert flops_of_input_grad(config, memory, 2, N, P) == 2 * 2 * N * P  # dense
+
+
+def test_a_budget_of_its_own():
+    given = MemAOPConfig(budget=1 / 8, grad_input="projected", grad_input_budget=1 / 2)
+    taken_over = MemAOPConfig(budget=1 / 8, grad_input="projected")
+    assert taken_over.grad_input_budget == 1 / 8
+    ranks = [config.projection_rank(M, N, P) for config in (given, taken_over)]
+    assert ranks[0] > 3 * ranks[1]
+    with_ratio = MemAOPConfig(ratio=1 / 8, grad_input="projected", grad_input_budget=1 / 2)
+    assert with_ratio.projection_rank(M, N, P) == ranks[0]
+    assert MemAOPConfig(rank=9, grad_input="projected").projection_rank(M, N, P) == 9
+    assert MemAOPConfig(grad_input="projected").projection_rank(M, 40, P) == 10  # a quarter
+
+
+def test_another_budget_of_dw_leaves_dx_as_it_is():
+    layer = layer_of(budget=1 / 4)
+    input_grad(layer, torch.randn(M, P))
+    q = layer.memory.projection.basis.clone()
+    for share in (1 / 64, 1 / 2):
+        layer.set_budget_(share)
+        assert layer.config.grad_input_budget == 1 / 4
+        input_grad(layer, torch.randn(M, P))
+        assert torch.equal(layer.memory.projection.basis, q)
+
+
+@pytest.mark.parametrize("settings", [{"rank": 4}, {"budget": 1 / 4}])
+def test_a_checkpoint_resumes_to_the_bit(settings):
+    first, second = layer_of(refresh_every=3, **settings), layer_of(refresh_every=3, **settings)
+    batches = [torch.randn(M, P) for _ in range(8)]
+    for g in batches[:4]:
+        input_grad(first, g)
+    second.load_state_dict(first.state_dict())
+    second.memory.load_state_dict(copy.deepcopy(first.memory.state_dict()))
+    assert second.memory.nbytes == first.memory.nbytes
+    for g in batches[4:]:
+        torch.manual_seed(0)
+        x = torch.randn(M, N, requires_grad=True)
+        results = []
+        for layer in (first, second):
+            x.grad = None
+            torch.manual_seed(1)
+            layer(x).backward(g)
+            results.append(x.grad)
+        assert torch.equal(*results)
+    first.memory.reset()
+    assert first.memory.nbytes == 0
+    assert "projection" not in first.memory.state_dict()
+
+
+def test_a_state_of_another_width_is_refused():
+    layer = layer_of(rank=4)
+    input_grad(layer, torch.randn(M, P))
+    state = layer.memory.state_dict() | {"projection": torch.eye(P + 1, 4)}
+    with pytest.raises(ValueError, match=rf"projection has shape \({P + 1}, 4\).*\({P}, 4\)"):
+        layer.memory.load_state_dict(state)
+    # Of a memory that projected nothing.
+    plain = {key: value for key, value in state.items() if not key.startswith("projection")}
+    layer.memory.load_state_dict(plain)
+    assert layer.memory.projection.basis is None
+
+
+def test_copies_and_conversions_take_the_basis_along():
+    layer = layer_of(rank=4)
+    layer.weight.requires_grad_(False)
+    input_grad(layer, torch.randn(M, P))
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin.memory.projection.basis, layer.memory.projection.basis)
+    assert twin.memory.projection.basis is not layer.memory.projection.basis
+    twin.to(torch.float64)
+    assert twin.memory.projection.basis.dtype == torch.float32
+    twin.to("meta")
+    assert twin.memory.projection.basis is None
+    assert layer.memory.projection.basis is not None
+
+
+def test_a_memory_of_another_size_starts_anew():
+    memory = new_memory(MemAOPConfig(grad_input="projected"), N, P)
+    config = MemAOPConfig(grad_input="projected", rank=4)
+    projected_input_grad(torch.randn(M, P), torch.randn(P, N), config, memory)
+    memory.fit(config, P, N)
+    assert memory.projection.basis is None
+    dx = projected_input_grad(torch.randn(M, N), torch.randn(N, P), config, memory)
+    assert dx.shape == (M, P)
+    assert memory.projection.basis.shape == (N, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory": "none"}, "needs memory='subspace'.*not 'none'"),
+        ({"selection": "topk", "memory": "residual"}, "needs memory='subspace'.*not 'residual'"),
+        ({"grad_input_budget": 1.0}, "grad_input_budget=1 is what dense costs"),
+        ({"grad_input_budget": 1.5}, r"grad_input_budget=1\.5 must be in \(0, 1\]"),
+        ({"grad_input_budget": 0.1, "grad_input": "sampled"}, "no meaning for grad_input='sampled"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MemAOPConfig(**{"grad_input": "projected"} | settings)
+    with pytest.raises(TypeError, match="grad_input_budget must be a number"):
+        MemAOPConfig(grad_input="projected", grad_input_budget="all")
+
+
+def test_a_network_learns_with_it():
+    """All layers but the last from projected gradients; with none it would end at 0.21."""
+    last = {}
+    for grad_input in ("exact", "projected"):
+        torch.manual_seed(0)
+        sizes = [(N, P), (P, P), (P, P), (P, 2)]
+        model = nn.Sequential(*(m for size in sizes for m in (nn.Linear(*size), nn.Tanh())))
+        convert_(model, MemAOPConfig(ratio=1.0, rank=8, grad_input=grad_input))
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        truth = torch.randn(N, 2) / N**0.5
+        for _ in range(100):
+            x = torch.randn(M, N)
+            loss = (model(x) - (x @ truth).tanh()).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        last[grad_input] = loss.item()
+    assert last["exact"] < last["projected"] < 0.03
+
+
+def test_weight_gradients_do_not_need_it():
+    """The function that has no weight to multiply with takes the configuration all the same."""
+    config = MemAOPConfig(rank=4, grad_input="projected")
+    memory = new_memory(config, N, P)
+    assert weight_grad(torch.randn(M, N), torch.randn(M, P), config, memory).shape == (P, N)
+    assert memory.projection.basis is None
