@@ -101,7 +101,7 @@ class MemAOPConfig:
             the rows of dW: with `ratio=1` these are all there. `"exact"` leaves dX as it is.
         grad_input_budget: Floating-point operations of a projected dX as a fraction of the dense
             2 M N P, in (0, 1), from which the dimension of its subspace follows with the first
-            batch. `None` takes over `budget`; without either the dimension is that of `rank`.
+            batch. `None` is `budget`; without either the dimension is `rank`.
 
     Raises:
         ValueError: An argument is out of range, unknown, or contradicts another.
@@ -205,8 +205,6 @@ class MemAOPConfig:
             )
         if self.grad_input_budget is not None:
             self._check_grad_input_budget(self.grad_input_budget)
-        elif self.grad_input == "projected":
-            object.__setattr__(self, "grad_input_budget", self.budget)
         if self.grad_input == "sampled" and not self.is_unbiased:
             raise ValueError(
                 f"grad_input='sampled' needs an unbiased selection, not {self.selection!r}: use "
@@ -281,11 +279,18 @@ class MemAOPConfig:
 
     def projection_rank(self, rows: int, in_features: int, out_features: int) -> int:
         """Dimension of a projected dX's subspace, with batches of `rows` rows."""
-        if self.grad_input_budget is None:
+        budget = self.budget_of_projection
+        if budget is None:
             assert self.rank is not None
             return max(1, min(self.rank, min(in_features, out_features) // 4))
-        sizes = rows, in_features, out_features
-        return projection_rank_within(self.grad_input_budget, *sizes, self.refresh_every)
+        return projection_rank_within(budget, rows, in_features, out_features, self.refresh_every)
+
+    @property
+    def budget_of_projection(self) -> float | None:
+        """`grad_input_budget` or what stands for it; `None` without a projected dX."""
+        if self.grad_input != "projected":
+            return None
+        return self.budget if self.grad_input_budget is None else self.grad_input_budget
 
     def rank_for(self, rows: int, in_features: int, out_features: int) -> int:
         """Rank of the subspace in a layer of this size, with batches of `rows` rows."""

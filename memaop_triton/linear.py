@@ -210,13 +210,18 @@ class MemAOPLinear(nn.Linear):
 
 
 def with_ratio(config: MemAOPConfig, ratio: float) -> MemAOPConfig:
-    """`config` with this share of the rows instead of its own, `k` or budget."""
-    return dataclasses.replace(config, ratio=ratio, k=None, budget=None)
+    """`config` with this share of the rows instead of its own, `k` or budget.
+
+    A projected dX keeps its own.
+    """
+    kept = config.budget_of_projection
+    return dataclasses.replace(config, ratio=ratio, k=None, budget=None, grad_input_budget=kept)
 
 
 def with_budget(config: MemAOPConfig, budget: float) -> MemAOPConfig:
-    """`config` with this budget instead of its own, ratio or `k`."""
-    return dataclasses.replace(config, ratio=None, k=None, budget=budget)
+    """`config` with this budget instead of its own, ratio or `k`. A projected dX keeps its own."""
+    kept = config.budget_of_projection
+    return dataclasses.replace(config, ratio=None, k=None, budget=budget, grad_input_budget=kept)
 
 
 def _is_distributed(a: Tensor | None) -> TypeGuard[Tensor]:

@@ -167,9 +167,8 @@ def test_flops_are_those_of_the_three_products_and_the_refreshes():
 
 def test_a_budget_of_its_own():
     given = MemAOPConfig(budget=1 / 8, grad_input="projected", grad_input_budget=1 / 2)
-    taken_over = MemAOPConfig(budget=1 / 8, grad_input="projected")
-    assert taken_over.grad_input_budget == 1 / 8
-    ranks = [config.projection_rank(M, N, P) for config in (given, taken_over)]
+    shared = MemAOPConfig(budget=1 / 8, grad_input="projected")
+    ranks = [config.projection_rank(M, N, P) for config in (given, shared)]
     assert ranks[0] > 3 * ranks[1]
     with_ratio = MemAOPConfig(ratio=1 / 8, grad_input="projected", grad_input_budget=1 / 2)
     assert with_ratio.projection_rank(M, N, P) == ranks[0]
@@ -181,8 +180,8 @@ def test_another_budget_of_dw_leaves_dx_as_it_is():
     layer = layer_of(budget=1 / 4)
     input_grad(layer, torch.randn(M, P))
     q = layer.memory.projection.basis.clone()
-    for share in (1 / 64, 1 / 2):
-        layer.set_budget_(share)
+    for change in (lambda: layer.set_budget_(1 / 64), lambda: layer.set_ratio_(1 / 2)):
+        change()
         assert layer.config.grad_input_budget == 1 / 4
         input_grad(layer, torch.randn(M, P))
         assert torch.equal(layer.memory.projection.basis, q)

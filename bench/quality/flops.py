@@ -40,8 +40,8 @@ def count(task: Task, config: MemAOPConfig | None, batch: Batch) -> Flops:
         if config is None:
             return Flops(1.0, 1e-9 * dense.backward)
         backward = _passes(task, config, batch).backward
-        # A sampled input gradient does not change what the weight gradients take.
-        exact = dataclasses.replace(config, grad_input="exact")
+        # What is done to the input gradient does not change what the weight gradients take.
+        exact = dataclasses.replace(config, grad_input="exact", grad_input_budget=None)
         saved = dense.backward - _passes(task, exact, batch).backward
     return Flops(1 - saved / dense.linear, 1e-9 * backward)
 

@@ -29,12 +29,15 @@ CURVES = (
     "topk-residual",
     "topk-signed",
     "budget-both",
+    "budget-projected-allocated",
 )
 _COLOURS = {
     DENSE: "#1a1e23",
     SHORTER: "#8b949e",
     "budget": "#d1348b",
     "budget-both": "#e58fc0",
+    "budget-projected": "#3f7f3f",
+    "budget-projected-allocated": "#6fae4f",
     "budget-allocated": "#0b5cad",
     "priority-allocated": "#7fc7bd",
     "subspace": "#6f42c1",
@@ -49,7 +52,7 @@ _COLOURS = {
     "weightedk-residual": "#f2bd93",
     "randk-signed": "#dc92de",
 }
-_OTHERS = ("#6a737d", "#a0a9b2", "#3f7f3f", "#9aa800")
+_OTHERS = ("#6a737d", "#a0a9b2", "#c9a300", "#9aa800")
 _MARKERS = "osD^vPX<>*"
 # Below it a scale of differences is linear.
 _LINEAR = {"accuracy": 0.5, "loss": 0.02}

@@ -36,7 +36,7 @@ class Scheme:
         name: Key on the command line and in files.
         label: For readers.
         make: From a ratio to the configuration; `None` for dense.
-        samples_both: Whether dX is sampled too.
+        samples_both: Whether dX is sampled or projected too.
         allocates: Whether the ratio is a budget that `allocate_` spreads over the layers.
     """
 
@@ -98,6 +98,7 @@ _TABLE_OF_BOTH: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
         _of("priority", "none", grad_input="sampled"),
     ),
 )
+_PROJECTED = _within(0.9, grad_input="projected")
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
@@ -107,6 +108,14 @@ SCHEMES = {
         *(Scheme(*line) for line in _TABLE),
         *(Scheme(*line, allocates=True) for line in _TABLE_OF_ALLOCATED),
         *(Scheme(*line, samples_both=True) for line in _TABLE_OF_BOTH),
+        Scheme("budget-projected", "default in a budget, dX projected", _PROJECTED, True),
+        Scheme(
+            "budget-projected-allocated",
+            "default in a budget, allocated, dX projected",
+            _PROJECTED,
+            samples_both=True,
+            allocates=True,
+        ),
     )
 }
 
@@ -116,16 +125,19 @@ SCHEMES = {
 _MEDIUM = ("fashion", "vit", "gpt-128")
 _MAIN = ("budget", "budget-allocated", "priority", "topk-residual", "topk-signed")
 _AT_EQUAL_TIME = ("1/8", "1/4", "1/2")
+_BOTH = dict.fromkeys(
+    ("budget-both", "budget-projected", "budget-projected-allocated"), (RATIO_OF_BOTH,)
+)
 _IN_LONG_TASKS = {
     "budget": _AT_EQUAL_TIME,
     "budget-allocated": _AT_EQUAL_TIME,
     "priority": ("1/8",),
     "topk-residual": ("1/8",),
     "topk-signed": ("1/8",),
-    "budget-both": ("1/4",),
+    **_BOTH,
     **DENSE_SHARES,
 }
-_WITH_LARGER_BATCHES = {"budget": ("1/8",), "budget-both": ("1/4",), **DENSE_SHARES}
+_WITH_LARGER_BATCHES = {"budget": ("1/8",), **_BOTH, **DENSE_SHARES}
 _FEW_CELLS = {
     "gpt-512": _IN_LONG_TASKS,
     "gpt-256": _IN_LONG_TASKS,

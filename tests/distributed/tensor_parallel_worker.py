@@ -214,6 +214,7 @@ def schemes():
             yield {"selection": selection, "memory": memory}
         if unbiased and memory not in ROW_MEMORIES:
             yield {"selection": selection, "memory": memory, "grad_input": "sampled"}
+    yield {"selection": "priority", "memory": "subspace", "grad_input": "projected"}
 
 
 def check_input_grad(layer, dx, g_here, by_row, agreed):
@@ -287,6 +288,11 @@ def every_selection_and_memory_adds_up_what_it_selected():
                 # Scored by G alone, of which a layer divided by rows of X has two copies.
                 want = g.norm(dim=1).square() * (2 if by_row else 1)
                 torch.testing.assert_close(leaf.grad, (total * g) @ plain.weight)
+            elif config.grad_input == "projected":
+                q = memory.projection.basis
+                parts = everywhere(g_here @ q @ q.T @ layer.weight.to_local())
+                whole_dx = torch.cat(list(parts), 1) if by_row else parts.sum(0)
+                torch.testing.assert_close(leaf.grad, whole_dx)
             torch.testing.assert_close(scores, want.sqrt())
             torch.testing.assert_close(whole(layer.bias.grad), g.sum(0))
 
