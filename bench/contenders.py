@@ -169,7 +169,7 @@ def layers(problem: Problem, variants: Sequence[tuple[str, str]]) -> list[Method
     x.requires_grad_()
     methods = [Method("dense", "dense", "dense", _layer_step(problem, x, g, None))]
     for setting, grad_input in variants:
-        config = problem.config(grad_input=grad_input, **SETTINGS[setting])
+        config = problem.config_of_layer(grad_input, **SETTINGS[setting])
         name = variant_name(setting, grad_input)
         call = _layer_step(problem, x, g, config)
         period = config.refresh_every if config.memory == "subspace" else 1
@@ -179,8 +179,8 @@ def layers(problem: Problem, variants: Sequence[tuple[str, str]]) -> list[Method
 
 
 def variant_name(setting: str, grad_input: str) -> str:
-    """Name of a setting with an exact or sampled input gradient."""
-    return setting if grad_input == "exact" else f"{setting}, sampled dX"
+    """Name of a setting with an exact, sampled or projected input gradient."""
+    return setting if grad_input == "exact" else f"{setting}, {grad_input} dX"
 
 
 def _layer_step(

@@ -62,6 +62,12 @@ class Problem:
         """The configuration with these settings for this ratio and these blocks."""
         return MemAOPConfig(ratio=self.ratio, block_rows=self.block_rows, **settings)
 
+    def config_of_layer(self, grad_input: str, **settings: Any) -> MemAOPConfig:
+        """The same with an input gradient, whose FLOPs are that share of dense's if projected."""
+        if grad_input == "projected":
+            settings |= {"grad_input_budget": self.ratio}
+        return self.config(grad_input=grad_input, **settings)
+
     def operands(self) -> tuple[Tensor, Tensor]:
         """Random X and G."""
         x, g = (

@@ -12,6 +12,7 @@ VARIANTS = [
     ("default", "sampled"),
     ("priority", "sampled"),
     ("topk-residual", "exact"),
+    ("default", "projected"),
 ]
 WANTED_ON = [Problem(8192, 1024, 1024)]
 MORE = [Problem(4096, 2048, 2048), Problem(4096, 768, 3072)]

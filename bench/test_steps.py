@@ -11,8 +11,9 @@ from memaop_triton.bench.marks import in_suites
 from memaop_triton.bench.measure import Method
 from memaop_triton.bench.problem import Problem
 
-SAMPLED = ("default", "sampled")
+SAMPLED, PROJECTED = ("default", "sampled"), ("default", "projected")
 DEFAULT, PRIORITY = ("default", "exact"), ("priority", "exact")
+ALL = [DEFAULT, PRIORITY, SAMPLED, PROJECTED]
 # Activations of 24 MiB: the system maps larger ones anew in every step, dense or not, and the time
 # that takes has nothing to do with what is compared.
 MLP = models.mlp(2048, 3072)
@@ -32,21 +33,21 @@ def step(net, variants, suites, wanted=None, device="cpu", dtype=torch.float32, 
 @pytest.mark.parametrize(
     ("net", "variants", "problem", "wanted"),
     [
-        step(MLP, [DEFAULT, SAMPLED], ["quick"], MLP_WANTED),
+        step(MLP, [DEFAULT, SAMPLED, PROJECTED], ["quick"], MLP_WANTED),
         step(GPT_BLOCK, [DEFAULT], ["quick"], {"default": 1.2}),
         step(VIT_BLOCK, [DEFAULT], ["quick"], {"default": 1.2}),
-        step(MLP, [DEFAULT, PRIORITY, SAMPLED, ("priority", "sampled")], ["cpu"], MLP_WANTED),
-        step(GPT_BLOCK, [DEFAULT, PRIORITY, SAMPLED], ["cpu"], {"default": 1.2}),
-        step(VIT_BLOCK, [DEFAULT, PRIORITY, SAMPLED], ["cpu"], {"default": 1.2}),
+        step(MLP, [*ALL, ("priority", "sampled")], ["cpu"], MLP_WANTED),
+        step(GPT_BLOCK, ALL, ["cpu"], {"default": 1.2}),
+        step(VIT_BLOCK, ALL, ["cpu"], {"default": 1.2}),
         *(
-            step(net, [DEFAULT, PRIORITY, SAMPLED], ["gpu"], None, "cuda", torch.bfloat16)
+            step(net, ALL, ["gpu"], None, "cuda", torch.bfloat16)
             for net in (
                 models.mlp(4096, 16384),
                 models.gpt_block(2048, 1024, 16),
                 models.vit_block(1024, 128),
             )
         ),
-        step(models.mlp(32, 64, depth=1), [DEFAULT, SAMPLED], ["smoke"]),
+        step(models.mlp(32, 64, depth=1), [DEFAULT, SAMPLED, PROJECTED], ["smoke"]),
         step(models.gpt_block(64, 8, 8), [DEFAULT], ["smoke"]),
     ],
 )
@@ -55,7 +56,7 @@ def test_step(compare, net, variants, problem, wanted):
         torch.manual_seed(0)
         model = net.make()
         if settings is not None:
-            convert_(model, problem.config(grad_input=grad_input, **settings))
+            convert_(model, problem.config_of_layer(grad_input, **settings))
         return models.TrainingStep(net, model, problem.device, problem.dtype)
 
     methods = [Method("dense", "dense", "dense", made())]

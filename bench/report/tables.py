@@ -227,6 +227,9 @@ def definitions(methods: Sequence[Method]) -> Table:
         about = method.label if what is None else what.text
         if what is not None and "sampled dX" in method.name:
             about += " The input gradient comes from K rows too."
+        if what is not None and "projected dX" in method.name:
+            about += " The input gradient is that of G in a subspace, for r of dense's FLOPs."
+            unbiased = "no"
         # The column says so already.
         note = "" if method.note == "biased" else method.note or ""
         lines.append((Cell(method.name), Cell(unbiased), Cell(about, note)))
