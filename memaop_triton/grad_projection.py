@@ -80,9 +80,11 @@ class GradProjection:
         assert basis is not None
         q = basis.of(g, basis.rank, generator)
         z = g @ q
+        dx = z @ (q.t() @ weight)
+        # Writes into Q.
         self._clock.count(g.device)
         self._clock.refresh(basis, g, z)
-        return z @ (q.t() @ weight)
+        return dx
 
     def move(self, device: torch.device) -> None:
         """Follow the rows to another device."""

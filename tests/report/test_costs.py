@@ -5,6 +5,7 @@ import pytest
 from memaop_triton.bench.report.data import Method, Spread, load
 from memaop_triton.bench.report.methods import base_name, traffic
 from memaop_triton.bench.report.roofline import calls
+from memaop_triton.bench.report.tables import definitions
 from tests.report import made
 
 
@@ -36,6 +37,16 @@ def test_calls_lie_under_the_roofs_by_what_they_took(saved):
     (priority,) = [c for c in calls(few.cases, few.machine) if c.method.name == "priority"]
     assert priority.roof == pytest.approx(priority.intensity * made.READ_GBS)
     assert priority.roof < made.GFLOPS
+
+
+def test_what_is_done_to_the_input_gradient_is_said():
+    times = Spread(1.0, 1.0, 1.0)
+    names = ("default", "default, sampled dX", "default, projected dX", "topk")
+    table = definitions([Method(name, "ours", name, times, times) for name in names])
+    exact, sampled, projected, topk = ([cell.text for cell in row] for row in table.rows)
+    assert [row[1] for row in (exact, sampled, projected, topk)] == ["yes", "yes", "no", "no"]
+    assert sampled[2] == f"{exact[2]} The input gradient comes from K rows too."
+    assert projected[2].startswith(f"{exact[2]} The input gradient is that of G in a subspace")
 
 
 @pytest.mark.parametrize(
