@@ -37,15 +37,24 @@ class Basis:
         The first call makes Q from `a`.
         """
         if self.q is None:
-            dtype = torch.promote_types(a.dtype, torch.float32)
-            shape = (self.features, self.rank)
-            start = torch.randn(shape, dtype=dtype, device=a.device, generator=generator)
-            self.q = by_column(torch.linalg.qr(start).Q)
             few = self.thinned(a)
-            self.iterate(few, project_rows(few, self.q.to(a.dtype))[0])
-        elif self.q.device != a.device:
-            self.move(a.device)
-        return self.q[:, :rank].to(a.dtype)
+            self.iterate(few, project_rows(few, self.begin(a, generator))[0])
+        return self.columns(a, rank)
+
+    def begin(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Start from random columns, on the device of `like`; they come in its dtype."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        shape = (self.features, self.rank)
+        start = torch.randn(shape, dtype=dtype, device=like.device, generator=generator)
+        self.q = by_column(torch.linalg.qr(start).Q)
+        return self.q.to(like.dtype)
+
+    def columns(self, like: Tensor, rank: int) -> Tensor:
+        """The first `rank` columns of Q on the device and in the dtype of `like`."""
+        assert self.q is not None
+        if self.q.device != like.device:
+            self.move(like.device)
+        return self.q[:, :rank].to(like.dtype)
 
     def iterate(self, a: Tensor, z: Tensor, is_due: Tensor | bool = True) -> None:
         """One power iteration of the first r columns, by some of the rows `a` ([M, features]).
@@ -55,9 +64,18 @@ class Basis:
             z: [M, r] ∝ A Q.
             is_due: Whether to take it over.
         """
+        self.take(transposed_mm(self.thinned(z), self.thinned(a)).t(), is_due)
+
+    def take(self, product: Tensor, is_due: Tensor | bool = True) -> None:
+        """Go on with an orthonormal basis of what a power iteration has made of the first columns.
+
+        Args:
+            product: Aᵀ A Q of some rows A, [features, r].
+            is_due: Whether to take it over.
+        """
         assert self.q is not None
-        q = self.q[:, : z.shape[1]]
-        product = transposed_mm(self.thinned(z), self.thinned(a)).t().to(q.dtype)  # [features, r]
+        q = self.q[:, : product.shape[1]]
+        product = product.to(q.dtype)
         # A row that is not finite must not get into Q; the gradient shows it. Nothing here waits
         # for the value, and Q stays at its address.
         taken = product.isfinite().all() & is_due

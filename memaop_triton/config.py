@@ -94,11 +94,12 @@ class MemAOPConfig:
             policy, which must be unbiased. With a subspace, of which `side` must not be `"input"`,
             every row has its part inside exactly, and the rows are picked by what is left of G;
             without one they are picked by the norms of G's rows, and dW uses the same ones. A
-            budget is that of either gradient. `"projected"` gives every row its part in a subspace
-            of G's rows alone, (G Q)(Qᵀ W), and drops the rest: it adds no noise and is not
-            unbiased, and loses less than sampling where the batch is noisy itself
-            (docs/quality.md). It needs `memory="subspace"`, which keeps Q, and does not depend on
-            the rows of dW: with `ratio=1` these are all there. `"exact"` leaves dX as it is.
+            budget is that of either gradient. `"projected"` gives every row of
+            dX its part in a subspace that they mostly live in, G (W Q) Qᵀ, and drops the rest: it
+            adds no noise but is not unbiased, and costs far less quality than sampling in deep
+            networks (docs/quality.md). It needs `memory="subspace"`, which keeps Q, and does not
+            depend on the rows of dW: with `ratio=1` these are all there. `"exact"` leaves dX as it
+            is.
         grad_input_budget: Floating-point operations of a projected dX as a fraction of the dense
             2 M N P, in (0, 1), from which the dimension of its subspace follows with the first
             batch. `None` is `budget`; without either the dimension is `rank`.
@@ -200,8 +201,8 @@ class MemAOPConfig:
                 )
         if self.grad_input == "projected" and self.memory != "subspace":
             raise ValueError(
-                "grad_input='projected' needs memory='subspace', which keeps the subspace of G's "
-                f"rows, not {self.memory!r}."
+                "grad_input='projected' needs memory='subspace', which keeps the basis of dX, not "
+                f"{self.memory!r}."
             )
         if self.grad_input_budget is not None:
             self._check_grad_input_budget(self.grad_input_budget)

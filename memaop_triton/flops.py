@@ -59,13 +59,15 @@ def input_grad_flops(m: int, n: int, p: int, k: int, subspace: Subspace | None =
 
 
 def projected_input_grad_flops(m: int, n: int, p: int, rank: int, refresh_every: int) -> int:
-    """Operations of dX = (G Q)(Qᵀ W), a share of Q's refreshes included."""
+    """Operations of dX = G (W Q) Qᵀ, a share of Q's refreshes included."""
     flops = 2 * rank * (m * (n + p) + n * p)
-    return flops + round(_iteration_flops(m, rank, p) / refresh_every)
+    # A power iteration goes through G and W, its QR is of [N, rank].
+    refresh = 2 * rank * p * (_rows_read(m, rank) + n) + 4 * rank * rank * n
+    return flops + round(refresh / refresh_every)
 
 
 def projection_rank_within(budget: float, m: int, n: int, p: int, refresh_every: int) -> int:
-    """The largest rank of a projected dX within a budget, at least 1 and at most `p`.
+    """The largest rank of a projected dX within a budget, at least 1 and at most `n`.
 
     Args:
         budget: Operations, as a fraction of dense's 2 M N P.
@@ -79,7 +81,7 @@ def projection_rank_within(budget: float, m: int, n: int, p: int, refresh_every:
         return projected_input_grad_flops(m, n, p, rank, refresh_every) > budget * 2 * m * n * p
 
     # The cost grows with the rank.
-    most = bisect.bisect_left(range(1, p + 1), True, key=costs_too_much)
+    most = bisect.bisect_left(range(1, n + 1), True, key=costs_too_much)
     steps = most // RANK_STEP * RANK_STEP
     return max(1, steps or most)
 
@@ -97,15 +99,11 @@ def _subspace_flops(m: int, n: int, p: int, k: float, subspace: Subspace) -> flo
     # Z, Zᵀ of the other side, the basis as q more rows of the product, and what it takes from the
     # selected rows.
     flops = 2.0 * q * (m * (n + p) + n * p + k * features)
-    flops += _iteration_flops(m, q, features) / refresh_every
+    # A power iteration, and QR with its Q formed.
     read = _rows_read(m, q)
+    flops += (2 * read + 4 * q) * q * features / refresh_every
     # A choice projects, iterates and projects again, on all that is kept.
     return flops + (6 * read + 4 * q) * kept / (refresh_every * REFRESHES_PER_CHOICE)
-
-
-def _iteration_flops(m: int, rank: int, features: int) -> float:
-    """A power iteration, and QR with its Q formed."""
-    return (2.0 * _rows_read(m, rank) + 4 * rank) * rank * features
 
 
 def _rows_read(m: int, rank: int) -> int:

@@ -1,8 +1,9 @@
-"""The projected input gradient: G's rows in a slowly moving subspace of their own."""
+"""The projected input gradient: its rows in a slowly moving subspace of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -15,15 +16,16 @@ from memaop_triton.saved_state import check_shape
 
 
 class GradProjection:
-    """A basis Q [P, rank] of the rows of G, and with it
+    """A basis Q [N, rank] of the rows of dX = G W, and with it
 
-        Z = G Q        dX = Z (Qᵀ W)
+        Z = G (W Q)        dX ≈ Z Qᵀ
 
-    Q starts from one power iteration on the first batch and takes another, Q ← qr(Gᵀ Z), every
-    `refresh_every` steps. What lies outside of it is lost: dX is not unbiased, but has no noise.
+    Q starts from one power iteration on the first batch and takes another, Q ← qr(Wᵀ Gᵀ Z), every
+    `refresh_every` steps, from about a thousand rows of a larger batch. What lies outside of it is
+    lost: dX is not unbiased, but has no noise.
 
     Args:
-        features: P.
+        features: N.
         refresh_every: Steps between two power iterations.
     """
 
@@ -49,27 +51,22 @@ class GradProjection:
 
     @property
     def basis(self) -> Tensor | None:
-        """Q, [P, rank]; `None` before the first step."""
+        """Q, [N, rank]; `None` before the first step."""
         return None if self._basis is None else self._basis.q
 
     def start(self, rank: int) -> None:
         """Begin with a basis of this rank."""
         self._basis = Basis(self.features, rank)
 
-    def pays_for(self, rows: int, in_features: int) -> bool:
-        """Whether dX of so many rows and inputs takes fewer operations than G W."""
-        return self.flops(rows, in_features) < 2 * rows * in_features * self.features
-
-    def flops(self, rows: int, in_features: int) -> int:
-        """Operations of dX."""
-        return projected_input_grad_flops(
-            rows, in_features, self.features, self.rank, self.refresh_every
-        )
+    def pays_for(self, rows: int, out_features: int) -> bool:
+        """Whether dX of so many rows and outputs takes fewer operations than G W."""
+        sizes = rows, self.features, out_features
+        return projected_input_grad_flops(*sizes, self.rank, self.refresh_every) < 2 * prod(sizes)
 
     def input_grad(
         self, g: Tensor, weight: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """dX = (G Q) (Qᵀ W), [M, N]; a step, and a refresh where it is due.
+        """dX = G (W Q) Qᵀ, [M, N]; a step, and a refresh where it is due.
 
         Args:
             g: [M, P].
@@ -78,12 +75,16 @@ class GradProjection:
         """
         basis = self._basis
         assert basis is not None
-        q = basis.of(g, basis.rank, generator)
-        z = g @ q
-        dx = z @ (q.t() @ weight)
-        # Writes into Q.
+        if basis.q is None:
+            few = basis.thinned(g)
+            basis.take(_iterated(few, few @ (weight @ basis.begin(g, generator)), weight))
+        q = basis.columns(g, basis.rank)
+        z = g @ (weight @ q)
+        dx = z @ q.t()
         self._clock.count(g.device)
-        self._clock.refresh(basis, g, z)
+        due = self._clock.is_due(g.device)
+        if due is not False:  # writes into Q
+            basis.take(_iterated(basis.thinned(g), basis.thinned(z), weight), due)
         return dx
 
     def move(self, device: torch.device) -> None:
@@ -112,3 +113,9 @@ class GradProjection:
             assert self._basis is not None
             self._basis.q = by_column(state["projection"].clone())
             self._clock.step = state["projection_step"]
+
+
+def _iterated(g: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+    """dXᵀ Z = Wᵀ (Gᵀ Z), [N, rank], in float32 at least: in half precision it may overflow."""
+    g, z, weight = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (g, z, weight))
+    return weight.t() @ (g.t() @ z)

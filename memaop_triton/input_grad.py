@@ -6,9 +6,13 @@ inside exactly, and the selected ones the rest:
 
     Z = G Q        dX = Z (Qᵀ W) + Σ_{m∈S} w_m e_m (G_m − Z_m Qᵀ) W
 
-e_m being the m-th unit vector. It is unbiased whatever Q is, like the weight gradient. A projected
-dX is the first term alone, of more dimensions: what is outside is lost, but nothing is drawn, and
-noise in dX reaches every layer below.
+e_m being the m-th unit vector. It is unbiased whatever Q is, like the weight gradient.
+
+A projected dX has every row inside a subspace of dX itself, with a basis Q [N, q] of that:
+
+    Z = G (W Q)        dX = Z Qᵀ
+
+What is outside is lost, but nothing is drawn, and noise in dX reaches every layer below.
 """
 
 from __future__ import annotations
@@ -119,7 +123,7 @@ def projected_input_grad(
     memory: SubspaceMemory,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """dX = (G Q)(Qᵀ W) with the memory's basis Q of G's rows, which it brings up to date: [M, N].
+    """dX = G (W Q) Qᵀ with the memory's basis Q of dX's rows, which it brings up to date: [M, N].
 
     The product itself where that takes no more operations.
 
@@ -133,7 +137,7 @@ def projected_input_grad(
     m, (p, n), projection = g.shape[0], weight.shape, memory.projection
     if projection.rank == 0:
         projection.start(config.projection_rank(m, n, p))
-    if not projection.pays_for(m, n):
+    if not projection.pays_for(m, p):
         return g @ weight
     return projection.input_grad(g, weight, generator)
 

@@ -42,16 +42,21 @@ class RefreshClock:
         if self._on_device is not None:
             self._on_device += 1
 
-    def refresh(self, basis: Basis, a: Tensor, z: Tensor) -> None:
-        """Let `basis` iterate on the rows `a` and z ∝ A Q, if that is due.
+    def is_due(self, device: torch.device) -> Tensor | bool:
+        """Whether this step refreshes.
 
-        While a CUDA graph is captured nobody can tell when that will be: the graph then computes
-        the new basis in every step, and takes it over in every `refresh_every`-th.
+        While a CUDA graph is captured nobody can tell: the graph then computes the new basis in
+        every step, and takes it over where this tensor says so.
         """
-        if self._on_device is not None and is_capturing(a.device):
-            basis.iterate(a, z, self._on_device % self.refresh_every == 0)
-        elif self._step % self.refresh_every == 0:
-            basis.iterate(a, z)
+        if self._on_device is not None and is_capturing(device):
+            return self._on_device % self.refresh_every == 0
+        return self._step % self.refresh_every == 0
+
+    def refresh(self, basis: Basis, a: Tensor, z: Tensor) -> None:
+        """Let `basis` iterate on the rows `a` and z ∝ A Q, if that is due."""
+        due = self.is_due(a.device)
+        if due is not False:
+            basis.iterate(a, z, due)
 
     def leave_device(self) -> None:
         """Count on the host again, from where the device has come to."""

@@ -91,7 +91,7 @@ class SubspaceMemory:
         self.refresh_every = refresh_every
         self._sides = ("input", "grad") if side == "auto" else (side,)
         self._rank_is_open = rank is None
-        self.projection = GradProjection(out_features, refresh_every)
+        self.projection = GradProjection(in_features, refresh_every)
         self.set_rank(0 if rank is None else rank)
         self.state: LayerState | None = None
 
@@ -320,7 +320,7 @@ class SubspaceMemory:
         """Become a memory for rows of these lengths, with the rank of `config`, if it is not."""
         if (self.in_features, self.out_features) != (in_features, out_features):
             self.in_features, self.out_features = in_features, out_features
-            self.projection = GradProjection(out_features, self.refresh_every)
+            self.projection = GradProjection(in_features, self.refresh_every)
             self.set_rank(config.rank_for(MANY_ROWS, in_features, out_features))
 
     def reset(self) -> None:

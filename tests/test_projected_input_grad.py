@@ -1,4 +1,4 @@
-"""dX = (G Q)(Qᵀ W): every row's part in a subspace, nothing drawn."""
+"""dX = G (W Q) Qᵀ: every row's part in a subspace, nothing drawn."""
 
 import copy
 import itertools
@@ -34,9 +34,9 @@ def input_grad(layer, g):
 
 
 def inside(layer, g):
-    """What the layer's subspace has of the rows."""
+    """What the layer's subspace has of the exact gradient."""
     q = layer.memory.projection.basis.to(g.dtype)
-    return g @ q @ q.T
+    return g @ layer.weight @ q @ q.T
 
 
 @pytest.mark.parametrize("settings", [{"rank": 4}, {"budget": 1 / 4}, {"ratio": 1.0, "rank": 4}])
@@ -44,7 +44,7 @@ def test_it_is_the_gradient_of_the_rows_in_the_subspace(settings):
     torch.manual_seed(0)
     layer, g = layer_of(refresh_every=99, **settings), low_rank(2, noise=0.5)
     dx = input_grad(layer, g)
-    torch.testing.assert_close(dx, inside(layer, g) @ layer.weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dx, inside(layer, g), rtol=1e-4, atol=1e-4)
     assert (dx - g @ layer.weight).norm() > 0.05 * dx.norm()
 
 
@@ -57,9 +57,23 @@ def test_a_step_that_refreshes_uses_one_subspace_throughout():
         g = torch.randn(M, P)
         dx = input_grad(layer, g)
         if before is not None:
-            expected = g @ before @ before.T @ layer.weight
+            expected = g @ layer.weight @ before @ before.T
             torch.testing.assert_close(dx, expected, rtol=1e-4, atol=1e-4)
             assert not torch.allclose(before, layer.memory.projection.basis, atol=1e-2)
+
+
+def test_it_keeps_most_of_dx_not_of_g():
+    """Where W takes most of G's energy away, that does not matter."""
+    torch.manual_seed(0)
+    layer = layer_of(rank=4, refresh_every=1)
+    kept, hidden = torch.randn(3, P), torch.randn(40, P)
+    with torch.no_grad():
+        out = torch.linalg.qr(hidden.T).Q
+        layer.weight -= out @ (out.T @ layer.weight)
+    for _ in range(4):
+        g = torch.randn(M, 3) @ kept + 100 * torch.randn(M, 40) @ hidden
+        dx = input_grad(layer, g)
+    assert (dx - g @ layer.weight).norm() < 0.02 * dx.norm()
 
 
 def test_rows_of_few_dimensions_lose_nothing():
@@ -108,7 +122,7 @@ def test_a_frozen_weight_has_it_too():
     for _ in range(5):
         g = low_rank(3)
         dx = input_grad(layer, g)
-    torch.testing.assert_close(dx, inside(layer, g) @ layer.weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dx, inside(layer, g), rtol=1e-4, atol=1e-4)
     assert layer.memory.basis is None  # of dW
 
 
@@ -161,19 +175,19 @@ def test_both_halves_stay_within_their_budgets(budget):
 
 
 def test_the_rank_is_the_largest_that_the_budget_pays_for():
-    for budget in (0.03, 0.1, 0.3, 0.7, 0.999):
+    for budget in (0.04, 0.1, 0.3, 0.7, 0.999):
         rank = projection_rank_within(budget, M, N, P, 8)
         assert projected_input_grad_flops(M, N, P, rank, 8) <= budget * DENSE
-        assert projected_input_grad_flops(M, N, P, rank + 4, 8) > budget * DENSE or rank == P
+        assert projected_input_grad_flops(M, N, P, rank + 4, 8) > budget * DENSE or rank == N
     assert projection_rank_within(1e-6, M, N, P, 8) == 1
-    assert projection_rank_within(0.9, 10**6, 10**4, 6, 8) == 4
+    assert projection_rank_within(0.9, 10**6, 6, 10**4, 8) == 4
 
 
 def test_flops_are_those_of_the_three_products_and_the_refreshes():
     config = MemAOPConfig(rank=4, grad_input="projected", refresh_every=10)
     memory = new_memory(config, N, P)
-    # A power iteration on all of the 512 rows, and QR.
-    refresh = 2 * M * 4 * P + 4 * 4 * 4 * P
+    # A power iteration on all of the 512 rows and W, and QR.
+    refresh = 2 * 4 * P * (M + N) + 4 * 4 * 4 * N
     expected = 2 * 4 * (M * P + P * N + M * N) + refresh / 10
     assert flops_of_input_grad(config, memory, M, N, P) == round(expected)
     assert flops_of_input_grad(config, memory, 2, N, P) == 2 * 2 * N * P  # dense
@@ -228,8 +242,8 @@ def test_a_checkpoint_resumes_to_the_bit(settings):
 def test_a_state_of_another_width_is_refused():
     layer = layer_of(rank=4)
     input_grad(layer, torch.randn(M, P))
-    state = layer.memory.state_dict() | {"projection": torch.eye(P + 1, 4)}
-    with pytest.raises(ValueError, match=rf"projection has shape \({P + 1}, 4\).*\({P}, 4\)"):
+    state = layer.memory.state_dict() | {"projection": torch.eye(N + 1, 4)}
+    with pytest.raises(ValueError, match=rf"projection has shape \({N + 1}, 4\).*\({N}, 4\)"):
         layer.memory.load_state_dict(state)
     # Of a memory that projected nothing.
     plain = {key: value for key, value in state.items() if not key.startswith("projection")}
@@ -259,7 +273,7 @@ def test_a_memory_of_another_size_starts_anew():
     assert memory.projection.basis is None
     dx = projected_input_grad(torch.randn(M, N), torch.randn(N, P), config, memory)
     assert dx.shape == (M, P)
-    assert memory.projection.basis.shape == (N, 4)
+    assert memory.projection.basis.shape == (P, 4)
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,7 @@ def every_selection_and_memory_adds_up_what_it_selected():
                 torch.testing.assert_close(leaf.grad, (total * g) @ plain.weight)
             elif config.grad_input == "projected":
                 q = memory.projection.basis
-                parts = everywhere(g_here @ q @ q.T @ layer.weight.to_local())
+                parts = everywhere(g_here @ layer.weight.to_local() @ q @ q.T)
                 whole_dx = torch.cat(list(parts), 1) if by_row else parts.sum(0)
                 torch.testing.assert_close(leaf.grad, whole_dx)
             torch.testing.assert_close(scores, want.sqrt())
