@@ -123,11 +123,14 @@ SCHEMES = {
 # others to one; those of a quarter of an hour repeat the comparisons that matter, and those with
 # larger batches ask from which size on a cheaper step pays.
 _MEDIUM = ("fashion", "vit", "gpt-128")
-_MAIN = ("budget", "budget-allocated", "priority", "topk-residual", "topk-signed")
+_BEST_OF_BOTH = "budget-projected-allocated"
+_MAIN = ("budget", "budget-allocated", "priority", "topk-residual", "topk-signed", _BEST_OF_BOTH)
 _AT_EQUAL_TIME = ("1/8", "1/4", "1/2")
-_BOTH = dict.fromkeys(
-    ("budget-both", "budget-projected", "budget-projected-allocated"), (RATIO_OF_BOTH,)
-)
+_BOTH = {
+    "budget-both": (RATIO_OF_BOTH,),
+    "budget-projected": (RATIO_OF_BOTH,),
+    _BEST_OF_BOTH: _AT_EQUAL_TIME,
+}
 _IN_LONG_TASKS = {
     "budget": _AT_EQUAL_TIME,
     "budget-allocated": _AT_EQUAL_TIME,
