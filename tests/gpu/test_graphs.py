@@ -40,7 +40,7 @@ def batches(count):
 def tensors(model):
     """What the memories hold, on the CPU."""
     states = memory_state_dict(model).values()
-    return [torch.as_tensor(v).cpu() for s in states for k, v in s.items() if k != "kind"]
+    return [torch.as_tensor(v).cpu() for s in states for v in s.values() if not isinstance(v, str)]
 
 
 def addresses(model):
@@ -50,8 +50,12 @@ def addresses(model):
 
 
 def configuration(memory):
-    selection = "topk" if memory in ("residual", "signed") else "priority"
-    return MemAOPConfig(ratio=1 / 4, selection=selection, memory=memory, refresh_every=3)
+    """By the memory; "projected" is a subspace for dX as well."""
+    settings = {"selection": "topk" if memory in ("residual", "signed") else "priority"}
+    settings["memory"] = "subspace" if memory == "projected" else memory
+    if memory == "projected":
+        settings["grad_input"] = "projected"
+    return MemAOPConfig(ratio=1 / 4, refresh_every=3, **settings)
 
 
 @pytest.mark.parametrize("memory", ["none", "residual", "subspace"])
@@ -79,7 +83,7 @@ def test_graphed_callables_equal_eager_steps(memory):
         torch.testing.assert_close(ours @ ours.T, theirs @ theirs.T, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("memory", ["none", "signed", "subspace"])
+@pytest.mark.parametrize("memory", ["none", "signed", "subspace", "projected"])
 def test_a_replayed_step_keeps_its_addresses(memory):
     model = net(configuration(memory))
     sample = batches(1)[0].requires_grad_()
@@ -110,7 +114,7 @@ def test_a_monitor_counts_replays(memory):
     assert 0 < after.captured <= 1
 
 
-@pytest.mark.parametrize("memory", ["none", "signed", "subspace"])
+@pytest.mark.parametrize("memory", ["none", "signed", "subspace", "projected"])
 def test_graph_trees_of_a_compiled_model(memory):
     config = configuration(memory)
     eager, compiled = net(config), net(config)
