@@ -66,21 +66,25 @@ class Basis:
         """
         self.take(transposed_mm(self.thinned(z), self.thinned(a)).t(), is_due)
 
-    def take(self, product: Tensor, is_due: Tensor | bool = True) -> None:
+    def take(self, product: Tensor, is_due: Tensor | bool = True) -> Tensor:
         """Go on with an orthonormal basis of what a power iteration has made of the first columns.
 
         Args:
-            product: Aᵀ A Q of some rows A, [features, r].
+            product: Aᵀ A Q of some rows A, [features, r]. Zeros and what is not finite is refused.
             is_due: Whether to take it over.
+
+        Returns:
+            Whether it was taken over: bool, on the device.
         """
         assert self.q is not None
         q = self.q[:, : product.shape[1]]
         product = product.to(q.dtype)
-        # A row that is not finite must not get into Q; the gradient shows it. Nothing here waits
-        # for the value, and Q stays at its address.
-        taken = product.isfinite().all() & is_due
+        # A row that is not finite must not get into Q; the gradient shows it. Of zeros, qr would
+        # make coordinate axes. Nothing here waits for the value, and Q stays at its address.
+        taken = product.isfinite().all() & (product != 0).any() & is_due
         refreshed = torch.linalg.qr(torch.where(taken, product, q)).Q
         q.copy_(torch.where(taken, refreshed, q))
+        return taken
 
     def thinned(self, a: Tensor) -> Tensor:
         """The rows of `a` that an iteration reads; all of them, if they have been thinned out."""

@@ -97,12 +97,11 @@ class MemAOPConfig:
             budget is that of either gradient. `"projected"` gives every row of
             dX its part in a subspace that they mostly live in, G (W Q) Qᵀ, and drops the rest: it
             adds no noise but is not unbiased, and costs far less quality than sampling in deep
-            networks (docs/quality.md). It needs `memory="subspace"`, which keeps Q, and does not
-            depend on the rows of dW: with `ratio=1` these are all there. `"exact"` leaves dX as it
-            is.
+            networks (docs/quality.md). It needs `memory="subspace"`, which keeps Q, N times its
+            dimension. Where K = M, dX is exact with all of these.
         grad_input_budget: Floating-point operations of a projected dX as a fraction of the dense
-            2 M N P, in (0, 1), from which the dimension of its subspace follows with the first
-            batch. `None` is `budget`; without either the dimension is `rank`.
+            2 M N P, in (0, 1), from which the dimension of its subspace follows. `None` is `rank`
+            dimensions, or what `budget` pays for if that is not given.
 
     Raises:
         ValueError: An argument is out of range, unknown, or contradicts another.
@@ -288,10 +287,10 @@ class MemAOPConfig:
 
     @property
     def budget_of_projection(self) -> float | None:
-        """`grad_input_budget` or what stands for it; `None` without a projected dX."""
-        if self.grad_input != "projected":
-            return None
-        return self.budget if self.grad_input_budget is None else self.grad_input_budget
+        """`grad_input_budget`, or the budget that stands for it; `None` where `rank` does."""
+        if self.grad_input != "projected" or self.grad_input_budget is not None:
+            return self.grad_input_budget
+        return self.budget if self.rank is None else None
 
     def rank_for(self, rows: int, in_features: int, out_features: int) -> int:
         """Rank of the subspace in a layer of this size, with batches of `rows` rows."""

@@ -8,6 +8,7 @@ number per row (scores, draws, selection) does not.
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 from typing import NamedTuple
 
@@ -66,6 +67,7 @@ def projected_input_grad_flops(m: int, n: int, p: int, rank: int, refresh_every:
     return flops + round(refresh / refresh_every)
 
 
+@functools.lru_cache(maxsize=1024)
 def projection_rank_within(budget: float, m: int, n: int, p: int, refresh_every: int) -> int:
     """The largest rank of a projected dX within a budget, at least 1 and at most `n`.
 

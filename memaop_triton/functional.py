@@ -37,7 +37,7 @@ class _MemAOPLinearFunction(torch.autograd.Function):
         # Out of the saved tensors: a graph writes to `order` between the backward passes of a layer
         # that is used twice. The state is kept alive.
         ctx.handle, ctx.order, ctx.state = handle, order, state
-        ctx.sampled = needs_x and state.config.grad_input != "exact"
+        ctx.approximates_dx = needs_x and state.config.grad_input != "exact"
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
     @staticmethod
@@ -89,7 +89,7 @@ def _backward(
     g = _as_rows(grad_output)
     rows = g.new_empty(0) if x is None else _as_rows(x)
     dx = dw = db = None
-    if ctx.sampled:
+    if ctx.approximates_dx:
         dx, dw, db = torch.ops.memaop_triton.sampled_backward(
             rows, g, weight, ctx.handle, ctx.order, weight_grad=needs_weight, bias_grad=needs_bias
         )
@@ -123,8 +123,8 @@ def memaop_linear(
 
     The result and the bias gradient are exact. The weight gradient is computed from K of the M rows
     of `x` as `config` says, and likewise the input gradient with `grad_input="sampled"`; with
-    `"projected"` it is that of G's rows in a subspace. Every draw comes from the default generator
-    of the tensors' device.
+    `"projected"` its rows are taken to lie in a subspace. Every draw comes from the default
+    generator of the tensors' device.
 
     Args:
         x: [..., N], any floating dtype. The leading dimensions make M rows.

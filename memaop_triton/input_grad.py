@@ -17,6 +17,7 @@ What is outside is lost, but nothing is drawn, and noise in dX reaches every lay
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -125,7 +126,8 @@ def projected_input_grad(
 ) -> Tensor:
     """dX = G (W Q) Qᵀ with the memory's basis Q of dX's rows, which it brings up to date: [M, N].
 
-    The product itself where that takes no more operations.
+    The product itself where that takes no more operations. The rank is what `config` gives for a
+    batch of this size.
 
     Args:
         g: [M, P].
@@ -134,23 +136,22 @@ def projected_input_grad(
         memory: Of the layer.
         generator: Source of the first basis.
     """
-    m, (p, n), projection = g.shape[0], weight.shape, memory.projection
-    if projection.rank == 0:
-        projection.start(config.projection_rank(m, n, p))
-    if not projection.pays_for(m, p):
+    sizes = g.shape[0], weight.shape[1], g.shape[1]
+    rank = config.projection_rank(*sizes)
+    if projected_input_grad_flops(*sizes, rank, config.refresh_every) >= 2 * math.prod(sizes):
         return g @ weight
-    return projection.input_grad(g, weight, generator)
+    return memory.projection.input_grad(g, weight, rank, generator)
 
 
 def flops_of_input_grad(config: MemAOPConfig, memory: Memory | None, m: int, n: int, p: int) -> int:
     """Operations of a layer's dX: dense ones if all rows are taken or a projection saves none."""
-    dense = 2 * m * n * p
-    if config.grad_input == "projected" and isinstance(memory, SubspaceMemory):
-        rank = memory.projection.rank or config.projection_rank(m, n, p)
-        return min(dense, projected_input_grad_flops(m, n, p, rank, config.refresh_every))
     k = rows_to_compute(config, memory, m, n, p)
     if not isinstance(memory, SubspaceMemory) or k == m:
         return input_grad_flops(m, n, p, k)
+    if config.grad_input == "projected":
+        rank = config.projection_rank(m, n, p)
+        projected = projected_input_grad_flops(m, n, p, rank, config.refresh_every)
+        return min(2 * m * n * p, projected)
     subspace = memory.cost_of_input_grad
     return input_grad_flops(m, n, p, config.num_rows(m, n, p, subspace), subspace)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.functional import no_autocast
 from memaop_triton.linear import MemAOPLinear
+from memaop_triton.memory import SubspaceMemory
 from memaop_triton.timing import time_in_turn
 
 _NEVER = 1 << 30
@@ -68,29 +68,34 @@ def measure(use: Use, config: MemAOPConfig, budget: float) -> Measurement:
     with torch.inference_mode(False), no_autocast(use.device.type):
         dense, x = _layer(use), _rows(use, use.in_features).requires_grad_(use.needs_input)
         g = _rows(use, use.out_features)
-        variants = _variants(config)
-        layers = [MemAOPLinear.from_linear(dense, variant) for variant, _ in variants]
+        paces = _paces(config)
+        layers = [_paced(MemAOPLinear.from_linear(dense, config), pace) for pace, _ in paces]
         calls = [_backward(layer, x, g) for layer in (dense, *layers)]
         dense_times, *our_times = time_in_turn(calls, use.device, budget * (1 - _FORWARD_SHARE))
         extra = _forward_overhead(use, config, budget * _FORWARD_SHARE)
     ours = [
-        extra + sum(share * t for (_, share), t in zip(variants, times, strict=True))
+        extra + sum(share * t for (_, share), t in zip(paces, times, strict=True))
         for times in zip(*our_times, strict=True)
     ]
     memory = layers[0].memory
     return Measurement(dense_times, ours, 0 if memory is None else memory.nbytes)
 
 
-def _variants(config: MemAOPConfig) -> list[tuple[MemAOPConfig, float]]:
-    """What is timed for a configuration, and the share of each in a step.
+def _paces(config: MemAOPConfig) -> list[tuple[int, float]]:
+    """Steps between two refreshes that are timed, and the share of each in a step.
 
     A subspace is refreshed in some steps only, more rarely than there are rounds.
     """
     often = 1 / config.refresh_every
     if config.memory != "subspace" or often == 1:
-        return [(config, 1.0)]
-    never, always = (dataclasses.replace(config, refresh_every=every) for every in (_NEVER, 1))
-    return [(never, 1 - often), (always, often)]
+        return [(1, 1.0)]
+    return [(_NEVER, 1 - often), (1, often)]
+
+
+def _paced(layer: MemAOPLinear, refresh_every: int) -> MemAOPLinear:
+    if isinstance(layer.memory, SubspaceMemory):
+        layer.memory.pace(refresh_every)
+    return layer
 
 
 def _layer(use: Use) -> nn.Linear:

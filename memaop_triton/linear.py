@@ -195,6 +195,8 @@ class MemAOPLinear(nn.Linear):
             parts.append(f"rank={self.memory.rank}")
         if config.grad_input != "exact":
             parts.append(f"grad_input={config.grad_input}")
+        if config.grad_input_budget is not None:
+            parts.append(f"grad_input_budget={config.grad_input_budget:g}")
         return ", ".join(parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemAOPLinear:

@@ -105,12 +105,11 @@ def _sampled_backward(
     state = layer_state.find(handle)
     config, memory = state.config, state.memory
     selection = dx = None
-    k = rows_to_compute(config, memory, g.shape[0], weight.shape[1], g.shape[1])
-    is_split = isinstance(memory, SubspaceMemory) and g.numel() > 0 and weight.numel() > 0
-    is_projected = config.grad_input == "projected" and is_split
-    if k == g.shape[0] and not is_projected:
+    is_empty = g.numel() == 0 or weight.numel() == 0
+    k = 0 if is_empty else rows_to_compute(config, memory, len(g), weight.shape[1], g.shape[1])
+    if is_empty or k == len(g):
         dx = g @ weight
-    elif not is_split:
+    elif not isinstance(memory, SubspaceMemory):
         selection = select_for_both(x if weight_grad else None, g, config, k, shards=state.shards)
         dx = sampled_input_grad(g, weight, selection, config)
     dw, db = x.new_empty(0), None
@@ -121,7 +120,7 @@ def _sampled_backward(
     if dx is None:
         # After dW, whose step makes the bases and chooses among them.
         assert isinstance(memory, SubspaceMemory)
-        if is_projected:
+        if config.grad_input == "projected":
             dx = projected_input_grad(g, weight, config, memory)
         else:
             dx = input_grad_with_subspace(

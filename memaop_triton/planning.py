@@ -169,10 +169,8 @@ def _nothing_to_gain(layer: _Layer) -> str:
         return "empty"
     if config.grad_input == "exact" and not any(use.needs_weight for use in uses):
         return "weight is frozen"
-    if (
-        not config.has_row_memory
-        and config.grad_input != "projected"
-        and all(config.num_rows(u.rows, u.in_features, u.out_features) == u.rows for u in uses)
+    if not config.has_row_memory and all(
+        config.num_rows(u.rows, u.in_features, u.out_features) == u.rows for u in uses
     ):
         return "K = M"
     return ""

@@ -180,6 +180,11 @@ class SubspaceMemory:
         kept = self._most * sum(map(self._length, self._sides)) if self._has_choice else 0
         return Subspace(rank, self._length(side), self.refresh_every, kept)
 
+    def pace(self, refresh_every: int) -> None:
+        """Refresh every so many steps from now on; ranks and rows stay those of `refresh_every`."""
+        self._clock.refresh_every = refresh_every
+        self.projection.pace(refresh_every)
+
     @property
     def _name(self) -> str:
         """The `side` that this memory was made with."""
@@ -208,10 +213,10 @@ class SubspaceMemory:
                 basis.of(x if side == "input" else g, self._most, generator)
         if not self._has_choice or is_capturing(x.device):
             return
-        step = self._clock.host_step
-        if self._pending is not None and step % self.refresh_every == 0:
+        step, every = self._clock.host_step, self._clock.refresh_every
+        if self._pending is not None and step % every == 0:
             self._choose(config)
-        every = self.refresh_every * REFRESHES_PER_CHOICE
+        every *= REFRESHES_PER_CHOICE
         is_new = self._seen is None and self._pending is None
         if is_new or (step > 0 and step % every == 0):
             self._look(x, g, config, iterate=not is_first)

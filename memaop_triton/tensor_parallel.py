@@ -131,9 +131,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) ->
         )
     mesh = weight.device_mesh
     divided = _divided_dimension(weight)
-    sampled = state.config.grad_input != "exact"
+    approximates_dx = state.config.grad_input != "exact"
     along = [
-        _along(of_x, of_weight, x.dim() - 1, sampled)
+        _along(of_x, of_weight, x.dim() - 1, approximates_dx)
         for of_x, of_weight in zip(x.placements, weight.placements, strict=True)
     ]
     # Where the same rows meet the same part of the weight, each process makes its own estimate.
@@ -143,7 +143,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) ->
     placements = tuple(a.x for a in along)
     # A gradient that is a sum over processes stays one: whoever made x adds it up, or scatters it.
     x = x if x.placements == placements else x.redistribute(placements=placements)
-    x_part = _part(x, [a.dx for a in along], copies if sampled else 1)
+    x_part = _part(x, [a.dx for a in along], copies if approximates_dx else 1)
     w_part = _part(_kept(weight), [a.dw for a in along], copies)
     b_part = None
     if bias is not None:
@@ -161,7 +161,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) ->
     return DTensor.from_local(y, mesh, of_y, run_check=False, shape=shape, stride=stride)
 
 
-def _along(of_x: Placement, of_weight: Placement, last: int, sampled: bool) -> _Along:
+def _along(of_x: Placement, of_weight: Placement, last: int, approximates_dx: bool) -> _Along:
     """What a weight's placement asks for; `last` is the last dimension of x and y."""
     same, total = Replicate(), Partial()
     if of_weight == Shard(0):
@@ -170,7 +170,7 @@ def _along(of_x: Placement, of_weight: Placement, last: int, sampled: bool) -> _
         return _Along(Shard(last), total, Shard(last), Shard(1), same, same)
     if type(of_x) is Shard and of_x.dim != last:
         return _Along(of_x, of_x, of_x, total, same, total)
-    return _Along(same, same, total if sampled else same, total, same, same)
+    return _Along(same, same, total if approximates_dx else same, total, same, same)
 
 
 def _kept(parameter: DTensor) -> DTensor:

@@ -1,5 +1,6 @@
 """Which layers are worth converting: what is seen, what is measured, what follows from it."""
 
+import itertools
 import json
 import statistics
 from collections import Counter
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from memaop_triton import MemAOPConfig, layer_timing, plan, planning, timing
+from memaop_triton import MemAOPConfig, MemAOPLinear, layer_timing, plan, planning, timing
 from memaop_triton.layer_timing import Measurement, Use
 from memaop_triton.observing import observe
 from memaop_triton.plan_result import Verdict
@@ -387,6 +388,23 @@ def test_a_refresh_counts_for_its_share_and_the_forward_pass_for_what_it_adds(
     assert found.dense == [3.0, 4.0]
     assert found.ours == pytest.approx([ours + 0.4] * 2)
     assert found.memory_bytes == (2 * 8 * 2 * 4 if config.memory == "subspace" else 0)
+
+
+def test_how_often_a_timed_layer_refreshes_changes_nothing_else():
+    config = MemAOPConfig(budget=1 / 4, refresh_every=3, grad_input="projected")
+    sizes, refreshes = [], []
+    for pace in (layer_timing._NEVER, 3, 1):
+        torch.manual_seed(0)
+        layer = layer_timing._paced(MemAOPLinear(64, 96, config=config), pace)
+        bases = []
+        for _ in range(6):
+            layer(torch.randn(512, 64, requires_grad=True)).backward(torch.randn(512, 96))
+            bases.append(layer.memory.projection.basis.clone())
+        sizes.append((layer.memory.cost, bases[-1].shape))
+        pairs = itertools.pairwise(bases)
+        refreshes.append(sum(not torch.equal(one, other) for one, other in pairs))
+    assert len(set(sizes)) == 1
+    assert refreshes == [0, 2, 5]
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, False, True)])

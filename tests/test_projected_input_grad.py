@@ -1,6 +1,7 @@
 """dX = G (W Q) Qᵀ: every row's part in a subspace, nothing drawn."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -39,7 +40,7 @@ def inside(layer, g):
     return g @ layer.weight @ q @ q.T
 
 
-@pytest.mark.parametrize("settings", [{"rank": 4}, {"budget": 1 / 4}, {"ratio": 1.0, "rank": 4}])
+@pytest.mark.parametrize("settings", [{"rank": 4}, {"budget": 1 / 4}, {"grad_input_budget": 0.2}])
 def test_it_is_the_gradient_of_the_rows_in_the_subspace(settings):
     torch.manual_seed(0)
     layer, g = layer_of(refresh_every=99, **settings), low_rank(2, noise=0.5)
@@ -102,7 +103,7 @@ def test_a_refresh_comes_every_so_many_steps():
     assert same == [True, False, True, True, False, True]
 
 
-@pytest.mark.parametrize("ratio", [1 / 8, 1.0])
+@pytest.mark.parametrize("ratio", [1 / 8, 1.0])  # all rows: both are exact
 def test_the_weight_gradient_is_what_it_is_without(ratio):
     x, g = torch.randn(M, N, requires_grad=True), torch.randn(M, P)
     gradients = []
@@ -150,6 +151,94 @@ def test_a_row_that_is_not_finite_shows_and_stays_alone(bad):
 def test_what_costs_no_less_is_exact():
     layer, g = layer_of(rank=16), torch.randn(4, P)
     torch.testing.assert_close(input_grad(layer, g), g @ layer.weight)
+    assert layer.memory.projection.basis is None
+
+
+def test_all_rows_are_exact():
+    layer, g = layer_of(rank=4), torch.randn(M, P)
+    input_grad(layer, g)
+    layer.set_ratio_(1)
+    torch.testing.assert_close(input_grad(layer, g), g @ layer.weight)
+
+
+def test_batches_of_all_sizes_share_a_basis():
+    """A small batch takes the leading columns, a larger one makes more."""
+    torch.manual_seed(0)
+    layer, ranks = layer_of(grad_input_budget=0.6, refresh_every=2), []
+    w = layer.weight.detach()
+    for rows in (64, 64, 512, 64, 2048, 64, 2048):
+        g = torch.randn(rows, 5) @ torch.randn(5, P)
+        before = layer.memory.projection.basis
+        before = None if before is None else before.clone()
+        dx = input_grad(layer, g)
+        rank = layer.config.projection_rank(rows, N, P)
+        held = layer.memory.projection.basis
+        ranks.append((rank, held.shape[1]))
+        torch.testing.assert_close(held.T @ held, torch.eye(held.shape[1]), atol=1e-5, rtol=0)
+        if before is not None and rank <= before.shape[1]:
+            q = before[:, :rank]
+            torch.testing.assert_close(dx, g @ w @ q @ q.T, rtol=1e-3, atol=1e-3)
+    used, kept = zip(*ranks, strict=True)
+    assert used[0] < used[2] < used[4]
+    assert list(kept) == list(itertools.accumulate(used, max))
+
+
+@pytest.mark.parametrize("first", [0.0, float("inf"), float("nan")])
+def test_a_first_batch_that_says_nothing_leaves_it_to_the_next(first):
+    torch.manual_seed(0)
+    layer, plane = layer_of(rank=4), torch.randn(3, P)
+    bad = torch.zeros(M, P)
+    bad[5] = first
+    input_grad(layer, bad)
+    for number in range(3):
+        g = torch.randn(M, 3) @ plane
+        dx = input_grad(layer, g)
+        if number:
+            torch.testing.assert_close(dx, g @ layer.weight, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-24, 1e20])
+def test_gradients_of_any_size_keep_the_subspace(scale):
+    """Zeros at a refresh do not wipe it, and it is found from the tiniest and the largest."""
+    torch.manual_seed(0)
+    layer, plane = layer_of(rank=4, refresh_every=1), torch.randn(3, P)
+    if scale == 0:
+        for rows in (1.0, 1.0, 0.0):
+            input_grad(layer, rows * torch.randn(M, 3) @ plane)
+        scale = 1.0
+    for _ in range(2):
+        g = scale * (torch.randn(M, 3) @ plane)
+        dx = input_grad(layer, g)
+    assert (dx - g @ layer.weight).div(scale).norm() < 1e-3 * dx.div(scale).norm()
+
+
+def test_columns_of_the_weight_that_are_zero_do_not_matter():
+    torch.manual_seed(0)
+    layer = layer_of(rank=4, refresh_every=1)
+    with torch.no_grad():
+        layer.weight[:, :8] = 0
+    input_grad(layer, torch.zeros(M, P))
+    plane = torch.randn(3, P)
+    for _ in range(3):
+        g = torch.randn(M, 3) @ plane
+        dx = input_grad(layer, g)
+    torch.testing.assert_close(dx, g @ layer.weight, rtol=1e-2, atol=1e-2)
+
+
+def test_half_precision_reaches_as_far_as_dense():
+    torch.manual_seed(0)
+    layer = MemAOPLinear(
+        4096, 64, config=MemAOPConfig(grad_input="projected", rank=4), dtype=torch.float16
+    )
+    column = torch.ones(256, 1, dtype=torch.float16)
+    g = column @ torch.full((1, 64), 800.0, dtype=torch.float16)
+    with torch.no_grad():
+        layer.weight.copy_(torch.rand(64, 4096))  # dX of up to 30,000
+    x = torch.randn(256, 4096, dtype=torch.float16, requires_grad=True)
+    layer(x).backward(g)
+    exact = g.float() @ layer.weight.float()
+    assert exact.max() < torch.finfo(torch.float16).max
+    assert (x.grad.float() - exact).norm() < 0.01 * exact.norm()
 
 
 def test_evaluation_and_empty_batches():
@@ -200,19 +289,23 @@ def test_a_budget_of_its_own():
     assert ranks[0] > 3 * ranks[1]
     with_ratio = MemAOPConfig(ratio=1 / 8, grad_input="projected", grad_input_budget=1 / 2)
     assert with_ratio.projection_rank(M, N, P) == ranks[0]
-    assert MemAOPConfig(rank=9, grad_input="projected").projection_rank(M, N, P) == 9
+    for config in (MemAOPConfig(rank=9), MemAOPConfig(budget=1 / 2, rank=9)):
+        config = dataclasses.replace(config, grad_input="projected")
+        assert config.projection_rank(M, N, P) == 9
     assert MemAOPConfig(grad_input="projected").projection_rank(M, 40, P) == 10  # a quarter
 
 
 def test_another_budget_of_dw_leaves_dx_as_it_is():
-    layer = layer_of(budget=1 / 4)
-    input_grad(layer, torch.randn(M, P))
-    q = layer.memory.projection.basis.clone()
-    for change in (lambda: layer.set_budget_(1 / 64), lambda: layer.set_ratio_(1 / 2)):
-        change()
-        assert layer.config.grad_input_budget == 1 / 4
+    for settings in ({"budget": 1 / 4}, {"ratio": 1 / 4, "rank": 6}):
+        layer = layer_of(**settings)
+        rank = layer.config.projection_rank(M, N, P)
         input_grad(layer, torch.randn(M, P))
-        assert torch.equal(layer.memory.projection.basis, q)
+        q = layer.memory.projection.basis.clone()
+        for change, share in ((layer.set_budget_, 1 / 64), (layer.set_ratio_, 1 / 2)):
+            change(share)
+            assert layer.config.projection_rank(M, N, P) == rank
+            input_grad(layer, torch.randn(M, P))
+            assert torch.equal(layer.memory.projection.basis, q)
 
 
 @pytest.mark.parametrize("settings", [{"rank": 4}, {"budget": 1 / 4}])
@@ -245,6 +338,16 @@ def test_a_state_of_another_width_is_refused():
     state = layer.memory.state_dict() | {"projection": torch.eye(N + 1, 4)}
     with pytest.raises(ValueError, match=rf"projection has shape \({N + 1}, 4\).*\({N}, 4\)"):
         layer.memory.load_state_dict(state)
+    good = layer.memory.state_dict()
+    for broken, message in (
+        ({"projection": torch.ones(N)}, "projection has shape"),
+        ({"projection": torch.ones(N, N + 1)}, f"{N + 1} columns for rows of {N}"),
+        ({"projection": torch.ones(N, 0)}, "0 columns"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer.memory.load_state_dict(good | broken)
+    with pytest.raises(ValueError, match="state lacks projection_step"):
+        layer.memory.load_state_dict({k: v for k, v in good.items() if k != "projection_step"})
     # Of a memory that projected nothing.
     plain = {key: value for key, value in state.items() if not key.startswith("projection")}
     layer.memory.load_state_dict(plain)
@@ -300,7 +403,7 @@ def test_a_network_learns_with_it():
         torch.manual_seed(0)
         sizes = [(N, P), (P, P), (P, P), (P, 2)]
         model = nn.Sequential(*(m for size in sizes for m in (nn.Linear(*size), nn.Tanh())))
-        convert_(model, MemAOPConfig(ratio=1.0, rank=8, grad_input=grad_input))
+        convert_(model, MemAOPConfig(ratio=0.9, rank=8, grad_input=grad_input))
         optimizer = torch.optim.Adam(model.parameters(), 3e-3)
         truth = torch.randn(N, 2) / N**0.5
         for _ in range(100):

@@ -98,7 +98,7 @@ def _is_shown(cell: Cell) -> bool:
     """Whether it is of the ratio at which schemes are compared."""
     if cell.config is None:
         return True
-    return cell.ratio == (RATIO_OF_BOTH if SCHEMES[cell.scheme].samples_both else RATIO)
+    return cell.ratio == (RATIO_OF_BOTH if SCHEMES[cell.scheme].cheapens_both else RATIO)
 
 
 def trade_off(results: Results, task: Task) -> str:

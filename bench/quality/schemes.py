@@ -36,14 +36,14 @@ class Scheme:
         name: Key on the command line and in files.
         label: For readers.
         make: From a ratio to the configuration; `None` for dense.
-        samples_both: Whether dX is sampled or projected too.
+        cheapens_both: Whether dX is sampled or projected too.
         allocates: Whether the ratio is a budget that `allocate_` spreads over the layers.
     """
 
     name: str
     label: str
     make: Callable[[float], MemAOPConfig] | None
-    samples_both: bool = False
+    cheapens_both: bool = False
     allocates: bool = False
 
     def config(self, ratio: str) -> MemAOPConfig | None:
@@ -107,13 +107,13 @@ SCHEMES = {
         Scheme(SMALLER, "dense, smaller batch", None),
         *(Scheme(*line) for line in _TABLE),
         *(Scheme(*line, allocates=True) for line in _TABLE_OF_ALLOCATED),
-        *(Scheme(*line, samples_both=True) for line in _TABLE_OF_BOTH),
+        *(Scheme(*line, cheapens_both=True) for line in _TABLE_OF_BOTH),
         Scheme("budget-projected", "default in a budget, dX projected", _PROJECTED, True),
         Scheme(
             "budget-projected-allocated",
             "default in a budget, allocated, dX projected",
             _PROJECTED,
-            samples_both=True,
+            cheapens_both=True,
             allocates=True,
         ),
     )
@@ -237,7 +237,7 @@ def _sampled(task: str) -> Iterator[tuple[str, str]]:
         elif task not in _MEDIUM or name in _MAIN:
             yield from ((name, ratio) for ratio in RATIOS)
         else:
-            yield name, RATIO_OF_BOTH if scheme.samples_both else RATIO
+            yield name, RATIO_OF_BOTH if scheme.cheapens_both else RATIO
 
 
 def code_of(task: Task, config: MemAOPConfig | None, allocated: float | None = None) -> str:

@@ -57,15 +57,15 @@ READING = (
 
 
 def overview_section(results: Results) -> Section:
-    """All schemes on all tasks, those that sample dX too at a ratio of their own."""
+    """All schemes on all tasks, those with a cheaper dX too at a ratio of their own."""
     units = "Accuracy in points, more is better; loss of the GPTs in nats, less is better."
-    only = [name for name, one in SCHEMES.items() if one.make and not one.samples_both]
-    both = [name for name, one in SCHEMES.items() if one.samples_both]
+    only = [name for name, one in SCHEMES.items() if one.make and not one.cheapens_both]
+    both = [name for name, one in SCHEMES.items() if one.cheapens_both]
     blocks: list[Block] = [
         units,
         _overview(results, only, RATIO, f"Difference to dense at r = {RATIO}"),
         _overview(
-            results, both, RATIO_OF_BOTH, f"dX sampled too: difference to dense at {RATIO_OF_BOTH}"
+            results, both, RATIO_OF_BOTH, f"dX cheaper too: difference to dense at {RATIO_OF_BOTH}"
         ),
     ]
     return Section("overview", "At a glance", blocks)

@@ -228,7 +228,7 @@ def definitions(methods: Sequence[Method]) -> Table:
         if what is not None and "sampled dX" in method.name:
             about += " The input gradient comes from K rows too."
         if what is not None and "projected dX" in method.name:
-            about += " The input gradient is that of G in a subspace, for r of dense's FLOPs."
+            about += " The input gradient's rows lie in a subspace, for r of dense's FLOPs."
             unbiased = "no"
         # The column says so already.
         note = "" if method.note == "biased" else method.note or ""

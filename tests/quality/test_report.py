@@ -103,7 +103,7 @@ def test_the_overview_has_every_task_at_one_ratio(markdown):
     assert rows["priority + subspace"] == {"tiny": "−1.00 ± 0.00 (0 of 3 better)"}
     assert "wta" not in rows
     assert "priority, dX sampled" not in rows
-    both = table(markdown, "dX sampled too: difference to dense at 1/4")
+    both = table(markdown, "dX cheaper too: difference to dense at 1/4")
     assert both["priority, dX sampled"] == {"tiny": "−2.00 ± ? (0 of 1 better)"}
 
 

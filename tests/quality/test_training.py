@@ -10,7 +10,7 @@ from memaop_triton import MemAOPConfig
 from memaop_triton.bench.quality import data, flops, training
 from memaop_triton.bench.quality.networks import Mlp
 from memaop_triton.bench.quality.training import Trainer, evaluate, train
-from memaop_triton.flops import projected_input_grad_flops, projection_rank_within
+from memaop_triton.flops import projected_input_grad_flops
 from tests.quality import tiny
 
 CONFIGS = (
@@ -186,10 +186,12 @@ NORMS = 2 * M * (N + H + H + H)
             2 * M * (H * H / 4 + H * P),
         ),
         (
-            MemAOPConfig(ratio=1.0, rank=4, grad_input="projected", grad_input_budget=1 / 4),
-            2 * M * (N * H + H * H + H * P),
-            projected_input_grad_flops(M, H, H, projection_rank_within(1 / 4, M, H, H, 8), 8)
-            + 2 * M * H * P,
+            MemAOPConfig(ratio=1 / 4, rank=4, side="input", grad_input="projected"),
+            2 * M * (N * H / 4 + H * H / 4 + H * P)
+            + NORMS
+            + 2 * 4 * (M * (N + H) + N * H + M / 4 * N + (M + 2 * 4) * N / 8)
+            + 2 * 4 * (M * (H + H) + H * H + M / 4 * H + (M + 2 * 4) * H / 8),
+            projected_input_grad_flops(M, H, H, 4, 8) + 2 * M * H * P,
         ),
         (
             MemAOPConfig(ratio=1 / 4, rank=4, refresh_every=8, side="input"),

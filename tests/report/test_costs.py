@@ -46,7 +46,7 @@ def test_what_is_done_to_the_input_gradient_is_said():
     exact, sampled, projected, topk = ([cell.text for cell in row] for row in table.rows)
     assert [row[1] for row in (exact, sampled, projected, topk)] == ["yes", "yes", "no", "no"]
     assert sampled[2] == f"{exact[2]} The input gradient comes from K rows too."
-    assert projected[2].startswith(f"{exact[2]} The input gradient is that of G in a subspace")
+    assert projected[2].startswith(f"{exact[2]} The input gradient's rows lie in a subspace")
 
 
 @pytest.mark.parametrize(
