@@ -31,6 +31,7 @@ class GradProjection:
     def __init__(self, features: int, refresh_every: int) -> None:
         self.features = features
         self.refresh_every = refresh_every
+        self._clock = RefreshClock(refresh_every)
         self.reset()
 
     def reset(self) -> None:
@@ -38,7 +39,7 @@ class GradProjection:
         self._basis: Basis | None = None
         # Whether Q is random still: bool, on the device of Q.
         self._is_random = torch.ones((), dtype=torch.bool)
-        self._clock = RefreshClock(self.refresh_every)
+        self._clock.step = 0
 
     def pace(self, refresh_every: int) -> None:
         """Refresh every so many steps from now on."""
@@ -121,11 +122,6 @@ class GradProjection:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise `ValueError` if the basis in `state` does not fit."""
-        if "projection" not in state:
-            return
-        missing = {"projection_step", "projection_random"} - state.keys()
-        if missing:
-            raise ValueError(f"state lacks {', '.join(sorted(missing))}: it is not complete.")
         shape = tuple(state["projection"].shape)
         rank = shape[1] if len(shape) == 2 else 1
         check_shape("projection", state["projection"], (self.features, rank))

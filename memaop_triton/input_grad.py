@@ -138,9 +138,14 @@ def projected_input_grad(
     """
     sizes = g.shape[0], weight.shape[1], g.shape[1]
     rank = config.projection_rank(*sizes)
-    if projected_input_grad_flops(*sizes, rank, config.refresh_every) >= 2 * math.prod(sizes):
+    if _projected_flops(config, *sizes) >= 2 * math.prod(sizes):
         return g @ weight
     return memory.projection.input_grad(g, weight, rank, generator)
+
+
+def _projected_flops(config: MemAOPConfig, m: int, n: int, p: int) -> int:
+    rank = config.projection_rank(m, n, p)
+    return projected_input_grad_flops(m, n, p, rank, config.refresh_every)
 
 
 def flops_of_input_grad(config: MemAOPConfig, memory: Memory | None, m: int, n: int, p: int) -> int:
@@ -149,9 +154,7 @@ def flops_of_input_grad(config: MemAOPConfig, memory: Memory | None, m: int, n: 
     if not isinstance(memory, SubspaceMemory) or k == m:
         return input_grad_flops(m, n, p, k)
     if config.grad_input == "projected":
-        rank = config.projection_rank(m, n, p)
-        projected = projected_input_grad_flops(m, n, p, rank, config.refresh_every)
-        return min(2 * m * n * p, projected)
+        return min(2 * m * n * p, _projected_flops(config, m, n, p))
     subspace = memory.cost_of_input_grad
     return input_grad_flops(m, n, p, config.num_rows(m, n, p, subspace), subspace)
 

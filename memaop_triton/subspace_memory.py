@@ -92,6 +92,7 @@ class SubspaceMemory:
         self._sides = ("input", "grad") if side == "auto" else (side,)
         self._rank_is_open = rank is None
         self.projection = GradProjection(in_features, refresh_every)
+        self._clock = RefreshClock(refresh_every)
         self.set_rank(0 if rank is None else rank)
         self.state: LayerState | None = None
 
@@ -337,7 +338,7 @@ class SubspaceMemory:
         self._bases = {side: Basis(self._length(side), self._most) for side in self._sides}
         self.side = self._sides[0]
         self.rank = self.input_grad_rank = self._most
-        self._clock = RefreshClock(self.refresh_every)
+        self._clock.step = 0
         self._pending = None
         self._seen = None
 
@@ -382,7 +383,9 @@ class SubspaceMemory:
         for side in self._sides:
             if side in state:
                 check_shape(side, state[side], (self._length(side), self._most_of(state)))
-        self.projection.check_state(state)
+        if "projection" in state:
+            check_fields(self.kind, state, "projection_step", "projection_random")
+            self.projection.check_state(state)
 
     def _most_of(self, state: Mapping[str, Any]) -> int:
         """The columns of a saved memory's bases, if the rank is open; else those of this one."""

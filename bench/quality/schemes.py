@@ -81,6 +81,7 @@ _TABLE_OF_ALLOCATED: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...
     ("budget-allocated", "default in a budget, allocated", _within(0.9)),
     ("priority-allocated", "priority, allocated", _of("priority", "none")),
 )
+_PROJECTED = _within(0.9, grad_input="projected")
 _TABLE_OF_BOTH: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
     (
         "budget-both",
@@ -97,8 +98,8 @@ _TABLE_OF_BOTH: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
         "priority, dX sampled",
         _of("priority", "none", grad_input="sampled"),
     ),
+    ("budget-projected", "default in a budget, dX projected", _PROJECTED),
 )
-_PROJECTED = _within(0.9, grad_input="projected")
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
@@ -108,7 +109,6 @@ SCHEMES = {
         *(Scheme(*line) for line in _TABLE),
         *(Scheme(*line, allocates=True) for line in _TABLE_OF_ALLOCATED),
         *(Scheme(*line, cheapens_both=True) for line in _TABLE_OF_BOTH),
-        Scheme("budget-projected", "default in a budget, dX projected", _PROJECTED, True),
         Scheme(
             "budget-projected-allocated",
             "default in a budget, allocated, dX projected",
