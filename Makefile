@@ -4,8 +4,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TYPED_BENCH := $(filter-out bench/test_% bench/conftest.py bench/throttled_link.py, \
-	$(wildcard bench/*.py))
 # A file's tests run in one process, so that what they share is made once; long ones come first.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -24,10 +22,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/types && mkdir -p build/types
-	cp -R memaop_triton build/types/ && cp -R kernels build/types/memaop_triton/
-	mkdir build/types/memaop_triton/bench
-	cp -R bench/report bench/quality build/types/memaop_triton/bench/
-	cp $(TYPED_BENCH) build/types/memaop_triton/bench/
+	cp -R memaop_triton build/types/ && cp -R kernels bench build/types/memaop_triton/
+	cd build/types/memaop_triton/bench && rm -rf microscope results conftest.py \
+		suites/test_*.py studies/throttled_link.py
 	cd build/types && ../../$(BIN)/mypy -p memaop_triton --config-file ../../pyproject.toml
 
 format: $(VENV)/.dev
@@ -35,7 +32,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest bench/test_cpu.py
+	$(BIN)/python -m pytest bench/suites/test_cpu.py
 
 # Executes the kernels by their semantics, without a GPU, and stops at what a GPU lets pass.
 sanitize: $(VENV)/.sanitize

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from memaop_triton.bench import measure
-from memaop_triton.bench.problem import Problem
 from memaop_triton.bench.suites import SUITES
+from memaop_triton.bench.suites.problem import Problem
 
 HEAD = ("dense ms", "ms", "limit ms", "of limit", "ratio", "[q1, q3]", "wanted", "cold")
 

@@ -16,7 +16,7 @@ import torch
 
 import memaop_triton
 from memaop_triton.bench.measure import clock_for
-from memaop_triton.kernels import cpu
+from memaop_triton.kernels.cpu import torch_ops
 
 _ROUNDS = 7
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -69,7 +69,9 @@ def stream_gbs(device: torch.device, nbytes: int) -> float:
     ways: tuple[Callable[[], object], ...] = (
         a.sum,
         lambda: torch.dot(flat, flat),
-        lambda: cpu.row_norms(a) if a.device.type == "cpu" else torch.linalg.vector_norm(a, dim=1),
+        lambda: (
+            torch_ops.row_norms(a) if a.device.type == "cpu" else torch.linalg.vector_norm(a, dim=1)
+        ),
     )
     return 1e-9 * a.nbytes / min(_median_seconds(device, way) for way in ways)
 

@@ -1,14 +1,153 @@
-"""What the kernels have to know of a GPU to choose how to run on it."""
+"""GPUs: what products can do at most, and the limits of their instruction sets.
+
+Every figure of a `Chip` is published by its vendor or, where that publishes nothing, measured by
+others; none was measured by this project.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
-from memaop_triton.kernels import chips
-from memaop_triton.kernels.chips import Chip
+
+@dataclass(frozen=True)
+class Chip:
+    """A product. Matrix peaks are dense, in TFLOP/s with float32 accumulation.
+
+    Attributes:
+        name: The product, as people call it.
+        processors: Streaming multiprocessors (compute units).
+        clock: GHz at which the vendor counts the matrix peaks.
+        half: bfloat16 and float16 matrix products.
+        tf32: TF32 matrix products; on chips without them, float32 matrix products.
+        single: float32 without matrix instructions (NVIDIA) or with (AMD).
+        single_clock: GHz of that peak, where the vendor counts it at another.
+        bandwidth: Of its memory, in TB/s.
+        cache: MiB of the largest cache that all processors share.
+        cache_bandwidth: Of that cache, in TB/s at `clock`.
+        matrix_share: Part of the matrix peaks that large products reach in practice.
+        memory_share: Part of both bandwidths that long copies reach in practice.
+        device: What the driver calls it, in part; `None` where `name` is part of that.
+    """
+
+    name: str
+    processors: int
+    clock: float
+    half: float
+    tf32: float
+    single: float
+    single_clock: float | None = None
+    bandwidth: float = 0.0
+    cache: float = 0.0
+    cache_bandwidth: float = 0.0
+    matrix_share: float = 0.7
+    memory_share: float = 0.9
+    device: str | None = None
+
+    @property
+    def memory_bytes(self) -> float:
+        """Bytes from memory per cycle and processor, when all of them read."""
+        return 1e3 * self.bandwidth / (self.processors * self.clock)
+
+    def rate(self, kind: str) -> int:
+        """FLOPs per cycle of one processor; `kind`: "half", "tf32" or "single"."""
+        clock = (self.single_clock if kind == "single" else None) or self.clock
+        peak = float(getattr(self, kind))
+        return 1 << round(math.log2(1e3 * peak / (self.processors * clock)))
+
+    def flops(self, kind: str) -> float:
+        """FLOP/s of large products in practice."""
+        return 1e12 * self.matrix_share * float(getattr(self, kind))
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes per second of long reads of memory in practice."""
+        return 1e12 * self.memory_share * self.bandwidth
+
+    @property
+    def cache_rate(self) -> float:
+        """The same of the shared cache."""
+        return 1e12 * self.memory_share * self.cache_bandwidth
+
+
+# Peaks, bandwidths and cache sizes: the vendors' data sheets and architecture white papers.
+#
+# Cache bandwidth: the A100 white paper says 5,120 bytes per clock. NVIDIA publishes no other;
+# Luo et al. (arXiv 2402.13499) measure the H100's L2 at more than twice the A100's in bytes per
+# clock, and so near those 5,120, which stand here for it; B200 has the same per processor, and
+# GeForce chips measure near 16 bytes per clock and processor (chipsandcheese.com). For AMD it is
+# the memory-side Infinity Cache (CDNA 3 white paper: 17.2 TB/s): a chiplet's own L2 is faster,
+# but neighbouring programs run on different chiplets.
+#
+# Shares: 700 of 989 TFLOP/s and 3.0 of 3.35 TB/s on the H100, where SemiAnalysis reports 720
+# TFLOP/s ("MI300X vs H100 vs H200 Benchmark Part 1: Training", 2024). The same article has 620 of
+# 1,307 for the MI300X, where copies reach some 4.3 of 5.3 TB/s.
+def _instinct(
+    name: str, processors: int, clock: float, half: float, tf32: float, single: float, memory: float
+) -> Chip:
+    return Chip(
+        name,
+        processors,
+        clock,
+        half,
+        tf32,
+        single,
+        bandwidth=memory,
+        cache=256,
+        cache_bandwidth=17.2,
+        matrix_share=0.475,
+        memory_share=0.8,
+    )
+
+
+A100 = Chip("A100 SXM", 108, 1.41, 312.0, 156.0, 19.5, None, 2.039, 40, 7.2, device="A100-SXM4-80")
+RTX_3090_TI = Chip("RTX 3090 Ti", 84, 1.86, 80.0, 40.0, 40.0, None, 1.008, 6, 2.5)
+RTX_4090 = Chip("RTX 4090", 128, 2.52, 165.2, 82.6, 82.6, None, 1.008, 72, 5.2)
+H100 = Chip("H100 SXM", 132, 1.83, 989.4, 494.7, 66.9, 1.98, 3.35, 50, 9.4, device="H100 80GB HBM3")
+B200 = Chip("B200", 148, 1.86, 2250.0, 1125.0, 75.0, 1.98, 8.0, 126, 10.6)
+RTX_5090 = Chip("RTX 5090", 170, 2.41, 209.5, 104.8, 104.8, None, 1.792, 96, 6.6)
+MI300X = _instinct("MI300X", 304, 2.1, 1307.4, 653.7, 163.4, 5.3)
+MI355X = _instinct("MI355X", 256, 2.4, 2516.6, 157.3, 157.3, 8.0)
+
+CHIPS = (
+    A100,
+    RTX_3090_TI,
+    RTX_4090,
+    H100,
+    B200,
+    RTX_5090,
+    MI300X,
+    MI355X,
+    Chip("A100 40GB", 108, 1.41, 312.0, 156.0, 19.5, None, 1.555, 40, 7.2, device="A100-SXM4-40"),
+    Chip("A100 PCIe", 108, 1.41, 312.0, 156.0, 19.5, None, 1.935, 40, 7.2, device="A100 80GB PCIe"),
+    Chip("L40S", 142, 2.52, 362.1, 183.0, 91.6, None, 0.864, 96, 5.7),
+    Chip("H100 PCIe", 114, 1.755, 756.0, 378.0, 51.2, 1.755, 2.0, 50, 9.0),
+    Chip("H100 NVL", 132, 1.83, 835.0, 417.5, 60.0, 1.785, 3.9, 50, 9.4),
+    Chip("H200", 132, 1.83, 989.4, 494.7, 66.9, 1.98, 4.8, 50, 9.4),
+    _instinct("MI325X", 304, 2.1, 1307.4, 653.7, 163.4, 6.0),
+    _instinct("MI350X", 256, 2.2, 2306.9, 144.2, 144.2, 8.0),
+)
+
+
+def chip_named(device: str) -> Chip | None:
+    """The product that a driver calls `device`, if it is listed."""
+    return next((chip for chip in CHIPS if (chip.device or chip.name) in device), None)
+
+
+def with_processors(chip: Chip, count: int) -> Chip:
+    """A chip of the same make that has `count` processors: what they do scales with them."""
+    part = count / chip.processors
+    return replace(
+        chip,
+        processors=count,
+        half=part * chip.half,
+        tf32=part * chip.tf32,
+        single=part * chip.single,
+        cache_bandwidth=part * chip.cache_bandwidth,
+    )
 
 
 @dataclass(frozen=True)
@@ -95,14 +234,14 @@ def _amd(arch: str, shared: int, chip: Chip, *, tf32: bool) -> Target:
 TARGETS = {
     target.name: target
     for target in (
-        _nvidia(80, 164, 64, 32, chips.A100),
-        _nvidia(86, 100, 48, 16, chips.RTX_3090_TI),
-        _nvidia(89, 100, 48, 24, chips.RTX_4090),
-        _nvidia(90, 228, 64, 32, chips.H100, tensor_copies=True),
-        _nvidia(100, 228, 64, 32, chips.B200, tensor_copies=True),
-        _nvidia(120, 100, 48, 24, chips.RTX_5090, tensor_copies=True),
-        _amd("gfx942", 64, chips.MI300X, tf32=True),
-        _amd("gfx950", 160, chips.MI355X, tf32=False),
+        _nvidia(80, 164, 64, 32, A100),
+        _nvidia(86, 100, 48, 16, RTX_3090_TI),
+        _nvidia(89, 100, 48, 24, RTX_4090),
+        _nvidia(90, 228, 64, 32, H100, tensor_copies=True),
+        _nvidia(100, 228, 64, 32, B200, tensor_copies=True),
+        _nvidia(120, 100, 48, 24, RTX_5090, tensor_copies=True),
+        _amd("gfx942", 64, MI300X, tf32=True),
+        _amd("gfx950", 160, MI355X, tf32=False),
     )
 }
 
@@ -118,8 +257,8 @@ def _target_of(kind: str, index: int | None) -> Target:
         return TARGETS["sm_80"]  # Triton's interpreter, where any will do
     properties = torch.cuda.get_device_properties(index)
     target = _instruction_set(properties)
-    chip = chips.named(properties.name) or target.chip
-    return replace(target, chip=chips.with_processors(chip, properties.multi_processor_count))
+    chip = chip_named(properties.name) or target.chip
+    return replace(target, chip=with_processors(chip, properties.multi_processor_count))
 
 
 def _instruction_set(properties: torch.cuda._CudaDeviceProperties) -> Target:

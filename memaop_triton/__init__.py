@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 # The kernels live beside this package in a checkout and inside it once installed. A checkout that
 # was not installed finds them here; a top-level `kernels` package is never created.
 _here = _Path(__file__).resolve().parent
-if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "cpu.py").is_file():
+if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "env.py").is_file():
     __path__.append(str(_here.parent))
 
-from memaop_triton.budget import allocate_
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.convert import convert_, revert_
-from memaop_triton.functional import memaop_linear
-from memaop_triton.linear import MemAOPLinear
-from memaop_triton.memory import ResidualMemory, SubspaceMemory, new_memory
-from memaop_triton.monitoring import Monitor, StarvedLayerWarning, monitor
-from memaop_triton.optim import attach_optimizer
-from memaop_triton.planning import plan
-from memaop_triton.schedules import RatioScheduler
-from memaop_triton.state import load_memory_state_dict, memory_state_dict, reset_memory
+from memaop_triton.memory.kinds import ResidualMemory, SubspaceMemory, new_memory
+from memaop_triton.monitor.allocate import allocate_
+from memaop_triton.monitor.monitor import Monitor, StarvedLayerWarning, monitor
+from memaop_triton.monitor.schedules import RatioScheduler
+from memaop_triton.nn.functional import memaop_linear
+from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.nn.optim import attach_optimizer
+from memaop_triton.nn.state import load_memory_state_dict, memory_state_dict, reset_memory
+from memaop_triton.plan.planning import plan
 
 if _TYPE_CHECKING:
-    from memaop_triton.comm_hook import FactorAllGather
+    from memaop_triton.distributed.comm_hook import FactorAllGather
 
 __version__ = "0.1.0"
 
@@ -58,7 +58,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # A PyTorch without torch.distributed has the rest of the package.
     if name == "FactorAllGather":
-        from memaop_triton.comm_hook import FactorAllGather
+        from memaop_triton.distributed.comm_hook import FactorAllGather
 
         return FactorAllGather
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

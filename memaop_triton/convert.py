@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.layer_choice import Chosen, choose_layers, naming
-from memaop_triton.linear import MemAOPLinear
-from memaop_triton.planning import plan_chosen
+from memaop_triton.nn.layer_choice import Chosen, choose_layers, naming
+from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.plan.planning import plan_chosen
 
 M = TypeVar("M", bound=nn.Module)
 

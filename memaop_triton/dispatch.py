@@ -16,7 +16,8 @@ import os
 import torch
 from torch import Tensor
 
-from memaop_triton.kernels import backend, cpu
+from memaop_triton.kernels import env
+from memaop_triton.kernels.cpu import torch_ops
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_RANK = 64
@@ -33,7 +34,7 @@ def runs_triton(a: Tensor, *, rank: int = 0, memory_dtype: torch.dtype | None = 
     Raises:
         RuntimeError: `MEMAOP_TRITON_BACKEND=triton` asks for what these kernels cannot do.
     """
-    choice = backend.chosen()
+    choice = env.backend()
     if choice == "torch" or (choice == "" and not a.is_cuda):
         return False
     obstacle = _obstacle(a, rank, memory_dtype or a.dtype)
@@ -48,7 +49,7 @@ def explain(a: Tensor) -> str:
     Raises:
         ValueError: `MEMAOP_TRITON_BACKEND` holds none of its values.
     """
-    choice = backend.chosen()
+    choice = env.backend()
     asked = f"MEMAOP_TRITON_BACKEND={choice!r} asks for it"
     if choice == "torch":
         return f"PyTorch: {asked}"
@@ -81,17 +82,17 @@ def _is_installed() -> bool:
 def project_rows(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Z = X Q / s ([M, q]) and the norms of what Q leaves of each row ([M])."""
     if not runs_triton(x, rank=basis.shape[1]):
-        return cpu.project_rows(x, basis)
-    from memaop_triton.kernels import subspace
+        return torch_ops.project_rows(x, basis)
+    from memaop_triton.kernels.gpu import subspace
 
-    return subspace.project(x, basis.contiguous(), cpu.basis_scale(x.shape[1]))
+    return subspace.project(x, basis.contiguous(), torch_ops.basis_scale(x.shape[1]))
 
 
 def transposed_mm(z: Tensor, a: Tensor) -> Tensor:
     """Zᵀ A in float32 (float64 for float64), [q, N], for z [M, q] and a [M, N]."""
     if not runs_triton(a, rank=z.shape[1]):
-        return cpu.transposed_mm(z, a)
-    from memaop_triton.kernels import subspace
+        return torch_ops.transposed_mm(z, a)
+    from memaop_triton.kernels.gpu import subspace
 
     return subspace.transposed_mm(z.contiguous(), a).t()
 
@@ -99,8 +100,8 @@ def transposed_mm(z: Tensor, a: Tensor) -> Tensor:
 def row_norms(a: Tensor) -> Tensor:
     """Norms of the rows of `a` ([M, N]); NaN and +Inf say that a row is not finite."""
     if not runs_triton(a):
-        return cpu.row_norms(a)
-    from memaop_triton.kernels import score
+        return torch_ops.row_norms(a)
+    from memaop_triton.kernels.gpu import score
 
     return score.row_norms(a)
 
@@ -108,7 +109,7 @@ def row_norms(a: Tensor) -> Tensor:
 def rescale_(a: Tensor, factor: Tensor) -> None:
     """Multiply `a` ([M, N]) in place by `factor` (float32 [1]), which is almost always 1."""
     if runs_triton(a):
-        from memaop_triton.kernels import rescale
+        from memaop_triton.kernels.gpu import rescale
 
         rescale.rescale_(a, factor)
     elif a.device.type != "cpu" or factor.item() != 1:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memaop_triton.config import SELECTIONS, MemAOPConfig, check_name
-from memaop_triton.kernels import native
+from memaop_triton.kernels.cpu import native
 
 
 class Selection(NamedTuple):

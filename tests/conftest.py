@@ -4,9 +4,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from memaop_triton import steps
+from memaop_triton.backward import steps_torch
 from memaop_triton.config import MEMORIES, ROW_MEMORIES
-from memaop_triton.kernels import native_step
+from memaop_triton.kernels.cpu import native_step
 from memaop_triton.selection import Selection
 from tests.schemes import LEGAL, UNBIASED, label
 
@@ -33,8 +33,8 @@ def fake_gpu(monkeypatch, tmp_path):
     The launches are real (in the interpreter), and so is the cache, in an empty folder. `timed` has
     the configurations in the order in which they ran.
     """
-    from memaop_triton.kernels import autotune, timing
-    from memaop_triton.kernels.config_entries import Gpu
+    from memaop_triton.kernels.tuning import autotune, timing
+    from memaop_triton.kernels.tuning.cache_entries import Gpu
 
     gpu = SimpleNamespace(
         gpu=Gpu("Fake GPU (1)", "8.0", 108), timed=[], milliseconds=lambda config: 1.0
@@ -85,7 +85,7 @@ def generator():
 def selections(monkeypatch):
     """Every selection that the pipeline makes from now on, in order."""
     made = []
-    select, run = steps.select, native_step.run
+    select, run = steps_torch.select, native_step.run
 
     def recording(*args, **kwargs):
         made.append(select(*args, **kwargs))
@@ -97,7 +97,7 @@ def selections(monkeypatch):
             made.append(Selection(step.indices, step.weights))
         return step
 
-    monkeypatch.setattr(steps, "select", recording)
+    monkeypatch.setattr(steps_torch, "select", recording)
     monkeypatch.setattr(native_step, "run", recording_step)
     return made
 

@@ -36,7 +36,7 @@ from memaop_triton import (
     load_memory_state_dict,
     memory_state_dict,
 )
-from memaop_triton.checkpoint import load_memory, memory_entries
+from memaop_triton.distributed.checkpoint import load_memory, memory_entries
 from tests.schemes import LEGAL, label
 
 SAVED_AT = 5

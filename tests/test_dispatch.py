@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from memaop_triton import MemAOPConfig, convert_, dispatch, new_memory
-from memaop_triton.weight_grad import weight_grad
+from memaop_triton.backward.weight_grad import weight_grad
 
 
 class OnGpu(torch.Tensor):
@@ -91,7 +91,7 @@ import sys, torch, memaop_triton
 layer = memaop_triton.convert_(torch.nn.Linear(8, 4), memaop_triton.MemAOPConfig(ratio=0.5))
 layer(torch.ones(16, 8)).sum().backward()
 assert layer.weight.grad is not None
-assert "memaop_triton.kernels.gather_gemm" not in sys.modules
+assert "memaop_triton.kernels.gpu.gather_gemm" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -12,7 +12,7 @@ from memaop_triton import (
     memaop_linear,
     new_memory,
 )
-from memaop_triton.weight_grad import weight_grad
+from memaop_triton.backward.weight_grad import weight_grad
 
 PLAIN = MemAOPConfig(k=2, memory="none")
 WEIGHT = torch.ones(5, 12)

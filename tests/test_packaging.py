@@ -16,14 +16,14 @@ PROBE = """
 import importlib.util, memaop_triton, torch
 spec = importlib.util.find_spec("kernels")
 assert spec is None or spec.origin is None, spec
-from memaop_triton.kernels import config_cache, configs, cpu
-assert configs.GemmConfig, "not the folder of that name"
-assert (config_cache.SHIPPED / "fake-gpu" / "gather_gemm.json").is_file()
-from memaop_triton.weight_grad import weight_grad
+from memaop_triton.kernels.cpu import torch_ops
+from memaop_triton.kernels.tuning import cache
+assert (cache.SHIPPED / "fake-gpu" / "gather_gemm.json").is_file()
+from memaop_triton.backward.weight_grad import weight_grad
 x = torch.eye(4)
 config = memaop_triton.MemAOPConfig(k=4, selection="topk", memory="none")
 assert torch.equal(weight_grad(x, x, config), x)
-print(cpu.__file__)
+print(torch_ops.__file__)
 """
 
 

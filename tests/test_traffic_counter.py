@@ -7,7 +7,7 @@ from triton.compiler import ASTSource
 from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from memaop_triton.kernels.launch import OPTIONS, launch
+from memaop_triton.kernels.gpu.launch import OPTIONS, launch
 from tests.traffic import OutOfBoundsError, counted, interpreted
 
 BLOCK = 16

@@ -22,12 +22,12 @@ from bench.microscope.cases import (
     scalars,
     weighting,
 )
-from memaop_triton.kernels import configs
-from memaop_triton.kernels.gather_gemm import gather_gemm
-from memaop_triton.kernels.residual_gemm import residual_gemm
-from memaop_triton.kernels.score import accumulate_and_score, row_scores
-from memaop_triton.kernels.subspace import correction, project, project_gradient
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
+from memaop_triton.kernels.gpu.score import accumulate_and_score, row_scores
+from memaop_triton.kernels.gpu.subspace import correction, project, project_gradient
 from memaop_triton.kernels.targets import Target
+from memaop_triton.kernels.tuning import defaults
 
 ODD = 4095
 HALF = torch.bfloat16
@@ -35,8 +35,8 @@ HALF = torch.bfloat16
 
 def awkward_cases(target: Target) -> list[Case]:
     """The tiles that the rules choose for such operands, the large ones of them."""
-    even = configs.gemm_tiles(target, HALF, "ieee")
-    uneven = configs.gemm_tiles(target, HALF, "ieee", aligned=False)
+    even = defaults.gemm_tiles(target, HALF, "ieee")
+    uneven = defaults.gemm_tiles(target, HALF, "ieee", aligned=False)
     gemms = {
         "odd extents": (uneven, operands(HALF, ODD, ODD) | weighting(HALF, ODD, ODD)),
         "strided": (uneven, strided(operands(HALF)) | weighting(HALF)),
@@ -53,7 +53,7 @@ def awkward_cases(target: Target) -> list[Case]:
 
 
 def _residual(target: Target) -> Iterator[Case]:
-    tile = configs.residual_tiles(target, HALF, "ieee")[0]
+    tile = defaults.residual_tiles(target, HALF, "ieee")[0]
     gemm = partial(residual_gemm, **scalars(), lost=empty(1, dtype=torch.float32), signed=True)
     for name, given, slots in (
         ("odd extents", operands(HALF, ODD, ODD), memory(HALF, ODD, ODD)),
@@ -63,12 +63,12 @@ def _residual(target: Target) -> Iterator[Case]:
         yield Case(f"residual, {name}", tile, partial(gemm, slots, **given, config=tile), HALF)
 
 
-def _subspace(small: configs.GemmConfig) -> Iterator[Case]:
+def _subspace(small: defaults.GemmConfig) -> Iterator[Case]:
     x, rest = empty(M, ODD, dtype=HALF), empty(M, dtype=torch.float32)
     for rank in (17, 63):
         q, z = empty(ODD, rank, dtype=HALF), empty(M, rank, dtype=HALF)
-        tall = configs.projection_tiles(HALF, rank, aligned=False)[0]
-        wide = configs.transposed_tiles(HALF, rank, aligned=False)[0]
+        tall = defaults.projection_tiles(HALF, rank, aligned=False)[0]
+        wide = defaults.transposed_tiles(HALF, rank, aligned=False)[0]
         call = partial(project, x, q, 64.0, config=tall)
         yield Case(f"Z = XQ, odd extents, rank {rank}", tall, call, HALF)
         call = partial(project_gradient, x, z, rest, config=wide)
@@ -80,7 +80,7 @@ def _subspace(small: configs.GemmConfig) -> Iterator[Case]:
 
 
 def _row_passes(target: Target) -> Iterator[Case]:
-    x, tile = empty(M, ODD, dtype=HALF), configs.for_rows(target, M, True)
+    x, tile = empty(M, ODD, dtype=HALF), defaults.for_rows(target, M, True)
     ways = {"bias_grad": True, "config": tile}
     yield Case("scores, odd extents", tile, partial(row_scores, x, x, **ways), HALF)
     slots = memory(HALF, ODD, ODD)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memaop_triton.kernels import configs
-from memaop_triton.kernels.configs import GemmConfig, RowConfig
 from memaop_triton.kernels.targets import Target
+from memaop_triton.kernels.tuning import defaults
+from memaop_triton.kernels.tuning.defaults import GemmConfig, RowConfig
 
 M, N, P, K = 16384, 4096, 4096, 2048
 RANK = 16
@@ -115,4 +115,4 @@ def float32_products(precision: str) -> Iterator[None]:
 
 def compared_tiles(target: Target) -> list[GemmConfig]:
     """The tiles in which gathering is compared with not gathering: the smallest do not matter."""
-    return [t for t in configs.gemm_tiles(target, torch.bfloat16, "ieee") if t.block_n >= 64]
+    return [t for t in defaults.gemm_tiles(target, torch.bfloat16, "ieee") if t.block_n >= 64]

@@ -13,8 +13,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.compiler import compile as compile_source
 from triton.runtime.jit import create_function_from_signature
 
-from memaop_triton.kernels import launch as launching
 from memaop_triton.kernels import targets
+from memaop_triton.kernels.gpu import launch as launching
 from memaop_triton.kernels.targets import Target
 
 

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from bench.microscope.cases import Case, K, N, P, compared_tiles, empty
-from memaop_triton.bench.plain_gemm import descriptor_gemm, pointer_gemm
+from memaop_triton.bench.suites.plain_gemm import descriptor_gemm, pointer_gemm
 from memaop_triton.kernels.targets import Target
 
 

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.microscope.report import table
 from memaop_triton import MemAOPConfig
-from memaop_triton.kernels import configs
-from memaop_triton.kernels.cost_model import LAUNCH, UNHIDDEN, predict
-from memaop_triton.kernels.problem import Problem
 from memaop_triton.kernels.targets import TARGETS, Target
+from memaop_triton.kernels.tuning import defaults
+from memaop_triton.kernels.tuning.cost_model import LAUNCH, UNHIDDEN, predict
+from memaop_triton.kernels.tuning.problem import Problem
 from memaop_triton.selection import is_weighted, select_rows
 
 PAGE = Path(__file__).parents[1] / "results" / "predicted.md"
@@ -178,7 +178,7 @@ def weight_grad(
 
     def cost(kernel: str, rows: int, columns: int, others: int = 0, **rest: Any) -> float:
         problem = Problem(kernel, DTYPE, m, rows, columns, others, **rest)
-        return predict(problem, configs.heuristic(problem, target), target).seconds
+        return predict(problem, defaults.heuristic(problem, target), target).seconds
 
     rank = 0
     if not selected:
@@ -207,7 +207,7 @@ def weight_grad(
         parts["score"] = cost("row_scores", m, n, p, flags=sums)
     elif bias:
         parts["score"] = LAUNCH + 2 * m * p / target.chip.memory_rate
-    found = predict(gemm, configs.heuristic(gemm, target), target)
+    found = predict(gemm, defaults.heuristic(gemm, target), target)
     parts["GEMM"] = found.seconds
     return Prediction(parts, found.limited_by)
 
@@ -225,7 +225,7 @@ def layer(
 
     def pass_over(columns: int) -> float:
         problem = Problem("row_scores", DTYPE, m, m, columns, 0)
-        return predict(problem, configs.heuristic(problem, target), target).seconds
+        return predict(problem, defaults.heuristic(problem, target), target).seconds
 
     # Rows of G gathered and weighted; their product; zeros, and the product's rows added to them.
     moved = 2 * (4 * k * p + m * n + 3 * k * n)
@@ -306,10 +306,10 @@ def _comparison(target: Target) -> str:
     )
     modelled = (dense_product(target, *shape), plain.seconds, topk.seconds)
     problem = Problem("gather_gemm", DTYPE, m, m // 8, n, p, flags=("weighted",))
-    idle = predict(problem, configs.heuristic(problem, target), target).idle
+    idle = predict(problem, defaults.heuristic(problem, target), target).idle
     formed = Problem("residual_gemm", DTYPE, m, m // 8, n, p, stored=DTYPE)
-    tile = configs.heuristic(formed, target)
-    assert isinstance(tile, configs.GemmConfig)
+    tile = defaults.heuristic(formed, target)
+    assert isinstance(tile, defaults.GemmConfig)
     return COMPARISON.format(
         chip=chip.name,
         tflops=chip.flops("half") / 1e12,

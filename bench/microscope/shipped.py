@@ -22,16 +22,16 @@ from bench.microscope.cases import (
     scalars,
     weighting,
 )
-from memaop_triton.kernels import configs, shipped_tiles
-from memaop_triton.kernels.configs import GemmConfig, RowConfig
-from memaop_triton.kernels.gather_gemm import gather_gemm
-from memaop_triton.kernels.problem import Problem
-from memaop_triton.kernels.rescale import rescale_
-from memaop_triton.kernels.residual_gemm import residual_gemm
-from memaop_triton.kernels.score import accumulate_and_score, accumulate_rest, row_scores
-from memaop_triton.kernels.subspace import project, project_gradient, transposed_mm
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.rescale import rescale_
+from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
+from memaop_triton.kernels.gpu.score import accumulate_and_score, accumulate_rest, row_scores
+from memaop_triton.kernels.gpu.subspace import project, project_gradient, transposed_mm
+from memaop_triton.kernels.gpu.tiles import padded_rank
 from memaop_triton.kernels.targets import Target
-from memaop_triton.kernels.tiles import padded_rank
+from memaop_triton.kernels.tuning import defaults, shipped_tiles
+from memaop_triton.kernels.tuning.defaults import GemmConfig, RowConfig
+from memaop_triton.kernels.tuning.problem import Problem
 
 BLOCK_ROWS = 64
 RANKS = (16, 64)  # the default one and the largest
@@ -55,7 +55,7 @@ def cases(target: Target) -> list[Case]:
 
 
 def _gather(target: Target, dtype: torch.dtype, precision: str) -> Iterator[Case]:
-    tiles = configs.gemm_tiles(target, dtype, precision)
+    tiles = defaults.gemm_tiles(target, dtype, precision)
     for way, block_rows in {"gather rows": 1, "gather blocks": BLOCK_ROWS}.items():
         if block_rows > 1 and not target.has_tensor_copies:
             continue
@@ -90,7 +90,7 @@ def gemm_bytes(tile: GemmConfig, itemsize: int) -> int:
 def _variants(target: Target) -> list[Case]:
     """The largest tiles with split rows, and added to a float32 gradient."""
     dtype = torch.bfloat16
-    tile = configs.gemm_tiles(target, dtype, "ieee")[0]
+    tile = defaults.gemm_tiles(target, dtype, "ieee")[0]
     accumulating = Problem("gather_gemm", dtype, M, K, N, P, flags=("accumulate",))
     added = shipped_tiles.tiles(accumulating, target)[0]
     assert isinstance(added, GemmConfig)
@@ -119,7 +119,7 @@ def _variants(target: Target) -> list[Case]:
 
 
 def _residual(target: Target, dtype: torch.dtype, precision: str) -> Iterator[Case]:
-    tiles = configs.residual_tiles(target, dtype, precision)
+    tiles = defaults.residual_tiles(target, dtype, precision)
     for stored in dict.fromkeys((dtype, torch.float32)):
         gemm = partial(residual_gemm, memory(stored), **operands(dtype), **scalars(), signed=True)
         for tile in tiles:
@@ -139,7 +139,7 @@ def _subspace(dtype: torch.dtype, precision: str) -> Iterator[Case]:
     x, rest = empty(M, N, dtype=dtype), empty(M, dtype=torch.float32)
     for rank in RANKS:
         q, z = empty(N, rank, dtype=dtype), empty(M, rank, dtype=dtype)
-        tall, wide = configs.projection_tiles(dtype, rank), configs.transposed_tiles(dtype, rank)
+        tall, wide = defaults.projection_tiles(dtype, rank), defaults.transposed_tiles(dtype, rank)
         backward = partial(project_gradient, x, z, rest, bias_grad=True)
         # Title, call, tile, and the tile's extents along the result and along the sum.
         ways = [
@@ -169,12 +169,12 @@ def _subspace(dtype: torch.dtype, precision: str) -> Iterator[Case]:
 
 def row_tiles() -> list[tuple[RowConfig, bool]]:
     """Every tile that the passes over rows can get, and whether it is one for column sums."""
-    return [(tile, sums) for sums in (False, True) for tile in configs.row_tiles(sums=sums)]
+    return [(tile, sums) for sums in (False, True) for tile in defaults.row_tiles(sums=sums)]
 
 
 def _row_passes(target: Target) -> Iterator[Case]:
     half, single = torch.bfloat16, torch.float32
-    usual = [configs.for_rows(target, M, sums) for sums in (True, False)]
+    usual = [defaults.for_rows(target, M, sums) for sums in (True, False)]
     for tile, sums in row_tiles():
         ways = {"bias_grad": sums, "config": tile}
         update = {**scalars(), **ways, "signed": True}

@@ -15,8 +15,9 @@ from rich.text import Text
 
 from memaop_triton.commands.common import say_written
 from memaop_triton.errors import CommandError
-from memaop_triton.kernels import config_cache, config_files
-from memaop_triton.kernels.config_entries import (
+from memaop_triton.kernels.tuning import cache as config_cache
+from memaop_triton.kernels.tuning import cache_files
+from memaop_triton.kernels.tuning.cache_entries import (
     SCHEMA,
     ConfigFile,
     ConfigFileError,
@@ -25,7 +26,7 @@ from memaop_triton.kernels.config_entries import (
     config_of,
     parse,
 )
-from memaop_triton.kernels.problem import KERNELS
+from memaop_triton.kernels.tuning.problem import KERNELS
 
 app = typer.Typer(help="The configurations that tuning found, by GPU and kernel.")
 
@@ -43,7 +44,7 @@ def _files(gpu: str | None, kernel: str | None) -> dict[Path, ConfigFile | Confi
             continue
         file: ConfigFile | ConfigFileError | None
         try:
-            file = config_files.read(path)
+            file = cache_files.read(path)
         except ConfigFileError as error:
             file = error
         names = [path.parent.name]
@@ -138,7 +139,7 @@ def export(
         raise CommandError(f"there is nothing to export in {config_cache.folder()}.")
     content = {"schema": SCHEMA, "files": [file.to_json() for file in files]}
     try:
-        config_files.replace_file(target, json.dumps(content, indent=1))
+        cache_files.replace_file(target, json.dumps(content, indent=1))
     except OSError as error:
         raise CommandError(f"FILE={target} cannot be written: {error.strerror}.") from error
     say_written(console, target)
@@ -159,7 +160,7 @@ def import_file(
             for line in _conflicts(path, file):
                 console.print(Text(line), soft_wrap=True)
             kernel_source = config_cache.source_hash(file.kernel)
-            config_files.merge_into(path, file, source=kernel_source)
+            cache_files.merge_into(path, file, source=kernel_source)
         except (OSError, ConfigFileError) as error:
             raise CommandError(f"{path} cannot be written: {error}.") from error
         what = f"{len(file.entries)} entries of {file.kernel} on {file.gpu.name}"
@@ -198,7 +199,7 @@ def _without_invalid(file: ConfigFile) -> ConfigFile:
 
 def _conflicts(path: Path, new: ConfigFile) -> list[str]:
     """A line for every entry that both have, with other configurations."""
-    there = config_files.read(path)
+    there = cache_files.read(path)
     if there is None:
         return []
     check_owner(there, new.gpu, new.kernel)
@@ -236,7 +237,7 @@ def clear(
         typer.confirm(f"Delete {len(found)} files?", abort=True)
     for path in found:
         try:
-            with FileLock(f"{path}.lock", timeout=config_files.LOCK_SECONDS):
+            with FileLock(f"{path}.lock", timeout=cache_files.LOCK_SECONDS):
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise CommandError(f"{path} cannot be deleted: {error}.") from error

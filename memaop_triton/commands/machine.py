@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from memaop_triton import machine
+from memaop_triton.commands import machine_facts
 from memaop_triton.commands.common import JsonPath, require_file, write_json
 
 
@@ -12,14 +12,14 @@ def env(json_path: JsonPath = None) -> None:
     """What this machine is, which path runs on it, and why: to paste into a bug report."""
     if json_path is not None:
         require_file("--json", json_path)
-    report = machine.describe()
+    report = machine_facts.describe()
     typer.echo(as_text(report))
     if json_path is not None:
         write_json(json_path, report)
         typer.echo(f"wrote {json_path}")
 
 
-def as_text(report: machine.Report) -> str:
+def as_text(report: machine_facts.Report) -> str:
     """One fact a line, below the titles of the sections."""
     lines = []
     for title, facts in report.items():

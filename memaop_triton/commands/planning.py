@@ -9,7 +9,6 @@ import torch
 import typer
 from rich.console import Console
 
-from memaop_triton import planning
 from memaop_triton.commands import loading
 from memaop_triton.commands.common import (
     JsonPath,
@@ -21,7 +20,8 @@ from memaop_triton.commands.common import (
 )
 from memaop_triton.config import DEFAULT_RANK, DEFAULT_RATIO, MemAOPConfig
 from memaop_triton.errors import CommandError
-from memaop_triton.plan_result import Plan
+from memaop_triton.plan import planning
+from memaop_triton.plan.result import Plan
 
 
 class Dtype(StrEnum):

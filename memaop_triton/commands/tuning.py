@@ -19,7 +19,7 @@ from memaop_triton.commands.common import progress, ratio_in_range, say_written
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.convert import convert_
 from memaop_triton.errors import CommandError
-from memaop_triton.observing import run_backward
+from memaop_triton.plan.observing import run_backward
 
 
 class Dtype(StrEnum):
@@ -78,7 +78,7 @@ def tune(
     net = None if model is None else loading.load_model(model)
     device = _gpu()
     from memaop_triton.commands.tuning_report import ProgressBars, table
-    from memaop_triton.kernels import autotune, config_cache
+    from memaop_triton.kernels.tuning import autotune, cache
 
     console = Console()
     with progress(console, TextColumn("{task.fields[last]}")) as bars:
@@ -94,7 +94,7 @@ def tune(
     console.print(table(observer.outcomes))
     gpu = autotune.describe(device)
     assert gpu is not None
-    say_written(console, config_cache.folder() / gpu.slug)
+    say_written(console, cache.folder() / gpu.slug)
 
 
 def _config(**settings: Any) -> MemAOPConfig:

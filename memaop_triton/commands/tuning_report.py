@@ -6,9 +6,9 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
-from memaop_triton.kernels.configs import Config
-from memaop_triton.kernels.problem import Problem
-from memaop_triton.kernels.tuning import Observer, Tuned, in_words
+from memaop_triton.kernels.tuning.defaults import Config
+from memaop_triton.kernels.tuning.problem import Problem
+from memaop_triton.kernels.tuning.tuner import Observer, Tuned, in_words
 
 
 class ProgressBars(Observer):

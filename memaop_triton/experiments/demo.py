@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from memaop_triton import MemAOPConfig, MemAOPLinear, attach_optimizer, convert_
+from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.experiments.data import CLASSES, Images
 from memaop_triton.experiments.errors import ExperimentError
-from memaop_triton.memory import Memory
-from memaop_triton.weight_grad import weight_grad
+from memaop_triton.memory.kinds import Memory
 
 HEAD = "head"
 _EVALUATIONS = 40

@@ -16,8 +16,8 @@ from bench.microscope.kernel_report import keys as reported
 from bench.microscope.reading import read
 from bench.microscope.report import faults
 from bench.microscope.shipped import cases, row_tiles
-from memaop_triton.kernels import configs
 from memaop_triton.kernels.targets import TARGETS
+from memaop_triton.kernels.tuning import defaults
 
 HALF = (torch.bfloat16, torch.float16)
 NVIDIA = [target for target in REPORTED if TARGETS[target].backend == "cuda"]
@@ -149,14 +149,14 @@ def test_gathering_adds_few_instructions(builder, way, weighted, limit):
 @pytest.mark.parametrize("rows", [1, 999, 12345, 1 << 20])
 @pytest.mark.parametrize("target", REPORTED)
 def test_every_tile_for_rows_is_among_the_cases(target, rows, sums):
-    tile = configs.for_rows(TARGETS[target], rows, sums)
+    tile = defaults.for_rows(TARGETS[target], rows, sums)
     assert (tile, sums) in row_tiles()
 
 
 @pytest.mark.skipif(not triton.__version__.startswith("3.7."), reason="a fault of Triton 3.7")
 def test_wider_exact_tiles_of_computed_operands_would_be_rounded_to_tf32():
     """Why `configs.py` keeps these tiles narrow; if this fails, they can be wider."""
-    (tile, *_) = configs.residual_tiles(TARGETS["sm_100"], torch.float32, "ieee")
+    (tile, *_) = defaults.residual_tiles(TARGETS["sm_100"], torch.float32, "ieee")
     wide = dataclasses.replace(tile, block_n=64, block_p=64)
     (case, *_) = (c for c in cases(TARGETS["sm_100"]) if c.config == tile and "resid" in c.title)
     (kernel,) = compile_call(lambda: case.call(config=wide), TARGETS["sm_100"])

@@ -13,8 +13,8 @@ from bench.microscope.cases import float32_products
 from bench.microscope.compiling import compile_call, compile_launch, record
 from bench.microscope.reading import read
 from bench.microscope.report import table
-from memaop_triton.kernels import launch as launching
 from memaop_triton.kernels import targets
+from memaop_triton.kernels.gpu import launch as launching
 from memaop_triton.kernels.targets import TARGETS
 
 MATRIX = {

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from memaop_triton import MemAOPConfig, convert_, memory_state_dict
-from memaop_triton.checkpoint import load_memory, memory_entries, save_memory
+from memaop_triton.distributed.checkpoint import load_memory, memory_entries, save_memory
 from tests.resume_worker import differences
 
 SCHEMES = {

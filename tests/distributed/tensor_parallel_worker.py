@@ -26,8 +26,8 @@ from memaop_triton import (
     revert_,
 )
 from memaop_triton.config import ROW_MEMORIES, SELECTIONS, UNBIASED_SELECTIONS
+from memaop_triton.nn.tensor_parallel import Shards
 from memaop_triton.selection import Selection
-from memaop_triton.tensor_parallel import Shards
 
 ROWS = 20
 

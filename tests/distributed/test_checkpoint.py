@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from memaop_triton import memory_state_dict
-from memaop_triton.checkpoint import load_memory, save_memory
+from memaop_triton.distributed.checkpoint import load_memory, save_memory
 from tests.distributed import checkpoint_worker
 from tests.distributed.checkpoint_worker import (
     SCHEMES,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from memaop_triton.kernels import autotune
+from memaop_triton.kernels.tuning import autotune
 
 
 @pytest.fixture(autouse=True)

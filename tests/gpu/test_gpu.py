@@ -11,8 +11,10 @@ from memaop_triton import (
     memory_state_dict,
     new_memory,
 )
-from memaop_triton.kernels import configs, gather_gemm, score, targets
-from memaop_triton.weight_grad import weight_and_bias_grad
+from memaop_triton.backward.weight_grad import weight_and_bias_grad
+from memaop_triton.kernels import targets
+from memaop_triton.kernels.gpu import gather_gemm, score
+from memaop_triton.kernels.tuning import defaults
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,7 +66,7 @@ def test_every_tile(dtype):
     theirs = g[indices].t() @ x[indices]
     exact = g[indices].double().t() @ x[indices].double()
     target = targets.current(x.device)
-    for tile in configs.gemm_tiles(target, dtype, "ieee"):
+    for tile in defaults.gemm_tiles(target, dtype, "ieee"):
         assert_as_good(gather_gemm.gather_gemm(x, g, indices, config=tile), theirs, exact)
 
 

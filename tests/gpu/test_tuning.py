@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, cli, new_memory
-from memaop_triton.kernels import autotune, config_cache, config_files, timing
-from memaop_triton.weight_grad import weight_grad
+from memaop_triton import MemAOPConfig, new_memory
+from memaop_triton.backward.weight_grad import weight_grad
+from memaop_triton.commands import cli
+from memaop_triton.kernels.tuning import autotune, cache, cache_files, timing
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,8 +50,8 @@ def test_first_use_fills_the_cache_and_changes_no_result(setting, operands, monk
     autotune.forget()
     tuned = steps()
     assert all(choice.origin == "tuned" for choice in autotune.choices().values())
-    files = list(config_cache.folder().glob("*/*.json"))
-    assert sum(len(config_files.read(path).entries) for path in files) == len(autotune.choices())
+    files = list(cache.folder().glob("*/*.json"))
+    assert sum(len(cache_files.read(path).entries) for path in files) == len(autotune.choices())
     for one, other in zip(tuned, plain, strict=True):
         # Scores that differ in the last bit may swap rows of nearly equal score.
         assert (one - other).norm() < 0.05 * other.norm()

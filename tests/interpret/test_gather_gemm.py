@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memaop_triton.kernels import launch
-from memaop_triton.kernels.gather_gemm import gather_gemm
-from memaop_triton.kernels.residual_gemm import residual_gemm
+from memaop_triton.kernels.gpu import launch
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
 from tests.judging import (
     LAYOUTS,
     SMALL,

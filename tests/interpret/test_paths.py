@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from memaop_triton import MemAOPConfig, new_memory
-from memaop_triton.weight_grad import weight_and_bias_grad
+from memaop_triton.backward.weight_grad import weight_and_bias_grad
 
 M, N, P, K = 256, 128, 192, 32
 UNIT = M * (N + P) * 4

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memaop_triton.bench.plain_gemm import pointer_gemm
+from memaop_triton.bench.suites.plain_gemm import pointer_gemm
 from tests.judging import check_products, operands
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from memaop_triton.kernels.configs import RowConfig
-from memaop_triton.kernels.rescale import rescale_
+from memaop_triton.kernels.gpu.rescale import rescale_
+from memaop_triton.kernels.tuning.defaults import RowConfig
 
 TILE = RowConfig(16, 32, 4)
 

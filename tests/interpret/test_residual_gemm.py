@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memaop_triton.kernels.configs import RowConfig
-from memaop_triton.kernels.gather_gemm import gather_gemm
-from memaop_triton.kernels.residual_gemm import residual_gemm
-from memaop_triton.kernels.score import accumulate_and_score, accumulate_rest
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
+from memaop_triton.kernels.gpu.score import accumulate_and_score, accumulate_rest
+from memaop_triton.kernels.tuning.defaults import RowConfig
 from tests.judging import LAYOUTS, SMALL, as_good_as, drawn_blocks, operands, outer_products
 from tests.pairwise import pairwise
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from memaop_triton.kernels.configs import RowConfig
-from memaop_triton.kernels.score import (
+from memaop_triton.kernels.gpu.score import (
     accumulate_and_score,
     accumulate_rest,
     row_norms,
     row_scores,
 )
+from memaop_triton.kernels.tuning.defaults import RowConfig
 from tests.judging import LAYOUTS, as_good_as, laid_out, operands
 
 TILE = RowConfig(8, 16, 4)

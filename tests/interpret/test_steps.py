@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from memaop_triton import MemAOPConfig, convert_, flops, monitor, new_memory, ops
+from memaop_triton import MemAOPConfig, convert_, flops, monitor, new_memory
+from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.config import ROW_MEMORIES
-from memaop_triton.kernels import launch
-from memaop_triton.layer_observer import LayerObserver
-from memaop_triton.sampling_estimates import Figures
-from memaop_triton.weight_grad import weight_and_bias_grad
+from memaop_triton.kernels.gpu import launch
+from memaop_triton.monitor.estimates import Figures
+from memaop_triton.monitor.observer import LayerObserver
+from memaop_triton.nn import ops
 from tests.schemes import LEGAL, label
 
 SHAPES = [(70, 24, 40), (37, 16, 33), (5, 1, 3), (129, 17, 3)]

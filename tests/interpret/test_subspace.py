@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memaop_triton.kernels import subspace
-from memaop_triton.kernels.configs import RowConfig
-from memaop_triton.kernels.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu import subspace
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.tuning.defaults import RowConfig
 from tests.judging import LAYOUTS, SMALL, as_good_as, drawn_blocks, drawn_rows, laid_out, operands
 from tests.pairwise import pairwise
 

@@ -5,11 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memaop_triton.kernels import subspace
-from memaop_triton.kernels.configs import RowConfig
-from memaop_triton.kernels.gather_gemm import gather_gemm
-from memaop_triton.kernels.residual_gemm import residual_gemm
-from memaop_triton.kernels.score import accumulate_and_score, accumulate_rest, row_norms, row_scores
+from memaop_triton.kernels.gpu import subspace
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
+from memaop_triton.kernels.gpu.score import (
+    accumulate_and_score,
+    accumulate_rest,
+    row_norms,
+    row_scores,
+)
+from memaop_triton.kernels.tuning.defaults import RowConfig
 from tests.judging import SMALL, drawn_blocks, operands
 
 M, N, P, K = 160, 64, 96, 40

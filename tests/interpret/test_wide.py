@@ -5,11 +5,11 @@ import mmap
 import pytest
 import torch
 
-from memaop_triton.kernels import subspace
-from memaop_triton.kernels.configs import RowConfig
-from memaop_triton.kernels.gather_gemm import gather_gemm
-from memaop_triton.kernels.residual_gemm import residual_gemm
-from memaop_triton.kernels.score import accumulate_and_score, row_scores
+from memaop_triton.kernels.gpu import subspace
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
+from memaop_triton.kernels.gpu.score import accumulate_and_score, row_scores
+from memaop_triton.kernels.tuning.defaults import RowConfig
 from tests import traffic
 from tests.judging import SMALL, as_good_as, check_products
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from triton.runtime import driver
 
-from memaop_triton.kernels import autotune, targets
+from memaop_triton.kernels import targets
+from memaop_triton.kernels.tuning import autotune
 from tests import judging
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memaop_triton.kernels.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from tests.judging import (
     SMALL,
     check_products,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from memaop_triton.kernels.launch import launch
+from memaop_triton.kernels.gpu.launch import launch
 
 BLOCK = 16
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memaop_triton import MemAOPConfig, convert_, new_memory
-from memaop_triton.weight_grad import weight_and_bias_grad
+from memaop_triton.backward.weight_grad import weight_and_bias_grad
 
 SETTINGS = {
     "default": {},

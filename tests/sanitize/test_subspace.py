@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memaop_triton.kernels import subspace
-from memaop_triton.kernels.configs import RowConfig
-from memaop_triton.kernels.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu import subspace
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.tuning.defaults import RowConfig
 from tests.judging import SMALL, as_good_as, drawn_rows, operands
 
 pytestmark = pytest.mark.parametrize("gpu", [80], indirect=True, ids=["sm_80"])

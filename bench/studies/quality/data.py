@@ -1,0 +1,169 @@
+"""Batches for training, and fixed samples to judge by.
+
+Learning rates are tuned on a part of the training data (`for_tuning`), so that what a run is judged
+by has not been looked at.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from memaop_triton.bench.studies.quality.networks import Gpt
+from memaop_triton.bench.studies.quality.tasks import Task
+from memaop_triton.experiments.data import load_images, load_text
+from memaop_triton.experiments.errors import DataError
+
+_TUNING_IMAGES = 10_000
+_SAMPLE_IMAGES = 2_000
+_SAMPLE_SEQUENCES = 64
+_HELD_OUT = 0.05  # of a text
+
+
+class Batch(NamedTuple):
+    """Inputs and targets.
+
+    Attributes:
+        x: [B, pixels] float32, or [B, T] characters, int64.
+        y: [B] or [B, T], int64.
+    """
+
+    x: Tensor
+    y: Tensor
+
+
+class Data(Protocol):
+    """A data set: batches to train on and a part held out to judge by."""
+
+    @property
+    def held_out(self) -> Batch:
+        """All that a run is judged by."""
+        ...
+
+    @property
+    def sample(self) -> Batch:
+        """A fixed part of `held_out`, for curves."""
+        ...
+
+    def batches(self, size: int, steps: int, generator: torch.Generator) -> Iterator[Batch]:
+        """`steps` batches of `size`."""
+        ...
+
+    def for_tuning(self) -> Data:
+        """The training part alone, cut in two."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images, in shuffled passes; a pass goes on in the batch where the last one ended."""
+
+    train: Batch
+    held_out: Batch
+
+    @property
+    def sample(self) -> Batch:
+        """2,000 of the held-out images, always the same."""
+        order = torch.randperm(len(self.held_out.y), generator=torch.Generator().manual_seed(0))
+        chosen = order[:_SAMPLE_IMAGES]
+        return Batch(self.held_out.x[chosen], self.held_out.y[chosen])
+
+    def batches(self, size: int, steps: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Batches of `size` images."""
+        left = torch.empty(0, dtype=torch.int64)
+        for _ in range(steps):
+            if len(left) < size:
+                left = torch.cat([left, torch.randperm(len(self.train.y), generator=generator)])
+            rows, left = left[:size], left[size:]
+            yield Batch(self.train.x[rows], self.train.y[rows])
+
+    def for_tuning(self) -> ImageData:
+        """The last 10,000 training images held out."""
+        x, y = self.train
+        cut = len(y) - _TUNING_IMAGES
+        return ImageData(Batch(x[:cut], y[:cut]), Batch(x[cut:], y[cut:]))
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A text cut into sequences: at random to train on, one after the other to judge by.
+
+    Attributes:
+        train: [characters] int64.
+        rest: [characters] int64, held out.
+        context: Characters of a sequence.
+    """
+
+    train: Tensor
+    rest: Tensor
+    context: int
+
+    @property
+    def held_out(self) -> Batch:
+        """All whole sequences of the part held out."""
+        count = (len(self.rest) - 1) // self.context
+        rows = torch.arange(count)[:, None] * self.context + torch.arange(self.context)
+        return Batch(self.rest[rows], self.rest[rows + 1])
+
+    @property
+    def sample(self) -> Batch:
+        """64 of them, evenly spread."""
+        x, y = self.held_out
+        chosen = torch.linspace(0, len(x) - 1, min(len(x), _SAMPLE_SEQUENCES)).long()
+        return Batch(x[chosen], y[chosen])
+
+    def batches(self, size: int, steps: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Batches of `size` sequences."""
+        along = torch.arange(self.context)
+        for _ in range(steps):
+            last = len(self.train) - self.context
+            rows = torch.randint(last, (size, 1), generator=generator) + along
+            yield Batch(self.train[rows], self.train[rows + 1])
+
+    def for_tuning(self) -> TextData:
+        """As much of the training text's end held out as is of the whole text."""
+        cut = len(self.train) - len(self.rest)
+        return TextData(self.train[:cut], self.train[cut:], self.context)
+
+
+def load(task: Task, data_dir: Path | None) -> Data:
+    """The data of a task, read once per process.
+
+    Raises:
+        DataError: The data is missing or is not what it should be.
+        MissingExtraError: scikit-learn is needed to fetch it and not installed.
+    """
+    if not isinstance(task.network, Gpt):
+        return _images(task.data, data_dir)
+    codes, count = _codes(task.data, data_dir)
+    if count > task.network.vocabulary:
+        raise DataError(
+            f"{task.data} has {count} different characters, the network of {task.name} takes "
+            f"{task.network.vocabulary}."
+        )
+    cut = len(codes) - round(_HELD_OUT * len(codes))
+    return TextData(codes[:cut], codes[cut:], task.network.context)
+
+
+@functools.cache
+def _images(name: str, data_dir: Path | None) -> ImageData:
+    images = load_images(name, data_dir)
+    return ImageData(Batch(images.x_train, images.y_train), Batch(images.x_test, images.y_test))
+
+
+@functools.cache
+def _codes(name: str, data_dir: Path | None) -> tuple[Tensor, int]:
+    text = load_text(name, data_dir)
+    number = {character: i for i, character in enumerate(sorted(set(text)))}
+    return torch.tensor([number[character] for character in text]), len(number)
+
+
+def first_batch(data: Data, size: int) -> Batch:
+    """One batch, always the same."""
+    return next(data.batches(size, 1, torch.Generator().manual_seed(0)))

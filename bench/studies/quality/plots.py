@@ -1,0 +1,202 @@
+"""Pictures of a task and of the cross terms, as SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from memaop_triton.bench.report import text
+from memaop_triton.bench.studies.quality.results import Results, root_mean_square
+from memaop_triton.bench.studies.quality.schemes import (
+    DENSE,
+    RATIO,
+    RATIO_OF_BOTH,
+    SCHEMES,
+    SHORTER,
+    Cell,
+    cells,
+)
+from memaop_triton.bench.studies.quality.tasks import Task
+
+# What the curves show; all schemes would hide each other.
+CURVES = (
+    DENSE,
+    SHORTER,
+    "budget",
+    "budget-allocated",
+    "priority",
+    "topk-residual",
+    "topk-signed",
+    "budget-both",
+    "budget-projected-allocated",
+)
+_COLOURS = {
+    DENSE: "#1a1e23",
+    SHORTER: "#8b949e",
+    "budget": "#d1348b",
+    "budget-both": "#e58fc0",
+    "budget-projected": "#3f7f3f",
+    "budget-projected-allocated": "#6fae4f",
+    "budget-allocated": "#0b5cad",
+    "priority-allocated": "#7fc7bd",
+    "subspace": "#6f42c1",
+    "subspace-both": "#b39ddb",
+    "priority": "#00796b",
+    "priority-both": "#6cc0b3",
+    "topk": "#8a6100",
+    "topk-residual": "#bb3e1d",
+    "topk-signed": "#8e3f91",
+    "topk-signed-half": "#c590c7",
+    "randk-residual": "#e8955f",
+    "weightedk-residual": "#f2bd93",
+    "randk-signed": "#dc92de",
+}
+_OTHERS = ("#6a737d", "#a0a9b2", "#c9a300", "#9aa800")
+_MARKERS = "osD^vPX<>*"
+# Below it a scale of differences is linear.
+_LINEAR = {"accuracy": 0.5, "loss": 0.02}
+
+
+def curves(results: Results, task: Task) -> str:
+    """The metric on the sample against steps, backward FLOPs and seconds."""
+    shown = [cell for cell in cells(task.name) if cell.scheme in CURVES and _is_shown(cell)]
+
+    def flops(cell: Cell) -> float | None:
+        run = results.any_run(cell)
+        return None if run is None else run.backward / 1e3
+
+    def seconds(cell: Cell) -> float | None:
+        ms = results.step_ms(cell)
+        return None if ms is None else ms / 1e3
+
+    figure, panels = _figure(3, 4.4, sharey=True)
+    axes: tuple[tuple[str, Callable[[Cell], float | None]], ...] = (
+        ("steps", lambda cell: 1.0),
+        ("backward FLOPs, 10¹²", flops),
+        ("seconds (steps × median step)", seconds),
+    )
+    for panel, (label, unit) in zip(panels, axes, strict=True):
+        for cell in shown:
+            points, scale = results.mean_curve(cell), unit(cell)
+            if points and scale is not None:
+                x, y = [step * scale for step, _ in points], [value for _, value in points]
+                name = SCHEMES[cell.scheme].label
+                if cell.scheme == SHORTER:
+                    name = f"dense, {cell.ratio} of the steps"
+                panel.plot(x, y, **_line(cell.scheme), marker=".", label=name)
+        if not panel.lines:
+            panel.text(0.5, 0.5, "not measured yet", ha="center", transform=panel.transAxes)
+        panel.set_xlabel(label)
+    panels[0].set_ylabel(_metric(task))
+    _limit(panels[0], task)
+    _legend(figure, panels[0])
+    return _svg(figure)
+
+
+def _is_shown(cell: Cell) -> bool:
+    """Whether it is of the ratio at which schemes are compared."""
+    if cell.config is None:
+        return True
+    return cell.ratio == (RATIO_OF_BOTH if SCHEMES[cell.scheme].cheapens_both else RATIO)
+
+
+def trade_off(results: Results, task: Task) -> str:
+    """Difference to dense against the FLOPs of the weight gradients, all schemes."""
+    figure, (panel,) = _figure(1, 5.6)
+    for place, name in enumerate(SCHEMES):
+        samples = []
+        for cell in cells(task.name):
+            run, difference = results.any_run(cell), results.difference(cell)
+            if cell.scheme == name and cell.config and run and difference is not None:
+                known = difference.half_width if difference.pairs > 1 else 0.0
+                samples.append((run.weight_grads, difference.mean, known))
+        if samples:
+            x, y, half = zip(*sorted(samples), strict=True)
+            marker = _MARKERS[place % len(_MARKERS)]
+            panel.errorbar(
+                x, y, yerr=half, **_line(name), marker=marker, markersize=4, capsize=2,
+                elinewidth=0.7, label=SCHEMES[name].label,
+            )  # fmt: skip
+    panel.axhline(0, color="#1a1e23", linewidth=1)
+    panel.set_yscale("symlog", linthresh=_LINEAR[task.metric])
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter(lambda value, _: text.ratio(value))
+    panel.set_xlabel("FLOPs of all weight gradients, as a fraction of dense")
+    panel.set_ylabel(f"{_metric(task)}, difference to dense")
+    _legend(figure, panel)
+    return _svg(figure)
+
+
+def cross_terms(results: Results, task: str, ratio: float) -> str:
+    """‖sum of returned gradients‖ over dense's, against the batches summed, layer by layer."""
+    lines = [one for one in results.cross_terms if (one.task, one.ratio) == (task, ratio)]
+    methods = sorted({(one.selection, one.memory) for one in lines})
+    figure, panels = _figure(len(methods), 3.6, sharey=True)
+    for panel, method in zip(panels, methods, strict=True):
+        for layer in sorted({one.layer for one in lines}):
+            mine = [x for x in lines if (x.selection, x.memory) == method and x.layer == layer]
+            counts = sorted({one.batches for one in mine})
+            for attribute, style in (("norm", "-"), ("predicted", "--")):
+                values = [
+                    root_mean_square([getattr(one, attribute) for one in mine if one.batches == t])
+                    for t in counts
+                ]
+                panel.plot(counts, values, style, color="#0b5cad" if style == "-" else "#bb3e1d")
+        panel.set_title(" + ".join(method), fontsize=10)
+        panel.axhline(1, color="#1a1e23", linewidth=0.8)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.set_xlabel("batches")
+    panels[0].set_ylabel("norm, dense = 1")
+    return _svg(figure)
+
+
+def _figure(panels: int, height: float, *, sharey: bool = False) -> tuple[Any, Sequence[Any]]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots(1, panels, sharey=sharey, squeeze=False)[0]
+    for panel in axes:
+        panel.grid(alpha=0.3, linewidth=0.5)
+    return figure, axes
+
+
+def _line(name: str) -> dict[str, Any]:
+    place = list(SCHEMES).index(name)
+    colour = _COLOURS.get(name, _OTHERS[place % len(_OTHERS)])
+    return {"color": colour, "linewidth": 2 if name in (DENSE, "budget") else 1.2}
+
+
+def _limit(panel: Any, task: Task) -> None:
+    """Leave room for what is near dense; who falls far behind leaves the picture."""
+    values = [value for line in panel.lines for value in line.get_ydata()]
+    if not values:
+        return
+    best = max(values) if task.metric == "accuracy" else min(values)
+    if task.metric == "accuracy":
+        panel.set_ylim(max(min(values), best - 25) - 0.5, best + 0.5)
+    else:
+        panel.set_ylim(best - 0.05, min(max(values), best + 1.5) + 0.05)
+
+
+def _metric(task: Task) -> str:
+    return "test accuracy, %" if task.metric == "accuracy" else "validation loss, nats"
+
+
+def _legend(figure: Any, panel: Any) -> None:
+    handles, labels = panel.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib as mpl
+
+    file = io.StringIO()
+    # The same numbers give the same file.
+    with mpl.rc_context({"svg.hashsalt": "quality", "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()

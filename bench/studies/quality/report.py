@@ -1,0 +1,96 @@
+"""The page: quality.html, quality.md and their pictures, of whatever has been run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from memaop_triton.bench.report import text
+from memaop_triton.bench.report.blocks import Picture
+from memaop_triton.bench.report.document import Document
+from memaop_triton.bench.report.markdown import markdown
+from memaop_triton.bench.report.page import page
+from memaop_triton.bench.studies.quality import evidence, results, sections
+from memaop_triton.bench.studies.quality.results import Results
+from memaop_triton.bench.studies.quality.running import Wanted
+from memaop_triton.bench.studies.quality.schemes import cells
+from memaop_triton.bench.studies.quality.tasks import TASKS
+
+TITLE = "What sampled weight gradients cost in quality"
+SUMMARY = (
+    "Networks trained with weight gradients from K of M rows, beside dense ones from the same "
+    "weights on the same batches: real data, every scheme, several seeds."
+)
+
+
+def write(folder: Path) -> list[Path]:
+    """Write the report of the results in a folder beside them; the files.
+
+    Raises:
+        TableError: A file of results is not what it should be.
+    """
+    found = results.load(folder)
+    content = document(found)
+    folder.mkdir(parents=True, exist_ok=True)
+    html, plain = folder / "quality.html", folder / "quality.md"
+    html.write_text(page(content), encoding="utf-8")
+    plain.write_text(markdown(content, html.name), encoding="utf-8")
+    files = [html, plain]
+    for section in content.sections:
+        for block in section.blocks:
+            if isinstance(block, Picture):
+                files.append(folder / block.file)
+                files[-1].write_text(block.svg, encoding="utf-8")
+    return files
+
+
+def document(found: Results) -> Document:
+    """Put the page together."""
+    runs = [run for by_seed in found.runs.values() for run in by_seed.values()]
+    facts = [
+        ("runs", f"{len(runs):,}"),
+        ("seeds", str(len({run.seed for run in runs}))),
+        ("diverged", str(sum(run.diverged_at > 0 for run in runs))),
+        ("step times", found.machine or "not measured yet"),
+    ]
+    return Document(
+        TITLE,
+        SUMMARY,
+        tuple(facts),
+        (),
+        " ".join(_missing(found)),
+        (
+            sections.overview_section(found),
+            sections.equal_time_section(found),
+            sections.reading_section(),
+            *(sections.task_section(found, task) for task in TASKS.values()),
+            evidence.noise_section(found),
+            evidence.cross_terms_section(found),
+            evidence.tuning_section(found),
+        ),
+        kind="Study",
+        pictures="those below, in one file with the tables",
+    )
+
+
+def _missing(found: Results) -> Iterator[str]:
+    """What has not been run or timed, in words."""
+    seeds = Wanted().seeds
+    gaps = []
+    for name in TASKS:
+        every = cells(name)
+        short = sum(len(found.runs.get(cell, {})) < seeds for cell in every)
+        if short:
+            gaps.append(f"{name} {short} of {len(every)}")
+    if gaps:
+        yield f"Cells with fewer than {seeds} runs: {', '.join(gaps)}."
+    untimed = sum(
+        cell not in found.times for name in TASKS for cell in cells(name) if cell.has_own_steps
+    )
+    if untimed:
+        yield f"{text.count(untimed, 'cell')} without step times."
+    if found.stale:
+        yield (
+            f"{text.count(found.stale, 'run')} left out, because the task or the scheme has "
+            "changed since."
+        )

@@ -1,0 +1,149 @@
+"""What the files of results say, by cell."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+
+import numpy as np
+
+from memaop_triton.bench.studies.quality import tables
+from memaop_triton.bench.studies.quality.crossterms import CrossTerms
+from memaop_triton.bench.studies.quality.noise import Noise
+from memaop_triton.bench.studies.quality.schemes import (
+    DENSE,
+    DENSE_SHARES,
+    SHORTER,
+    WHOLE,
+    Cell,
+    value_of,
+)
+from memaop_triton.bench.studies.quality.statistics import Difference, paired
+from memaop_triton.bench.studies.quality.step_times import StepTime
+from memaop_triton.bench.studies.quality.store import CurvePoint, Run, Store
+from memaop_triton.bench.studies.quality.tasks import TASKS
+from memaop_triton.bench.studies.quality.tuning import Trial
+
+
+@dataclass(frozen=True)
+class Results:
+    """All there is in a folder.
+
+    Attributes:
+        runs: By cell and seed; those of another code are left out.
+        curves: By cell and seed.
+        times: By cell, of one machine and number of threads.
+        machine: Which, in words; empty without times.
+        trials: Of learning rates.
+        cross_terms: Of the experiment on frozen weights.
+        noise: Of single steps.
+        stale: Runs that were left out.
+    """
+
+    runs: dict[Cell, dict[int, Run]] = field(default_factory=dict)
+    curves: dict[Cell, dict[int, list[CurvePoint]]] = field(default_factory=dict)
+    times: dict[Cell, StepTime] = field(default_factory=dict)
+    machine: str = ""
+    trials: list[Trial] = field(default_factory=list)
+    cross_terms: list[CrossTerms] = field(default_factory=list)
+    noise: list[Noise] = field(default_factory=list)
+    stale: int = 0
+
+    def metrics(self, cell: Cell) -> dict[int, float]:
+        """What counts in the cell's task, by seed; without the runs that diverged."""
+        runs = self.runs.get(cell, {})
+        return {seed: run.metric for seed, run in runs.items() if not run.diverged_at}
+
+    def diverged(self, cell: Cell) -> int:
+        """Runs of a cell that diverged."""
+        return sum(run.diverged_at > 0 for run in self.runs.get(cell, {}).values())
+
+    def difference(self, cell: Cell) -> Difference | None:
+        """To dense, `None` if there is no pair of runs or a run of the cell diverged."""
+        if self.diverged(cell):
+            return None
+        return paired(self.metrics(cell), self.metrics(cell.dense), TASKS[cell.task].sign)
+
+    def at_equal_time(self, cell: Cell, kind: str = SHORTER) -> Difference | None:
+        """To dense that takes as many seconds as the cell's runs, by fewer steps or fewer rows.
+
+        Runs of dense are interpolated linearly. `None` without runs or step times, and where the
+        cell takes longer than dense or less time than the cheapest of these.
+        """
+        if self.diverged(cell) or cell not in self.times or cell.scheme == kind:
+            return None
+        dense = self._dense_within(self.times[cell].share, cell.task, kind)
+        return paired(self.metrics(cell), dense, TASKS[cell.task].sign)
+
+    def _dense_within(self, share: float, task: str, kind: str) -> dict[int, float]:
+        """By seed, what dense reaches in a share of its time."""
+        by_share = {1.0: self.metrics(Cell(task, DENSE, WHOLE))}
+        for one in DENSE_SHARES[kind]:
+            cell = Cell(task, kind, one)
+            if kind == SHORTER:
+                by_share[value_of(one)] = self.metrics(cell)
+            elif cell in self.times:
+                by_share[self.times[cell].share] = self.metrics(cell)
+        found = {}
+        for seed in by_share[1.0]:
+            points = sorted((at, ends[seed]) for at, ends in by_share.items() if seed in ends)
+            shares, values = zip(*points, strict=True)
+            if shares[0] <= share <= 1:
+                found[seed] = float(np.interp(share, shares, values))
+        return found
+
+    def any_run(self, cell: Cell) -> Run | None:
+        """One of a cell's runs, for what is the same in all of them."""
+        return next(iter(self.runs.get(cell, {}).values()), None)
+
+    def step_ms(self, cell: Cell) -> float | None:
+        """Median milliseconds of a step; dense's is the median of its medians beside others."""
+        if cell.has_own_steps:
+            return self.times[cell].ms if cell in self.times else None
+        dense = [one.dense for one in self.times.values() if one.task == cell.task]
+        return median(dense) if dense else None
+
+    def mean_curve(self, cell: Cell) -> list[tuple[int, float]]:
+        """(step, metric) as far as all seeds of the cell have come."""
+        index = "accuracy" if TASKS[cell.task].metric == "accuracy" else "loss"
+        curves = list(self.curves.get(cell, {}).values())
+        return [
+            (points[0].step, fmean(getattr(point, index) for point in points))
+            for points in zip(*curves, strict=False)
+        ]
+
+
+def load(folder: Path) -> Results:
+    """Read what is there of the files of results.
+
+    Raises:
+        TableError: One of them is not what it should be.
+    """
+    store = Store(folder)
+    runs: dict[Cell, dict[int, Run]] = defaultdict(dict)
+    for run in store.runs():
+        runs[run.cell][run.seed] = run
+    curves: dict[Cell, dict[int, list[CurvePoint]]] = defaultdict(dict)
+    for (task, scheme, ratio, seed), points in store.curves().items():
+        curves[Cell(task, scheme, ratio)][seed] = points
+    times = [one for one in tables.read(folder / "seconds.csv", StepTime) if one.is_current]
+    machines = [(one.cpu, one.threads) for one in times]
+    most = max(machines, key=machines.count, default=None)
+    return Results(
+        dict(runs),
+        dict(curves),
+        {one.cell: one for one in times if (one.cpu, one.threads) == most},
+        "" if most is None else f"{most[0]}, {most[1]} threads",
+        tables.read(folder / "tuning.csv", Trial),
+        tables.read(folder / "crossterms.csv", CrossTerms),
+        tables.read(folder / "noise.csv", Noise),
+        len(store.stale()),
+    )
+
+
+def root_mean_square(values: list[float]) -> float:
+    """The mean that norms of independent draws have."""
+    return math.sqrt(fmean(value * value for value in values))

@@ -1,0 +1,255 @@
+"""The sections of the page: an overview, a task each, and how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from statistics import fmean, stdev
+
+from memaop_triton.bench.report import text
+from memaop_triton.bench.report.blocks import (
+    NOTHING,
+    Block,
+    Bullets,
+    Picture,
+    Section,
+    Table,
+)
+from memaop_triton.bench.report.blocks import (
+    Cell as Entry,
+)
+from memaop_triton.bench.studies.quality import plots
+from memaop_triton.bench.studies.quality.results import Results
+from memaop_triton.bench.studies.quality.schemes import (
+    ALL_RATIOS,
+    DENSE,
+    RATIO,
+    RATIO_OF_BOTH,
+    SCHEMES,
+    SHORTER,
+    SMALLER,
+    WHOLE,
+    Cell,
+    cells,
+)
+from memaop_triton.bench.studies.quality.statistics import Difference
+from memaop_triton.bench.studies.quality.tasks import TASKS, Task
+
+READING = (
+    "Runs of a task with the same seed start from the same weights and see the same batches, but "
+    "for those with a smaller one. A "
+    "difference is scheme − dense of such pairs: its mean ± half of a 95 % interval by Student's t "
+    "(n − 1 degrees of freedom, normal differences assumed). Below stands in how many pairs the "
+    "scheme did better. Nothing is corrected for the number of cells that are compared.",
+    "A loss that is not finite ends a run; the cell then says how many of its runs diverged and "
+    "shows no mean.",
+    "The learning rate was tuned for dense, on a part of the training data, and kept for all "
+    "schemes. The held-out data was not used for any choice.",
+    "The output layer stays dense in every scheme. FLOPs are those of matrix products, counted "
+    "while a step runs; those of weight gradients cover all linear layers, the output layer, the "
+    "subspace and its refreshes included. Scoring and selecting rows is not in the FLOPs; it is in "
+    "the times.",
+    "Seconds are steps times the median step, measured apart on a machine that did nothing else, "
+    "in turns with dense. The runs themselves may have shared their machine.",
+    "Curves are on a fixed sample of the held-out data, tables on all of it.",
+)
+
+
+def overview_section(results: Results) -> Section:
+    """All schemes on all tasks, those with a cheaper dX too at a ratio of their own."""
+    units = "Accuracy in points, more is better; loss of the GPTs in nats, less is better."
+    only = [name for name, one in SCHEMES.items() if one.make and not one.cheapens_both]
+    both = [name for name, one in SCHEMES.items() if one.cheapens_both]
+    blocks: list[Block] = [
+        units,
+        _overview(results, only, RATIO, f"Difference to dense at r = {RATIO}"),
+        _overview(
+            results, both, RATIO_OF_BOTH, f"dX cheaper too: difference to dense at {RATIO_OF_BOTH}"
+        ),
+    ]
+    return Section("overview", "At a glance", blocks)
+
+
+def equal_time_section(results: Results) -> Section:
+    """Where a cheaper step buys more than it loses."""
+    title = "At equal time"
+    tables = [
+        table
+        for kind, how in ((SHORTER, "fewer steps"), (SMALLER, "a smaller batch"))
+        if (table := _equal_time_table(results, kind, how)) is not None
+    ]
+    if not tables:
+        return Section("equal-time", title, ["Not measured yet."])
+    how = (
+        "Dense was trained with fewer steps too, its learning rate coming down by then, and with "
+        "fewer rows in as many steps; what it reaches in the time that a scheme takes is "
+        "interpolated between these runs."
+    )
+    return Section("equal-time", title, [how, *tables])
+
+
+def _equal_time_table(results: Results, kind: str, how: str) -> Table | None:
+    known = [cell for cell in results.times if results.at_equal_time(cell, kind) is not None]
+    if not known:
+        return None
+    columns = [task for task in TASKS if any(cell.task == task for cell in known)]
+    rows = []
+    for scheme, ratio in dict.fromkeys(cell[1:] for cell in sorted(known, key=_at)):
+        row = (_at_equal_time(results, Cell(task, scheme, ratio), kind) for task in columns)
+        rows.append((Entry(f"{SCHEMES[scheme].label}, {ratio}"), *row))
+    caption = (
+        f"Difference to dense with {how} after the same seconds; below, a step's time over dense's."
+    )
+    return Table(("scheme", *columns), tuple(rows), caption=caption)
+
+
+def _at(cell: Cell) -> tuple[tuple[int, str], ...]:
+    return cell.place[1:]
+
+
+def _at_equal_time(results: Results, cell: Cell, kind: str) -> Entry:
+    time = results.times.get(cell)
+    difference = results.at_equal_time(cell, kind)
+    if difference is None:
+        return NOTHING if time is None else Entry("–", f"{time.share:.2f}× time")
+    assert time is not None
+    return _entry(TASKS[cell.task], difference, f"{time.share:.2f}× time")
+
+
+def _overview(results: Results, names: Sequence[str], ratio: str, caption: str) -> Table | str:
+    rows = [
+        (
+            Entry(SCHEMES[name].label),
+            *(_difference(results, Cell(task, name, ratio)) for task in TASKS),
+        )
+        for name in names
+    ]
+    return _table_of_known(("scheme", *TASKS), rows, caption)
+
+
+def _table_of_known(
+    head: Sequence[str], rows: Sequence[tuple[Entry, ...]], caption: str
+) -> Table | str:
+    """Without the rows and columns that say nothing yet; the first column names the rows."""
+    rows = [row for row in rows if any(one != NOTHING for one in row[1:])]
+    if not rows:
+        return f"{caption.rstrip('.')}: not run yet."
+    kept = [at for at, column in enumerate(zip(*rows, strict=True))
+            if at == 0 or any(one != NOTHING for one in column)]  # fmt: skip
+    return Table(
+        tuple(head[at] for at in kept),
+        tuple(tuple(row[at] for at in kept) for row in rows),
+        caption=caption,
+    )
+
+
+def task_section(results: Results, task: Task) -> Section:
+    """Differences, costs and pictures of one task."""
+    dense = Cell(task.name, DENSE, WHOLE)
+    values = list(results.metrics(dense).values())
+    if not values:
+        return Section(task.name, task.title, ["Not run yet."])
+    spread = f", standard deviation {number(task, stdev(values))}" if len(values) > 1 else ""
+    unit = " %" if task.metric == "accuracy" else ""
+    blocks: list[Block] = [
+        f"Dense: {number(task, fmean(values))}{unit}{spread}, "
+        f"{text.count(len(values), 'seed')}, {text.count(task.steps, 'step')}, learning rate "
+        f"{task.optimizer.lr:g}."
+    ]
+    if any(cell in results.runs for cell in cells(task.name) if cell != dense):
+        what = "accuracy, points" if task.metric == "accuracy" else "validation loss, nats"
+        blocks += [
+            _table(
+                task,
+                partial(_difference, results),
+                f"Difference to dense in {what}.",
+                best=_best(results, task),
+            ),
+            _table(
+                task,
+                partial(_cost, results),
+                "FLOPs of the weight gradients over dense's; time of a step over dense's.",
+            ),
+            picture(f"{task.title}: r = {RATIO}, mean over seeds", f"{task.name}-curves",
+                     plots.curves(results, task)),
+            picture(f"{task.title}: what is lost for what is saved", f"{task.name}-trade",
+                     plots.trade_off(results, task)),
+        ]  # fmt: skip
+    return Section(task.name, task.title, blocks)
+
+
+def picture(title: str, name: str, svg: str) -> Picture:
+    return Picture(title, svg, f"{name}.svg")
+
+
+def _table(
+    task: Task, entry: Callable[[Cell], Entry], caption: str, *, best: Sequence[Cell] = ()
+) -> Table | str:
+    every = [cell for cell in cells(task.name) if cell.scheme != DENSE]
+    ratios = [ratio for ratio in ALL_RATIOS if any(cell.ratio == ratio for cell in every)]
+    rows = []
+    for name in dict.fromkeys(cell.scheme for cell in every):
+        row = [entry(Cell(task.name, name, ratio)) for ratio in ratios]
+        marked = [
+            replace(one, tone="best") if Cell(task.name, name, ratio) in best else one
+            for one, ratio in zip(row, ratios, strict=True)
+        ]
+        rows.append((Entry(SCHEMES[name].label), *marked))
+    return _table_of_known(("scheme", *ratios), rows, caption)
+
+
+def _difference(results: Results, cell: Cell) -> Entry:
+    task, runs = TASKS[cell.task], results.runs.get(cell, {})
+    diverged = results.diverged(cell)
+    if diverged:
+        return Entry(f"{diverged} of {len(runs)} diverged", tone="bad")
+    difference = results.difference(cell)
+    if difference is None:
+        return NOTHING
+    return _entry(task, difference, f"{difference.better} of {difference.pairs} better")
+
+
+def _entry(task: Task, difference: Difference, sub: str) -> Entry:
+    mean = number(task, difference.mean, signed=True)
+    if difference.pairs == 1:
+        return Entry(f"{mean} ± ?", sub)
+    clearly_worse = difference.is_clear and task.sign * difference.mean < 0
+    tone = "bad" if clearly_worse else ""
+    return Entry(f"{mean} ± {number(task, difference.half_width)}", sub, tone)
+
+
+def _cost(results: Results, cell: Cell) -> Entry:
+    run, time = results.any_run(cell), results.times.get(cell)
+    if run is None and time is None:
+        return NOTHING
+    if cell.scheme == SHORTER:
+        return Entry(f"{cell.ratio} of the steps")
+    times = "not timed" if time is None else f"{time.share:.2f}× time"
+    if cell.scheme == SMALLER:
+        return Entry(f"{cell.ratio} of the rows", times)
+    flops = "FLOPs ?" if run is None else f"{run.weight_grads:.3f}"
+    return Entry(flops, times)
+
+
+def _best(results: Results, task: Task) -> list[Cell]:
+    """The scheme with the best mean at every ratio."""
+    found: dict[str, tuple[float, Cell]] = {}
+    for cell in cells(task.name):
+        difference = results.difference(cell)
+        if cell.config is None or difference is None:
+            continue
+        gain = task.sign * difference.mean
+        if cell.ratio not in found or gain > found[cell.ratio][0]:
+            found[cell.ratio] = gain, cell
+    return [cell for _, cell in found.values()]
+
+
+def number(task: Task, value: float, *, signed: bool = False) -> str:
+    digits = 2 if task.metric == "accuracy" else 4
+    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+
+
+def reading_section() -> Section:
+    """How the numbers were made."""
+    return Section("reading", "How to read this", [Bullets(READING, shown=len(READING))])

@@ -1,0 +1,191 @@
+"""One run: a task under a scheme from a seed.
+
+Runs of the same task and seed start from the same weights and see the same batches, whatever the
+scheme: what is drawn for these comes from generators of their own, and the global one only serves
+the scheme.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memaop_triton import MemAOPConfig, allocate_, attach_optimizer, convert_, monitor
+from memaop_triton.bench.studies.quality.data import Batch, Data
+from memaop_triton.bench.studies.quality.tasks import Task
+from memaop_triton.monitor.allocate import DEFAULT_BUDGETS
+
+POINTS = 10  # of a curve
+ALLOCATE_EVERY = 50  # steps
+_ALLOCATED = (*DEFAULT_BUDGETS, 1.0)  # of budgets and ratios alike
+_NUMBERS = 1 << 16  # pixels or characters of one forward pass of an evaluation
+
+
+class Score(NamedTuple):
+    """Mean cross-entropy in nats, and accuracy in %."""
+
+    loss: float
+    accuracy: float
+
+
+class Point(NamedTuple):
+    """A point of a curve: what the sample of the held-out data says after `step` steps."""
+
+    step: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave.
+
+    Attributes:
+        score: On all held-out data, after the last step. Not finite if the run diverged.
+        curve: As it went.
+        diverged_at: The step whose loss was not finite, which ended the run; 0 if there is none.
+        seconds: All of it took, evaluations included, on whatever else the machine did.
+    """
+
+    score: Score
+    curve: tuple[Point, ...]
+    diverged_at: int
+    seconds: float
+
+
+class Seeds(NamedTuple):
+    """Independent seeds of one run: of the weights, of the batches, of the scheme's draws."""
+
+    weights: int
+    batches: int
+    draws: int
+
+    @classmethod
+    def of(cls, seed: int) -> Seeds:
+        """The seeds that `seed` stands for."""
+        weights, batches, draws = np.random.SeedSequence(seed).generate_state(3).tolist()
+        return cls(weights, batches, draws)
+
+
+class Trainer:
+    """A network, its optimizer and the steps they take.
+
+    Args:
+        task: What is trained.
+        config: What its layers are converted with; `None` leaves them dense.
+        seed: Of the weights. The global generator is left as it was.
+        allocated: Share of the dense layers' FLOPs that `allocate_` spreads over them from time to
+            time; `None` leaves all with the rows that `config` gives them.
+    """
+
+    def __init__(
+        self, task: Task, config: MemAOPConfig | None, seed: int, allocated: float | None = None
+    ) -> None:
+        self.task = task
+        self.allocated = allocated
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(Seeds.of(seed).weights)
+            self.model = task.network.build()
+        self.optimizer = task.optimizer.build(self.model)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: task.optimizer.factor(step, task.steps)
+        )
+        if config is not None:
+            convert_(self.model, config, overrides=dict.fromkeys(task.left_dense))
+            attach_optimizer(self.model, self.optimizer)
+        self.monitor = (
+            None if allocated is None else monitor(self.model, every=5, starving=math.inf)
+        )
+
+    def step(self, batch: Batch) -> float:
+        """Take one step, unless the loss is not finite; the loss before it."""
+        self.optimizer.zero_grad()
+        loss = loss_of(self.model, batch)
+        value = loss.item()
+        if math.isfinite(value):
+            loss.backward()
+            if self.task.optimizer.clip is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.task.optimizer.clip)
+            self.optimizer.step()
+            self.schedule.step()
+            steps = self.schedule.last_epoch
+            if self.monitor and self.allocated and steps % ALLOCATE_EVERY == 0:
+                allocate_(self.model, self.monitor, self.allocated, _ALLOCATED)
+        return value
+
+
+def train(
+    task: Task,
+    config: MemAOPConfig | None,
+    seed: int,
+    data: Data,
+    progress: Callable[[int], None] = lambda step: None,
+    *,
+    allocated: float | None = None,
+) -> Outcome:
+    """Train from `seed`; `progress` is called with the number of every step taken."""
+    start = time.perf_counter()
+    seeds = Seeds.of(seed)
+    trainer = Trainer(task, config, seed, allocated)
+    points = {round(i * task.steps / POINTS) for i in range(1, POINTS + 1)}
+    curve: list[Point] = []
+    sample = data.sample
+    generator = torch.Generator().manual_seed(seeds.batches)
+    diverged_at = 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.draws)
+        for number, batch in enumerate(data.batches(task.batch, task.steps, generator), start=1):
+            if not math.isfinite(trainer.step(batch)):
+                diverged_at = number
+                break
+            if number in points:
+                curve.append(Point(number, *evaluate(trainer.model, sample)))
+            progress(number)
+    score = Score(math.nan, math.nan)
+    if not diverged_at:
+        score = evaluate(trainer.model, data.held_out)
+        if not math.isfinite(score.loss):
+            diverged_at = task.steps
+    return Outcome(score, tuple(curve), diverged_at, time.perf_counter() - start)
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy of a batch, in nats."""
+    return F.cross_entropy(model(batch.x).flatten(0, -2), batch.y.flatten())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batch: Batch) -> Score:
+    """Loss and accuracy on any number of images or sequences."""
+    loss = correct = 0.0
+    with evaluating(model):
+        for x, y in _parts(batch):
+            logits = model(x).flatten(0, -2)
+            loss += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
+            correct += (logits.argmax(1) == y.flatten()).sum().item()
+    count = batch.y.numel()
+    return Score(loss / count, 100 * correct / count)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode: gradients are exact, memories rest."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+def _parts(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    rows = max(1, _NUMBERS // batch.x[0].numel())
+    yield from zip(batch.x.split(rows), batch.y.split(rows), strict=True)

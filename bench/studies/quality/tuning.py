@@ -1,0 +1,81 @@
+"""Learning rates of the dense network, judged on a part of the training data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from memaop_triton.bench.studies.quality import data, tables
+from memaop_triton.bench.studies.quality.schemes import LONG_TASKS, code_of
+from memaop_triton.bench.studies.quality.tasks import Task
+from memaop_triton.bench.studies.quality.training import train
+
+# A run of the long tasks takes a quarter of an hour.
+FACTORS, SEEDS = (1 / 4, 1 / 2, 1, 2, 4), 2
+FEW_FACTORS, FEW_SEEDS = (1 / 2, 1, 2), 1
+
+
+class Trial(NamedTuple):
+    """A line of `tuning.csv`: dense, judged on training data that it was not trained on.
+
+    Attributes:
+        task: Its name.
+        lr: The highest learning rate of the run.
+        seed: Of the run.
+        code: Of the task with this learning rate.
+        loss: In nats.
+        accuracy: In %.
+    """
+
+    task: str
+    lr: float
+    seed: int
+    code: str
+    loss: float
+    accuracy: float
+
+
+def candidates(task: Task) -> list[Task]:
+    """The task at learning rates around its own."""
+    factors = FEW_FACTORS if task.name in LONG_TASKS else FACTORS
+    return [with_rate(task, float(f"{factor * task.optimizer.lr:.3g}")) for factor in factors]
+
+
+def with_rate(task: Task, lr: float) -> Task:
+    """The task at another learning rate."""
+    return dataclasses.replace(task, optimizer=dataclasses.replace(task.optimizer, lr=lr))
+
+
+def tune(
+    task: Task, path: Path, data_dir: Path | None, say: Callable[[Trial], None] = lambda _: None
+) -> float | None:
+    """Try the learning rates that `path` does not hold yet; the best one of all."""
+    source = data.load(task, data_dir).for_tuning()
+    for candidate in candidates(task):
+        for seed in range(FEW_SEEDS if task.name in LONG_TASKS else SEEDS):
+            trials = tables.read(path, Trial)
+            code = code_of(candidate, None)
+            if any(one.code == code and one.seed == seed for one in trials):
+                continue
+            score = train(candidate, None, seed, source).score
+            trial = Trial(task.name, candidate.optimizer.lr, seed, code, *score)
+            rows = sorted([*trials, trial], key=lambda one: (one.task, one.lr, one.seed))
+            tables.write(path, Trial, rows)
+            say(trial)
+    return best_rate(task, tables.read(path, Trial))
+
+
+def best_rate(task: Task, trials: Iterable[Trial]) -> float | None:
+    """The learning rate with the best mean, of those at which no run diverged; `None` of none."""
+    results: dict[float, list[float]] = {}
+    for trial in trials:
+        if trial.task == task.name and trial.code == code_of(with_rate(task, trial.lr), None):
+            value = trial.accuracy if task.metric == "accuracy" else trial.loss
+            results.setdefault(trial.lr, []).append(task.sign * value)
+    means = {lr: statistics.fmean(values) for lr, values in results.items()}
+    finite = [lr for lr in means if math.isfinite(means[lr])]
+    return max(finite, key=lambda lr: means[lr], default=None)

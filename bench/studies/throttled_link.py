@@ -1,0 +1,245 @@
+"""Gradient exchange over a slow link: all-reduce against FactorAllGather, in one run.
+
+    sudo python -m bench.studies.throttled_link [--rate 1gbit] [--rounds 25]
+
+Two network namespaces joined by a veth pair, whose two ends each send at most `--rate` (tc tbf),
+hold one process each, with one thread and gloo. Nothing leaves the namespaces, which are removed
+again. Linux, root, `ip` and `tc` are needed.
+
+Both processes train the same converted layer in turns: under plain all-reduce, under
+FactorAllGather, and under FactorAllGather with `reuse_local`. A step is forward, backward and
+exchange; the exchange is the time from the first call of the communication hook until the last of
+its futures is done (weight and bias are two buckets), and the slower process counts. Bytes are what
+the hook counts beside what the interface has sent, which includes headers of TCP and IP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from memaop_triton import FactorAllGather, MemAOPConfig, MemAOPLinear
+
+N = 1024
+RATIO = 1 / 16
+CASES = [(m, memory) for m in (1024, 2048) for memory in ("none", "subspace")]
+METHODS = ("all-reduce", "factors", "factors, reuse_local")
+ADDRESSES = ("10.213.77.1", "10.213.77.2")
+LINK = "memaop"
+PORT = 29613
+WARM_UP = 3
+TIMEOUT = 480
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=20)
+
+
+@contextlib.contextmanager
+def slow_link(rate: str) -> Iterator[list[str]]:
+    """Two namespaces whose interfaces `memaop` reach each other at `rate`; removed at the end."""
+    names = [f"memaop-{os.getpid()}-{rank}" for rank in range(2)]
+    ends = [f"maop{os.getpid() % 10000}{side}" for side in "ab"]
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            _ip("netns", "add", name)
+            stack.callback(_ip, "netns", "delete", name)
+        _ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for name, end, address in zip(names, ends, ADDRESSES, strict=True):
+            _ip("link", "set", end, "netns", name)
+            inside = ("netns", "exec", name, "ip")
+            _ip(*inside, "link", "set", end, "name", LINK)
+            _ip(*inside, "address", "add", f"{address}/30", "dev", LINK)
+            _ip(*inside, "link", "set", LINK, "up")
+            _ip(*inside, "link", "set", "lo", "up")
+            qdisc = f"qdisc add dev {LINK} root tbf rate {rate} burst 128kb latency 200ms"
+            _ip("netns", "exec", name, "tc", *qdisc.split())
+        yield names
+
+
+def run_processes(names: list[str], rounds: int) -> list[dict]:
+    """One worker in each namespace; the rows that the first one printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        output = Path(folder, "rows.json")
+        for rank, name in enumerate(names):
+            settings = {
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": ADDRESSES[0],
+                "MASTER_PORT": str(PORT),
+                "GLOO_SOCKET_IFNAME": LINK,
+                "OMP_NUM_THREADS": "1",
+            }
+            inside = [
+                "ip",
+                "netns",
+                "exec",
+                name,
+                sys.executable,
+                "-m",
+                "bench.studies.throttled_link",
+            ]
+            command = [*inside, "--worker", str(output), "--rounds", str(rounds)]
+            processes.append(subprocess.Popen(command, env=os.environ | settings))
+        try:
+            deadline = time.monotonic() + TIMEOUT
+            for process in processes:
+                code = process.wait(max(1, deadline - time.monotonic()))
+                if code:
+                    raise RuntimeError(f"a process ended with status {code}.")
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait(20)
+        return json.loads(output.read_text())
+
+
+class Method:
+    """One way to exchange the gradients of the same layer."""
+
+    def __init__(self, name: str, m: int, memory: str) -> None:
+        torch.manual_seed(0)
+        layer = MemAOPLinear(N, N, config=MemAOPConfig(ratio=RATIO, memory=memory))
+        self.ddp = DistributedDataParallel(nn.Sequential(layer))
+        self.hook = None
+        self._register, self.ddp.register_comm_hook = self.ddp.register_comm_hook, self._timed
+        if name == "all-reduce":
+            self.ddp.register_comm_hook(None, allreduce_hook)
+        else:
+            self.hook = FactorAllGather.register(self.ddp, reuse_local="reuse" in name)
+        self.x = torch.randn(m, N)
+
+    def _timed(self, state, hook) -> None:
+        """As DDP's method; the hook also records how long the exchange took."""
+
+        def timed(state, bucket):
+            if self.began is None:
+                self.began = time.perf_counter()
+
+            def done(future):
+                self.ended = time.perf_counter()
+                return future.value()
+
+            return hook(state, bucket).then(done)
+
+        self._register(state, timed)
+
+    def step(self) -> tuple[float, float, int, int]:
+        """Seconds of the step and of its exchange, bytes counted and bytes sent."""
+        self.ddp.zero_grad()
+        dist.barrier()
+        before, sent = self.counted(), interface_bytes()
+        self.began = None
+        start = time.perf_counter()
+        self.ddp(self.x).square().mean().backward()
+        step = time.perf_counter() - start
+        return step, self.ended - self.began, self.counted() - before, interface_bytes() - sent
+
+    def counted(self) -> int:
+        return 0 if self.hook is None else self.hook.bytes_sent
+
+
+def interface_bytes() -> int:
+    """What the namespace's end of the link has sent so far."""
+    return int(Path(f"/sys/class/net/{LINK}/statistics/tx_bytes").read_text())
+
+
+def slowest(values: tuple[float, float]) -> list[float]:
+    times = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(times, op=dist.ReduceOp.MAX)
+    return times.tolist()
+
+
+def work(output: Path, rounds: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rows = []
+    for m, memory in CASES:
+        methods = {name: Method(name, m, memory) for name in METHODS}
+        seen = {name: [] for name in METHODS}
+        for number in range(WARM_UP + rounds):
+            for name, method in methods.items():
+                step, exchange, counted, sent = method.step()
+                step, exchange = slowest((step, exchange))
+                if number >= WARM_UP:
+                    seen[name].append((step, exchange, counted, sent))
+        rows += [{"m": m, "memory": memory, "name": n, "seen": s} for n, s in seen.items()]
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps(rows))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _spread(values: list[float], scale: float = 1.0) -> str:
+    low, middle, high = (scale * q for q in statistics.quantiles(values, n=4))
+    return f"{middle:7.2f} [{low:.2f}, {high:.2f}]"
+
+
+def report(rows: list[dict], rate: str, rounds: int) -> None:
+    print(f"N = P = {N}, K/M = 1/{round(1 / RATIO)}, 2 processes, {rate}, gloo, 1 thread each")
+    print(f"torch {torch.__version__}; median [quartiles] of {rounds} interleaved rounds; ms, KB")
+    head = ("exchange", "ratio", "step", "ratio")
+    print(f"{'':42s}" + "".join(f"{h:>24s}" for h in head) + f"{'counted':>10s}{'sent':>10s}")
+    # The bias, and all of what a ring all-reduce among two sends.
+    other, whole = 4 * N, 4 * N * N + 4 * N
+    for row in rows:
+        dense = next(
+            r["seen"]
+            for r in rows
+            if (r["m"], r["memory"], r["name"]) == (row["m"], row["memory"], METHODS[0])
+        )
+        cells = []
+        for column in (1, 0):
+            ours = [s[column] for s in row["seen"]]
+            ratios = [d[column] / o for d, o in zip(dense, ours, strict=True)]
+            cells += [_spread(ours, 1e3), _spread(ratios)]
+        counted = statistics.median(s[2] for s in row["seen"])
+        counted = counted + other if counted else whole
+        sent = statistics.median(s[3] for s in row["seen"])
+        name = f"M={row['m']} memory={row['memory']}, {row['name']}"
+        print(
+            f"{name:42s}"
+            + "".join(f"{c:>24s}" for c in cells)
+            + f"{counted / 1e3:10.1f}{sent / 1e3:10.1f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rate", default="1gbit", help="of each direction, as tc has it")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker is not None:
+        work(arguments.worker, arguments.rounds)
+        return
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    if missing or os.geteuid() != 0:
+        parser.error(f"needs root and iproute2 (missing: {', '.join(missing) or 'root'}).")
+    # Ended from outside, it still removes the namespaces.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with slow_link(arguments.rate) as names:
+        rows = run_processes(names, arguments.rounds)
+    report(rows, arguments.rate, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""The rates of this machine, by which every other number is judged."""
+
+import pytest
+import torch
+
+from memaop_triton.bench import machine
+from memaop_triton.bench.suites.marks import in_suites
+
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("device", "dtypes", "size", "stream_bytes"),
+    [
+        pytest.param(
+            "cpu", (FLOAT32, FLOAT64), 2048, 512 << 20, marks=in_suites("quick", "cpu"), id="cpu"
+        ),
+        pytest.param(
+            "cuda", (BFLOAT16, FLOAT16, FLOAT32), 8192, 2 << 30, marks=in_suites("gpu"), id="gpu"
+        ),
+        pytest.param("cpu", (FLOAT32,), 64, 1 << 16, marks=in_suites("smoke"), id="smoke"),
+    ],
+)
+def test_machine(benchmark, device, dtypes, size, stream_bytes):
+    info = machine.describe(
+        torch.device(device), dtypes=dtypes, size=size, stream_bytes=stream_bytes
+    )
+    benchmark.extra_info.update(info, title=info["name"])
+    a = torch.randn(64, 64, device=device)
+    benchmark.pedantic(lambda: a @ a, rounds=1)

@@ -1,0 +1,1 @@
+"""The steps on a CPU: plain PyTorch, and C."""

@@ -1,0 +1,138 @@
+"""The compiled C code: which tensors it takes, how many threads, and the room that it works in.
+
+`MEMAOP_TRITON_BACKEND=torch` leaves the C code out, `MEMAOP_TRITON_CACHE_DIR` moves the cache that
+`native_build` keeps it in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memaop_triton.kernels import env
+from memaop_triton.kernels.cpu import build
+
+_log = logging.getLogger(__name__)
+
+#: Columns that make a group; the passes with a basis take multiples of these.
+LANES = 16
+# Where its GEMM was measured to be as fast as PyTorch's, so that the gather comes for nothing.
+_GEMM_CAPABILITIES = ("AVX2",)
+# A thread keeps this much room for panels between calls; asking for it anew costs page faults.
+_MOST_KEPT = 32 << 20
+# Every thread sums into a product of its own: 4 million numbers of these at the most.
+_MOST_PARTS = 1 << 22
+
+
+class Kind(NamedTuple):
+    """A dtype of rows as the C code names it, and the dtype that it computes with."""
+
+    suffix: str
+    number: torch.dtype
+
+    def function(self, library: ctypes.CDLL, name: str) -> Any:
+        """The function of this name for rows of this kind."""
+        return getattr(library, f"{name}_{self.suffix}")
+
+
+KINDS = {
+    torch.float32: Kind("f32", torch.float32),
+    torch.float64: Kind("f64", torch.float64),
+    torch.bfloat16: Kind("bf16", torch.float32),
+}
+#: Dtypes of rows that the C code takes.
+DTYPES = tuple(KINDS)
+
+_kept = threading.local()
+
+
+def room_for(kind: Kind, numbers: int) -> Tensor:
+    """Room for these from a multiple of 64 bytes on, until the thread that asks asks again."""
+    count = numbers * kind.number.itemsize
+    room: Tensor | None = getattr(_kept, "room", None)
+    if room is None or room.numel() < count + 64:
+        room = torch.empty(count + 64, dtype=torch.uint8, device="cpu")
+        if count <= _MOST_KEPT:
+            _kept.room = room
+    return room[-room.data_ptr() % 64 :]
+
+
+def is_compiled() -> bool:
+    """Whether the compiled row passes are used on this machine (compiles them on first use)."""
+    return _library() is not None
+
+
+def prefers_own_gemm() -> bool:
+    """Whether rows are multiplied by `gather_gemm.c` here, and not by PyTorch."""
+    return torch.backends.cpu.get_cpu_capability() in _GEMM_CAPABILITIES
+
+
+def obstacle() -> str:
+    """Why the C code is not used on this machine; "" if it is.
+
+    Compiles it if that has not been done yet.
+
+    Raises:
+        ValueError: `MEMAOP_TRITON_BACKEND` holds none of its values.
+    """
+    if env.backend() == "torch":
+        return "MEMAOP_TRITON_BACKEND='torch' leaves them out"
+    try:
+        build.load()
+    except (build.BuildError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def library_for(*operands: Tensor) -> ctypes.CDLL | None:
+    """The compiled code, or `None` if there is none or it does not take these tensors."""
+    return _library() if all(map(is_plain, operands)) else None
+
+
+def is_plain(a: Tensor) -> bool:
+    """Whether a pointer and a row stride are all there is to know about `a`."""
+    if type(a) not in (Tensor, torch.nn.Parameter) or a.layout != torch.strided or not a.is_cpu:
+        return False
+    if a.dtype not in KINDS or a.stride(-1) != 1 or a.is_neg():
+        return False
+    try:
+        return a.numel() == 0 or a.data_ptr() != 0
+    except RuntimeError:  # a wrapper of torch.func
+        return False
+
+
+def matrix(a: Tensor) -> tuple[int, int]:
+    """Its address, and from one row to the next."""
+    return a.data_ptr(), a.stride(0)
+
+
+def sizes_of(a: Tensor, rank: int = 0) -> tuple[int, int, int]:
+    """Rows, columns, and the number of threads to use, where each holds `rank` sums a column."""
+    # A thread is not worth its share of less than a few thousand numbers.
+    rows, columns = a.shape
+    most = max(1, _MOST_PARTS // max(1, rank * columns))
+    return rows, columns, min(torch.get_num_threads(), 1 + rows * columns // 16384, most)
+
+
+def gemm_threads(rows: int, n: int, p: int) -> int:
+    """Threads that share a product of this many outer products of vectors of these lengths."""
+    return min(torch.get_num_threads(), 1 + rows * n * p // 200_000)
+
+
+def _library() -> ctypes.CDLL | None:
+    return None if env.backend() == "torch" else _compiled()
+
+
+@functools.cache
+def _compiled() -> ctypes.CDLL | None:
+    try:
+        return build.load()
+    except (build.BuildError, OSError) as error:
+        _log.info("row passes run in plain PyTorch: %s", error)
+        return None

@@ -1,0 +1,158 @@
+"""A whole weight gradient in one call of the C code beside this file.
+
+Where a layer is small, the calls of a step take longer than its arithmetic: scores, selection and
+product are one call here. The same passes one by one (`cpu`, `selection`) give the same numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memaop_triton.kernels.cpu.library import (
+    KINDS,
+    LANES,
+    gemm_threads,
+    is_plain,
+    library_for,
+    matrix,
+    prefers_own_gemm,
+    room_for,
+    sizes_of,
+)
+from memaop_triton.kernels.cpu.torch_ops import basis_scale
+
+
+class Added(NamedTuple):
+    """Rows that a memory of rows, A and B, takes before it is scored.
+
+    Attributes:
+        a: [M, N].
+        b: [M, P].
+        carry: [M] in `score_dtype`: what the rows of the memory are multiplied by before.
+    """
+
+    a: Tensor
+    b: Tensor
+    carry: Tensor
+
+
+class Step(NamedTuple):
+    """What a call has computed of Bᵀ A; numbers are in `score_dtype` unless something else is said.
+
+    Attributes:
+        rest: ‖a_m − Q Qᵀ a_m‖, [M]; without a basis the norms themselves.
+        scores: Those times ‖b_m‖, [M], infinite where a row is not finite.
+        indices: Rows that were selected, ascending, [K] int64.
+        weights: Of these rows, [K].
+        z: A Q / s in the dtype of `a`, [M, q]; [M, 0] without a basis.
+        zb: Zᵀ B, [q, P].
+        sums: Of the columns of B, [P] in the dtype of `b`, if they were asked for.
+        product: [P, N], or [N, P], in the dtype of `a`; `None` if PyTorch is to multiply.
+    """
+
+    rest: Tensor
+    scores: Tensor
+    indices: Tensor
+    weights: Tensor
+    z: Tensor
+    zb: Tensor
+    sums: Tensor | None
+    product: Tensor | None
+
+
+def run(
+    a: Tensor,
+    b: Tensor,
+    k: int,
+    basis: Tensor | None = None,
+    added: Added | None = None,
+    *,
+    draw: bool = True,
+    sums: bool = False,
+    transposed: bool = False,
+    generator: torch.Generator | None = None,
+) -> Step | None:
+    """Score all rows, select `k` of them, and multiply these; `None` if this does not apply.
+
+    Args:
+        a: [M, N].
+        b: [M, P].
+        k: From 1 to M − 1.
+        basis: Q, [N, q], column after column in memory: of a subspace in which all rows of A count,
+            and beside which they are scored.
+        added: What is added to A and B, in place, before all else; without a basis.
+        draw: Draw the rows by priority sampling, instead of those of the largest scores.
+        sums: Whether those of the columns of B are wanted, which takes a basis.
+        transposed: Return the transposed product.
+        generator: Source of the draws, which are those of `selection.select_rows`.
+    """
+    library = library_for(a, b, *(added or ())) if _fits(a, b, basis, added) else None
+    if library is None:
+        return None
+    kind = KINDS[a.dtype]
+    new = functools.partial(a.new_empty, dtype=kind.number)
+    (rows, n), p = a.shape, b.shape[1]
+    rank = 0 if basis is None else basis.shape[1]
+    z, zb = new((rows, -(-rank // LANES) * LANES)), new((rank, p))
+    rest, scores = new(rows), new(rows)
+    column_sums = new(p) if sums else None
+    indices = a.new_empty(k, dtype=torch.int64)
+    uniform = None
+    if draw:
+        uniform = torch.rand(rows, dtype=kind.number, device=a.device, generator=generator)
+    weights = new(k) if draw else rest.new_ones(k)
+    multiplies = prefers_own_gemm()
+    product = new((n, p) if transposed else (p, n)) if multiplies else None
+    b_threads = sizes_of(b, rank)[-1]
+    product_threads = gemm_threads(k + rank, n, p) if multiplies else 0
+    room_of = kind.function(library, "step_room")
+    room = room_for(kind, room_of(rows, n, p, rank, b_threads, product_threads))
+    kind.function(library, "step")(
+        *(*matrix(a), *matrix(b), *_addresses_of(added)),
+        *((None, 0) if basis is None else matrix(basis.t())),
+        *(rank, basis_scale(n)),
+        *map(
+            _address, (uniform, z, zb, column_sums, rest, scores, indices, weights, product, room)
+        ),
+        *(rows, k, n, p, transposed, sizes_of(a)[-1], b_threads, product_threads),
+    )
+    return Step(
+        rest,
+        scores,
+        indices,
+        weights,
+        z[:, :rank].to(a.dtype),
+        zb,
+        None if column_sums is None else column_sums.to(b.dtype),
+        None if product is None else product.to(a.dtype),
+    )
+
+
+def _address(a: Tensor | None) -> int | None:
+    return None if a is None else a.data_ptr()
+
+
+def _addresses_of(added: Added | None) -> tuple[int | None, ...]:
+    if added is None:
+        return None, 0, None, 0, None
+    return *matrix(added.a), *matrix(added.b), added.carry.data_ptr()
+
+
+def _fits(a: Tensor, b: Tensor, basis: Tensor | None, added: Added | None) -> bool:
+    n, p = a.shape[1], b.shape[1]
+    if a.dtype != b.dtype or min(n, p) < LANES:
+        return False
+    if added is not None:
+        shapes = added.a.shape, added.b.shape, added.carry.shape
+        if basis is not None or a.dtype not in KINDS or shapes != (a.shape, b.shape, a.shape[:1]):
+            return False
+        dtypes = added.a.dtype, added.b.dtype, added.carry.dtype
+        return dtypes == (a.dtype, a.dtype, KINDS[a.dtype].number)
+    if basis is None:
+        return True
+    fits = basis.shape[1] in range(4, 65, 4) and n % LANES == 0 and p % LANES == 0
+    return fits and basis.dtype == a.dtype and is_plain(basis.t())

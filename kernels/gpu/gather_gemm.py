@@ -1,0 +1,324 @@
+"""The selected outer products: dW = Σ_k w_k g[i_k]ᵀ x[i_k].
+
+X is [M, N], G is [M, P], dW is [P, N]. A program owns a BLOCK_P × BLOCK_N tile of dW and walks over
+the selected rows, BLOCK_K at a time: a GEMM whose two operands are gathered while they are loaded.
+What that costs beside a plain GEMM, and how it is kept small:
+
+- Rows are addressed by number. The numbers for the next step are fetched one step ahead, so that
+  the copies into shared memory, which need them, are issued at once; offsets are unsigned, 32 bits
+  times 32 bits, one instruction each.
+- There are no masks in the main loop. Columns beyond the edge wrap around to valid ones and are not
+  stored; the last rows, if they do not fill a step, go through a masked loop of their own.
+- The orientation in which a tile is loaded decides whether it is copied asynchronously and 16 bytes
+  at a time: G always columns first, X as the target's matrix unit wants it.
+- Weights multiply the G tile in the registers that the matrix unit reads, in the operands' dtype.
+- Few, small tiles leave a GPU idle, so the rows can be split over SPLIT_K programs: each stores a
+  part, and a second kernel adds the parts in one order (or atomics add them, on request).
+
+With a projection (`subspace.py`) dW starts from C Eᵀ, a correction of rank q that is multiplied
+before the loop, so that it takes no pass over dW of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from memaop_triton.kernels import targets
+from memaop_triton.kernels.gpu import launch
+from memaop_triton.kernels.gpu.reduction import parts_of, sum_parts
+from memaop_triton.kernels.gpu.tiles import (
+    first_value,
+    gathered,
+    is_aligned,
+    padded_rank,
+    precision,
+    row_offsets,
+    share_of_split,
+    store_tile,
+    tile_of_program,
+    weighted,
+    wrapped,
+)
+from memaop_triton.kernels.targets import Target
+from memaop_triton.kernels.tuning import autotune, defaults
+from memaop_triton.kernels.tuning.problem import flags, problem_of
+from memaop_triton.kernels.tuning.tuner import Call
+
+
+@triton.jit(do_not_specialize=["M", "K", "steps"])
+def gather_gemm_kernel(
+    x_ptr, g_ptr, index_ptr, weight_ptr, scale_ptr, c_ptr, e_ptr, out_ptr,
+    M, N, P, K, steps, rank, x_row, x_col, g_row, g_col,
+    BLOCK_N: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, GROUP: tl.constexpr, EVEN_N: tl.constexpr, EVEN_P: tl.constexpr,
+    WIDE: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, RANK: tl.constexpr,
+    PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, ATOMIC: tl.constexpr,
+    X_COLUMNS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """One tile of dW over one share of the rows.
+
+    The first `steps` steps need no masks: every index in them is below M. Later ones may be beyond
+    K or name rows from M on, which count as zero.
+    """
+    tile_p, tile_n = tile_of_program(N, P, TILES * BLOCK_N, BLOCK_P, GROUP)
+    split = tl.program_id(1)
+    g_start = g_ptr + wrapped(tile_p, P, BLOCK_P, EVEN_P).to(tl.int64) * g_col
+    x_start = x_ptr + wrapped(tile_n * TILES, N, BLOCK_N, EVEN_N).to(tl.int64) * x_col
+    acc = first_value(
+        c_ptr, e_ptr, scale_ptr, tile_p, tile_n * TILES, split, rank, P, N,
+        BLOCK_P, BLOCK_N, RANK, PRECISION, SCALED,
+    )  # fmt: skip
+    if TILES == 2:
+        x2_start = x_ptr + wrapped(tile_n * 2 + 1, N, BLOCK_N, EVEN_N).to(tl.int64) * x_col
+        acc2 = first_value(
+            c_ptr, e_ptr, scale_ptr, tile_p, tile_n * 2 + 1, split, rank, P, N,
+            BLOCK_P, BLOCK_N, RANK, PRECISION, SCALED,
+        )  # fmt: skip
+    k = tl.arange(0, BLOCK_K)
+
+    first, end = share_of_split(steps, SPLIT_K)
+    rows = tl.load(index_ptr + first * BLOCK_K + k, mask=first * BLOCK_K + k < K, other=0)
+    for step in range(first, end):
+        ahead = tl.minimum(step + 1, end - 1) * BLOCK_K
+        next_rows = tl.load(index_ptr + ahead + k)
+        x_offsets = row_offsets(rows, x_row, WIDE)
+        g = gathered(g_start, row_offsets(rows, g_row, WIDE), True)
+        if WEIGHTED:
+            g = weighted(g, tl.load(weight_ptr + step * BLOCK_K + k)[None, :])
+        x = gathered(x_start, x_offsets, X_COLUMNS_FIRST)
+        acc = tl.dot(g, x.T, acc, input_precision=PRECISION)
+        if TILES == 2:
+            x2 = gathered(x2_start, x_offsets, X_COLUMNS_FIRST)
+            acc2 = tl.dot(g, x2.T, acc2, input_precision=PRECISION)
+        rows = next_rows
+
+    if split == SPLIT_K - 1:
+        for start in tl.range(steps * BLOCK_K, K, BLOCK_K, num_stages=1):
+            rows = tl.load(index_ptr + start + k, mask=start + k < K, other=M)
+            ok = (rows < M)[None, :]
+            x_offsets = row_offsets(rows, x_row, WIDE)[None, :]
+            g_offsets = row_offsets(rows, g_row, WIDE)[None, :]
+            g = tl.load(g_start[:, None] + g_offsets, mask=ok, other=0)
+            if WEIGHTED:
+                w = tl.load(weight_ptr + start + k, mask=start + k < K, other=0)
+                g = weighted(g, w[None, :])
+            x = tl.load(x_start[:, None] + x_offsets, mask=ok, other=0)
+            acc = tl.dot(g, x.T, acc, input_precision=PRECISION)
+            if TILES == 2:
+                x2 = tl.load(x2_start[:, None] + x_offsets, mask=ok, other=0)
+                acc2 = tl.dot(g, x2.T, acc2, input_precision=PRECISION)
+
+    store_tile(
+        acc, scale_ptr, out_ptr, tile_p, tile_n * TILES, split, P, N,
+        BLOCK_P, BLOCK_N, SCALED, ACCUMULATE, ATOMIC,
+    )  # fmt: skip
+    if TILES == 2:
+        store_tile(
+            acc2, scale_ptr, out_ptr, tile_p, tile_n * 2 + 1, split, P, N,
+            BLOCK_P, BLOCK_N, SCALED, ACCUMULATE, ATOMIC,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["steps"])
+def block_gemm_kernel(
+    x_desc, g_desc, index_ptr, weight_ptr, scale_ptr, c_ptr, e_ptr, out_ptr,
+    N, P, steps, rank,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr,
+    RANK: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, ATOMIC: tl.constexpr,
+):  # fmt: skip
+    """The same from whole blocks of neighbouring rows, each tile copied by descriptor.
+
+    `index_ptr` names every row; the first of each block is read. The descriptors return zeros
+    beyond row M and beyond the last column.
+    """
+    tile_p, tile_n = tile_of_program(N, P, BLOCK_N, BLOCK_P, GROUP)
+    split = tl.program_id(1)
+    acc = first_value(
+        c_ptr, e_ptr, scale_ptr, tile_p, tile_n, split, rank, P, N,
+        BLOCK_P, BLOCK_N, RANK, PRECISION, SCALED,
+    )  # fmt: skip
+    # A step is one block, or an equal part of one.
+    parts: tl.constexpr = BLOCK_ROWS // BLOCK_K
+    first, end = share_of_split(steps, SPLIT_K)
+    row = tl.load(index_ptr + first // parts * BLOCK_ROWS, mask=first < end, other=0).to(tl.int32)
+    for step in range(first, end):
+        ahead = tl.minimum(step + 1, end - 1)
+        next_row = tl.load(index_ptr + ahead // parts * BLOCK_ROWS).to(tl.int32)
+        start = row + step % parts * BLOCK_K
+        x = x_desc.load([start, tile_n * BLOCK_N])
+        g = g_desc.load([start, tile_p * BLOCK_P]).T
+        if WEIGHTED:
+            g = weighted(g, tl.load(weight_ptr + step * BLOCK_K))
+        acc = tl.dot(g, x, acc, input_precision=PRECISION)
+        row = next_row
+
+    store_tile(
+        acc, scale_ptr, out_ptr, tile_p, tile_n, split, P, N,
+        BLOCK_P, BLOCK_N, SCALED, ACCUMULATE, ATOMIC,
+    )  # fmt: skip
+
+
+def factors(weights: Tensor, target: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weights as factors of rows of this dtype, and the scale their products are short of.
+
+    float16 rows have little room upwards, so their weights are divided by a power of two near the
+    root of the largest one, and the result is multiplied by it.
+    """
+    if dtype == torch.bfloat16 and target.backend == "hip":
+        return weights.float(), None
+    if dtype != torch.float16 or weights.numel() == 0:
+        return weights.to(dtype), None
+    largest = weights.max().clamp(min=1, max=2.0**24)
+    scale = torch.exp2((largest.log2() / 2).floor()).reshape(1)
+    return (weights / scale).to(dtype), scale
+
+
+def gather_gemm(
+    x: Tensor,
+    g: Tensor,
+    indices: Tensor,
+    weights: Tensor | None = None,
+    *,
+    block_rows: int = 1,
+    correction: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    deterministic: bool = True,
+    input_precision: str | None = None,
+    config: defaults.GemmConfig | None = None,
+) -> Tensor:
+    """Σ_k w_k g[i_k]ᵀ x[i_k], plus C Eᵀ with a correction: [P, N].
+
+    Args:
+        x: [M, N], float16, bfloat16 or float32, any strides.
+        g: [M, P], same dtype, any strides.
+        indices: [K] integers in ascending order, contiguous. With blocks, the rows of a last block
+            that M cuts short may be named from M on; they count as zero.
+        weights: [K] float32, rounded to the dtype of `x` (so a result carries that rounding), or
+            `None` for all 1.
+        block_rows: Number of neighbouring rows the indices come in.
+        correction: `(C, E)`: float32 [P, q] and [N, q] in the dtype of `x`, contiguous, q ≤ 64.
+        out: [P, N], contiguous; made in the dtype of `x` if `None`.
+        accumulate: Add to `out`.
+        deterministic: Add the parts of a split in a fixed order; otherwise by atomics, where `out`
+            is float32.
+        input_precision: "ieee" or "tf32" for float32; what torch allows if `None`.
+        config: Tile; chosen by `autotune` if `None`.
+
+    Returns:
+        `out`.
+    """
+    target = targets.current(x.device)
+    formed = input_precision or precision(target, x.dtype)
+    aligned = is_aligned(x, g)
+    by_descriptor = aligned and block_rows > 1 and target.has_tensor_copies
+    if config is None:
+        wide = by_descriptor or (aligned and x.shape[1] % 16 == g.shape[1] % 16 == 0)
+        problem = problem_of(
+            *("gather_gemm", x.dtype, x.shape[0], indices.numel(), x.shape[1], g.shape[1]),
+            rank=0 if correction is None else correction[1].shape[1],
+            precision=formed,
+            flags=flags(
+                accumulate=accumulate,
+                atomic=not deterministic,
+                blocks=by_descriptor,
+                uneven=not wide,
+                weighted=weights is not None,
+            ),
+            block_rows=block_rows if by_descriptor else 1,
+        )
+        ways: dict[str, Any] = {
+            "block_rows": block_rows,
+            "correction": correction,
+            "accumulate": accumulate,
+            "deterministic": deterministic,
+            "input_precision": input_precision,
+        }
+        operands = (x, g, indices, weights)
+
+        def rehearse() -> Call:
+            other = None if out is None else torch.zeros_like(out)
+            return partial(gather_gemm, *operands, out=other, **ways)
+
+        config = autotune.choose(problem, x.device, rehearse, defaults.GemmConfig)
+    if by_descriptor:
+        config = dataclasses.replace(config, block_k=min(config.block_k, block_rows))
+    if out is None:
+        out = torch.empty((g.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
+    atomic = not deterministic and config.split_k > 1 and out.dtype == torch.float32
+    parts = out if atomic else parts_of(out, config.split_k)
+    if atomic and not accumulate:
+        out.zero_()
+    scale = None
+    if weights is not None:
+        weights, scale = factors(weights, target, x.dtype)
+    c, e = correction or (parts, parts)
+    rank = 0 if correction is None else e.shape[1]
+    choose = _by_blocks if by_descriptor else _by_rows
+    kernel, operands, sizes, constants = choose(x, g, indices, rank, block_rows, config)
+    launch.launch(
+        kernel,
+        (
+            triton.cdiv(x.shape[1], config.block_n) * triton.cdiv(g.shape[1], config.block_p),
+            config.split_k,
+        ),
+        *operands,
+        *(indices, *(parts if t is None else t for t in (weights, scale)), c, e, parts),
+        *sizes,
+        BLOCK_P=config.block_p,
+        BLOCK_K=config.block_k,
+        SPLIT_K=config.split_k,
+        GROUP=config.group,
+        WEIGHTED=weights is not None,
+        SCALED=scale is not None,
+        RANK=padded_rank(rank) if rank else 0,
+        PRECISION=formed,
+        ACCUMULATE=accumulate and parts is out,
+        ATOMIC=atomic,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **constants,
+    )
+    return out if parts is out else sum_parts(parts, out, accumulate=accumulate)
+
+
+_Choice = tuple[Any, tuple[Any, ...], tuple[int, ...], dict[str, Any]]
+
+
+def _by_rows(
+    x: Tensor, g: Tensor, indices: Tensor, rank: int, block_rows: int, config: defaults.GemmConfig
+) -> _Choice:
+    """Kernel, operands, sizes and constants where rows are reached by pointers."""
+    (rows, n), p, k = x.shape, g.shape[1], indices.numel()
+    full_steps = max(0, k - -rows % block_rows) // config.block_k
+    constants = {
+        "EVEN_N": n % 16 == 0,
+        "EVEN_P": p % 16 == 0,
+        "BLOCK_N": config.block_n // config.tiles_n,
+        "TILES": config.tiles_n,
+        "X_COLUMNS_FIRST": config.x_columns_first,
+        "WIDE": rows * max(x.stride(0), g.stride(0)) >= 1 << 31,
+    }
+    sizes = (rows, n, p, k, full_steps, rank, *x.stride(), *g.stride())
+    return gather_gemm_kernel, (x, g), sizes, constants
+
+
+def _by_blocks(
+    x: Tensor, g: Tensor, indices: Tensor, rank: int, block_rows: int, config: defaults.GemmConfig
+) -> _Choice:
+    """The same where blocks of rows are copied by descriptor."""
+    operands = (
+        TensorDescriptor.from_tensor(x, [config.block_k, config.block_n]),
+        TensorDescriptor.from_tensor(g, [config.block_k, config.block_p]),
+    )
+    sizes = (x.shape[1], g.shape[1], triton.cdiv(indices.numel(), config.block_k), rank)
+    return block_gemm_kernel, operands, sizes, {"BLOCK_N": config.block_n, "BLOCK_ROWS": block_rows}

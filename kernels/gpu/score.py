@@ -1,0 +1,324 @@
+"""Scores of rows, s_m = ‖x_m‖·‖g_m‖, and the row memory's update that scores what it stores.
+
+X is [M, N], G is [M, P]. A program owns a few rows and walks over the columns of X, then over those
+of G, so that one launch and one pass over both leave complete scores. With a row memory the same
+pass reads m, writes m ← c·σ·m + x in place and scores the result: two reads and a write.
+
+A score that is not finite is stored as +Inf, so that the row gets selected and shows in the
+gradient. The column sums of G (the bias gradient) can be taken from the same pass: each program
+writes the sums of its own rows, [programs, P] in float32, and `torch.sum` adds these in one order.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memaop_triton.kernels.gpu import launch
+from memaop_triton.kernels.gpu.randomness import round_to_bfloat16, row_keys, row_signs
+from memaop_triton.kernels.tuning import autotune, defaults
+from memaop_triton.kernels.tuning.problem import flags, problem_of
+from memaop_triton.kernels.tuning.tuner import Call
+
+
+@triton.jit
+def _column_sums(value, sums_ptr, columns, inside, count):
+    place = tl.program_id(0).to(tl.int64) * count + columns
+    tl.store(sums_ptr + place, tl.sum(value, axis=0), mask=inside)
+
+
+@triton.jit
+def _norms(
+    a_ptr, a_row, a_col, rows, row_ok, count, sums_ptr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Norms of the program's rows of a matrix with `count` columns: [BLOCK_M] float32."""
+    squares = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    starts = a_ptr + rows.to(tl.int64) * a_row
+    for first in range(0, count, BLOCK_C):
+        columns = first + tl.arange(0, BLOCK_C)
+        inside = columns < count
+        places = starts[:, None] + columns[None, :].to(tl.int64) * a_col
+        value = tl.load(places, mask=row_ok[:, None] & inside[None, :], other=0).to(tl.float32)
+        squares += value * value
+        if SUMS:
+            _column_sums(value, sums_ptr, columns, inside, count)
+    return tl.sqrt(tl.sum(squares, axis=1))
+
+
+@triton.jit
+def _finite_or_inf(score):
+    return tl.where(score < float("inf"), score, float("inf"))
+
+
+@triton.jit(do_not_specialize=["M"])
+def score_kernel(
+    x_ptr, g_ptr, scores_ptr, sums_ptr,
+    M, N, P, x_row, x_col, g_row, g_col,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PAIR: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """scores[m] = ‖x_m‖·‖g_m‖, or ‖x_m‖ alone without PAIR."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = rows < M
+    score = _norms(x_ptr, x_row, x_col, rows, row_ok, N, sums_ptr, BLOCK_M, BLOCK_C, False)
+    if PAIR:
+        score *= _norms(g_ptr, g_row, g_col, rows, row_ok, P, sums_ptr, BLOCK_M, BLOCK_C, SUMS)
+    tl.store(scores_ptr + rows, _finite_or_inf(score), mask=row_ok)
+
+
+@triton.jit
+def _accumulate(
+    m_ptr, a_ptr, m_row, a_row, a_col, rows, row_ok, read_ok, carried, factor, count, seed_ptr,
+    sums_ptr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STREAM: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """m ← factor·m + a for the program's rows; the norms of what is stored."""
+    squares = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    keys = row_keys(seed_ptr, rows, STREAM)
+    slots = m_ptr + rows.to(tl.int64) * m_row
+    starts = a_ptr + rows.to(tl.int64) * a_row
+    for first in range(0, count, BLOCK_C):
+        columns = first + tl.arange(0, BLOCK_C)
+        inside = columns < count
+        mask = row_ok[:, None] & inside[None, :]
+        places = starts[:, None] + columns[None, :].to(tl.int64) * a_col
+        value = tl.load(places, mask=read_ok[:, None] & inside[None, :], other=0).to(tl.float32)
+        if SUMS:
+            _column_sums(value, sums_ptr, columns, inside, count)
+        # A slot that is empty may hold anything: it is not loaded.
+        old = tl.load(
+            slots[:, None] + columns[None, :], mask=carried[:, None] & inside[None, :], other=0
+        )
+        value += factor[:, None] * old.to(tl.float32)
+        if m_ptr.dtype.element_ty == tl.bfloat16:
+            stored = round_to_bfloat16(value, keys, columns)
+        else:
+            stored = value.to(m_ptr.dtype.element_ty)
+        tl.store(slots[:, None] + columns[None, :], stored, mask=mask)
+        squares += stored.to(tl.float32) * stored.to(tl.float32)
+    return tl.sqrt(tl.sum(squares, axis=1))
+
+
+@triton.jit
+def row_factors(filled_ptr, carry_ptr, seed_ptr, rows, row_ok, SIGNED: tl.constexpr):
+    """Which rows carry something over, and c·σ for each of `rows`."""
+    carried = tl.load(filled_ptr + rows, mask=row_ok, other=0) != 0
+    factor = tl.load(carry_ptr) + tl.zeros(rows.shape, tl.float32)
+    if SIGNED:
+        factor *= row_signs(seed_ptr, rows)
+    return carried, factor
+
+
+@triton.jit(do_not_specialize=["M"])
+def accumulate_kernel(
+    mx_ptr, mg_ptr, x_ptr, g_ptr, filled_ptr, taken_ptr, carry_ptr, seed_ptr, scores_ptr, sums_ptr,
+    lost_ptr, M, N, P, mx_row, mg_row, x_row, x_col, g_row, g_col,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SIGNED: tl.constexpr, SUMS: tl.constexpr,
+    SCORED: tl.constexpr,
+):  # fmt: skip
+    """Update the row memory, and mark the rows that hold a finite remainder as filled.
+
+    With SCORED every row is updated and gets its score. Without, the rows marked in `taken` are
+    passed over, memory and flag, for their outer products are computed elsewhere; and a row that is
+    not finite puts NaN into `lost`, for nobody else will see it.
+    """
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < M
+    row_ok = inside
+    if not SCORED:
+        row_ok = inside & (tl.load(taken_ptr + rows, mask=inside, other=1) == 0)
+    read_ok = inside if SUMS else row_ok  # the column sums need every row of G
+    carried, factor = row_factors(filled_ptr, carry_ptr, seed_ptr, rows, row_ok, SIGNED)
+    score = _accumulate(
+        mx_ptr, x_ptr, mx_row, x_row, x_col, rows, row_ok, row_ok, carried, factor, N, seed_ptr,
+        sums_ptr, BLOCK_M, BLOCK_C, 0, False,
+    )  # fmt: skip
+    score *= _accumulate(
+        mg_ptr, g_ptr, mg_row, g_row, g_col, rows, row_ok, read_ok, carried, factor, P, seed_ptr,
+        sums_ptr, BLOCK_M, BLOCK_C, 1, SUMS,
+    )  # fmt: skip
+    finite = score < float("inf")
+    tl.store(filled_ptr + rows, finite.to(tl.int8), mask=row_ok)
+    if SCORED:
+        tl.store(scores_ptr + rows, _finite_or_inf(score), mask=inside)
+    else:
+        bad = tl.max((row_ok & (finite == 0)).to(tl.int32), axis=0)
+        if bad != 0:
+            tl.store(lost_ptr, float("nan"))
+
+
+def row_norms(a: Tensor, *, config: defaults.RowConfig | None = None) -> Tensor:
+    """Euclidean norms of the rows of `a` ([M, N]), float32 [M]; +Inf for one that is not finite."""
+    return _score(a, None, False, config)[0]
+
+
+def row_scores(
+    x: Tensor, g: Tensor, *, bias_grad: bool = False, config: defaults.RowConfig | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scores of all rows in one launch, and the bias gradient from the same pass if wanted.
+
+    Args:
+        x: [M, N], float16, bfloat16 or float32, any strides.
+        g: [M, P], likewise.
+        bias_grad: Also sum the columns of G.
+        config: Tile; chosen by `autotune` if `None`.
+
+    Returns:
+        [M] float32, and [P] in the dtype of `g` or `None`.
+    """
+    return _score(x, g, bias_grad, config)
+
+
+def _score(
+    x: Tensor, g: Tensor | None, bias_grad: bool, config: defaults.RowConfig | None
+) -> tuple[Tensor, Tensor | None]:
+    rows, columns = x.shape
+    other = x if g is None else g
+    if config is None:
+        problem = problem_of(
+            *("row_scores", x.dtype, rows, rows, columns, 0 if g is None else g.shape[1]),
+            flags=flags(sums=bias_grad),
+        )
+        config = autotune.choose(
+            problem, x.device, lambda: partial(_score, x, g, bias_grad), defaults.RowConfig
+        )
+    scores = torch.empty(rows, dtype=torch.float32, device=x.device)
+    sums = _partial_sums(other, config) if bias_grad else None
+    launch.launch(
+        score_kernel,
+        (triton.cdiv(rows, config.block_m),),
+        *(x, other, scores, scores if sums is None else sums),
+        *(rows, columns, other.shape[1], *x.stride(), *other.stride()),
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
+        PAIR=g is not None,
+        SUMS=bias_grad,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return scores, _sum_parts(sums, other)
+
+
+def accumulate_and_score(
+    memory: tuple[Tensor, Tensor, Tensor],
+    x: Tensor,
+    g: Tensor,
+    carry: Tensor,
+    seed: Tensor,
+    *,
+    signed: bool = False,
+    bias_grad: bool = False,
+    config: defaults.RowConfig | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """m ← c·σ·m + x for X and G alike, in place, and the scores of what is stored; one launch.
+
+    Args:
+        memory: `(mx, mg, filled)`: [M, N] and [M, P] in float16, bfloat16 (rounded stochastically)
+            or float32, rows of unit stride, and [M] bool. Slots that are not filled are not read.
+            Afterwards the slots with finite rows are filled, the others are not.
+        x: [M, N].
+        g: [M, P], same dtype.
+        carry: c, float32 [1] on the device.
+        seed: int64 [1] on the device: the source of σ and of the rounding.
+        signed: Draw σ = ±1 for every row; 1 otherwise.
+        bias_grad: Also sum the columns of G.
+        config: Tile; chosen by `autotune` if `None`.
+
+    Returns:
+        [M] float32, and [P] in the dtype of `g` or `None`.
+    """
+    scores = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    sums = _update(memory, x, g, carry, seed, scores, None, signed, bias_grad, config)
+    return scores, sums
+
+
+def accumulate_rest(
+    memory: tuple[Tensor, Tensor, Tensor],
+    x: Tensor,
+    g: Tensor,
+    carry: Tensor,
+    seed: Tensor,
+    taken: Tensor,
+    lost: Tensor,
+    *,
+    signed: bool = False,
+    bias_grad: bool = False,
+    config: defaults.RowConfig | None = None,
+) -> Tensor | None:
+    """The same update for the rows not marked in `taken` ([M] bool); the others stay as they are.
+
+    `lost` (float32 [1]) is set to NaN if a row that is not finite was met. Nothing is scored.
+
+    Returns:
+        The column sums of all of G, [P], if `bias_grad`.
+    """
+    return _update(memory, x, g, carry, seed, lost, taken, signed, bias_grad, config)
+
+
+def _update(
+    memory: tuple[Tensor, Tensor, Tensor],
+    x: Tensor,
+    g: Tensor,
+    carry: Tensor,
+    seed: Tensor,
+    result: Tensor,
+    taken: Tensor | None,
+    signed: bool,
+    bias_grad: bool,
+    config: defaults.RowConfig | None,
+) -> Tensor | None:
+    mx, mg, filled = memory
+    if mx.stride(1) != 1 or mg.stride(1) != 1:
+        raise ValueError("the rows of a memory must lie without gaps.")
+    rows, n, p = *x.shape, g.shape[1]
+    if config is None:
+        problem = problem_of(
+            *("accumulate_and_score", x.dtype, rows, rows, n, p),
+            stored=mx.dtype,
+            flags=flags(sums=bias_grad, unscored=taken is not None),
+        )
+
+        def rehearse() -> Call:
+            # A memory as it is in the middle of training; c = 0, or it would grow without bounds.
+            full = (_zeros_as(mx), _zeros_as(mg), torch.ones_like(filled))
+            other = torch.empty_like(result)
+            return partial(
+                _update, full, x, g, torch.zeros_like(carry), seed, other, taken, signed, bias_grad
+            )
+
+        config = autotune.choose(problem, x.device, rehearse, defaults.RowConfig)
+    sums = _partial_sums(g, config) if bias_grad else None
+    launch.launch(
+        accumulate_kernel,
+        (triton.cdiv(rows, config.block_m),),
+        *(mx, mg, x, g, filled.view(torch.int8)),
+        (filled if taken is None else taken).view(torch.int8),
+        *(carry, seed, result, result if sums is None else sums, result),
+        *(rows, n, p, mx.stride(0), mg.stride(0), *x.stride(), *g.stride()),
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
+        SIGNED=signed,
+        SUMS=bias_grad,
+        SCORED=taken is None,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return _sum_parts(sums, g)
+
+
+def _zeros_as(m: Tensor) -> Tensor:
+    """Zeros in the layout of `m`, gaps between rows included."""
+    return torch.empty_strided(m.shape, m.stride(), dtype=m.dtype, device=m.device).zero_()
+
+
+def _partial_sums(g: Tensor, config: defaults.RowConfig) -> Tensor:
+    programs = triton.cdiv(g.shape[0], config.block_m)
+    return torch.empty((programs, g.shape[1]), dtype=torch.float32, device=g.device)
+
+
+def _sum_parts(sums: Tensor | None, g: Tensor) -> Tensor | None:
+    return None if sums is None else sums.sum(0).to(g.dtype)

@@ -1,0 +1,285 @@
+"""The subspace memory's products: Z = X Q / s with the norms of what Q leaves, and Aᵀ Z.
+
+X is [M, N], G is [M, P], Q is [N, q] with q ≤ 64. Both kernels read their large matrix once:
+
+- `project_kernel` owns rows of X and walks over its columns, so Z and the norms √(‖x‖² − s²‖z‖²)
+  are complete when it ends.
+- `transposed_kernel` owns columns of A (G for Gᵀ Z, X for the refresh Xᵀ Z) and a share of the
+  rows. It leaves one part of the product per share, and on request what else can be taken from
+  the tile: the squares of G's rows per block of columns, and the column sums.
+
+The correction C = Gᵀ Z − Σ_k w_k g[i_k]ᵀ z[i_k] that the gather GEMM starts from is then the sum of
+the first parts minus a gather GEMM of q columns. s is a power of two near √N, see `cpu.py`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memaop_triton.kernels import targets
+from memaop_triton.kernels.gpu import launch
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.reduction import sum_parts
+from memaop_triton.kernels.gpu.tiles import is_aligned, padded_rank, precision
+from memaop_triton.kernels.tuning import autotune, defaults
+from memaop_triton.kernels.tuning.problem import Problem, flags, problem_of
+
+
+@triton.jit(do_not_specialize=["M"])
+def project_kernel(
+    x_ptr, q_ptr, z_ptr, rest_ptr, M, N, rank, scale, epsilon, x_row, x_col,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """z[m] = x[m] Q / scale and rest[m] = ‖x_m − scale·z_m Qᵀ‖, for BLOCK_M rows."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Rows beyond the last are the last one again: no masks on the way, no store at the end.
+    start = x_ptr + tl.minimum(rows, M - 1).to(tl.int64) * x_row
+    r = tl.arange(0, RANK)
+    z = tl.zeros((BLOCK_M, RANK), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, N, BLOCK_C):
+        columns = first + tl.arange(0, BLOCK_C)
+        places = start[:, None] + columns.to(tl.int64)[None, :] * x_col
+        q_places = q_ptr + columns[:, None] * rank + r[None, :]
+        q_mask = (columns < N)[:, None] & (r < rank)[None, :]
+        x = tl.load(places) if EVEN else tl.load(places, mask=(columns < N)[None, :], other=0)
+        q = tl.load(q_places, mask=q_mask, other=0)
+        z = tl.dot(x, q, z, input_precision=PRECISION)
+        value = x.to(tl.float32)
+        squares += tl.sum(value * value, axis=1)
+    stored = (z / scale).to(z_ptr.dtype.element_ty)
+    row_ok = rows < M
+    z_places = z_ptr + rows[:, None] * rank + r[None, :]
+    tl.store(z_places, stored, mask=row_ok[:, None] & (r < rank)[None, :])
+    inside = scale * stored.to(tl.float32)
+    left = squares - tl.sum(inside * inside, axis=1)
+    # A difference that drowns in rounding counts as that rounding; NaN stays NaN.
+    left = tl.where(left < squares * epsilon, squares * epsilon, left)
+    tl.store(rest_ptr + rows, tl.sqrt(left), mask=row_ok)
+
+
+@triton.jit(do_not_specialize=["M"])
+def transposed_kernel(
+    a_ptr, z_ptr, parts_ptr, squares_ptr, sums_ptr, M, N, rank, a_row, a_col,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, RANK: tl.constexpr,
+    EVEN: tl.constexpr, NORMS: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """parts[s, n] = Σ a[m, n] z[m] over the rows of share s, for BLOCK_C columns n.
+
+    With NORMS squares[t, m] = Σ a[m, n]² over the columns of tile t, with SUMS also
+    sums[s, n] = Σ a[m, n].
+    """
+    tile = tl.program_id(0)
+    share = tl.program_id(1)
+    n = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = n < N
+    start = a_ptr + n.to(tl.int64) * a_col
+    r = tl.arange(0, RANK)
+    product = tl.zeros((BLOCK_C, RANK), tl.float32)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    steps = tl.cdiv(M, BLOCK_M)
+    for step in range(steps * share // SPLIT, steps * (share + 1) // SPLIT):
+        m = step * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_ok = m < M
+        places = start[:, None] + tl.minimum(m, M - 1).to(tl.int64)[None, :] * a_row
+        a = tl.load(places) if EVEN else tl.load(places, mask=inside[:, None], other=0)
+        z_places = z_ptr + m[:, None] * rank + r[None, :]
+        z = tl.load(z_places, mask=row_ok[:, None] & (r < rank)[None, :], other=0)
+        product = tl.dot(a, z, product, input_precision=PRECISION)
+        if NORMS or SUMS:
+            value = a.to(tl.float32)
+            if NORMS:
+                squares = tl.sum(value * value, axis=0)
+                tl.store(squares_ptr + tile.to(tl.int64) * M + m, squares, mask=row_ok)
+            if SUMS:
+                total += tl.sum(tl.where(row_ok[None, :], value, 0), axis=1)
+    line = share.to(tl.int64) * N + n
+    parts_places = parts_ptr + line[:, None] * rank + r[None, :]
+    tl.store(parts_places, product, mask=inside[:, None] & (r < rank)[None, :])
+    if SUMS:
+        tl.store(sums_ptr + line, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "tiles"])
+def combine_kernel(rest_ptr, squares_ptr, scores_ptr, M, tiles, BLOCK: tl.constexpr):
+    """scores[m] = rest[m]·√(Σ_t squares[t, m]), +Inf where that is not finite."""
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = m < M
+    total = tl.zeros((BLOCK,), tl.float32)
+    squares_ptr += m
+    for _ in range(0, tiles):
+        total += tl.load(squares_ptr, mask=inside, other=0)
+        squares_ptr += M
+    score = tl.load(rest_ptr + m, mask=inside, other=0) * tl.sqrt(total)
+    score = tl.where(score < float("inf"), score, float("inf"))
+    tl.store(scores_ptr + m, score, mask=inside)
+
+
+class ProjectedGradient(NamedTuple):
+    """What one pass over G leaves.
+
+    Attributes:
+        parts: Shares of Gᵀ Z, [S, P, q] float32.
+        scores: Scores of all rows, [M] float32.
+        sums: Column sums of G, [P] in its dtype, or `None`.
+    """
+
+    parts: Tensor
+    scores: Tensor
+    sums: Tensor | None
+
+
+def project(
+    x: Tensor, basis: Tensor, scale: float, *, config: defaults.RowConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """Z = X Q / scale and the norms of what Q leaves of each row, in one pass over X.
+
+    Args:
+        x: [M, N], float16, bfloat16 or float32, any strides.
+        basis: Q, [N, q] in the dtype of `x`, contiguous, q ≤ 64, orthonormal to rounding.
+        scale: s, a power of two.
+        config: Tile; chosen by `autotune` if `None`.
+
+    Returns:
+        [M, q] in the dtype of `x`, and [M] float32. A norm that drowns in rounding is set to the
+        size of that rounding.
+    """
+    (rows, columns), rank, target = x.shape, basis.shape[1], targets.current(x.device)
+    if config is None:
+        problem = _problem("project", x, rank, norms=False, sums=False)
+        config = autotune.choose(
+            problem, x.device, lambda: partial(project, x, basis, scale), defaults.RowConfig
+        )
+    z = torch.empty((rows, rank), dtype=x.dtype, device=x.device)
+    rest = torch.empty(rows, dtype=torch.float32, device=x.device)
+    launch.launch(
+        project_kernel,
+        (triton.cdiv(rows, config.block_m),),
+        *(x, basis, z, rest, rows, columns, rank, scale, torch.finfo(x.dtype).eps, *x.stride()),
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
+        RANK=padded_rank(rank),
+        EVEN=columns % config.block_c == 0,
+        PRECISION=precision(target, x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return z, rest
+
+
+def _problem(kernel: str, a: Tensor, rank: int, *, norms: bool, sums: bool) -> Problem:
+    rows, columns = a.shape
+    return problem_of(
+        *(kernel, a.dtype, rows, rows, columns, 0),
+        rank=rank,
+        precision=precision(targets.current(a.device), a.dtype),
+        flags=flags(norms=norms, sums=sums, uneven=not (columns % 16 == 0 and is_aligned(a))),
+    )
+
+
+def _transposed(
+    a: Tensor, z: Tensor, squares: bool, sums: bool, config: defaults.RowConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts of Aᵀ Z, squares per tile of columns, and column sums per part (or stand-ins)."""
+    (rows, columns), rank, target = a.shape, z.shape[1], targets.current(a.device)
+    tiles = triton.cdiv(columns, config.block_c)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=a.device)
+
+    parts = empty(config.split, columns, rank)
+    tile_squares = empty(tiles, rows) if squares else parts
+    part_sums = empty(config.split, columns) if sums else parts
+    launch.launch(
+        transposed_kernel,
+        (tiles, config.split),
+        *(a, z, parts, tile_squares, part_sums, rows, columns, rank, *a.stride()),
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
+        SPLIT=config.split,
+        RANK=padded_rank(rank),
+        EVEN=columns % config.block_c == 0,
+        NORMS=squares,
+        SUMS=sums,
+        PRECISION=precision(target, a.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return parts, tile_squares, part_sums
+
+
+def project_gradient(
+    g: Tensor,
+    z: Tensor,
+    rest: Tensor,
+    *,
+    bias_grad: bool = False,
+    config: defaults.RowConfig | None = None,
+) -> ProjectedGradient:
+    """Gᵀ Z, the scores ‖g_m‖·rest_m and the bias gradient, in one pass over G.
+
+    Args:
+        g: [M, P], float16, bfloat16 or float32, any strides.
+        z: [M, q], same dtype, contiguous.
+        rest: [M] float32.
+        bias_grad: Also sum the columns of G.
+        config: Tile; chosen by `autotune` if `None`.
+    """
+    if config is None:
+        problem = _problem("transposed_mm", g, z.shape[1], norms=True, sums=bias_grad)
+
+        def run(config: defaults.RowConfig) -> None:
+            # With the sum of its parts, which is taken later on.
+            _sum(project_gradient(g, z, rest, bias_grad=bias_grad, config=config).parts)
+
+        config = autotune.choose(problem, g.device, lambda: run, defaults.RowConfig)
+    parts, squares, sums = _transposed(g, z, True, bias_grad, config)
+    rows = g.shape[0]
+    scores = torch.empty(rows, dtype=torch.float32, device=g.device)
+    launch.launch(
+        combine_kernel,
+        (triton.cdiv(rows, 256),),
+        *(rest, squares, scores, rows, squares.shape[0]),
+        BLOCK=256,
+        num_warps=4,
+        num_stages=1,
+    )
+    return ProjectedGradient(parts, scores, sums.sum(0).to(g.dtype) if bias_grad else None)
+
+
+def transposed_mm(z: Tensor, a: Tensor, *, config: defaults.RowConfig | None = None) -> Tensor:
+    """Aᵀ Z, [N, q] float32, for z [M, q] (contiguous) and a [M, N] of the same dtype."""
+    if config is None:
+        problem = _problem("transposed_mm", a, z.shape[1], norms=False, sums=False)
+        config = autotune.choose(
+            problem, a.device, lambda: partial(transposed_mm, z, a), defaults.RowConfig
+        )
+    parts, _, _ = _transposed(a, z, False, False, config)
+    return _sum(parts)
+
+
+def _sum(parts: Tensor) -> Tensor:
+    return sum_parts(parts, torch.empty_like(parts[0]))
+
+
+def correction(
+    parts: Tensor,
+    z: Tensor,
+    g: Tensor,
+    indices: Tensor,
+    weights: Tensor | None,
+    *,
+    block_rows: int = 1,
+    config: defaults.GemmConfig | None = None,
+) -> Tensor:
+    """C = Gᵀ Z − Σ_k w_k g[i_k]ᵀ z[i_k], [P, q] float32, from the parts of Gᵀ Z."""
+    drawn = torch.empty((1, *parts.shape[1:]), dtype=torch.float32, device=g.device)
+    gather_gemm(z, g, indices, weights, block_rows=block_rows, out=drawn[0], config=config)
+    return sum_parts(parts, torch.empty_like(drawn[0]), minus=drawn)

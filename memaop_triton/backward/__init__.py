@@ -1,0 +1,1 @@
+"""What a backward pass computes: the weight gradient and the input gradient."""

@@ -1,0 +1,180 @@
+"""The input gradient dX = G W, sampled from K of the M rows of G or projected.
+
+Without a subspace the rows are zeros but for the selected ones, which the weight gradient uses too.
+With a basis Q [P, q] of the subspace that the rows of G mostly live in, every row has its part
+inside exactly, and the selected ones the rest:
+
+    Z = G Q        dX = Z (Qᵀ W) + Σ_{m∈S} w_m e_m (G_m − Z_m Qᵀ) W
+
+e_m being the m-th unit vector. It is unbiased whatever Q is, like the weight gradient.
+
+A projected dX has every row inside a subspace of dX itself, with a basis Q [N, q] of that:
+
+    Z = G (W Q)        dX = Z Qᵀ
+
+What is outside is lost, but nothing is drawn, and noise in dX reaches every layer below.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memaop_triton import dispatch
+from memaop_triton.backward import steps_torch
+from memaop_triton.backward.steps_torch import Operands
+from memaop_triton.config import MemAOPConfig
+from memaop_triton.dispatch import runs_triton
+from memaop_triton.flops import input_grad_flops, projected_input_grad_flops
+from memaop_triton.kernels.cpu.torch_ops import basis_scale
+from memaop_triton.memory.kinds import Memory, SubspaceMemory, rows_to_compute
+from memaop_triton.selection import Selection
+
+if TYPE_CHECKING:
+    from memaop_triton.nn.tensor_parallel import Shards
+
+
+def select_for_both(
+    x: Tensor | None,
+    g: Tensor,
+    config: MemAOPConfig,
+    k: int,
+    generator: torch.Generator | None = None,
+    shards: Shards | None = None,
+) -> Selection:
+    """Rows for the input gradient and the weight gradient alike, by the norms of G's rows alone.
+
+    Args:
+        x: [M, N], or `None` if there is no weight gradient.
+        g: [M, P].
+        config: With an unbiased selection.
+        k: How many.
+        generator: Source of the draws.
+        shards: The processes that hold other columns of X or G.
+    """
+    scores = dispatch.row_norms(g)
+    if x is not None:
+        # Nothing else of this path reads all of X, where a row that is not finite must show.
+        scores = scores.masked_fill(~dispatch.row_norms(x).isfinite(), torch.inf)
+    return _choose(scores, g, config, k, generator, shards)
+
+
+def sampled_input_grad(
+    g: Tensor, weight: Tensor, selection: Selection, config: MemAOPConfig
+) -> Tensor:
+    """The selected rows of dX = G W, weighted, zeros elsewhere: [M, N].
+
+    Args:
+        g: [M, P].
+        weight: W, [P, N].
+        selection: Rows and weights.
+        config: That they were selected by.
+    """
+    dx: Tensor = _steps_for(g).sampled_input_grad(g, weight, selection, config)
+    return dx
+
+
+def input_grad_with_subspace(
+    g: Tensor,
+    weight: Tensor,
+    config: MemAOPConfig,
+    memory: SubspaceMemory,
+    generator: torch.Generator | None = None,
+    shards: Shards | None = None,
+    *,
+    is_alone: bool = False,
+) -> Tensor:
+    """dX with the part of G in the memory's subspace exact, and the rest sampled: [M, N].
+
+    Its rows are not those of the weight gradient: each has scores of its own.
+
+    Args:
+        g: [M, P].
+        weight: W, [P, N].
+        config: With an unbiased selection.
+        memory: Of the layer, one with a basis of the gradients' side; it is brought up to date.
+        generator: Source of the draws.
+        shards: The processes that hold other columns of X or G.
+        is_alone: The weight is frozen, and no step of dW precedes.
+    """
+    basis = memory.basis_for_input_grad(g, generator)
+    k = config.num_rows(g.shape[0], weight.shape[1], g.shape[1], memory.cost_of_input_grad)
+    if basis.shape[1] == 0:
+        scores = dispatch.row_norms(g)
+        return sampled_input_grad(
+            g, weight, _choose(scores, g, config, k, generator, shards), config
+        )
+    z, rest = dispatch.project_rows(g, basis)
+    selection = _choose(rest, g, config, k, generator, shards)
+    expand = basis * basis_scale(g.shape[1])
+    dx: Tensor = _steps_for(g, basis.shape[1]).sampled_input_grad(
+        g, weight, selection, config, (expand, z)
+    )
+    memory.end_input_grad(g, z, is_alone=is_alone)
+    return dx
+
+
+def projected_input_grad(
+    g: Tensor,
+    weight: Tensor,
+    config: MemAOPConfig,
+    memory: SubspaceMemory,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """dX = G (W Q) Qᵀ with the memory's basis Q of dX's rows, which it brings up to date: [M, N].
+
+    The product itself where that takes no more operations. The rank is what `config` gives for a
+    batch of this size.
+
+    Args:
+        g: [M, P].
+        weight: W, [P, N].
+        config: With `grad_input="projected"`.
+        memory: Of the layer.
+        generator: Source of the first basis.
+    """
+    sizes = g.shape[0], weight.shape[1], g.shape[1]
+    rank = config.projection_rank(*sizes)
+    if _projected_flops(config, *sizes) >= 2 * math.prod(sizes):
+        return g @ weight
+    return memory.projection.input_grad(g, weight, rank, generator)
+
+
+def _projected_flops(config: MemAOPConfig, m: int, n: int, p: int) -> int:
+    rank = config.projection_rank(m, n, p)
+    return projected_input_grad_flops(m, n, p, rank, config.refresh_every)
+
+
+def flops_of_input_grad(config: MemAOPConfig, memory: Memory | None, m: int, n: int, p: int) -> int:
+    """Operations of a layer's dX: dense ones if all rows are taken or a projection saves none."""
+    k = rows_to_compute(config, memory, m, n, p)
+    if not isinstance(memory, SubspaceMemory) or k == m:
+        return input_grad_flops(m, n, p, k)
+    if config.grad_input == "projected":
+        return min(2 * m * n * p, _projected_flops(config, m, n, p))
+    subspace = memory.cost_of_input_grad
+    return input_grad_flops(m, n, p, config.num_rows(m, n, p, subspace), subspace)
+
+
+def _choose(
+    scores: Tensor,
+    g: Tensor,
+    config: MemAOPConfig,
+    k: int,
+    generator: torch.Generator | None,
+    shards: Shards | None,
+) -> Selection:
+    operands = Operands(g, g, config, k, False, generator, shards)
+    return operands.choose(operands.whole(scores), cut_short=not runs_triton(g))
+
+
+def _steps_for(g: Tensor, rank: int = 0) -> ModuleType:
+    if not runs_triton(g, rank=rank):
+        return steps_torch
+    from memaop_triton.backward import steps_triton
+
+    return steps_triton

@@ -1,0 +1,142 @@
+"""The backward pass of a linear layer: which rows are computed, and by what.
+
+`weight_and_bias_grad` checks its operands and hands them to the step of the memory that the
+configuration names, in plain PyTorch (`steps`) or in Triton (`steps_triton`).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memaop_triton.backward import steps_torch
+from memaop_triton.backward.steps_torch import Factors, Gradients, Operands
+from memaop_triton.config import MemAOPConfig
+from memaop_triton.dispatch import runs_triton
+from memaop_triton.memory.kinds import (
+    Memory,
+    ResidualMemory,
+    SubspaceMemory,
+    check_memory,
+    rows_to_compute,
+)
+from memaop_triton.monitor.observer import LayerObserver
+from memaop_triton.selection import Selection
+
+if TYPE_CHECKING:
+    from memaop_triton.nn.tensor_parallel import Shards
+
+
+def weight_grad(
+    x: Tensor,
+    g: Tensor,
+    config: MemAOPConfig,
+    memory: Memory | None = None,
+    *,
+    selection: Selection | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Approximate dW = Gᵀ X from K of its M outer products, and update the memory.
+
+    Args:
+        x: Inputs, [M, N], floating point. Rows with NaN or Inf reach the result.
+        g: Gradient of the loss with respect to the output, [M, P], dtype and device of `x`.
+        config: What to compute.
+        memory: What `new_memory(config, N, P)` made; updated in place.
+        selection: Rows and weights to use instead of scoring `x` and `g`; not for row memories.
+        generator: Source of all draws; the device's default one if `None`.
+
+    Returns:
+        [P, N] in the dtype of `x`. Zeros for an empty batch, Gᵀ X itself when K = M and no row
+        memory holds anything.
+
+    Raises:
+        ValueError: Shapes do not fit, or `memory` is not of the kind that `config` asks for.
+        TypeError: `x` is not floating point, or `g` has another dtype.
+        RuntimeError: `MEMAOP_TRITON_BACKEND=triton` asks for what its kernels cannot do.
+    """
+    return weight_and_bias_grad(
+        x, g, config, memory, bias_grad=False, selection=selection, generator=generator
+    ).weight
+
+
+def weight_and_bias_grad(
+    x: Tensor,
+    g: Tensor,
+    config: MemAOPConfig,
+    memory: Memory | None = None,
+    *,
+    bias_grad: bool = True,
+    selection: Selection | None = None,
+    generator: torch.Generator | None = None,
+    shards: Shards | None = None,
+    factors: list[Factors] | None = None,
+    observer: LayerObserver | None = None,
+) -> Gradients:
+    """`weight_grad`, and with `bias_grad` also the exact db = Σ_m g_m ([P]).
+
+    Args:
+        shards: The processes that hold other columns of X or G: all select the same rows.
+        factors: Takes the selected rows, weighted: two matrices whose product is dW. Takes nothing
+            where the gradient is exact.
+        observer: Takes note of the step, unless the batch is empty or the memory rests.
+    """
+    _check_operands(x, g)
+    check_memory(config, memory, x.shape[1], g.shape[1])
+    (rows, n), p = x.shape, g.shape[1]
+    if x.numel() == 0 or g.numel() == 0:
+        return Gradients(x.new_zeros((p, n)), g.sum(0) if bias_grad else None)
+    rests = isinstance(memory, ResidualMemory) and memory.is_paused
+    observer = None if rests else observer
+    if observer is not None:
+        observer.begin_step(x.device)
+    k = rows_to_compute(config, memory, rows, n, p)
+    if isinstance(memory, SubspaceMemory) and k < rows:
+        choice = memory.side, memory.rank
+        memory.begin_step(x, g, config, generator)
+        if (memory.side, memory.rank) != choice:
+            k = rows_to_compute(config, memory, rows, n, p)
+    operands = Operands(x, g, config, k, bias_grad, generator, shards, factors, observer)
+    step = _steps_for(x, memory)
+    result: Gradients
+    # Nothing was ever left over: all rows of this batch are all there is, and no slots are made.
+    is_untouched = isinstance(memory, ResidualMemory) and k == rows and memory.rows == 0
+    if isinstance(memory, ResidualMemory) and not rests and not is_untouched:
+        result = step.with_row_memory(operands, memory)
+    elif k == rows:
+        result = Gradients(g.t() @ x, operands.sum_rows())
+        if observer is not None:
+            observer.observe_exact(operands, result.weight, memory)
+    elif isinstance(memory, SubspaceMemory) and memory.rank:
+        result = step.with_subspace(operands, memory, selection)
+    else:
+        result = step.without_memory(operands, selection)
+        if isinstance(memory, SubspaceMemory):
+            memory.end_step(x, x[:, :0])
+    return result
+
+
+def _steps_for(a: Tensor, memory: Memory | None = None) -> ModuleType:
+    """`steps` or `steps_triton`, which is imported only where it is used."""
+    rank = memory.rank if isinstance(memory, SubspaceMemory) else 0
+    memory_dtype = memory.dtype if isinstance(memory, ResidualMemory) else None
+    if not runs_triton(a, rank=rank, memory_dtype=memory_dtype):
+        return steps_torch
+    from memaop_triton.backward import steps_triton
+
+    return steps_triton
+
+
+def _check_operands(x: Tensor, g: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"x must be of a floating-point dtype, got {x.dtype}.")
+    if g.dtype != x.dtype:
+        raise TypeError(f"g is {g.dtype} but x is {x.dtype}: they must agree.")
+    if x.dim() != 2 or g.dim() != 2 or x.shape[0] != g.shape[0]:
+        raise ValueError(
+            f"x must be [M, N] and g [M, P], got {tuple(x.shape)} and {tuple(g.shape)}: flatten "
+            "the leading dimensions into rows."
+        )

@@ -1,0 +1,239 @@
+"""What this machine is, and which implementation works on it: the facts behind `env`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from memaop_triton import dispatch
+from memaop_triton.kernels import targets
+from memaop_triton.kernels.cpu import build, library
+from memaop_triton.kernels.env import cache_folder
+from memaop_triton.units import human_bytes
+
+#: Facts by name, in sections by title.
+Report = dict[str, dict[str, str]]
+
+_PATH_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+#: What each variable does, and where it comes into force.
+VARIABLES = {
+    "MEMAOP_TRITON_BACKEND": "torch or triton: which implementation, in every backward pass",
+    "MEMAOP_TRITON_AUTOTUNE": "off, first-use or force: on a GPU, when a kernel is first launched",
+    "MEMAOP_TRITON_CACHE_DIR": "compiled row passes and tuned configurations, on first use",
+    "MEMAOP_TRITON_DATA_DIR": "data sets of the commands demo and reproduce",
+    "TRITON_INTERPRET": "1: Triton kernels in its interpreter, if set before Triton is imported",
+    "CC": "the compiler of the C code, on first use",
+    "OMP_NUM_THREADS": "threads on a CPU, if set before PyTorch is imported",
+}
+_DTYPES_OF_ROWS = ", ".join(str(dtype).removeprefix("torch.") for dtype in library.DTYPES)
+# Of /proc/cpuinfo's flags: what the row passes and PyTorch's GEMMs choose by.
+_VECTOR_FLAGS = (
+    *("sse4_2", "avx", "fma", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
+    *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve", "sve2", "bf16"),
+)
+
+
+def describe() -> Report:
+    """Versions, processors, GPUs, which path runs and why, variables, cache.
+
+    Compiles the C code if that has not been done on this machine. The home directory is written as
+    ~; of the environment only what `VARIABLES` lists and what starts with MEMAOP_TRITON_ is shown.
+    """
+    report = {
+        "versions": dict(_versions()),
+        "PyTorch": dict(_pytorch()),
+        "CPU": dict(_cpu()),
+        "GPU": dict(_gpus()),
+        "row passes in C": dict(_row_passes()),
+        "what works on": dict(_paths()),
+        "variables": dict(_variables()),
+        "cache": dict(_cache()),
+    }
+    return {
+        title: {name: without_home(fact) for name, fact in facts.items()}
+        for title, facts in report.items()
+    }
+
+
+def without_home(text: str) -> str:
+    """`text` with the home directory as ~, wherever it stands."""
+    home = os.path.expanduser("~").rstrip("/")
+    if len(home) < 2:
+        return text
+    return re.sub(rf"(?<![\w.~-]){re.escape(home)}(?![\w.-])", "~", text)
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    from memaop_triton import __version__
+
+    yield "memaop-triton", f"{__version__}, in {Path(__file__).parent}"
+    yield "Python", f"{platform.python_version()} ({platform.python_implementation()})"
+    for package in ("torch", "triton", "numpy"):
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield package, "not installed"
+    yield "system", _system_name()
+    yield "kernel", f"{platform.system()} {platform.release()} {platform.machine()}"
+    yield "C library", " ".join(platform.libc_ver()).strip() or "unknown"
+
+
+def _system_name() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except OSError:
+        return platform.system()
+
+
+def _pytorch() -> Iterator[tuple[str, str]]:
+    build = torch.__config__.show()
+    yield "threads", f"{torch.get_num_threads()}, and {torch.get_num_interop_threads()} interop"
+    blas = re.search(r"BLAS_INFO=(\w+)", build)
+    yield "BLAS", blas[1] if blas else "unknown"
+    for name, pattern in (
+        ("MKL", r".*Math Kernel Library.*"),
+        ("oneDNN", r".*(?:MKL-DNN|oneDNN).*"),
+        ("OpenMP", r".*OpenMP.*"),
+    ):
+        line = re.search(rf"^\s*-?\s*({pattern})$", build, re.MULTILINE)
+        yield name, line[1] if line else "not used"
+    yield "CPU capability", torch.backends.cpu.get_cpu_capability()
+    yield "float32 matmul precision", torch.get_float32_matmul_precision()
+    yield (
+        "deterministic algorithms",
+        "on" if torch.are_deterministic_algorithms_enabled() else "off",
+    )
+    yield "built for", _built_for()
+
+
+def _built_for() -> str:
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+
+
+def _cpu() -> Iterator[tuple[str, str]]:
+    info = _first_processor()
+    yield "model", info.get("model name") or platform.processor() or platform.machine()
+    yield "cores", f"{os.cpu_count()}, {_usable_cores()} of them for this process"
+    caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")
+    sizes = [
+        f"L{_read(c / 'level')} {_read(c / 'type').lower()} {_read(c / 'size')}"
+        for c in sorted(caches)
+    ]
+    yield "caches", ", ".join(sizes) or "unknown"
+    flags = (info.get("flags") or info.get("Features") or "").split()
+    yield "instructions", " ".join(flag for flag in _VECTOR_FLAGS if flag in flags) or "unknown"
+
+
+def _first_processor() -> dict[str, str]:
+    first = _read(Path("/proc/cpuinfo")).split("\n\n")[0]
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _gpus() -> Iterator[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        reason = "this PyTorch is built for a CPU" if _built_for() == "CPU" else "none is found"
+        yield "available", f"no: {reason}"
+        return
+    yield "driver", _driver()
+    for number in range(torch.cuda.device_count()):
+        device = torch.device("cuda", number)
+        properties = torch.cuda.get_device_properties(number)
+        arch = properties.gcnArchName if torch.version.hip else ""
+        capability = arch or f"sm_{properties.major}{properties.minor}"
+        yield (
+            str(device),
+            f"{properties.name}, {capability}, {properties.multi_processor_count} processors, "
+            f"{human_bytes(properties.total_memory)}, kernels chosen for "
+            f"{targets.current(device).name}",
+        )
+
+
+def _driver() -> str:
+    nvidia = _read(Path("/proc/driver/nvidia/version"))
+    amd = _read(Path("/sys/module/amdgpu/version"))
+    found = re.search(r"\d+\.\d+(?:\.\d+)*", nvidia)
+    return f"NVIDIA {found[0]}" if found else (f"amdgpu {amd}" if amd else "unknown")
+
+
+def _row_passes() -> Iterator[tuple[str, str]]:
+    try:
+        recipe = build.find_recipe()
+        obstacle = library.obstacle()
+    except (build.BuildError, ValueError) as error:
+        yield "used", f"no: {error}"
+        return
+    yield "used", f"no: {obstacle}" if obstacle else f"yes, for {_DTYPES_OF_ROWS} on a CPU"
+    own = library.prefers_own_gemm() and not obstacle
+    yield "gather GEMM", "compiled too" if own else "PyTorch's"
+    yield "compiler", f"{recipe.compiler}: {recipe.version.splitlines()[0]}"
+    yield "vectors", recipe.vectors
+    yield "flags", " ".join(recipe.flags)
+    kept = "kept in" if recipe.file.exists() else "not kept, compiled by every process; wanted in"
+    yield "file", recipe.file.name if obstacle else f"{kept} {recipe.file}"
+
+
+def _paths() -> Iterator[tuple[str, str]]:
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for device in devices:
+        for dtype in _PATH_DTYPES:
+            name = f"{device} {str(dtype).removeprefix('torch.')}"
+            try:
+                path = dispatch.explain(torch.empty(0, 1, dtype=dtype, device=device))
+                if device.type == "cpu" and dtype in library.DTYPES and library.is_compiled():
+                    path = path.replace("PyTorch:", "PyTorch and C:")
+            except ValueError as error:
+                path = f"an error: {error}"
+            yield name, path
+
+
+def _variables() -> Iterator[tuple[str, str]]:
+    for name, meaning in VARIABLES.items():
+        value = os.environ.get(name)
+        yield name, f"{'not set' if value is None else repr(value)} ({meaning})"
+    for name in sorted(_unknown(os.environ)):
+        yield name, f"{os.environ[name]!r} (no such variable: is it misspelt?)"
+
+
+def _unknown(variables: Mapping[str, str]) -> set[str]:
+    return {name for name in variables if name.startswith("MEMAOP_TRITON_")} - VARIABLES.keys()
+
+
+def _cache() -> Iterator[tuple[str, str]]:
+    folder = cache_folder("native").parent
+    yield "directory", str(folder)
+    if not folder.is_dir():
+        yield "exists", "no, it is made on first use"
+        nearest = next(parent for parent in folder.parents if parent.exists())
+        yield "can be made", _yes_or_no(os.access(nearest, os.W_OK))
+        return
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    yield "exists", f"yes, {len(files)} files, {human_bytes(sum(f.stat().st_size for f in files))}"
+    yield "can be written", _yes_or_no(os.access(folder, os.W_OK))
+
+
+def _yes_or_no(fact: bool) -> str:
+    return "yes" if fact else "no"
+
+
+def _read(path: Path) -> str:
+    """The text of a file, without white space around it; "" if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,1 @@
+"""Memories and gradients of many processes."""

@@ -1,0 +1,1 @@
+"""What a layer remembers between steps: rows, or subspaces."""

@@ -1,0 +1,128 @@
+"""A basis of the low-dimensional subspace that the rows of a matrix mostly live in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memaop_triton.dispatch import project_rows, transposed_mm
+from memaop_triton.flops import refresh_stride
+from memaop_triton.kernels.cpu.torch_ops import basis_scale
+
+
+class Basis:
+    """An orthonormal basis Q of a subspace that follows the leading directions of rows.
+
+    It starts from one power iteration on the first rows, and takes another, Q ← qr(Aᵀ Z) with
+    Z = A Q, whenever it is told to. Many rows are thinned out for it: a thousand show where they
+    lie. Columns come in the order of their importance: the first r of
+    them are what the iteration makes of r columns alone.
+
+    Args:
+        features: Length of the rows.
+        rank: Dimension of the subspace, at most `features`.
+
+    Attributes:
+        q: [features, rank] float32 (float64 for float64 rows), or `None` before the first rows.
+    """
+
+    def __init__(self, features: int, rank: int) -> None:
+        self.features = features
+        self.rank = rank
+        self.q: Tensor | None = None
+
+    def of(self, a: Tensor, rank: int, generator: torch.Generator | None = None) -> Tensor:
+        """The first `rank` columns of Q on the device and in the dtype of `a` ([M, features]).
+
+        The first call makes Q from `a`.
+        """
+        if self.q is None:
+            few = self.thinned(a)
+            self.iterate(few, project_rows(few, self.begin(a, generator))[0])
+        return self.columns(a, rank)
+
+    def begin(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Start from random columns, on the device of `like`; they come in its dtype."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        shape = (self.features, self.rank)
+        start = torch.randn(shape, dtype=dtype, device=like.device, generator=generator)
+        self.q = by_column(torch.linalg.qr(start).Q)
+        return self.q.to(like.dtype)
+
+    def columns(self, like: Tensor, rank: int) -> Tensor:
+        """The first `rank` columns of Q on the device and in the dtype of `like`."""
+        assert self.q is not None
+        if self.q.device != like.device:
+            self.move(like.device)
+        return self.q[:, :rank].to(like.dtype)
+
+    def iterate(self, a: Tensor, z: Tensor, is_due: Tensor | bool = True) -> None:
+        """One power iteration of the first r columns, by some of the rows `a` ([M, features]).
+
+        Args:
+            a: The rows.
+            z: [M, r] ∝ A Q.
+            is_due: Whether to take it over.
+        """
+        self.take(transposed_mm(self.thinned(z), self.thinned(a)).t(), is_due)
+
+    def take(self, product: Tensor, is_due: Tensor | bool = True) -> Tensor:
+        """Go on with an orthonormal basis of what a power iteration has made of the first columns.
+
+        Args:
+            product: Aᵀ A Q of some rows A, [features, r]. Zeros and what is not finite is refused.
+            is_due: Whether to take it over.
+
+        Returns:
+            Whether it was taken over: bool, on the device.
+        """
+        assert self.q is not None
+        q = self.q[:, : product.shape[1]]
+        product = product.to(q.dtype)
+        # A row that is not finite must not get into Q; the gradient shows it. Of zeros, qr would
+        # make coordinate axes. Nothing here waits for the value, and Q stays at its address.
+        taken = product.isfinite().all() & (product != 0).any() & is_due
+        refreshed = torch.linalg.qr(torch.where(taken, product, q)).Q
+        q.copy_(torch.where(taken, refreshed, q))
+        return taken
+
+    def thinned(self, a: Tensor) -> Tensor:
+        """The rows of `a` that an iteration reads; all of them, if they have been thinned out."""
+        return a[:: refresh_stride(a.shape[0], self.rank)]
+
+    def left_of(self, a: Tensor, ranks: list[int]) -> Tensor:
+        """Norms of what the first r columns leave of each row, for each r: [len(ranks), M]."""
+        z, rest = project_rows(a, self.of(a, self.rank))
+        inside = (basis_scale(self.features) * z.to(rest.dtype)).square().cumsum(1)
+        whole = rest.square() + inside[:, -1]
+        left = [whole - inside[:, r - 1] if r else whole for r in ranks]
+        return torch.stack(left).clamp(min=0).sqrt()
+
+    def resize(self, rank: int) -> None:
+        """Keep the first `rank` columns, or add random ones, which the next iterations turn."""
+        if self.q is not None and rank > self.rank:
+            shape = (self.features, rank - self.rank)
+            more = torch.randn(shape, dtype=self.q.dtype, device=self.q.device)
+            self.q = by_column(torch.linalg.qr(torch.cat([self.q, more], 1)).Q)
+        elif self.q is not None:
+            self.q = by_column(self.q[:, :rank].clone())
+        self.rank = rank
+
+    def move(self, device: torch.device) -> None:
+        """Follow the rows to another device."""
+        if self.q is not None:
+            self.q = self.q.to(device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0 if self.q is None else self.q.nbytes
+
+
+def by_column(basis: Tensor) -> Tensor:
+    """`basis` column after column in memory, as `qr` leaves it.
+
+    Products with it are rounded by its layout. A checkpoint that kept the values only would not
+    resume to the bit.
+    """
+    return basis.t().contiguous().t()

@@ -1,0 +1,68 @@
+"""Which step it is, and whether a basis is due for another power iteration."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memaop_triton.memory.basis import Basis
+
+
+class RefreshClock:
+    """Counts steps, on the device where a graph that is replayed has to count them.
+
+    Args:
+        refresh_every: Steps between two refreshes.
+    """
+
+    def __init__(self, refresh_every: int) -> None:
+        self.refresh_every = refresh_every
+        self._step = 0
+        self._on_device: Tensor | None = None
+
+    @property
+    def step(self) -> int:
+        """Number of steps taken."""
+        return self._step if self._on_device is None else int(self._on_device)
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step, self._on_device = step, None
+
+    @property
+    def host_step(self) -> int:
+        """The same without asking a device, which may have replayed more of them."""
+        return self._step
+
+    def count(self, device: torch.device) -> None:
+        """Count a step whose rows are on `device`."""
+        if device.type == "cuda" and self._on_device is None:
+            self._on_device = torch.full((1,), self._step, device=device)
+        self._step += 1
+        if self._on_device is not None:
+            self._on_device += 1
+
+    def is_due(self, device: torch.device) -> Tensor | bool:
+        """Whether this step refreshes.
+
+        While a CUDA graph is captured nobody can tell: the graph then computes the new basis in
+        every step, and takes it over where this tensor says so.
+        """
+        if self._on_device is not None and is_capturing(device):
+            return self._on_device % self.refresh_every == 0
+        return self._step % self.refresh_every == 0
+
+    def refresh(self, basis: Basis, a: Tensor, z: Tensor) -> None:
+        """Let `basis` iterate on the rows `a` and z ∝ A Q, if that is due."""
+        due = self.is_due(a.device)
+        if due is not False:
+            basis.iterate(a, z, due)
+
+    def leave_device(self) -> None:
+        """Count on the host again, from where the device has come to."""
+        self.step = self.step
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

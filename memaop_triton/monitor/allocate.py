@@ -1,0 +1,233 @@
+"""Rows where they count: ratios of all layers from one budget, by what a monitor saw."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from memaop_triton.config import MemAOPConfig
+from memaop_triton.convert import converted_layers
+from memaop_triton.flops import input_grad_flops, weight_grad_flops
+from memaop_triton.memory.kinds import SubspaceMemory
+from memaop_triton.monitor.diagnostics import LayerDiagnostics
+from memaop_triton.monitor.monitor import Monitor
+from memaop_triton.nn.linear import MemAOPLinear, with_budget, with_ratio
+
+#: Ratios that layers are given: few, so that few sizes are tuned on a GPU, and each twice the last.
+DEFAULT_RATIOS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+#: Budgets that layers are given which have a budget. Their rows follow from the rank and are many
+#: sizes anyway.
+DEFAULT_BUDGETS = (*(n / 64 for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)), 3 / 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A ratio or a budget that a layer may get.
+
+    Attributes:
+        share: K/M, or the budget.
+        cost: FLOPs.
+        variance: Of the layer's gradient with that many rows, weighted.
+    """
+
+    share: float
+    cost: float
+    variance: float
+
+
+def allocate_(
+    model: nn.Module,
+    monitor: Monitor,
+    budget: float = 1 / 8,
+    ratios: Sequence[float] | None = None,
+    *,
+    relative: bool = False,
+) -> dict[str, float]:
+    """Give the layers of `model` the ratios that add the least variance within a budget.
+
+    A layer with a budget of its own is given another budget instead, for which it then chooses side
+    and rank of its subspace as before.
+
+    Minimises Σ_l weight_l · V_l(K_l) with V(K) = max(0, (Σs)²/K − Σs²) over the list, while
+    Σ_l cost_l(K_l) ≤ budget · Σ_l dense cost_l. V is the variance of drawing every row with
+    probability K s/Σs. `priority` and `bernoulli` come close to it as long as no row has a share of
+    the scores above 1/K, and have more where one does; for other policies it stands for how much
+    there is to lose. Σs and Σs² are the monitor's averages, or what the subspace saw when it last
+    chose its rank. A cost is what the products of the weight gradient take, those of the subspace
+    and, where the input gradient is sampled, its own too (the noise in it is not counted); a layer
+    that is used twice in a step counts twice. A projected input gradient takes no part.
+
+    The memories stay, and no compiled graph is built anew. Call it again every few hundred steps:
+    scores change. Every process of a distributed run has its own monitor; where processes share a
+    layer, set what one of them got in all.
+
+    Args:
+        model: The model that is watched.
+        monitor: What `monitor(model)` returned, at least one observation old. Layers that it has
+            not observed keep their ratios and take no part.
+        budget: Share in (0, 1] of the FLOPs that the dense gradients take.
+        ratios: Ratios to choose from, and budgets (a 1 among them is for ratios alone); `None` for
+            `DEFAULT_RATIOS` and `DEFAULT_BUDGETS`.
+        relative: Weight a layer by one over the mean square of its dense gradient, so that noise
+            counts relative to what it is added to. By default all weigh the same, which keeps the
+            layers cleanest whose gradients are large, and which did better with AdamW, too
+            (docs/quality.md).
+
+    Returns:
+        The new ratios and budgets by name of the layer.
+
+    Raises:
+        ValueError: Nothing was observed yet, the budget is too small for the smallest ratio, or an
+            argument is out of range.
+    """
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget={budget} must be in (0, 1]: 0.125 is an eighth of dense.")
+    if ratios is not None and not (ratios and all(0 < ratio <= 1 for ratio in ratios)):
+        raise ValueError(f"ratios={ratios} must be one or more numbers in (0, 1].")
+    seen = monitor.read()
+    layers = {name: layer for name, layer in converted_layers(model) if name in seen}
+    if not layers:
+        raise ValueError(
+            "monitor has not observed any layer of model: train a few steps between monitor(model) "
+            "and allocate_(model, monitor)."
+        )
+    often = max(seen[name].observations for name in layers)
+    options: dict[str, list[Option]] = {}
+    available = 0.0
+    for name, layer in layers.items():
+        # How often a layer runs in a step, relative to the one that runs most often.
+        uses = seen[name].observations / often
+        weight = uses * (_inverse_square(seen[name]) if relative else 1.0)
+        options[name] = [
+            dataclasses.replace(option, cost=uses * option.cost, variance=weight * option.variance)
+            for option in _options(layer, seen[name], ratios)
+        ]
+        available += budget * uses * _dense_flops(layer, seen[name].rows)
+    chosen = best_options(options, available)
+    for name, option in chosen.items():
+        layer = layers[name]
+        if layer.config.budget is None:
+            layer.set_ratio_(option.share)
+        elif layer.config.budget != option.share:
+            layer.set_budget_(option.share)
+    return {name: option.share for name, option in chosen.items()}
+
+
+def best_options(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, Option]:
+    """One option for each name, of least total variance among those that cost at most `budget`.
+
+    Steps along the lower convex hulls of variance against cost, the steepest first, are the optimum
+    for every budget at which they end (Lagrange). What is left of the budget then goes to the
+    steps that gain most of those that still fit, so that the total exceeds the optimum by less
+    than the gain of the first step that did not fit. Equal steps are taken in the order of the
+    names given.
+
+    Raises:
+        ValueError: The cheapest options cost more than the budget.
+    """
+    hulls = {name: _hull(choices) for name, choices in options.items()}
+    chosen = {name: hull[0] for name, hull in hulls.items()}
+    spent = math.fsum(option.cost for option in chosen.values())
+    # A hundred-millionth is rounding.
+    room = budget * (1 + 1e-8) - spent
+    if room < 0:
+        raise ValueError(
+            f"budget of {budget:.4g} FLOPs is below the {spent:.4g} that the smallest ratio takes "
+            "everywhere: raise budget, add a smaller ratio, or lower the rank of the subspaces."
+        )
+    steps = [
+        (_slope(before, after), order, name, place)
+        for order, (name, hull) in enumerate(hulls.items())
+        for place, (before, after) in enumerate(itertools.pairwise(hull))
+    ]
+    for _, _, name, place in sorted(steps):
+        before, after = hulls[name][place : place + 2]
+        if chosen[name] is before and after.cost - before.cost <= room:
+            chosen[name] = after
+            room -= after.cost - before.cost
+    while True:
+        gains = [
+            (option.variance - chosen[name].variance, order, name, option)
+            for order, (name, choices) in enumerate(options.items())
+            for option in choices
+            if option.variance < chosen[name].variance and option.cost - chosen[name].cost <= room
+        ]
+        if not gains:
+            return chosen
+        _, _, name, option = min(gains, key=lambda gain: gain[:2])
+        room -= option.cost - chosen[name].cost
+        chosen[name] = option
+
+
+def _hull(options: Sequence[Option]) -> list[Option]:
+    """Options on the lower convex hull of variance against cost, from the cheapest on."""
+    hull: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.cost, option.variance)):
+        if hull and option.variance >= hull[-1].variance:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], option):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _slope(before: Option, after: Option) -> float:
+    """Variance per FLOP, negative; −Inf for what costs nothing."""
+    cost = after.cost - before.cost
+    return (after.variance - before.variance) / cost if cost else -math.inf
+
+
+def _inverse_square(seen: LayerDiagnostics) -> float:
+    """1 / E‖dW‖² over batches, 0 for a layer whose gradient is zero.
+
+    E‖dW‖² is at least the batch's own variance, which is the better known of the two where the
+    gradient is lost in the sampling noise.
+    """
+    square = seen.batch_variance
+    if seen.gradient_square > square:
+        square = seen.gradient_square
+    return 1 / square if square > 0 else 0.0
+
+
+def _options(
+    layer: MemAOPLinear, seen: LayerDiagnostics, ratios: Sequence[float] | None
+) -> list[Option]:
+    """What a layer may get, with its FLOPs and variance in one use."""
+    if layer.config.budget is None:
+        shares = sorted(set(map(float, ratios or DEFAULT_RATIOS)))
+        configs = [with_ratio(layer.config, share) for share in shares]
+    else:
+        shares = sorted(set(map(float, ratios or DEFAULT_BUDGETS)) - {1.0})
+        configs = [with_budget(layer.config, share) for share in shares]
+    outcomes = [_outcome(layer, seen, config) for config in configs]
+    return [Option(share, *one) for share, one in zip(shares, outcomes, strict=True)]
+
+
+def _outcome(
+    layer: MemAOPLinear, seen: LayerDiagnostics, config: MemAOPConfig
+) -> tuple[float, float]:
+    """FLOPs and variance of a layer's gradients under another configuration."""
+    rows, n, p, memory = seen.rows, layer.in_features, layer.out_features, layer.memory
+    subspace = of_input_grad = None
+    if isinstance(memory, SubspaceMemory):
+        subspace, of_input_grad = memory.cost, memory.cost_of_input_grad
+    k = config.num_rows(rows, n, p, subspace)
+    variance = max(0.0, seen.score_sum**2 / k - seen.score_square_sum) if k < rows else 0.0
+    if isinstance(memory, SubspaceMemory) and config.budget is not None:
+        best = memory.least_variance(config)
+        if best is not None:
+            variance, k, subspace = best
+    flops = weight_grad_flops(rows, n, p, k, subspace)
+    if config.grad_input == "sampled":
+        own = k if config.budget is None else config.num_rows(rows, n, p, of_input_grad)
+        flops += input_grad_flops(rows, n, p, own, of_input_grad)
+    return float(flops), variance
+
+
+def _dense_flops(layer: MemAOPLinear, rows: int) -> float:
+    halves = 2 if layer.config.grad_input == "sampled" else 1
+    return 2.0 * rows * layer.in_features * layer.out_features * halves

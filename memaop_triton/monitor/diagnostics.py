@@ -1,0 +1,163 @@
+"""What a monitor says about a layer: numbers, what is wrong with them, and a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+_PLOTTED = (
+    *("ratio", "captured", "effective_sample_size", "nonzero_rows", "nonfinite_rows"),
+    *("relative_variance", "sampling_variance", "dropped_bound"),
+    *("gradient_square", "batch_variance"),
+    *("outside_subspace", "memory_norm", "staleness"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDiagnostics:
+    """A layer's recent backward passes, averaged; every average is exponential.
+
+    Variances are of the weight gradient, summed over its entries, in its own units squared. With a
+    loss scale they carry its square. Where tensor parallelism divides a layer, all numbers are of
+    the part in this process.
+
+    Attributes:
+        rows: M of the last observed pass.
+        k: Rows that it computed. `bernoulli` draws so many on average.
+        observations: Passes in the averages.
+        skipped: Passes that were observed and left out, because a value was not finite.
+        nonfinite_rows: Rows that were not finite in all observed passes together.
+        captured: Σ_S s / Σ s in [0, 1], the share of the summed scores that the computed rows have.
+        effective_sample_size: (Σc)²/Σc² of what the computed rows add, c = w·s (Kish 1965). At most
+            K; far below it, a few rows make up the gradient.
+        nonzero_rows: Rows with a score above zero.
+        sampling_variance: E‖dW_sampled − dW‖², estimated without bias from the rows drawn, an upper
+            bound for `wta`; `memaop_triton.monitor.estimates` has the formulas. 0 for an exact
+            pass, NaN for a policy of the paper, whose error is no variance.
+        dropped_bound: (Σ_{m∉S} s)², which bounds the squared norm of what a policy of the paper
+            left out, or left to the memory; NaN for an unbiased one.
+        gradient_square: ‖dW‖² of the dense gradients, estimated from the sampled ones; NaN for a
+            policy of the paper.
+        batch_variance: M/(M−1)·(Σ‖g_m‖²‖x_m‖² − ‖dW‖²/M), the variance of the dense gradient from
+            batch to batch if rows are independent samples. Tokens of one sequence are not: then it
+            is too small. For the paper's policies without the last term.
+        score_sum: Σ s.
+        score_square_sum: Σ s².
+        outside_subspace: Share of Σ‖x_m‖² outside the subspace, or of Σ‖g_m‖² if it is one of G;
+            `None` without one.
+        steps_since_refresh: Of the subspace; `None` without one.
+        memory_norm: √(Σ s² of what a row memory holds / Σ s² of the batch's own rows), norms of
+            outer products; `None` without one.
+        staleness: Mean number of passes since a slot was emptied; `None` without a row memory.
+    """
+
+    rows: int
+    k: int
+    observations: int
+    skipped: int
+    nonfinite_rows: int
+    captured: float
+    effective_sample_size: float
+    nonzero_rows: float
+    sampling_variance: float
+    dropped_bound: float
+    gradient_square: float
+    batch_variance: float
+    score_sum: float
+    score_square_sum: float
+    outside_subspace: float | None = None
+    steps_since_refresh: int | None = None
+    memory_norm: float | None = None
+    staleness: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """K/M of the last observed pass."""
+        return self.k / self.rows
+
+    @property
+    def relative_variance(self) -> float:
+        """Sampling variance over the batch's own.
+
+        At 1 a step is worth as much as a dense one with half the batch, at v one with 1/(1+v) of
+        it. Uniform draws of K rows have M/K − 1.
+        """
+        if self.batch_variance > 0:
+            return self.sampling_variance / self.batch_variance
+        return math.inf if self.sampling_variance > 0 else self.sampling_variance
+
+    def scalars(self) -> dict[str, float]:
+        """The figures to plot by name, without those that this layer does not have."""
+        values = {name: getattr(self, name) for name in _PLOTTED}
+        return {
+            name: float(value)
+            for name, value in values.items()
+            if value is not None and not math.isnan(value)
+        }
+
+    def complaint(self, starving: float) -> str | None:
+        """Why the layer starves, and what to do about it; `None` if it does not.
+
+        Args:
+            starving: Largest relative variance that is no reason to complain, where the sampling
+                variance is above the squared norm of the gradient itself.
+        """
+        # A batch whose rows agree has next to no variance of its own to compare with.
+        hides_gradient = self.sampling_variance > self.gradient_square
+        if self.relative_variance > starving and hides_gradient:
+            return (
+                f"sampling adds {self.relative_variance:.3g} times the variance that its batch "
+                f"has itself, above starving={starving:g}: compute more rows (ratio is "
+                f"{self.ratio:.3g}; allocate_ moves rows between layers), use memory='subspace' "
+                "or a larger rank, or leave the layer dense."
+            )
+        # The mean of whole numbers carries the rounding of its weights.
+        if self.k < self.rows and self.nonzero_rows < self.k - 0.01:
+            return (
+                f"only {self.nonzero_rows:.3g} of {self.rows} rows have a gradient, fewer than the "
+                f"{self.k} that are computed: look for dead units or masked rows, or lower the "
+                "ratio, which costs nothing then."
+            )
+        return None
+
+
+def diagnostics_table(layers: Mapping[str, LayerDiagnostics], starving: float) -> Table:
+    """A row for every layer; those that starve are red."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    headings = ("K of M", "captured", "eff. rows", "sampling / batch variance", "memory")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name, layer in layers.items():
+        table.add_row(
+            name or "(the model)",
+            f"{layer.k} of {layer.rows}",
+            f"{layer.captured:.1%}",
+            f"{layer.effective_sample_size:.4g}",
+            _noise(layer),
+            _memory(layer),
+            style="red" if layer.complaint(starving) else None,
+        )
+    return table
+
+
+def _noise(layer: LayerDiagnostics) -> str:
+    value = layer.relative_variance
+    return "biased" if math.isnan(value) else f"{value:.3g}"
+
+
+def _memory(layer: LayerDiagnostics) -> str:
+    if layer.outside_subspace is not None:
+        return f"{layer.outside_subspace:.1%} outside"
+    if layer.memory_norm is not None and layer.staleness is not None:
+        return f"{layer.memory_norm:.3g}× the batch, {layer.staleness:.3g} steps old"
+    return "–"

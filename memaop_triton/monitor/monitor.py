@@ -1,0 +1,220 @@
+"""Watching how much of its gradients a model in training computes, and how noisy they are."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from memaop_triton.convert import converted_layers
+from memaop_triton.memory.kinds import SubspaceMemory
+from memaop_triton.monitor.diagnostics import LayerDiagnostics, diagnostics_table
+from memaop_triton.monitor.estimates import Figures
+from memaop_triton.monitor.observer import LayerObserver
+from memaop_triton.nn.linear import MemAOPLinear
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+_SECONDS_BETWEEN_REFRESHES = 1.0
+
+
+class StarvedLayerWarning(UserWarning):
+    """A layer computes too few rows for its gradient to be worth a step."""
+
+
+def monitor(
+    model: nn.Module, *, every: int = 25, smoothing: float = 0.9, starving: float = 4.0
+) -> Monitor:
+    """Watch the backward passes of the converted layers of `model` until it is closed.
+
+    What is computed does not change, not by a bit and not by a draw. Every `every`-th backward pass
+    of a layer is observed, on its device and without waiting for it; nothing is read before one of
+    the methods of `Monitor` is called.
+
+    Args:
+        model: A model with converted layers; those that are converted later are not watched.
+        every: Backward passes of a layer from one observation to the next, on average. Captured in
+            a CUDA graph, a layer is observed in every replay.
+        smoothing: Weight of an observation relative to the next one in the averages, in [0, 1).
+        starving: A layer starves whose sampling variance is above this many times its batch's own
+            and above the squared norm of its gradient, and so does one that has fewer rows with a
+            gradient than it computes. After 1/(1 − smoothing) observations a `StarvedLayerWarning`
+            says so, once for a layer.
+
+    Raises:
+        ValueError: The model has no converted layer, one is watched already, or an argument is out
+            of range.
+    """
+    return Monitor(model, every, smoothing, starving)
+
+
+class Monitor:
+    """Diagnostics of the layers of a model; `monitor` makes it.
+
+    A context manager, which stops watching at its end. What was observed can be read afterwards.
+    The layers keep it as little as a hook: it is in no `state_dict`, and a copy of the model is not
+    watched.
+    """
+
+    def __init__(self, model: nn.Module, every: int, smoothing: float, starving: float) -> None:
+        if every < 1:
+            raise ValueError(f"every={every} must be at least 1: backward passes, 10 by default.")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing={smoothing} must be in [0, 1): 0 averages nothing.")
+        if not starving > 0:
+            raise ValueError(f"starving={starving} must be above 0: a ratio of variances.")
+        layers = dict(converted_layers(model))
+        if not layers:
+            raise ValueError("model has no converted layer: call convert_(model) first.")
+        for name, layer in layers.items():
+            if layer.layer_state.observer is not None:
+                raise ValueError(f"layer {name!r} is watched already: close its monitor first.")
+        self.starving = starving
+        self._patience = 1 / (1 - smoothing)
+        self._warned: set[str] = set()
+        self._watched: dict[str, _Watched] = {}
+        for name, layer in layers.items():
+            observer = LayerObserver(every, smoothing, layer.layer_state.handle.device)
+            layer.layer_state.observer = observer
+            self._watched[name] = _Watched(layer, observer)
+
+    def read(self) -> dict[str, LayerDiagnostics]:
+        """Diagnostics by qualified name of every layer that was observed.
+
+        Waits for the layers' devices, and warns of layers that starve.
+        """
+        read = {name: watched.read() for name, watched in self._watched.items()}
+        result = {name: layer for name, layer in read.items() if layer is not None}
+        for name, layer in result.items():
+            complaint = layer.complaint(self.starving)
+            if complaint and name not in self._warned and layer.observations >= self._patience:
+                self._warned.add(name)
+                text = f"layer {name!r} starves: {complaint}"
+                warnings.warn(text, StarvedLayerWarning, stacklevel=2)
+        return result
+
+    def scalars(self, prefix: str = "memaop") -> dict[str, float]:
+        """Figures under `prefix/layer/figure`, for a logger; waits and warns as `read` does.
+
+        ``for name, value in monitor.scalars().items(): writer.add_scalar(name, value, step)``
+        """
+        return {
+            f"{prefix}/{name}/{figure}" if name else f"{prefix}/{figure}": value
+            for name, layer in self.read().items()
+            for figure, value in layer.scalars().items()
+        }
+
+    def table(self) -> Table:
+        """The layers as a table of rich; waits and warns as `read` does."""
+        return diagnostics_table(self.read(), self.starving)
+
+    @contextlib.contextmanager
+    def live(self, console: Console | None = None) -> Iterator[LiveTable]:
+        """A table that stays in place on the terminal; call its `refresh` in every step.
+
+        It is drawn from there and by no thread of its own, so that nothing waits for the device in
+        the middle of a step.
+
+        Args:
+            console: Of rich; the standard output if `None`.
+        """
+        from rich.live import Live
+
+        with Live(console=console, auto_refresh=False) as display:
+            table = LiveTable(self, display)
+            table.refresh()
+            yield table
+            table.draw()
+
+    def close(self) -> None:
+        """Stop watching. Nothing happens the second time."""
+        for watched in self._watched.values():
+            watched.stop()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class LiveTable:
+    """The table of `Monitor.live`."""
+
+    def __init__(self, source: Monitor, display: Live) -> None:
+        self._source = source
+        self._display = display
+        self._last = -math.inf
+
+    def refresh(self) -> None:
+        """Draw the table anew, unless that was done less than a second ago; then do nothing."""
+        if time.monotonic() - self._last >= _SECONDS_BETWEEN_REFRESHES:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draw the table anew."""
+        self._display.update(self._source.table(), refresh=True)
+        self._last = time.monotonic()
+
+
+class _Watched:
+    """A layer and its observer."""
+
+    def __init__(self, layer: MemAOPLinear, observer: LayerObserver) -> None:
+        self.state = layer.layer_state
+        self.observer = observer
+
+    def stop(self) -> None:
+        if self.state.observer is self.observer:
+            self.state.observer = None
+
+    def read(self) -> LayerDiagnostics | None:
+        sums, counts = self.observer.read()
+        *weighted, weight = sums.tolist()
+        observations, skipped, nonfinite_rows = counts.tolist()
+        if not observations:
+            return None
+        mean = Figures(*(value / weight for value in weighted))
+        config, memory = self.state.config, self.state.memory
+        optional: dict[str, Any] = {}
+        if isinstance(memory, SubspaceMemory):
+            optional["outside_subspace"] = _share(mean.outside_square_sum, mean.input_square_sum)
+            optional["steps_since_refresh"] = memory.step % memory.refresh_every
+        if config.has_row_memory:
+            own = mean.batch_square_sum
+            optional["memory_norm"] = math.sqrt(mean.remembered_square_sum / own) if own else 0.0
+            ages = self.observer.ages
+            optional["staleness"] = 0.0 if ages is None else float(ages.double().mean())
+        is_sampled = self.observer.k < self.observer.rows
+        is_biased = is_sampled and not config.is_unbiased
+        dropped = max(0.0, mean.score_sum - mean.computed_score_sum)
+        return LayerDiagnostics(
+            rows=self.observer.rows,
+            k=self.observer.k,
+            observations=observations,
+            skipped=skipped,
+            nonfinite_rows=nonfinite_rows,
+            captured=_share(mean.computed_score_sum, mean.score_sum),
+            effective_sample_size=mean.effective_sample_size,
+            nonzero_rows=mean.nonzero_rows,
+            sampling_variance=math.nan if is_biased else max(0.0, mean.sampling_variance),
+            dropped_bound=dropped**2 if is_biased else math.nan,
+            gradient_square=math.nan if is_biased else max(0.0, mean.gradient_square),
+            batch_variance=max(0.0, mean.batch_variance),
+            score_sum=mean.score_sum,
+            score_square_sum=mean.score_square_sum,
+            **optional,
+        )
+
+
+def _share(part: float, whole: float) -> float:
+    """Part of a sum, in [0, 1]; all of it where there is nothing."""
+    return min(1.0, max(0.0, part / whole)) if whole > 0 else 1.0

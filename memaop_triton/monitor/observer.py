@@ -1,0 +1,243 @@
+"""What one layer's backward passes look like, kept as running averages on the layer's device.
+
+A `LayerObserver` hangs on a `LayerState` while a `Monitor` watches the model. Steps hand it what
+they have computed anyway. It adds nothing that waits for the device: only reading does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memaop_triton.dispatch import project_rows, row_norms
+from memaop_triton.kernels.cpu.torch_ops import basis_scale, score_dtype
+from memaop_triton.memory.kinds import Memory, SubspaceMemory
+from memaop_triton.monitor.estimates import (
+    Figures,
+    batch_variance,
+    contributions_of,
+    effective_sample_size,
+    sampling_variance,
+)
+from memaop_triton.selection import Selection
+
+if TYPE_CHECKING:
+    from memaop_triton.backward.steps_torch import Operands
+
+
+class Projected(NamedTuple):
+    """The rows of a step with a subspace of X, or of G with the two exchanged.
+
+    Attributes:
+        rest: ‖x_m − Q Qᵀ x_m‖, [M].
+        z: X Q / s, [M, q], with s = `basis_scale(features)`.
+        zg: Gᵀ Z or its transpose.
+        features: N.
+    """
+
+    rest: Tensor
+    z: Tensor
+    zg: Tensor
+    features: int
+
+
+class LayerObserver:
+    """Running averages over every `every`-th backward pass of a layer.
+
+    Averages are exponential: an observation counts `smoothing` times as much as the one after it,
+    and those of a new observer are not drawn towards zero. A step with a row that is not finite is
+    counted and left out of them.
+
+    While a CUDA graph is captured every step is observed, because a replay does not come back to
+    the host to count. Everything that is written was made before: by the constructor, and the ages
+    of the slots by the first step, so that a replay goes on where the last one ended.
+
+    Args:
+        every: Backward passes from one observation to the next, on average.
+        smoothing: In [0, 1).
+        device: Of the layer.
+
+    Attributes:
+        is_due: Whether the step that is running is observed.
+        rows: M of the last observed step, 0 before it.
+        k: Rows that it computed.
+        ages: [slots], int32: steps since each slot of a row memory was emptied; `None` without.
+    """
+
+    def __init__(self, every: int, smoothing: float, device: torch.device) -> None:
+        self.every = every
+        self.smoothing = smoothing
+        self.is_due = False
+        self.rows = 0
+        self.k = 0
+        self.ages: Tensor | None = None
+        self._steps = 0
+        self._next = 0
+        self._observations = 0
+        width = len(Figures._fields) + 1  # the last is the sum of the weights
+        self._sums = torch.zeros(width, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def begin_step(self, device: torch.device) -> None:
+        """Decide whether the step that begins on `device` is observed."""
+        self.is_due = self._steps == self._next
+        if self.is_due:
+            self._observations += 1
+            # One pass early and one late in turns: a layer that is used twice in a step is not
+            # always seen in the same use.
+            self._next += self.every + (0 if self.every == 1 else (-1) ** self._observations)
+        self._steps += 1
+        if _is_capturing(device):
+            self.is_due = True
+
+    def observe(
+        self,
+        operands: Operands,
+        selection: Selection,
+        dw: Tensor,
+        scores: Tensor | None = None,
+        projected: Projected | None = None,
+    ) -> None:
+        """Take note of a step that computed the rows of `selection`.
+
+        Args:
+            operands: What it worked on. Of a layer that is divided among processes, the part here.
+            selection: Rows and weights that it used.
+            dw: What came out, [P, N].
+            scores: Of all rows before the selection, [M], those of the memory where it holds rows;
+                computed here if `None`.
+            projected: With a subspace, whose scores are of what it leaves.
+        """
+        if operands.config.has_row_memory:
+            self._age_slots(operands.x.shape[0], selection.indices)
+        if self.is_due:
+            self._add(operands, selection, dw, scores, projected)
+
+    def observe_exact(self, operands: Operands, dw: Tensor, memory: Memory | None) -> None:
+        """Take note of a step that computed all rows, and of what sampling them would meet."""
+        if not self.is_due:
+            return
+        scores = projected = None
+        if isinstance(memory, SubspaceMemory) and memory.basis is not None and memory.rank:
+            a, b = operands.x, operands.g
+            if memory.side == "grad":
+                a, b = b, a
+            z, rest = project_rows(a, memory.basis_of(a))
+            scores = rest * row_norms(b)
+            projected = Projected(rest, z, z[:0], a.shape[1])
+        self._add(operands, None, dw, scores, projected)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Sums of weighted figures with the sum of the weights at the end, and counts.
+
+        Counts are of observations, of those that were left out, and of rows that were not finite.
+        """
+        return self._sums, self._counts
+
+    def _age_slots(self, rows: int, emptied: Tensor) -> None:
+        """One step older, but for the slots that the step emptied."""
+        if self.ages is None:
+            self.ages = torch.zeros(rows, dtype=torch.int32, device=emptied.device)
+        elif self.ages.device != emptied.device:
+            self.ages = self.ages.to(emptied.device)
+        if self.ages.numel() < rows:
+            self.ages = torch.cat([self.ages, self.ages.new_zeros(rows - self.ages.numel())])
+        self.ages += 1
+        # A block that the batch cuts short is named beyond the last row too.
+        self.ages.index_fill_(0, emptied.clamp(max=rows - 1), 0)
+
+    def _add(
+        self,
+        operands: Operands,
+        selection: Selection | None,
+        dw: Tensor,
+        scores: Tensor | None,
+        projected: Projected | None,
+    ) -> None:
+        x, g, config, *_ = operands
+        self.rows, self.k = x.shape[0], operands.k
+        own = (row_norms(x) * row_norms(g)).double() if scores is None else scores.double()
+        s, zero = own, own.new_zeros(())
+        if scores is not None and config.has_row_memory:
+            own = (row_norms(x) * row_norms(g)).double()
+        parts = _Parts(own.dot(own), zero, zero, zero)
+        if projected is not None:
+            parts = _parts_of(s, projected)
+        dw_square = torch.linalg.vector_norm(dw.to(score_dtype(dw.dtype))).double().square()
+        contributions, variance, dense_square, remembered = s, zero, dw_square, zero
+        if selection is not None:
+            contributions = contributions_of(selection, s)
+            if config.is_unbiased:
+                sampled_square = dw_square - parts.exact
+                variance = sampling_variance(config, self.k, selection, s, sampled_square)
+                dense_square = dw_square - variance
+            else:
+                dense_square = zero
+        is_computed = contributions > 0
+        left = s.masked_fill(is_computed, 0)
+        if selection is not None and config.has_row_memory:
+            remembered = left.dot(left)
+        score_sum = s.sum()
+        figures = Figures(
+            score_sum=score_sum,
+            score_square_sum=s.dot(s),
+            computed_score_sum=score_sum - left.sum(),
+            effective_sample_size=effective_sample_size(contributions),
+            nonzero_rows=s.count_nonzero().double(),
+            sampling_variance=variance,
+            gradient_square=dense_square,
+            batch_variance=batch_variance(parts.own, dense_square, self.rows),
+            batch_square_sum=parts.own,
+            remembered_square_sum=remembered,
+            input_square_sum=parts.inputs,
+            outside_square_sum=parts.outside,
+        )
+        self._mix(torch.stack([*figures, torch.ones_like(zero)]), _count_nonfinite(s))
+
+    def _mix(self, new: Tensor, lost_rows: Tensor) -> None:
+        is_finite = _count_nonfinite(new) == 0
+        if self._sums.device != new.device:
+            self._sums, self._counts = self._sums.to(new.device), self._counts.to(new.device)
+        mixed = self._sums.lerp(new, 1 - self.smoothing)
+        self._sums.copy_(torch.where(is_finite, mixed, self._sums))
+        self._counts += torch.stack([is_finite, ~is_finite, lost_rows])
+
+
+class _Parts(NamedTuple):
+    """Squared norms, float64, [].
+
+    Attributes:
+        own: Σ ‖g_m‖² ‖x_m‖² over the rows of the batch.
+        inputs: Σ ‖x_m‖², or Σ ‖g_m‖² where the subspace is one of G.
+        outside: The part of it outside the subspace.
+        exact: Of the part of dW inside the subspace.
+    """
+
+    own: Tensor
+    inputs: Tensor
+    outside: Tensor
+    exact: Tensor
+
+
+def _parts_of(scores: Tensor, projected: Projected) -> _Parts:
+    """From the scores of what the subspace leaves ([M], float64) to whole rows."""
+    scale = basis_scale(projected.features)
+    rest = projected.rest.double()
+    inside = scale * torch.linalg.vector_norm(projected.z.double(), dim=1)
+    exact = scale * torch.linalg.vector_norm(projected.zg.double())
+    # The scores hold the norms of G: ‖g‖ ‖Qᵀ x‖ = s ‖Qᵀ x‖ / rest, and 0/0 is a row of zeros.
+    both = scores * torch.where(rest > 0, inside / rest, 0)
+    outside = rest.dot(rest)
+    inputs = inside.dot(inside) + outside
+    return _Parts(scores.dot(scores) + both.dot(both), inputs, outside, exact.square())
+
+
+def _count_nonfinite(a: Tensor) -> Tensor:
+    """Number of elements that are NaN or infinite: these less themselves are NaN, others 0."""
+    return (a - a).count_nonzero()
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

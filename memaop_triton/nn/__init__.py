@@ -1,0 +1,1 @@
+"""The layer, its place in autograd, and its state."""

@@ -1,0 +1,207 @@
+"""The functional form `memaop_linear`, and its place in autograd."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memaop_triton.config import MemAOPConfig
+from memaop_triton.memory.kinds import Memory, check_memory
+from memaop_triton.nn import ops as ops  # registers torch.ops.memaop_triton
+from memaop_triton.nn.layer_state import LayerState, state_for
+
+
+class _MemAOPLinearFunction(torch.autograd.Function):
+    """y = x Wᵀ + b, with the approximate backward pass; touches the memory in backward only."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        handle: Tensor,
+        order: Tensor,
+        state: LayerState,
+    ) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, handle, order, state = inputs
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        # Out of the saved tensors: a graph writes to `order` between the backward passes of a layer
+        # that is used twice. The state is kept alive.
+        ctx.handle, ctx.order, ctx.state = handle, order, state
+        ctx.approximates_dx = needs_x and state.config.grad_input != "exact"
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        # Casts were made in the forward pass, whatever region backward is called from.
+        with torch.no_grad(), no_autocast(grad_output.device.type):
+            saved = ctx.saved_tensors
+            gradients: tuple[Tensor | None, ...] = _backward(ctx, grad_output, *saved)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            sources = (grad_output, *saved)
+            gradients = tuple(
+                None if a is None else _DifferentiableOnce.apply(a, *sources) for a in gradients
+            )
+        return *gradients, None, None, None
+
+
+# `apply` asks for it in every call, and takes longer to find out than all else that it does.
+_MemAOPLinearFunction.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    _MemAOPLinearFunction.forward
+)
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """A gradient as it is, still linked to what it was made of, so that a second one is refused.
+
+    Without the link a second derivative would be taken for zero.
+    """
+
+    @staticmethod
+    def forward(gradient: Tensor, *sources: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "the gradient of a MemAOPLinear cannot be differentiated again, because it is computed "
+            "from part of the rows: call .eval() on the layer, which makes it exact, or revert_ it."
+        )
+
+
+def _backward(
+    ctx: Any, grad_output: Tensor, x: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    needs_weight, needs_bias = ctx.needs_input_grad[1:3]
+    g = _as_rows(grad_output)
+    rows = g.new_empty(0) if x is None else _as_rows(x)
+    dx = dw = db = None
+    if ctx.approximates_dx:
+        dx, dw, db = torch.ops.memaop_triton.sampled_backward(
+            rows, g, weight, ctx.handle, ctx.order, weight_grad=needs_weight, bias_grad=needs_bias
+        )
+    else:
+        if weight is not None:
+            dx = g @ weight
+        if needs_weight:
+            dw, db = torch.ops.memaop_triton.weight_grad(
+                rows, g, ctx.handle, ctx.order, bias_grad=needs_bias
+            )
+        elif needs_bias:
+            db = g.sum(0)
+    if dx is not None:
+        dx = dx.reshape(*grad_output.shape[:-1], dx.shape[-1])
+    return dx, dw if needs_weight else None, db if needs_bias else None
+
+
+def _as_rows(a: Tensor) -> Tensor:
+    """[..., N] as a matrix of rows."""
+    return a.unsqueeze(0) if a.dim() == 1 else a.flatten(0, -2)
+
+
+def memaop_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: MemAOPConfig,
+    memory: Memory | None = None,
+) -> Tensor:
+    """`torch.nn.functional.linear` with an approximate weight gradient (and input gradient).
+
+    The result and the bias gradient are exact. The weight gradient is computed from K of the M rows
+    of `x` as `config` says, and likewise the input gradient with `grad_input="sampled"`; with
+    `"projected"` its rows are taken to lie in a subspace. Every draw comes from the default
+    generator of the tensors' device.
+
+    Args:
+        x: [..., N], any floating dtype. The leading dimensions make M rows.
+        weight: [P, N], dtype of `x`.
+        bias: [P] or `None`.
+        config: What to compute in the backward pass.
+        memory: What `new_memory(config, N, P)` made for this weight, updated by each backward pass.
+            `None` for `memory="none"`.
+
+    Returns:
+        [..., P]. Under autocast the operands are cast as for any linear layer. Differentiable once,
+        and not under `torch.func.vmap`.
+
+    Raises:
+        TypeError: `x` is not floating point, or the dtypes differ.
+        ValueError: The shapes do not fit, or `memory` is not of the kind that `config` asks for.
+    """
+    x, weight, bias = prepared(x, weight, bias)
+    check_memory(config, memory, weight.shape[1], weight.shape[0])
+    return linear_of_state(x, weight, bias, state_for(config, memory))
+
+
+def prepared(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands checked, and cast where autocast asks for it."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        x, weight = _autocast(x), _autocast(weight)
+        bias = None if bias is None else _autocast(bias)
+    _check_operands(x, weight, bias)
+    return x, weight, bias
+
+
+def linear_of_state(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
+    """`memaop_linear` for operands that have been checked and a layer's state."""
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return F.linear(x, weight, bias)
+    handle, order = state.handle, state.order
+    if handle.device != x.device:
+        if torch.compiler.is_compiling():
+            handle, order = handle.to(x.device), order.to(x.device)
+        else:
+            state.move(x.device)
+            handle, order = state.handle, state.order
+    result: Tensor = _MemAOPLinearFunction.apply(x, weight, bias, handle, order, state)
+    return result
+
+
+def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Switches autocast off for a type of device, if it is on."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _autocast(a: Tensor) -> Tensor:
+    """What autocast makes of an operand of a linear layer: float64 and integers stay."""
+    eligible = a.is_floating_point() and a.dtype != torch.float64
+    return a.to(torch.get_autocast_dtype(a.device.type)) if eligible else a
+
+
+def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x must be of a floating-point dtype, got {x.dtype}: convert it, x.to({weight.dtype})."
+        )
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out_features, in_features], got {tuple(weight.shape)}.")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but weight {tuple(weight.shape)} needs rows of "
+            f"{weight.shape[1]} inputs as the last dimension."
+        )
+    if x.dtype != weight.dtype:
+        raise TypeError(
+            f"x is {x.dtype} but weight is {weight.dtype}: convert one, or use torch.autocast."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, weight needs ({weight.shape[0]},).")

@@ -1,0 +1,122 @@
+"""Which layers of a model are meant: what `convert_` converts and `plan` measures."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import nn
+
+from memaop_triton.config import MemAOPConfig, check_config
+from memaop_triton.nn.linear import MemAOPLinear, check_adoptable, class_below_fsdp
+
+#: `filter_fn(module, fqn)`: whether a linear layer is taken.
+Filter = Callable[[nn.Module, str], bool]
+Chosen = dict[str, tuple[nn.Linear, MemAOPConfig]]
+
+
+def choose_layers(
+    model: nn.Module,
+    config: MemAOPConfig | None,
+    filter_fn: Filter | None,
+    overrides: Mapping[str, MemAOPConfig | None] | None,
+) -> Chosen:
+    """Layer and configuration by qualified name, for the arguments of `convert_`.
+
+    To be called by what the user calls: the warning about subclasses points at the user's line.
+
+    Raises:
+        ValueError: No layer is left, a layer is converted already, a pattern matches nothing, or a
+            layer has a forward pass of its own.
+        TypeError: `model` is not a module, or a configuration not a `MemAOPConfig`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    config = MemAOPConfig() if config is None else config
+    overrides = {} if overrides is None else overrides
+    check_config(config)
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"overrides must map name patterns to configurations, got {overrides!r}.")
+    for pattern, value in overrides.items():
+        if value is not None and not isinstance(value, MemAOPConfig):
+            raise TypeError(
+                f"overrides[{pattern!r}] must be a MemAOPConfig or None, got {value!r}."
+            )
+
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if filter_fn is None:
+        taken = {
+            n: m
+            for n, m in linears.items()
+            if class_below_fsdp(type(m)) is nn.Linear or _is_converted(m)
+        }
+    else:
+        taken = {n: m for n, m in linears.items() if filter_fn(m, n)}
+    twice = [quoted(name) for name, module in taken.items() if _is_converted(module)]
+    if twice:
+        raise ValueError(
+            f"model is converted already: {', '.join(twice)}. Call revert_(model) first, or leave "
+            "these layers out with filter_fn."
+        )
+    chosen = _apply_overrides(model, taken, config, overrides)
+    others = {n: m for n, m in linears.items() if n not in taken and not _is_converted(m)}
+    if filter_fn is None and others:
+        named = ", ".join(f"{quoted(n)} ({type(m).__name__})" for n, m in others.items())
+        warnings.warn(
+            f"left as they are, being subclasses of nn.Linear: {named}. A filter_fn can take them.",
+            stacklevel=3,
+        )
+    if not chosen:
+        raise ValueError(
+            f"model has no layer to convert: {len(linears)} nn.Linear in {type(model).__name__}, "
+            f"{len(taken)} taken by the filter, none left after overrides."
+        )
+    for name, (module, _) in chosen.items():
+        with naming(name):
+            check_adoptable(module)
+    return chosen
+
+
+@contextlib.contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Put the name of the layer before the message of a `ValueError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layer {quoted(layer)}: {error}") from None
+
+
+def quoted(name: str) -> str:
+    """A layer's name in a message; that of the model's root is empty."""
+    return repr(name) if name else "the model itself"
+
+
+def _is_converted(module: nn.Module) -> bool:
+    return isinstance(module, MemAOPLinear)
+
+
+def _apply_overrides(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    config: MemAOPConfig,
+    overrides: Mapping[str, MemAOPConfig | None],
+) -> Chosen:
+    configs: dict[str, MemAOPConfig | None] = dict.fromkeys(layers, config)
+    # A module that stands in several places answers to each of its names.
+    name_of = {id(module): name for name, module in layers.items()}
+    names = {
+        alias: name_of[id(module)]
+        for alias, module in model.named_modules(remove_duplicate=False)
+        if id(module) in name_of
+    }
+    for pattern, value in overrides.items():
+        matches = {names[alias] for alias in fnmatch.filter(names, pattern)}
+        if not matches:
+            near = difflib.get_close_matches(pattern, names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"overrides: {pattern!r} matches no layer to convert.{hint}")
+        configs.update(dict.fromkeys(matches, value))
+    return {name: (layers[name], value) for name, value in configs.items() if value is not None}

@@ -1,0 +1,137 @@
+"""What one layer's backward pass needs beside tensors, and how a compiled graph refers to it.
+
+A graph is made of operators on tensors, and its inputs are guarded: a memory that grows with the
+batch, a learning rate or a process group cannot be an argument without recompiling. So the
+operators of `memaop_triton.nn.ops` take a *handle*, a tensor without elements whose shape is the
+number of a `LayerState`. A graph passes it on without looking at it, and identical blocks share one
+graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memaop_triton.config import MemAOPConfig
+
+if TYPE_CHECKING:
+    from memaop_triton.backward.steps_torch import Factors
+    from memaop_triton.memory.kinds import Memory
+    from memaop_triton.monitor.observer import LayerObserver
+    from memaop_triton.nn.tensor_parallel import Shards
+
+# Sizes that no other dimension of a graph is likely to have: it would take the two for one.
+_numbers = itertools.count(10_000_019)
+_states: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
+_order_on: dict[torch.device, Tensor] = {}
+
+
+class LayerState:
+    """Configuration and memory of one layer.
+
+    Args:
+        config: What the backward pass computes.
+        memory: What is remembered between steps, `None` for `memory="none"`.
+
+    Attributes:
+        config: As given.
+        memory: As given.
+        handle: [number, 0], uint8: what stands for this object in a graph.
+        order: [1], uint8, one per device: every operator that draws random numbers or changes a
+            memory declares that it writes to this tensor, which keeps such operators in the order
+            of the program whatever a compiler makes of it.
+        shards: The processes among which the columns of X or G are divided, if they are.
+        factors: While a list, every backward pass adds the pair of matrices whose product its dW
+            is; `None` if nobody collects them.
+        on_weight_grad: Called with the dW ([P, N]) of every backward pass, exact ones included,
+            after its factors were added.
+        observer: Takes note of the backward passes, if a `Monitor` watches the layer. Copies are
+            not watched.
+    """
+
+    shards: Shards | None = None
+    factors: list[Factors] | None = None
+    on_weight_grad: Callable[[Tensor], None] | None = None
+    observer: LayerObserver | None = None
+
+    def __init__(self, config: MemAOPConfig, memory: Memory | None) -> None:
+        self.config = config
+        self.memory = memory
+        self._register(torch.device("cpu"))
+
+    def _register(self, device: torch.device) -> None:
+        number = next(_numbers)
+        _states[number] = self
+        self.handle = torch.empty((number, 0), dtype=torch.uint8, device=device)
+        self.order = _order(device)
+
+    def move(self, device: torch.device) -> None:
+        """Put the handle on a device: a graph of that device's operators then has no other."""
+        if self.handle.device != device:
+            self.handle = torch.empty_like(self.handle, device=device)
+            self.order = _order(device)
+
+    def fit(self, in_features: int, out_features: int) -> None:
+        """Make the memory one for a weight of this size; it is emptied if it was another's."""
+        if self.memory is not None:
+            self.memory.fit(self.config, in_features, out_features)
+
+    def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow a module conversion to its device and dtype (`fn` as in `Module._apply`)."""
+        if self.memory is not None:
+            self.memory.convert(fn)
+        self.move(fn(self.handle.new_empty(0)).device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "memory": self.memory}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.config, self.memory = state["config"], state["memory"]
+        # A file may be read where its device does not exist: the layer moves the handle back.
+        self._register(torch.device("cpu"))
+
+
+def state_for(config: MemAOPConfig, memory: Memory | None) -> LayerState:
+    """The state of a memory that belongs to no layer; one and the same from call to call."""
+    if memory is None:
+        return _state_without_memory(config)
+    if memory.state is None or memory.state.config != config:
+        memory.state = LayerState(config, memory)
+    return memory.state
+
+
+@functools.cache
+def _state_without_memory(config: MemAOPConfig) -> LayerState:
+    return LayerState(config, None)
+
+
+def find(handle: Tensor) -> LayerState:
+    """The state that a handle stands for.
+
+    Raises:
+        RuntimeError: Its layer or memory no longer exists.
+    """
+    return find_by_number(handle.shape[0])
+
+
+def find_by_number(number: int) -> LayerState:
+    """As `find`, by the number that is the handle's first size."""
+    state = _states.get(number)
+    if state is None:
+        raise RuntimeError(
+            "the memory of this backward pass is gone: keep the layer (or the memory given to "
+            "memaop_linear) until backward has run."
+        )
+    return state
+
+
+def _order(device: torch.device) -> Tensor:
+    if device not in _order_on:
+        _order_on[device] = torch.zeros(1, dtype=torch.uint8, device=device)
+    return _order_on[device]

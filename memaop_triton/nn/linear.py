@@ -1,0 +1,307 @@
+"""The drop-in layer `MemAOPLinear`, and the classes of converted layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memaop_triton.config import MemAOPConfig, check_config
+from memaop_triton.memory.kinds import Memory, SubspaceMemory, new_memory
+from memaop_triton.nn.functional import linear_of_state, prepared
+from memaop_triton.nn.layer_state import LayerState
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class MemAOPLinear(nn.Linear):
+    """`torch.nn.Linear` whose backward pass is computed as `config` says.
+
+    Parameters, `state_dict` and forward pass are those of `nn.Linear`. The approximation applies in
+    training mode; after `.eval()` the gradients are exact and the memory rests, as with dropout.
+    Call `reset_memory` on a copy that is not trained, or it holds a copy of the memory too.
+
+    Args:
+        in_features: N.
+        out_features: P.
+        bias: Whether to add a learned bias.
+        config: What the backward pass computes; `MemAOPConfig()` if `None`.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Attributes:
+        config: The configuration.
+        memory: This layer's memory, `None` for `memory="none"`. Not a buffer: it is saved by
+            `memory_state_dict`, follows `.to()`, and is never synchronised between processes.
+    """
+
+    #: What `revert_` turns the layer back into.
+    dense_class: type[nn.Linear] = nn.Linear
+
+    layer_state: LayerState
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: MemAOPConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._set_config(MemAOPConfig() if config is None else config)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: MemAOPConfig | None = None) -> MemAOPLinear:
+        """A new layer that shares the Parameters of `linear` and keeps its hooks and mode.
+
+        Raises:
+            TypeError: `linear` is not an `nn.Linear`.
+            ValueError: `linear` is a subclass with a forward pass of its own, or not initialised.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}.")
+        # Shallow, one level deeper than copy.copy: the dictionaries of parameters and hooks are
+        # copied, what they hold is shared.
+        twin = type(linear).__new__(type(linear))
+        twin.__dict__.update(
+            {
+                name: value.copy() if isinstance(value, dict) else value
+                for name, value in linear.__dict__.items()
+            }
+        )
+        return cls.adopt_(twin, config)
+
+    @staticmethod
+    def adopt_(linear: nn.Linear, config: MemAOPConfig | None = None) -> MemAOPLinear:
+        """Turn `linear` itself into a `MemAOPLinear`: the same object, its class exchanged.
+
+        Raises:
+            ValueError: As `from_linear`, or `linear` is a `MemAOPLinear` already.
+        """
+        config = MemAOPConfig() if config is None else config
+        check_config(config)
+        check_adoptable(linear)
+        linear.__class__ = _class_for(type(linear))
+        assert isinstance(linear, MemAOPLinear)
+        linear._set_config(config)
+        return linear
+
+    def revert_(self) -> nn.Linear:
+        """Turn this layer back into the dense class it came from; the memory is dropped.
+
+        Raises:
+            ValueError: The layer was parametrised after it was converted.
+        """
+        self.check_revertible()
+        del self.layer_state
+        self.__class__ = _dense_class_of(type(self))  # type: ignore[assignment]
+        return self
+
+    def check_revertible(self) -> None:
+        """Raise `ValueError` if `revert_` cannot restore the dense class."""
+        if _dense_class_of(type(self)) is None:
+            raise ValueError(
+                f"{type(self).__name__} was parametrised after it was converted: remove the "
+                "parametrizations first."
+            )
+
+    @property
+    def config(self) -> MemAOPConfig:
+        """What the backward pass computes."""
+        return self.layer_state.config
+
+    @property
+    def memory(self) -> Memory | None:
+        """What is remembered between steps, `None` for `memory="none"`.
+
+        Where the weight is divided by tensor parallelism, one for the columns of this process.
+        """
+        weight = self._parameters.get("weight")
+        # What `fully_shard` divides is whole again by the time a layer works with it.
+        if _is_distributed(weight) and not getattr(self, "_is_fsdp_managed_module", False):
+            from memaop_triton.nn import tensor_parallel
+
+            self.layer_state.fit(*tensor_parallel.local_sizes(weight))
+        return self.layer_state.memory
+
+    def set_ratio_(self, ratio: float) -> None:
+        """Compute this share of the rows from the next backward pass on, whole blocks as before.
+
+        The memory stays, and no compiled graph is built anew. A layer that was given `k` or a
+        budget has a ratio from then on, and keeps the rank that its subspace has. `ratio=1` is
+        exact and scores nothing, once a row memory is empty.
+
+        Args:
+            ratio: K/M, in (0, 1].
+
+        Raises:
+            ValueError: `ratio` is out of range.
+            TypeError: `ratio` is not a number.
+        """
+        self.layer_state.config = with_ratio(self.config, ratio)
+
+    def set_budget_(self, budget: float) -> None:
+        """Compute what this share of dense's FLOPs buys from the next backward pass on.
+
+        The memory stays; where the budget chooses the rank of its subspace it is chosen again.
+
+        Args:
+            budget: FLOPs of the weight gradient over dense's, in (0, 1).
+
+        Raises:
+            ValueError: `budget` is out of range.
+            TypeError: `budget` is not a number.
+        """
+        self.layer_state.config = with_budget(self.config, budget)
+        if isinstance(self.memory, SubspaceMemory):
+            self.memory.change_budget(self.config)
+
+    def _parameter_device(self) -> torch.device:
+        # Not `self.weight`: a parametrised one would be computed.
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def _set_config(self, config: MemAOPConfig) -> None:
+        check_config(config)
+        memory = new_memory(config, self.in_features, self.out_features)
+        self.layer_state = LayerState(config, memory)
+        self.layer_state.move(self._parameter_device())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        if not self.training:
+            return F.linear(input, self.weight, self.bias)
+        x, weight, bias = prepared(input, self.weight, self.bias)
+        if _is_distributed(weight) and torch.is_grad_enabled():
+            from memaop_triton.nn import tensor_parallel
+
+            return tensor_parallel.linear(x, weight, bias, self.layer_state)
+        return linear_of_state(x, weight, bias, self.layer_state)
+
+    def extra_repr(self) -> str:
+        """The layer's sizes and the settings that differ between layers."""
+        config = self.config
+        given = ((name, getattr(config, name)) for name in ("k", "budget", "ratio"))
+        budget = next(f"{name}={value:g}" for name, value in given if value is not None)
+        parts = [super().extra_repr(), budget, f"selection={config.selection}"]
+        parts.append(f"memory={config.memory}")
+        if isinstance(self.memory, SubspaceMemory):
+            parts.append(f"rank={self.memory.rank}")
+        if config.grad_input != "exact":
+            parts.append(f"grad_input={config.grad_input}")
+        if config.grad_input_budget is not None:
+            parts.append(f"grad_input_budget={config.grad_input_budget:g}")
+        return ", ".join(parts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemAOPLinear:
+        super()._apply(fn, recurse)
+        self.layer_state.convert(fn)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.dense_class is nn.Linear:
+            return super().__reduce_ex__(protocol)
+        # The class of a converted subclass is made on demand and cannot be found by its name.
+        return _blank, (self.dense_class,), self.__getstate__()
+
+
+def with_ratio(config: MemAOPConfig, ratio: float) -> MemAOPConfig:
+    """`config` with this share of the rows instead of its own, `k` or budget.
+
+    A projected dX keeps its own.
+    """
+    kept = config.budget_of_projection
+    return dataclasses.replace(config, ratio=ratio, k=None, budget=None, grad_input_budget=kept)
+
+
+def with_budget(config: MemAOPConfig, budget: float) -> MemAOPConfig:
+    """`config` with this budget instead of its own, ratio or `k`. A projected dX keeps its own."""
+    kept = config.budget_of_projection
+    return dataclasses.replace(config, ratio=None, k=None, budget=budget, grad_input_budget=kept)
+
+
+def _is_distributed(a: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a tensor is a `DTensor`, without importing that."""
+    return hasattr(a, "device_mesh")
+
+
+def check_adoptable(linear: nn.Linear) -> None:
+    """Raise `ValueError` if `linear` cannot become a `MemAOPLinear`."""
+    name = type(linear).__name__
+    if isinstance(linear, MemAOPLinear):
+        raise ValueError(f"{name} is converted already: revert_ it first.")
+    if isinstance(linear.weight, nn.UninitializedParameter):
+        raise ValueError(f"{name} is not initialised: run one forward pass first.")
+    ours = ("config", "memory", "layer_state")
+    taken = [attribute for attribute in ours if hasattr(linear, attribute)]
+    if taken:
+        raise ValueError(
+            f"{name} has an attribute {taken[0]!r} of its own, which MemAOPLinear would replace: "
+            "rename it, or leave the layer out with filter_fn."
+        )
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        raise ValueError(
+            f"{name} has a forward pass of its own, which MemAOPLinear would replace: leave it out "
+            "with filter_fn, or call memaop_linear inside it."
+        )
+
+
+def _blank(dense_class: type[nn.Linear]) -> MemAOPLinear:
+    new_class = _class_for(dense_class)
+    return new_class.__new__(new_class)
+
+
+def _class_for(dense_class: type[nn.Linear]) -> type[MemAOPLinear]:
+    """The `MemAOPLinear` that keeps everything of `dense_class` but the forward pass."""
+    if dense_class not in _classes:
+        below = class_below_fsdp(dense_class)
+        if below is not dense_class:
+            new_class = _with_fsdp_of(dense_class, _class_for(below))
+            new_class.dense_class = dense_class
+            _classes[dense_class] = new_class
+            return new_class
+        name = f"MemAOP{dense_class.__name__}"
+        bases = (MemAOPLinear, dense_class)
+        _classes[dense_class] = type(name, bases, {"dense_class": dense_class})
+    return _classes[dense_class]
+
+
+def _dense_class_of(converted_class: type[MemAOPLinear]) -> type[nn.Linear] | None:
+    """What a class was before conversion; `None` if something else than FSDP came on top."""
+    dense_class = converted_class.dense_class
+    if converted_class is _class_for(dense_class):
+        return dense_class
+    if class_below_fsdp(converted_class) is _class_for(dense_class):
+        return _with_fsdp_of(converted_class, dense_class)
+    return None
+
+
+def class_below_fsdp(module_class: type[M]) -> type[M]:
+    """The class of a module before `fully_shard` was applied to it, by exchanging its class."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    bases = module_class.__bases__
+    if fsdp is not None and len(bases) == 2 and issubclass(bases[0], fsdp.FSDPModule):
+        below: type[M] = bases[1]
+        return below
+    return module_class
+
+
+def _with_fsdp_of(sharded_class: type[nn.Module], below: type[M]) -> type[M]:
+    """The class that `fully_shard` would have made of `below`, as it made `sharded_class`."""
+    key = (sharded_class, below)
+    if key not in _sharded_classes:
+        prefix = sharded_class.__name__.removesuffix(class_below_fsdp(sharded_class).__name__)
+        bases = (sharded_class.__bases__[0], below)
+        no_deepcopy = {"__deepcopy__": vars(sharded_class)["__deepcopy__"]}
+        _sharded_classes[key] = type(prefix + below.__name__, bases, no_deepcopy)
+    return _sharded_classes[key]
+
+
+_classes: dict[type[nn.Linear], type[MemAOPLinear]] = {nn.Linear: MemAOPLinear}
+_sharded_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[Any]] = {}

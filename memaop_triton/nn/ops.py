@@ -1,0 +1,181 @@
+"""The backward passes as operators, `torch.ops.memaop_triton.*`, for compilers and FLOP counters.
+
+Each takes the handle of a `LayerState`, whose memory it reads and updates, and declares that it
+writes to `order`: whoever reorders a program keeps these operators in sequence, so that a compiled
+step draws the same numbers as an eager one. A gradient that is not asked for comes back with shape
+[0].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from memaop_triton.backward.input_grad import (
+    flops_of_input_grad,
+    input_grad_with_subspace,
+    projected_input_grad,
+    sampled_input_grad,
+    select_for_both,
+)
+from memaop_triton.backward.steps_torch import Gradients
+from memaop_triton.backward.weight_grad import weight_and_bias_grad
+from memaop_triton.flops import weight_grad_flops
+from memaop_triton.memory.kinds import SubspaceMemory, rows_to_compute
+from memaop_triton.nn import layer_state
+from memaop_triton.nn.layer_state import LayerState
+from memaop_triton.selection import Selection
+
+# Unsafe in the CUDA graphs that Inductor cuts a program into, because the operators keep tensors
+# from one step to the next: it runs them between two graphs, as in eager mode.
+_TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    torch.Tag.nondeterministic_seeded,
+    torch.Tag.cudagraph_unsafe,
+)
+
+torch.library.define(
+    "memaop_triton::weight_grad",
+    "(Tensor x, Tensor g, Tensor handle, Tensor(a!) order, *, bool bias_grad)"
+    " -> (Tensor dw, Tensor db)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "memaop_triton::sampled_backward",
+    "(Tensor x, Tensor g, Tensor weight, Tensor handle, Tensor(a!) order, *, bool weight_grad, "
+    "bool bias_grad) -> (Tensor dx, Tensor dw, Tensor db)",
+    tags=_TAGS,
+)
+
+
+@torch.library.impl("memaop_triton::weight_grad", "CompositeExplicitAutograd")
+def _weight_grad(
+    x: Tensor, g: Tensor, handle: Tensor, order: Tensor, *, bias_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """dW [P, N] and db [P] from x [M, N] and g [M, P], as the state of `handle` says."""
+    state = layer_state.find(handle)
+    dw, db = _gradients(state, x, g, bias_grad)
+    return dw, g.new_empty(0) if db is None else db
+
+
+def _gradients(
+    state: LayerState, x: Tensor, g: Tensor, bias_grad: bool, selection: Selection | None = None
+) -> Gradients:
+    gradients = weight_and_bias_grad(
+        x,
+        g,
+        state.config,
+        state.memory,
+        bias_grad=bias_grad,
+        selection=selection,
+        shards=state.shards,
+        factors=state.factors,
+        observer=state.observer,
+    )
+    if state.on_weight_grad is not None:
+        state.on_weight_grad(gradients.weight)
+    return gradients
+
+
+def _weight_grad_fake(
+    x: Tensor, g: Tensor, handle: Tensor, order: Tensor, *, bias_grad: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((g.shape[1], x.shape[1])), g.new_empty(g.shape[1] if bias_grad else 0)
+
+
+@torch.library.impl("memaop_triton::sampled_backward", "CompositeExplicitAutograd")
+def _sampled_backward(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    handle: Tensor,
+    order: Tensor,
+    *,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX [M, N], sampled or projected, dW [P, N] and db [P] from x [M, N] and g [M, P].
+
+    Sampled from the same rows, unless a subspace memory gives each scores of its own. `x` may have
+    shape [0] if no weight gradient is wanted.
+    """
+    state = layer_state.find(handle)
+    config, memory = state.config, state.memory
+    selection = dx = None
+    is_empty = g.numel() == 0 or weight.numel() == 0
+    k = 0 if is_empty else rows_to_compute(config, memory, len(g), weight.shape[1], g.shape[1])
+    if is_empty or k == len(g):
+        dx = g @ weight
+    elif not isinstance(memory, SubspaceMemory):
+        selection = select_for_both(x if weight_grad else None, g, config, k, shards=state.shards)
+        dx = sampled_input_grad(g, weight, selection, config)
+    dw, db = x.new_empty(0), None
+    if weight_grad:
+        dw, db = _gradients(state, x, g, bias_grad, selection)
+    elif bias_grad:
+        db = g.sum(0)
+    if dx is None:
+        # After dW, whose step makes the bases and chooses among them.
+        assert isinstance(memory, SubspaceMemory)
+        if config.grad_input == "projected":
+            dx = projected_input_grad(g, weight, config, memory)
+        else:
+            dx = input_grad_with_subspace(
+                g, weight, config, memory, shards=state.shards, is_alone=not weight_grad
+            )
+    return dx, dw, g.new_empty(0) if db is None else db
+
+
+def _sampled_backward_fake(
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    handle: Tensor,
+    order: Tensor,
+    *,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = g.new_empty((g.shape[0], weight.shape[1]))
+    dw = x.new_empty((g.shape[1], x.shape[1]) if weight_grad else 0)
+    return dx, dw, g.new_empty(g.shape[1] if bias_grad else 0)
+
+
+torch.library.register_fake("memaop_triton::weight_grad", _weight_grad_fake)
+torch.library.register_fake("memaop_triton::sampled_backward", _sampled_backward_fake)
+
+
+# What `FlopCounterMode` reports: products of matrices, as for PyTorch's own operators.
+
+
+@register_flop_formula(torch.ops.memaop_triton.weight_grad)
+def _flops_of_weight_grad(
+    x: torch.Size, g: torch.Size, handle: torch.Size, *_: Any, **settings: Any
+) -> int:
+    return _weight_grad_flops(x[0], x[1], g[1], handle)
+
+
+@register_flop_formula(torch.ops.memaop_triton.sampled_backward)
+def _flops_of_sampled_backward(
+    x: torch.Size,
+    g: torch.Size,
+    weight: torch.Size,
+    handle: torch.Size,
+    *_: Any,
+    weight_grad: bool,
+    **settings: Any,
+) -> int:
+    (m, p), n = g, weight[1]
+    state = layer_state.find_by_number(handle[0])
+    dx = flops_of_input_grad(state.config, state.memory, m, n, p)
+    return dx + (_weight_grad_flops(m, n, p, handle) if weight_grad else 0)
+
+
+def _weight_grad_flops(m: int, n: int, p: int, handle_shape: torch.Size) -> int:
+    state = layer_state.find_by_number(handle_shape[0])
+    k = rows_to_compute(state.config, state.memory, m, n, p)
+    subspace = state.memory.cost if isinstance(state.memory, SubspaceMemory) else None
+    return weight_grad_flops(m, n, p, k, subspace)

@@ -1,0 +1,64 @@
+"""Saving, loading and clearing the memories of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from memaop_triton.convert import converted_layers
+from memaop_triton.memory.kinds import Memory
+
+
+def memory_state_dict(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The memories of a model by qualified layer name, for `torch.save` beside its `state_dict`.
+
+    Holds tensors, numbers and strings only, so `torch.load(..., weights_only=True)` reads it. As
+    with `Module.state_dict` the tensors are the memories' own: copy them to keep a snapshot.
+    """
+    return {name: memory.state_dict() for name, memory in _memories(model).items()}
+
+
+def load_memory_state_dict(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put saved memories back into a model with the same converted layers.
+
+    Every process of a distributed run saves and loads its own. A layer that is divided by tensor
+    parallelism and fully sharded on top knows its part of the columns only after its first forward
+    pass: load then.
+
+    Raises:
+        ValueError: Layers are missing or unknown, or a memory is of another kind or shape; the
+            message names the layer. The model's memories are unchanged then.
+    """
+    check_memory_state_dict(model, state)
+    for name, memory in _memories(model).items():
+        memory.load_state_dict(state[name])
+
+
+def check_memory_state_dict(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise the `ValueError` that `load_memory_state_dict` would raise; nothing is changed."""
+    memories = _memories(model)
+    missing, unknown = memories.keys() - state.keys(), state.keys() - memories.keys()
+    if missing or unknown:
+        raise ValueError(
+            f"state does not fit the model: missing {sorted(missing)}, unknown {sorted(unknown)}. "
+            "Convert the model with the configuration that the state was saved under."
+        )
+    for name, memory in memories.items():
+        try:
+            memory.check_state(state[name])
+        except ValueError as error:
+            raise ValueError(f"memory of layer {name!r}: {error}") from None
+
+
+def reset_memory(model: nn.Module) -> None:
+    """Empty the memory of every converted layer, as after conversion."""
+    for memory in _memories(model).values():
+        memory.reset()
+
+
+def _memories(model: nn.Module) -> dict[str, Memory]:
+    return {
+        name: layer.memory for name, layer in converted_layers(model) if layer.memory is not None
+    }

@@ -1,0 +1,1 @@
+"""What converting a layer is worth, measured."""

@@ -1,0 +1,258 @@
+"""One forward and backward pass of a model, to see what its linear layers are asked for.
+
+The model is the same afterwards: `untouched` undoes whatever a training step changes in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from memaop_triton.nn.layer_choice import quoted
+from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.plan.layer_timing import Use
+from memaop_triton.plan.timing import elapsed
+
+
+class Observation(NamedTuple):
+    """What a step of a model does.
+
+    Attributes:
+        uses: For every layer its uses and how often each occurs, by the layer's name.
+        seconds: Of a forward and backward pass of the whole model.
+    """
+
+    uses: dict[str, Counter[Use]]
+    seconds: float
+
+
+def observe(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    example_inputs: object,
+    loss_fn: Callable[[Any], Tensor] | None = None,
+) -> Observation:
+    """Run a training step twice, without the update: once to look, once for the time.
+
+    Args:
+        model: In training mode; one in evaluation mode is put in training mode for this.
+        layers: What to look at, by name.
+        example_inputs: A tensor, a tuple of arguments, or a dictionary of keyword arguments.
+        loss_fn: From the model's output to a scalar; by default the sum of all floating tensors in
+            the output, be they in tuples, dictionaries or dataclasses.
+
+    Raises:
+        TypeError: `example_inputs` is nothing of the above.
+        ValueError: There is nothing in the output to differentiate.
+    """
+    uses: dict[str, Counter[Use]] = {name: Counter() for name in layers}
+
+    def step() -> None:
+        run_backward(model, example_inputs, loss_fn)
+
+    with untouched(model, example_inputs):
+        with _watching(layers, uses):
+            step()
+        model.zero_grad()
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        return Observation(uses, elapsed(step, device))
+
+
+def run_backward(
+    model: nn.Module, example_inputs: object, loss_fn: Callable[[Any], Tensor] | None = None
+) -> None:
+    """Run a model forward and backward; the arguments and errors are those of `observe`."""
+    arguments, keywords = _call_arguments(example_inputs)
+    output = model(*arguments, **keywords)
+    torch.autograd.backward(*_losses(output, loss_fn))
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module, inputs: object = None) -> Iterator[None]:
+    """Inside, `model` can be trained like any model; afterwards it is as it was before.
+
+    That is: values and gradients of the parameters (and of tensors among `inputs`), what requires a
+    gradient, buffers, modes, and the generators of torch, NumPy and Python. Inside, gradients are
+    computed eagerly and in training mode, start from none, and reach nobody: no optimizer that
+    steps in the backward pass, no other process. The memories of converted layers rest.
+
+    Holds copies of the parameters and buffers meanwhile.
+
+    Raises:
+        ValueError: A parameter or buffer is not initialised.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(is_lazy(t) for t in tensors):
+        raise ValueError("model has parameters that are not initialised: run it once first.")
+    modules = list(model.modules())
+    registered = [(m, m.training, m._parameters.copy(), m._buffers.copy()) for m in modules]
+    copies = [t.detach().clone() for t in tensors]
+    leaves = [*model.parameters(), *(t for t in _tensors(inputs) if t.is_leaf)]
+    gradients = [(t, t.requires_grad, t.grad) for t in leaves]
+    followers = [(hooks, dict(hooks)) for t in leaves if (hooks := _after_gradient(t))]
+    try:
+        if not model.training:
+            model.train()
+        for module in modules:
+            if isinstance(module, MemAOPLinear):
+                module.training = False  # exact: it neither draws nor remembers
+        for leaf in leaves:
+            leaf.grad = None
+        for hooks, _ in followers:
+            hooks.clear()
+        with generators_restored({t.device for t in (*tensors, *leaves)}), _training(model):
+            yield
+    finally:
+        for module, training, parameters, buffers in registered:
+            module.training = training
+            for now, before in ((module._parameters, parameters), (module._buffers, buffers)):
+                now.clear()
+                now.update(before)  # type: ignore[arg-type]
+        for tensor, copy in zip(tensors, copies, strict=True):
+            if not _is_expanded(tensor):
+                tensor.data.copy_(copy)
+        for leaf, required, gradient in gradients:
+            leaf.requires_grad_(required)
+            leaf.grad = gradient
+        for hooks, before_clearing in followers:
+            hooks.update(before_clearing)
+
+
+@contextlib.contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Gradients on whatever the caller has switched off, compilers and other processes off."""
+    alone: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if isinstance(model, DistributedDataParallel):
+        alone = model.no_sync()
+    eager: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        eager = torch.compiler.set_stance("force_eager")
+    with alone, eager, torch.inference_mode(False):  # which switches gradients on as well
+        yield
+
+
+@contextlib.contextmanager
+def generators_restored(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Put the default generators of Python, NumPy, torch and of these devices back afterwards."""
+    gpus = {device.index for device in devices if device.type == "cuda"}
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=sorted(gpus)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _is_expanded(a: Tensor) -> bool:
+    """Whether elements share their place in memory, which PyTorch never writes to."""
+    if a.layout != torch.strided:
+        return False
+    return any(stride == 0 and size > 1 for stride, size in zip(a.stride(), a.shape, strict=True))
+
+
+def _after_gradient(leaf: Tensor) -> dict[int, Any] | None:
+    """The hooks that run once a gradient has been accumulated, if there are any."""
+    hooks: dict[int, Any] | None = leaf._post_accumulate_grad_hooks
+    return hooks
+
+
+@contextlib.contextmanager
+def _watching(layers: Mapping[str, nn.Linear], uses: Mapping[str, Counter[Use]]) -> Iterator[None]:
+    """Count in `uses` what the backward pass asks of each layer.
+
+    In the backward pass, because a forward pass may be without one (a frozen part), or be repeated
+    (activation checkpointing).
+    """
+    with contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+            hook = _forward_hook(name, uses[name])
+            stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
+        yield
+
+
+def _forward_hook(name: str, uses: Counter[Use]) -> Callable[..., None]:
+    def hook(
+        layer: nn.Linear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+    ) -> None:
+        if not output.requires_grad:
+            return
+        weight, bias = layer.weight, layer.bias
+        if hasattr(weight, "device_mesh"):
+            raise ValueError(
+                f"layer {quoted(name)}: its weight is a DTensor, divided among processes. Measure "
+                "the model before tensor parallelism or fully_shard divides it."
+            )
+        x = args[0] if args else kwargs["input"]
+        use = Use(
+            output.numel() // max(1, output.shape[-1]),
+            layer.in_features,
+            layer.out_features,
+            output.dtype,
+            output.device,
+            weight.requires_grad,
+            bias is not None and bias.requires_grad,
+            x.requires_grad,
+        )
+        output.register_hook(lambda _: uses.update([use]))
+
+    return hook
+
+
+def _call_arguments(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    raise TypeError(
+        "example_inputs must be a tensor, a tuple of arguments or a dictionary of keyword "
+        f"arguments for the model's forward pass, got {type(example_inputs).__name__}."
+    )
+
+
+def _losses(
+    output: object, loss_fn: Callable[[Any], Tensor] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What to differentiate, and its gradient."""
+    if loss_fn is not None:
+        loss = loss_fn(output)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError(
+                f"loss_fn must return a tensor of one element that requires a gradient, got {loss}."
+            )
+        return [loss], [torch.ones_like(loss)]
+    losses = [t for t in _tensors(output) if t.is_floating_point() and t.requires_grad]
+    if not losses:
+        raise ValueError(
+            "example_inputs lead to no floating-point tensor that requires a gradient in the "
+            f"model's output, a {type(output).__name__}: pass loss_fn, which makes a scalar of it."
+        )
+    return losses, [torch.ones_like(t) for t in losses]
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists, dictionaries and dataclasses."""
+    parts: Any = ()
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        parts = value.values()
+    elif isinstance(value, tuple | list):
+        parts = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = (getattr(value, field.name) for field in dataclasses.fields(value))
+    for part in parts:
+        yield from _tensors(part)

@@ -1,0 +1,419 @@
+"""dX = G (W Q) Qᵀ: every row's part in a subspace, nothing drawn."""
+
+import copy
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from memaop_triton import MemAOPConfig, MemAOPLinear, convert_, new_memory
+from memaop_triton.backward.input_grad import flops_of_input_grad, projected_input_grad
+from memaop_triton.backward.weight_grad import weight_grad
+from memaop_triton.flops import projected_input_grad_flops, projection_rank_within
+
+M, N, P = 512, 64, 96
+DENSE = 2 * M * N * P
+
+
+def low_rank(rank, noise=0.0):
+    rows = torch.randn(M, rank) @ torch.randn(rank, P)
+    return rows + noise * torch.randn(M, P)
+
+
+def layer_of(dtype=torch.float32, **settings):
+    config = MemAOPConfig(grad_input="projected", **settings)
+    return MemAOPLinear(N, P, config=config, dtype=dtype)
+
+
+def input_grad(layer, g):
+    x = torch.randn(len(g), N, dtype=g.dtype, requires_grad=True)
+    layer(x).backward(g)
+    return x.grad
+
+
+def error_in_a_plane(layer, steps, plane=None):
+    """Of the last of so many gradients whose rows lie in a space of three dimensions, relative."""
+    plane = torch.randn(3, P) if plane is None else plane
+    for _ in range(steps):
+        g = torch.randn(M, 3) @ plane
+        dx = input_grad(layer, g).double()
+    return (dx - g.double() @ layer.weight.double()).norm() / dx.norm()
+
+
+def inside(layer, g):
+    """What the layer's subspace has of the exact gradient."""
+    q = layer.memory.projection.basis.to(g.dtype)
+    return g @ layer.weight @ q @ q.T
+
+
+@pytest.mark.parametrize("settings", [{"rank": 4}, {"budget": 1 / 4}, {"grad_input_budget": 0.2}])
+def test_it_is_the_gradient_of_the_rows_in_the_subspace(settings):
+    torch.manual_seed(0)
+    layer, g = layer_of(refresh_every=99, **settings), low_rank(2, noise=0.5)
+    dx = input_grad(layer, g)
+    torch.testing.assert_close(dx, inside(layer, g), rtol=1e-4, atol=1e-4)
+    assert (dx - g @ layer.weight).norm() > 0.05 * dx.norm()
+
+
+def test_a_step_that_refreshes_uses_one_subspace_throughout():
+    torch.manual_seed(0)
+    layer = layer_of(rank=4, refresh_every=1)
+    for _ in range(3):
+        q = layer.memory.projection.basis
+        before = None if q is None else q.clone()
+        g = torch.randn(M, P)
+        dx = input_grad(layer, g)
+        if before is not None:
+            expected = g @ layer.weight @ before @ before.T
+            torch.testing.assert_close(dx, expected, rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(before, layer.memory.projection.basis, atol=1e-2)
+
+
+def test_it_keeps_most_of_dx_not_of_g():
+    """Where W takes most of G's energy away, that does not matter."""
+    torch.manual_seed(0)
+    layer = layer_of(rank=4, refresh_every=1)
+    kept, hidden = torch.randn(3, P), torch.randn(40, P)
+    with torch.no_grad():
+        out = torch.linalg.qr(hidden.T).Q
+        layer.weight -= out @ (out.T @ layer.weight)
+    for _ in range(4):
+        g = torch.randn(M, 3) @ kept + 100 * torch.randn(M, 40) @ hidden
+        dx = input_grad(layer, g)
+    assert (dx - g @ layer.weight).norm() < 0.02 * dx.norm()
+
+
+def test_rows_of_few_dimensions_lose_nothing():
+    torch.manual_seed(0)
+    layer, g = layer_of(rank=4), low_rank(4)
+    torch.testing.assert_close(input_grad(layer, g), g @ layer.weight, rtol=1e-3, atol=1e-3)
+
+
+def test_the_subspace_follows_the_rows():
+    torch.manual_seed(0)
+    layer = layer_of(rank=4, refresh_every=2)
+    input_grad(layer, torch.randn(M, P))
+    assert error_in_a_plane(layer, steps=8) < 1e-4
+
+
+def test_a_refresh_comes_every_so_many_steps():
+    layer, seen = layer_of(rank=4, refresh_every=3), []
+    for _ in range(7):
+        input_grad(layer, torch.randn(M, P))
+        seen.append(layer.memory.projection.basis.clone())
+    same = [torch.equal(one, other) for one, other in itertools.pairwise(seen)]
+    assert same == [True, False, True, True, False, True]
+
+
+@pytest.mark.parametrize("ratio", [1 / 8, 1.0])  # all rows: both are exact
+def test_the_weight_gradient_is_what_it_is_without(ratio):
+    x, g = torch.randn(M, N, requires_grad=True), torch.randn(M, P)
+    gradients = []
+    for grad_input in ("exact", "projected"):
+        torch.manual_seed(0)
+        config = MemAOPConfig(ratio=ratio, grad_input=grad_input)
+        layer = MemAOPLinear(N, P, config=config)
+        layer(x).backward(g)
+        gradients.append(layer.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_frozen_weight_has_it_too():
+    torch.manual_seed(0)
+    layer = layer_of(rank=4, refresh_every=2)
+    layer.weight.requires_grad_(False)
+    for _ in range(5):
+        g = low_rank(3)
+        dx = input_grad(layer, g)
+    torch.testing.assert_close(dx, inside(layer, g), rtol=1e-4, atol=1e-4)
+    assert layer.memory.basis is None  # of dW
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtypes(dtype):
+    torch.manual_seed(0)
+    layer, g = layer_of(dtype, rank=4), low_rank(3).to(dtype)
+    dx, exact = input_grad(layer, g), g @ layer.weight
+    assert dx.dtype == dtype
+    assert layer.memory.projection.basis.dtype == torch.promote_types(dtype, torch.float32)
+    assert (dx - exact).norm() < (0.02 if dtype == torch.bfloat16 else 1e-6) * exact.norm()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_shows_and_stays_alone(bad):
+    layer = layer_of(rank=4, refresh_every=1)
+    g = torch.randn(M, P)
+    g[3, 5] = bad
+    dx = input_grad(layer, g)
+    assert not dx[3].isfinite().any()
+    assert dx[torch.arange(M) != 3].isfinite().all()
+    assert layer.memory.projection.basis.isfinite().all()
+
+
+def test_what_costs_no_less_is_exact():
+    layer, g = layer_of(rank=16), torch.randn(4, P)
+    torch.testing.assert_close(input_grad(layer, g), g @ layer.weight)
+    assert layer.memory.projection.basis is None
+
+
+def test_all_rows_are_exact():
+    layer, g = layer_of(rank=4), torch.randn(M, P)
+    input_grad(layer, g)
+    layer.set_ratio_(1)
+    torch.testing.assert_close(input_grad(layer, g), g @ layer.weight)
+
+
+def test_batches_of_all_sizes_share_a_basis():
+    """A small batch takes the leading columns, a larger one makes more."""
+    torch.manual_seed(0)
+    layer, ranks = layer_of(grad_input_budget=0.6, refresh_every=2), []
+    w = layer.weight.detach()
+    for rows in (64, 64, 512, 64, 2048, 64, 2048):
+        g = torch.randn(rows, 5) @ torch.randn(5, P)
+        before = layer.memory.projection.basis
+        before = None if before is None else before.clone()
+        dx = input_grad(layer, g)
+        rank = layer.config.projection_rank(rows, N, P)
+        held = layer.memory.projection.basis
+        ranks.append((rank, held.shape[1]))
+        torch.testing.assert_close(held.T @ held, torch.eye(held.shape[1]), atol=1e-5, rtol=0)
+        if before is not None and rank <= before.shape[1]:
+            q = before[:, :rank]
+            torch.testing.assert_close(dx, g @ w @ q @ q.T, rtol=1e-3, atol=1e-3)
+    used, kept = zip(*ranks, strict=True)
+    assert used[0] < used[2] < used[4]
+    assert list(kept) == list(itertools.accumulate(used, max))
+
+
+@pytest.mark.parametrize("first", [0.0, float("inf"), float("nan")])
+def test_a_first_batch_that_says_nothing_leaves_it_to_the_next(first):
+    torch.manual_seed(0)
+    layer, bad = layer_of(rank=4), torch.zeros(M, P)
+    bad[5] = first
+    input_grad(layer, bad)
+    assert error_in_a_plane(layer, steps=2) < 1e-3
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-24, 1e20])
+def test_gradients_of_any_size_keep_the_subspace(scale):
+    """Zeros at a refresh do not wipe it, and it is found from the tiniest and the largest."""
+    torch.manual_seed(0)
+    layer, plane = layer_of(rank=4, refresh_every=1), torch.randn(3, P)
+    if scale == 0:
+        error_in_a_plane(layer, steps=2, plane=plane)
+        input_grad(layer, torch.zeros(M, P))
+        assert error_in_a_plane(layer, steps=1, plane=plane) < 1e-3
+    else:
+        assert error_in_a_plane(layer, steps=2, plane=scale * plane) < 1e-3
+
+
+def test_columns_of_the_weight_that_are_zero_do_not_matter():
+    torch.manual_seed(0)
+    layer = layer_of(rank=4, refresh_every=1)
+    with torch.no_grad():
+        layer.weight[:, :8] = 0
+    input_grad(layer, torch.zeros(M, P))
+    assert error_in_a_plane(layer, steps=3) < 1e-3
+
+
+def test_half_precision_reaches_as_far_as_dense():
+    torch.manual_seed(0)
+    layer = MemAOPLinear(
+        4096, 64, config=MemAOPConfig(grad_input="projected", rank=4), dtype=torch.float16
+    )
+    column = torch.ones(256, 1, dtype=torch.float16)
+    g = column @ torch.full((1, 64), 800.0, dtype=torch.float16)
+    with torch.no_grad():
+        layer.weight.copy_(torch.rand(64, 4096))  # dX of up to 30,000
+    x = torch.randn(256, 4096, dtype=torch.float16, requires_grad=True)
+    layer(x).backward(g)
+    exact = g.float() @ layer.weight.float()
+    assert exact.max() < torch.finfo(torch.float16).max
+    assert (x.grad.float() - exact).norm() < 0.01 * exact.norm()
+
+
+def test_evaluation_and_empty_batches():
+    layer = layer_of(rank=4)
+    assert input_grad(layer, torch.randn(0, P)).shape == (0, N)
+    assert layer.memory.nbytes == 0
+    layer.eval()
+    g = torch.randn(M, P)
+    torch.testing.assert_close(input_grad(layer, g), g @ layer.weight)
+
+
+@pytest.mark.parametrize("budget", [1 / 16, 1 / 4, 1 / 2])
+def test_both_halves_stay_within_their_budgets(budget):
+    layer = layer_of(budget=budget)
+    x = torch.randn(M, N, requires_grad=True)
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            y = layer(x)
+        with FlopCounterMode(display=False) as backward:
+            y.backward(torch.randn(M, P))
+    assert counter.get_total_flops() == DENSE
+    assert 0.8 * 2 * budget * DENSE < backward.get_total_flops() <= 2 * budget * DENSE
+
+
+def test_the_rank_is_the_largest_that_the_budget_pays_for():
+    for budget in (0.04, 0.1, 0.3, 0.7, 0.999):
+        rank = projection_rank_within(budget, M, N, P, 8)
+        assert projected_input_grad_flops(M, N, P, rank, 8) <= budget * DENSE
+        assert projected_input_grad_flops(M, N, P, rank + 4, 8) > budget * DENSE or rank == N
+    assert projection_rank_within(1e-6, M, N, P, 8) == 1
+    assert projection_rank_within(0.9, 10**6, 6, 10**4, 8) == 4
+
+
+def test_flops_are_those_of_the_three_products_and_the_refreshes():
+    config = MemAOPConfig(rank=4, grad_input="projected", refresh_every=10)
+    memory = new_memory(config, N, P)
+    # A power iteration on all of the 512 rows and W, and QR.
+    refresh = 2 * 4 * P * (M + N) + 4 * 4 * 4 * N
+    expected = 2 * 4 * (M * P + P * N + M * N) + refresh / 10
+    assert flops_of_input_grad(config, memory, M, N, P) == round(expected)
+    assert flops_of_input_grad(config, memory, 2, N, P) == 2 * 2 * N * P  # dense
+
+
+def test_a_budget_of_its_own():
+    given = MemAOPConfig(budget=1 / 8, grad_input="projected", grad_input_budget=1 / 2)
+    shared = MemAOPConfig(budget=1 / 8, grad_input="projected")
+    ranks = [config.projection_rank(M, N, P) for config in (given, shared)]
+    assert ranks[0] > 3 * ranks[1]
+    with_ratio = MemAOPConfig(ratio=1 / 8, grad_input="projected", grad_input_budget=1 / 2)
+    assert with_ratio.projection_rank(M, N, P) == ranks[0]
+    for config in (MemAOPConfig(rank=9), MemAOPConfig(budget=1 / 2, rank=9)):
+        config = dataclasses.replace(config, grad_input="projected")
+        assert config.projection_rank(M, N, P) == 9
+    assert MemAOPConfig(grad_input="projected").projection_rank(M, 40, P) == 10  # a quarter
+
+
+def test_another_budget_of_dw_leaves_dx_as_it_is():
+    for settings in ({"budget": 1 / 4}, {"ratio": 1 / 4, "rank": 6}):
+        layer = layer_of(**settings)
+        rank = layer.config.projection_rank(M, N, P)
+        input_grad(layer, torch.randn(M, P))
+        q = layer.memory.projection.basis.clone()
+        for change, share in ((layer.set_budget_, 1 / 64), (layer.set_ratio_, 1 / 2)):
+            change(share)
+            assert layer.config.projection_rank(M, N, P) == rank
+            input_grad(layer, torch.randn(M, P))
+            assert torch.equal(layer.memory.projection.basis, q)
+
+
+@pytest.mark.parametrize("settings", [{"rank": 4}, {"budget": 1 / 4}])
+def test_a_checkpoint_resumes_to_the_bit(settings):
+    first, second = layer_of(refresh_every=3, **settings), layer_of(refresh_every=3, **settings)
+    batches = [torch.randn(M, P) for _ in range(8)]
+    for g in batches[:4]:
+        input_grad(first, g)
+    second.load_state_dict(first.state_dict())
+    second.memory.load_state_dict(copy.deepcopy(first.memory.state_dict()))
+    assert second.memory.nbytes == first.memory.nbytes
+    for g in batches[4:]:
+        torch.manual_seed(0)
+        x = torch.randn(M, N, requires_grad=True)
+        results = []
+        for layer in (first, second):
+            x.grad = None
+            torch.manual_seed(1)
+            layer(x).backward(g)
+            results.append(x.grad)
+        assert torch.equal(*results)
+    first.memory.reset()
+    assert first.memory.nbytes == 0
+    assert "projection" not in first.memory.state_dict()
+
+
+def test_a_state_of_another_width_is_refused():
+    layer = layer_of(rank=4)
+    input_grad(layer, torch.randn(M, P))
+    state = layer.memory.state_dict() | {"projection": torch.eye(N + 1, 4)}
+    with pytest.raises(ValueError, match=rf"projection has shape \({N + 1}, 4\).*\({N}, 4\)"):
+        layer.memory.load_state_dict(state)
+    good = layer.memory.state_dict()
+    for broken, message in (
+        ({"projection": torch.ones(N)}, "projection has shape"),
+        ({"projection": torch.ones(N, N + 1)}, f"{N + 1} columns for rows of {N}"),
+        ({"projection": torch.ones(N, 0)}, "0 columns"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer.memory.load_state_dict(good | broken)
+    with pytest.raises(ValueError, match="state lacks projection_step"):
+        layer.memory.load_state_dict({k: v for k, v in good.items() if k != "projection_step"})
+    # Of a memory that projected nothing.
+    plain = {key: value for key, value in state.items() if not key.startswith("projection")}
+    layer.memory.load_state_dict(plain)
+    assert layer.memory.projection.basis is None
+
+
+def test_copies_and_conversions_take_the_basis_along():
+    layer = layer_of(rank=4)
+    layer.weight.requires_grad_(False)
+    input_grad(layer, torch.randn(M, P))
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin.memory.projection.basis, layer.memory.projection.basis)
+    assert twin.memory.projection.basis is not layer.memory.projection.basis
+    twin.to(torch.float64)
+    assert twin.memory.projection.basis.dtype == torch.float32
+    twin.to("meta")
+    assert twin.memory.projection.basis is None
+    assert layer.memory.projection.basis is not None
+
+
+def test_a_memory_of_another_size_starts_anew():
+    memory = new_memory(MemAOPConfig(grad_input="projected"), N, P)
+    config = MemAOPConfig(grad_input="projected", rank=4)
+    projected_input_grad(torch.randn(M, P), torch.randn(P, N), config, memory)
+    memory.fit(config, P, N)
+    assert memory.projection.basis is None
+    dx = projected_input_grad(torch.randn(M, N), torch.randn(N, P), config, memory)
+    assert dx.shape == (M, P)
+    assert memory.projection.basis.shape == (P, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory": "none"}, "needs memory='subspace'.*not 'none'"),
+        ({"selection": "topk", "memory": "residual"}, "needs memory='subspace'.*not 'residual'"),
+        ({"grad_input_budget": 1.0}, "grad_input_budget=1 is what dense costs"),
+        ({"grad_input_budget": 1.5}, r"grad_input_budget=1\.5 must be in \(0, 1\]"),
+        ({"grad_input_budget": 0.1, "grad_input": "sampled"}, "no meaning for grad_input='sampled"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MemAOPConfig(**{"grad_input": "projected"} | settings)
+    with pytest.raises(TypeError, match="grad_input_budget must be a number"):
+        MemAOPConfig(grad_input="projected", grad_input_budget="all")
+
+
+def test_a_network_learns_with_it():
+    """All layers but the last from projected gradients; with none it would end at 0.21."""
+    last = {}
+    for grad_input in ("exact", "projected"):
+        torch.manual_seed(0)
+        sizes = [(N, P), (P, P), (P, P), (P, 2)]
+        model = nn.Sequential(*(m for size in sizes for m in (nn.Linear(*size), nn.Tanh())))
+        convert_(model, MemAOPConfig(ratio=0.9, rank=8, grad_input=grad_input))
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        truth = torch.randn(N, 2) / N**0.5
+        for _ in range(100):
+            x = torch.randn(M, N)
+            loss = (model(x) - (x @ truth).tanh()).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        last[grad_input] = loss.item()
+    assert last["exact"] < 0.01
+    assert last["projected"] < 0.1
+
+
+def test_weight_gradients_do_not_need_it():
+    """The function that has no weight to multiply with takes the configuration all the same."""
+    config = MemAOPConfig(rank=4, grad_input="projected")
+    memory = new_memory(config, N, P)
+    assert weight_grad(torch.randn(M, N), torch.randn(M, P), config, memory).shape == (P, N)
+    assert memory.projection.basis is None

@@ -1,0 +1,256 @@
+import pytest
+import torch
+
+from memaop_triton import MemAOPConfig, new_memory
+from memaop_triton.backward.weight_grad import weight_grad
+from memaop_triton.reference import weight_grad_reference
+from memaop_triton.selection import Selection
+
+SHAPES = [(17, 3, 129), (129, 17, 3), (3, 129, 17), (129, 1, 1), (1, 17, 3), (3, 1, 129)]
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def operands(rows, inputs, outputs, dtype=torch.float64):
+    return torch.randn(rows, inputs).to(dtype), torch.randn(rows, outputs).to(dtype)
+
+
+def dequantized(*tensors):
+    return tuple(None if t is None else t.double() for t in tensors)
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("budget", [{"k": 1}, {"ratio": 1 / 3}, {"ratio": 1.0}])
+def test_steps_equal_the_reference(scheme, rows, inputs, outputs, budget, generator):
+    config = MemAOPConfig(rank=4, refresh_every=2, **budget, **scheme)
+    equal_the_reference(config, rows, inputs, outputs, generator)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("side", ["input", "grad"])
+def test_steps_of_a_given_side_equal_the_reference(shape, side, generator):
+    config = MemAOPConfig(rank=4, refresh_every=2, side=side, ratio=1 / 3)
+    equal_the_reference(config, *shape, generator)
+
+
+def equal_the_reference(config, rows, inputs, outputs, generator):
+    memory = new_memory(config, inputs, outputs)
+    ours, theirs = generator(1), generator(1)
+    slots = None
+    for step in range(4):
+        x, g = operands(rows, inputs, outputs)
+        basis = None
+        if config.memory == "subspace" and config.num_rows(rows) < rows:
+            if step == 0:
+                memory.begin_step(x, g, config, ours)
+                theirs.set_state(ours.get_state())
+            basis = memory.basis.clone()
+        side = getattr(memory, "side", "input")
+        expected = weight_grad_reference(
+            x, g, config, memory=slots, basis=basis, side=side, generator=theirs
+        )
+        slots = expected.memory
+        dw = weight_grad(x, g, config, memory, generator=ours)
+        torch.testing.assert_close(dw, expected.weight_grad, rtol=1e-10, atol=1e-10)
+        if config.has_row_memory and memory.rows == 0:
+            # All rows were computed, and none was ever left: nothing is made, no sign is drawn.
+            assert config.num_rows(rows) == rows
+            assert not slots[0].any()
+            theirs.set_state(ours.get_state())
+        elif slots is not None:
+            stored = memory.state_dict()
+            torch.testing.assert_close(stored["x"], slots[0], rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(stored["g"], slots[1], rtol=1e-10, atol=1e-10)
+    assert torch.equal(ours.get_state(), theirs.get_state())
+
+
+def plain(x, g, selection, slots=None, basis=None, side="input"):
+    """The weight gradient and the slots after it, in the dtype of the operands throughout."""
+    if side == "grad":
+        return plain(g, x, selection, None, basis)[0].T, None
+    indices, weights = selection
+    if slots is not None:
+        x, g = slots[0] + x, slots[1] + g
+    dw = torch.zeros(g.shape[1], x.shape[1], dtype=x.dtype)
+    rest = x
+    if basis is not None:
+        z = x @ basis
+        dw = (g.T @ z) @ basis.T
+        rest = x - z @ basis.T
+    dw = dw + (weights.to(g.dtype).unsqueeze(1) * g[indices]).T @ rest[indices]
+    emptied = torch.ones(len(x), 1, dtype=x.dtype).index_fill_(0, indices, 0)
+    return dw, (x * emptied, g * emptied)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("shape", [*SHAPES, (129, 129, 17)], ids=str)
+@pytest.mark.parametrize("k", [1, 17, 128])
+@pytest.mark.parametrize(
+    ("selection", "memory"),
+    [("priority", "none"), ("weightedk", "residual"), ("priority", "subspace")],
+)
+def test_rounding_error_is_at_most_twice_that_of_torch(
+    selection, memory, dtype, shape, k, selections
+):
+    config = MemAOPConfig(k=k, rank=4, selection=selection, memory=memory)
+    memory = new_memory(config, *shape[1:])
+    exact_slots = torch_slots = None
+    if config.has_row_memory:
+        exact_slots = tuple(torch.zeros(shape[0], n, dtype=torch.float64) for n in shape[1:])
+        torch_slots = tuple(slot.to(dtype) for slot in exact_slots)
+    for _ in range(3):
+        x, g = operands(*shape, dtype)
+        selections.clear()
+        dw = weight_grad(x, g, config, memory)
+        assert dw.dtype == dtype
+        everything = Selection(torch.arange(shape[0]), torch.ones(shape[0]))
+        selection = selections[0] if selections else everything
+        basis = None
+        if config.memory == "subspace" and selections:
+            basis = memory.basis.to(dtype)
+        exact, exact_slots = plain(
+            *dequantized(x, g),
+            Selection(selection.indices, selection.weights.double()),
+            exact_slots if config.has_row_memory else None,
+            *dequantized(basis),
+            getattr(memory, "side", "input"),
+        )
+        torchs, torch_slots = plain(
+            x,
+            g,
+            selection,
+            torch_slots if config.has_row_memory else None,
+            basis,
+            getattr(memory, "side", "input"),
+        )
+        tiny = torch.finfo(dtype).eps * exact.abs().max()
+        error = (dw.double() - exact).abs().max()
+        assert error <= 2 * (torchs.double() - exact).abs().max() + tiny
+
+
+def test_float16_gradient_that_dense_can_hold_does_not_overflow():
+    config = MemAOPConfig(k=32, rank=4)
+    memory = new_memory(config, 1024, 8)
+    x, g = torch.ones(512, 1024).half(), torch.full((512, 8), 8.0).half()
+    for _ in range(2):
+        dw = weight_grad(x, g, config, memory)
+        torch.testing.assert_close(dw, g.T @ x, rtol=1e-2, atol=0)
+
+
+def test_weights_do_not_overflow_float16():
+    config = MemAOPConfig(k=1, selection="randk", rescale=True, memory="none")
+    x, g = torch.full((1024, 4), 1e-2).half(), torch.full((1024, 3), 100.0).half()
+    torch.testing.assert_close(weight_grad(x, g, config), g.T @ x, rtol=1e-2, atol=0)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.T.contiguous().T,
+    "strided": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+    "every-other-row": lambda t: t.repeat_interleave(2, 0)[::2],
+    "reversed-storage": lambda t: torch.cat([t, t], 1)[:, t.shape[1] :],
+    "expanded-rows": lambda t: t[:1].expand_as(t),
+    "expanded-columns": lambda t: t[:, :1].expand_as(t),
+    "expanded-scalar": lambda t: t[0, 0].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_strides_do_not_matter(memory_scheme, layout, dtype, generator):
+    config = MemAOPConfig(k=7, rank=2, **memory_scheme)
+    memories = [new_memory(config, 12, 9) for _ in range(2)]
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {}
+    for seed in range(3):
+        x, g = (LAYOUTS[layout](t) for t in operands(33, 12, 9, dtype))
+        strided = weight_grad(x, g, config, memories[0], generator=generator(seed))
+        x, g = x.clone(memory_format=torch.contiguous_format), g.contiguous()
+        dense = weight_grad(x, g, config, memories[1], generator=generator(seed))
+        torch.testing.assert_close(strided, dense, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW])
+def test_empty_batch_gives_zeros_and_leaves_the_memory_alone(
+    scheme, dtype, generator, contents, same
+):
+    config = MemAOPConfig(k=3, rank=2, **scheme)
+    memory = new_memory(config, 12, 5)
+    weight_grad(*operands(17, 12, 5, dtype), config, memory)
+    before = contents(memory)
+    draws = generator()
+    state = draws.get_state()
+    dw = weight_grad(*operands(0, 12, 5, dtype), config, memory, generator=draws)
+    assert dw.dtype == dtype
+    assert torch.equal(dw, torch.zeros(5, 12, dtype=dtype))
+    assert same(contents(memory), before)
+    assert torch.equal(draws.get_state(), state)
+
+
+@pytest.mark.parametrize("block_rows", [16, 32, 64, 128])
+@pytest.mark.parametrize("rows", [15, 129, 257])
+def test_blocks_are_picked_whole_by_the_sum_of_their_scores(block_rows, rows):
+    config = MemAOPConfig(ratio=0.5, selection="topk", memory="none", block_rows=block_rows)
+    x, g = operands(rows, 6, 4)
+    scores = x.norm(dim=1) * g.norm(dim=1)
+    blocks = scores.split(block_rows)
+    count = max(1, (config.num_rows(rows) + block_rows // 2) // block_rows)
+    best = sorted(range(len(blocks)), key=lambda b: -blocks[b].sum())[:count]
+    chosen = torch.cat([torch.arange(rows).split(block_rows)[b] for b in best])
+    torch.testing.assert_close(weight_grad(x, g, config), g[chosen].T @ x[chosen])
+
+
+def test_blocks_with_a_row_memory_leave_the_other_blocks_remembered():
+    config = MemAOPConfig(k=16, selection="topk", memory="residual", block_rows=16)
+    memory = new_memory(config, 6, 4)
+    x, g = operands(40, 6, 4)
+    x[16:32] *= 10
+    first = weight_grad(x, g, config, memory)
+    torch.testing.assert_close(first, g[16:32].T @ x[16:32])
+    assert memory.filled.tolist() == [True] * 16 + [False] * 16 + [True] * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_memory_dtype_is_the_storage_and_not_the_result(dtype, stored):
+    config = MemAOPConfig(k=5, selection="topk", memory="residual", memory_dtype=stored)
+    memory = new_memory(config, 12, 9)
+    slots = None
+    for _ in range(2):
+        x, g = operands(17, 12, 9, dtype)
+        expected = weight_grad_reference(*dequantized(x, g), config, memory=slots)
+        slots = expected.memory
+        dw = weight_grad(x, g, config, memory)
+        assert dw.dtype == dtype
+        assert memory.x.dtype == memory.g.dtype == stored
+        eps = max(torch.finfo(stored).eps, torch.finfo(dtype).eps)
+        torch.testing.assert_close(dw.double(), expected.weight_grad, rtol=8 * eps, atol=16 * eps)
+
+
+def test_bernoulli_that_draws_no_row_gives_zeros():
+    config = MemAOPConfig(k=1, selection="bernoulli", memory="none")
+    x, g = operands(17, 12, 5)
+    selection = Selection(torch.arange(5), torch.zeros(5, dtype=torch.float64))
+    poison = torch.full((5, 12), torch.nan, dtype=torch.float64)
+    del poison
+    assert torch.equal(
+        weight_grad(x, g, config, selection=selection), torch.zeros(5, 12, dtype=torch.float64)
+    )
+
+
+def test_bernoulli_that_draws_no_row_keeps_the_part_in_the_subspace():
+    config = MemAOPConfig(k=1, selection="bernoulli", rank=3, side="input")
+    memory = new_memory(config, 12, 5)
+    x, g = operands(17, 12, 5)
+    memory.begin_step(x, g, config)
+    basis = memory.basis.clone()
+    selection = Selection(torch.arange(5), torch.zeros(5, dtype=torch.float64))
+    dw = weight_grad(x, g, config, memory, selection=selection)
+    torch.testing.assert_close(dw, g.T @ (x @ basis) @ basis.T)
+
+
+def test_operands_are_not_changed(scheme):
+    config = MemAOPConfig(k=3, rank=2, **scheme)
+    memory = new_memory(config, 12, 5)
+    x, g = operands(17, 12, 5, torch.float32)
+    x_before, g_before = x.clone(), g.clone()
+    weight_grad(x, g, config, memory)
+    assert torch.equal(x, x_before)
+    assert torch.equal(g, g_before)

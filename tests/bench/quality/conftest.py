@@ -1,0 +1,19 @@
+import pytest
+
+from memaop_triton.bench.studies.quality.store import Store
+from memaop_triton.bench.studies.quality.tasks import TASKS
+from tests.bench.quality import tiny
+
+
+@pytest.fixture
+def task(monkeypatch):
+    """The tiny task, as the only one there is."""
+    for name in list(TASKS):
+        monkeypatch.delitem(TASKS, name)
+    monkeypatch.setitem(TASKS, "tiny", tiny.TASK)
+    return tiny.TASK
+
+
+@pytest.fixture
+def store(task, tmp_path):
+    return Store(tmp_path / "quality")

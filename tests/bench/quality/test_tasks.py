@@ -1,0 +1,180 @@
+"""Networks, data and the table of tasks and schemes."""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from memaop_triton.bench.studies.quality import data
+from memaop_triton.bench.studies.quality.data import Batch, ImageData, TextData
+from memaop_triton.bench.studies.quality.networks import Gpt, Vit
+from memaop_triton.bench.studies.quality.schemes import RATIOS, SCHEMES, cells, value_of
+from memaop_triton.bench.studies.quality.tasks import TASKS
+from memaop_triton.bench.studies.quality.training import Seeds, Trainer, evaluate
+from memaop_triton.experiments.data import load_text
+from memaop_triton.experiments.errors import DataError
+from memaop_triton.nn.linear import MemAOPLinear
+
+DENSE = ("dense", "dense-shorter", "dense-smaller")
+DATA_DIR = os.environ.get("MEMAOP_TRITON_DATA_DIR")
+needs_data = pytest.mark.skipif(not DATA_DIR, reason="MEMAOP_TRITON_DATA_DIR is not set")
+
+
+@needs_data
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("scheme", ["dense", "subspace"])
+def test_two_steps_on_real_data(name, scheme):
+    task = dataclasses.replace(TASKS[name], batch=4)
+    source = data.load(task, Path(DATA_DIR))
+    trainer = Trainer(task, SCHEMES[scheme].config("1/8"), 0)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    losses = [trainer.step(batch) for batch in source.batches(4, 2, generator)]
+    classes = 65 if task.metric == "loss" else 10
+    assert losses[0] == pytest.approx(math.log(classes), rel=0.1)  # it knows nothing yet
+    after = trainer.model.parameters()
+    assert not any(torch.equal(p, q) for p, q in zip(before, after, strict=True) if p.dim() > 1)
+    converted = [n for n, m in trainer.model.named_modules() if isinstance(m, MemAOPLinear)]
+    linear = [n for n, m in trainer.model.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert sorted(converted) == ([] if scheme == "dense" else sorted(set(linear) - {"head"}))
+    x, y = source.sample
+    assert math.isfinite(evaluate(trainer.model, Batch(x[:2], y[:2])).loss)
+
+
+@needs_data
+def test_held_out_text_is_large_enough():
+    source = data.load(TASKS["gpt-128"], Path(DATA_DIR))
+    assert source.held_out.y.numel() > 50_000
+    assert source.sample.y.numel() == 64 * 128
+
+
+def test_text_targets_are_the_next_characters():
+    source = TextData(torch.arange(100), torch.arange(100, 131), context=10)
+    (batch,) = source.batches(32, 1, torch.Generator().manual_seed(0))
+    assert batch.x.shape == (32, 10)
+    for x, y in (batch, source.held_out, source.sample):
+        assert torch.equal(y, x + 1)
+        assert torch.equal(x[:, 1:], y[:, :-1])
+    assert torch.equal(source.held_out.x.flatten(), torch.arange(100, 130))
+    assert batch.y.max() < 100
+    tuning = source.for_tuning()
+    assert torch.equal(torch.cat([tuning.train, tuning.rest]), source.train)
+    assert len(tuning.rest) == len(source.rest)
+
+
+def test_a_pass_shows_every_image_once():
+    count = 10
+    train = Batch(torch.arange(count).float()[:, None], torch.arange(count))
+    source = ImageData(train, train)
+    batches = list(source.batches(4, 5, torch.Generator().manual_seed(0)))
+    labels = torch.cat([batch.y for batch in batches])
+    assert labels[:10].sort().values.tolist() == labels[10:].sort().values.tolist() == [*range(10)]
+    assert labels[:10].tolist() != labels[10:].tolist()
+    assert all(torch.equal(x.flatten().long(), y) for x, y in batches)
+
+
+def test_tuning_never_sees_what_is_held_out():
+    images = Batch(torch.arange(12_000.0)[:, None], torch.zeros(12_000, dtype=torch.int64))
+    source = ImageData(images, Batch(-images.x, images.y))
+    tuning = source.for_tuning()
+    assert len(tuning.held_out.y) == 10_000
+    assert torch.equal(torch.cat([tuning.train.x, tuning.held_out.x]), images.x)
+    assert len(source.sample.y) == 2_000
+    assert torch.equal(source.sample.x, source.sample.x)
+
+
+def test_gpt_sees_nothing_of_the_future():
+    model = Gpt(32, 2, context=8, vocabulary=11).build()
+    tokens = torch.randint(11, (1, 8))
+    changed = tokens.clone()
+    changed[0, 5] = (changed[0, 5] + 1) % 11
+    one, other = model(tokens), model(changed)
+    assert torch.equal(one[0, :5], other[0, :5])
+    assert not torch.allclose(one[0, 5:], other[0, 5:])
+
+
+def test_vit_cuts_squares():
+    model = Vit(8, 1, side=4, patch=2).build()
+    seen = []
+    model.patches.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model(torch.arange(16.0)[None])
+    assert seen[0].tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_cell_has_a_configuration_of_its_own(task):
+    configs = {}
+    for cell in cells(task):
+        config = cell.config
+        assert (config is None) == (cell.scheme in DENSE)
+        if config is not None:
+            share = config.ratio or config.budget / 0.9
+            assert share == pytest.approx(value_of(cell.ratio))
+            assert SCHEMES[cell.scheme].cheapens_both == (config.grad_input != "exact")
+            assert configs.setdefault((config, cell.allocated), cell) is cell
+    assert [value_of(ratio) for ratio in RATIOS] == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
+def test_cheap_tasks_cover_the_grid_and_all_tasks_one_column_of_it():
+    sampled = {name for name, scheme in SCHEMES.items() if scheme.make}
+    assert len(cells("mnist-sgd")) == 1 + len(RATIOS) * len(sampled)
+    for task in ("fashion", "vit", "gpt-128"):
+        found = cells(task)
+        assert {cell.scheme for cell in found} == {*DENSE, *sampled}
+        assert sum(cell.scheme == "budget" for cell in found) == len(RATIOS)
+        assert sum(cell.scheme == "crs" for cell in found) == 1
+
+
+def test_fewer_steps_are_a_problem_of_their_own():
+    for task in ("gpt-512", "gpt-256", "gpt-128", "gpt-128-256"):
+        longer, shorter = (cell for cell in cells(task) if cell.scheme == "dense-shorter")
+        steps = TASKS[task].steps
+        assert longer.problem == dataclasses.replace(TASKS[task], steps=3 * steps // 4)
+        assert shorter.problem == dataclasses.replace(TASKS[task], steps=steps // 2)
+        assert len({longer.code, shorter.code, shorter.dense.code}) == 3
+        assert shorter.dense.problem is TASKS[task]
+
+
+def test_a_smaller_batch_is_a_problem_of_its_own():
+    for task in ("gpt-512", "gpt-128", "fashion", "vit-512"):
+        found = [cell for cell in cells(task) if cell.scheme == "dense-smaller"]
+        for cell, share in zip(found, (0.75, 0.5, 0.25), strict=True):
+            problem = dataclasses.replace(TASKS[task], batch=share * TASKS[task].batch)
+            assert cell.problem == problem
+        assert len({cell.code for cell in (*found, found[0].dense)}) == 4
+
+
+def test_a_larger_batch_is_all_that_differs():
+    small = TASKS["gpt-128"]
+    for batch in (64, 256):
+        large = TASKS[f"gpt-128-{batch}"]
+        assert large == dataclasses.replace(small, name=large.name, title=large.title, batch=batch)
+        assert {cell.scheme for cell in cells(large.name)} >= {"dense", "budget", "budget-both"}
+
+
+def test_seeds_are_independent():
+    assert len({number for seed in range(50) for number in Seeds.of(seed)}) == 150
+
+
+def test_text_is_read_or_its_source_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"input\.txt.*--data-dir"):
+        load_text("tinyshakespeare")
+    with pytest.raises(DataError, match=r"no file tinyshakespeare\.txt.*input\.txt"):
+        load_text("tinyshakespeare", tmp_path)
+    (tmp_path / "tinyshakespeare.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(DataError, match="not UTF-8"):
+        load_text("tinyshakespeare", tmp_path)
+    (tmp_path / "tinyshakespeare.txt").write_text("Before we proceed", encoding="utf-8")
+    assert load_text("tinyshakespeare", tmp_path) == "Before we proceed"
+    codes = data.load(dataclasses.replace(TASKS["gpt-128"]), tmp_path)
+    assert codes.train.max() < 65
+
+
+def test_a_text_of_too_many_characters_is_refused(tmp_path):
+    text = "".join(map(chr, range(200, 300)))
+    (tmp_path / "tinyshakespeare.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"100 different characters.*takes 65"):
+        data.load(TASKS["gpt-128"], tmp_path)

@@ -1,0 +1,157 @@
+"""The methods of the literature that the benchmarks compare with: their laws and their sums."""
+
+import math
+
+import pytest
+import torch
+
+from memaop_triton import MemAOPConfig, new_memory
+from memaop_triton.backward.weight_grad import weight_grad
+from memaop_triton.bench.suites import baselines
+from memaop_triton.reference import weight_grad_reference
+from memaop_triton.selection import inclusion_probabilities, select_rows
+
+M, N, P, K = 40, 12, 5, 10
+STATELESS = [name for name in baselines.METHODS if name != "authors"]
+
+
+@pytest.fixture
+def batch():
+    """X and G with some rows much larger than others."""
+    scale = torch.logspace(-1, 1, M, dtype=torch.float64)[torch.randperm(M)].unsqueeze(1)
+    x = scale * (torch.randn(M, N, dtype=torch.float64) + 0.5)
+    return x, scale * torch.randn(M, P, dtype=torch.float64)
+
+
+def scores_of(x, g):
+    return x.norm(dim=1) * g.norm(dim=1)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, method in baselines.METHODS.items() if method.is_unbiased]
+)
+def test_mean_over_draws_is_dense(name, batch, mean_agrees):
+    x, g = batch
+    call = baselines.METHODS[name].make(K)
+    mean_agrees([call(x, g) for _ in range(500)], g.T @ x)
+
+
+@pytest.mark.parametrize("name", ["topk-crs", "authors"])
+def test_the_others_are_biased(name, batch, mean_agrees):
+    x, g = batch
+    call = baselines.METHODS[name].make(K)
+    draws = [call(x, g) + 1e-9 * torch.randn(P, N) for _ in range(20)]
+    with pytest.raises(AssertionError):
+        mean_agrees(draws, g.T @ x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", baselines.METHODS)
+def test_shape_and_dtype_are_those_of_a_weight_gradient(name, dtype):
+    x, g = torch.randn(M, N).to(dtype), torch.randn(M, P).to(dtype)
+    call = baselines.METHODS[name].make(K)
+    for _ in range(2):
+        dw = call(x, g)
+        assert dw.shape == (P, N)
+        assert dw.dtype == dtype
+        assert dw.isfinite().all()
+
+
+def test_dense_is_dense(batch):
+    x, g = batch
+    torch.testing.assert_close(baselines.dense(x, g), g.T @ x)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.25])
+def test_authors_formulation_is_our_residual_memory(decay):
+    rate = 0.01
+    theirs = baselines.MemAOPGD(K, learning_rate=rate, decay=decay)
+    config = MemAOPConfig.paper(k=K, selection="topk", decay=decay)
+    memory = new_memory(config, N, P)
+    slots = None
+    for _ in range(4):
+        x, g = torch.randn(M, N, dtype=torch.float64), torch.randn(M, P, dtype=torch.float64)
+        gradient = theirs(x, g) / rate
+        torch.testing.assert_close(gradient, weight_grad(x, g, config, memory))
+        expected = weight_grad_reference(x, g, config, memory=slots, carry=decay**0.5)
+        slots = expected.memory
+        torch.testing.assert_close(gradient, expected.weight_grad)
+
+
+def test_topk_is_our_topk(batch):
+    x, g = batch
+    config = MemAOPConfig(k=K, selection="topk", memory="none")
+    torch.testing.assert_close(baselines.topk_crs(x, g, K), weight_grad(x, g, config))
+
+
+@pytest.mark.parametrize("k", [1, 7, M - 1])
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_poisson_probabilities_are_ours(k, spread):
+    scores = (spread * torch.randn(M, dtype=torch.float64)).exp()
+    ours = inclusion_probabilities(scores, k)
+    torch.testing.assert_close(baselines.poisson_probabilities(scores, k), ours)
+    assert ours.sum() == pytest.approx(k)
+
+
+class Picked:
+    """Rows and weights that a method uses, read from the gradient of one-hot rows of X."""
+
+    def __init__(self, scores):
+        # G is a column of ones and row m of X is s_m e_m: dW holds w_m s_m.
+        self.scores = scores
+        self.x, self.g = torch.diag(scores), torch.ones(len(scores), 1, dtype=scores.dtype)
+
+    def weights(self, name):
+        return baselines.METHODS[name].make(K)(self.x, self.g)[0] / self.scores
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"), [("crs", "crs"), ("wta-crs", "wta"), ("vcas", "bernoulli")]
+)
+def test_same_law_as_our_selection(name, policy):
+    scores = torch.logspace(-1.5, 1, M, dtype=torch.float64)
+    picked = Picked(scores)
+    theirs, ours = [], []
+    for _ in range(2000):
+        theirs.append(picked.weights(name))
+        selection = select_rows(scores, K, policy)
+        weights = torch.zeros(M, dtype=torch.float64)
+        ours.append(weights.index_add_(0, selection.indices, selection.weights))
+    theirs, ours = torch.stack(theirs), torch.stack(ours)
+    for statistic in (lambda w: w, lambda w: w.square(), lambda w: (w > 0).double()):
+        a, b = statistic(theirs), statistic(ours)
+        error = ((a.var(0) + b.var(0)) / len(a)).sqrt()
+        # 40 rows at 5 standard errors; rare rows have few draws to estimate the error from.
+        often = (theirs > 0).sum(0) + (ours > 0).sum(0) > 40
+        assert often.sum() > M / 2
+        difference = (a.mean(0) - b.mean(0)).abs()
+        assert (difference <= 5 * error + 1e-9)[often].all()
+
+
+def test_winners_are_certain():
+    scores = torch.ones(M, dtype=torch.float64)
+    scores[[3, 17]] = 50
+    picked = Picked(scores)
+    for _ in range(20):
+        weights = picked.weights("wta-crs")
+        assert weights[[3, 17]].tolist() == pytest.approx([1, 1])
+        assert weights.count_nonzero() <= K
+
+
+def test_bernoulli_crs_keeps_a_uniform_part():
+    scores = torch.ones(M, dtype=torch.float64)
+    scores[:5] = 1e-9
+    picked = Picked(scores)
+    draws = torch.stack([picked.weights("bernoulli-crs") for _ in range(4000)])
+    kept = (draws[:, :5] > 0).double().mean().item()
+    expected = 0.1 / M
+    assert abs(kept - expected) < 5 * math.sqrt(expected / draws[:, :5].numel())
+    assert draws[:, 5:].max() == pytest.approx(1 / (0.9 * K / (M - 5) + expected))
+
+
+def test_authors_code_scales_as_the_formula_does(batch):
+    x, g = batch
+    torch.manual_seed(3)
+    by_rows = baselines.bernoulli_crs(x, g, K)
+    torch.manual_seed(3)
+    torch.testing.assert_close(baselines.bernoulli_crs_code(x, g, K), by_rows)

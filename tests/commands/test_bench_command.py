@@ -1,0 +1,167 @@
+"""`memaop-triton bench`: a tiny suite run for real, and what is refused."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+
+from memaop_triton.bench import run
+from memaop_triton.commands import cli
+
+KINDS = {"machine", "kernel", "dw", "layer", "step", "sweep_rows", "sweep_ratio", "sweep_width"}
+METHOD = {"role", "label", "ms", "q1", "q3", "speedup", "peak_bytes", "note", "config_source"}
+CASE = {"kind", "title", "m", "n", "p", "k", "ratio", "dtype", "device", "block_rows", "model"}
+
+
+def error_of(capsys, *arguments):
+    assert cli.run(["bench", *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The results of the smoke suite, where they lie, and what was told on the way."""
+    folder = tmp_path_factory.mktemp("smoke")
+    told = []
+    outcome = run.run_suite("smoke", folder / "smoke.json", threads=1, tell=told.append)
+    assert not outcome.failed
+    return json.loads((folder / "smoke.json").read_text()), outcome.log, told
+
+
+def test_results_have_what_the_report_reads(smoke):
+    infos = [benchmark["extra_info"] for benchmark in smoke[0]["benchmarks"]]
+    assert {info["kind"] for info in infos} == KINDS | {"overhead"}
+    for info in infos:
+        if info["kind"] == "machine":
+            continue
+        assert set(info) >= CASE, info["title"]
+        assert 1 <= info["k"] <= info["m"]
+        roles = [method["role"] for method in info["methods"].values()]
+        assert roles.count("dense") == 1
+        assert "ours" in roles
+        assert roles.count("limit") <= 1
+        for method in info["methods"].values():
+            assert set(method) >= METHOD
+            assert 0 < method["q1"] <= method["ms"] <= method["q3"]
+            assert method["peak_bytes"] >= 0
+            speedup = method["speedup"]
+            assert 0 < speedup["q1"] <= speedup["median"] <= speedup["q3"]
+
+
+def test_results_do_not_name_the_machine(smoke):
+    assert "node" not in smoke[0]["machine_info"]
+    assert {"project", "branch"}.isdisjoint(smoke[0]["commit_info"])
+
+
+def test_results_name_the_commit_of_a_checkout(smoke):
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=run.FOLDER, capture_output=True, text=True
+    )
+    if commit.returncode:
+        pytest.skip("not a git checkout")
+    assert smoke[0]["commit_info"]["id"] == commit.stdout.strip()
+
+
+def test_progress_counts_every_benchmark(smoke):
+    results, _, told = smoke
+    count = len(results["benchmarks"])
+    assert {progress.total for progress in told} == {count}
+    assert [progress.done for progress in told] == list(range(count + 1))
+    assert all(progress.outcome == "passed" for progress in told)
+
+
+def test_the_log_has_the_table(smoke):
+    assert "ratio to dense" in smoke[1].read_text()
+
+
+def test_command_writes_results_and_report_and_compares(smoke, capsys, tmp_path):
+    # An earlier run in which ours was far faster: what is measured now is a regression. It lies
+    # where the new results go.
+    earlier = copy.deepcopy(smoke[0])
+    for benchmark in earlier["benchmarks"]:
+        if benchmark["extra_info"]["kind"] == "overhead":
+            ours = benchmark["extra_info"]["methods"]["default"]
+            ours["speedup"] = dict.fromkeys(("median", "q1", "q3"), 1e6)
+    place = tmp_path / "smoke.json"
+    place.write_text(json.dumps(earlier))
+    options = ["--suite", "smoke", "--only", "overhead", "--output", str(tmp_path)]
+    compared = ["--compare", str(place), "--fail-if-slower", "20"]
+    assert cli.run(["bench", *options, "--threads", "1", *compared]) == 1
+    output = capsys.readouterr().out
+    assert "slower: " in output
+    for name in ("smoke.json", "smoke.log", "smoke.md", "smoke.html"):
+        assert (tmp_path / name).stat().st_size > 0
+        assert name in output
+    (benchmark,) = json.loads(place.read_text())["benchmarks"]
+    assert benchmark["extra_info"]["kind"] == "overhead"
+
+
+def test_a_failing_benchmark_is_told_and_the_others_count(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    options = ["--suite", "smoke", "--only", "overhead or kernel and selection"]
+    assert cli.run(["bench", *options, "--output", str(tmp_path)]) == 1
+    assert "failed: test_overhead[64x64x64-r=1_8]" in capsys.readouterr().out
+    (benchmark,) = json.loads((tmp_path / "smoke.json").read_text())["benchmarks"]
+    assert benchmark["extra_info"]["kind"] == "kernel"
+
+
+def test_where_nothing_succeeds_earlier_results_stay(tmp_path, monkeypatch):
+    results = tmp_path / "smoke.json"
+    results.write_text("{}")
+    monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "nonsense")
+    with pytest.raises(run.BenchmarkError, match=r"nonsense.*smoke\.log"):
+        run.run_suite("smoke", results, only="overhead")
+    assert results.read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--suite", "everything"], ["everything", "quick", "cpu", "gpu"]),
+        (["--suite", "gpu"], ["--suite=gpu", "GPU"]),
+        (["--fail-if-slower", "5"], ["--fail-if-slower", "--compare"]),
+        (["--fail-if-slower", "-1"], ["--fail-if-slower"]),
+        (["--compare", "nowhere.json"], ["nowhere.json"]),
+        (["--threads", "0"], ["--threads"]),
+    ],
+)
+def test_what_cannot_be_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    line = error_of(capsys, *arguments)
+    assert all(word in line for word in words)
+
+
+def test_output_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert "--output" in error_of(capsys, "--output", str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("module", ["pytest", "pytest_benchmark"])
+def test_missing_extra_says_what_to_install(module, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert "pip install 'memaop-triton[bench]'" in error_of(capsys)
+
+
+def test_nothing_matches_on_a_busy_machine(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 99.0, 99.0))
+    options = ["--suite", "smoke", "--only", "nosuch", "--output", str(tmp_path)]
+    assert cli.run(["bench", *options]) == 2
+    told = capsys.readouterr()
+    assert "--only='nosuch'" in told.err
+    assert "load average is 99.0" in told.out
+
+
+def test_a_suite_for_gpus_has_benchmarks_of_its_own(tmp_path, monkeypatch):
+    command = run._command("gpu", tmp_path / "r.json", tmp_path / "e", None, None)
+    done = subprocess.run(
+        [*command, "--collect-only"], env=run._environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    for name in ("test_machine", "test_dw", "test_layer", "test_step", "test_rows", "test_gpu_"):
+        assert name in done.stdout

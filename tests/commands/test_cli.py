@@ -1,0 +1,249 @@
+"""The command line, its loaders and the paper's protocol."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from memaop_triton.commands import cli
+from memaop_triton.experiments import data, demo, demo_report, paper, paper_report, published
+from memaop_triton.experiments.errors import (
+    DataError,
+    ExperimentError,
+    MissingExtraError,
+    require_extra,
+)
+
+DATA_DIR = os.environ.get(data.DATA_DIR_VARIABLE)
+needs_data = pytest.mark.skipif(not DATA_DIR, reason=f"{data.DATA_DIR_VARIABLE} is not set")
+
+
+def error_of(capsys, *arguments: str) -> str:
+    """Run a command line that must fail; return its one line of error."""
+    assert cli.run(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], ["demo", "reproduce"]),
+        ([], ["demo", "reproduce"]),
+        (["demo", "--help"], ["--dataset", "--ratio", "--seeds", "--json", "--output"]),
+        (["reproduce", "--help"], ["energy", "mnist"]),
+        (["reproduce", "energy", "--help"], ["--runs", "--jobs", "--seed", "--data-dir"]),
+        (["--version"], ["memaop-triton 0."]),
+    ],
+)
+def test_help_and_version(arguments, words, capsys):
+    assert cli.run(arguments) == 0
+    output = capsys.readouterr().out
+    assert all(word in output for word in words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train"], "train"),
+        (["demo", "--colour", "red"], "--colour"),
+        (["demo", "--dataset", "cifar"], "--dataset"),
+        (["demo", "--ratio", "0"], "--ratio"),
+        (["demo", "--ratio", "1.5"], "--ratio"),
+        (["demo", "--lr", "nan"], "--lr"),
+        (["demo", "--seeds", "0"], "--seeds"),
+        (["demo", "--epochs", "many"], "--epochs"),
+        (["demo", "--batch-size", "5000"], "--batch-size=5000"),
+        (["reproduce"], "energy, mnist"),
+        (["reproduce", "cifar"], "cifar"),
+        (["reproduce", "energy", "--jobs", "0"], "--jobs"),
+        (["reproduce", "energy", "--seed", "-1"], "--seed"),
+    ],
+)
+def test_bad_option_is_one_line_that_names_it(arguments, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert named in error_of(capsys, *arguments)
+
+
+@pytest.mark.parametrize("command", [["reproduce", "energy"], ["reproduce", "mnist"]])
+def test_missing_data_names_the_option(command, capsys, tmp_path):
+    output = ["--output", str(tmp_path / "results")]
+    missing = str(tmp_path / "nowhere")
+    assert f"--data-dir={missing}" in error_of(capsys, *command, *output, "--data-dir", missing)
+    assert f"--data-dir={tmp_path}" in error_of(
+        capsys, *command, *output, "--data-dir", str(tmp_path)
+    )
+
+
+def test_environment_variable_names_the_data(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv(data.DATA_DIR_VARIABLE, str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=data.DATA_DIR_VARIABLE):
+        data.resolve_data_dir(None)
+    assert data.resolve_data_dir(tmp_path) == tmp_path
+
+
+def test_output_that_cannot_be_written(capsys, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    assert "--output" in error_of(capsys, "demo", "--output", str(file))
+    places = ["--output", str(tmp_path), "--json", str(tmp_path)]
+    assert "--json" in error_of(capsys, "demo", *places)
+
+
+@pytest.mark.parametrize("module", ["sklearn", "matplotlib"])
+def test_missing_extra_says_what_to_install(module, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(MissingExtraError, match=module):
+        require_extra(module)
+    line = error_of(capsys, "demo", "--output", str(tmp_path))
+    assert "pip install 'memaop-triton[demo]'" in line
+
+
+def test_failed_download_says_how_to_go_on(monkeypatch):
+    def offline(**query):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", offline)
+    for load in (data.load_energy, lambda: data.load_images("mnist")):
+        with pytest.raises(DataError, match=r"no route.*--data-dir"):
+            load()
+
+
+def test_archive_that_is_none(tmp_path):
+    (tmp_path / "mnist.npz").write_bytes(b"not an archive")
+    with pytest.raises(DataError, match=r"mnist\.npz"):
+        data.load_images("mnist", tmp_path)
+    np.savez(tmp_path / "fashion_mnist.npz", x_train=np.zeros((2, 4), np.uint8))
+    with pytest.raises(DataError, match="y_train"):
+        data.load_images("fashion_mnist", tmp_path)
+
+
+def test_archive_of_images(tmp_path):
+    x = np.arange(24, dtype=np.uint8).reshape(3, 2, 4)
+    y = np.array([0, 9, 1], np.uint8)
+    np.savez(tmp_path / "mnist.npz", x_train=x, y_train=y, x_test=x[:1], y_test=y[:1])
+    images = data.load_images("mnist", tmp_path)
+    torch.testing.assert_close(images.x_train, torch.arange(24.0).view(3, 8) / 255)
+    assert images.y_train.tolist() == [0, 9, 1]
+    assert images.y_train.dtype == torch.int64
+
+
+def test_demo_writes_table_figure_and_numbers(capsys, tmp_path):
+    path = tmp_path / "sub" / "demo.json"
+    size = ["--seeds", "2", "--epochs", "1", "--width", "32", "--batch-size", "128"]
+    places = ["--output", str(tmp_path), "--json", str(path)]
+    assert cli.run(["demo", *size, "--ratio", "0.25", *places]) == 0
+    output = capsys.readouterr().out
+    labels = [scheme.label for scheme in demo.schemes(0.25)]
+    assert all(label in output for label in labels)
+    assert (tmp_path / "demo_digits_sgd.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads(path.read_text())
+    assert content["settings"]["width"] == 32
+    assert [scheme["label"] for scheme in content["schemes"]] == labels
+    for scheme in content["schemes"]:
+        assert len(scheme["accuracies"]) == len(scheme["curves"]) == 2
+        assert scheme["step_seconds"] > 0
+        assert scheme["weight_grad_seconds"] > 0
+        assert scheme["curves"][0]["steps"][-1] == 1437 // 128
+    memory = {scheme["key"]: scheme["memory_bytes"] for scheme in content["schemes"]}
+    assert memory["dense"] == memory["priority"] == 0
+    assert memory["default"] == 4 * 8 * ((64 + 32) + 2 * (32 + 32))
+    # A float32 row of x and g and a flag for each of the 128 rows of the three hidden layers.
+    assert memory["paper"] == 128 * (4 * (64 + 32 + 4 * 32) + 3)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (135168, "132 KiB"), (2**40, "1024 GiB")],
+)
+def test_human_bytes(count, text):
+    assert demo_report.human_bytes(count) == text
+
+
+def test_demo_is_paired_and_reproducible():
+    images = data.load_images("digits")
+    settings = demo.Settings(ratio=1, seeds=1, epochs=1, batch_size=256, width=16, lr=0.1)
+    first, again = (demo.run_demo(settings, images) for _ in range(2))
+    for result, other in zip(first, again, strict=True):
+        assert result.curves[0].loss == other.curves[0].loss
+        # With every row computed all schemes are dense from the same start on the same batches.
+        assert result.curves[0].loss == pytest.approx(first[0].curves[0].loss, rel=1e-4)
+    with pytest.raises(ExperimentError, match="--batch-size"):
+        demo.total_steps(demo.Settings(1, 1, 1, 1438, 16, 0.1), images)
+
+
+def _energy_like() -> np.ndarray:
+    """A table of the energy data's form: numbers in order, codes 2 … 5 and 0 … 5."""
+    table = np.linspace(1, 2, 7680).reshape(768, 10) ** np.arange(1, 11)
+    table[:, 5] = 2 + np.arange(768) % 4
+    table[:, 7] = np.arange(768) % 6
+    return table
+
+
+@pytest.mark.parametrize(
+    "load",
+    [_energy_like, pytest.param(lambda: data.load_energy(Path(DATA_DIR)), marks=needs_data)],
+)
+def test_energy_preprocessing(load):
+    table = load()
+    problem = paper.prepare_energy(table)
+    assert problem.x_train.shape == (576, 16)
+    assert problem.x_val.shape == (192, 16)
+    numbers, codes = problem.x_train[:, :6].double(), torch.cat([problem.x_train, problem.x_val])
+    assert numbers.mean(0).abs().max() < 1e-6
+    torch.testing.assert_close(numbers.std(0, correction=0), torch.ones(6).double())
+    assert torch.equal(codes[:, 6:10].sum(1), torch.ones(768))
+    assert torch.equal(codes[:, 10:].sum(1), torch.ones(768))
+    assert codes[:, 6:10].argmax(1).tolist() == (table[:, 5] - 2).tolist()
+    assert codes[:, 10:].argmax(1).tolist() == table[:, 7].tolist()
+    assert problem.y_train[:, 0].tolist() == table[:576, 8].astype(np.float32).tolist()
+
+
+def test_tasks_have_seeds_of_their_own():
+    experiment = paper.EXPERIMENTS["energy"]
+    tasks = paper.make_tasks(experiment, 10, 100, 0, None)
+    assert len(tasks) == len({task.seed for task in tasks}) == 190
+    fewer = paper.make_tasks(experiment, 3, 100, 0, None)
+    assert fewer == tasks[: len(fewer)]
+    assert set(experiment.schemes()) == set(published.ENERGY)
+
+
+def test_difference_in_standard_errors():
+    scheme = paper.Scheme("dense", "none", None)
+    losses = np.array([[1.0], [3.0]])
+    summary = paper_report.Summary(scheme, losses, losses[:, :0], published.Value(1.0, 2.0))
+    assert summary.final == pytest.approx((2, math.sqrt(2)))
+    assert summary.z == pytest.approx((2 - 1) / math.sqrt(2 / 2 + 4 / 10))
+    alone = paper_report.Summary(scheme, losses[:1], losses[:1, :0], published.Value(1.0, 2.0))
+    assert alone.z is None
+
+
+@needs_data
+def test_reproduce_energy(capsys, tmp_path):
+    path = tmp_path / "energy.json"
+    options = ["--runs", "1", "--epochs", "2", "--output", str(tmp_path), "--json", str(path)]
+    assert cli.run(["reproduce", "energy", *options]) == 0
+    assert "weightedk + residual" in capsys.readouterr().out
+    assert (tmp_path / "reproduce_energy.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads(path.read_text())
+    assert len(content["schemes"]) == 19
+    for scheme in content["schemes"]:
+        assert scheme["published"] is None  # the authors' values are after 100 epochs
+        assert len(scheme["loss_curve"]) == 2
+        assert scheme["final_losses"] == [scheme["loss_curve"][-1]]
+
+
+@needs_data
+def test_dense_energy_run_agrees_with_the_authors():
+    scheme = paper.Scheme("dense", "none", None)
+    outcome = paper.run_task(paper.Task("energy", scheme, 0, 100, 0, Path(DATA_DIR)))
+    ours, theirs = outcome.losses[-1], published.ENERGY[scheme]
+    assert abs(ours - theirs.mean) < 4 * theirs.sd

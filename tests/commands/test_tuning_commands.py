@@ -1,0 +1,306 @@
+"""`memaop-triton tune` and `memaop-triton cache`."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from memaop_triton.commands import cli
+from memaop_triton.commands import tuning as command
+from memaop_triton.kernels.tuning import autotune, cache_files, search
+from memaop_triton.kernels.tuning import cache as config_cache
+from memaop_triton.kernels.tuning.cache_entries import ConfigFile, Gpu
+from memaop_triton.kernels.tuning.defaults import GemmConfig, RowConfig
+from memaop_triton.kernels.tuning.problem import Problem
+from tests.traffic import interpreted
+
+GPUS = [Gpu("Fake GPU (1)", "9.0", 132), Gpu("Other [red]GPU", "8.0", 108)]
+GEMM, ROWS = GemmConfig(128, 64, 64, 4, 3, split_k=6), RowConfig(8, 256, 4)
+PROBLEM = Problem("gather_gemm", torch.bfloat16, 4096, 512, 1024, 768, flags=("weighted",))
+
+
+def small_net():
+    """Two layers, for `--model`."""
+    return nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 16, bias=False))
+
+
+def nothing_to_train():
+    return nn.ReLU()
+
+
+def no_module():
+    return 5
+
+
+@pytest.fixture
+def on_gpu(fake_gpu, monkeypatch):
+    """`tune` runs on what counts as a GPU; only the first two candidates are tried."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "triton")
+    monkeypatch.setattr(command, "_gpu", lambda: torch.device("cpu"))
+    candidates = search.candidates
+    monkeypatch.setattr(
+        search, "candidates", lambda problem, target: candidates(problem, target)[:2]
+    )
+    with interpreted():
+        yield fake_gpu
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """A cache with one fresh, one stale and one foreign entry, and those of another GPU."""
+    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    config_cache.forget()
+    stale = replace(entry(replace(PROBLEM, n=64)), triton="1.0")
+    foreign = replace(entry(replace(PROBLEM, n=32)), source="other")
+    put(GPUS[0], entry(), stale, foreign)
+    put(GPUS[1], entry(replace(PROBLEM, kernel="row_scores"), ROWS), kernel="row_scores")
+    yield config_cache.folder()
+    config_cache.forget()
+
+
+def entry(problem=PROBLEM, config=GEMM, **changes):
+    return replace(config_cache.entry_for(problem, config, 0.25, 0.5), **changes)
+
+
+def put(gpu, *entries, kernel="gather_gemm"):
+    path = config_cache.path_of(config_cache.folder(), gpu, kernel)
+    cache_files.merge_into(path, ConfigFile(gpu, kernel, entries), source="other")
+    return path
+
+
+def told(capsys, *arguments, code=0):
+    """What a command writes to standard output; to standard error where it must fail."""
+    assert cli.run(list(arguments)) == code
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
+
+
+def tuned_problems():
+    return [
+        (path.stem, one.problem)
+        for path in sorted(config_cache.folder().glob("*/*.json"))
+        for one in cache_files.read(path).entries
+    ]
+
+
+def test_tune_shapes_tunes_every_kernel_that_the_layers_use(on_gpu, capsys, wide):
+    shown = told(capsys, "tune", "--shapes", "64x32x16", "--dtype", "float32", "--rank", "4")
+    problems = tuned_problems()
+    kernels = {"gather_gemm", "project", "transposed_mm", "row_scores"}  # the last for the choice
+    assert {kernel for kernel, _ in problems} == kernels
+    products = [problem for kernel, problem in problems if kernel == "transposed_mm"]
+    # For the bases of both sides, for the product with either, and with the sums of G's columns.
+    assert len(products) == 5
+    assert sum("sums" in problem for problem in products) == 1
+    sides = [problem for kernel, problem in problems if kernel == "gather_gemm"]
+    assert any("N=32 P=16" in problem for problem in sides)
+    assert any("N=16 P=32" in problem for problem in sides)
+    for kernel, problem in problems:
+        assert f"{kernel}" in shown
+        assert problem in shown
+    assert "1.0000" in shown
+    assert "block_n=" in shown
+    assert str(config_cache.folder() / "fake-gpu-1") in shown.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("memory", "selection", "kernels"),
+    [
+        ("none", "priority", {"row_scores", "gather_gemm"}),
+        ("signed", "topk", {"accumulate_and_score", "gather_gemm"}),
+        ("residual", "randk", {"accumulate_and_score", "residual_gemm"}),
+    ],
+)
+def test_tune_follows_the_setting(on_gpu, capsys, memory, selection, kernels):
+    options = ["--memory", memory, "--selection", selection, "--dtype", "float32"]
+    told(capsys, "tune", "--shapes", "32x16x16", *options)
+    assert {kernel for kernel, _ in tuned_problems()} == kernels
+
+
+def test_tune_tunes_again_what_the_cache_holds(on_gpu, capsys):
+    arguments = ["tune", "--shapes", "64x16x16", "--memory", "none", "--dtype", "float32"]
+    told(capsys, *arguments)
+    count = len(on_gpu.timed)
+    told(capsys, *arguments)
+    assert len(on_gpu.timed) == 2 * count > 0
+
+
+def test_tune_a_model(on_gpu, capsys, monkeypatch):
+    name = f"{__name__}:small_net"
+    told(capsys, "tune", "--model", name, "--input", "4x16x32", "--rank", "4")
+    keys = " ".join(problem for kernel, problem in tuned_problems() if kernel == "gather_gemm")
+    for shape in ("N=32 P=16", "N=16 P=16"):
+        assert f"M=64 K=8 {shape}" in keys
+
+
+def test_tune_without_a_gpu_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    error = told(capsys, "tune", "--shapes", "64x16x16", code=2)
+    assert error.count("\n") == 1
+    assert "there is nothing to tune" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--shapes MxNxP or --model"),
+        (["--shapes", "1x2x3", "--model", "a:b"], "--shapes MxNxP or --model"),
+        (["--shapes", "64x16"], "is not MxNxP"),
+        (["--shapes", "64x16xP"], "is not MxNxP"),
+        (["--shapes", "64x0x16"], "is not MxNxP"),
+        (["--model", "a:b"], "--input"),
+        (["--shapes", "1x2x3", "--input", "5"], "--model"),
+        (["--model", "a", "--input", "5"], "MODULE:FUNCTION"),
+        (["--model", "no.such:f", "--input", "5"], "no module 'no'"),
+        (["--model", f"{__name__}:missing", "--input", "5"], "has no 'missing'"),
+        (["--model", f"{__name__}:GPUS", "--input", "5"], "must be a function"),
+        (["--model", f"{__name__}:no_module", "--input", "5"], "returned int"),
+        (["--shapes", "64x16x16", "--memory", "rows"], "memory='rows'"),
+        (["--shapes", "64x16x16", "--ratio", "2"], "not in (0, 1]"),
+        (["--shapes", "8x16x16", "--ratio", "1", "--dtype", "float32"], "no Triton kernel ran"),
+    ],
+)
+def test_errors_of_tune_name_what_is_wrong(on_gpu, capsys, arguments, words):
+    error = told(capsys, "tune", *arguments, code=2)
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_list_counts_entries_by_what_they_are_worth(cache, capsys, wide):
+    lines = told(capsys, "cache", "list").splitlines()
+    (row,) = [line for line in lines if "Fake GPU (1)" in line]
+    assert [word for word in row.split() if word.isdecimal()] == ["3", "1", "1", "1"]
+    assert any("Other [red]GPU" in line for line in lines), "no markup"
+    assert "2 files in" in lines[-1]
+    assert "1 files in" in told(capsys, "cache", "list", "--gpu", "FAKE")
+    assert "0 files in" in told(capsys, "cache", "list", "--gpu", "fake", "--kernel", "project")
+
+
+def test_list_names_files_that_cannot_be_read(cache, capsys, wide):
+    (cache / "fake-gpu-1" / "project.json").write_text("{")
+    assert "not readable: it is not JSON" in told(capsys, "cache", "list")
+    assert "left out" in told(capsys, "cache", "show", "--kernel", "project")
+
+
+def test_show_has_every_entry(cache, capsys, wide):
+    shown = told(capsys, "cache", "show", "--gpu", "fake")
+    for words in (PROBLEM.key, "0.2500", "0.5000", "split_k=6", "fresh", "stale", "unused", "1.0"):
+        assert words in shown
+    assert "row_scores" not in shown
+    assert "row_scores" in told(capsys, "cache", "show", "--kernel", "row_scores")
+
+
+def test_an_unknown_kernel_is_an_error(cache, capsys):
+    assert "--kernel=rows is not one of row_scores" in told(
+        capsys, "cache", "show", "--kernel", "rows", code=2
+    )
+
+
+def test_what_is_exported_can_be_imported_elsewhere(cache, capsys, tmp_path, monkeypatch):
+    target = tmp_path / "all.json"
+    assert "wrote" in told(capsys, "cache", "export", str(target))
+    before = {path.name: cache_files.read(path) for path in cache.glob("*/*.json")}
+    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path / "new"))
+    shown = told(capsys, "cache", "import", str(target))
+    assert "imported 3 entries of gather_gemm on Fake GPU (1)" in shown.replace("\n", " ")
+    after = {p.name: cache_files.read(p) for p in config_cache.folder().glob("*/*.json")}
+    assert after == before
+
+
+@pytest.mark.parametrize(("year", "kept"), [(2020, "that of the cache"), (None, "the imported")])
+def test_of_two_entries_the_later_stays_and_it_is_said(
+    cache, capsys, tmp_path, monkeypatch, year, kept, wide
+):
+    other = replace(GEMM, split_k=1)
+    changes = {} if year is None else {"tuned": f"{year}-01-01T00:00:00.000000+00:00"}
+    new = ConfigFile(GPUS[0], "gather_gemm", (entry(config=other, **changes),))
+    target = tmp_path / "all.json"
+    target.write_text(json.dumps({"schema": 1, "files": [new.to_json()]}))
+    shown = told(capsys, "cache", "import", str(target))
+    assert f"{PROBLEM.key}: two configurations" in shown
+    assert kept in shown
+    found = config_cache.find(GPUS[0], PROBLEM)
+    assert found.config == (other if year is None else GEMM)
+
+
+def test_import_leaves_out_what_is_not_valid(cache, capsys, tmp_path, wide):
+    file = ConfigFile(GPUS[0], "gather_gemm", (entry(replace(PROBLEM, n=2)),)).to_json()
+    wrong = json.loads(json.dumps(file["entries"][0])) | {"problem": "evil"}
+    wrong["config"] = wrong["config"] | {"block_n": 100}
+    file["entries"] = [*file["entries"], wrong, 5]
+    target = tmp_path / "all.json"
+    target.write_text(json.dumps({"schema": 1, "files": [file]}))
+    shown = told(capsys, "cache", "import", str(target))
+    assert "2 entries left out" in shown
+    assert "imported 1 entries" in shown
+    assert "evil" not in [problem for _, problem in tuned_problems()]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "cannot be read"),
+        ("{", "is not JSON"),
+        ("[]", "not what `cache export` writes"),
+        ('{"files": [5]}', "cannot be used"),
+        ('{"files": [{"schema": 7}]}', "its schema is 7"),
+    ],
+)
+def test_a_file_that_cannot_be_imported(cache, capsys, tmp_path, text, words):
+    target = tmp_path / "all.json"
+    if text is not None:
+        target.write_text(text)
+    error = told(capsys, "cache", "import", str(target), code=2)
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_import_does_not_replace_the_file_of_a_gpu_with_the_same_folder(cache, capsys, tmp_path):
+    file = ConfigFile(replace(GPUS[0], processors=66), "gather_gemm", (entry(),))
+    target = tmp_path / "all.json"
+    target.write_text(json.dumps({"schema": 1, "files": [file.to_json()]}))
+    assert "not gather_gemm on" in told(capsys, "cache", "import", str(target), code=2)
+
+
+def test_export_of_nothing_and_to_nowhere(cache, capsys, tmp_path):
+    error = told(capsys, "cache", "export", str(tmp_path / "a"), "--gpu", "none", code=2)
+    assert "nothing to export" in error
+    assert "cannot be written" in told(
+        capsys, "cache", "export", str(tmp_path / "no" / "a"), code=2
+    )
+
+
+def test_clear_deletes_what_matches(cache, capsys):
+    shown = told(capsys, "cache", "clear", "--gpu", "fake", "--yes")
+    assert "deleted 1 files" in shown
+    assert [path.stem for path in cache.glob("*/*.json")] == ["row_scores"]
+    told(capsys, "cache", "clear", "--yes")
+    assert not list(cache.glob("*/*.json"))
+    assert "nothing to delete" in told(capsys, "cache", "clear", "--yes")
+
+
+@pytest.mark.parametrize(("answer", "left"), [("n\n", 2), ("y\n", 0)])
+def test_clear_asks(cache, capsys, monkeypatch, tmp_path, answer, left):
+    reply = tmp_path / "answer"
+    reply.write_text(answer)
+    with reply.open() as stream:
+        monkeypatch.setattr("sys.stdin", stream)
+        code = cli.run(["cache", "clear"])
+    assert code == (130 if left else 0)
+    assert "Delete 2 files?" in capsys.readouterr().out
+    assert len(list(cache.glob("*/*.json"))) == left
+
+
+def test_what_this_machine_is_named_by():
+    assert autotune.describe(torch.device("cpu")) is None
+    assert Path(config_cache.SHIPPED).parent.name == "kernels"

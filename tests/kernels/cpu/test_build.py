@@ -1,0 +1,168 @@
+"""The C code becomes what it was written for, and its absence changes nothing but time."""
+
+import logging
+import os
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from memaop_triton.kernels.cpu import build, library, torch_ops
+from tests.compiled import needs_compiler
+
+PRODUCT = r"fn?m(?:add|sub)\d+p|mulp"
+
+
+def assembly(source, kind, capability, folder):
+    """What the compiler makes of a file for processors with these instructions."""
+    flags = build.FLAGS + build.VECTOR_FLAGS.get(capability, [])
+    listing = folder / "listing.s"
+    file = build.HEADERS[0].with_name(source)
+    build.run(["cc", *flags, build.KINDS[kind], "-S", str(file), "-o", str(listing)])
+    return listing.read_text()
+
+
+@pytest.fixture
+def fresh_library():
+    """Forgets what was loaded, before and after."""
+    library._compiled.cache_clear()
+    yield library._library
+    library._compiled.cache_clear()
+
+
+@needs_compiler
+def test_a_machine_with_a_compiler_uses_it():
+    assert library.is_compiled()
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 assembly")
+@pytest.mark.parametrize("kind", ["f32", "f64"])  # others are widened on the stack before
+@pytest.mark.parametrize("capability", [*build.VECTOR_FLAGS, "DEFAULT"])
+def test_sums_stay_in_registers(tmp_path, capability, kind):
+    listing = assembly("projection.c", kind, capability, tmp_path)
+    spills = re.findall(r"mov[ua]?p[sd]\t.*\(%r[sb]p", listing)
+    products = re.findall(PRODUCT, listing)
+    assert len(products) > 100
+    assert len(spills) < len(products) / 4
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 assembly")
+@pytest.mark.parametrize("kind", build.KINDS)
+@pytest.mark.parametrize("capability", [*build.VECTOR_FLAGS, "DEFAULT"])
+def test_the_loop_of_the_gemm_stores_nothing(tmp_path, capability, kind):
+    listing = assembly("gather_gemm.c", kind, capability, tmp_path)
+    loops = re.findall(r"^(\.L\d+):\n((?:\t.*\n)*?)\tj\w+\t\1\n", listing, re.MULTILINE)
+    inner = [body for _, body in loops if len(re.findall(PRODUCT, body)) >= 12]
+    assert inner
+    for body in inner:
+        assert not re.search(r"mov[ua]?p[sd]\t%[xyz]mm\d+, .*\(", body)
+
+
+@needs_compiler
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_narrower_registers_give_the_same_numbers(tmp_path, capability):
+    probe = (
+        "import torch; from memaop_triton.kernels import cpu, native_library; "
+        "assert native_library.is_compiled(); "
+        "torch.manual_seed(0); x, q = torch.randn(75, 208), torch.randn(208, 40); "
+        "z, norms = cpu.project_rows(x, q); gradient = cpu.project_gradient(x, z, bias_grad=True); "
+        f"torch.save((z, norms, *gradient), {str(tmp_path / 'found')!r})"
+    )
+    environ = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), ATEN_CPU_CAPABILITY=capability)
+    subprocess.run([sys.executable, "-c", probe], env=environ, check=True)
+    torch.manual_seed(0)
+    x, q = torch.randn(75, 208), torch.randn(208, 40)
+    z, norms = torch_ops.project_rows(x, q)
+    expected = (z, norms, *torch_ops.project_gradient(x, z, bias_grad=True))
+    for found, wanted in zip(torch.load(tmp_path / "found"), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing is compiled elsewhere")
+def test_unknown_backend(fresh_library, monkeypatch):
+    monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "pytorch")
+    with pytest.raises(ValueError, match="MEMAOP_TRITON_BACKEND='pytorch' is not one of 'torch'"):
+        fresh_library()
+
+
+@needs_compiler
+def test_the_compiled_file_is_kept_and_used_again(fresh_library, monkeypatch, tmp_path):
+    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
+    assert fresh_library() is not None
+    (kept,) = (tmp_path / "native").iterdir()
+    library._compiled.cache_clear()
+    monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled a second time"))
+    assert fresh_library() is not None
+    assert list((tmp_path / "native").iterdir()) == [kept]
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_costs_nothing_but_the_next_compilation(
+    fresh_library, monkeypatch, tmp_path, caplog
+):
+    (tmp_path / "native").write_text("in the way")
+    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
+    with caplog.at_level(logging.INFO):
+        assert fresh_library() is not None
+    assert "not kept in" in caplog.text
+
+
+@needs_compiler
+def test_a_broken_file_in_the_cache_falls_back(fresh_library, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
+    assert fresh_library() is not None
+    (kept,) = (tmp_path / "native").iterdir()
+    # In a process of its own: the file is mapped into this one.
+    kept.unlink()
+    kept.write_bytes(b"not a library")
+    probe = "from memaop_triton.kernels import native_library; print(native_library.is_compiled())"
+    environ = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    done = subprocess.run(
+        [sys.executable, "-c", probe], env=environ, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"PATH": "", "CC": ""}, "no C compiler"),
+        ({"CC": "/nowhere/cc"}, "did not run"),
+        ({"CC": "false"}, "failed"),
+        ({"MEMAOP_TRITON_BACKEND": "torch"}, ""),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing is compiled elsewhere")
+def test_without_a_compiler_plain_pytorch_serves(
+    fresh_library, monkeypatch, tmp_path, caplog, variables, reason
+):
+    monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with caplog.at_level(logging.INFO):
+        assert not library.is_compiled()
+    assert reason in caplog.text
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(torch_ops.row_norms(x), x.norm(dim=1))
+
+
+@needs_compiler
+def test_other_libraries_do_not_get_in_between(tmp_path):
+    other, library = tmp_path / "other.c", tmp_path / "other.so"
+    other.write_text("void row_norms_f32(void) {}\nvoid largest_f32(void) {}\n")
+    build.run(["cc", "-shared", "-fPIC", str(other), "-o", str(library)])
+    probe = (
+        f"import ctypes; ctypes.CDLL({str(library)!r}, mode=ctypes.RTLD_GLOBAL); "
+        "import torch; from memaop_triton.kernels import native_step; a = torch.ones(9, 16); "
+        "a[4:6] = 3; print(native_step.run(a, a, 2, draw=False).indices.tolist())"
+    )
+    environ = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    done = subprocess.run(
+        [sys.executable, "-c", probe], env=environ, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[4, 5]"

@@ -1,0 +1,306 @@
+"""A weight gradient in one call of the C code is that of its passes one by one, to the bit."""
+
+import pytest
+import torch
+
+from memaop_triton import MemAOPConfig, new_memory
+from memaop_triton.backward.weight_grad import weight_and_bias_grad
+from memaop_triton.kernels.cpu import library, native, native_step
+from memaop_triton.monitor.observer import LayerObserver
+from tests.compiled import KINDS, needs_compiler
+
+DTYPES = [dtype for dtype, _ in KINDS]
+CPU = torch.device("cpu")
+FENCE = 64
+
+
+@pytest.fixture(autouse=True)
+def _rooms_have_a_fence(monkeypatch):
+    """Every room is exactly as large as it was asked for, and nothing behind it is written to."""
+    fences = []
+
+    def room_for(kind, numbers):
+        size = numbers * kind.number.itemsize
+        whole = torch.full((size + FENCE + 64,), 123, dtype=torch.uint8)
+        room = whole[-whole.data_ptr() % 64 :]
+        fences.append(room[size : size + FENCE])
+        return room
+
+    for module in (native, native_step):
+        monkeypatch.setattr(module, "room_for", room_for)
+    yield
+    for fence in fences:
+        assert (fence == 123).all()
+
+
+@pytest.fixture
+def own_gemm(monkeypatch):
+    """The GEMM of `gather_gemm.c`, whether it is the faster one on this machine or not."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setattr(library, "_GEMM_CAPABILITIES", (capability,))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the calls of `native_step.run` that applied have computed."""
+    made, run = [], native_step.run
+
+    def counting(*args, **kwargs):
+        step = run(*args, **kwargs)
+        made.extend([] if step is None else [step])
+        return step
+
+    monkeypatch.setattr(native_step, "run", counting)
+    return made
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """Switches the single call off from the moment it is called."""
+    return lambda: monkeypatch.setattr(native_step, "run", lambda *_, **__: None)
+
+
+def gradients(config, shape, dtype, *, steps=3, watched=False, spoil=lambda x, g: None):
+    """What some steps of one layer compute and keep, in a flat list of tensors."""
+    rows, n, p = shape
+    torch.manual_seed(1)
+    memory, found = new_memory(config, n, p), []
+    observer = LayerObserver(2, 0.5, CPU) if watched else None
+    for _ in range(steps):
+        factors = [] if watched else None
+        x, g = torch.randn(rows, n).to(dtype), torch.randn(rows, p).to(dtype)
+        spoil(x, g)
+        both = weight_and_bias_grad(x, g, config, memory, factors=factors, observer=observer)
+        found += [*both, *(a for pair in factors or () for a in pair)]
+    if memory is not None:
+        kept = memory.state_dict().values()
+        found += [kept_one for kept_one in kept if isinstance(kept_one, torch.Tensor)]
+    if observer is not None:
+        found += [observer._sums, observer._counts]
+    return found
+
+
+def agree(first, second):
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture
+def same(calls, one_by_one):
+    """Fails unless the single call was made in every step, and changed nothing."""
+
+    def check(config, shape, dtype, threads=1, **how):
+        torch.set_num_threads(threads)
+        try:
+            found = gradients(config, shape, dtype, **how)
+            assert len(calls) == 3
+            one_by_one()
+            agree(found, gradients(config, shape, dtype, **how))
+        finally:
+            torch.set_num_threads(1)
+
+    return check
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("rank", [4, 16, 20, 64])
+@pytest.mark.parametrize("side", ["input", "grad"])
+@pytest.mark.parametrize("shape", [(60, 272, 256), (513, 256, 272)], ids=str)
+def test_with_a_subspace(shape, side, rank, threads, dtype, own_gemm, same):
+    config = MemAOPConfig(ratio=0.2, rank=rank, side=side, refresh_every=2)
+    same(config, shape, dtype, threads)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("selection", ["priority", "topk"])
+@pytest.mark.parametrize("shape", [(2, 16, 16), (300, 50, 33), (700, 128, 96)], ids=str)
+def test_without_memory(shape, selection, threads, dtype, own_gemm, same):
+    config = MemAOPConfig(k=max(1, shape[0] // 9), selection=selection, memory="none")
+    same(config, shape, dtype, threads)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("memory", ["residual", "signed"])
+@pytest.mark.parametrize("shape", [(2, 16, 16), (300, 50, 33), (700, 128, 96)], ids=str)
+def test_with_a_memory_of_rows(shape, memory, threads, dtype, own_gemm, same):
+    k = max(1, shape[0] // 9)
+    config = MemAOPConfig(k=k, selection="topk", memory=memory, decay=0.9)
+    same(config, shape, dtype, threads, watched=True)
+
+
+@needs_compiler
+def test_a_memory_that_is_not_stored_like_its_rows_goes_its_own_way(calls):
+    for dtype, expected in ((torch.float32, 3), (torch.bfloat16, 0)):
+        config = MemAOPConfig(k=5, selection="topk", memory="residual", memory_dtype=dtype)
+        gradients(config, (60, 32, 48), torch.float32)
+        assert len(calls) == expected
+        calls.clear()
+
+
+@needs_compiler
+def test_all_rows_of_a_memory(calls, one_by_one):
+    config = MemAOPConfig(k=60, selection="topk", memory="residual")
+
+    def both():
+        torch.manual_seed(0)
+        memory = new_memory(config, 32, 48)
+        sizes = 90, 60  # the second batch is computed whole, with what is left of the first
+        return [
+            weight_and_bias_grad(
+                torch.randn(rows, 32), torch.randn(rows, 48), config, memory
+            ).weight
+            for rows in sizes
+        ]
+
+    found = both()
+    assert len(calls) == 1
+    one_by_one()
+    agree(found, both())
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory", ["none", "subspace"])
+@pytest.mark.parametrize("selection", ["priority", "topk"])
+def test_what_is_watched_and_collected(selection, memory, dtype, own_gemm, same):
+    config = MemAOPConfig(ratio=0.2, rank=8, selection=selection, memory=memory)
+    same(config, (200, 64, 80), dtype, watched=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory", ["none", "subspace"])
+def test_where_pytorch_multiplies(memory, dtype, monkeypatch, same):
+    monkeypatch.setattr(library, "_GEMM_CAPABILITIES", ())
+    config = MemAOPConfig(ratio=0.2, rank=8, memory=memory)
+    same(config, (200, 64, 80), dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory", ["none", "residual", "subspace"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite_show(value, memory, dtype, own_gemm, calls, one_by_one):
+    def spoil(x, g):
+        x[[3, 50], 7] = value
+        g[3] = 0
+
+    selection = "topk" if memory == "residual" else "priority"
+    config = MemAOPConfig(k=20, rank=8, selection=selection, memory=memory, side="input")
+    found = gradients(config, (200, 64, 80), dtype, spoil=spoil)
+    assert not found[0].isfinite().all()
+    assert len(calls) == 3
+    for step in calls:
+        assert step.scores.isinf().nonzero().flatten().tolist() == [3, 50]
+    one_by_one()
+    agree(found, gradients(config, (200, 64, 80), dtype, spoil=spoil))
+
+
+@needs_compiler
+def test_rows_with_room_between_them_and_a_basis_of_any_layout(own_gemm, generator):
+    wide = torch.randn(100, 96)
+    a, b = wide[:, :64], torch.randn(120, 32)[20:]
+    basis = torch.linalg.qr(torch.randn(64, 8)).Q.t().contiguous().t()
+
+    def run(a, b, **choices):
+        return native_step.run(a, b, 30, basis, **choices, generator=generator(3))
+
+    step, same = run(a, b, sums=True), run(a.clone(), b.clone(), sums=True)
+    agree(list(step), list(same))
+    turned = run(a, b, transposed=True)
+    assert turned.sums is None
+    assert torch.equal(turned.product, step.product.t())
+    # Row after row it would be read wrongly: left to the passes one by one.
+    assert native_step.run(a, b, 30, basis.contiguous()) is None
+
+
+def added(rows=9, p=64, dtype=torch.float32):
+    return native_step.Added(torch.randn(rows, 64), torch.randn(9, p), torch.ones(9, dtype=dtype))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("a", "b", "other"),
+    [
+        (torch.randn(9, 8), torch.randn(9, 64), None),
+        (torch.randn(9, 64), torch.randn(9, 64).double(), None),
+        (torch.randn(9, 64).half(), torch.randn(9, 64).half(), None),
+        (torch.randn(64, 9).t(), torch.randn(9, 64), None),
+        (torch.randn(9, 64), torch.randn(9, 64), added(rows=8)),
+        (torch.randn(9, 64), torch.randn(9, 64), added(p=48)),
+        (torch.randn(9, 64), torch.randn(9, 64), added(dtype=torch.float64)),
+        (torch.randn(9, 72), torch.randn(9, 64), torch.randn(8, 72).t()),
+        (torch.randn(9, 64), torch.randn(9, 72), torch.randn(8, 64).t()),
+        (torch.randn(9, 64), torch.randn(9, 64), torch.randn(6, 64).t()),
+        (torch.randn(9, 64), torch.randn(9, 64), torch.randn(68, 64).t()),
+        (torch.randn(9, 64), torch.randn(9, 64), torch.randn(8, 64).double().t()),
+    ],
+)
+def test_what_the_passes_do_not_take_is_left_alone(a, b, other):
+    def run(a, b, other):
+        basis, rows = (None, other) if isinstance(other, tuple) else (other, None)
+        return native_step.run(a, b, 3, basis, rows)
+
+    taken = torch.randn(9, 64)
+    for fine in (None, torch.randn(8, 64).t(), added()):
+        assert run(taken, taken.clone(), fine) is not None
+    assert run(a, b, other) is None
+
+
+@needs_compiler
+def test_the_switch_leaves_it_out(monkeypatch):
+    a = torch.randn(9, 64)
+    assert native_step.run(a, a, 3) is not None
+    monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "torch")
+    assert native_step.run(a, a, 3) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", [{}, {"block_rows": 16}, {"selection": "bernoulli"}])
+def test_other_selections_go_their_own_way(change, calls):
+    gradients(MemAOPConfig(k=32, rank=8, **change), (200, 64, 80), torch.float32)
+    assert len(calls) == (0 if change else 3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("memory", ["none", "residual", "subspace"])
+def test_processes_that_share_a_layer_select_together(memory, calls):
+    class Shards:
+        """Another process that holds as much as this one."""
+
+        asked = 0
+
+        def whole(self, scores):
+            self.asked += 1
+            return 2 * scores
+
+        def share(self, selection):
+            return selection
+
+    selection = "topk" if memory == "residual" else "priority"
+    config = MemAOPConfig(k=20, rank=8, selection=selection, memory=memory)
+    shards = Shards()
+    operands = torch.randn(200, 64), torch.randn(200, 80)
+    weight_and_bias_grad(*operands, config, new_memory(config, 64, 80), shards=shards)
+    assert calls == []
+    assert shards.asked == 1
+
+
+def test_the_first_step_has_the_rows_of_the_rank_it_chose(selections):
+    config = MemAOPConfig(budget=0.3)
+    memory = new_memory(config, 128, 128)
+    x, g = torch.randn(512, 128), torch.randn(512, 128)
+    for _ in range(2):
+        weight_and_bias_grad(x, g, config, memory)
+    first, second = (one.indices.numel() for one in selections)
+    # Rows without a structure: a subspace is not worth its cost.
+    assert memory.rank == 0
+    assert first == second == config.num_rows(512, 128, 128, memory.cost)

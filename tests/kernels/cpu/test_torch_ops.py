@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from memaop_triton.kernels.cpu import library, torch_ops
+
+SHAPES = [(1, 1), (3, 17), (129, 3), (17, 129), (0, 5)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+STRIDES = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.T.contiguous().T,
+    "padded-rows": lambda t: torch.nn.functional.pad(t, (2, 3), value=torch.nan)[:, 2:-3],
+    "every-other-column": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+def close(result, exact, dtype):
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(result.double(), exact, rtol=8 * eps, atol=8 * eps)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", STRIDES)
+def test_row_norms(shape, dtype, stride):
+    a = STRIDES[stride](torch.randn(shape).to(dtype))
+    norms = torch_ops.row_norms(a)
+    assert norms.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    close(norms, a.double().square().sum(1).sqrt(), norms.dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("stride", STRIDES)
+def test_accumulate_and_score(shape, dtype, stored, stride):
+    rows = STRIDES[stride](torch.randn(shape).to(dtype))
+    memory = torch.randn(shape).to(stored)
+    carry = torch.randn(shape[0]).to(torch_ops.score_dtype(stored))
+    carry[::3] = 0
+    exact = carry.double()[:, None] * memory.double() + rows.double()
+    norms = torch_ops.accumulate_and_score(memory, rows, carry)
+    close(memory, exact, max(stored, carry.dtype, key=lambda d: torch.finfo(d).eps))
+    assert norms.dtype == carry.dtype
+    close(norms, memory.double().square().sum(1).sqrt(), carry.dtype)
+
+
+def test_row_passes_in_pytorch_agree_with_the_compiled_ones(monkeypatch):
+    rows, before = torch.randn(129, 40), torch.randn(129, 40)
+    carry = torch.randn(129)
+    results = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(library, "_library", lambda: None)
+        memory = before.clone()
+        results.append(
+            (torch_ops.row_norms(rows), torch_ops.accumulate_and_score(memory, rows, carry), memory)
+        )
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 600])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_gather_gemm(rows, weighted):
+    x, g = torch.randn(700, 5, dtype=torch.float64), torch.randn(700, 3, dtype=torch.float64)
+    indices = torch.randint(700, (rows,)).sort().values
+    weights = torch.rand(rows, dtype=torch.float64) if weighted else None
+    scale = torch.ones(rows, dtype=torch.float64) if weights is None else weights
+    expected = sum(torch.outer(g[i], x[i]) * w for i, w in zip(indices, scale, strict=True))
+    torch.testing.assert_close(torch_ops.gather_gemm(x, g, indices, weights), expected)
+    turned = torch_ops.gather_gemm(x, g, indices, weights, transposed=True)
+    torch.testing.assert_close(turned, expected.T)
+    assert turned.is_contiguous()
+
+
+def test_gather_gemm_of_no_rows_is_zero():
+    x, g = torch.randn(7, 5), torch.randn(7, 3)
+    poison = torch.full((3, 5), torch.nan)
+    del poison
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert torch.equal(torch_ops.gather_gemm(x, g, nothing), torch.zeros(3, 5))
+
+
+def test_sampled_rows_mm_adds_rows_named_twice():
+    g, w = torch.randn(7, 3, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    weights = torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64)
+    expected = torch.zeros(7, 5, dtype=torch.float64)
+    expected[2], expected[4] = 2.5 * (g[2] @ w), g[4] @ w
+    result = torch_ops.sampled_rows_mm(g, w, torch.tensor([2, 2, 4]), weights)
+    torch.testing.assert_close(result, expected)

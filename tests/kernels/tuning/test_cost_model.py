@@ -1,0 +1,236 @@
+"""The cost model: what no prediction may break, and its counts beside those of the compiler."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.microscope.kernel_report import PAGE as REPORT
+from memaop_triton.kernels import targets
+from memaop_triton.kernels.targets import TARGETS
+from memaop_triton.kernels.tuning import defaults, footprint
+from memaop_triton.kernels.tuning.config import GemmConfig, RowConfig
+from memaop_triton.kernels.tuning.cost_model import LAUNCH, count_work, predict
+from memaop_triton.kernels.tuning.problem import Problem
+from memaop_triton.kernels.tuning.shipped_tiles import gemm_tiles
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+H100 = TARGETS["sm_90"]
+M, K = 16384, 2048
+
+
+def problems(m=M, k=K, n=4096, p=4096, dtype=HALF):
+    """One problem of every kernel, and of its larger variants."""
+    return [
+        Problem("gather_gemm", dtype, m, k, n, p, flags=("weighted",)),
+        Problem("gather_gemm", dtype, m, k, n, p, rank=16),
+        Problem("gather_gemm", dtype, m, k, n, p, flags=("accumulate",)),
+        Problem("residual_gemm", dtype, m, k, n, p, stored=dtype),
+        Problem("row_scores", dtype, m, m, n, p),
+        Problem("row_scores", dtype, m, m, n, p, flags=("sums",)),
+        Problem("accumulate_and_score", dtype, m, m, n, p, stored=SINGLE),
+        Problem("project", dtype, m, m, n, 0, rank=16),
+        Problem("transposed_mm", dtype, m, m, n, 0, rank=64, flags=("norms",)),
+    ]
+
+
+def name(value):
+    return f"{value.kernel}-{value.key}" if isinstance(value, Problem) else None
+
+
+def seconds(problem, target=H100, config=None):
+    return predict(problem, config or defaults.heuristic(problem, target), target).seconds
+
+
+def flops_and_bytes(problem):
+    """What nobody can avoid: each operand read once, each result written once."""
+    rows = problem.k if "gemm" in problem.kernel else problem.rows
+    size, columns = problem.dtype.itemsize, problem.n + problem.p
+    stored = problem.stored.itemsize if problem.stored else 0
+    if problem.kernel == "accumulate_and_score":
+        return 0, rows * columns * (size + 2 * stored)
+    if "gemm" in problem.kernel:
+        out = problem.n * problem.p * size
+        return 2 * rows * problem.n * problem.p, rows * columns * (size + stored) + out
+    return 2 * rows * columns * problem.rank, rows * columns * size
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("problem", problems() + problems(dtype=SINGLE), ids=name)
+def test_nothing_is_faster_than_its_bytes_and_its_flops(problem, target):
+    target = TARGETS[target]
+    flops, moved = flops_and_bytes(problem)
+    unit = "half" if problem.dtype == HALF else "single"
+    peak = 1e12 * getattr(target.chip, unit)
+    floor = max(flops / peak, moved / (1e12 * target.chip.bandwidth))
+    found = predict(problem, defaults.heuristic(problem, target), target)
+    assert found.seconds > floor
+    assert found.memory_bytes >= moved
+    assert found.seconds < 40 * floor + 40e-6
+
+
+@pytest.mark.parametrize("problem", problems(), ids=name)
+def test_more_of_anything_is_never_faster(problem):
+    config = defaults.heuristic(problem, H100)
+    larger = [replace(problem, rows=2 * problem.rows, k=2 * problem.k)]
+    larger += [replace(problem, n=2 * problem.n), replace(problem, p=2 * problem.p)]
+    larger += [replace(problem, n=problem.n + 16)]
+    for other in larger:
+        assert seconds(other, config=config) >= seconds(problem, config=config), other
+    for other in (replace(problem, dtype=SINGLE), replace(problem, n=problem.n + 1)):
+        assert seconds(other) > seconds(problem), other
+
+
+@pytest.mark.parametrize("problem", problems(m=1 << 17, k=1 << 14), ids=name)
+def test_twice_the_rows_take_twice_the_time(problem):
+    twice = replace(problem, rows=2 * problem.rows, k=2 * problem.k)
+    assert seconds(twice) / seconds(problem) == pytest.approx(2, rel=0.12)
+
+
+@pytest.mark.parametrize("problem", problems(), ids=name)
+@pytest.mark.parametrize("what", ["processors", "bandwidth", "half", "cache_bandwidth"])
+def test_a_better_chip_is_never_slower(problem, what):
+    chip = replace(H100.chip, **{what: 2 * getattr(H100.chip, what)})
+    config = defaults.heuristic(problem, H100)
+    if what == "processors":
+        chip = targets.with_processors(H100.chip, 2 * H100.chip.processors)
+    assert seconds(problem, replace(H100, chip=chip), config) <= seconds(problem, config=config)
+
+
+def test_a_prediction_is_the_sum_of_its_terms():
+    problem = Problem("gather_gemm", HALF, M, K, 1024, 1024, flags=("weighted",))
+    found = predict(problem, GemmConfig(128, 128, 64, 8, 3, split_k=4, tiles_n=2), H100)
+    outside = found.launch_seconds + found.fill_seconds + found.reduction_seconds
+    overlapping = (found.processor_seconds, found.cache_seconds, found.memory_seconds)
+    assert found.seconds - outside == pytest.approx(max(overlapping), rel=0.2)
+    assert found.seconds - outside > max(overlapping)
+    assert found.waves == 256 / (H100.processors * found.occupancy)
+    assert found.reduction_seconds > LAUNCH
+    assert found.launch_seconds == LAUNCH
+
+
+def test_a_large_product_is_limited_by_the_matrix_units_and_a_pass_by_memory():
+    gemm = Problem("gather_gemm", HALF, M, K, 4096, 4096)
+    scores = Problem("row_scores", HALF, M, M, 4096, 4096)
+    tiny = Problem("gather_gemm", HALF, 64, 8, 64, 64)
+    limits = [
+        predict(p, defaults.heuristic(p, H100), H100).limited_by for p in (gemm, scores, tiny)
+    ]
+    assert limits == ["matrix units", "memory", "launches"]
+
+
+def test_rows_that_many_tiles_read_come_from_memory_again_where_the_cache_is_small():
+    problem = Problem("gather_gemm", HALF, 1 << 20, 1 << 17, 16384, 4096)
+    config = GemmConfig(128, 128, 64, 8, 3, group=8)
+    once, out = (1 << 17) * (16384 + 4096) * 2, 16384 * 4096 * 2
+
+    def moved(cache, config=config):
+        chip = replace(H100.chip, cache=cache)
+        return predict(problem, config, replace(H100, chip=chip)).memory_bytes
+
+    assert moved(1 << 20) == once + out
+    assert 2 * once < moved(1) < 5 * once
+    assert moved(1, replace(config, group=1)) > 1.5 * moved(1)
+    assert moved(1, replace(config, block_n=64)) > moved(1)
+
+
+def test_what_does_not_fit_or_does_not_belong_is_refused():
+    problem = Problem("gather_gemm", HALF, M, K, 4096, 4096)
+    with pytest.raises(ValueError, match=r"does not fit on a processor of sm_120"):
+        predict(problem, GemmConfig(256, 256, 64, 8, 4), TARGETS["sm_120"])
+    with pytest.raises(TypeError, match=r"config=RowConfig.* is not one of gather_gemm's"):
+        predict(problem, RowConfig(16, 64, 4), H100)
+    with pytest.raises(TypeError, match=r"config=GemmConfig.* is not one of row_scores's"):
+        predict(replace(problem, kernel="row_scores"), GemmConfig(64, 64, 32, 4, 3), H100)
+
+
+def test_a_driver_names_its_chip():
+    assert targets.chip_named("NVIDIA H100 80GB HBM3").name == "H100 SXM"
+    assert targets.chip_named("NVIDIA H100 PCIe").name == "H100 PCIe"
+    assert targets.chip_named("NVIDIA A100-SXM4-40GB").bandwidth == 1.555
+    assert targets.chip_named("AMD Instinct MI300X").processors == 304
+    assert targets.chip_named("GeForce GT 710") is None
+
+
+def test_a_smaller_chip_of_a_make_does_less():
+    half = targets.with_processors(H100.chip, 66)
+    assert (half.half, half.cache_bandwidth) == (H100.chip.half / 2, H100.chip.cache_bandwidth / 2)
+    assert half.rate("half") == H100.chip.rate("half")
+    assert half.bandwidth == H100.chip.bandwidth
+
+
+def test_rates_are_those_of_the_matrix_units():
+    rates = [TARGETS[t].chip.rate("half") for t in ("sm_80", "sm_90", "sm_100", "gfx942")]
+    assert rates == [2048, 4096, 8192, 2048]
+
+
+# What the compiler says. -------------------------------------------------------------------------
+
+KINDS = {"bf16": HALF, "fp16": torch.float16, "tf32": SINGLE, "fp32": SINGLE}
+
+
+def reported():
+    """Problem, configuration and target of each line of the kernel report, and what it says."""
+    target = None
+    for line in REPORT.read_text(encoding="utf-8").splitlines():
+        if heading := re.match(r"## (\w+): ", line):
+            target = TARGETS[heading[1]]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if target and len(cells) == 14 and re.match(r"\d+x", cells[2]):
+            title, kind, tile, warps, stages, registers, shared, _, _, loop = cells[:10]
+            sides = [int(side) for side in tile.split("x")]
+            found = read_case(title, kind, sides, int(warps), int(stages), target)
+            if found:
+                said = float(shared) * 1024, int(registers.split()[0]), float(loop)
+                yield pytest.param(*found, target, said, id=f"{target.name}-{title}-{kind}-{tile}")
+
+
+def read_case(title, kind, sides, warps, stages, target):
+    dtype, precision = KINDS[kind], "tf32" if kind == "tf32" else "ieee"
+    stored = re.search(r"memory (\w+)", title)
+    stored = KINDS[stored[1]] if stored else None
+    rank = int((re.search(r"rank (\d+)", title) or "00")[1])
+    marks = {
+        "accumulate": "into float32" in title or "atomics" in title,
+        "blocks": "blocks" in title,
+        "norms": "GᵀZ" in title,
+        "sums": "bias sums" in title or "GᵀZ" in title,
+        "unscored": "rest" in title,
+        "weighted": any(word in title for word in ("weighted", "split", "into float32")),
+    }
+    flags = tuple(mark for mark, is_set in marks.items() if is_set)
+    given = {"stored": stored, "precision": precision, "flags": flags}
+    if len(sides) == 3:
+        p, n, k = sides
+        kernel = "residual_gemm" if "residual" in title else "gather_gemm"
+        twin = (t for t in gemm_tiles(target, dtype, precision) if (t.block_n, t.block_p) == (n, p))
+        pieces = next(twin).tiles_n if kernel == "gather_gemm" else 1
+        config = GemmConfig(n, p, k, warps, stages, tiles_n=pieces)
+        rank = 16 if "+ C" in title else 0
+        return Problem(kernel, dtype, M, K, 4096, 4096, rank=rank, **given), config
+    kernels = {"accumulate": "accumulate_and_score", "scores": "row_scores"}
+    kernels |= {"Z = XQ": "project", "XᵀZ": "transposed_mm", "GᵀZ": "transposed_mm"}
+    found = [kernel for word, kernel in kernels.items() if title.startswith(word)]
+    if not found:
+        return None
+    p = 0 if rank else 4096
+    config = RowConfig(*sides, warps, stages)
+    return Problem(found[0], dtype, M, M, 4096, p, rank=rank, **given), config
+
+
+CASES = list(reported())
+
+
+def test_the_report_is_read():
+    assert len(CASES) > 200
+
+
+@pytest.mark.parametrize(("problem", "config", "target", "said"), CASES)
+def test_estimates_are_near_what_the_compiler_reports(problem, config, target, said):
+    """Shared memory from above; registers and instructions within a factor, as their use allows."""
+    shared, registers, loop = said
+    room = footprint.shared_memory(problem, config, target)
+    assert shared <= room <= 1.8 * shared + 20 * 1024
+    assert 0.45 <= footprint.registers(problem, config, target) / registers <= 2.8
+    assert 0.44 <= count_work(problem, config, target).instructions / loop <= 2

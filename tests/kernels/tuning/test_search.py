@@ -1,0 +1,212 @@
+"""The heuristic's choices and the candidates for tuning, over many problems and all targets."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.microscope.cases import empty, float32_products, operands, scalars
+from bench.microscope.cases import memory as memory_of
+from bench.microscope.compiling import compile_call
+from bench.microscope.reading import read
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
+from memaop_triton.kernels.gpu.subspace import project
+from memaop_triton.kernels.targets import TARGETS
+from memaop_triton.kernels.tuning import defaults, footprint, shipped_tiles
+from memaop_triton.kernels.tuning.config import GemmConfig, RowConfig
+from memaop_triton.kernels.tuning.cost_model import predict
+from memaop_triton.kernels.tuning.problem import KERNELS, Problem
+from memaop_triton.kernels.tuning.search import candidates
+from tests.judging import check_products
+from tests.judging import operands as small_operands
+from tests.traffic import interpreted
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+# M, K, N, P: usual ones, and such as nobody would plan for.
+SIZES = [
+    (16384, 2048, 4096, 4096),
+    (4096, 512, 768, 3072),
+    (64, 8, 64, 64),
+    (1, 1, 1, 1),
+    (5, 1, 1, 3),
+    (129, 17, 17, 1),
+    (1 << 22, 1 << 19, 4096, 11008),
+    (1 << 22, 1, 33, 8192),
+    (17, 0, 16, 16),
+]
+
+
+def problems(sizes):
+    for m, k, n, p in sizes:
+        for dtype, precision in ((HALF, "ieee"), (SINGLE, "ieee"), (SINGLE, "tf32")):
+            given = {"dtype": dtype, "precision": precision, "rows": m}
+            for flags in ((), ("weighted",), ("uneven",), ("blocks", "weighted"), ("accumulate",)):
+                yield Problem("gather_gemm", k=k, n=n, p=p, rank=16, flags=flags, **given)
+            yield Problem("residual_gemm", k=k, n=n, p=p, stored=SINGLE, **given)
+            for rank, flags in itertools.product((1, 16, 64), ((), ("uneven",))):
+                yield Problem("project", k=m, n=n, p=0, rank=rank, flags=flags, **given)
+                flags = ("norms", "sums", *flags)
+                yield Problem("transposed_mm", k=m, n=n, p=0, rank=rank, flags=flags, **given)
+            for flags in ((), ("sums",)):
+                yield Problem("row_scores", k=m, n=n, p=p, flags=flags, **given)
+                yield Problem(
+                    "accumulate_and_score", k=m, n=n, p=p, stored=dtype, flags=flags, **given
+                )
+
+
+def whole(config):
+    """The tile, whatever its split."""
+    if isinstance(config, GemmConfig):
+        return replace(config, split_k=1)
+    return replace(config, split=1)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_heuristic_ships_what_was_compiled_and_fits(target):
+    target, seen = TARGETS[target], set()
+    for problem in problems(SIZES):
+        if problem.precision == "tf32" and not target.has_tf32:
+            continue
+        config = defaults.heuristic(problem, target)
+        assert whole(config) in shipped_tiles.tiles(problem, target), problem
+        assert footprint.occupancy(problem, config, target) >= 1, problem
+        seen.add(problem.kernel)
+    assert seen == set(KERNELS)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_shares_of_the_rows_are_worth_a_program(target):
+    for problem in problems(SIZES):
+        config = defaults.heuristic(problem, TARGETS[target])
+        if isinstance(config, GemmConfig):
+            assert config.split_k == 1 or problem.k >= 8 * config.split_k * config.block_k
+        else:
+            assert config.split == 1 or problem.rows >= 8 * config.split * config.block_m
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tile", "split"),
+    [
+        # The wide tile where there is work for all, narrower ones or shares where there is not.
+        ((16384, 2048, 4096, 4096), (256, 128), 1),
+        ((16384, 2048, 1024, 1024), (128, 64), 1),
+        ((65536, 8192, 256, 256), (128, 128), 16),
+        ((16384, 2048, 16, 4096), (16, 64), 4),
+        ((16384, 2048, 16, 16), (16, 64), 4),
+    ],
+)
+def test_choices_on_an_h100(sizes, tile, split):
+    m, k, n, p = sizes
+    problem = Problem("gather_gemm", HALF, m, k, n, p, flags=("weighted",))
+    config = defaults.heuristic(problem, TARGETS["sm_90"])
+    assert ((config.block_n, config.block_p), config.split_k) == (tile, split)
+
+
+def some(target):
+    """A problem of every kernel, type and size."""
+    of_default_rank = [p for p in problems([SIZES[0], SIZES[4]]) if p.rank in (0, 16)]
+    chosen = {(p.kernel, p.dtype, p.precision, p.rows): p for p in of_default_rank}
+    return [p for p in chosen.values() if p.precision == "ieee" or target.has_tf32]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100", "gfx942"])
+def test_candidates(target):
+    target = TARGETS[target]
+    for problem in some(target):
+        found = candidates(problem, target)
+        assert defaults.heuristic(problem, target) in found, problem
+        assert 1 <= len(found) <= 40
+        assert len(set(found)) == len(found)
+        times = [predict(problem, config, target).seconds for config in found]
+        assert times == sorted(times), problem
+        for config in found:
+            assert footprint.occupancy(problem, config, target) >= 1
+            check_valid(problem, config, target)
+        assert found == candidates(replace(problem), target)
+
+
+def check_valid(problem, config, target):
+    """What the kernels ask of a tile."""
+    assert config.num_warps in (2, 4, 8)
+    if isinstance(config, RowConfig):
+        assert not config.block_m & (config.block_m - 1)
+        assert not config.block_c & (config.block_c - 1)
+        if problem.rank:
+            assert min(config.block_m, config.block_c) >= 16
+        else:
+            assert config.split == 1
+        return
+    assert min(config.block_n // config.tiles_n, config.block_p, config.block_k) >= 16
+    assert config.tiles_n in (1, 2)
+    assert config.tiles_n == 1 or problem.kernel == "gather_gemm"
+    if problem.kernel == "residual_gemm" and footprint.is_exact(problem):
+        assert config.block_p <= 32, "multiplied as tf32 on sm_100"
+
+
+def test_large_problems_have_many_candidates_and_the_best_is_no_worse_than_what_ships():
+    target = TARGETS["sm_90"]
+    for problem in problems(SIZES[:1]):
+        found = candidates(problem, target)
+        assert len(found) >= 10, problem
+        ships = predict(problem, defaults.heuristic(problem, target), target).seconds
+        assert predict(problem, found[0], target).seconds <= ships
+
+
+# A sample, compiled. -----------------------------------------------------------------------------
+
+COMPILED = [
+    ("sm_90", "gather_gemm", "ieee", HALF, 0),
+    ("sm_90", "gather_gemm", "tf32", SINGLE, 3),
+    ("sm_80", "gather_gemm", "ieee", HALF, 1),
+    ("gfx942", "gather_gemm", "ieee", HALF, 0),
+    ("sm_100", "gather_gemm", "ieee", SINGLE, 0),
+    ("sm_100", "residual_gemm", "ieee", SINGLE, 0),
+    ("sm_100", "project", "ieee", HALF, 0),
+]
+
+
+@pytest.mark.parametrize(("target", "kernel", "precision", "dtype", "number"), COMPILED)
+def test_a_candidate_compiles_and_fits_as_estimated(target, kernel, precision, dtype, number):
+    target, m, k, n, p = TARGETS[target], 16384, 2048, 4096, 4096
+    weights = torch.empty(k, device="meta")
+    if kernel == "project":
+        problem = Problem(kernel, dtype, m, m, n, 0, rank=16, precision=precision)
+        x, basis = empty(m, n, dtype=dtype), empty(n, 16, dtype=dtype)
+        call = lambda config: project(x, basis, 64.0, config=config)  # noqa: E731
+    elif kernel == "gather_gemm":
+        problem = Problem(kernel, dtype, m, k, n, p, precision=precision, flags=("weighted",))
+        call = lambda config: gather_gemm(**operands(dtype), weights=weights, config=config)  # noqa: E731
+    else:
+        problem = Problem(kernel, dtype, m, k, n, p, stored=dtype, precision=precision)
+        rest = scalars() | {"lost": empty(1, dtype=SINGLE)}
+        call = lambda config: residual_gemm(  # noqa: E731
+            memory_of(dtype), **operands(dtype), **rest, config=config
+        )
+    config = candidates(problem, target)[number]
+    with float32_products(precision):
+        (compiled, *_) = compile_call(lambda: call(config), target)
+    counts = read(compiled)
+    assert counts.shared <= footprint.shared_memory(problem, config, target)
+    assert counts.shared <= target.shared_memory
+    if footprint.is_exact(problem):
+        assert not counts.matrix, "not multiplied exactly"
+
+
+# A sample, executed. -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(40, 20, 33, 70), (17, 5, 1, 3), (64, 64, 64, 48)])
+@pytest.mark.parametrize("number", range(0, 12, 4))
+def test_candidates_give_the_right_values(sizes, number):
+    m, k, n, p = sizes
+    problem = Problem("gather_gemm", SINGLE, m, k, n, p, flags=("weighted",))
+    found = candidates(problem, TARGETS["sm_80"])
+    config = replace(found[number % len(found)], split_k=1 + number % 3)
+    x, g = small_operands(m, n, p, SINGLE)
+    indices = torch.arange(k) * (m // k)
+    weights = torch.rand(k) + 0.5
+    with interpreted():
+        actual = gather_gemm(x, g, indices, weights, config=config)
+    check_products(actual, x, g, indices, weights)

@@ -1,0 +1,244 @@
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from memaop_triton import MemAOPConfig, ResidualMemory, SubspaceMemory, memaop_linear, new_memory
+from memaop_triton.backward.weight_grad import weight_grad
+from memaop_triton.memory import refresh_clock, subspace
+
+
+def operands(rows, inputs=12, outputs=5, dtype=torch.float64):
+    return torch.randn(rows, inputs, dtype=dtype), torch.randn(rows, outputs, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (MemAOPConfig(), SubspaceMemory),
+        (MemAOPConfig.paper(), ResidualMemory),
+        (MemAOPConfig(memory="none"), type(None)),
+    ],
+)
+def test_new_memory_makes_what_the_configuration_names(config, kind):
+    memory = new_memory(config, 40, 30)
+    assert type(memory) is kind
+    if memory is not None:
+        assert memory.nbytes == 0
+
+
+def test_row_memory_holds_one_slot_per_row():
+    config = MemAOPConfig(k=3, selection="topk", memory="signed")
+    memory = new_memory(config, 12, 5)
+    weight_grad(*operands(17, dtype=torch.float32), config, memory)
+    assert memory.rows == 17
+    assert memory.nbytes == 17 * (12 + 5) * 4 + 17
+    assert memory.filled.sum() == 14
+
+
+def test_subspace_memory_holds_an_orthonormal_basis_whatever_the_batch():
+    for side, numbers in (("input", 12 * 3), ("grad", 16 * 3), ("auto", (12 + 16) * 3)):
+        config = MemAOPConfig(k=3, rank=3, side=side)
+        memory = new_memory(config, 12, 16)
+        for rows in (17, 170, 5):
+            weight_grad(*operands(rows, 12, 16, torch.float32), config, memory)
+            assert memory.nbytes == numbers * 4
+            torch.testing.assert_close(memory.basis.T @ memory.basis, torch.eye(3))
+
+
+@pytest.mark.parametrize("memory", ["residual", "signed"])
+def test_shorter_batch_uses_the_first_slots_and_longer_grows(memory):
+    config = MemAOPConfig(k=2, selection="topk", memory=memory)
+    kept = new_memory(config, 12, 5)
+    weight_grad(*operands(8), config, kept)
+    last = kept.x[6:].clone()
+    weight_grad(*operands(6), config, kept)
+    assert kept.rows == 8
+    assert torch.equal(kept.x[6:], last)
+    weight_grad(*operands(11), config, kept)
+    assert kept.rows == 11
+    assert kept.filled.sum() == 9
+
+
+def test_subspace_finds_and_follows_the_leading_directions():
+    config = MemAOPConfig(k=8, rank=2, refresh_every=2, side="input")
+    memory = new_memory(config, 12, 5)
+    for axes in ([0, 1], [4, 7]):
+        for _ in range(8):
+            x, g = operands(64)
+            x[:, axes] *= 30
+            weight_grad(x, g, config, memory)
+        assert memory.basis[axes].norm() > 0.99 * math.sqrt(2)
+
+
+@pytest.mark.parametrize("refresh_every", [1, 3])
+def test_subspace_is_refreshed_every_few_steps(refresh_every):
+    config = MemAOPConfig(k=8, rank=2, refresh_every=refresh_every, side="input")
+    memory = new_memory(config, 12, 5)
+    weight_grad(*operands(64), config, memory)
+    changed = []
+    for _ in range(6):
+        before = memory.basis.clone()
+        weight_grad(*operands(64), config, memory)
+        changed.append(not torch.equal(memory.basis, before))
+    steps = range(2, 8)
+    assert changed == [step % refresh_every == 0 for step in steps]
+
+
+def test_subspace_of_float16_inputs_with_a_large_mean_follows_it():
+    config = MemAOPConfig(k=8, rank=4, refresh_every=1, side="input")
+    memory = new_memory(config, 256, 5)
+    for _ in range(4):
+        x = (10 + torch.randn(4096, 256)).half()
+        weight_grad(x, torch.randn(4096, 5).half(), config, memory)
+    assert (memory.basis.T @ torch.full((256,), 1 / 16.0)).norm() > 0.99
+
+
+def test_sign_of_carried_rows_is_random_and_the_same_for_both():
+    config = MemAOPConfig(k=1, selection="topk", memory="signed")
+    memory = new_memory(config, 12, 5)
+    x, g = operands(200)
+    weight_grad(x, g, config, memory)
+    filled = memory.filled.clone()
+    weight_grad(torch.zeros_like(x), torch.zeros_like(g), config, memory)
+    kept = filled & memory.filled
+    signs = (memory.x / x)[kept]
+    torch.testing.assert_close(signs.abs(), torch.ones_like(signs))
+    assert 60 < (signs[:, 0] > 0).sum() < 140
+    torch.testing.assert_close((memory.g / g)[kept], signs[:, :1].expand(-1, 5))
+
+
+BAD_ROWS = {"one": [3], "more-than-k": [0, 2, 3, 5, 8, 9]}
+
+
+@pytest.mark.parametrize("where", ["x", "g", "both"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", BAD_ROWS)
+def test_rows_that_are_not_finite_reach_the_gradient_and_never_stay(scheme, where, value, bad):
+    config = MemAOPConfig(k=4, rank=2, refresh_every=1, **scheme)
+    memory = new_memory(config, 12, 5)
+    for step in range(4):
+        x, g = operands(17)
+        if step in (0, 2):
+            for t in (x, g) if where == "both" else ({"x": x, "g": g}[where],):
+                t[BAD_ROWS[bad]] = value
+        dw = weight_grad(x, g, config, memory)
+        assert dw.isfinite().any() == (step in (1, 3))
+        assert dw.isfinite().all() == (step in (1, 3))
+        stored = {} if memory is None else memory.state_dict()
+        assert all(t.isfinite().all() for t in stored.values() if isinstance(t, torch.Tensor))
+
+
+@pytest.mark.parametrize("memory", ["none", "subspace"])
+@pytest.mark.parametrize("where", ["x", "g", "both"])
+@pytest.mark.parametrize("bad", BAD_ROWS)
+def test_rows_that_are_not_finite_reach_sampled_gradients(unbiased, memory, where, bad):
+    config = MemAOPConfig(k=4, rank=2, memory=memory, grad_input="sampled", **unbiased)
+    kept = new_memory(config, 12, 5)
+    w = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    for broken in (True, False):
+        x, g = operands(17)
+        if broken:
+            for t in (x, g) if where == "both" else ({"x": x, "g": g}[where],):
+                t[BAD_ROWS[bad]] = math.nan
+        x.requires_grad_()
+        dx, dw = torch.autograd.grad(memaop_linear(x, w, None, config, kept), (x, w), g)
+        assert dw.isfinite().all() != broken
+        assert dx.isfinite().all() != (broken and where != "x")
+
+
+@pytest.mark.parametrize("memory", ["residual", "signed"])
+def test_clean_step_after_a_bad_row_is_that_of_the_definition(memory):
+    config = MemAOPConfig(k=17, selection="topk", memory=memory)
+    keep_all = MemAOPConfig(k=2, selection="topk", memory=memory)
+    kept = new_memory(config, 12, 5)
+    x, g = operands(17)
+    x[3] = math.nan
+    weight_grad(x, g, keep_all, kept)
+    assert not kept.filled[3]
+    carried = kept.filled.clone()
+    mx, mg = (torch.where(carried[:, None], t, 0) for t in (x, g))
+    x, g = operands(17)
+    weight_grad(x, g, config, dirty := new_memory(config, 12, 5))
+    assert dirty.rows == 0  # all rows of the first batch were computed
+    torch.manual_seed(3)
+    signs = torch.ones(17, 1, dtype=torch.float64)
+    if memory == "signed":
+        signs = 2 * torch.empty(17, dtype=torch.float64).bernoulli_(0.5)[:, None] - 1
+    torch.manual_seed(3)
+    dw = weight_grad(x, g, config, kept)
+    torch.testing.assert_close(dw, (signs * mg + g).T @ (signs * mx + x))
+
+
+class LivingBytes(TorchDispatchMode):
+    """Counts the storage that operations make, while anything still refers to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if is_tensor(t)}
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if is_tensor(t) and t.untyped_storage()._cdata not in given:
+                storage = t.untyped_storage()
+                self.storages[storage._cdata] = (storage._weak_ref(), storage.nbytes())
+        for key, (reference, _) in list(self.storages.items()):
+            if torch.UntypedStorage._expired(reference):
+                torch.UntypedStorage._free_weak_ref(reference)
+                del self.storages[key]
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return result
+
+
+def is_tensor(value):
+    return isinstance(value, torch.Tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_is_the_gathered_rows_and_a_few_vectors(scheme, dtype):
+    rows = 4096 if dtype == torch.float32 else 32768
+    inputs, outputs, rank = 256, 192, 16
+    config = MemAOPConfig(ratio=1 / 8, rank=rank, **scheme)
+    memory = new_memory(config, inputs, outputs)
+    x, g = operands(rows, inputs, outputs, dtype)
+    for _ in range(2):
+        weight_grad(x, g, config, memory)
+    with LivingBytes() as count:
+        dw = weight_grad(x, g, config, memory)
+    gathered = config.num_rows(rows) * (inputs + outputs) * x.element_size()
+    vectors = 12 * rows * 8
+    converted_chunks = 0 if dtype == torch.float32 else 6 * (1 << 20)
+    drawn = 1.3 if config.selection == "bernoulli" else 1
+    subspace = 0
+    if config.memory == "subspace":
+        subspace = 2 * rows * rank * x.element_size() + 4 * rank * (inputs + outputs) * 4
+    budget = drawn * gathered + vectors + subspace + converted_chunks
+    assert dw.nbytes < count.peak < dw.nbytes + budget
+    assert budget < 0.8 * (x.nbytes + g.nbytes)
+
+
+def test_a_captured_step_refreshes_the_basis_when_an_eager_one_would(monkeypatch):
+    """The steps of a graph count on the device, and every replay decides there."""
+    config = MemAOPConfig(k=3, rank=3, refresh_every=3, side="input")
+    eager, captured = new_memory(config, 12, 5), new_memory(config, 12, 5)
+    batches = [operands(17, dtype=torch.float32) for _ in range(10)]
+    for memory in (eager, captured):
+        torch.manual_seed(1)
+        weight_grad(*batches[0], config, memory)
+    captured._clock._on_device = torch.full((1,), captured.step)
+    for module in (subspace, refresh_clock):
+        monkeypatch.setattr(module, "is_capturing", lambda device: True)
+    address = captured.basis.data_ptr()
+    for batch in batches[1:]:
+        for memory in (eager, captured):
+            torch.manual_seed(2)
+            weight_grad(*batch, config, memory)
+        captured._clock._step = 0  # a replay runs nothing on the host
+        assert torch.equal(captured.basis, eager.basis)
+        assert captured.step == eager.step
+    assert captured.basis.data_ptr() == address

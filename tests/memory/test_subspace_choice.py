@@ -1,0 +1,300 @@
+"""Which side's subspace a memory uses, and how many dimensions of it."""
+
+import copy
+
+import pytest
+import torch
+
+from memaop_triton import MemAOPConfig, MemAOPLinear, SubspaceMemory, new_memory
+from memaop_triton.backward.input_grad import input_grad_with_subspace
+from memaop_triton.backward.steps_torch import Factors
+from memaop_triton.backward.weight_grad import weight_and_bias_grad, weight_grad
+from memaop_triton.memory.choice import score_sums
+
+M, N, P = 512, 64, 96
+
+
+def low_rank(rows, columns, rank=2, noise=0.05):
+    return torch.randn(rows, rank) @ torch.randn(rank, columns) + noise * torch.randn(rows, columns)
+
+
+def batch(side):
+    """Rows of which those of one side lie in a plane."""
+    torch.manual_seed(1)
+    if side == "input":
+        return low_rank(M, N), torch.randn(M, P)
+    return torch.randn(M, N), low_rank(M, P)
+
+
+@pytest.mark.parametrize("side", ["input", "grad"])
+def test_the_side_that_leaves_less_is_taken(side):
+    config = MemAOPConfig(k=64, rank=4)
+    memory = new_memory(config, N, P)
+    x, g = batch(side)
+    dw = weight_grad(x, g, config, memory)
+    assert memory.side == side
+    exact = g.T @ x
+    other = MemAOPConfig(k=64, rank=4, side="grad" if side == "input" else "input")
+    theirs = weight_grad(x, g, other, new_memory(other, N, P))
+    assert (dw - exact).norm() < 0.3 * (theirs - exact).norm()
+
+
+def test_the_side_follows_the_data_at_every_fourth_refresh():
+    config = MemAOPConfig(k=64, rank=4, refresh_every=2)
+    memory = new_memory(config, N, P)
+    weight_grad(*batch("input"), config, memory)
+    sides = []
+    for _ in range(9):
+        weight_grad(*batch("grad"), config, memory)
+        sides.append(memory.side)
+    # Steps 1 to 9; the choice is made at the beginning of step 8.
+    assert sides == ["input"] * 7 + ["grad"] * 2
+
+
+def test_a_side_that_is_hardly_better_is_not_taken(monkeypatch):
+    config = MemAOPConfig(k=64, rank=4, refresh_every=1)
+    memory = new_memory(config, N, N)
+    a = torch.randn(M, N)
+    weight_grad(a, a, config, memory)
+    first = memory.side
+    for _ in range(12):
+        a = torch.randn(M, N)
+        weight_grad(a, a * 1.01, config, memory)
+        assert memory.side == first
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_changes_nothing(bad):
+    config = MemAOPConfig(k=64, rank=4, refresh_every=1)
+    memory = new_memory(config, N, P)
+    weight_grad(*batch("input"), config, memory)
+    for _ in range(8):
+        x, g = batch("grad")
+        x[3, 5] = bad
+        assert not weight_grad(x, g, config, memory).isfinite().all()
+    assert memory.side == "input"
+    assert all(basis.q.isfinite().all() for basis in memory._bases.values())
+
+
+def test_after_a_first_batch_that_is_not_finite_the_next_one_is_looked_at():
+    config = MemAOPConfig(k=64, rank=4)
+    memory = new_memory(config, N, P)
+    x, g = batch("grad")
+    x[3, 5] = float("nan")
+    weight_grad(x, g, config, memory)
+    assert memory._seen is None
+    weight_grad(*batch("grad"), config, memory)
+    assert memory.side == "grad"
+
+
+def test_an_open_rank_is_none_where_rows_are_better():
+    config = MemAOPConfig(budget=1 / 4)
+    memory = new_memory(config, N, P)
+    weight_grad(torch.randn(M, N), torch.randn(M, P), config, memory)
+    assert memory.rank == 0
+    assert memory.basis.shape[1] == 0
+    step = memory.step
+    weight_grad(torch.randn(M, N), torch.randn(M, P), config, memory)
+    assert memory.step == step + 1
+
+
+def test_an_open_rank_grows_when_the_data_allow_it():
+    config = MemAOPConfig(budget=1 / 2, refresh_every=3)
+    memory = new_memory(config, N, P)
+    weight_grad(torch.randn(M, N), torch.randn(M, P), config, memory)
+    assert memory.rank == 0
+    for _ in range(24):
+        dw = weight_grad(*batch("grad"), config, memory)
+    assert (memory.side, memory.rank > 0) == ("grad", True)
+    x, g = batch("grad")
+    assert (dw - g.T @ x).norm() < 0.2 * (g.T @ x).norm()
+
+
+def test_the_choice_has_the_least_variance_of_all():
+    """Against draws, with the spectrum such that neither end of the ranks is best."""
+    torch.manual_seed(0)
+    x = torch.randn(M, N) * torch.where(torch.arange(N) < 4, 3, 0.3)
+    g = torch.randn(M, P)
+    config = MemAOPConfig(budget=1 / 2, refresh_every=5)
+    memory = new_memory(config, N, P)
+    for _ in range(41):
+        weight_grad(x, g, config, memory)
+    exact = g.T @ x
+
+    def variance(side, rank):
+        kept = copy.deepcopy(memory)
+        kept.side, kept.rank = side, rank
+        kept._step = 1  # far from the next choice
+        kept.refresh_every = 100
+        errors = [weight_grad(x, g, config, kept) - exact for _ in range(60)]
+        return torch.stack(errors).square().sum((1, 2)).mean()
+
+    chosen = variance(memory.side, memory.rank)
+    assert (memory.side, memory.rank, memory._most) == ("input", 4, 8)
+    for other in [("input", 0), ("input", memory._most), ("grad", 4), ("grad", memory._most)]:
+        assert chosen < 1.05 * variance(*other), other
+
+
+def test_sums_of_scores_stand_for_all_rows_where_some_are_read(monkeypatch):
+    torch.manual_seed(0)
+    x, g = torch.randn(8192, N), torch.randn(8192, P)
+    memory = SubspaceMemory(N, P, rank=4)
+    monkeypatch.setattr(SubspaceMemory, "_waits_for", staticmethod(lambda device: False))
+    memory.begin_step(x, g, MemAOPConfig())
+    rows, sums = memory._pending
+    whole = score_sums(memory._bases, [4], x, g)
+    assert rows == 8192
+    torch.testing.assert_close(sums.get(), whole, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "most"), [(64, 4), (128, 8), (2048, 16)])
+def test_the_rank_fits_the_first_batch(rows, most):
+    """More rows make a dimension cheaper: it is one more outer product."""
+    config = MemAOPConfig(budget=1 / 4)
+    memory = new_memory(config, 256, 256)
+    weight_grad(torch.randn(rows, 256), torch.randn(rows, 256), config, memory)
+    assert memory._most == most
+
+
+@pytest.mark.parametrize("side", ["input", "grad"])
+def test_factors_multiply_to_the_gradient(side):
+    config = MemAOPConfig(k=64, rank=4, side=side)
+    memory = new_memory(config, N, P)
+    factors = []
+    for _ in range(3):
+        x, g = torch.randn(M, N), torch.randn(M, P)
+        dw, db = weight_and_bias_grad(x, g, config, memory, factors=factors)
+        (pair,) = factors
+        assert isinstance(pair, Factors)
+        torch.testing.assert_close(pair.g.T @ pair.x, dw, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(db, g.sum(0), rtol=1e-4, atol=1e-4)
+        factors.clear()
+
+
+def test_a_saved_choice_is_loaded_again():
+    config = MemAOPConfig(budget=1 / 2)
+    memory, other = new_memory(config, N, P), new_memory(config, N, P)
+    for _ in range(3):
+        weight_grad(*batch("grad"), config, memory)
+    assert memory.side == "grad"
+    assert memory.rank not in (0, other.rank)
+    other.load_state_dict(memory.state_dict())
+    assert (other.side, other.rank, other.step) == (memory.side, memory.rank, memory.step)
+    torch.manual_seed(3)
+    ours = weight_grad(*batch("grad"), config, memory)
+    torch.manual_seed(3)
+    assert torch.equal(weight_grad(*batch("grad"), config, other), ours)
+
+
+def test_a_memory_of_another_side_is_refused():
+    states = {
+        side: new_memory(MemAOPConfig(rank=4, side=side), N, P)
+        for side in ("auto", "input", "grad")
+    }
+    for side, memory in states.items():
+        weight_grad(*batch("grad"), MemAOPConfig(rank=4, side=side), memory)
+    for side, memory in states.items():
+        for other in states.keys() - {side}:
+            with pytest.raises(ValueError, match=f"side='{other}' in the state, '{side}' in"):
+                memory.load_state_dict(states[other].state_dict())
+
+
+def test_where_nobody_waits_the_choice_is_taken_at_the_next_refresh(monkeypatch):
+    config = MemAOPConfig(k=64, rank=4, refresh_every=2)
+    memory = new_memory(config, N, P)
+    monkeypatch.setattr(SubspaceMemory, "_waits_for", staticmethod(lambda device: False))
+    sides, other = [], None
+    for step in range(12):
+        weight_grad(*batch("input" if step == 1 else "grad"), config, memory)
+        sides.append(memory.side)
+        if step == 8:
+            assert memory.state_dict()["pending_rows"] == M
+            other = new_memory(config, N, P)
+            other.load_state_dict(memory.state_dict())
+            twin = copy.deepcopy(memory)
+    # Looked at in steps 0 and 8, taken in steps 2 and 10.
+    assert sides == ["input"] * 2 + ["grad"] * 10
+    for loaded in (other, twin):
+        assert loaded._pending is not None
+        for _ in range(2):
+            weight_grad(*batch("grad"), config, loaded)
+        assert loaded._pending is None
+        assert loaded.side == "grad"
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_a_sampled_input_gradient_has_the_noise_of_what_the_subspace_leaves(rank):
+    """Rows of G in a plane, and noise: only that is sampled."""
+    torch.manual_seed(2)
+    g, w = low_rank(M, P), torch.randn(P, N)
+    config = MemAOPConfig(k=64, rank=rank, grad_input="sampled")
+    memory = new_memory(config, N, P)
+    error = input_grad_with_subspace(g, w, config, memory) - g @ w
+    inside = g @ memory._bases["grad"].q @ memory._bases["grad"].q.T
+    scores = (g - inside).norm(dim=1)
+    expected = (scores.sum().square() / 64 - scores.square().sum()) * w.square().sum() / P
+    assert error.square().sum() == pytest.approx(float(expected), rel=0.3)
+    assert error.norm() < 0.1 * (g @ w).norm()
+
+
+@pytest.mark.parametrize("weight_is_frozen", [False, True])
+def test_the_basis_of_a_sampled_input_gradient_follows_the_rows(weight_is_frozen):
+    config = MemAOPConfig(k=64, rank=4, refresh_every=2, grad_input="sampled")
+    layer = MemAOPLinear(N, P, config=config)
+    layer.weight.requires_grad_(not weight_is_frozen)
+    plane = torch.linalg.qr(torch.randn(P, 2)).Q
+    for step in range(12):
+        # X lies in a plane, so that dW is on the inputs' side and refreshes no basis of G's.
+        x = (low_rank(M, N, noise=0.0) + 1e-4 * torch.randn(M, N)).requires_grad_()
+        g = torch.randn(M, P)
+        if step > 1:
+            g = torch.randn(M, 2) @ plane.T + 0.01 * torch.randn(M, P)
+        layer(x).backward(g)
+    assert layer.memory.side == "input"
+    q = layer.memory._bases["grad"].q
+    assert (plane.T @ q).norm() > 0.99 * 2**0.5
+    error = x.grad - g @ layer.weight
+    assert error.norm() < 0.2 * x.grad.norm()
+
+
+def test_an_open_rank_of_a_sampled_input_gradient_is_its_own():
+    config = MemAOPConfig(budget=1 / 2, refresh_every=3, grad_input="sampled")
+    layer = MemAOPLinear(N, P, config=config)
+    x = torch.randn(M, N, requires_grad=True)
+    layer(x).backward(low_rank(M, P))
+    assert layer.memory.input_grad_rank > 0
+    layer = MemAOPLinear(N, P, config=config)
+    x = low_rank(M, N).requires_grad_()
+    layer(x).backward(torch.randn(M, P))
+    assert (layer.memory.side, layer.memory.input_grad_rank) == ("input", 0)
+    assert layer.memory.rank > 0
+    assert (x.grad.norm(dim=1) > 0).sum() < M / 2  # the rows drawn, and zeros
+
+
+def test_a_memory_without_a_basis_of_the_gradients_samples_all_of_dx():
+    config = MemAOPConfig(k=64, rank=4, side="input", grad_input="sampled")
+    layer = MemAOPLinear(N, P, config=config)
+    x = torch.randn(M, N, requires_grad=True)
+    layer(x).backward(torch.randn(M, P))
+    assert (x.grad.norm(dim=1) > 0).sum() == 64
+
+
+@pytest.mark.parametrize("budget", [None, 1 / 2])
+def test_a_frozen_layer_saves_the_one_basis_it_has(budget):
+    config = MemAOPConfig(budget=budget, refresh_every=2, grad_input="sampled")
+    layers = [MemAOPLinear(N, P, config=config) for _ in range(2)]
+    for layer in layers:
+        layer.weight.requires_grad_(False)
+    for rows in (M, M // 2, M):
+        x = torch.randn(rows, N, requires_grad=True)
+        layers[0](x).backward(low_rank(rows, P))
+    state = layers[0].memory.state_dict()
+    assert "grad" in state
+    assert "input" not in state
+    assert layers[0].memory.step == 3
+    layers[1].memory.load_state_dict(state)
+    layers[1].weight.requires_grad_(True)
+    x = torch.randn(M, N, requires_grad=True)
+    layers[1](x).backward(low_rank(M, P))
+    assert layers[1].memory.state_dict().keys() >= {"input", "grad"}
+    assert layers[1].weight.grad.isfinite().all()

@@ -1,0 +1,217 @@
+"""What a monitor estimates from single selections, against brute force over many."""
+
+import math
+
+import pytest
+import torch
+
+from memaop_triton import MemAOPConfig, new_memory
+from memaop_triton.backward.input_grad import select_for_both
+from memaop_triton.backward.weight_grad import weight_and_bias_grad
+from memaop_triton.monitor.estimates import (
+    Figures,
+    contributions_of,
+    effective_sample_size,
+    sampling_variance,
+)
+from memaop_triton.monitor.observer import LayerObserver
+from memaop_triton.reference import weight_grad_reference
+from memaop_triton.selection import Selection, select_rows
+
+M, N, P, K = 40, 16, 5, 10
+DRAWS = 400
+
+
+@pytest.fixture
+def batch():
+    """Rows of unequal size with a direction in common, so that cross terms matter."""
+    scale = torch.linspace(0.2, 2, M, dtype=torch.float64).unsqueeze(1)
+    x = scale * (torch.randn(M, N, dtype=torch.float64) + 0.5)
+    return x, scale.flip(0) * (torch.randn(M, P, dtype=torch.float64) + 0.3)
+
+
+def figures(observer):
+    sums, counts = observer.read()
+    *weighted, weight = sums.tolist()
+    assert counts[1] == 0
+    return Figures(*(value / weight for value in weighted))
+
+
+def observed(config, x, g, draws=DRAWS, block=None):
+    """Squared errors of that many weight gradients, and the averages of their figures."""
+    observer = LayerObserver(1, 1 - 1e-9, x.device)  # all observations count alike
+    memory = new_memory(config, N, P)
+    if memory is not None:
+        memory.begin_step(x + torch.randn_like(x), g + torch.randn_like(g), config)
+    errors = []
+    for _ in range(draws):
+        given = select_for_both(x, g, config, config.k) if config.grad_input == "sampled" else None
+        dw = weight_and_bias_grad(x, g, config, memory, selection=given, observer=observer).weight
+        errors.append((dw - g.T @ x).square().sum())
+    return torch.stack(errors), figures(observer), memory
+
+
+@pytest.mark.parametrize(
+    ("memory", "grad_input"), [("none", "exact"), ("subspace", "exact"), ("subspace", "sampled")]
+)
+def test_sampling_variance_is_the_mean_squared_error(unbiased, memory, grad_input, batch):
+    config = MemAOPConfig(
+        k=K,
+        memory=memory,
+        rank=4,
+        side="input",
+        refresh_every=10**9,
+        grad_input=grad_input,
+        **unbiased,
+    )
+    errors, found, _ = observed(config, *batch)
+    error_bar = float(errors.std()) / math.sqrt(DRAWS)
+    if unbiased["selection"] == "wta":  # an upper bound, by ‖Σ_rest A‖² / (K − c)
+        assert float(errors.mean()) - 4 * error_bar < found.sampling_variance
+        assert found.sampling_variance < 2 * float(errors.mean())
+    else:
+        # The estimate is as noisy as the errors are, or less.
+        assert found.sampling_variance == pytest.approx(float(errors.mean()), abs=6 * error_bar)
+        assert 6 * error_bar < 0.3 * found.sampling_variance
+
+
+@pytest.mark.parametrize("memory", ["none", "subspace"])
+@pytest.mark.parametrize("selection", ["crs", "randk"])
+def test_of_a_step_with_a_subspace_only_the_sampled_part_counts(
+    selection, memory, batch, selections
+):
+    x, g = batch
+    rescale = selection == "randk"
+    config = MemAOPConfig(
+        k=K, rank=4, side="input", memory=memory, selection=selection, rescale=rescale
+    )
+    _, found, kept = observed(config, x, g, draws=1)
+    (chosen,) = selections
+    basis = torch.zeros(N, 1, dtype=x.dtype) if kept is None else kept.basis
+    rest = x - x @ basis @ basis.T
+    scores = rest.norm(dim=1) * g.norm(dim=1)
+    outer = torch.einsum("kp,kn->kpn", g[chosen.indices], rest[chosen.indices])
+    drawn = K * chosen.weights[:, None, None] * outer  # each an estimate by itself
+    if selection == "crs":
+        expected = drawn.flatten(1).var(0, correction=1).sum() / K
+    else:
+        mean = drawn.flatten(1).mean(0)
+        expected = (M - K) / (K - 1) * (scores.square().sum() - mean.square().sum() / M)
+    assert found.sampling_variance == pytest.approx(float(expected))
+
+
+def test_variance_of_whole_blocks_whose_rows_are_uncorrelated(unbiased):
+    # Orthogonal rows: a block's squared norm is the sum of its rows'.
+    config = MemAOPConfig(k=32, memory="none", block_rows=16, **unbiased)
+    x = torch.linspace(0.3, 2, 80, dtype=torch.float64).unsqueeze(1) * torch.eye(
+        80, dtype=torch.float64
+    )
+    g = torch.ones(80, 1, dtype=torch.float64)
+    observer = LayerObserver(1, 1 - 1e-9, x.device)
+    errors = []
+    for _ in range(DRAWS):
+        dw = weight_and_bias_grad(x, g, config, None, observer=observer).weight
+        errors.append((dw - g.T @ x).square().sum())
+    errors = torch.stack(errors)
+    error_bar = float(errors.std()) / math.sqrt(DRAWS)
+    found = figures(observer).sampling_variance
+    if unbiased["selection"] == "wta":
+        assert found > float(errors.mean()) - 4 * error_bar
+    else:
+        assert found == pytest.approx(float(errors.mean()), abs=6 * error_bar)
+
+
+@pytest.mark.parametrize("selection", ["crs", "randk"])
+def test_a_single_draw_gives_an_upper_bound(selection, batch):
+    config = MemAOPConfig(k=1, memory="none", selection=selection, rescale=selection == "randk")
+    x, g = batch
+    errors, found, _ = observed(config, x, g, draws=600)
+    expected = float(errors.mean()) + float((g.T @ x).square().sum())
+    assert found.sampling_variance == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("memory", ["none", "subspace"])
+@pytest.mark.parametrize("k", [K, M])
+def test_batch_variance_is_that_of_dense_gradients_from_batch_to_batch(memory, k, batch):
+    x, g = batch
+    config = MemAOPConfig(k=k, memory=memory, rank=4, side="input", refresh_every=10**9)
+    _, found, _ = observed(config, x, g, draws=1 if k == M else DRAWS)
+    outer = torch.einsum("mp,mn->mpn", g, x)
+    expected = M * float(outer.flatten(1).var(0, correction=1).sum())
+    assert found.batch_variance == pytest.approx(expected, rel=1e-9 if k == M else 0.02)
+    dense = float((g.T @ x).square().sum())
+    assert found.gradient_square == pytest.approx(dense, rel=1e-9 if k == M else 0.1)
+    # And by drawing batches: M rows out of these with replacement.
+    draws = torch.stack([outer[torch.randint(M, (M,))].sum(0) for _ in range(2000)])
+    assert float(draws.var(0).sum()) == pytest.approx(expected * (M - 1) / M, rel=0.1)
+
+
+@pytest.mark.parametrize("k", [K, M])
+def test_scores_are_those_of_the_reference(k, batch):
+    x, g = batch
+    for memory, side in (("none", "auto"), ("subspace", "input"), ("subspace", "grad")):
+        config = MemAOPConfig(k=k, memory=memory, rank=4, side=side, refresh_every=10**9)
+        _, found, kept = observed(config, x, g, draws=2)
+        basis = None if kept is None else kept.basis
+        scores = weight_grad_reference(x, g, config, basis=basis, side=side).scores
+        assert found.score_sum == pytest.approx(float(scores.sum()))
+        assert found.score_square_sum == pytest.approx(float(scores.square().sum()))
+        own = (x.norm(dim=1) * g.norm(dim=1)).square().sum()
+        assert found.batch_square_sum == pytest.approx(float(own))
+        assert found.nonzero_rows == pytest.approx(M)
+
+
+def test_scores_of_a_row_memory_are_of_what_it_accumulated(batch):
+    x, g = batch
+    config = MemAOPConfig.paper(k=K)
+    memory = new_memory(config, N, P)
+    observer = LayerObserver(1, 0.0, x.device)
+    slots = None
+    for _ in range(3):
+        weight_and_bias_grad(x, g, config, memory, observer=observer)
+        step = weight_grad_reference(x, g, config, memory=slots)
+        slots = step.memory
+    found = figures(observer)
+    s = step.scores
+    assert found.score_sum == pytest.approx(float(s.sum()))
+    assert found.computed_score_sum == pytest.approx(float(s[step.selection.indices].sum()))
+    left = float(s.square().sum() - s[step.selection.indices].square().sum())
+    assert found.remembered_square_sum == pytest.approx(left)
+    own = (x.norm(dim=1) * g.norm(dim=1)).square().sum()
+    assert found.batch_square_sum == pytest.approx(float(own))
+
+
+def test_rows_drawn_twice_count_once():
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
+    selection = Selection(torch.tensor([1, 1, 3, 9]), torch.tensor([0.5, 0.5, 2.0, 7.0]))
+    contributions = contributions_of(selection, scores)
+    assert contributions.tolist() == [0, 2, 0, 8]
+    assert float(effective_sample_size(contributions)) == pytest.approx(100 / 68)
+    assert float(effective_sample_size(torch.zeros(3))) == 0
+
+
+def test_effective_sample_size_of_equal_contributions_is_their_number():
+    scores = torch.rand(64).double() + 1
+    for policy in ("priority", "bernoulli"):
+        selection = select_rows(scores, 16, policy)
+        drawn = int((selection.weights > 0).sum())
+        size = float(effective_sample_size(contributions_of(selection, scores)))
+        assert size == pytest.approx(drawn)
+    one_dominates = scores.clone()
+    one_dominates[5] = 1e6
+    selection = select_rows(one_dominates, 16, "priority")
+    assert float(effective_sample_size(contributions_of(selection, one_dominates))) < 1.1
+
+
+def test_names_beyond_the_last_row_add_nothing_to_the_variance():
+    config = MemAOPConfig(k=32, block_rows=16, memory="none", selection="priority")
+    scores = torch.rand(40).double() + 1
+    weights = torch.cat([torch.full((16,), 2.0), torch.full((16,), 3.0)])
+    inside = Selection(torch.arange(16, 40), weights[:24])
+    beyond = Selection(torch.arange(16, 48), weights)
+    zero = torch.zeros(())
+    expected = 2 * scores[16:32].square().sum() + 6 * scores[32:].square().sum()
+    for selection in (inside, beyond):
+        assert sampling_variance(config, config.k, selection, scores, zero) == pytest.approx(
+            float(expected)
+        )

@@ -1,0 +1,249 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from memaop_triton import MemAOPConfig, MemAOPLinear, memaop_linear, new_memory
+from memaop_triton.backward.weight_grad import weight_grad
+
+RESIDUAL = MemAOPConfig(k=3, selection="topk", memory="residual")
+DEFAULT = MemAOPConfig(k=3, rank=2)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def pair(config=RESIDUAL, bias=True, dtype=None):
+    dense = nn.Linear(12, 5, bias=bias, dtype=dtype)
+    return dense, MemAOPLinear.from_linear(copy.deepcopy(dense), config)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(12,), (17, 12), (3, 4, 12), (2, 1, 5, 12), (0, 12), (3, 0, 12)])
+def test_forward_and_exact_gradients_equal_nn_linear(scheme, dtype, bias, shape):
+    dense, ours = pair(MemAOPConfig(k=3, rank=2, **scheme), bias, dtype)
+    x = torch.randn(shape).to(dtype)
+    grads = []
+    for layer in (dense, ours):
+        layer_input = x.clone().requires_grad_()
+        y = layer(layer_input)
+        y.square().sum().backward()
+        grads.append((y, layer_input.grad, layer.bias.grad if bias else torch.zeros(1)))
+        assert layer.weight.grad.shape == (5, 12)
+    assert torch.equal(grads[0][0], grads[1][0])
+    tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(grads[0][1:], grads[1][1:], **tolerance)
+    assert x.numel() or not ours.weight.grad.any()
+
+
+def test_layer_gradient_is_that_of_weight_grad_on_flattened_rows(memory_scheme):
+    config = MemAOPConfig(k=3, rank=2, **memory_scheme)
+    _, layer = pair(config, dtype=torch.float64)
+    memory = new_memory(config, 12, 5)
+    for seed in range(3):
+        x, g = torch.randn(3, 4, 12).double(), torch.randn(3, 4, 5).double()
+        torch.manual_seed(seed)
+        (dw,) = torch.autograd.grad(layer(x), layer.weight, g)
+        torch.manual_seed(seed)
+        assert torch.equal(dw, weight_grad(x.view(12, 12), g.view(12, 5), config, memory))
+
+
+def test_sampled_input_gradient_and_weight_gradient_use_the_same_rows(unbiased, selections):
+    config = MemAOPConfig(k=3, memory="none", grad_input="sampled", **unbiased)
+    _, layer = pair(config, dtype=torch.float64)
+    x, g = torch.randn(17, 12).double().requires_grad_(), torch.randn(17, 5).double()
+    dx, dw = torch.autograd.grad(layer(x), (x, layer.weight), g)
+    ((indices, weights),) = selections
+    scale = torch.zeros(17, 1, dtype=torch.float64).index_add_(0, indices, weights[:, None])
+    torch.testing.assert_close(dx, scale * (g @ layer.weight))
+    torch.testing.assert_close(dw, (scale * g).T @ x)
+
+
+@pytest.mark.parametrize("features", [(1, 1), (3, 17), (129, 3)])
+def test_new_layer_has_the_default_configuration_and_learns(features, train_step):
+    layer = MemAOPLinear(*features)
+    assert layer.config == MemAOPConfig()
+    train_step(layer, torch.randn(40, features[0]))
+    assert layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 3), (3, 0)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_zero_features_behave_like_nn_linear(inputs, outputs):
+    layer = MemAOPLinear.from_linear(nn.Linear(inputs, outputs), DEFAULT)
+    x = torch.zeros(8, inputs, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight.grad.shape == (outputs, inputs)
+    assert torch.equal(x.grad, torch.zeros(8, inputs))
+
+
+@pytest.mark.parametrize("grad_input", ["exact", "sampled"])
+@pytest.mark.parametrize("memory", ["none", "subspace"])
+@pytest.mark.parametrize("frozen", ["weight", "bias", "input", "all but input"])
+def test_frozen_parts_get_no_gradient(grad_input, memory, frozen):
+    config = MemAOPConfig(k=3, rank=2, memory=memory, grad_input=grad_input)
+    layer = MemAOPLinear(12, 5, config=config)
+    x = torch.randn(17, 12, requires_grad=frozen != "input")
+    layer.weight.requires_grad_(frozen not in ("weight", "all but input"))
+    layer.bias.requires_grad_(frozen not in ("bias", "all but input"))
+    layer(x).square().sum().backward()
+    for tensor in (layer.weight, layer.bias, x):
+        assert (tensor.grad is not None) == tensor.requires_grad
+    if not layer.weight.requires_grad and memory != "none":
+        # A sampled dX keeps a basis of G's side, and counts.
+        sampled = grad_input == "sampled" and x.requires_grad
+        assert layer.memory.nbytes == (5 * 4 if sampled else 0)
+        assert layer.memory.step == (1 if sampled else 0)
+
+
+def test_frozen_weight_draws_nothing_and_leaves_the_memory_alone(scheme):
+    layer = MemAOPLinear(12, 5, config=MemAOPConfig(k=3, rank=2, **scheme))
+    layer.weight.requires_grad_(False)
+    state = torch.get_rng_state()
+    x = torch.ones(17, 12, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(17, 12))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert layer.memory is None or layer.memory.nbytes == 0
+
+
+def test_no_grad_forward_keeps_nothing():
+    _, layer = pair()
+    with torch.no_grad():
+        assert not layer(torch.randn(17, 12)).requires_grad
+    assert layer.memory.rows == 0
+
+
+def test_eval_is_exact_and_the_memory_rests():
+    dense, layer = pair(DEFAULT)
+    x = torch.randn(17, 12)
+    layer.eval()
+    for module in (dense, layer):
+        module(x).square().sum().backward()
+    assert torch.equal(layer.weight.grad, dense.weight.grad)
+    assert layer.memory.step == 0
+    layer.train()(x).sum().backward()
+    assert layer.memory.step == 1
+
+
+def test_state_dict_is_that_of_the_dense_layer(train_step):
+    dense, layer = pair()
+    train_step(layer, torch.randn(17, 12))
+    assert layer.state_dict().keys() == dense.state_dict().keys()
+    assert list(layer.buffers()) == []
+    assert layer.state_dict()["weight"].data_ptr() == layer.weight.data_ptr()
+    dense.load_state_dict(layer.state_dict())
+    layer.load_state_dict(dense.state_dict())
+
+
+def test_from_linear_shares_parameters_hooks_and_mode():
+    dense = nn.Linear(12, 5).eval()
+    calls = []
+    dense.register_forward_hook(lambda *_: calls.append("forward"))
+    dense.register_full_backward_hook(lambda *_: calls.append("backward"))
+    layer = MemAOPLinear.from_linear(dense, RESIDUAL)
+    assert type(dense) is nn.Linear
+    assert layer.weight is dense.weight
+    assert layer.bias is dense.bias
+    assert not layer.training
+    layer.train()(torch.randn(7, 12, requires_grad=True)).sum().backward()
+    assert calls == ["forward", "backward"]
+    assert not dense.training
+    layer.register_forward_hook(lambda *_: calls.append("own"))
+    dense(torch.randn(7, 12))
+    assert "own" not in calls
+
+
+def test_layer_used_twice_in_one_forward_touches_its_memory_twice(contents):
+    config = MemAOPConfig(k=3, selection="topk", memory="residual")
+    layer = MemAOPLinear(6, 6, config=config).double()
+    memory = new_memory(config, 6, 6)
+    x = torch.randn(8, 6).double()
+    hidden = layer(x)
+    out = layer(hidden)
+    g_out = torch.ones_like(out)
+    g_hidden = g_out @ layer.weight
+    expected = weight_grad(hidden.detach(), g_out, config, memory)
+    expected = expected + weight_grad(x, g_hidden.detach(), config, memory)
+    out.sum().backward()
+    torch.testing.assert_close(layer.weight.grad, expected)
+    torch.testing.assert_close(contents(layer.memory), contents(memory))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("config", [RESIDUAL, DEFAULT], ids=["residual", "subspace"])
+def test_activation_checkpointing_changes_nothing(reentrant, config, contents):
+    _, layer = pair(config)
+    other = copy.deepcopy(layer)
+    for step in range(3):
+        results = []
+        for module, checkpointed in ((layer, False), (other, True)):
+            torch.manual_seed(step)
+            module.zero_grad()
+            x = torch.randn(17, 12, requires_grad=True)
+            y = checkpoint(module, x, use_reentrant=reentrant) if checkpointed else module(x)
+            torch.manual_seed(step)
+            y.square().sum().backward()
+            results.append((module.weight.grad, x.grad, contents(module.memory)))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_gradients_accumulate_over_micro_batches():
+    config = MemAOPConfig.paper(k=3)
+    _, layer = pair(config, dtype=torch.float64)
+    memory = new_memory(config, 12, 5)
+    total = 0
+    for _ in range(3):
+        x = torch.randn(17, 12).double()
+        layer(x).sum().backward()
+        total = total + weight_grad(x, torch.ones(17, 5).double(), config, memory)
+    torch.testing.assert_close(layer.weight.grad, total)
+
+
+def test_expanded_gradient_of_a_sum_and_expanded_input():
+    _, layer = pair(MemAOPConfig(k=99, memory="none"))
+    row = torch.randn(1, 12, requires_grad=True)
+    layer(row.expand(17, 12)).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, 17 * row.detach().expand(5, 12))
+    torch.testing.assert_close(row.grad, 17 * layer.weight.detach().sum(0, keepdim=True))
+
+
+def test_double_backward_is_refused():
+    _, layer = pair()
+    x = torch.randn(17, 12, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        dx.sum().backward()
+
+
+def test_functional_call_with_other_parameters():
+    _, layer = pair(MemAOPConfig(k=99, memory="none"))
+    other = {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
+    y = torch.func.functional_call(layer, other, (torch.randn(17, 12),))
+    assert not y.any()
+
+
+def test_functional_form_equals_the_layer():
+    config = MemAOPConfig(k=3, memory="none", selection="topk")
+    _, layer = pair(config)
+    x = torch.randn(17, 12)
+    w = layer.weight.detach().clone().requires_grad_()
+    memaop_linear(x, w, layer.bias, config).square().sum().backward()
+    layer(x).square().sum().backward()
+    assert torch.equal(layer.weight.grad, w.grad)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (MemAOPConfig(), "ratio=0.125, selection=priority, memory=subspace, rank=1"),
+        (RESIDUAL, "k=3, selection=topk, memory=residual"),
+        (MemAOPConfig(budget=1 / 4, memory="none"), "budget=0.25, selection=priority, memory=none"),
+        (MemAOPConfig(memory="none", grad_input="sampled"), "memory=none, grad_input=sampled"),
+    ],
+)
+def test_repr_shows_the_settings(config, text):
+    layer = MemAOPLinear(12, 5, config=config)
+    assert repr(layer).startswith("MemAOPLinear(in_features=12, out_features=5, bias=True, ")
+    assert repr(layer).endswith(text + ")")

@@ -1,0 +1,140 @@
+"""The operators: what PyTorch checks of them, their handles, and the FLOPs they report."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from memaop_triton import MemAOPConfig, convert_, memaop_linear, new_memory
+from memaop_triton.nn.layer_state import LayerState, find
+
+M, N, P = 40, 24, 12
+ops = torch.ops.memaop_triton
+
+# Each gives the same result twice, which is what opcheck compares: a row memory that is emptied in
+# every step, a subspace that is not refreshed.
+REPEATABLE = [
+    {"selection": "topk", "memory": "none"},
+    {"selection": "priority", "memory": "none"},
+    {"selection": "priority", "memory": "subspace", "refresh_every": 1000},
+    {"selection": "topk", "memory": "residual", "k": M},
+    {"selection": "bernoulli", "memory": "none"},
+]
+
+
+def state_for(**settings):
+    config = MemAOPConfig(**({} if "k" in settings else {"ratio": 1 / 4}), **settings)
+    return LayerState(config, new_memory(config, N, P))
+
+
+@pytest.mark.parametrize("bias_grad", [True, False])
+@pytest.mark.parametrize("settings", REPEATABLE, ids=lambda s: "-".join(map(str, s.values())))
+def test_opcheck_weight_grad(settings, bias_grad):
+    state = state_for(**settings)
+    arguments = torch.randn(M, N), torch.randn(M, P), state.handle, state.order
+    torch.library.opcheck(ops.weight_grad.default, arguments, {"bias_grad": bias_grad})
+
+
+@pytest.mark.parametrize("weight_grad", [True, False])
+@pytest.mark.parametrize("bias_grad", [True, False])
+@pytest.mark.parametrize(
+    ("memory", "grad_input"),
+    [("none", "sampled"), ("subspace", "sampled"), ("subspace", "projected")],
+)
+def test_opcheck_sampled_backward(memory, grad_input, weight_grad, bias_grad):
+    state = state_for(memory=memory, grad_input=grad_input)
+    x = torch.randn(M, N) if weight_grad else torch.randn(0)
+    arguments = x, torch.randn(M, P), torch.randn(P, N), state.handle, state.order
+    settings = {"weight_grad": weight_grad, "bias_grad": bias_grad}
+    torch.library.opcheck(ops.sampled_backward.default, arguments, settings)
+
+
+@pytest.mark.parametrize("name", ["weight_grad", "sampled_backward"])
+def test_only_the_order_is_declared_to_be_written(name):
+    arguments = getattr(ops, name).default._schema.arguments
+    written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    assert written == ["order"]
+
+
+@pytest.mark.parametrize("name", ["weight_grad", "sampled_backward"])
+def test_operators_run_between_the_graphs_of_a_compiler(name):
+    assert torch.Tag.cudagraph_unsafe in getattr(ops, name).default.tags
+
+
+def test_a_copy_has_a_handle_of_its_own():
+    state = state_for(memory="residual", selection="topk")
+    for twin in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        assert twin.handle.shape != state.handle.shape
+        assert find(twin.handle) is twin
+        assert find(twin.handle).memory is not state.memory
+    assert find(state.handle) is state
+
+
+def test_handles_are_where_the_layer_is():
+    """A graph of one device's operators would otherwise hold a tensor of another device."""
+    layer = convert_(nn.Linear(N, P, device="meta"))
+    number = layer.layer_state.handle.shape
+    assert layer.layer_state.handle.is_meta
+    assert layer.layer_state.order.is_meta
+    layer.to_empty(device="cpu").half()
+    assert layer.layer_state.handle.device.type == layer.layer_state.order.device.type == "cpu"
+    assert layer.layer_state.handle.dtype == torch.uint8
+    assert layer.layer_state.handle.shape == number
+    assert find(layer.layer_state.handle) is layer.layer_state
+
+
+def test_memory_that_is_gone_before_backward():
+    state = state_for(memory="none")
+    handle, order = state.handle, state.order
+    del state
+    gc.collect()
+    with pytest.raises(RuntimeError, match="memory of this backward pass is gone: keep the layer"):
+        ops.weight_grad(torch.randn(M, N), torch.randn(M, P), handle, order, bias_grad=False)
+
+
+def test_backward_keeps_what_it_needs_alive():
+    weight = torch.randn(P, N, requires_grad=True)
+    config = MemAOPConfig()
+    y = memaop_linear(torch.randn(M, N), weight, None, config, new_memory(config, N, P))
+    gc.collect()
+    y.sum().backward()
+    assert weight.grad.any()
+
+
+def flops(layer, rows=M):
+    x = torch.randn(rows, N, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    return counter.get_total_flops()
+
+
+GEMM = 2 * M * N * P
+NORMS = 2 * M * (N + P)
+
+
+def test_flops_of_a_layer_are_those_of_its_gemms():
+    assert flops(nn.Linear(N, P)) == 3 * GEMM
+    plain = convert_(nn.Linear(N, P), MemAOPConfig(ratio=1 / 4, memory="none"))
+    assert flops(plain) == 2.25 * GEMM + NORMS
+    exact = convert_(nn.Linear(N, P), MemAOPConfig(ratio=1, memory="none"))
+    assert flops(exact) == 3 * GEMM
+    sampled = MemAOPConfig(ratio=1 / 4, memory="none", grad_input="sampled")
+    assert flops(convert_(nn.Linear(N, P), sampled)) == 1.5 * GEMM + NORMS
+
+
+def test_flops_of_the_subspace():
+    k, q = M // 4, 3
+    for side, kept in (("input", 0), ("grad", 0), ("auto", q * (N + P))):
+        config = MemAOPConfig(ratio=1 / 4, rank=q, refresh_every=10, side=side)
+        layer = convert_(nn.Linear(N, P), config)
+        found = flops(layer)
+        length = {"input": N, "grad": P}[layer.memory.side]
+        extra = 2 * q * (M * N + M * P + N * P + k * length) + NORMS
+        extra += (2 * M + 4 * q) * q * length / 10  # a refresh
+        extra += (6 * M + 4 * q) * kept / 40  # a choice
+        assert found in (2.25 * GEMM + int(extra), 2.25 * GEMM + int(extra) + 1)
+    assert flops(convert_(nn.Linear(N, P), MemAOPConfig(ratio=1, rank=4))) == 3 * GEMM

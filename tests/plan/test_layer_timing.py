@@ -1,0 +1,134 @@
+"""How the backward pass of a layer is timed."""
+
+import itertools
+import statistics
+
+import pytest
+import torch
+
+from memaop_triton import MemAOPConfig, MemAOPLinear
+from memaop_triton.plan import layer_timing, timing
+from memaop_triton.plan.layer_timing import Use
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Replaces the clock: calls last as long as they return, and are recorded."""
+    log = []
+
+    def elapsed(call, device, repeats=1):
+        log.append((call, repeats))
+        return call()
+
+    monkeypatch.setattr(timing, "elapsed", elapsed)
+    return log
+
+
+def test_calls_are_timed_in_turn_and_after_a_first_use(clock):
+    def long():
+        return 1.0
+
+    def short():
+        return timing.SHORTEST_SECONDS / 7.5
+
+    times = timing.time_in_turn([long, short], CPU, budget=6.0)
+    assert times == [[1.0] * 5, [timing.SHORTEST_SECONDS / 7.5] * 5]
+    assert [call for call, _ in clock[:2]] == [long, short]
+    rounds = clock[6:]
+    assert [call for call, _ in rounds] == [long, short, short, long] * 2 + [long, short]
+    assert dict(rounds) == {long: 1, short: 8}
+
+
+@pytest.mark.parametrize(("budget", "rounds"), [(0.0, 3), (1e9, 25)])
+def test_rounds_have_bounds(clock, budget, rounds):
+    assert len(timing.time_in_turn([lambda: 1.0], CPU, budget)[0]) == rounds
+
+
+def test_elapsed_is_the_mean_of_the_repeats(monkeypatch):
+    ticks = iter([10.0, 16.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+    calls = []
+    assert timing.elapsed(lambda: calls.append(1), CPU, repeats=3) == 2.0
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "ours"),
+    [
+        (MemAOPConfig(refresh_every=4), 1.0 * 3 / 4 + 2.0 / 4),
+        (MemAOPConfig(refresh_every=1), 1.0),
+        (MemAOPConfig(memory="none"), 1.0),
+    ],
+)
+def test_a_refresh_counts_for_its_share_and_the_forward_pass_for_what_it_adds(
+    monkeypatch, config, ours
+):
+    def time_in_turn(calls, device, budget):
+        for call in calls:
+            call()
+        seen.append(len(calls))
+        if len(seen) == 2:
+            return [[0.1, 0.2, 0.3], [0.5, 0.6, 0.7]]
+        return [[3.0, 4.0], [1.0, 1.0], [2.0, 2.0]][: len(calls)]
+
+    seen = []
+    monkeypatch.setattr(layer_timing, "time_in_turn", time_in_turn)
+    found = layer_timing.measure(Use(9, 8, 8, torch.float32, CPU), config, 1.0)
+    assert found.dense == [3.0, 4.0]
+    assert found.ours == pytest.approx([ours + 0.4] * 2)
+    assert found.memory_bytes == (2 * 8 * 2 * 4 if config.memory == "subspace" else 0)
+
+
+def changes(bases):
+    return sum(not torch.equal(one, other) for one, other in itertools.pairwise(bases))
+
+
+def test_how_often_a_timed_layer_refreshes_changes_nothing_else():
+    config = MemAOPConfig(budget=1 / 2, refresh_every=3, grad_input="projected")
+    sizes, refreshes = [], []
+    for pace in (layer_timing._NEVER, 3, 1):
+        torch.manual_seed(0)
+        layer = layer_timing._paced(MemAOPLinear(64, 96, config=config), pace)
+        of_dw, of_dx = [], []
+        for _ in range(6):
+            x = torch.randn(512, 2) @ torch.randn(2, 64)
+            layer(x.requires_grad_()).backward(torch.randn(512, 96))
+            of_dw.append(layer.memory.basis.clone())
+            of_dx.append(layer.memory.projection.basis.clone())
+        sizes.append((layer.memory.cost, of_dx[-1].shape))
+        refreshes.append((changes(of_dw), changes(of_dx)))
+    assert sizes[0][0].rank > 0
+    assert len(set(sizes)) == 1
+    assert refreshes == [(0, 0), (2, 2), (5, 5)]
+
+
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, False, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_timed_is_what_is_wanted(monkeypatch, needs, dtype):
+    results = []
+
+    def time_in_turn(calls, device, budget):
+        # Rows have the dtype that they were seen in: nothing casts them a second time.
+        assert not torch.is_autocast_enabled("cpu")
+        results.append([call() for call in calls])
+        return [[1.0, 1.0]] * len(calls)
+
+    monkeypatch.setattr(layer_timing, "time_in_turn", time_in_turn)
+    config = MemAOPConfig(k=9, memory="none", grad_input="sampled")
+    with torch.autocast("cpu", torch.bfloat16):
+        layer_timing.measure(Use(9, 8, 4, dtype, CPU, *needs), config, 1.0)
+    shapes = [s for s, needed in zip([(4, 8), (4,), (9, 8)], needs, strict=True) if needed]
+    for gradients in results[0]:
+        assert [tuple(gradient.shape) for gradient in gradients] == shapes
+        assert {gradient.dtype for gradient in gradients} == {dtype}
+    # With K = M both are exact: the two sides are timed on the same operands.
+    for dense, ours in zip(*results[0], strict=True):
+        torch.testing.assert_close(ours, dense)
+
+
+def test_quartiles_of_few_rounds():
+    spread = timing.Spread.of([1.0, 2.0, 4.0])
+    assert spread == (2.0, 1.5, 3.0)
+    assert statistics.median([1.0, 2.0, 4.0]) == spread.median

@@ -1,0 +1,238 @@
+"""A model that was planned is the model it was before."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from memaop_triton import MemAOPConfig, convert_, memory_state_dict, plan
+from memaop_triton.plan import planning, timing
+from memaop_triton.plan.layer_timing import Measurement
+from memaop_triton.plan.observing import untouched
+
+
+class Busy(nn.Module):
+    """Draws, counts, writes to its parameters, and raises if it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 2)
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("absent", None)
+        self.register_buffer("expanded", torch.ones(1).expand(3))
+        self.failure = None
+        self.modes = []
+
+    def forward(self, x):
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        self.calls = self.calls + 1
+        self.head.weight.data.clamp_(-0.1, 0.1)
+        x = x + random.random() + np.random.rand()
+        y = self.head(self.drop(self.norm(self.layer(x))))
+        if self.failure == "in the forward pass":
+            raise KeyError("forward")
+        if self.failure == "in the backward pass":
+            y.register_hook(self._fail)
+        return y
+
+    @staticmethod
+    def _fail(_):
+        raise KeyError("backward")
+
+
+def _hooks_of(parameter):
+    return [h for h in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks) if h]
+
+
+def fingerprint(model):
+    """Everything of a model that a training step might change, in numbers that can be compared."""
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    hooks = [
+        {id(h) for hooks in vars(m).values() if isinstance(hooks, dict) for h in hooks.values()}
+        for m in model.modules()
+    ]
+    return {
+        "objects": {n: id(t) for n, t in (parameters | buffers).items()},
+        "values": {n: t.tolist() for n, t in (parameters | buffers).items()},
+        "versions": {n: t._version for n, t in parameters.items()},
+        "gradients": {
+            n: None if p.grad is None else (id(p.grad), p.grad.tolist())
+            for n, p in parameters.items()
+        },
+        "requires_grad": {n: p.requires_grad for n, p in parameters.items()},
+        "modes": [m.training for m in model.modules()],
+        "hooks of modules": hooks,
+        "hooks of tensors": {
+            n: [
+                list((h or {}).values()) for h in (p._backward_hooks, p._post_accumulate_grad_hooks)
+            ]
+            for n, p in parameters.items()
+        },
+        "memories": {
+            name: {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+            for name, state in memory_state_dict(model).items()
+        },
+        "torch": torch.get_rng_state().tolist(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
+    }
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Measuring draws numbers and takes no time."""
+
+    def measure(use, config, budget):
+        torch.rand(1)
+        return Measurement([2.0, 2.0], [1.0, 1.0], 0)
+
+    monkeypatch.setattr(planning, "measure", measure)
+
+
+def with_gradients(model):
+    model.layer.weight.grad = torch.ones_like(model.layer.weight)
+
+
+def frozen_norm(model):
+    model.norm.eval()
+    model.layer.bias.requires_grad_(False)
+
+
+def in_evaluation(model):
+    model.eval()
+    model.drop.train()
+
+
+def watched(model):
+    model.layer.register_forward_hook(lambda *_: None)
+    model.head.register_full_backward_hook(lambda *_: None)
+    model.head.weight.register_hook(lambda g: g)
+
+
+def partly_converted(model):
+    convert_(model, MemAOPConfig.paper(k=2), filter_fn=lambda module, name: name == "head")
+    model(torch.randn(6, 4)).sum().backward()
+
+
+@pytest.mark.parametrize("failure", [None, "in the forward pass", "in the backward pass"])
+@pytest.mark.parametrize(
+    "prepare",
+    [lambda m: None, with_gradients, frozen_norm, in_evaluation, watched, partly_converted],
+    ids=["fresh", "gradients", "frozen", "evaluation", "hooks", "converted"],
+)
+def test_a_planned_model_is_what_it_was(quick, prepare, failure):
+    model = Busy()
+    prepare(model)
+    model.failure, model.modes = failure, []
+    before = fingerprint(model)
+    arguments = {
+        "example_inputs": torch.randn(6, 4),
+        "filter_fn": lambda module, name: type(module) is nn.Linear,
+    }
+    before = fingerprint(model)
+    if failure is None:
+        plan(model, **arguments)
+    else:
+        with pytest.raises(KeyError):
+            plan(model, **arguments)
+    after = fingerprint(model)
+    for what, value in before.items():
+        assert after[what] == value, what
+    assert set(model.modes) == {(True, True)}
+
+
+@pytest.mark.parametrize(("training", "inside"), [(True, [True, False]), (False, [True, True])])
+def test_what_is_frozen_in_a_model_in_training_stays_frozen(quick, training, inside):
+    """A model in evaluation mode is put in training mode as a whole."""
+    model, seen = Busy().train(training), []
+    model.norm.eval()
+    model.norm.register_forward_hook(lambda *_: seen.append([model.training, model.norm.training]))
+    plan(model, example_inputs=torch.randn(6, 4))
+    assert seen == [inside, inside]
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_on_whatever_the_caller_has_switched_off(monkeypatch, off):
+    monkeypatch.setattr(timing, "SHORTEST_SECONDS", 0.0)
+    model, x = nn.Linear(4, 4), torch.ones(6, 4)
+    with off(), torch.autocast("cpu", torch.bfloat16):
+        found = plan(model, example_inputs=x, time_budget=0.01)
+    assert found.layers[0].calls == 1
+    assert found.layers[0].dense_seconds > 0
+
+
+def test_gradients_of_the_inputs_are_what_they_were(quick):
+    inputs = {"x": torch.randn(6, 4, requires_grad=True)}
+    inputs["x"].grad = kept = torch.ones(6, 4)
+    model = nn.ModuleDict({"layer": nn.Linear(4, 4)})
+    model.forward = lambda x: model["layer"](x)
+    found = plan(model, example_inputs=inputs)
+    assert found.layers[0].calls == 1
+    assert inputs["x"].grad is kept
+    assert torch.equal(kept, torch.ones(6, 4))
+
+
+def test_an_optimizer_that_steps_in_the_backward_pass_rests(quick):
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    steps = []
+
+    def step(parameter):
+        steps.append(parameter)
+        optimizer.step()
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    plan(model, example_inputs=torch.ones(6, 4))
+    assert not steps
+    assert not optimizer.state
+    model(torch.ones(6, 4)).sum().backward()
+    assert len(steps) == 2
+
+
+def test_a_layer_converted_before_neither_draws_nor_remembers_inside(contents, same):
+    layer = convert_(nn.Linear(4, 4), MemAOPConfig(k=2))
+    layer(torch.randn(6, 4)).sum().backward()
+    before = contents(layer.memory)
+    with untouched(layer):
+        state = torch.get_rng_state()
+        layer(torch.ones(6, 4)).sum().backward()
+        assert torch.equal(torch.get_rng_state(), state)
+    assert same(contents(layer.memory), before)
+    assert layer.training
+
+
+def test_other_processes_hear_nothing(quick, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(nn.Linear(4, 4), gradient_as_bucket_view=True)
+        sent = []
+
+        def hook(_, bucket):
+            sent.append(bucket)
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        model.register_comm_hook(None, hook)
+        x = torch.ones(6, 4)
+        model(x).sum().backward()
+        before = [(p.grad, p.grad.clone()) for p in model.parameters()]
+        assert len(sent) == 1
+        plan(model, example_inputs=x)
+        assert len(sent) == 1
+        for parameter, (gradient, value) in zip(model.parameters(), before, strict=True):
+            assert parameter.grad is gradient
+            assert torch.equal(gradient, value)
+        model(x).sum().backward()
+        assert len(sent) == 2
+    finally:
+        dist.destroy_process_group()
