@@ -15,13 +15,14 @@ _here = _Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "env.py").is_file():
     __path__.append(str(_here.parent))
 
-from memaop_triton.config import MemAOPConfig
+from memaop_triton.config import MemAOPConfig, Projected, Rows, Sampled, Subspace
 from memaop_triton.convert import convert_, revert_
-from memaop_triton.memory.kinds import ResidualMemory, SubspaceMemory, new_memory
+from memaop_triton.memory.kinds import ResidualMemory, SubspaceMemory
 from memaop_triton.monitor.allocate import allocate_
 from memaop_triton.monitor.monitor import Monitor, StarvedLayerWarning, monitor
 from memaop_triton.monitor.schedules import RatioScheduler
 from memaop_triton.nn.functional import memaop_linear
+from memaop_triton.nn.layer_state import new_memory
 from memaop_triton.nn.linear import MemAOPLinear
 from memaop_triton.nn.optim import attach_optimizer
 from memaop_triton.nn.state import load_memory_state_dict, memory_state_dict, reset_memory
@@ -37,9 +38,13 @@ __all__ = [
     "MemAOPConfig",
     "MemAOPLinear",
     "Monitor",
+    "Projected",
     "RatioScheduler",
     "ResidualMemory",
+    "Rows",
+    "Sampled",
     "StarvedLayerWarning",
+    "Subspace",
     "SubspaceMemory",
     "allocate_",
     "attach_optimizer",

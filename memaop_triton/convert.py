@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.nn.layer_choice import Chosen, choose_layers, naming
+from memaop_triton.nn.layer_choice import Chosen, choose_layers, converted_layers, naming
 from memaop_triton.nn.linear import MemAOPLinear
 from memaop_triton.plan.planning import plan_chosen
 
@@ -95,13 +95,6 @@ def revert_(model: M) -> M:
     for layer in layers.values():
         layer.revert_()
     return model
-
-
-def converted_layers(model: nn.Module) -> Iterator[tuple[str, MemAOPLinear]]:
-    """Qualified name and layer of every `MemAOPLinear` in `model`."""
-    for name, module in model.named_modules():
-        if isinstance(module, MemAOPLinear):
-            yield name, module
 
 
 def _faster_ones(

@@ -25,7 +25,7 @@ _ROWS_PER_DIMENSION = 16
 _MOST_SHARE = 0.6
 
 
-class Subspace(NamedTuple):
+class SubspaceCost(NamedTuple):
     """A subspace memory as its cost has it.
 
     Attributes:
@@ -41,7 +41,7 @@ class Subspace(NamedTuple):
     kept: int
 
 
-def weight_grad_flops(m: int, n: int, p: int, k: int, subspace: Subspace | None = None) -> int:
+def weight_grad_flops(m: int, n: int, p: int, k: int, subspace: SubspaceCost | None = None) -> int:
     """Operations of dW from `k` of `m` rows of `n` inputs and `p` outputs; dense at `k >= m`."""
     if k >= m:
         return 2 * m * n * p
@@ -49,7 +49,7 @@ def weight_grad_flops(m: int, n: int, p: int, k: int, subspace: Subspace | None 
     return flops if subspace is None else flops + round(_subspace_flops(m, n, p, k, subspace))
 
 
-def input_grad_flops(m: int, n: int, p: int, k: int, subspace: Subspace | None = None) -> int:
+def input_grad_flops(m: int, n: int, p: int, k: int, subspace: SubspaceCost | None = None) -> int:
     """Operations of dX from `k` of `m` rows; dense at `k >= m`.
 
     Without a subspace the rows are those of dW, whose scores count there.
@@ -96,7 +96,7 @@ def refresh_stride(m: int, rank: int) -> int:
     return m // max(_ROWS_PER_REFRESH, _ROWS_PER_DIMENSION * rank) | 1
 
 
-def _subspace_flops(m: int, n: int, p: int, k: float, subspace: Subspace) -> float:
+def _subspace_flops(m: int, n: int, p: int, k: float, subspace: SubspaceCost) -> float:
     q, features, refresh_every, kept = subspace
     # Z, Zᵀ of the other side, the basis as q more rows of the product, and what it takes from the
     # selected rows.
@@ -126,13 +126,15 @@ def rank_within(
         both_sides: Whether X and G both have a basis.
     """
     longer = max(n, p)
-    one = Subspace(1, longer, refresh_every, n + p if both_sides else longer)
+    one = SubspaceCost(1, longer, refresh_every, n + p if both_sides else longer)
     paid = _MOST_SHARE * (budget * 2 * m * n * p - 2 * m * (n + p))
     steps = math.floor(paid / _subspace_flops(m, n, p, 0, one) / RANK_STEP)
     return min(max(0, steps) * RANK_STEP, MOST_RANK)
 
 
-def rows_within(budget: float, m: int, n: int, p: int, subspace: Subspace | None = None) -> float:
+def rows_within(
+    budget: float, m: int, n: int, p: int, subspace: SubspaceCost | None = None
+) -> float:
     """Rows that a budget pays for beside the norms and the subspace; may be below 1."""
     left = budget * 2 * m * n * p - 2 * m * (n + p)
     per_row = 2 * n * p

@@ -50,16 +50,16 @@ def weight_grad_reference(
         config: As for `weight_grad`; `block_rows` must be 1, and there must be no budget.
         memory: (X, G) slots before the step, [M, N] and [M, P]; zeros if `None`.
         carry: c, the factor of the remembered rows.
-        basis: Q, for `memory="subspace"`: [N, q], or [P, q] of the gradients' side.
+        basis: Q, for a subspace memory: [N, q], or [P, q] of the gradients' side.
         side: Whose basis it is, `"input"` or `"grad"`.
         selection: Use these rows instead of selecting.
         generator: Source of the draws.
     """
     slots = None
-    if config.has_row_memory:
+    if config.row_memory is not None:
         mx, mg = memory or (torch.zeros_like(x), torch.zeros_like(g))
         factor = torch.full((x.shape[0], 1), carry, dtype=x.dtype)
-        if config.memory == "signed":
+        if config.row_memory.signed:
             coins = torch.empty(x.shape[0], dtype=x.dtype).bernoulli_(0.5, generator=generator)
             factor = factor * (2 * coins - 1).unsqueeze(1)
         x = factor * mx + x
@@ -78,13 +78,12 @@ def weight_grad_reference(
             scores,
             config.num_rows(x.shape[0]),
             config.selection,
-            rescale=config.rescale,
             generator=generator,
         )
     dw = exact
     for row, weight in zip(*selection, strict=True):
         dw = dw + weight * torch.outer(rest_g[row], rest_x[row])
-    if config.has_row_memory:
+    if config.row_memory is not None:
         mx, mg = x.clone(), g.clone()
         mx[selection.indices] = 0
         mg[selection.indices] = 0

@@ -29,7 +29,6 @@ def select_rows(
     k: int,
     policy: str,
     *,
-    rescale: bool = False,
     generator: torch.Generator | None = None,
 ) -> Selection:
     """Pick `k` of M rows by their scores s.
@@ -38,24 +37,24 @@ def select_rows(
     |---|---|---|
     | `topk` | the K largest s | 1 |
     | `weightedk` | K draws without replacement, p ∝ s² | 1 |
-    | `randk` | K uniform without replacement | 1, or M/K with `rescale` |
+    | `randk` | K uniform without replacement | 1 |
+    | `uniform` | K uniform without replacement | M/K |
     | `priority` | the K largest s/u, u uniform on (0, 1]; τ is the next one | max(1, τ/s) |
     | `crs` | K draws with replacement, p = s/Σs | 1/(K p) |
     | `bernoulli` | row m with probability p = min(1, λ s), Σp = K | 1/p |
     | `wta` | the top c, and K−c draws with replacement ∝ s from the rest | 1; Σrest/((K−c) s) |
 
-    Sources: Hernandez, Rini, Duman, arXiv 2110.09164 (the first three; `weightedk` with the squared
-    scores of the authors' code); Duffield, Lund, Thorup, J. ACM 54(6), 2007; Drineas, Kannan,
-    Mahoney, SIAM J. Comput. 36(1), 2006; Adelman et al., NeurIPS 2021; Liu et al., NeurIPS 2023,
-    whose c minimises Σrest/(K−c). The last four, and `randk` with `rescale`, are unbiased:
-    the weighted sum over the selection has the sum over all rows as its mean.
+    Sources: Hernandez, Rini, Duman, arXiv 2110.09164 (`topk`, `weightedk`, `randk`; `weightedk`
+    with the squared scores of the authors' code); Duffield, Lund, Thorup, J. ACM 54(6), 2007;
+    Drineas, Kannan, Mahoney, SIAM J. Comput. 36(1), 2006; Adelman et al., NeurIPS 2021; Liu et al.,
+    NeurIPS 2023, whose c minimises Σrest/(K−c). The last five are unbiased: the weighted sum over
+    the selection has the sum over all rows as its mean.
 
     Args:
         scores: [M], float32 or float64, non-negative. NaN counts as +Inf. Rows at +Inf are taken
-            before any other. With `randk` the values matter only in that respect.
+            before any other. With `randk` and `uniform` the values matter only in that respect.
         k: Number of rows, at least 1. `k >= M` returns every row with weight 1.
         policy: A name from the table.
-        rescale: For `randk` only.
         generator: Source of the draws; the device's default one if `None`.
 
     Returns:
@@ -88,9 +87,7 @@ def select_rows(
         if largest is not None:
             return Selection(largest, torch.ones(k, dtype=scores.dtype))
     scores = scores.nan_to_num(nan=math.inf, posinf=math.inf)
-    if policy == "randk":
-        indices, weights = _randk(scores, k, generator, rescale)
-    elif policy == "priority":
+    if policy == "priority":
         indices, weights = _priority(scores, 1 - uniform, k)
     else:
         indices, weights = _POLICIES[policy](scores, k, generator)
@@ -114,14 +111,13 @@ def select(
     rows = scores.numel()
     block = config.block_rows
     if block == 1 or k == rows:
-        return select_rows(scores, k, config.selection, rescale=config.rescale, generator=generator)
+        return select_rows(scores, k, config.selection, generator=generator)
     blocks = -(-rows // block)
     padded = torch.nn.functional.pad(scores, (0, blocks * block - rows))
     chosen = select_rows(
         padded.view(blocks, block).sum(1),
         -(-k // block),
         config.selection,
-        rescale=config.rescale,
         generator=generator,
     )
     indices = (
@@ -145,9 +141,9 @@ def within(selection: Selection, rows: int) -> Selection:
     return Selection(indices.clamp(max=rows - 1), torch.where(indices < rows, weights, 0))
 
 
-def is_weighted(policy: str, rescale: bool = False) -> bool:
+def is_weighted(policy: str) -> bool:
     """Whether a policy gives any row a weight other than 1."""
-    return rescale or policy not in ("topk", "weightedk", "randk")
+    return policy not in ("topk", "weightedk", "randk")
 
 
 def _from_zero(scores: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
@@ -155,7 +151,7 @@ def _from_zero(scores: Tensor, count: int, generator: torch.Generator | None) ->
     return torch.rand(count, dtype=scores.dtype, device=scores.device, generator=generator)
 
 
-def _uniform(scores: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+def _to_one(scores: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """`count` draws from (0, 1]."""
     return 1 - _from_zero(scores, count, generator)
 
@@ -178,16 +174,18 @@ def _topk(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Te
 def _weightedk(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     # Adding Gumbel noise to log-probabilities and taking the k largest has the law of k sequential
     # draws without replacement.
-    gumbel = -(-_uniform(scores, scores.numel(), generator).log()).log()
+    gumbel = -(-_to_one(scores, scores.numel(), generator).log()).log()
     return (2 * scores.log() + gumbel).topk(k, sorted=False).indices, scores.new_ones(k)
 
 
-def _randk(
-    scores: Tensor, k: int, generator: torch.Generator | None, rescale: bool
-) -> tuple[Tensor, Tensor]:
-    keys = _uniform(scores, scores.numel(), generator).masked_fill(scores.isinf(), math.inf)
-    weight = scores.numel() / k if rescale else 1.0
-    return keys.topk(k, sorted=False).indices, scores.new_full((k,), weight)
+def _randk(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    keys = _to_one(scores, scores.numel(), generator).masked_fill(scores.isinf(), math.inf)
+    return keys.topk(k, sorted=False).indices, scores.new_ones(k)
+
+
+def _uniform(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    indices, weights = _randk(scores, k, generator)
+    return indices, weights * (scores.numel() / k)
 
 
 def _priority(scores: Tensor, draws: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -209,7 +207,7 @@ def _crs(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Ten
     scores = _only_infinite(scores)
     cumulative = scores.double().cumsum(0)
     total = cumulative[-1]
-    indices = _inverse_cdf(cumulative, _uniform(cumulative, k, generator) * total)
+    indices = _inverse_cdf(cumulative, _to_one(cumulative, k, generator) * total)
     picked = scores[indices]
     weights = torch.where(picked > 0, total / (k * picked), 0).to(scores.dtype)
     return indices, weights
@@ -218,7 +216,7 @@ def _crs(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Ten
 def _bernoulli(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     probabilities = inclusion_probabilities(_only_infinite(scores), k)
     probabilities = probabilities.masked_fill(scores.isinf(), 1)
-    draws = _uniform(scores, scores.numel(), generator)
+    draws = _to_one(scores, scores.numel(), generator)
     drawn = draws <= probabilities
     # The number drawn has a standard deviation of at most √K. Beyond six of them a uniform part of
     # the drawn rows is kept and weighted up, which leaves the mean where it is: given that a row
@@ -259,7 +257,7 @@ def _wta(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Ten
     certain = ((total - before) / draws_left).argmin()
     before = before.take(certain)  # indexing would look at the value
     mass_left = total - before
-    points = before + _uniform(cumulative, k, generator) * mass_left
+    points = before + _to_one(cumulative, k, generator) * mass_left
     position = torch.arange(k, device=scores.device)
     is_certain = position < certain
     drawn = _inverse_cdf(cumulative, points).clamp(min=certain)
@@ -273,6 +271,8 @@ def _wta(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Ten
 _POLICIES: dict[str, Callable[[Tensor, int, torch.Generator | None], tuple[Tensor, Tensor]]] = {
     "topk": _topk,
     "weightedk": _weightedk,
+    "randk": _randk,
+    "uniform": _uniform,
     "crs": _crs,
     "bernoulli": _bernoulli,
     "wta": _wta,

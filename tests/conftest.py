@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from memaop_triton.backward import steps_torch
+from memaop_triton.backward import step
 from memaop_triton.config import MEMORIES, ROW_MEMORIES
 from memaop_triton.kernels.cpu import native_step
 from memaop_triton.selection import Selection
@@ -85,7 +85,7 @@ def generator():
 def selections(monkeypatch):
     """Every selection that the pipeline makes from now on, in order."""
     made = []
-    select, run = steps_torch.select, native_step.run
+    select, run = step.select, native_step.run
 
     def recording(*args, **kwargs):
         made.append(select(*args, **kwargs))
@@ -97,7 +97,7 @@ def selections(monkeypatch):
             made.append(Selection(step.indices, step.weights))
         return step
 
-    monkeypatch.setattr(steps_torch, "select", recording)
+    monkeypatch.setattr(step, "select", recording)
     monkeypatch.setattr(native_step, "run", recording_step)
     return made
 

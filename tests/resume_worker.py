@@ -30,14 +30,13 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.nn.parallel import DistributedDataParallel
 
 from memaop_triton import (
-    MemAOPConfig,
     attach_optimizer,
     convert_,
     load_memory_state_dict,
     memory_state_dict,
 )
 from memaop_triton.distributed.checkpoint import load_memory, memory_entries
-from tests.schemes import LEGAL, label
+from tests.schemes import LEGAL, flat_config, label
 
 SAVED_AT = 5
 STEPS = 9
@@ -57,7 +56,7 @@ def cases():
         "projected": PRIORITY | {"grad_input": "projected"},
         "sampled crs": {"selection": "crs", "memory": "none", "grad_input": "sampled"},
         "sampled compiled": PRIORITY | {"grad_input": "sampled", "compiled": "aot_eager"},
-        "half": SIGNED | {"memory_dtype": torch.bfloat16},
+        "half": SIGNED | {"dtype": torch.bfloat16},
         "decay": RESIDUAL | {"decay": 0.5},
         "overflow": PRIORITY | {"overflow": True},
         "overflow rows": RESIDUAL | {"overflow": True},
@@ -85,7 +84,7 @@ class Run:
         adam = scheme.pop("optimizer", "sgd") == "adam"
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 2))
-        self.net = convert_(net, MemAOPConfig(k=3, rank=2, refresh_every=3, **scheme))
+        self.net = convert_(net, flat_config(k=3, rank=2, refresh_every=3, **scheme))
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.call = self.net
         if self.compiled:

@@ -5,24 +5,32 @@ import pytest
 import torch
 
 from memaop_triton import MemAOPConfig
-from memaop_triton.config import GRAD_INPUTS, MEMORIES, SELECTIONS
+from memaop_triton.config import (
+    GRAD_INPUTS,
+    MEMORIES,
+    ROW_MEMORIES,
+    SELECTIONS,
+    Rows,
+    Sampled,
+    Subspace,
+)
 from memaop_triton.selection import select
 
 
 def test_default_is_priority_with_a_subspace_of_rank_16_at_an_eighth():
     config = MemAOPConfig()
     assert (config.ratio, config.k) == (1 / 8, None)
-    assert (config.selection, config.memory, config.rank) == ("priority", "subspace", 16)
+    assert (config.selection, config.memory) == ("priority", Subspace(rank=16))
     assert config.is_unbiased
-    assert not config.has_row_memory
+    assert not config.row_memory
 
 
 def test_paper_is_topk_with_residual_memory():
     config = MemAOPConfig.paper(k=18)
     assert (config.k, config.ratio) == (18, None)
-    assert (config.selection, config.memory, config.decay) == ("topk", "residual", 1.0)
+    assert (config.selection, config.memory) == ("topk", Rows(signed=False, decay=1.0))
     assert not config.is_unbiased
-    assert config.has_row_memory
+    assert config.row_memory
 
 
 def test_config_is_frozen_hashable_and_comparable():
@@ -57,7 +65,7 @@ def test_num_rows(budget, rows, expected):
 @pytest.mark.parametrize("side", ["input", "grad", "auto"])
 def test_rank_is_cut_to_a_quarter_of_the_rows(features, rank, side):
     sizes = {"input": (features, 9), "grad": (9, features), "auto": (1000, features)}[side]
-    assert MemAOPConfig(side=side).rank_for(256, *sizes) == rank
+    assert MemAOPConfig(memory=Subspace(side=side)).rank_for(256, *sizes) == rank
 
 
 @pytest.mark.parametrize(
@@ -70,13 +78,7 @@ def test_rank_is_cut_to_a_quarter_of_the_rows(features, rank, side):
         ({"k": 0}, "k=0 must be at least 1"),
         ({"k": -3}, "k=-3 must be at least 1"),
         ({"ratio": 0.5, "k": 3}, r"ratio=0\.5 and k=3.*give one of them"),
-        ({"rank": 0}, "rank=0 must be at least 1"),
-        ({"refresh_every": 0}, "refresh_every=0 must be at least 1"),
         ({"block_rows": 8}, r"block_rows=8 .*\(1, 16, 32, 64, 128\)"),
-        ({"rescale": True}, "rescale=True only applies to selection='randk', not to 'priority'"),
-        ({"decay": 0.5}, r"decay=0\.5 has no meaning for memory='subspace'.*'residual'"),
-        ({"memory": "none", "decay": 0.5}, r"decay=0\.5 has no meaning for memory='none'"),
-        ({"memory_dtype": torch.float32}, "memory_dtype=torch.float32 has no meaning"),
     ],
 )
 def test_argument_out_of_range(arguments, message):
@@ -84,16 +86,42 @@ def test_argument_out_of_range(arguments, message):
         MemAOPConfig(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rank": 0}, ValueError, "rank=0 must be at least 1"),
+        ({"rank": 1.5}, TypeError, "rank must be an int .*got 1.5"),
+        ({"refresh_every": 0}, ValueError, "refresh_every=0 must be at least 1"),
+        ({"refresh_every": "8"}, TypeError, "refresh_every must be an int .*got '8'"),
+        ({"side": "left"}, ValueError, "side='left' is not one of 'auto', 'input', 'grad'"),
+    ],
+)
+def test_subspace_that_cannot_be(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Subspace(**arguments)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["rank", "side", "refresh_every", "decay", "dtype", "memory_dtype", "grad_input_budget"],
+)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_setting_of_another_memory_cannot_be_written_down(memory, setting):
+    selection = "topk" if memory in ROW_MEMORIES else "priority"
+    with pytest.raises(TypeError, match=setting):
+        MemAOPConfig(memory=memory, selection=selection, **{setting: 1})
+
+
 @pytest.mark.parametrize("decay", [0.0, -1.0, 1.01, float("nan")])
 def test_decay_out_of_range(decay):
     with pytest.raises(ValueError, match=rf"decay={decay} must be in \(0, 1\]"):
-        MemAOPConfig.paper(k=1, decay=decay)
+        MemAOPConfig.paper(k=1, memory=Rows(decay=decay))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, "float32"])
 def test_memory_dtype_that_cannot_store_a_memory(dtype):
-    with pytest.raises(ValueError, match=r"memory_dtype=.* is not a floating-point dtype.*float16"):
-        MemAOPConfig(selection="topk", memory="residual", memory_dtype=dtype)
+    with pytest.raises(ValueError, match=r"dtype=.* is not a floating-point dtype.*float16"):
+        MemAOPConfig(selection="topk", memory=Rows(dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -103,8 +131,9 @@ def test_memory_dtype_that_cannot_store_a_memory(dtype):
         ({"ratio": True}, "ratio must be a number"),
         ({"k": 2.0}, "k must be an int .*got 2.0"),
         ({"k": True}, "k must be an int"),
-        ({"rank": 1.5}, "rank must be an int .*got 1.5"),
-        ({"refresh_every": "8"}, "refresh_every must be an int .*got '8'"),
+        ({"memory": 16}, "memory must be a Subspace or Rows, a string or None, got 16"),
+        ({"memory": Sampled()}, "memory must be a Subspace or Rows"),
+        ({"grad_input": Subspace()}, "grad_input must be a Sampled or Projected"),
     ],
 )
 def test_argument_of_the_wrong_type(arguments, message):

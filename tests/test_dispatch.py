@@ -8,6 +8,7 @@ import torch
 
 from memaop_triton import MemAOPConfig, convert_, dispatch, new_memory
 from memaop_triton.backward.weight_grad import weight_grad
+from tests.schemes import flat_config
 
 
 class OnGpu(torch.Tensor):
@@ -102,7 +103,7 @@ def test_both_backends_of_a_cpu_agree(backend, setting):
     for name in ("", "torch"):
         backend(name)
         torch.manual_seed(0)
-        layer = convert_(torch.nn.Linear(32, 16), MemAOPConfig(ratio=1 / 4, rank=4, **setting))
+        layer = convert_(torch.nn.Linear(32, 16), flat_config(ratio=1 / 4, rank=4, **setting))
         layer(torch.randn(64, 32, requires_grad=True)).square().sum().backward()
         grads.append(layer.weight.grad)
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)

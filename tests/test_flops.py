@@ -8,12 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from memaop_triton import MemAOPConfig, convert_
 from memaop_triton.flops import (
     MOST_RANK,
-    Subspace,
+    SubspaceCost,
     rank_within,
     refresh_stride,
     rows_within,
     weight_grad_flops,
 )
+from tests.schemes import flat_config
 
 SHAPES = [(256, 784, 256), (2048, 512, 2048), (2048, 2048, 512), (128, 128, 128), (4096, 64, 96)]
 BUDGETS = [1 / 2, 1 / 4, 1 / 8]
@@ -42,7 +43,7 @@ def test_the_subspace_costs_what_its_products_cost(side):
 
     refresh = counted(lambda: a.t() @ (a @ basis)) / 2 + 4 * q * q * a.shape[1]
     norms = 2 * m * (n + p)
-    subspace = Subspace(q, a.shape[1], 5, 0)
+    subspace = SubspaceCost(q, a.shape[1], 5, 0)
     cost = weight_grad_flops(m, n, p, k, subspace)
     assert cost == counted(step) + norms + round(refresh / 5)
     looked_at = weight_grad_flops(m, n, p, k, subspace._replace(kept=q * (n + p)))
@@ -56,9 +57,11 @@ def test_the_subspace_costs_what_its_products_cost(side):
 def test_a_refresh_reads_some_of_many_rows(m, rank, read):
     assert len(range(m)[:: refresh_stride(m, rank)]) == read
     n, p = 64, 96
-    cost = [weight_grad_flops(m, n, p, 8, Subspace(rank, n, every, 0)) for every in (1, 10**9)]
+    cost = [weight_grad_flops(m, n, p, 8, SubspaceCost(rank, n, every, 0)) for every in (1, 10**9)]
     assert cost[0] - cost[1] == (2 * read + 4 * rank) * rank * n
-    looked = [weight_grad_flops(m, n, p, 8, Subspace(rank, n, 10**9, kept)) for kept in (0, 10**9)]
+    looked = [
+        weight_grad_flops(m, n, p, 8, SubspaceCost(rank, n, 10**9, kept)) for kept in (0, 10**9)
+    ]
     assert abs(looked[1] - looked[0] - (6 * read + 4 * rank) / 4) <= 1
 
 
@@ -78,7 +81,7 @@ def test_all_rows_cost_what_dense_costs():
 @pytest.mark.parametrize(("m", "n", "p"), SHAPES)
 @pytest.mark.parametrize("rank", [0, 4, 8])
 def test_a_budget_buys_the_most_rows_that_fit(budget, m, n, p, rank):
-    subspace = Subspace(rank, n, 8, rank * (n + p)) if rank else None
+    subspace = SubspaceCost(rank, n, 8, rank * (n + p)) if rank else None
     k = int(rows_within(budget, m, n, p, subspace))
     if k < 0:
         assert rank_within(budget, m, n, p, 8, both_sides=True) < rank
@@ -91,7 +94,7 @@ def test_rank_leaves_four_tenths_of_a_budget_for_rows():
     m, n, p, budget = 2048, 512, 2048, 1 / 8
     rank = rank_within(budget, m, n, p, 8, both_sides=True)
     for more, is_within in ((0, True), (4, False)):
-        subspace = Subspace(rank + more, p, 8, (rank + more) * (n + p))
+        subspace = SubspaceCost(rank + more, p, 8, (rank + more) * (n + p))
         left = rows_within(budget, m, n, p, subspace) / rows_within(budget, m, n, p)
         assert (left > 0.4) == is_within
     assert rank_within(1 / 2, 10**6, 8192, 8192, 8, both_sides=True) == MOST_RANK
@@ -129,7 +132,7 @@ def test_a_budget_below_one_row_still_computes_one():
 )
 def test_settings_that_make_no_sense(arguments, message):
     with pytest.raises(ValueError, match=message):
-        MemAOPConfig(**arguments)
+        flat_config(**arguments)
 
 
 def test_a_budget_is_a_number():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from memaop_triton import MemAOPConfig, MemAOPLinear, attach_optimizer
+from memaop_triton import MemAOPConfig, MemAOPLinear, Rows, attach_optimizer
 
 STEPS = 10
 RATE = 0.05
@@ -85,7 +85,9 @@ def both(selections):
             return next(draws).indices.numpy()
 
         pick = largest if config.selection == "topk" else recorded
-        paper = PaperNet(layers, config.k, config.memory == "residual", config.decay, pick)
+        rows = config.row_memory
+        decay = 1.0 if rows is None else rows.decay
+        paper = PaperNet(layers, config.k, rows is not None, decay, pick)
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
         scheduler = schedule(optimizer) if schedule else None
         if attach:
@@ -121,9 +123,11 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("net_size", SIZES)
 @pytest.mark.parametrize("selection", ["topk", "weightedk", "randk"])
-@pytest.mark.parametrize(("memory", "decay"), [("residual", 1.0), ("residual", 0.5), ("none", 1.0)])
+@pytest.mark.parametrize(("memory", "decay"), [(True, 1.0), (True, 0.5), (False, 1.0)])
 def test_ten_steps_at_a_constant_rate_equal_the_paper(net_size, selection, memory, decay, both):
-    config = MemAOPConfig.paper(k=4, selection=selection, memory=memory, decay=decay)
+    config = MemAOPConfig.paper(
+        k=4, selection=selection, memory=Rows(decay=decay) if memory else None
+    )
     error, _ = both(SIZES[net_size], config, attach=False)
     assert error < 1e-10
 
@@ -133,7 +137,7 @@ def test_ten_steps_at_a_constant_rate_equal_the_paper(net_size, selection, memor
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 def test_ten_steps_at_a_changing_rate_equal_the_paper(net_size, selection, schedule, decay, both):
-    config = MemAOPConfig.paper(k=4, selection=selection, decay=decay)
+    config = MemAOPConfig.paper(k=4, selection=selection, memory=Rows(decay=decay))
     error, rates = both(SIZES[net_size], config, schedule=SCHEDULES[schedule])
     assert len(set(rates)) > 2
     assert (rates[0] == 0) == (schedule == "warm-up-from-zero")
@@ -156,7 +160,7 @@ def test_batch_sizes_that_change_equal_the_paper(selection, memory, schedule, bo
 
 
 def test_decay_reaches_slots_that_a_shorter_batch_leaves_out(both):
-    config = MemAOPConfig.paper(k=4, decay=0.5)
+    config = MemAOPConfig.paper(k=4, memory=Rows(decay=0.5))
     error, _ = both(SIZES["1-layer"], config, CHANGING)
     assert error < 1e-10
 

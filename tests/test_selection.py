@@ -54,9 +54,9 @@ def test_randk_is_uniform_whatever_the_scores(generator):
     assert_frequencies(counts("randk", SCORES, 2, generator()), torch.full((6,), 2 / 6).double())
 
 
-def test_randk_weights_are_rows_over_k_with_rescale():
+def test_uniform_weights_are_rows_over_k():
     assert select_rows(SCORES, 4, "randk").weights.tolist() == [1] * 4
-    assert select_rows(SCORES, 4, "randk", rescale=True).weights.tolist() == [1.5] * 4
+    assert select_rows(SCORES, 4, "uniform").weights.tolist() == [1.5] * 4
 
 
 def test_priority_weights_follow_one_threshold(generator):
@@ -115,7 +115,7 @@ def test_bernoulli_that_draws_beyond_its_size_weights_a_part_up(monkeypatch):
     p, size = 4 / 400, 4 + 6 * 2 + 6
     draws = torch.full((400,), 2 * p, dtype=torch.float64)
     draws[:100] = p * torch.rand(100, dtype=torch.float64)
-    monkeypatch.setattr(selection, "_uniform", lambda *_: draws)
+    monkeypatch.setattr(selection, "_to_one", lambda *_: draws)
     indices, weights = select_rows(torch.ones(400, dtype=torch.float64), 4, "bernoulli")
     assert indices.numel() == size
     assert indices.max() < 100
@@ -171,8 +171,7 @@ def test_indices_ascend_and_weights_have_the_dtype_of_the_scores(policy, dtype, 
 @pytest.mark.parametrize("policy", SELECTIONS)
 @pytest.mark.parametrize(("rows", "k"), [(1, 1), (1, 5), (6, 6), (6, 7)])
 def test_k_of_at_least_all_rows_returns_each_once_with_weight_one(policy, rows, k):
-    rescale = policy == "randk"
-    indices, weights = select_rows(torch.rand(rows), k, policy, rescale=rescale)
+    indices, weights = select_rows(torch.rand(rows), k, policy)
     assert indices.tolist() == list(range(rows))
     assert weights.tolist() == [1.0] * rows
 
@@ -192,7 +191,7 @@ def test_same_generator_seed_gives_the_same_selection(policy, generator):
         assert not torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("policy", [p for p in SELECTIONS if p != "randk"])
+@pytest.mark.parametrize("policy", [p for p in SELECTIONS if p not in ("randk", "uniform")])
 def test_fewer_scores_than_k_are_all_covered(policy, generator):
     scores = torch.zeros(12)
     scores[[2, 7]] = torch.tensor([1.0, 3.0])

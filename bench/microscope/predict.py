@@ -173,7 +173,7 @@ def weight_grad(
     m, n, p = shape
     k = config.num_rows(m)
     parts = dict.fromkeys(PARTS, 0.0)
-    weights = ("weighted",) if is_weighted(config.selection, config.rescale) else ()
+    weights = ("weighted",) if is_weighted(config.selection) else ()
     sums = ("sums",) if bias else ()
 
     def cost(kernel: str, rows: int, columns: int, others: int = 0, **rest: Any) -> float:
@@ -184,7 +184,7 @@ def weight_grad(
     if not selected:
         parts["select"] = LAUNCH * operations(config.selection)
     gemm = Problem("gather_gemm", DTYPE, m, k, n, p, flags=weights)
-    if config.has_row_memory:
+    if config.row_memory is not None:
         if config.selection == "randk":
             flags = (*sums, "unscored")
             parts["memory"] = cost("accumulate_and_score", k, n, p, stored=DTYPE, flags=flags)
@@ -192,7 +192,7 @@ def weight_grad(
         else:
             parts["memory"] = cost("accumulate_and_score", m, n, p, stored=DTYPE, flags=sums)
         parts["memory"] += 2 * LAUNCH  # the carry, and the flags of the selected rows
-    elif config.memory == "subspace":
+    elif config.subspace is not None:
         rank = config.rank_for(m, n, p)
         flags = ("norms", *sums)
         parts["subspace"] = (
@@ -200,7 +200,7 @@ def weight_grad(
             + cost("transposed_mm", m, p, rank=rank, flags=flags)
             + cost("gather_gemm", k, rank, p, flags=weights)
             + LAUNCH  # the sum that leaves the correction
-            + cost("transposed_mm", m, n, rank=rank) / config.refresh_every
+            + cost("transposed_mm", m, n, rank=rank) / config.period
         )
         gemm = Problem("gather_gemm", DTYPE, m, k, n, p, rank=rank, flags=weights)
     elif not selected:
@@ -229,7 +229,7 @@ def layer(
 
     # Rows of G gathered and weighted; their product; zeros, and the product's rows added to them.
     moved = 2 * (4 * k * p + m * n + 3 * k * n)
-    scores = pass_over(p) + (pass_over(n) if config.memory == "none" else 0.0)
+    scores = pass_over(p) + (pass_over(n) if config.memory is None else 0.0)
     both = (
         product
         + scores

@@ -121,7 +121,7 @@ def ours(setting: str, problem: Problem, x: Tensor, g: Tensor) -> Method:
         "ours",
         _LABELS[setting],
         lambda: weight_grad(x, g, config, memory),
-        period=config.refresh_every if config.memory == "subspace" else 1,
+        period=config.period,
         config_source=functools.partial(config_source, x),
     )
 
@@ -172,7 +172,7 @@ def layers(problem: Problem, variants: Sequence[tuple[str, str]]) -> list[Method
         config = problem.config_of_layer(grad_input, **SETTINGS[setting])
         name = variant_name(setting, grad_input)
         call = _layer_step(problem, x, g, config)
-        period = config.refresh_every if config.memory == "subspace" else 1
+        period = config.period
         source = functools.partial(config_source, x)
         methods.append(Method(name, "ours", name, call, period, config_source=source))
     return methods

@@ -18,24 +18,19 @@ What is outside is lost, but nothing is drawn, and noise in dX reaches every lay
 from __future__ import annotations
 
 import math
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from memaop_triton import dispatch
-from memaop_triton.backward import steps_torch
-from memaop_triton.backward.steps_torch import Operands
+from memaop_triton.backward.executors import executor_for
+from memaop_triton.backward.step import Operands, Shards
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.dispatch import runs_triton
 from memaop_triton.flops import input_grad_flops, projected_input_grad_flops
 from memaop_triton.kernels.cpu.torch_ops import basis_scale
 from memaop_triton.memory.kinds import Memory, SubspaceMemory, rows_to_compute
 from memaop_triton.selection import Selection
-
-if TYPE_CHECKING:
-    from memaop_triton.nn.tensor_parallel import Shards
 
 
 def select_for_both(
@@ -74,7 +69,7 @@ def sampled_input_grad(
         selection: Rows and weights.
         config: That they were selected by.
     """
-    dx: Tensor = _steps_for(g).sampled_input_grad(g, weight, selection, config)
+    dx: Tensor = executor_for(g).sampled_input_grad(g, weight, selection, config)
     return dx
 
 
@@ -111,7 +106,7 @@ def input_grad_with_subspace(
     z, rest = dispatch.project_rows(g, basis)
     selection = _choose(rest, g, config, k, generator, shards)
     expand = basis * basis_scale(g.shape[1])
-    dx: Tensor = _steps_for(g, basis.shape[1]).sampled_input_grad(
+    dx: Tensor = executor_for(g, rank=basis.shape[1]).sampled_input_grad(
         g, weight, selection, config, (expand, z)
     )
     memory.end_input_grad(g, z, is_alone=is_alone)
@@ -146,7 +141,7 @@ def projected_input_grad(
 
 def _projected_flops(config: MemAOPConfig, m: int, n: int, p: int) -> int:
     rank = config.projection_rank(m, n, p)
-    return projected_input_grad_flops(m, n, p, rank, config.refresh_every)
+    return projected_input_grad_flops(m, n, p, rank, config.period)
 
 
 def flops_of_input_grad(config: MemAOPConfig, memory: Memory | None, m: int, n: int, p: int) -> int:
@@ -154,7 +149,7 @@ def flops_of_input_grad(config: MemAOPConfig, memory: Memory | None, m: int, n: 
     k = rows_to_compute(config, memory, m, n, p)
     if not isinstance(memory, SubspaceMemory) or k == m:
         return input_grad_flops(m, n, p, k)
-    if config.grad_input == "projected":
+    if config.projected is not None:
         return min(2 * m * n * p, _projected_flops(config, m, n, p))
     subspace = memory.cost_of_input_grad
     return input_grad_flops(m, n, p, config.num_rows(m, n, p, subspace), subspace)
@@ -168,13 +163,6 @@ def _choose(
     generator: torch.Generator | None,
     shards: Shards | None,
 ) -> Selection:
-    operands = Operands(g, g, config, k, False, generator, shards)
-    return operands.choose(operands.whole(scores), cut_short=not runs_triton(g))
-
-
-def _steps_for(g: Tensor, rank: int = 0) -> ModuleType:
-    if not runs_triton(g, rank=rank):
-        return steps_torch
-    from memaop_triton.backward import steps_triton
-
-    return steps_triton
+    operands = Operands(g, g, config, k, generator=generator, shards=shards)
+    whole = operands.scores_of_whole_rows(scores)
+    return operands.select(whole, cut_short=not runs_triton(g))

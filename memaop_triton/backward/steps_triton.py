@@ -1,7 +1,7 @@
 """One step of each memory by the Triton kernels: no host synchronisation, fixed shapes.
 
-The functions are those of `steps`. What differs is that nothing here looks at a value: rows of
-weight 0 are multiplied like any other, and where M cuts the last block of rows short, the rows
+The functions are those of `steps_torch`. What differs is that no value is read on the host: rows
+of weight 0 are multiplied like any other, and where M cuts the last block of rows short, the rows
 missing from it are still named, and skipped by the kernels.
 """
 
@@ -10,28 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memaop_triton.backward.steps_torch import Gradients, Operands
+from memaop_triton.backward.step import Gradients, Operands, ProjectedRows
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale, sampled_rows_mm
 from memaop_triton.kernels.gpu import residual_gemm, score, subspace
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.memory.kinds import ResidualMemory, SubspaceMemory
-from memaop_triton.monitor.observer import Projected
 from memaop_triton.selection import Selection, is_weighted, within
 
 
 def without_memory(operands: Operands, selection: Selection | None) -> Gradients:
     """Score, select, multiply: 1 + K/M passes over X and G."""
-    x, g, config, _, bias_grad, *_ = operands
+    x, g, config = operands.x, operands.g, operands.config
     scores = None
     if selection is None:
-        scores, db = score.row_scores(x, g, bias_grad=bias_grad)
-        selection = operands.choose(operands.whole(scores), cut_short=False)
+        scores, db = score.row_scores(x, g, bias_grad=operands.bias_grad)
+        selection = operands.select(operands.scores_of_whole_rows(scores), cut_short=False)
     else:
         db = operands.sum_rows()
     indices, weights = _rows_and_weights(selection, config)
-    operands.keep_factors(x, g, selection)
+    operands.collect_factors(x, g, selection)
     dw = gather_gemm(x, g, indices, weights, block_rows=config.block_rows)
     operands.observe(selection, dw, scores)
     return Gradients(dw, db)
@@ -42,7 +41,7 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
 
     That holds with all slots filled; an empty one is not read.
     """
-    x, g, config, _, bias_grad, generator, *_ = operands
+    x, g, config = operands.x, operands.g, operands.config
     rows = x.shape[0]
     slots = memory.slots(rows, x)
     memory.follow_loss_scale()
@@ -52,11 +51,11 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
         carry = factor.to(x.device, torch.float32).reshape(1)
     else:
         carry = torch.full((1,), factor, dtype=torch.float32, device=x.device)
-    seed = memory.draw_seed(x.device, generator)
+    seed = memory.draw_seed(x.device, operands.generator)
     scores = None
     if config.selection == "randk":
         unscored = torch.zeros(rows, dtype=torch.float32, device=x.device)
-        selection = operands.choose(unscored, cut_short=False)
+        selection = operands.select(unscored, cut_short=False)
         # Names beyond the last row stand for it: its block is selected whole.
         taken_rows = selection.indices.clamp(max=rows - 1)
         taken = torch.zeros(rows, dtype=torch.bool, device=x.device).index_fill_(
@@ -64,7 +63,15 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
         )
         lost = torch.zeros(1, dtype=torch.float32, device=x.device)
         db = score.accumulate_rest(
-            slots, x, g, carry, seed, taken, lost, signed=memory.signed, bias_grad=bias_grad
+            slots,
+            x,
+            g,
+            carry,
+            seed,
+            taken,
+            lost,
+            signed=memory.signed,
+            bias_grad=operands.bias_grad,
         )
         dw = residual_gemm.residual_gemm(
             slots,
@@ -82,9 +89,9 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
             scores = torch.where(taken, score.row_scores(x, g)[0], score.row_scores(*slots[:2])[0])
     else:
         scores, db = score.accumulate_and_score(
-            slots, x, g, carry, seed, signed=memory.signed, bias_grad=bias_grad
+            slots, x, g, carry, seed, signed=memory.signed, bias_grad=operands.bias_grad
         )
-        selection = operands.choose(operands.whole(scores), cut_short=False)
+        selection = operands.select(operands.scores_of_whole_rows(scores), cut_short=False)
         taken_rows = selection.indices.clamp(max=rows - 1)
         dw = torch.empty((g.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
         gather_gemm(
@@ -95,7 +102,7 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
             input_precision=_precision(x, slots[0]),
         )
     slots[2].index_fill_(0, taken_rows, False)
-    operands.keep_factors(*slots[:2], selection)
+    operands.collect_factors(*slots[:2], selection)
     operands.observe(selection, dw, scores)
     return Gradients(dw, db)
 
@@ -107,25 +114,27 @@ def with_subspace(
 
     With a basis of the gradients' side the two are exchanged, and db takes a pass of its own.
     """
-    x, g, config, _, bias_grad, *_ = operands
+    x, g, config = operands.x, operands.g, operands.config
     a, b = (x, g) if memory.side == "input" else (g, x)
     basis = memory.basis_of(a).contiguous()
     scale = basis_scale(a.shape[1])
     z, rest = subspace.project(a, basis, scale)
-    parts, scores, db = subspace.project_gradient(b, z, rest, bias_grad=bias_grad and b is g)
+    parts, scores, db = subspace.project_gradient(
+        b, z, rest, bias_grad=operands.bias_grad and b is g
+    )
     if selection is None:
-        selection = operands.choose(operands.whole(scores), cut_short=False)
+        selection = operands.select(operands.scores_of_whole_rows(scores), cut_short=False)
     indices, weights = _rows_and_weights(selection, config)
     if operands.factors is not None:
         zb = subspace.transposed_mm(z, b).t()
         projection = Projection(basis * scale, z, zb)
-        operands.keep_factors(a, b, selection, projection, exchanged=a is g)
+        operands.collect_factors(a, b, selection, projection, exchanged=a is g)
     block = config.block_rows
     c = subspace.correction(parts, z, b, indices, weights, block_rows=block)
     dw = gather_gemm(a, b, indices, weights, block_rows=block, correction=(c, basis * scale))
     projected = None
     if operands.is_observed:
-        projected = Projected(rest, z, parts.sum(0), a.shape[1])
+        projected = ProjectedRows(rest, z, parts.sum(0), a.shape[1])
     operands.observe(selection, dw, scores, projected)
     memory.end_step(a, z)
     if a is g:
@@ -151,5 +160,5 @@ def _precision(x: Tensor, stored: Tensor) -> str | None:
 
 
 def _rows_and_weights(selection: Selection, config: MemAOPConfig) -> tuple[Tensor, Tensor | None]:
-    weighted = is_weighted(config.selection, config.rescale)
+    weighted = is_weighted(config.selection)
     return selection.indices, selection.weights if weighted else None

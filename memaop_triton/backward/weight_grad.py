@@ -1,21 +1,17 @@
 """The backward pass of a linear layer: which rows are computed, and by what.
 
 `weight_and_bias_grad` checks its operands and hands them to the step of the memory that the
-configuration names, in plain PyTorch (`steps`) or in Triton (`steps_triton`).
+configuration names, in plain PyTorch and C (`steps_torch`) or in Triton (`steps_triton`).
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from memaop_triton.backward import steps_torch
-from memaop_triton.backward.steps_torch import Factors, Gradients, Operands
+from memaop_triton.backward.executors import executor_for
+from memaop_triton.backward.step import Factors, Gradients, Observer, Operands, Shards
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.dispatch import runs_triton
 from memaop_triton.memory.kinds import (
     Memory,
     ResidualMemory,
@@ -23,11 +19,7 @@ from memaop_triton.memory.kinds import (
     check_memory,
     rows_to_compute,
 )
-from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.selection import Selection
-
-if TYPE_CHECKING:
-    from memaop_triton.nn.tensor_parallel import Shards
 
 
 def weight_grad(
@@ -74,7 +66,7 @@ def weight_and_bias_grad(
     generator: torch.Generator | None = None,
     shards: Shards | None = None,
     factors: list[Factors] | None = None,
-    observer: LayerObserver | None = None,
+    observer: Observer | None = None,
 ) -> Gradients:
     """`weight_grad`, and with `bias_grad` also the exact db = Σ_m g_m ([P]).
 
@@ -82,15 +74,15 @@ def weight_and_bias_grad(
         shards: The processes that hold other columns of X or G: all select the same rows.
         factors: Takes the selected rows, weighted: two matrices whose product is dW. Takes nothing
             where the gradient is exact.
-        observer: Takes note of the step, unless the batch is empty or the memory rests.
+        observer: Takes note of the step, unless the batch is empty or the memory is skipped.
     """
     _check_operands(x, g)
     check_memory(config, memory, x.shape[1], g.shape[1])
     (rows, n), p = x.shape, g.shape[1]
     if x.numel() == 0 or g.numel() == 0:
         return Gradients(x.new_zeros((p, n)), g.sum(0) if bias_grad else None)
-    rests = isinstance(memory, ResidualMemory) and memory.is_paused
-    observer = None if rests else observer
+    is_skipped = isinstance(memory, ResidualMemory) and memory.is_paused
+    observer = None if is_skipped else observer
     if observer is not None:
         observer.begin_step(x.device)
     k = rows_to_compute(config, memory, rows, n, p)
@@ -100,11 +92,11 @@ def weight_and_bias_grad(
         if (memory.side, memory.rank) != choice:
             k = rows_to_compute(config, memory, rows, n, p)
     operands = Operands(x, g, config, k, bias_grad, generator, shards, factors, observer)
-    step = _steps_for(x, memory)
+    step = executor_for(x, memory)
     result: Gradients
     # Nothing was ever left over: all rows of this batch are all there is, and no slots are made.
     is_untouched = isinstance(memory, ResidualMemory) and k == rows and memory.rows == 0
-    if isinstance(memory, ResidualMemory) and not rests and not is_untouched:
+    if isinstance(memory, ResidualMemory) and not is_skipped and not is_untouched:
         result = step.with_row_memory(operands, memory)
     elif k == rows:
         result = Gradients(g.t() @ x, operands.sum_rows())
@@ -117,17 +109,6 @@ def weight_and_bias_grad(
         if isinstance(memory, SubspaceMemory):
             memory.end_step(x, x[:, :0])
     return result
-
-
-def _steps_for(a: Tensor, memory: Memory | None = None) -> ModuleType:
-    """`steps` or `steps_triton`, which is imported only where it is used."""
-    rank = memory.rank if isinstance(memory, SubspaceMemory) else 0
-    memory_dtype = memory.dtype if isinstance(memory, ResidualMemory) else None
-    if not runs_triton(a, rank=rank, memory_dtype=memory_dtype):
-        return steps_torch
-    from memaop_triton.backward import steps_triton
-
-    return steps_triton
 
 
 def _check_operands(x: Tensor, g: Tensor) -> None:

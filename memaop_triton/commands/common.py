@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from memaop_triton.config import MemAOPConfig, Subspace
 from memaop_triton.errors import CommandError
 
 
@@ -68,3 +69,21 @@ def say_written(console: Console, *paths: Path | None) -> None:
     for path in paths:
         if path is not None:
             console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def config_of(rank: int | None, *, memory: str, **settings: Any) -> MemAOPConfig:
+    """The configuration that options ask for.
+
+    Raises:
+        CommandError: They contradict each other, or one is out of range.
+    """
+    try:
+        if rank is None:
+            return MemAOPConfig(memory=memory, **settings)
+        if memory != "subspace":
+            raise ValueError(
+                f"--rank={rank} has no meaning beside --memory={memory}: leave it out."
+            )
+        return MemAOPConfig(memory=Subspace(rank=rank), **settings)
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error

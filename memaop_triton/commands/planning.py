@@ -12,13 +12,14 @@ from rich.console import Console
 from memaop_triton.commands import loading
 from memaop_triton.commands.common import (
     JsonPath,
+    config_of,
     positive,
     ratio_in_range,
     require_file,
     say_written,
     write_json,
 )
-from memaop_triton.config import DEFAULT_RANK, DEFAULT_RATIO, MemAOPConfig
+from memaop_triton.config import DEFAULT_RATIO, MemAOPConfig
 from memaop_triton.errors import CommandError
 from memaop_triton.plan import planning
 from memaop_triton.plan.result import Plan
@@ -64,12 +65,14 @@ def plan(
     ratio: Annotated[
         float, typer.Option(callback=ratio_in_range, help="K/M, rows computed.")
     ] = DEFAULT_RATIO,
-    selection: Annotated[str, typer.Option(help="Which rows.")] = MemAOPConfig.selection,
-    memory: Annotated[str, typer.Option(help="What is remembered.")] = MemAOPConfig.memory,
-    rank: Annotated[int, typer.Option(min=1, help="Of the subspace.")] = DEFAULT_RANK,
+    selection: Annotated[str, typer.Option(help="Which rows.")] = "priority",
+    memory: Annotated[str, typer.Option(help="What is remembered.")] = "subspace",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of --memory=subspace; default: 16.")
+    ] = None,
     grad_input: Annotated[
         str, typer.Option(help="exact, sampled (dX from K rows too) or projected.")
-    ] = MemAOPConfig.grad_input,
+    ] = "exact",
     budget: Annotated[
         float, typer.Option(callback=positive, help="Seconds for measuring, about.")
     ] = planning.TIME_BUDGET,
@@ -82,12 +85,7 @@ def plan(
         raise CommandError("--model and --input belong together: the model is called with them.")
     if json_path is not None:
         require_file("--json", json_path)
-    try:
-        config = MemAOPConfig(
-            ratio=ratio, selection=selection, memory=memory, rank=rank, grad_input=grad_input
-        )
-    except ValueError as error:
-        raise CommandError(str(error)) from None
+    config = config_of(rank, ratio=ratio, selection=selection, memory=memory, grad_input=grad_input)
     if model is None:
         result = _of_shapes(shapes or [], config, dtype, device, budget)
     else:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import itertools
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -15,7 +15,7 @@ from rich.progress import TextColumn
 from torch import nn
 
 from memaop_triton.commands import loading
-from memaop_triton.commands.common import progress, ratio_in_range, say_written
+from memaop_triton.commands.common import config_of, progress, ratio_in_range, say_written
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.convert import convert_
 from memaop_triton.errors import CommandError
@@ -50,11 +50,11 @@ def tune(
     autocast: Annotated[
         bool, typer.Option("--autocast", help="Run --model under autocast to --dtype.")
     ] = False,
-    selection: Annotated[str | None, typer.Option(help="Default: that of MemAOPConfig.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Default: that of MemAOPConfig.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the subspace memory.")] = None,
-    block_rows: Annotated[int | None, typer.Option(help="Rows of a block.")] = None,
-    grad_input: Annotated[str | None, typer.Option(help="exact, sampled or projected.")] = None,
+    selection: Annotated[str, typer.Option(help="Which rows.")] = "priority",
+    memory: Annotated[str, typer.Option(help="What is remembered.")] = "subspace",
+    rank: Annotated[int | None, typer.Option(help="Of --memory=subspace; default: 16.")] = None,
+    block_rows: Annotated[int, typer.Option(help="Rows of a block.")] = 1,
+    grad_input: Annotated[str, typer.Option(help="exact, sampled or projected.")] = "exact",
 ) -> None:
     """Time the kernels' configurations on this GPU, and keep the best in the cache.
 
@@ -65,11 +65,11 @@ def tune(
         raise CommandError("name what to tune: --shapes MxNxP or --model package.module:function.")
     if (model is None) != (inputs is None):
         raise CommandError("--model and --input belong together: --input 32x512x1024.")
-    config = _config(
+    config = config_of(
+        rank,
         ratio=ratio,
         selection=selection,
         memory=memory,
-        rank=rank,
         block_rows=block_rows,
         grad_input=grad_input,
     )
@@ -97,13 +97,6 @@ def tune(
     say_written(console, cache.folder() / gpu.slug)
 
 
-def _config(**settings: Any) -> MemAOPConfig:
-    try:
-        return MemAOPConfig(**{k: v for k, v in settings.items() if v is not None})
-    except (TypeError, ValueError) as error:
-        raise CommandError(str(error)) from error
-
-
 def _gpu() -> torch.device:
     if not torch.cuda.is_available():
         raise CommandError(
@@ -115,9 +108,11 @@ def _gpu() -> torch.device:
 
 def _with_both_sides(config: MemAOPConfig) -> list[MemAOPConfig]:
     """A setting, and what its subspace may come to be in training."""
-    if config.memory != "subspace" or config.side != "auto":
+    subspace = config.subspace
+    if subspace is None or subspace.side != "auto":
         return [config]
-    return [config, *(dataclasses.replace(config, side=side) for side in ("input", "grad"))]
+    others = (dataclasses.replace(subspace, side=side) for side in ("input", "grad"))
+    return [config, *(dataclasses.replace(config, memory=other) for other in others)]
 
 
 def _step_of_layers(

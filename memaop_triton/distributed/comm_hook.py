@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket  # torch.distributed's, with its types
 from torch.nn.parallel import DistributedDataParallel
 
-from memaop_triton.backward.steps_torch import Factors
-from memaop_triton.convert import converted_layers
+from memaop_triton.backward.step import Factors
 from memaop_triton.nn.functional import no_autocast
+from memaop_triton.nn.layer_choice import converted_layers
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SEED = 20211009

@@ -11,7 +11,6 @@ from types import NoneType
 from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.memory.residual import ResidualMemory
 from memaop_triton.memory.subspace import MANY_ROWS, SubspaceMemory
-from memaop_triton.nn.layer_state import LayerState
 
 __all__ = [
     "Memory",
@@ -26,34 +25,32 @@ Memory = ResidualMemory | SubspaceMemory
 
 
 def _memory_class(config: MemAOPConfig) -> type[Memory] | type[None]:
-    if config.has_row_memory:
+    if config.row_memory is not None:
         return ResidualMemory
-    return SubspaceMemory if config.memory == "subspace" else NoneType
+    return NoneType if config.subspace is None else SubspaceMemory
 
 
 def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Memory | None:
     """The empty memory that `config` asks for in a layer of this size; `None` for `"none"`."""
-    memory: Memory
-    if config.has_row_memory:
-        memory = ResidualMemory(
-            in_features,
-            out_features,
-            signed=config.memory == "signed",
-            decay=config.decay,
-            dtype=config.memory_dtype,
+    if config.row_memory is not None:
+        rows = config.row_memory
+        return ResidualMemory(
+            in_features, out_features, signed=rows.signed, decay=rows.decay, dtype=rows.dtype
         )
-    elif config.memory == "subspace":
-        memory = SubspaceMemory(
-            in_features,
-            out_features,
-            None if config.rank is None else config.rank_for(MANY_ROWS, in_features, out_features),
-            side=config.side,
-            refresh_every=config.refresh_every,
-        )
-        memory.follow_budget(config, MANY_ROWS)
-    else:
+    if config.subspace is None:
         return None
-    memory.state = LayerState(config, memory)
+    subspace = config.subspace
+    rank = None
+    if subspace.rank is not None:
+        rank = config.rank_for(MANY_ROWS, in_features, out_features)
+    memory = SubspaceMemory(
+        in_features,
+        out_features,
+        rank,
+        side=subspace.side,
+        refresh_every=subspace.refresh_every,
+    )
+    memory.follow_budget(config, MANY_ROWS)
     return memory
 
 
@@ -67,12 +64,13 @@ def check_memory(
         have = "None" if memory is None else f"a {type(memory).__name__}"
         need = "None" if memory is not None and wanted is NoneType else f"a {wanted.__name__}"
         raise ValueError(
-            f"memory is {have}, but config.memory={config.memory!r} needs {need}: pass "
+            f"memory is {have}, but config.memory={config.memory_name!r} needs {need}: pass "
             "memory=new_memory(config, in_features, out_features), made once and kept."
         )
-    if isinstance(memory, ResidualMemory) and memory.signed != (config.memory == "signed"):
+    rows = config.row_memory
+    if isinstance(memory, ResidualMemory) and rows is not None and memory.signed != rows.signed:
         raise ValueError(
-            f"memory.signed={memory.signed}, but config.memory={config.memory!r}: make the memory "
+            f"memory.signed={memory.signed}, but config.memory={config.memory_name!r}: make it "
             "with new_memory(config, in_features, out_features)."
         )
     if memory is not None and memory.in_features != in_features:

@@ -13,7 +13,6 @@ from torch import Tensor
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.dispatch import rescale_
 from memaop_triton.memory.saved_state import check_fields, check_shape
-from memaop_triton.nn.layer_state import LayerState
 
 
 class ResidualMemory:
@@ -37,7 +36,7 @@ class ResidualMemory:
         x: [rows, N], or `None` before the first step.
         g: [rows, P], or `None` before the first step.
         filled: [rows], bool. A slot that is not filled counts as zero whatever it holds.
-        state: Serves a memory that is handed to `memaop_linear`.
+        layer_state: Of a memory that is handed to `memaop_linear`; nothing here reads it.
     """
 
     kind = "residual"
@@ -59,7 +58,7 @@ class ResidualMemory:
         self.x: Tensor | None = None
         self.g: Tensor | None = None
         self.filled: Tensor | None = None
-        self.state: LayerState | None = None
+        self.layer_state: object = None
         self._last_rate: float | Tensor | None = None
         self._last_scale: Tensor | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from memaop_triton.config import SIDES, MemAOPConfig, check_name
 from memaop_triton.dispatch import project_rows
-from memaop_triton.flops import RANK_STEP, REFRESHES_PER_CHOICE, Subspace, refresh_stride
+from memaop_triton.flops import RANK_STEP, REFRESHES_PER_CHOICE, SubspaceCost, refresh_stride
 from memaop_triton.memory.basis import Basis, by_column
 from memaop_triton.memory.choice import Arriving, Choice, better_choice, score_sums, variances
 from memaop_triton.memory.projection import GradProjection
 from memaop_triton.memory.refresh_clock import RefreshClock, is_capturing
 from memaop_triton.memory.saved_state import check_fields, check_shape
-from memaop_triton.nn.layer_state import LayerState
 
 #: Stands for the number of rows where no batch has been seen.
 MANY_ROWS = 1 << 20
@@ -57,7 +56,7 @@ class SubspaceMemory:
         rank: The rank in use.
         input_grad_rank: The rank in use for a sampled dX, which takes the gradients' side.
         projection: The basis of a projected dX; empty unless there is one.
-        state: Serves a memory that is handed to `memaop_linear`.
+        layer_state: Of a memory that is handed to `memaop_linear`; nothing here reads it.
 
     Raises:
         ValueError: `rank` is below 1 or does not fit, `refresh_every` is below 1, or `side` is
@@ -94,7 +93,7 @@ class SubspaceMemory:
         self.projection = GradProjection(in_features, refresh_every)
         self._clock = RefreshClock(refresh_every)
         self.set_rank(0 if rank is None else rank)
-        self.state: LayerState | None = None
+        self.layer_state: object = None
 
     def set_rank(self, rank: int) -> None:
         """Start anew with another rank.
@@ -119,7 +118,7 @@ class SubspaceMemory:
 
     def follow_budget(self, config: MemAOPConfig, rows: int) -> None:
         """Leave the rank open where a budget does; before the first step, fit it to `rows` rows."""
-        self._rank_is_open = config.budget is not None and config.rank is None
+        self._rank_is_open = config.leaves_rank_open
         if self._rank_is_open and all(basis.q is None for basis in self._bases.values()):
             most = config.rank_for(rows, self.in_features, self.out_features)
             if most != self._most:
@@ -142,7 +141,7 @@ class SubspaceMemory:
             self.rank, self.input_grad_rank = min(self.rank, most), min(self.input_grad_rank, most)
         self._seen = self._pending = None
 
-    def least_variance(self, config: MemAOPConfig) -> tuple[float, int, Subspace] | None:
+    def least_variance(self, config: MemAOPConfig) -> tuple[float, int, SubspaceCost] | None:
         """The variance that dW would have under `config` at best, by what was seen last.
 
         Returns:
@@ -173,13 +172,13 @@ class SubspaceMemory:
         return self.projection.nbytes + sum(basis.nbytes for basis in self._bases.values())
 
     @property
-    def cost(self) -> Subspace:
+    def cost(self) -> SubspaceCost:
         """What `flops` has to know of this memory."""
         return self._cost(self.side, self.rank)
 
-    def _cost(self, side: str, rank: int) -> Subspace:
+    def _cost(self, side: str, rank: int) -> SubspaceCost:
         kept = self._most * sum(map(self._length, self._sides)) if self._has_choice else 0
-        return Subspace(rank, self._length(side), self.refresh_every, kept)
+        return SubspaceCost(rank, self._length(side), self.refresh_every, kept)
 
     def pace(self, refresh_every: int) -> None:
         """Refresh every so many steps from now on; ranks and rows stay those of `refresh_every`."""
@@ -227,13 +226,13 @@ class SubspaceMemory:
         return self._bases[self.side].of(a, self.rank)
 
     @property
-    def cost_of_input_grad(self) -> Subspace:
+    def cost_of_input_grad(self) -> SubspaceCost:
         """What `flops` has to know of this memory in a sampled dX, beside what dW pays for."""
         rank = self.input_grad_rank if "grad" in self._bases else 0
         return self._cost_of_input_grad(rank)
 
-    def _cost_of_input_grad(self, rank: int) -> Subspace:
-        return Subspace(rank, self.out_features, self.refresh_every, 0)
+    def _cost_of_input_grad(self, rank: int) -> SubspaceCost:
+        return SubspaceCost(rank, self.out_features, self.refresh_every, 0)
 
     def basis_for_input_grad(self, g: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Q of the gradients' side, [P, `input_grad_rank`], in the dtype of `g` ([M, P]).
@@ -308,7 +307,7 @@ class SubspaceMemory:
         sums = dict(zip(choices, self._seen[1].tolist(), strict=False))
         return variances(sums, lambda c: self._rows_left(config, self._cost(*c)))
 
-    def _rows_left(self, config: MemAOPConfig, cost: Subspace) -> int:
+    def _rows_left(self, config: MemAOPConfig, cost: SubspaceCost) -> int:
         """K that `config` leaves beside a subspace, for the rows that were seen last."""
         assert self._seen is not None
         return config.num_rows(self._seen[0], self.in_features, self.out_features, cost)

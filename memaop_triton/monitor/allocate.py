@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from memaop_triton.config import MemAOPConfig
-from memaop_triton.convert import converted_layers
+from memaop_triton.config import MemAOPConfig, Sampled
 from memaop_triton.flops import input_grad_flops, weight_grad_flops
 from memaop_triton.memory.kinds import SubspaceMemory
 from memaop_triton.monitor.diagnostics import LayerDiagnostics
 from memaop_triton.monitor.monitor import Monitor
-from memaop_triton.nn.linear import MemAOPLinear, with_budget, with_ratio
+from memaop_triton.nn.layer_choice import converted_layers
+from memaop_triton.nn.linear import MemAOPLinear
 
 #: Ratios that layers are given: few, so that few sizes are tuned on a GPU, and each twice the last.
 DEFAULT_RATIOS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -199,10 +199,10 @@ def _options(
     """What a layer may get, with its FLOPs and variance in one use."""
     if layer.config.budget is None:
         shares = sorted(set(map(float, ratios or DEFAULT_RATIOS)))
-        configs = [with_ratio(layer.config, share) for share in shares]
+        configs = [layer.config.with_ratio(share) for share in shares]
     else:
         shares = sorted(set(map(float, ratios or DEFAULT_BUDGETS)) - {1.0})
-        configs = [with_budget(layer.config, share) for share in shares]
+        configs = [layer.config.with_budget(share) for share in shares]
     outcomes = [_outcome(layer, seen, config) for config in configs]
     return [Option(share, *one) for share, one in zip(shares, outcomes, strict=True)]
 
@@ -222,12 +222,12 @@ def _outcome(
         if best is not None:
             variance, k, subspace = best
     flops = weight_grad_flops(rows, n, p, k, subspace)
-    if config.grad_input == "sampled":
+    if isinstance(config.grad_input, Sampled):
         own = k if config.budget is None else config.num_rows(rows, n, p, of_input_grad)
         flops += input_grad_flops(rows, n, p, own, of_input_grad)
     return float(flops), variance
 
 
 def _dense_flops(layer: MemAOPLinear, rows: int) -> float:
-    halves = 2 if layer.config.grad_input == "sampled" else 1
+    halves = 2 if isinstance(layer.config.grad_input, Sampled) else 1
     return 2.0 * rows * layer.in_features * layer.out_features * halves

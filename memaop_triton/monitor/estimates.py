@@ -86,10 +86,10 @@ def sampling_variance(
       E[w·1(m∈S)] = 1 (Duffield, Lund, Thorup 2007) |
     | `crs` | (K Σ_S w² s² − ‖T‖²) / (K−1) | T is a mean of K independent draws; sample variance |
     | `wta` | Σ_{w≠1} w² s² | the same with ‖Σ_rest A‖² left out: an upper bound |
-    | `randk`, rescaled | (M−K)/(K−1) · (Σ s² − ‖T‖²/M) | simple random sampling (Cochran 1977) |
+    | `uniform` | (M−K)/(K−1) · (Σ s² − ‖T‖²/M) | simple random sampling (Cochran 1977) |
 
     It holds for any scores, not only those that the rows were drawn by. With one draw, `crs` and
-    `randk` leave out ‖T‖², which makes them upper bounds.
+    `uniform` leave out ‖T‖², which makes them upper bounds.
 
     Args:
         config: With an unbiased selection.
@@ -110,7 +110,7 @@ def sampling_variance(
     if config.selection == "wta":
         drawn = drawn.masked_fill(weights == 1, 0)
         return drawn.dot(drawn)
-    if config.selection == "randk":
+    if config.selection == "uniform":
         units = -(-rows // block)
         total = scores.dot(scores)
         if draws == 1:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from memaop_triton.convert import converted_layers
 from memaop_triton.memory.kinds import SubspaceMemory
 from memaop_triton.monitor.diagnostics import LayerDiagnostics, diagnostics_table
 from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
+from memaop_triton.nn.layer_choice import converted_layers
 from memaop_triton.nn.linear import MemAOPLinear
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class _Watched:
         if isinstance(memory, SubspaceMemory):
             optional["outside_subspace"] = _share(mean.outside_square_sum, mean.input_square_sum)
             optional["steps_since_refresh"] = memory.step % memory.refresh_every
-        if config.has_row_memory:
+        if config.row_memory is not None:
             own = mean.batch_square_sum
             optional["memory_norm"] = math.sqrt(mean.remembered_square_sum / own) if own else 0.0
             ages = self.observer.ages

@@ -6,11 +6,12 @@ they have computed anyway. It adds nothing that waits for the device: only readi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from memaop_triton.backward.step import Operands, ProjectedRows
 from memaop_triton.dispatch import project_rows, row_norms
 from memaop_triton.kernels.cpu.torch_ops import basis_scale, score_dtype
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
@@ -22,25 +23,6 @@ from memaop_triton.monitor.estimates import (
     sampling_variance,
 )
 from memaop_triton.selection import Selection
-
-if TYPE_CHECKING:
-    from memaop_triton.backward.steps_torch import Operands
-
-
-class Projected(NamedTuple):
-    """The rows of a step with a subspace of X, or of G with the two exchanged.
-
-    Attributes:
-        rest: ‖x_m − Q Qᵀ x_m‖, [M].
-        z: X Q / s, [M, q], with s = `basis_scale(features)`.
-        zg: Gᵀ Z or its transpose.
-        features: N.
-    """
-
-    rest: Tensor
-    z: Tensor
-    zg: Tensor
-    features: int
 
 
 class LayerObserver:
@@ -98,7 +80,7 @@ class LayerObserver:
         selection: Selection,
         dw: Tensor,
         scores: Tensor | None = None,
-        projected: Projected | None = None,
+        projected: ProjectedRows | None = None,
     ) -> None:
         """Take note of a step that computed the rows of `selection`.
 
@@ -110,7 +92,7 @@ class LayerObserver:
                 computed here if `None`.
             projected: With a subspace, whose scores are of what it leaves.
         """
-        if operands.config.has_row_memory:
+        if operands.config.row_memory is not None:
             self._age_slots(operands.x.shape[0], selection.indices)
         if self.is_due:
             self._add(operands, selection, dw, scores, projected)
@@ -126,7 +108,7 @@ class LayerObserver:
                 a, b = b, a
             z, rest = project_rows(a, memory.basis_of(a))
             scores = rest * row_norms(b)
-            projected = Projected(rest, z, z[:0], a.shape[1])
+            projected = ProjectedRows(rest, z, z[:0], a.shape[1])
         self._add(operands, None, dw, scores, projected)
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -154,13 +136,13 @@ class LayerObserver:
         selection: Selection | None,
         dw: Tensor,
         scores: Tensor | None,
-        projected: Projected | None,
+        projected: ProjectedRows | None,
     ) -> None:
-        x, g, config, *_ = operands
+        x, g, config = operands.x, operands.g, operands.config
         self.rows, self.k = x.shape[0], operands.k
         own = (row_norms(x) * row_norms(g)).double() if scores is None else scores.double()
         s, zero = own, own.new_zeros(())
-        if scores is not None and config.has_row_memory:
+        if scores is not None and config.row_memory is not None:
             own = (row_norms(x) * row_norms(g)).double()
         parts = _Parts(own.dot(own), zero, zero, zero)
         if projected is not None:
@@ -177,7 +159,7 @@ class LayerObserver:
                 dense_square = zero
         is_computed = contributions > 0
         left = s.masked_fill(is_computed, 0)
-        if selection is not None and config.has_row_memory:
+        if selection is not None and config.row_memory is not None:
             remembered = left.dot(left)
         score_sum = s.sum()
         figures = Figures(
@@ -221,7 +203,7 @@ class _Parts(NamedTuple):
     exact: Tensor
 
 
-def _parts_of(scores: Tensor, projected: Projected) -> _Parts:
+def _parts_of(scores: Tensor, projected: ProjectedRows) -> _Parts:
     """From the scores of what the subspace leaves ([M], float64) to whole rows."""
     scale = basis_scale(projected.features)
     rest = projected.rest.double()

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from memaop_triton.convert import converted_layers
 from memaop_triton.monitor.allocate import DEFAULT_RATIOS
 from memaop_triton.monitor.diagnostics import LayerDiagnostics
 from memaop_triton.monitor.monitor import Monitor
+from memaop_triton.nn.layer_choice import converted_layers
 
 #: What a schedule returns: a ratio for all layers, or ratios by name; those not named keep theirs.
 Ratios = float | Mapping[str, float]

@@ -27,17 +27,18 @@ class _MemAOPLinearFunction(torch.autograd.Function):
         handle: Tensor,
         order: Tensor,
         state: LayerState,
+        memory: Memory | None,
     ) -> Tensor:
         return F.linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, handle, order, state = inputs
+        x, weight, _, handle, order, state, memory = inputs
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         # Out of the saved tensors: a graph writes to `order` between the backward passes of a layer
-        # that is used twice. The state is kept alive.
-        ctx.handle, ctx.order, ctx.state = handle, order, state
-        ctx.approximates_dx = needs_x and state.config.grad_input != "exact"
+        # that is used twice. State and memory are kept alive.
+        ctx.handle, ctx.order, ctx.state, ctx.memory = handle, order, state, memory
+        ctx.approximates_dx = needs_x and state.config.grad_input is not None
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
     @staticmethod
@@ -51,7 +52,7 @@ class _MemAOPLinearFunction(torch.autograd.Function):
             gradients = tuple(
                 None if a is None else _DifferentiableOnce.apply(a, *sources) for a in gradients
             )
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 # `apply` asks for it in every call, and takes longer to find out than all else that it does.
@@ -144,7 +145,7 @@ def memaop_linear(
     """
     x, weight, bias = prepared(x, weight, bias)
     check_memory(config, memory, weight.shape[1], weight.shape[0])
-    return linear_of_state(x, weight, bias, state_for(config, memory))
+    return linear_of_state(x, weight, bias, state_for(config, memory, x.device), memory)
 
 
 def prepared(
@@ -159,8 +160,17 @@ def prepared(
     return x, weight, bias
 
 
-def linear_of_state(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
-    """`memaop_linear` for operands that have been checked and a layer's state."""
+def linear_of_state(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: LayerState,
+    memory: Memory | None = None,
+) -> Tensor:
+    """`memaop_linear` for operands that have been checked and a layer's state.
+
+    `memory` is that of a state which does not keep it alive.
+    """
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return F.linear(x, weight, bias)
     handle, order = state.handle, state.order
@@ -170,7 +180,7 @@ def linear_of_state(x: Tensor, weight: Tensor, bias: Tensor | None, state: Layer
         else:
             state.move(x.device)
             handle, order = state.handle, state.order
-    result: Tensor = _MemAOPLinearFunction.apply(x, weight, bias, handle, order, state)
+    result: Tensor = _MemAOPLinearFunction.apply(x, weight, bias, handle, order, state, memory)
     return result
 
 

@@ -80,6 +80,13 @@ def choose_layers(
     return chosen
 
 
+def converted_layers(model: nn.Module) -> Iterator[tuple[str, MemAOPLinear]]:
+    """Qualified name and layer of every `MemAOPLinear` in `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, MemAOPLinear):
+            yield name, module
+
+
 @contextlib.contextmanager
 def naming(layer: str) -> Iterator[None]:
     """Put the name of the layer before the message of a `ValueError`."""

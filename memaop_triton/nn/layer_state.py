@@ -13,23 +13,22 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from memaop_triton.backward.step import Factors, Observer, Shards
 from memaop_triton.config import MemAOPConfig
-
-if TYPE_CHECKING:
-    from memaop_triton.backward.steps_torch import Factors
-    from memaop_triton.memory.kinds import Memory
-    from memaop_triton.monitor.observer import LayerObserver
-    from memaop_triton.nn.tensor_parallel import Shards
+from memaop_triton.memory import kinds
+from memaop_triton.memory.kinds import Memory
 
 # Sizes that no other dimension of a graph is likely to have: it would take the two for one.
 _numbers = itertools.count(10_000_019)
 _states: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
 _order_on: dict[torch.device, Tensor] = {}
+# Configurations without a memory that `memaop_linear` is called with in turn, on each device.
+_MAX_STATES_WITHOUT_MEMORY = 256
 
 
 class LayerState:
@@ -41,14 +40,13 @@ class LayerState:
 
     Attributes:
         config: As given.
-        memory: As given.
         handle: [number, 0], uint8: what stands for this object in a graph.
         order: [1], uint8, one per device: every operator that draws random numbers or changes a
             memory declares that it writes to this tensor, which keeps such operators in the order
             of the program whatever a compiler makes of it.
         shards: The processes among which the columns of X or G are divided, if they are.
         factors: While a list, every backward pass adds the pair of matrices whose product its dW
-            is; `None` if nobody collects them.
+            is; `None` if they are not collected.
         on_weight_grad: Called with the dW ([P, N]) of every backward pass, exact ones included,
             after its factors were added.
         observer: Takes note of the backward passes, if a `Monitor` watches the layer. Copies are
@@ -58,12 +56,20 @@ class LayerState:
     shards: Shards | None = None
     factors: list[Factors] | None = None
     on_weight_grad: Callable[[Tensor], None] | None = None
-    observer: LayerObserver | None = None
+    observer: Observer | None = None
 
     def __init__(self, config: MemAOPConfig, memory: Memory | None) -> None:
         self.config = config
-        self.memory = memory
+        self._hold(memory)
         self._register(torch.device("cpu"))
+
+    @property
+    def memory(self) -> Memory | None:
+        """What is remembered between steps."""
+        return self._memory
+
+    def _hold(self, memory: Memory | None) -> None:
+        self._memory = memory
 
     def _register(self, device: torch.device) -> None:
         number = next(_numbers)
@@ -92,23 +98,56 @@ class LayerState:
         return {"config": self.config, "memory": self.memory}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.config, self.memory = state["config"], state["memory"]
+        self.config = state["config"]
+        self._hold(state["memory"])
         # A file may be read where its device does not exist: the layer moves the handle back.
         self._register(torch.device("cpu"))
 
 
-def state_for(config: MemAOPConfig, memory: Memory | None) -> LayerState:
+class _StateOfMemory(LayerState):
+    """The state of a memory that belongs to no layer. The memory owns it, and not the reverse."""
+
+    @property
+    def memory(self) -> Memory | None:
+        return self._memory_ref()
+
+    def _hold(self, memory: Memory | None) -> None:
+        assert memory is not None
+        self._memory_ref = weakref.ref(memory)
+
+
+def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Memory | None:
+    """The empty memory that `config` asks for, to be given to `memaop_linear` in every step.
+
+    `None` for `memory="none"`.
+
+    Args:
+        config: What the backward pass computes.
+        in_features: N, length of a row of X.
+        out_features: P, length of a row of G.
+    """
+    memory = kinds.new_memory(config, in_features, out_features)
+    if memory is not None:
+        memory.layer_state = _StateOfMemory(config, memory)
+    return memory
+
+
+def state_for(config: MemAOPConfig, memory: Memory | None, device: torch.device) -> LayerState:
     """The state of a memory that belongs to no layer; one and the same from call to call."""
     if memory is None:
-        return _state_without_memory(config)
-    if memory.state is None or memory.state.config != config:
-        memory.state = LayerState(config, memory)
-    return memory.state
+        return _state_without_memory(config, device)
+    state = memory.layer_state
+    if not isinstance(state, LayerState) or state.config != config:
+        memory.layer_state = state = _StateOfMemory(config, memory)
+    return state
 
 
-@functools.cache
-def _state_without_memory(config: MemAOPConfig) -> LayerState:
-    return LayerState(config, None)
+# By device, because threads that work on several of them would move the handle back and forth.
+@functools.lru_cache(maxsize=_MAX_STATES_WITHOUT_MEMORY)
+def _state_without_memory(config: MemAOPConfig, device: torch.device) -> LayerState:
+    state = LayerState(config, None)
+    state.move(device)
+    return state
 
 
 def find(handle: Tensor) -> LayerState:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any, TypeGuard, TypeVar
@@ -145,7 +144,7 @@ class MemAOPLinear(nn.Linear):
             ValueError: `ratio` is out of range.
             TypeError: `ratio` is not a number.
         """
-        self.layer_state.config = with_ratio(self.config, ratio)
+        self.layer_state.config = self.config.with_ratio(ratio)
 
     def set_budget_(self, budget: float) -> None:
         """Compute what this share of dense's FLOPs buys from the next backward pass on.
@@ -159,7 +158,7 @@ class MemAOPLinear(nn.Linear):
             ValueError: `budget` is out of range.
             TypeError: `budget` is not a number.
         """
-        self.layer_state.config = with_budget(self.config, budget)
+        self.layer_state.config = self.config.with_budget(budget)
         if isinstance(self.memory, SubspaceMemory):
             self.memory.change_budget(self.config)
 
@@ -190,13 +189,13 @@ class MemAOPLinear(nn.Linear):
         given = ((name, getattr(config, name)) for name in ("k", "budget", "ratio"))
         budget = next(f"{name}={value:g}" for name, value in given if value is not None)
         parts = [super().extra_repr(), budget, f"selection={config.selection}"]
-        parts.append(f"memory={config.memory}")
+        parts.append(f"memory={config.memory_name}")
         if isinstance(self.memory, SubspaceMemory):
             parts.append(f"rank={self.memory.rank}")
-        if config.grad_input != "exact":
-            parts.append(f"grad_input={config.grad_input}")
-        if config.grad_input_budget is not None:
-            parts.append(f"grad_input_budget={config.grad_input_budget:g}")
+        if config.grad_input is not None:
+            parts.append(f"grad_input={config.grad_input_name}")
+        if config.projected is not None and config.projected.budget is not None:
+            parts.append(f"grad_input_budget={config.projected.budget:g}")
         return ", ".join(parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemAOPLinear:
@@ -209,21 +208,6 @@ class MemAOPLinear(nn.Linear):
             return super().__reduce_ex__(protocol)
         # The class of a converted subclass is made on demand and cannot be found by its name.
         return _blank, (self.dense_class,), self.__getstate__()
-
-
-def with_ratio(config: MemAOPConfig, ratio: float) -> MemAOPConfig:
-    """`config` with this share of the rows instead of its own, `k` or budget.
-
-    A projected dX keeps its own.
-    """
-    kept = config.budget_of_projection
-    return dataclasses.replace(config, ratio=ratio, k=None, budget=None, grad_input_budget=kept)
-
-
-def with_budget(config: MemAOPConfig, budget: float) -> MemAOPConfig:
-    """`config` with this budget instead of its own, ratio or `k`. A projected dX keeps its own."""
-    kept = config.budget_of_projection
-    return dataclasses.replace(config, ratio=None, k=None, budget=budget, grad_input_budget=kept)
 
 
 def _is_distributed(a: Tensor | None) -> TypeGuard[Tensor]:

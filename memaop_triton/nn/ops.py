@@ -21,7 +21,7 @@ from memaop_triton.backward.input_grad import (
     sampled_input_grad,
     select_for_both,
 )
-from memaop_triton.backward.steps_torch import Gradients
+from memaop_triton.backward.step import Gradients
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.flops import weight_grad_flops
 from memaop_triton.memory.kinds import SubspaceMemory, rows_to_compute
@@ -120,7 +120,7 @@ def _sampled_backward(
     if dx is None:
         # After dW, whose step makes the bases and chooses among them.
         assert isinstance(memory, SubspaceMemory)
-        if config.grad_input == "projected":
+        if config.projected is not None:
             dx = projected_input_grad(g, weight, config, memory)
         else:
             dx = input_grad_with_subspace(

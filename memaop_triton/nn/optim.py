@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from memaop_triton.convert import converted_layers
 from memaop_triton.memory.kinds import ResidualMemory
+from memaop_triton.nn.layer_choice import converted_layers
 from memaop_triton.nn.linear import MemAOPLinear
 
 

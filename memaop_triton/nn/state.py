@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from memaop_triton.convert import converted_layers
 from memaop_triton.memory.kinds import Memory
+from memaop_triton.nn.layer_choice import converted_layers
 
 
 def memory_state_dict(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -24,44 +24,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.nn.functional import linear_of_state
 from memaop_triton.nn.layer_state import LayerState
-from memaop_triton.selection import Selection
-
-
-class Shards:
-    """The processes that hold other columns of the same rows of X or G.
-
-    Args:
-        group: Their process group.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-
-    def whole(self, scores: Tensor) -> Tensor:
-        """√Σ s² over the shards: the scores of whole rows from those of their parts, [M].
-
-        Where X is divided and G is not, or the other way round, this is the product of the norms of
-        whole rows; float64, because squares of float32 scores may leave its range.
-        """
-        squares = scores.double().square()
-        dist.all_reduce(squares, group=self.group)
-        return squares.sqrt().to(scores.dtype)
-
-    def share(self, selection: Selection) -> Selection:
-        """The selection of the group's first process, in all of them.
-
-        Its size must be the same everywhere. Both parts travel as float64, which holds every row
-        number below 2⁵³ exactly.
-        """
-        both = torch.stack([selection.indices.double(), selection.weights.double()])
-        dist.broadcast(both, group=self.group, group_src=0)
-        return Selection(both[0].long(), both[1].to(selection.weights.dtype))
 
 
 class _Along(NamedTuple):
@@ -131,7 +99,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) ->
         )
     mesh = weight.device_mesh
     divided = _divided_dimension(weight)
-    approximates_dx = state.config.grad_input != "exact"
+    approximates_dx = state.config.grad_input is not None
     along = [
         _along(of_x, of_weight, x.dim() - 1, approximates_dx)
         for of_x, of_weight in zip(x.placements, weight.placements, strict=True)
@@ -150,7 +118,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) ->
         bias = _kept(bias).redistribute(placements=[a.b for a in along])
         b_part = _part(bias, [a.db for a in along])
     if divided is not None:
-        state.shards = Shards(mesh.get_group(divided))
+        state.shards = ProcessShards(mesh.get_group(divided))
         if b_part is not None and along[divided].y.is_partial():
             b_part = cast(Tensor, _Once.apply(b_part, mesh.get_local_rank(divided) == 0))
     state.fit(w_part.shape[1], w_part.shape[0])

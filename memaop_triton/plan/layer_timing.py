@@ -86,9 +86,9 @@ def _paces(config: MemAOPConfig) -> list[tuple[int, float]]:
 
     A subspace is refreshed in some steps only, more rarely than there are rounds.
     """
-    often = 1 / config.refresh_every
-    if config.memory != "subspace" or often == 1:
+    if config.period == 1:
         return [(1, 1.0)]
+    often = 1 / config.period
     return [(_NEVER, 1 - often), (1, often)]
 
 

@@ -167,9 +167,9 @@ def _nothing_to_gain(layer: _Layer) -> str:
         return "no gradient in this step"
     if all(use.rows * use.in_features * use.out_features == 0 for use in uses):
         return "empty"
-    if config.grad_input == "exact" and not any(use.needs_weight for use in uses):
+    if config.grad_input is None and not any(use.needs_weight for use in uses):
         return "weight is frozen"
-    if not config.has_row_memory and all(
+    if config.row_memory is None and all(
         config.num_rows(u.rows, u.in_features, u.out_features) == u.rows for u in uses
     ):
         return "K = M"

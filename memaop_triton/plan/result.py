@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.plan.timing import Spread
 from memaop_triton.units import human_bytes, milliseconds
@@ -79,8 +81,12 @@ class LayerPlan:
         """Numbers, strings and lists, for JSON."""
         content = dataclasses.asdict(self)
         content["speedup"] = None if self.speedup is None else self.speedup._asdict()
-        dtype = self.config.memory_dtype
-        content["config"]["memory_dtype"] = None if dtype is None else str(dtype)
+        content["config"] |= {
+            "memory": self.config.memory_name,
+            "memory_settings": _settings(self.config.memory),
+            "grad_input": self.config.grad_input_name,
+            "grad_input_settings": _settings(self.config.grad_input),
+        }
         content["verdict"] = str(self.verdict)
         return content
 
@@ -180,6 +186,12 @@ class Plan:
         for row in self.layers:
             table.add_row(*_cells(row))
         return table
+
+
+def _settings(part: object) -> dict[str, Any]:
+    """Of a memory or of an input gradient; a dtype by its name."""
+    fields = {} if part is None else vars(part)
+    return {n: str(v) if isinstance(v, torch.dtype) else v for n, v in fields.items()}
 
 
 def _cells(row: LayerPlan) -> tuple[str, ...]:

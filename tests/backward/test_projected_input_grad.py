@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from memaop_triton import MemAOPConfig, MemAOPLinear, convert_, new_memory
+from memaop_triton import MemAOPConfig, MemAOPLinear, Projected, Subspace, convert_, new_memory
 from memaop_triton.backward.input_grad import flops_of_input_grad, projected_input_grad
 from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.flops import projected_input_grad_flops, projection_rank_within
+from tests.schemes import flat_config
 
 M, N, P = 512, 64, 96
 DENSE = 2 * M * N * P
@@ -24,7 +25,7 @@ def low_rank(rank, noise=0.0):
 
 
 def layer_of(dtype=torch.float32, **settings):
-    config = MemAOPConfig(grad_input="projected", **settings)
+    config = flat_config(**{"grad_input": "projected"} | settings)
     return MemAOPLinear(N, P, config=config, dtype=dtype)
 
 
@@ -222,7 +223,10 @@ def test_columns_of_the_weight_that_are_zero_do_not_matter():
 def test_half_precision_reaches_as_far_as_dense():
     torch.manual_seed(0)
     layer = MemAOPLinear(
-        4096, 64, config=MemAOPConfig(grad_input="projected", rank=4), dtype=torch.float16
+        4096,
+        64,
+        config=MemAOPConfig(grad_input="projected", memory=Subspace(rank=4)),
+        dtype=torch.float16,
     )
     column = torch.ones(256, 1, dtype=torch.float16)
     g = column @ torch.full((1, 64), 800.0, dtype=torch.float16)
@@ -267,7 +271,7 @@ def test_the_rank_is_the_largest_that_the_budget_pays_for():
 
 
 def test_flops_are_those_of_the_three_products_and_the_refreshes():
-    config = MemAOPConfig(rank=4, grad_input="projected", refresh_every=10)
+    config = MemAOPConfig(memory=Subspace(rank=4, refresh_every=10), grad_input="projected")
     memory = new_memory(config, N, P)
     # A power iteration on all of the 512 rows and W, and QR.
     refresh = 2 * 4 * P * (M + N) + 4 * 4 * 4 * N
@@ -277,13 +281,16 @@ def test_flops_are_those_of_the_three_products_and_the_refreshes():
 
 
 def test_a_budget_of_its_own():
-    given = MemAOPConfig(budget=1 / 8, grad_input="projected", grad_input_budget=1 / 2)
+    given = MemAOPConfig(budget=1 / 8, grad_input=Projected(1 / 2))
     shared = MemAOPConfig(budget=1 / 8, grad_input="projected")
     ranks = [config.projection_rank(M, N, P) for config in (given, shared)]
     assert ranks[0] > 3 * ranks[1]
-    with_ratio = MemAOPConfig(ratio=1 / 8, grad_input="projected", grad_input_budget=1 / 2)
+    with_ratio = MemAOPConfig(ratio=1 / 8, grad_input=Projected(1 / 2))
     assert with_ratio.projection_rank(M, N, P) == ranks[0]
-    for config in (MemAOPConfig(rank=9), MemAOPConfig(budget=1 / 2, rank=9)):
+    for config in (
+        MemAOPConfig(memory=Subspace(rank=9)),
+        MemAOPConfig(budget=1 / 2, memory=Subspace(rank=9)),
+    ):
         config = dataclasses.replace(config, grad_input="projected")
         assert config.projection_rank(M, N, P) == 9
     assert MemAOPConfig(grad_input="projected").projection_rank(M, 40, P) == 10  # a quarter
@@ -364,7 +371,7 @@ def test_copies_and_conversions_take_the_basis_along():
 
 def test_a_memory_of_another_size_starts_anew():
     memory = new_memory(MemAOPConfig(grad_input="projected"), N, P)
-    config = MemAOPConfig(grad_input="projected", rank=4)
+    config = MemAOPConfig(grad_input="projected", memory=Subspace(rank=4))
     projected_input_grad(torch.randn(M, P), torch.randn(P, N), config, memory)
     memory.fit(config, P, N)
     assert memory.projection.basis is None
@@ -378,16 +385,15 @@ def test_a_memory_of_another_size_starts_anew():
     [
         ({"memory": "none"}, "needs memory='subspace'.*not 'none'"),
         ({"selection": "topk", "memory": "residual"}, "needs memory='subspace'.*not 'residual'"),
-        ({"grad_input_budget": 1.0}, "grad_input_budget=1 is what dense costs"),
-        ({"grad_input_budget": 1.5}, r"grad_input_budget=1\.5 must be in \(0, 1\]"),
-        ({"grad_input_budget": 0.1, "grad_input": "sampled"}, "no meaning for grad_input='sampled"),
+        ({"grad_input_budget": 1.0}, "budget=1 is what dense costs: use grad_input='exact'"),
+        ({"grad_input_budget": 1.5}, r"budget=1\.5 must be in \(0, 1\]"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        MemAOPConfig(**{"grad_input": "projected"} | settings)
-    with pytest.raises(TypeError, match="grad_input_budget must be a number"):
-        MemAOPConfig(grad_input="projected", grad_input_budget="all")
+        flat_config(**{"grad_input": "projected"} | settings)
+    with pytest.raises(TypeError, match="budget must be a number"):
+        MemAOPConfig(grad_input=Projected("all"))
 
 
 def test_a_network_learns_with_it():
@@ -397,7 +403,7 @@ def test_a_network_learns_with_it():
         torch.manual_seed(0)
         sizes = [(N, P), (P, P), (P, P), (P, 2)]
         model = nn.Sequential(*(m for size in sizes for m in (nn.Linear(*size), nn.Tanh())))
-        convert_(model, MemAOPConfig(ratio=0.9, rank=8, grad_input=grad_input))
+        convert_(model, MemAOPConfig(ratio=0.9, memory=Subspace(rank=8), grad_input=grad_input))
         optimizer = torch.optim.Adam(model.parameters(), 3e-3)
         truth = torch.randn(N, 2) / N**0.5
         for _ in range(100):
@@ -413,7 +419,7 @@ def test_a_network_learns_with_it():
 
 def test_weight_gradients_do_not_need_it():
     """The function that has no weight to multiply with takes the configuration all the same."""
-    config = MemAOPConfig(rank=4, grad_input="projected")
+    config = MemAOPConfig(memory=Subspace(rank=4), grad_input="projected")
     memory = new_memory(config, N, P)
     assert weight_grad(torch.randn(M, N), torch.randn(M, P), config, memory).shape == (P, N)
     assert memory.projection.basis is None

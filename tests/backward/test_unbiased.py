@@ -3,8 +3,9 @@ import copy
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, memaop_linear, new_memory
+from memaop_triton import MemAOPConfig, Subspace, memaop_linear, new_memory
 from memaop_triton.backward.weight_grad import weight_grad
+from tests.schemes import flat_config
 
 ROWS, INPUTS, OUTPUTS = 40, 16, 5
 
@@ -35,7 +36,7 @@ def test_mean_weight_grad_is_dense_without_memory(unbiased, block_rows, batch, m
 @pytest.mark.parametrize("block_rows", [1, 16])
 @pytest.mark.parametrize("steps", [0, 1, 4], ids=["first-step", "first-basis", "refreshed"])
 def test_mean_weight_grad_is_dense_with_subspace(unbiased, block_rows, steps, batch, mean_agrees):
-    config = MemAOPConfig(k=10, rank=4, refresh_every=2, block_rows=block_rows, **unbiased)
+    config = flat_config(k=10, rank=4, refresh_every=2, block_rows=block_rows, **unbiased)
     x, g = batch
     memory = warmed_up(config, steps, x, g)
     draws = [weight_grad(x, g, config, copy.deepcopy(memory)) for _ in range(400)]
@@ -47,7 +48,7 @@ def test_mean_weight_grad_is_dense_with_subspace(unbiased, block_rows, steps, ba
 def test_mean_of_both_gradients_is_dense_with_sampled_input_gradient(
     unbiased, memory, block_rows, batch, mean_agrees
 ):
-    config = MemAOPConfig(
+    config = flat_config(
         k=10, rank=4, memory=memory, block_rows=block_rows, grad_input="sampled", **unbiased
     )
     x, g = (t.requires_grad_(not i) for i, t in enumerate(batch))
@@ -64,7 +65,7 @@ def test_mean_of_both_gradients_is_dense_with_sampled_input_gradient(
 
 
 def test_float32_default_configuration_is_unbiased_over_training_steps(mean_agrees):
-    config = MemAOPConfig(ratio=1 / 8, refresh_every=3)
+    config = MemAOPConfig(ratio=1 / 8, memory=Subspace(refresh_every=3))
     memory = new_memory(config, INPUTS, OUTPUTS)
     errors = []
     for _ in range(600):
@@ -86,7 +87,7 @@ def test_subspace_has_less_variance_than_plain_sampling(batch):
     x, g = batch
     x = x + 5
     plain = MemAOPConfig(k=10, memory="none")
-    subspace = MemAOPConfig(k=10, rank=4)
+    subspace = MemAOPConfig(k=10, memory=Subspace(rank=4))
     memory = warmed_up(subspace, 3, x, g)
     errors = [
         torch.stack([weight_grad(x, g, c, copy.deepcopy(m)) - g.T @ x for _ in range(50)])

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, new_memory
+from memaop_triton import MemAOPConfig, Rows, Subspace, new_memory
 from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.reference import weight_grad_reference
 from memaop_triton.selection import Selection
+from tests.schemes import flat_config
 
 SHAPES = [(17, 3, 129), (129, 17, 3), (3, 129, 17), (129, 1, 1), (1, 17, 3), (3, 1, 129)]
 LOW = [torch.float32, torch.bfloat16, torch.float16]
@@ -21,14 +22,14 @@ def dequantized(*tensors):
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
 @pytest.mark.parametrize("budget", [{"k": 1}, {"ratio": 1 / 3}, {"ratio": 1.0}])
 def test_steps_equal_the_reference(scheme, rows, inputs, outputs, budget, generator):
-    config = MemAOPConfig(rank=4, refresh_every=2, **budget, **scheme)
+    config = flat_config(rank=4, refresh_every=2, **budget, **scheme)
     equal_the_reference(config, rows, inputs, outputs, generator)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("side", ["input", "grad"])
 def test_steps_of_a_given_side_equal_the_reference(shape, side, generator):
-    config = MemAOPConfig(rank=4, refresh_every=2, side=side, ratio=1 / 3)
+    config = MemAOPConfig(memory=Subspace(rank=4, side=side, refresh_every=2), ratio=1 / 3)
     equal_the_reference(config, *shape, generator)
 
 
@@ -39,7 +40,7 @@ def equal_the_reference(config, rows, inputs, outputs, generator):
     for step in range(4):
         x, g = operands(rows, inputs, outputs)
         basis = None
-        if config.memory == "subspace" and config.num_rows(rows) < rows:
+        if config.memory_name == "subspace" and config.num_rows(rows) < rows:
             if step == 0:
                 memory.begin_step(x, g, config, ours)
                 theirs.set_state(ours.get_state())
@@ -51,7 +52,7 @@ def equal_the_reference(config, rows, inputs, outputs, generator):
         slots = expected.memory
         dw = weight_grad(x, g, config, memory, generator=ours)
         torch.testing.assert_close(dw, expected.weight_grad, rtol=1e-10, atol=1e-10)
-        if config.has_row_memory and memory.rows == 0:
+        if config.row_memory and memory.rows == 0:
             # All rows were computed, and none was ever left: nothing is made, no sign is drawn.
             assert config.num_rows(rows) == rows
             assert not slots[0].any()
@@ -91,10 +92,10 @@ def plain(x, g, selection, slots=None, basis=None, side="input"):
 def test_rounding_error_is_at_most_twice_that_of_torch(
     selection, memory, dtype, shape, k, selections
 ):
-    config = MemAOPConfig(k=k, rank=4, selection=selection, memory=memory)
+    config = flat_config(k=k, rank=4, selection=selection, memory=memory)
     memory = new_memory(config, *shape[1:])
     exact_slots = torch_slots = None
-    if config.has_row_memory:
+    if config.row_memory:
         exact_slots = tuple(torch.zeros(shape[0], n, dtype=torch.float64) for n in shape[1:])
         torch_slots = tuple(slot.to(dtype) for slot in exact_slots)
     for _ in range(3):
@@ -105,12 +106,12 @@ def test_rounding_error_is_at_most_twice_that_of_torch(
         everything = Selection(torch.arange(shape[0]), torch.ones(shape[0]))
         selection = selections[0] if selections else everything
         basis = None
-        if config.memory == "subspace" and selections:
+        if config.memory_name == "subspace" and selections:
             basis = memory.basis.to(dtype)
         exact, exact_slots = plain(
             *dequantized(x, g),
             Selection(selection.indices, selection.weights.double()),
-            exact_slots if config.has_row_memory else None,
+            exact_slots if config.row_memory else None,
             *dequantized(basis),
             getattr(memory, "side", "input"),
         )
@@ -118,7 +119,7 @@ def test_rounding_error_is_at_most_twice_that_of_torch(
             x,
             g,
             selection,
-            torch_slots if config.has_row_memory else None,
+            torch_slots if config.row_memory else None,
             basis,
             getattr(memory, "side", "input"),
         )
@@ -128,7 +129,7 @@ def test_rounding_error_is_at_most_twice_that_of_torch(
 
 
 def test_float16_gradient_that_dense_can_hold_does_not_overflow():
-    config = MemAOPConfig(k=32, rank=4)
+    config = MemAOPConfig(k=32, memory=Subspace(rank=4))
     memory = new_memory(config, 1024, 8)
     x, g = torch.ones(512, 1024).half(), torch.full((512, 8), 8.0).half()
     for _ in range(2):
@@ -137,7 +138,7 @@ def test_float16_gradient_that_dense_can_hold_does_not_overflow():
 
 
 def test_weights_do_not_overflow_float16():
-    config = MemAOPConfig(k=1, selection="randk", rescale=True, memory="none")
+    config = MemAOPConfig(k=1, selection="uniform", memory="none")
     x, g = torch.full((1024, 4), 1e-2).half(), torch.full((1024, 3), 100.0).half()
     torch.testing.assert_close(weight_grad(x, g, config), g.T @ x, rtol=1e-2, atol=0)
 
@@ -156,7 +157,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_strides_do_not_matter(memory_scheme, layout, dtype, generator):
-    config = MemAOPConfig(k=7, rank=2, **memory_scheme)
+    config = flat_config(k=7, rank=2, **memory_scheme)
     memories = [new_memory(config, 12, 9) for _ in range(2)]
     tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {}
     for seed in range(3):
@@ -171,7 +172,7 @@ def test_strides_do_not_matter(memory_scheme, layout, dtype, generator):
 def test_empty_batch_gives_zeros_and_leaves_the_memory_alone(
     scheme, dtype, generator, contents, same
 ):
-    config = MemAOPConfig(k=3, rank=2, **scheme)
+    config = flat_config(k=3, rank=2, **scheme)
     memory = new_memory(config, 12, 5)
     weight_grad(*operands(17, 12, 5, dtype), config, memory)
     before = contents(memory)
@@ -210,7 +211,7 @@ def test_blocks_with_a_row_memory_leave_the_other_blocks_remembered():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_memory_dtype_is_the_storage_and_not_the_result(dtype, stored):
-    config = MemAOPConfig(k=5, selection="topk", memory="residual", memory_dtype=stored)
+    config = MemAOPConfig(k=5, selection="topk", memory=Rows(dtype=stored))
     memory = new_memory(config, 12, 9)
     slots = None
     for _ in range(2):
@@ -236,7 +237,7 @@ def test_bernoulli_that_draws_no_row_gives_zeros():
 
 
 def test_bernoulli_that_draws_no_row_keeps_the_part_in_the_subspace():
-    config = MemAOPConfig(k=1, selection="bernoulli", rank=3, side="input")
+    config = MemAOPConfig(k=1, selection="bernoulli", memory=Subspace(rank=3, side="input"))
     memory = new_memory(config, 12, 5)
     x, g = operands(17, 12, 5)
     memory.begin_step(x, g, config)
@@ -247,7 +248,7 @@ def test_bernoulli_that_draws_no_row_keeps_the_part_in_the_subspace():
 
 
 def test_operands_are_not_changed(scheme):
-    config = MemAOPConfig(k=3, rank=2, **scheme)
+    config = flat_config(k=3, rank=2, **scheme)
     memory = new_memory(config, 12, 5)
     x, g = operands(17, 12, 5, torch.float32)
     x_before, g_before = x.clone(), g.clone()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, new_memory
+from memaop_triton import MemAOPConfig, Rows, new_memory
 from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.bench.suites import baselines
 from memaop_triton.reference import weight_grad_reference
@@ -66,7 +66,7 @@ def test_dense_is_dense(batch):
 def test_authors_formulation_is_our_residual_memory(decay):
     rate = 0.01
     theirs = baselines.MemAOPGD(K, learning_rate=rate, decay=decay)
-    config = MemAOPConfig.paper(k=K, selection="topk", decay=decay)
+    config = MemAOPConfig.paper(k=K, selection="topk", memory=Rows(decay=decay))
     memory = new_memory(config, N, P)
     slots = None
     for _ in range(4):

@@ -55,7 +55,7 @@ def test_a_call_is_the_sum_of_its_parts_and_takes_longer_than_what_it_cannot_avo
         "GEMM",
         {"none": "score", "residual": "memory", "subspace": "subspace"}[some.memory],
     }
-    passes = 3 if some.has_row_memory and some.selection == "topk" else 1
+    passes = 3 if some.row_memory and some.selection == "topk" else 1
     chip = target.chip
     floor = 2 * passes * m * (n + p) / chip.memory_rate + m * n * p / 4 / chip.flops("half")
     assert ours.seconds > floor

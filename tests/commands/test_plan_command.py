@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from memaop_triton import Sampled, Subspace
 from memaop_triton.commands import cli, loading
 from memaop_triton.errors import CommandError
 from memaop_triton.plan import planning
@@ -84,7 +85,9 @@ def test_a_model_from_the_current_folder(models, measured, capsys):
     output = capsys.readouterr().out
     for words in ("20×8×16", "20×16×2", "2.00× [2.00, 2.00]", "2 of 2 layers", "wrote out/plan"):
         assert words in output
-    assert {(config.ratio, config.rank) for _, config, _ in measured} == {(0.25, 3)}
+    assert {(config.ratio, config.memory) for _, config, _ in measured} == {
+        (0.25, Subspace(rank=3))
+    }
     assert measured[0][2] == pytest.approx(3, rel=0.1)
     content = json.loads((models / "out" / "plan.json").read_text())
     assert [layer["name"] for layer in content["layers"]] == ["0", "2"]
@@ -100,7 +103,7 @@ def test_dtype_of_model_and_inputs(models, measured):
     options = ["--input", "4x8", "--dtype", "bfloat16", "--grad-input", "sampled"]
     assert cli.run(["plan", "--model", "plan_models:mlp", *options]) == 0
     assert {use.dtype for use, _, _ in measured} == {torch.bfloat16}
-    assert {config.grad_input for _, config, _ in measured} == {"sampled"}
+    assert {config.grad_input for _, config, _ in measured} == {Sampled()}
 
 
 def test_shapes(measured, capsys):
@@ -181,3 +184,8 @@ def test_values_of_inputs():
     assert set(made("100:bool").tolist()) == {True, False}
     with pytest.raises(CommandError):
         made("50,40")
+
+
+def test_a_rank_without_a_subspace_is_refused(capsys):
+    assert cli.run(["plan", "--shape", "8x8x8", "--memory", "none", "--rank", "4"]) == 2
+    assert "--rank=4 has no meaning beside --memory=none" in capsys.readouterr().err

@@ -12,9 +12,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from memaop_triton import MemAOPConfig, convert_, memory_state_dict
+from memaop_triton import convert_, memory_state_dict
 from memaop_triton.distributed.checkpoint import load_memory, memory_entries, save_memory
 from tests.resume_worker import differences
+from tests.schemes import flat_config
 
 SCHEMES = {
     "none": {"selection": "priority", "memory": "none"},
@@ -26,7 +27,7 @@ SCHEMES = {
 
 def converted(memory, outputs=2, **config):
     net = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, outputs))
-    return convert_(net, MemAOPConfig(k=3, rank=2, **(SCHEMES[memory] | config)))
+    return convert_(net, flat_config(k=3, rank=2, **(SCHEMES[memory] | config)))
 
 
 def backward(model, rows):

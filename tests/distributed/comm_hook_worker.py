@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from memaop_triton import FactorAllGather, MemAOPConfig, convert_
+from memaop_triton import FactorAllGather, convert_
+from tests.schemes import flat_config
 
 N = 192
 M = 128
@@ -30,7 +31,7 @@ def check(fn):
 
 
 def config(**kwargs):
-    return MemAOPConfig(**{"ratio": 1 / 16, "rank": 4} | kwargs)
+    return flat_config(**{"ratio": 1 / 16, "rank": 4} | kwargs)
 
 
 def mlp(seed=0):

@@ -28,6 +28,7 @@ from memaop_triton import (
 from memaop_triton.config import ROW_MEMORIES, SELECTIONS, UNBIASED_SELECTIONS
 from memaop_triton.nn.tensor_parallel import Shards
 from memaop_triton.selection import Selection
+from tests.schemes import flat_config
 
 ROWS = 20
 
@@ -232,7 +233,7 @@ def check_input_grad(layer, dx, g_here, by_row, agreed):
 def every_selection_and_memory_adds_up_what_it_selected():
     """Weights, rows and memories against the definition, each process drawing for itself."""
     for scheme, style in itertools.product(schemes(), (ColwiseParallel, RowwiseParallel)):
-        config = MemAOPConfig(k=6, rank=2, refresh_every=99, **scheme)
+        config = flat_config(k=6, rank=2, refresh_every=99, **scheme)
         by_row = style is RowwiseParallel
         layouts = {"": style(input_layouts=Replicate(), output_layouts=Replicate())}
         torch.manual_seed(0)
@@ -249,7 +250,7 @@ def every_selection_and_memory_adds_up_what_it_selected():
             with Recording() as agreed:
                 layer(leaf).backward(g)
             memory = layer.memory
-            is_split = config.grad_input == "sampled" and config.memory == "subspace"
+            is_split = config.grad_input == "sampled" and config.memory_name == "subspace"
             for indices, weights in agreed.selections:
                 assert same_everywhere(indices)
                 assert same_everywhere(weights)
@@ -261,17 +262,17 @@ def every_selection_and_memory_adds_up_what_it_selected():
                 0, indices, weights[:, None]
             )
             dw = layer.weight.grad.to_local()
-            if config.has_row_memory:
+            if config.row_memory:
                 expected = memory.g[indices].T @ memory.x[indices]
                 want = everywhere((memory.x.norm(dim=1) * memory.g.norm(dim=1)).square()).sum(0)
                 assert same_everywhere(memory.filled)
                 assert not memory.filled[indices].any()
                 carried = memory.x - x_here
                 old = before[0] * before[1][:, None] if before else torch.zeros_like(carried)
-                if config.memory == "signed":
+                if config.memory_name == "signed":
                     carried, old = carried.abs(), old.abs()
                 torch.testing.assert_close(carried, old)
-            elif config.memory == "subspace":
+            elif config.memory_name == "subspace":
                 q = memory.basis.to(x.dtype)
                 a, b = (x_here, g_here) if memory.side == "input" else (g_here, x_here)
                 rest = a - a @ q @ q.T
@@ -344,7 +345,7 @@ def blocks_cut_short_have_one_size_for_all():
 def saved_memories_continue_before_the_first_step():
     for memory in ("residual", "subspace"):
         selection = "topk"
-        config = MemAOPConfig(k=4, rank=2, selection=selection, memory=memory)
+        config = flat_config(k=4, rank=2, selection=selection, memory=memory)
         first, second = (parallel(mlp(), config, plan(), True) for _ in range(2))
         assert second[2].memory.in_features == 4
         for number in range(3):

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from memaop_triton import (
-    MemAOPConfig,
     convert_,
     load_memory_state_dict,
     memory_state_dict,
@@ -15,6 +14,7 @@ from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import gather_gemm, score
 from memaop_triton.kernels.tuning import defaults
+from tests.schemes import flat_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,7 +92,7 @@ def gradients(config, batches, seed):
 def test_steps_equal_those_in_pytorch(scheme, dtype, block_rows, monkeypatch):
     if scheme["memory"] in ("residual", "signed"):
         scheme = {"selection": "topk", "memory": "residual"}
-    config = MemAOPConfig(ratio=1 / 4, rank=8, refresh_every=2, block_rows=block_rows, **scheme)
+    config = flat_config(ratio=1 / 4, rank=8, refresh_every=2, block_rows=block_rows, **scheme)
     batches = [(normal(1024, 128, dtype=dtype), normal(1024, 192, dtype=dtype)) for _ in range(3)]
     ours = gradients(config, batches, 5)
     monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "torch")
@@ -105,7 +105,7 @@ def test_steps_equal_those_in_pytorch(scheme, dtype, block_rows, monkeypatch):
 
 
 def test_a_step_does_not_wait_for_the_gpu(scheme):
-    config = MemAOPConfig(ratio=1 / 4, rank=8, refresh_every=2, **scheme)
+    config = flat_config(ratio=1 / 4, rank=8, refresh_every=2, **scheme)
     layer = convert_(nn.Linear(128, 192, device="cuda", dtype=torch.bfloat16), config)
     x = normal(1024, 128, dtype=torch.bfloat16)
     layer(x).sum().backward()
@@ -119,7 +119,7 @@ def test_a_step_does_not_wait_for_the_gpu(scheme):
 
 
 def test_steps_repeat_bit_for_bit(scheme):
-    config = MemAOPConfig(ratio=1 / 8, rank=8, refresh_every=2, **scheme)
+    config = flat_config(ratio=1 / 8, rank=8, refresh_every=2, **scheme)
     batches = [
         (normal(2048, 256, dtype=torch.bfloat16), normal(2048, 256, dtype=torch.bfloat16))
         for _ in range(3)
@@ -132,7 +132,7 @@ def test_steps_repeat_bit_for_bit(scheme):
 
 
 def test_memory_read_into_cpu_memory_follows_its_layer(memory_scheme):
-    config = MemAOPConfig(k=8, rank=4, refresh_every=2, **memory_scheme)
+    config = flat_config(k=8, rank=4, refresh_every=2, **memory_scheme)
     model = convert_(nn.Linear(64, 32, device="cuda"), config)
 
     def gradients():

@@ -14,6 +14,7 @@ from memaop_triton import (
     memory_state_dict,
     monitor,
 )
+from tests.schemes import flat_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,7 +56,7 @@ def configuration(memory):
     settings["memory"] = "subspace" if memory == "projected" else memory
     if memory == "projected":
         settings["grad_input"] = "projected"
-    return MemAOPConfig(ratio=1 / 4, refresh_every=3, **settings)
+    return flat_config(ratio=1 / 4, refresh_every=3, **settings)
 
 
 @pytest.mark.parametrize("memory", ["none", "residual", "subspace"])

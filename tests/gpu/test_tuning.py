@@ -7,6 +7,7 @@ from memaop_triton import MemAOPConfig, new_memory
 from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.commands import cli
 from memaop_triton.kernels.tuning import autotune, cache, cache_files, timing
+from tests.schemes import flat_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,7 +39,7 @@ def test_a_longer_call_takes_longer():
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_first_use_fills_the_cache_and_changes_no_result(setting, operands, monkeypatch):
     x, g = operands
-    config = MemAOPConfig(ratio=1 / 4, rank=16, **SETTINGS[setting])
+    config = flat_config(ratio=1 / 4, rank=16, **SETTINGS[setting])
 
     def steps():
         generator = torch.Generator("cuda").manual_seed(1)

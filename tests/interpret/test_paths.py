@@ -7,7 +7,7 @@ writes, dW and the parts of a split left out, which cost P·N whatever M is.
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, new_memory
+from memaop_triton import MemAOPConfig, Subspace, new_memory
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
 
 M, N, P, K = 256, 128, 192, 32
@@ -34,7 +34,7 @@ def launches_of(traffic):
     def run(config, *, bias_grad=False):
         x, g = torch.randn(M, N), torch.randn(M, P)
         memory = new_memory(config, N, P)
-        if config.has_row_memory:
+        if config.row_memory:
             memory.slots(M, x)[2].fill_(True)
         elif memory is not None:
             memory.begin_step(x, g, config)
@@ -60,12 +60,12 @@ def units(launches):
 @pytest.mark.parametrize("path", PATHS)
 def test_passes_over_the_operands(path, launches_of):
     scheme, expected = PATHS[path]
-    assert units(launches_of(MemAOPConfig(k=K, **scheme))) == pytest.approx(expected, rel=0.02)
+    assert units(launches_of(flat_config(k=K, **scheme))) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("side", ["input", "grad"])
 def test_passes_of_the_subspace(side, launches_of):
-    launches = launches_of(MemAOPConfig(k=K, rank=4, refresh_every=100, side=side))
+    launches = launches_of(MemAOPConfig(k=K, memory=Subspace(rank=4, side=side, refresh_every=100)))
     assert 1 + K / M < units(launches) <= 1.5 + K / M
 
 
@@ -87,7 +87,7 @@ def test_passes_of_the_subspace(side, launches_of):
 )
 @pytest.mark.parametrize("bias_grad", [False, True])
 def test_launches(scheme, kernels, bias_grad, launches_of):
-    launches = launches_of(MemAOPConfig(k=K, **scheme), bias_grad=bias_grad)
+    launches = launches_of(flat_config(k=K, **scheme), bias_grad=bias_grad)
     names = [launch.kernel.removesuffix("_kernel") for launch in launches]
     # A split adds the sum of its parts.
     assert [n for n in names if n != "sum_parts"] == [n for n in kernels if n != "sum_parts"]

@@ -9,12 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from memaop_triton import MemAOPConfig, convert_, flops, monitor, new_memory
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
-from memaop_triton.config import ROW_MEMORIES
+from memaop_triton.config import ROW_MEMORIES, Subspace
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.nn import ops
-from tests.schemes import LEGAL, label
+from tests.schemes import LEGAL, flat_config, label
 
 SHAPES = [(70, 24, 40), (37, 16, 33), (5, 1, 3), (129, 17, 3)]
 
@@ -58,7 +58,7 @@ ALIKE = [
     ("shape", "block_rows"), [(shape, 1) for shape in SHAPES] + [(SHAPES[0], 16), (SHAPES[1], 32)]
 )
 def test_steps_equal_those_in_pytorch(scheme, shape, block_rows, backend, generator):
-    config = MemAOPConfig(ratio=1 / 4, rank=4, refresh_every=2, block_rows=block_rows, **scheme)
+    config = flat_config(ratio=1 / 4, rank=4, refresh_every=2, block_rows=block_rows, **scheme)
     data = batches(shape)
     ours, memory = run(config, data, generator(3))
     backend("torch")
@@ -66,7 +66,7 @@ def test_steps_equal_those_in_pytorch(scheme, shape, block_rows, backend, genera
     for (dw, db), (expected_dw, expected_db) in zip(ours, theirs, strict=True):
         torch.testing.assert_close(dw, expected_dw, rtol=1e-4, atol=1e-4 * shape[0] ** 0.5)
         torch.testing.assert_close(db, expected_db, rtol=1e-4, atol=1e-5 * shape[0])
-    if config.has_row_memory:
+    if config.row_memory:
         for name, value in reference.state_dict().items():
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(memory.state_dict()[name], value, rtol=1e-5, atol=1e-5)
@@ -79,7 +79,7 @@ def test_refreshes_from_some_of_the_rows_equal_those_in_pytorch(
     monkeypatch.setattr(flops, "_ROWS_PER_REFRESH", 16)
     monkeypatch.setattr(flops, "_ROWS_PER_DIMENSION", 1)
     assert flops.refresh_stride(70, 4) == 5
-    config = MemAOPConfig(ratio=1 / 4, rank=4, refresh_every=2, side=side)
+    config = MemAOPConfig(ratio=1 / 4, memory=Subspace(rank=4, side=side, refresh_every=2))
     data = batches((70, 24, 40))
     ours, memory = run(config, data, generator(3))
     backend("torch")
@@ -130,7 +130,7 @@ def test_row_memories_keep_what_is_not_selected(selection, memory, block_rows, s
 def test_a_row_that_is_not_finite_shows_and_is_forgotten(memory_scheme, value, operand):
     in_rows = memory_scheme["memory"] in ("residual", "signed")
     for selection in ("topk", "randk") if in_rows else ("priority",):
-        config = MemAOPConfig(ratio=1 / 8, rank=4, **memory_scheme | {"selection": selection})
+        config = flat_config(ratio=1 / 8, rank=4, **memory_scheme | {"selection": selection})
         memory = new_memory(config, 24, 40)
         for step in range(3):
             x, g = torch.randn(64, 24), torch.randn(64, 40)
@@ -196,7 +196,7 @@ def watched(monkeypatch):
 def test_an_observed_step_says_what_it_says_in_pytorch(memory, k, block_rows, backend, generator):
     # With a row memory, draws come after that of a seed that PyTorch's steps do not need.
     selection = "topk" if memory == "residual" else "priority"
-    config = MemAOPConfig(
+    config = flat_config(
         k=k, rank=4, refresh_every=2, block_rows=block_rows, memory=memory, selection=selection
     )
     data = batches(SHAPES[0])
@@ -234,7 +234,7 @@ def test_an_observed_step_without_scores_counts_the_memory(selections):
     + [({"selection": "priority", "memory": "subspace"}, 16)],
 )
 def test_a_training_step_looks_at_no_value(scheme, block_rows, traffic, watched):
-    config = MemAOPConfig(ratio=1 / 4, rank=4, refresh_every=2, block_rows=block_rows, **scheme)
+    config = flat_config(ratio=1 / 4, rank=4, refresh_every=2, block_rows=block_rows, **scheme)
     if config.is_unbiased:
         config = dataclasses.replace(config, ratio=1 / 4, grad_input="sampled")
     layer = convert_(torch.nn.Linear(24, 40), config)
@@ -259,7 +259,7 @@ def test_a_training_step_looks_at_no_value(scheme, block_rows, traffic, watched)
     ],
 )
 def test_watching_a_training_step_looks_at_no_value(selection, memory):
-    config = MemAOPConfig(ratio=1 / 4, rank=4, selection=selection, memory=memory, block_rows=16)
+    config = flat_config(ratio=1 / 4, rank=4, selection=selection, memory=memory, block_rows=16)
     configs = [config]
     if config.is_unbiased:
         configs.append(dataclasses.replace(config, k=70, ratio=None))

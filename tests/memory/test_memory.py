@@ -5,9 +5,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from memaop_triton import MemAOPConfig, ResidualMemory, SubspaceMemory, memaop_linear, new_memory
+from memaop_triton import (
+    MemAOPConfig,
+    ResidualMemory,
+    Subspace,
+    SubspaceMemory,
+    memaop_linear,
+    new_memory,
+)
 from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.memory import refresh_clock, subspace
+from tests.schemes import flat_config
 
 
 def operands(rows, inputs=12, outputs=5, dtype=torch.float64):
@@ -40,7 +48,7 @@ def test_row_memory_holds_one_slot_per_row():
 
 def test_subspace_memory_holds_an_orthonormal_basis_whatever_the_batch():
     for side, numbers in (("input", 12 * 3), ("grad", 16 * 3), ("auto", (12 + 16) * 3)):
-        config = MemAOPConfig(k=3, rank=3, side=side)
+        config = MemAOPConfig(k=3, memory=Subspace(rank=3, side=side))
         memory = new_memory(config, 12, 16)
         for rows in (17, 170, 5):
             weight_grad(*operands(rows, 12, 16, torch.float32), config, memory)
@@ -63,7 +71,7 @@ def test_shorter_batch_uses_the_first_slots_and_longer_grows(memory):
 
 
 def test_subspace_finds_and_follows_the_leading_directions():
-    config = MemAOPConfig(k=8, rank=2, refresh_every=2, side="input")
+    config = MemAOPConfig(k=8, memory=Subspace(rank=2, side="input", refresh_every=2))
     memory = new_memory(config, 12, 5)
     for axes in ([0, 1], [4, 7]):
         for _ in range(8):
@@ -75,7 +83,7 @@ def test_subspace_finds_and_follows_the_leading_directions():
 
 @pytest.mark.parametrize("refresh_every", [1, 3])
 def test_subspace_is_refreshed_every_few_steps(refresh_every):
-    config = MemAOPConfig(k=8, rank=2, refresh_every=refresh_every, side="input")
+    config = MemAOPConfig(k=8, memory=Subspace(rank=2, side="input", refresh_every=refresh_every))
     memory = new_memory(config, 12, 5)
     weight_grad(*operands(64), config, memory)
     changed = []
@@ -88,7 +96,7 @@ def test_subspace_is_refreshed_every_few_steps(refresh_every):
 
 
 def test_subspace_of_float16_inputs_with_a_large_mean_follows_it():
-    config = MemAOPConfig(k=8, rank=4, refresh_every=1, side="input")
+    config = MemAOPConfig(k=8, memory=Subspace(rank=4, side="input", refresh_every=1))
     memory = new_memory(config, 256, 5)
     for _ in range(4):
         x = (10 + torch.randn(4096, 256)).half()
@@ -117,7 +125,7 @@ BAD_ROWS = {"one": [3], "more-than-k": [0, 2, 3, 5, 8, 9]}
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("bad", BAD_ROWS)
 def test_rows_that_are_not_finite_reach_the_gradient_and_never_stay(scheme, where, value, bad):
-    config = MemAOPConfig(k=4, rank=2, refresh_every=1, **scheme)
+    config = flat_config(k=4, rank=2, refresh_every=1, **scheme)
     memory = new_memory(config, 12, 5)
     for step in range(4):
         x, g = operands(17)
@@ -135,7 +143,7 @@ def test_rows_that_are_not_finite_reach_the_gradient_and_never_stay(scheme, wher
 @pytest.mark.parametrize("where", ["x", "g", "both"])
 @pytest.mark.parametrize("bad", BAD_ROWS)
 def test_rows_that_are_not_finite_reach_sampled_gradients(unbiased, memory, where, bad):
-    config = MemAOPConfig(k=4, rank=2, memory=memory, grad_input="sampled", **unbiased)
+    config = flat_config(k=4, rank=2, memory=memory, grad_input="sampled", **unbiased)
     kept = new_memory(config, 12, 5)
     w = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     for broken in (True, False):
@@ -203,7 +211,7 @@ def is_tensor(value):
 def test_peak_memory_is_the_gathered_rows_and_a_few_vectors(scheme, dtype):
     rows = 4096 if dtype == torch.float32 else 32768
     inputs, outputs, rank = 256, 192, 16
-    config = MemAOPConfig(ratio=1 / 8, rank=rank, **scheme)
+    config = flat_config(ratio=1 / 8, rank=rank, **scheme)
     memory = new_memory(config, inputs, outputs)
     x, g = operands(rows, inputs, outputs, dtype)
     for _ in range(2):
@@ -215,7 +223,7 @@ def test_peak_memory_is_the_gathered_rows_and_a_few_vectors(scheme, dtype):
     converted_chunks = 0 if dtype == torch.float32 else 6 * (1 << 20)
     drawn = 1.3 if config.selection == "bernoulli" else 1
     subspace = 0
-    if config.memory == "subspace":
+    if config.memory_name == "subspace":
         subspace = 2 * rows * rank * x.element_size() + 4 * rank * (inputs + outputs) * 4
     budget = drawn * gathered + vectors + subspace + converted_chunks
     assert dw.nbytes < count.peak < dw.nbytes + budget
@@ -224,7 +232,7 @@ def test_peak_memory_is_the_gathered_rows_and_a_few_vectors(scheme, dtype):
 
 def test_a_captured_step_refreshes_the_basis_when_an_eager_one_would(monkeypatch):
     """The steps of a graph count on the device, and every replay decides there."""
-    config = MemAOPConfig(k=3, rank=3, refresh_every=3, side="input")
+    config = MemAOPConfig(k=3, memory=Subspace(rank=3, side="input", refresh_every=3))
     eager, captured = new_memory(config, 12, 5), new_memory(config, 12, 5)
     batches = [operands(17, dtype=torch.float32) for _ in range(10)]
     for memory in (eager, captured):

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, MemAOPLinear, SubspaceMemory, new_memory
+from memaop_triton import MemAOPConfig, MemAOPLinear, Subspace, SubspaceMemory, new_memory
 from memaop_triton.backward.input_grad import input_grad_with_subspace
-from memaop_triton.backward.steps_torch import Factors
+from memaop_triton.backward.step import Factors
 from memaop_triton.backward.weight_grad import weight_and_bias_grad, weight_grad
 from memaop_triton.memory.choice import score_sums
 
@@ -28,19 +28,19 @@ def batch(side):
 
 @pytest.mark.parametrize("side", ["input", "grad"])
 def test_the_side_that_leaves_less_is_taken(side):
-    config = MemAOPConfig(k=64, rank=4)
+    config = MemAOPConfig(k=64, memory=Subspace(rank=4))
     memory = new_memory(config, N, P)
     x, g = batch(side)
     dw = weight_grad(x, g, config, memory)
     assert memory.side == side
     exact = g.T @ x
-    other = MemAOPConfig(k=64, rank=4, side="grad" if side == "input" else "input")
+    other = MemAOPConfig(k=64, memory=Subspace(rank=4, side="grad" if side == "input" else "input"))
     theirs = weight_grad(x, g, other, new_memory(other, N, P))
     assert (dw - exact).norm() < 0.3 * (theirs - exact).norm()
 
 
 def test_the_side_follows_the_data_at_every_fourth_refresh():
-    config = MemAOPConfig(k=64, rank=4, refresh_every=2)
+    config = MemAOPConfig(k=64, memory=Subspace(rank=4, refresh_every=2))
     memory = new_memory(config, N, P)
     weight_grad(*batch("input"), config, memory)
     sides = []
@@ -52,7 +52,7 @@ def test_the_side_follows_the_data_at_every_fourth_refresh():
 
 
 def test_a_side_that_is_hardly_better_is_not_taken(monkeypatch):
-    config = MemAOPConfig(k=64, rank=4, refresh_every=1)
+    config = MemAOPConfig(k=64, memory=Subspace(rank=4, refresh_every=1))
     memory = new_memory(config, N, N)
     a = torch.randn(M, N)
     weight_grad(a, a, config, memory)
@@ -65,7 +65,7 @@ def test_a_side_that_is_hardly_better_is_not_taken(monkeypatch):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_changes_nothing(bad):
-    config = MemAOPConfig(k=64, rank=4, refresh_every=1)
+    config = MemAOPConfig(k=64, memory=Subspace(rank=4, refresh_every=1))
     memory = new_memory(config, N, P)
     weight_grad(*batch("input"), config, memory)
     for _ in range(8):
@@ -77,7 +77,7 @@ def test_a_row_that_is_not_finite_changes_nothing(bad):
 
 
 def test_after_a_first_batch_that_is_not_finite_the_next_one_is_looked_at():
-    config = MemAOPConfig(k=64, rank=4)
+    config = MemAOPConfig(k=64, memory=Subspace(rank=4))
     memory = new_memory(config, N, P)
     x, g = batch("grad")
     x[3, 5] = float("nan")
@@ -99,7 +99,7 @@ def test_an_open_rank_is_none_where_rows_are_better():
 
 
 def test_an_open_rank_grows_when_the_data_allow_it():
-    config = MemAOPConfig(budget=1 / 2, refresh_every=3)
+    config = MemAOPConfig(budget=1 / 2, memory=Subspace(refresh_every=3))
     memory = new_memory(config, N, P)
     weight_grad(torch.randn(M, N), torch.randn(M, P), config, memory)
     assert memory.rank == 0
@@ -115,7 +115,7 @@ def test_the_choice_has_the_least_variance_of_all():
     torch.manual_seed(0)
     x = torch.randn(M, N) * torch.where(torch.arange(N) < 4, 3, 0.3)
     g = torch.randn(M, P)
-    config = MemAOPConfig(budget=1 / 2, refresh_every=5)
+    config = MemAOPConfig(budget=1 / 2, memory=Subspace(refresh_every=5))
     memory = new_memory(config, N, P)
     for _ in range(41):
         weight_grad(x, g, config, memory)
@@ -158,7 +158,7 @@ def test_the_rank_fits_the_first_batch(rows, most):
 
 @pytest.mark.parametrize("side", ["input", "grad"])
 def test_factors_multiply_to_the_gradient(side):
-    config = MemAOPConfig(k=64, rank=4, side=side)
+    config = MemAOPConfig(k=64, memory=Subspace(rank=4, side=side))
     memory = new_memory(config, N, P)
     factors = []
     for _ in range(3):
@@ -188,11 +188,11 @@ def test_a_saved_choice_is_loaded_again():
 
 def test_a_memory_of_another_side_is_refused():
     states = {
-        side: new_memory(MemAOPConfig(rank=4, side=side), N, P)
+        side: new_memory(MemAOPConfig(memory=Subspace(rank=4, side=side)), N, P)
         for side in ("auto", "input", "grad")
     }
     for side, memory in states.items():
-        weight_grad(*batch("grad"), MemAOPConfig(rank=4, side=side), memory)
+        weight_grad(*batch("grad"), MemAOPConfig(memory=Subspace(rank=4, side=side)), memory)
     for side, memory in states.items():
         for other in states.keys() - {side}:
             with pytest.raises(ValueError, match=f"side='{other}' in the state, '{side}' in"):
@@ -200,7 +200,7 @@ def test_a_memory_of_another_side_is_refused():
 
 
 def test_where_nobody_waits_the_choice_is_taken_at_the_next_refresh(monkeypatch):
-    config = MemAOPConfig(k=64, rank=4, refresh_every=2)
+    config = MemAOPConfig(k=64, memory=Subspace(rank=4, refresh_every=2))
     memory = new_memory(config, N, P)
     monkeypatch.setattr(SubspaceMemory, "_waits_for", staticmethod(lambda device: False))
     sides, other = [], None
@@ -227,7 +227,7 @@ def test_a_sampled_input_gradient_has_the_noise_of_what_the_subspace_leaves(rank
     """Rows of G in a plane, and noise: only that is sampled."""
     torch.manual_seed(2)
     g, w = low_rank(M, P), torch.randn(P, N)
-    config = MemAOPConfig(k=64, rank=rank, grad_input="sampled")
+    config = MemAOPConfig(k=64, memory=Subspace(rank=rank), grad_input="sampled")
     memory = new_memory(config, N, P)
     error = input_grad_with_subspace(g, w, config, memory) - g @ w
     inside = g @ memory._bases["grad"].q @ memory._bases["grad"].q.T
@@ -239,7 +239,7 @@ def test_a_sampled_input_gradient_has_the_noise_of_what_the_subspace_leaves(rank
 
 @pytest.mark.parametrize("weight_is_frozen", [False, True])
 def test_the_basis_of_a_sampled_input_gradient_follows_the_rows(weight_is_frozen):
-    config = MemAOPConfig(k=64, rank=4, refresh_every=2, grad_input="sampled")
+    config = MemAOPConfig(k=64, memory=Subspace(rank=4, refresh_every=2), grad_input="sampled")
     layer = MemAOPLinear(N, P, config=config)
     layer.weight.requires_grad_(not weight_is_frozen)
     plane = torch.linalg.qr(torch.randn(P, 2)).Q
@@ -258,7 +258,7 @@ def test_the_basis_of_a_sampled_input_gradient_follows_the_rows(weight_is_frozen
 
 
 def test_an_open_rank_of_a_sampled_input_gradient_is_its_own():
-    config = MemAOPConfig(budget=1 / 2, refresh_every=3, grad_input="sampled")
+    config = MemAOPConfig(budget=1 / 2, memory=Subspace(refresh_every=3), grad_input="sampled")
     layer = MemAOPLinear(N, P, config=config)
     x = torch.randn(M, N, requires_grad=True)
     layer(x).backward(low_rank(M, P))
@@ -272,7 +272,7 @@ def test_an_open_rank_of_a_sampled_input_gradient_is_its_own():
 
 
 def test_a_memory_without_a_basis_of_the_gradients_samples_all_of_dx():
-    config = MemAOPConfig(k=64, rank=4, side="input", grad_input="sampled")
+    config = MemAOPConfig(k=64, memory=Subspace(rank=4, side="input"), grad_input="sampled")
     layer = MemAOPLinear(N, P, config=config)
     x = torch.randn(M, N, requires_grad=True)
     layer(x).backward(torch.randn(M, P))
@@ -281,7 +281,7 @@ def test_a_memory_without_a_basis_of_the_gradients_samples_all_of_dx():
 
 @pytest.mark.parametrize("budget", [None, 1 / 2])
 def test_a_frozen_layer_saves_the_one_basis_it_has(budget):
-    config = MemAOPConfig(budget=budget, refresh_every=2, grad_input="sampled")
+    config = MemAOPConfig(budget=budget, memory=Subspace(refresh_every=2), grad_input="sampled")
     layers = [MemAOPLinear(N, P, config=config) for _ in range(2)]
     for layer in layers:
         layer.weight.requires_grad_(False)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from memaop_triton import MemAOPConfig, MemAOPLinear, allocate_, convert_, monitor
+from memaop_triton import MemAOPConfig, MemAOPLinear, Subspace, allocate_, convert_, monitor
 from memaop_triton.monitor.allocate import DEFAULT_BUDGETS, DEFAULT_RATIOS, Option, best_options
-from memaop_triton.nn.linear import with_budget
+from tests.schemes import flat_config
 
 N = 16
 
@@ -130,7 +130,7 @@ class Net(nn.Module):
 def watched(steps=4, tail=2, **settings):
     """Most rows are small, the more of them the longer the tail."""
     model = convert_(
-        Net(), MemAOPConfig(**({"ratio": 1 / 8, "rank": 2, "side": "input"} | settings))
+        Net(), flat_config(**({"ratio": 1 / 8, "rank": 2, "side": "input"} | settings))
     )
     watch = monitor(model, every=1, starving=1e9)
     for _ in range(steps):
@@ -201,7 +201,7 @@ WIDE, ROWS = 128, 1024
 def wide(**settings):
     """Layers with a budget, of which the inputs of the first lie near four dimensions."""
     torch.manual_seed(0)
-    config = MemAOPConfig(budget=1 / 4, **settings)
+    config = flat_config(budget=1 / 4, **settings)
     model = convert_(nn.Sequential(*(nn.Linear(WIDE, WIDE) for _ in range(3))), config)
     plane = torch.randn(4, WIDE)
 
@@ -279,15 +279,15 @@ def test_what_was_seen_is_saved():
     loaded = copy.deepcopy(memory)
     loaded.reset()
     loaded.load_state_dict(memory.state_dict())
-    config = with_budget(model[1].config, 1 / 2)
+    config = model[1].config.with_budget(1 / 2)
     assert loaded.least_variance(config) == memory.least_variance(config)
     assert loaded.least_variance(config)[0] < memory.least_variance(model[1].config)[0]
 
 
 def test_a_budget_replaces_ratio_and_k():
-    layer = MemAOPLinear(N, N, config=MemAOPConfig(ratio=1 / 2, rank=4))
+    layer = MemAOPLinear(N, N, config=MemAOPConfig(ratio=1 / 2, memory=Subspace(rank=4)))
     layer.set_budget_(1 / 4)
-    assert layer.config == MemAOPConfig(budget=1 / 4, rank=4)
+    assert layer.config == MemAOPConfig(budget=1 / 4, memory=Subspace(rank=4))
     for budget in (0, 1, 1.5):
         with pytest.raises(ValueError, match=f"budget={budget}"):
             layer.set_budget_(budget)

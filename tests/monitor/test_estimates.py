@@ -17,6 +17,7 @@ from memaop_triton.monitor.estimates import (
 from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.reference import weight_grad_reference
 from memaop_triton.selection import Selection, select_rows
+from tests.schemes import flat_config
 
 M, N, P, K = 40, 16, 5, 10
 DRAWS = 400
@@ -55,7 +56,7 @@ def observed(config, x, g, draws=DRAWS, block=None):
     ("memory", "grad_input"), [("none", "exact"), ("subspace", "exact"), ("subspace", "sampled")]
 )
 def test_sampling_variance_is_the_mean_squared_error(unbiased, memory, grad_input, batch):
-    config = MemAOPConfig(
+    config = flat_config(
         k=K,
         memory=memory,
         rank=4,
@@ -76,15 +77,12 @@ def test_sampling_variance_is_the_mean_squared_error(unbiased, memory, grad_inpu
 
 
 @pytest.mark.parametrize("memory", ["none", "subspace"])
-@pytest.mark.parametrize("selection", ["crs", "randk"])
+@pytest.mark.parametrize("selection", ["crs", "uniform"])
 def test_of_a_step_with_a_subspace_only_the_sampled_part_counts(
     selection, memory, batch, selections
 ):
     x, g = batch
-    rescale = selection == "randk"
-    config = MemAOPConfig(
-        k=K, rank=4, side="input", memory=memory, selection=selection, rescale=rescale
-    )
+    config = flat_config(k=K, rank=4, side="input", memory=memory, selection=selection)
     _, found, kept = observed(config, x, g, draws=1)
     (chosen,) = selections
     basis = torch.zeros(N, 1, dtype=x.dtype) if kept is None else kept.basis
@@ -121,9 +119,9 @@ def test_variance_of_whole_blocks_whose_rows_are_uncorrelated(unbiased):
         assert found == pytest.approx(float(errors.mean()), abs=6 * error_bar)
 
 
-@pytest.mark.parametrize("selection", ["crs", "randk"])
+@pytest.mark.parametrize("selection", ["crs", "uniform"])
 def test_a_single_draw_gives_an_upper_bound(selection, batch):
-    config = MemAOPConfig(k=1, memory="none", selection=selection, rescale=selection == "randk")
+    config = MemAOPConfig(k=1, memory="none", selection=selection)
     x, g = batch
     errors, found, _ = observed(config, x, g, draws=600)
     expected = float(errors.mean()) + float((g.T @ x).square().sum())
@@ -134,7 +132,7 @@ def test_a_single_draw_gives_an_upper_bound(selection, batch):
 @pytest.mark.parametrize("k", [K, M])
 def test_batch_variance_is_that_of_dense_gradients_from_batch_to_batch(memory, k, batch):
     x, g = batch
-    config = MemAOPConfig(k=k, memory=memory, rank=4, side="input", refresh_every=10**9)
+    config = flat_config(k=k, memory=memory, rank=4, side="input", refresh_every=10**9)
     _, found, _ = observed(config, x, g, draws=1 if k == M else DRAWS)
     outer = torch.einsum("mp,mn->mpn", g, x)
     expected = M * float(outer.flatten(1).var(0, correction=1).sum())
@@ -150,7 +148,7 @@ def test_batch_variance_is_that_of_dense_gradients_from_batch_to_batch(memory, k
 def test_scores_are_those_of_the_reference(k, batch):
     x, g = batch
     for memory, side in (("none", "auto"), ("subspace", "input"), ("subspace", "grad")):
-        config = MemAOPConfig(k=k, memory=memory, rank=4, side=side, refresh_every=10**9)
+        config = flat_config(k=k, memory=memory, rank=4, side=side, refresh_every=10**9)
         _, found, kept = observed(config, x, g, draws=2)
         basis = None if kept is None else kept.basis
         scores = weight_grad_reference(x, g, config, basis=basis, side=side).scores

@@ -13,12 +13,14 @@ from memaop_triton import (
     MemAOPConfig,
     MemAOPLinear,
     StarvedLayerWarning,
+    Subspace,
     allocate_,
     attach_optimizer,
     convert_,
     monitor,
     revert_,
 )
+from tests.schemes import flat_config
 
 N, P = 12, 6
 
@@ -26,7 +28,7 @@ N, P = 12, 6
 def net(dtype=torch.float32, **settings):
     settings = {"ratio": 1 / 4, "rank": 3, "refresh_every": 3} | settings
     layers = nn.Sequential(nn.Linear(N, 16), nn.Tanh(), nn.Linear(16, P)).to(dtype)
-    return convert_(layers, MemAOPConfig(**settings))
+    return convert_(layers, flat_config(**settings))
 
 
 def train(model, batches, lr=0.1):
@@ -47,11 +49,11 @@ def batches(count, rows=64, dtype=torch.float32):
 
 @pytest.mark.parametrize("block_rows", [1, 16])
 def test_what_is_computed_stays_the_same_bit_for_bit(scheme, block_rows, contents, same):
-    is_unbiased = MemAOPConfig(**scheme).is_unbiased
+    is_unbiased = flat_config(**scheme).is_unbiased
     plain = net(block_rows=block_rows, **scheme)
     if is_unbiased:
         sampled = convert_(
-            nn.Linear(P, P), MemAOPConfig(ratio=1 / 4, rank=1, grad_input="sampled", **scheme)
+            nn.Linear(P, P), flat_config(ratio=1 / 4, rank=1, grad_input="sampled", **scheme)
         )
         plain.append(sampled)
     watched = copy.deepcopy(plain)
@@ -121,7 +123,7 @@ def test_averages_forget_at_the_rate_of_the_smoothing():
 def test_rows_that_are_not_finite_are_counted_and_left_out(bad, memory):
     selection = "topk" if memory == "residual" else "priority"
     layer = MemAOPLinear(
-        N, P, config=MemAOPConfig(ratio=1 / 4, selection=selection, memory=memory, rank=2)
+        N, P, config=flat_config(ratio=1 / 4, selection=selection, memory=memory, rank=2)
     )
     with monitor(layer, every=1) as watch:
         data = batches(3)
@@ -175,7 +177,7 @@ def test_an_exact_pass_has_no_sampling_variance_and_shows_what_there_is_to_sampl
 
 
 def test_outside_of_the_subspace():
-    config = MemAOPConfig(ratio=1 / 4, rank=3, refresh_every=5, side="input")
+    config = MemAOPConfig(ratio=1 / 4, memory=Subspace(rank=3, side="input", refresh_every=5))
     layer = MemAOPLinear(N, P, config=config)
     directions = torch.linalg.qr(torch.randn(N, 3)).Q.T
     with monitor(layer, every=1, smoothing=0) as watch:
@@ -277,7 +279,7 @@ def test_arguments_are_checked():
 
 
 def test_a_layer_that_starves_is_named_once_and_not_in_backward():
-    model = net(ratio=1 / 16, selection="randk", rescale=True, memory="none")
+    model = net(ratio=1 / 16, selection="uniform", memory="none")
     with monitor(model, every=1, smoothing=0.75) as watch:
         train(model, batches(3))
         watch.read()  # three observations are not enough

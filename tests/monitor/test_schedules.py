@@ -9,6 +9,7 @@ from torch import nn
 
 from memaop_triton import MemAOPConfig, RatioScheduler, convert_, monitor
 from memaop_triton.monitor.schedules import VarianceControl, dense_warmup, growing
+from tests.schemes import flat_config
 
 N = 8
 
@@ -16,12 +17,12 @@ N = 8
 def net(**settings):
     settings = {"ratio": 1 / 8, "memory": "none"} | settings
     return convert_(
-        nn.Sequential(nn.Linear(N, N), nn.Tanh(), nn.Linear(N, N)), MemAOPConfig(**settings)
+        nn.Sequential(nn.Linear(N, N), nn.Tanh(), nn.Linear(N, N)), flat_config(**settings)
     )
 
 
-def train(model, steps_torch, after_step=lambda: None):
-    for _ in range(steps_torch):
+def train(model, steps, after_step=lambda: None):
+    for _ in range(steps):
         model(torch.randn(64, N)).square().sum().backward()
         after_step()
 
@@ -97,9 +98,9 @@ def test_a_dense_warm_up_is_exact_and_scores_nothing(memory, monkeypatch):
 
 
 def _recording(name, calls):
-    from memaop_triton.backward import steps_torch
+    from memaop_triton.backward import steps_torch as steps
 
-    step = getattr(steps_torch, name)
+    step = getattr(steps, name)
     return lambda *args: calls.append(name) or step(*args)
 
 

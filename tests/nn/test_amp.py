@@ -111,7 +111,7 @@ def test_an_overflowed_step_is_skipped_and_training_goes_on(memory_scheme, dtype
     assert training.scaler.get_scale() == 2.0**11
     assert is_finite(model)
     for layer in model[::2]:
-        if layer.config.has_row_memory:
+        if layer.config.row_memory:
             assert not layer.memory.filled[::every].any()
     losses += training.run(data[20:])
     assert is_finite(model)

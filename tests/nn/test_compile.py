@@ -19,7 +19,7 @@ from memaop_triton import (
     monitor,
     new_memory,
 )
-from tests.schemes import LEGAL
+from tests.schemes import LEGAL, flat_config
 
 pytestmark = [
     # The compiler's own.
@@ -118,7 +118,7 @@ def exactly(found, expected):
 @pytest.mark.parametrize("schemes", [LEGAL[i::6] for i in range(6)], ids=range(6))
 def test_equals_eager_bit_for_bit_with_changing_batches(schemes):
     """Every scheme, each layer with its own: it is compiling that takes the time."""
-    configs = [MemAOPConfig(ratio=1 / 4, refresh_every=2, **scheme) for scheme in schemes]
+    configs = [flat_config(ratio=1 / 4, refresh_every=2, **scheme) for scheme in schemes]
     eager, compiled = both(branches(configs), "aot_eager", rows=(24, 24, 40, 16, 24, 64))
     exactly(compiled, eager)
     # One graph for the first shape, one for all others.
@@ -127,7 +127,7 @@ def test_equals_eager_bit_for_bit_with_changing_batches(schemes):
 
 def test_equals_eager_under_inductor():
     configs = [
-        MemAOPConfig(ratio=1 / 4, selection=selection, memory=memory, refresh_every=2)
+        flat_config(ratio=1 / 4, selection=selection, memory=memory, refresh_every=2)
         for selection, memory in (
             ("weightedk", "residual"),
             ("priority", "subspace"),
@@ -170,7 +170,7 @@ def test_functional_form():
 @pytest.mark.parametrize("memory", ["signed", "subspace"])
 def test_rates_signs_and_refreshes_do_not_recompile(memory):
     selection = "topk" if memory == "signed" else "priority"
-    config = MemAOPConfig(ratio=1 / 4, selection=selection, memory=memory, refresh_every=3)
+    config = flat_config(ratio=1 / 4, selection=selection, memory=memory, refresh_every=3)
     model = convert_(Branches(), config)
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(torch.compile(model, fullgraph=True, backend="aot_eager"), model, rows=(24,) * 12)

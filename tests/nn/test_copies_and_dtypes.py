@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from memaop_triton import MemAOPConfig, MemAOPLinear, new_memory
+from memaop_triton import MemAOPConfig, MemAOPLinear, Rows, new_memory
 from memaop_triton.backward.weight_grad import weight_grad
+from tests.schemes import flat_config
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -22,7 +23,7 @@ def copies(layer):
 
 
 def test_copies_have_a_memory_of_their_own(memory_scheme, train_step, contents, same):
-    layer = MemAOPLinear(12, 5, config=MemAOPConfig(k=3, rank=2, refresh_every=1, **memory_scheme))
+    layer = MemAOPLinear(12, 5, config=flat_config(k=3, rank=2, refresh_every=1, **memory_scheme))
     train_step(layer, torch.randn(17, 12))
     before = contents(layer.memory)
     for twin in copies(layer):
@@ -38,11 +39,11 @@ def test_copies_have_a_memory_of_their_own(memory_scheme, train_step, contents, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_conversion_of_dtype_takes_the_memory_along(memory_scheme, dtype, train_step):
-    layer = MemAOPLinear(12, 5, config=MemAOPConfig(k=3, rank=2, **memory_scheme))
+    layer = MemAOPLinear(12, 5, config=flat_config(k=3, rank=2, **memory_scheme))
     train_step(layer, torch.randn(17, 12))
     layer.to(dtype)
     memory = layer.memory
-    if memory is not None and layer.config.has_row_memory:
+    if memory is not None and layer.config.row_memory:
         assert memory.x.dtype == memory.g.dtype == dtype
         assert memory.filled.dtype == torch.bool
     elif memory is not None:
@@ -55,7 +56,7 @@ def test_conversion_of_dtype_takes_the_memory_along(memory_scheme, dtype, train_
 
 
 def test_memory_dtype_stays_through_conversions(train_step):
-    config = MemAOPConfig(k=3, selection="topk", memory="residual", memory_dtype=torch.float32)
+    config = MemAOPConfig(k=3, selection="topk", memory=Rows(dtype=torch.float32))
     layer = MemAOPLinear(12, 5, config=config)
     train_step(layer, torch.randn(17, 12))
     layer.to(torch.bfloat16)
@@ -66,7 +67,7 @@ def test_memory_dtype_stays_through_conversions(train_step):
 
 @pytest.mark.parametrize("inside", [True, False], ids=["backward-inside", "backward-outside"])
 def test_autocast_casts_like_nn_linear(memory_scheme, inside):
-    config = MemAOPConfig(k=99, rank=2, **memory_scheme)
+    config = flat_config(k=99, rank=2, **memory_scheme)
     dense = nn.Linear(12, 5)
     layer = MemAOPLinear.from_linear(copy.deepcopy(dense), config)
     x = torch.randn(17, 12)
@@ -86,7 +87,7 @@ def test_autocast_casts_like_nn_linear(memory_scheme, inside):
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_steps_under_autocast_and_without_it_alternate(memory_scheme, enabled):
-    layer = MemAOPLinear(12, 5, config=MemAOPConfig(k=3, rank=2, **memory_scheme))
+    layer = MemAOPLinear(12, 5, config=flat_config(k=3, rank=2, **memory_scheme))
     for step in range(4):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled == bool(step % 2)):
             layer(torch.randn(17, 12)).float().square().sum().backward()
@@ -96,7 +97,7 @@ def test_steps_under_autocast_and_without_it_alternate(memory_scheme, enabled):
 @pytest.mark.parametrize("grad_input", ["exact", "sampled"])
 @pytest.mark.parametrize("memory", ["none", "subspace"])
 def test_backward_inside_autocast_of_a_forward_outside_it(memory, grad_input):
-    config = MemAOPConfig(k=3, rank=2, memory=memory, grad_input=grad_input)
+    config = flat_config(k=3, rank=2, memory=memory, grad_input=grad_input)
     gradients = []
     for autocast in (False, True):
         torch.manual_seed(0)

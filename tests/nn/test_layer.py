@@ -5,11 +5,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from memaop_triton import MemAOPConfig, MemAOPLinear, memaop_linear, new_memory
+from memaop_triton import MemAOPConfig, MemAOPLinear, Subspace, memaop_linear, new_memory
 from memaop_triton.backward.weight_grad import weight_grad
+from tests.schemes import flat_config
 
 RESIDUAL = MemAOPConfig(k=3, selection="topk", memory="residual")
-DEFAULT = MemAOPConfig(k=3, rank=2)
+DEFAULT = MemAOPConfig(k=3, memory=Subspace(rank=2))
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -22,7 +23,7 @@ def pair(config=RESIDUAL, bias=True, dtype=None):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(12,), (17, 12), (3, 4, 12), (2, 1, 5, 12), (0, 12), (3, 0, 12)])
 def test_forward_and_exact_gradients_equal_nn_linear(scheme, dtype, bias, shape):
-    dense, ours = pair(MemAOPConfig(k=3, rank=2, **scheme), bias, dtype)
+    dense, ours = pair(flat_config(k=3, rank=2, **scheme), bias, dtype)
     x = torch.randn(shape).to(dtype)
     grads = []
     for layer in (dense, ours):
@@ -38,7 +39,7 @@ def test_forward_and_exact_gradients_equal_nn_linear(scheme, dtype, bias, shape)
 
 
 def test_layer_gradient_is_that_of_weight_grad_on_flattened_rows(memory_scheme):
-    config = MemAOPConfig(k=3, rank=2, **memory_scheme)
+    config = flat_config(k=3, rank=2, **memory_scheme)
     _, layer = pair(config, dtype=torch.float64)
     memory = new_memory(config, 12, 5)
     for seed in range(3):
@@ -82,7 +83,7 @@ def test_zero_features_behave_like_nn_linear(inputs, outputs):
 @pytest.mark.parametrize("memory", ["none", "subspace"])
 @pytest.mark.parametrize("frozen", ["weight", "bias", "input", "all but input"])
 def test_frozen_parts_get_no_gradient(grad_input, memory, frozen):
-    config = MemAOPConfig(k=3, rank=2, memory=memory, grad_input=grad_input)
+    config = flat_config(k=3, rank=2, memory=memory, grad_input=grad_input)
     layer = MemAOPLinear(12, 5, config=config)
     x = torch.randn(17, 12, requires_grad=frozen != "input")
     layer.weight.requires_grad_(frozen not in ("weight", "all but input"))
@@ -98,7 +99,7 @@ def test_frozen_parts_get_no_gradient(grad_input, memory, frozen):
 
 
 def test_frozen_weight_draws_nothing_and_leaves_the_memory_alone(scheme):
-    layer = MemAOPLinear(12, 5, config=MemAOPConfig(k=3, rank=2, **scheme))
+    layer = MemAOPLinear(12, 5, config=flat_config(k=3, rank=2, **scheme))
     layer.weight.requires_grad_(False)
     state = torch.get_rng_state()
     x = torch.ones(17, 12, requires_grad=True)

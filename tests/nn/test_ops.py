@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from memaop_triton import MemAOPConfig, convert_, memaop_linear, new_memory
+from memaop_triton import MemAOPConfig, Subspace, convert_, memaop_linear, new_memory
 from memaop_triton.nn.layer_state import LayerState, find
+from tests.schemes import flat_config
 
 M, N, P = 40, 24, 12
 ops = torch.ops.memaop_triton
@@ -27,7 +28,7 @@ REPEATABLE = [
 
 
 def state_for(**settings):
-    config = MemAOPConfig(**({} if "k" in settings else {"ratio": 1 / 4}), **settings)
+    config = flat_config(**({} if "k" in settings else {"ratio": 1 / 4}), **settings)
     return LayerState(config, new_memory(config, N, P))
 
 
@@ -129,7 +130,7 @@ def test_flops_of_a_layer_are_those_of_its_gemms():
 def test_flops_of_the_subspace():
     k, q = M // 4, 3
     for side, kept in (("input", 0), ("grad", 0), ("auto", q * (N + P))):
-        config = MemAOPConfig(ratio=1 / 4, rank=q, refresh_every=10, side=side)
+        config = MemAOPConfig(ratio=1 / 4, memory=Subspace(rank=q, side=side, refresh_every=10))
         layer = convert_(nn.Linear(N, P), config)
         found = flops(layer)
         length = {"input": N, "grad": P}[layer.memory.side]
@@ -137,4 +138,6 @@ def test_flops_of_the_subspace():
         extra += (2 * M + 4 * q) * q * length / 10  # a refresh
         extra += (6 * M + 4 * q) * kept / 40  # a choice
         assert found in (2.25 * GEMM + int(extra), 2.25 * GEMM + int(extra) + 1)
-    assert flops(convert_(nn.Linear(N, P), MemAOPConfig(ratio=1, rank=4))) == 3 * GEMM
+    assert (
+        flops(convert_(nn.Linear(N, P), MemAOPConfig(ratio=1, memory=Subspace(rank=4)))) == 3 * GEMM
+    )

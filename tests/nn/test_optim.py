@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from memaop_triton import MemAOPConfig, attach_optimizer, convert_
+from memaop_triton import MemAOPConfig, Rows, attach_optimizer, convert_
 
 PAPER = MemAOPConfig.paper(k=2)
 
@@ -36,7 +36,7 @@ def test_every_layer_follows_the_group_of_its_weight():
 
 
 def test_carried_rows_are_rescaled_by_the_root_of_the_rates():
-    layer = convert_(nn.Linear(6, 5), MemAOPConfig.paper(k=1, decay=0.5))
+    layer = convert_(nn.Linear(6, 5), MemAOPConfig.paper(k=1, memory=Rows(decay=0.5)))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.4)
     attach_optimizer(layer, optimizer)
     layer(torch.randn(9, 6)).square().sum().backward()

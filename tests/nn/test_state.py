@@ -13,12 +13,13 @@ from memaop_triton import (
     memory_state_dict,
     reset_memory,
 )
+from tests.schemes import flat_config
 
 
 def converted(scheme):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    return convert_(model, MemAOPConfig(k=3, rank=2, refresh_every=3, **scheme))
+    return convert_(model, flat_config(k=3, rank=2, refresh_every=3, **scheme))
 
 
 def steps(model, optimizer, scheduler, count, seed):

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, MemAOPLinear
+from memaop_triton import MemAOPConfig, MemAOPLinear, Subspace
 from memaop_triton.plan import layer_timing, timing
 from memaop_triton.plan.layer_timing import Use
 
@@ -57,8 +57,8 @@ def test_elapsed_is_the_mean_of_the_repeats(monkeypatch):
 @pytest.mark.parametrize(
     ("config", "ours"),
     [
-        (MemAOPConfig(refresh_every=4), 1.0 * 3 / 4 + 2.0 / 4),
-        (MemAOPConfig(refresh_every=1), 1.0),
+        (MemAOPConfig(memory=Subspace(refresh_every=4)), 1.0 * 3 / 4 + 2.0 / 4),
+        (MemAOPConfig(memory=Subspace(refresh_every=1)), 1.0),
         (MemAOPConfig(memory="none"), 1.0),
     ],
 )
@@ -78,7 +78,7 @@ def test_a_refresh_counts_for_its_share_and_the_forward_pass_for_what_it_adds(
     found = layer_timing.measure(Use(9, 8, 8, torch.float32, CPU), config, 1.0)
     assert found.dense == [3.0, 4.0]
     assert found.ours == pytest.approx([ours + 0.4] * 2)
-    assert found.memory_bytes == (2 * 8 * 2 * 4 if config.memory == "subspace" else 0)
+    assert found.memory_bytes == (2 * 8 * 2 * 4 if config.memory_name == "subspace" else 0)
 
 
 def changes(bases):
@@ -86,7 +86,7 @@ def changes(bases):
 
 
 def test_how_often_a_timed_layer_refreshes_changes_nothing_else():
-    config = MemAOPConfig(budget=1 / 2, refresh_every=3, grad_input="projected")
+    config = MemAOPConfig(budget=1 / 2, memory=Subspace(refresh_every=3), grad_input="projected")
     sizes, refreshes = [], []
     for pace in (layer_timing._NEVER, 3, 1):
         torch.manual_seed(0)

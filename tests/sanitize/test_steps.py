@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, convert_, new_memory
+from memaop_triton import MemAOPConfig, Subspace, convert_, new_memory
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
+from tests.schemes import flat_config
 
 SETTINGS = {
     "default": {},
@@ -12,7 +13,7 @@ SETTINGS = {
     "paper": {"selection": "topk", "memory": "residual"},
     "signed": {"selection": "weightedk", "memory": "signed"},
     "randk": {"selection": "randk", "memory": "residual", "block_rows": 16},
-    "wide memory": {"selection": "topk", "memory": "residual", "memory_dtype": torch.float32},
+    "wide memory": {"selection": "topk", "memory": "residual", "dtype": torch.float32},
 }
 
 
@@ -20,7 +21,7 @@ SETTINGS = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_steps(setting, dtype, normal):
     m, n, p = 150, 72, 88
-    config = MemAOPConfig(ratio=1 / 2, rank=8, refresh_every=2, **SETTINGS[setting])
+    config = flat_config(ratio=1 / 2, rank=8, refresh_every=2, **SETTINGS[setting])
     memory = new_memory(config, n, p)
     for _ in range(3):
         x, g = normal(m, n, dtype=dtype), normal(m, p, dtype=dtype)
@@ -37,7 +38,9 @@ def test_steps(setting, dtype, normal):
 
 def test_a_layer_trains(normal):
     torch.manual_seed(0)
-    layer = convert_(torch.nn.Linear(24, 16).bfloat16(), MemAOPConfig(ratio=1 / 4, rank=4))
+    layer = convert_(
+        torch.nn.Linear(24, 16).bfloat16(), MemAOPConfig(ratio=1 / 4, memory=Subspace(rank=4))
+    )
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     x, target = normal(128, 24, dtype=torch.bfloat16), normal(128, 16, dtype=torch.bfloat16)
     target = x[:, :16] * 2 + 0.1 * target

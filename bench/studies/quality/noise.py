@@ -18,7 +18,7 @@ from memaop_triton.bench.studies.quality import data, tables
 from memaop_triton.bench.studies.quality.capture import Rows, capture
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.dispatch import project_rows, row_norms
-from memaop_triton.flops import RANK_STEP, Subspace
+from memaop_triton.flops import RANK_STEP, SubspaceCost
 from memaop_triton.memory.basis import Basis
 from memaop_triton.memory.choice import Choice
 from memaop_triton.monitor.estimates import batch_variance
@@ -104,7 +104,7 @@ def measure(
         left = _basis(getattr(before, a), most).left_of(getattr(after, a), ranks)
         for rank, scores in zip(ranks, left * row_norms(getattr(after, other)), strict=True):
             length = sizes[1] if side == "input" else sizes[2]
-            cost = Subspace(rank, length, config.refresh_every, most * (sizes[1] + sizes[2]))
+            cost = SubspaceCost(rank, length, config.period, most * (sizes[1] + sizes[2]))
             k = config.num_rows(*sizes, cost if rank else None)
             found[Choice(side, rank)] = k, _variance(scores, k) / float(square)
     none = found[Choice("input", 0)]

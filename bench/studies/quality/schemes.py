@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from memaop_triton import MemAOPConfig
+from memaop_triton import MemAOPConfig, Rows, Subspace
 from memaop_triton.bench.studies.quality.tasks import TASKS, Task
 
 #: Raise it when `training` or `data` changes what a run gives.
@@ -51,8 +51,12 @@ class Scheme:
         return None if self.make is None else self.make(value_of(ratio))
 
 
-def _of(selection: str, memory: str, **settings: Any) -> Callable[[float], MemAOPConfig]:
-    return lambda ratio: MemAOPConfig(ratio=ratio, selection=selection, memory=memory, **settings)
+def _of(
+    selection: str, memory: Subspace | Rows | str, grad_input: str = "exact"
+) -> Callable[[float], MemAOPConfig]:
+    return lambda ratio: MemAOPConfig(
+        ratio=ratio, selection=selection, memory=memory, grad_input=grad_input
+    )
 
 
 def _within(share: float, **settings: Any) -> Callable[[float], MemAOPConfig]:
@@ -63,7 +67,7 @@ def _within(share: float, **settings: Any) -> Callable[[float], MemAOPConfig]:
 # output layer that stays dense: the ratio is then that of all weight gradients of the network.
 _TABLE: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
     ("budget", "default in a budget", _within(0.9)),
-    ("subspace", "priority + subspace", _of("priority", "subspace", rank=16)),
+    ("subspace", "priority + subspace", _of("priority", "subspace")),
     ("priority", "priority", _of("priority", "none")),
     ("topk-residual", "topk + residual (paper)", _of("topk", "residual")),
     ("topk-signed", "topk + signed", _of("topk", "signed")),
@@ -71,8 +75,8 @@ _TABLE: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
     ("randk-residual", "randk + residual (paper)", _of("randk", "residual")),
     ("weightedk-residual", "weightedk + residual (paper)", _of("weightedk", "residual")),
     ("randk-signed", "randk + signed", _of("randk", "signed")),
-    ("topk-signed-half", "topk + signed, decay ½", _of("topk", "signed", decay=0.5)),
-    ("randk-rescaled", "randk, rescaled", _of("randk", "none", rescale=True)),
+    ("topk-signed-half", "topk + signed, decay ½", _of("topk", Rows(signed=True, decay=0.5))),
+    ("randk-rescaled", "randk, rescaled", _of("uniform", "none")),
     ("crs", "crs", _of("crs", "none")),
     ("bernoulli", "bernoulli", _of("bernoulli", "none")),
     ("wta", "wta", _of("wta", "none")),
@@ -91,7 +95,7 @@ _TABLE_OF_BOTH: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
     (
         "subspace-both",
         "priority + subspace, dX sampled",
-        _of("priority", "subspace", rank=16, grad_input="sampled"),
+        _of("priority", "subspace", grad_input="sampled"),
     ),
     (
         "priority-both",

@@ -101,7 +101,7 @@ def measure(cell: Cell, data_dir: Path | None, rounds: int | None = None) -> Ste
     """
     task, own, config = TASKS[cell.task], cell.problem, cell.config
     assert cell.has_own_steps
-    period = config.refresh_every if config is not None and config.memory == "subspace" else 1
+    period = 1 if config is None else config.period
     rounds = rounds or (ROUNDS if period == 1 else LONG_ROUNDS)
     trainers = {True: Trainer(task, None, 0), False: Trainer(own, config, 0, cell.allocated)}
     warm_up = WARM_UP if cell.allocated is None else ALLOCATE_EVERY

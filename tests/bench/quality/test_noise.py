@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, new_memory
+from memaop_triton import new_memory
 from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.bench.studies.quality import noise, tables
 from memaop_triton.bench.studies.quality.capture import Rows
 from memaop_triton.bench.studies.quality.noise import Noise, measure
 from memaop_triton.flops import weight_grad_flops
 from tests.bench.quality import tiny
+from tests.schemes import flat_config
 
 M, N, P, BUDGET = 512, 128, 96, 1 / 4
 
@@ -43,7 +44,7 @@ def test_variance_is_that_of_draws():
     exact = after.g.t() @ after.x
     for side, rank, k, variance, _ in measure(before, after, BUDGET):
         memory = "subspace" if rank else "none"
-        config = MemAOPConfig(k=k, memory=memory, rank=max(rank, 1), side=side if rank else "auto")
+        config = flat_config(k=k, memory=memory, rank=max(rank, 1), side=side if rank else "auto")
         kept = new_memory(config, N, P)
         if rank:
             for _ in range(9):

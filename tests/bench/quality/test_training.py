@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig
+from memaop_triton import MemAOPConfig, Subspace
 from memaop_triton.bench.studies.quality import data, flops, training
 from memaop_triton.bench.studies.quality.networks import Mlp
 from memaop_triton.bench.studies.quality.training import Trainer, evaluate, train
@@ -186,7 +186,9 @@ NORMS = 2 * M * (N + H + H + H)
             2 * M * (H * H / 4 + H * P),
         ),
         (
-            MemAOPConfig(ratio=1 / 4, rank=4, side="input", grad_input="projected"),
+            MemAOPConfig(
+                ratio=1 / 4, memory=Subspace(rank=4, side="input"), grad_input="projected"
+            ),
             2 * M * (N * H / 4 + H * H / 4 + H * P)
             + NORMS
             + 2 * 4 * (M * (N + H) + N * H + M / 4 * N + (M + 2 * 4) * N / 8)
@@ -194,7 +196,7 @@ NORMS = 2 * M * (N + H + H + H)
             projected_input_grad_flops(M, H, H, 4, 8) + 2 * M * H * P,
         ),
         (
-            MemAOPConfig(ratio=1 / 4, rank=4, refresh_every=8, side="input"),
+            MemAOPConfig(ratio=1 / 4, memory=Subspace(rank=4, side="input", refresh_every=8)),
             2 * M * (N * H / 4 + H * H / 4 + H * P)
             + NORMS
             + 2 * 4 * (M * (N + H) + N * H + M / 4 * N + (M + 2 * 4) * N / 8)

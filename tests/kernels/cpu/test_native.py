@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from memaop_triton import MemAOPConfig, new_memory, selection
+from memaop_triton import MemAOPConfig, Subspace, new_memory, selection
 from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.kernels.cpu import library, native, torch_ops
 from tests.compiled import KINDS, needs_compiler
+from tests.schemes import flat_config
 
 
 @pytest.fixture
@@ -219,7 +220,7 @@ def test_rows_may_overlap_or_be_negated_lazily():
 @pytest.mark.parametrize("memory", ["none", "residual", "signed", "subspace"])
 def test_a_step_is_the_same_without_the_compiled_passes(plain, memory):
     selection = "topk" if memory in ("residual", "signed") else "priority"
-    config = MemAOPConfig(k=20, rank=4, selection=selection, memory=memory)
+    config = flat_config(k=20, rank=4, selection=selection, memory=memory)
     x, g = torch.randn(200, 32), torch.randn(200, 48)
 
     def steps():
@@ -233,7 +234,7 @@ def test_a_step_is_the_same_without_the_compiled_passes(plain, memory):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_default_dtype_is_nobodys_dtype(dtype):
-    config = MemAOPConfig(k=20, rank=4)
+    config = MemAOPConfig(k=20, memory=Subspace(rank=4))
     x = torch.randn(200, 32)
 
     def step():
@@ -270,7 +271,7 @@ def test_the_default_setting_uses_them(monkeypatch):
         monkeypatch.setattr(
             torch_ops, name, lambda *_, name=name: pytest.fail(f"{name} was called")
         )
-    config = MemAOPConfig(refresh_every=1)
+    config = MemAOPConfig(memory=Subspace(refresh_every=1))
     memory = new_memory(config, 64, 32)
     for _ in range(3):
         weight_grad(torch.randn(100, 64), torch.randn(100, 32), config, memory)

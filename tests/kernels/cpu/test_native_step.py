@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, new_memory
+from memaop_triton import MemAOPConfig, Rows, Subspace, new_memory
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.kernels.cpu import library, native, native_step
 from memaop_triton.monitor.observer import LayerObserver
 from tests.compiled import KINDS, needs_compiler
+from tests.schemes import flat_config
 
 DTYPES = [dtype for dtype, _ in KINDS]
 CPU = torch.device("cpu")
@@ -111,7 +112,7 @@ def same(calls, one_by_one):
 @pytest.mark.parametrize("side", ["input", "grad"])
 @pytest.mark.parametrize("shape", [(60, 272, 256), (513, 256, 272)], ids=str)
 def test_with_a_subspace(shape, side, rank, threads, dtype, own_gemm, same):
-    config = MemAOPConfig(ratio=0.2, rank=rank, side=side, refresh_every=2)
+    config = MemAOPConfig(ratio=0.2, memory=Subspace(rank=rank, side=side, refresh_every=2))
     same(config, shape, dtype, threads)
 
 
@@ -132,14 +133,14 @@ def test_without_memory(shape, selection, threads, dtype, own_gemm, same):
 @pytest.mark.parametrize("shape", [(2, 16, 16), (300, 50, 33), (700, 128, 96)], ids=str)
 def test_with_a_memory_of_rows(shape, memory, threads, dtype, own_gemm, same):
     k = max(1, shape[0] // 9)
-    config = MemAOPConfig(k=k, selection="topk", memory=memory, decay=0.9)
+    config = flat_config(k=k, selection="topk", memory=memory, decay=0.9)
     same(config, shape, dtype, threads, watched=True)
 
 
 @needs_compiler
 def test_a_memory_that_is_not_stored_like_its_rows_goes_its_own_way(calls):
     for dtype, expected in ((torch.float32, 3), (torch.bfloat16, 0)):
-        config = MemAOPConfig(k=5, selection="topk", memory="residual", memory_dtype=dtype)
+        config = MemAOPConfig(k=5, selection="topk", memory=Rows(dtype=dtype))
         gradients(config, (60, 32, 48), torch.float32)
         assert len(calls) == expected
         calls.clear()
@@ -171,7 +172,7 @@ def test_all_rows_of_a_memory(calls, one_by_one):
 @pytest.mark.parametrize("memory", ["none", "subspace"])
 @pytest.mark.parametrize("selection", ["priority", "topk"])
 def test_what_is_watched_and_collected(selection, memory, dtype, own_gemm, same):
-    config = MemAOPConfig(ratio=0.2, rank=8, selection=selection, memory=memory)
+    config = flat_config(ratio=0.2, rank=8, selection=selection, memory=memory)
     same(config, (200, 64, 80), dtype, watched=True)
 
 
@@ -180,7 +181,7 @@ def test_what_is_watched_and_collected(selection, memory, dtype, own_gemm, same)
 @pytest.mark.parametrize("memory", ["none", "subspace"])
 def test_where_pytorch_multiplies(memory, dtype, monkeypatch, same):
     monkeypatch.setattr(library, "_GEMM_CAPABILITIES", ())
-    config = MemAOPConfig(ratio=0.2, rank=8, memory=memory)
+    config = flat_config(ratio=0.2, rank=8, memory=memory)
     same(config, (200, 64, 80), dtype)
 
 
@@ -194,7 +195,7 @@ def test_rows_that_are_not_finite_show(value, memory, dtype, own_gemm, calls, on
         g[3] = 0
 
     selection = "topk" if memory == "residual" else "priority"
-    config = MemAOPConfig(k=20, rank=8, selection=selection, memory=memory, side="input")
+    config = flat_config(k=20, rank=8, selection=selection, memory=memory, side="input")
     found = gradients(config, (200, 64, 80), dtype, spoil=spoil)
     assert not found[0].isfinite().all()
     assert len(calls) == 3
@@ -266,7 +267,7 @@ def test_the_switch_leaves_it_out(monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("change", [{}, {"block_rows": 16}, {"selection": "bernoulli"}])
 def test_other_selections_go_their_own_way(change, calls):
-    gradients(MemAOPConfig(k=32, rank=8, **change), (200, 64, 80), torch.float32)
+    gradients(flat_config(k=32, rank=8, **change), (200, 64, 80), torch.float32)
     assert len(calls) == (0 if change else 3)
 
 
@@ -286,7 +287,7 @@ def test_processes_that_share_a_layer_select_together(memory, calls):
             return selection
 
     selection = "topk" if memory == "residual" else "priority"
-    config = MemAOPConfig(k=20, rank=8, selection=selection, memory=memory)
+    config = flat_config(k=20, rank=8, selection=selection, memory=memory)
     shards = Shards()
     operands = torch.randn(200, 64), torch.randn(200, 80)
     weight_and_bias_grad(*operands, config, new_memory(config, 64, 80), shards=shards)

@@ -1,0 +1,170 @@
+"""What a step of the backward pass works on, and what it hands over: the data that all rooms share.
+
+Who collects, watches or divides a step stands above this room, and is handed in as an object that
+has the methods of one of the protocols below.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from memaop_triton.config import MemAOPConfig
+from memaop_triton.kernels.cpu.torch_ops import Projection, selected_rows
+from memaop_triton.memory.kinds import Memory
+from memaop_triton.selection import Selection, cut, select, within
+
+
+class Gradients(NamedTuple):
+    """dW, [P, N], and the bias gradient, [P], or `None` if it was not asked for."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Factors(NamedTuple):
+    """Two matrices whose product Gᵀ X is an approximate weight gradient: [R, N] and [R, P]."""
+
+    x: Tensor
+    g: Tensor
+
+
+class ProjectedRows(NamedTuple):
+    """The rows of a step with a subspace of X, or of G with the two exchanged.
+
+    Attributes:
+        rest: ‖x_m − Q Qᵀ x_m‖, [M].
+        z: X Q / s, [M, q], with s = `basis_scale(features)`.
+        zg: Gᵀ Z or its transpose.
+        features: N.
+    """
+
+    rest: Tensor
+    z: Tensor
+    zg: Tensor
+    features: int
+
+
+class Shards(Protocol):
+    """The processes that hold other columns of the same rows of X or G."""
+
+    def all_reduce_scores(self, scores: Tensor) -> Tensor:
+        """Scores of whole rows, [M], from those of the parts that the processes have."""
+        ...
+
+    def broadcast_selection(self, selection: Selection) -> Selection:
+        """The selection of the group's first process, in all of them."""
+        ...
+
+
+class Observer(Protocol):
+    """Takes note of the backward passes of one layer."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the step that is running is observed."""
+        ...
+
+    def begin_step(self, device: torch.device) -> None:
+        """Decide whether the step that begins on `device` is observed."""
+        ...
+
+    def observe(
+        self,
+        operands: Operands,
+        selection: Selection,
+        dw: Tensor,
+        scores: Tensor | None = None,
+        projected: ProjectedRows | None = None,
+    ) -> None:
+        """Take note of a step that computed the rows of `selection`.
+
+        Args:
+            operands: What it worked on. Of a layer that is divided among processes, the part here.
+            selection: Rows and weights that it used.
+            dw: What came out, [P, N].
+            scores: Of all rows before the selection, [M], those of the memory where it holds rows;
+                computed by the observer if `None`.
+            projected: With a subspace, whose scores are of what it leaves.
+        """
+        ...
+
+    def observe_exact(self, operands: Operands, dw: Tensor, memory: Memory | None) -> None:
+        """Take note of a step that computed all rows, and of what sampling them would meet."""
+        ...
+
+
+class Operands(NamedTuple):
+    """What a step works on.
+
+    Attributes:
+        x: Inputs, [M, N].
+        g: Gradient of the loss with respect to the output, [M, P].
+        config: What to compute.
+        k: Rows to select.
+        bias_grad: Whether the sum of the rows of G is wanted too.
+        generator: Source of all draws.
+        shards: The processes that hold the other columns of these rows, if there are any.
+        factors: Takes the pair of matrices whose product dW is, if they are collected.
+        observer: Takes note of the step, if the layer is observed.
+    """
+
+    x: Tensor
+    g: Tensor
+    config: MemAOPConfig
+    k: int
+    bias_grad: bool = False
+    generator: torch.Generator | None = None
+    shards: Shards | None = None
+    factors: list[Factors] | None = None
+    observer: Observer | None = None
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether this step will be observed, so that what it would drop is kept."""
+        return self.observer is not None and self.observer.is_due
+
+    def sum_rows(self) -> Tensor | None:
+        """The bias gradient by a pass of its own, if it is wanted."""
+        return self.g.sum(0) if self.bias_grad else None
+
+    def scores_of_whole_rows(self, scores: Tensor) -> Tensor:
+        """Scores of whole rows, from those of the columns that are here: [M]."""
+        return scores if self.shards is None else self.shards.all_reduce_scores(scores)
+
+    def select(self, scores: Tensor, *, cut_short: bool = True) -> Selection:
+        """K of the rows with these scores (of whole rows, [M]), the same ones in all shards."""
+        if self.shards is None:
+            return select(scores, self.config, self.k, self.generator, cut_short=cut_short)
+        # How much a cut leaves depends on the draws, which differ until they are shared.
+        selection = select(scores, self.config, self.k, self.generator, cut_short=False)
+        selection = self.shards.broadcast_selection(selection)
+        return cut(selection, scores.numel()) if cut_short else selection
+
+    def collect_factors(
+        self,
+        x: Tensor,
+        g: Tensor,
+        selection: Selection,
+        projection: Projection | None = None,
+        *,
+        exchanged: bool = False,
+    ) -> None:
+        """Hand over the selected rows of `x` and `g`, weighted, if factors are collected."""
+        if self.factors is not None:
+            indices, weights = within(selection, x.shape[0])
+            both = selected_rows(x, g, indices, weights, projection)
+            self.factors.append(Factors(*(reversed(both) if exchanged else both)))
+
+    def observe(
+        self,
+        selection: Selection,
+        dw: Tensor,
+        scores: Tensor | None,
+        projected: ProjectedRows | None = None,
+    ) -> None:
+        """Hand over what a step used and computed, as `Observer.observe` takes it."""
+        if self.observer is not None:
+            self.observer.observe(self, selection, dw, scores, projected)
