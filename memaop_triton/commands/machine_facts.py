@@ -178,7 +178,7 @@ def _row_passes() -> Iterator[tuple[str, str]]:
         yield "used", f"no: {error}"
         return
     yield "used", f"no: {obstacle}" if obstacle else f"yes, for {_DTYPES_OF_ROWS} on a CPU"
-    own = library.prefers_own_gemm() and not obstacle
+    own = library.prefers_own_gemm(torch.float32) and not obstacle
     yield "gather GEMM", "compiled too" if own else "PyTorch's"
     yield "compiler", f"{recipe.compiler}: {recipe.version.splitlines()[0]}"
     yield "vectors", recipe.vectors
