@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,11 +13,7 @@ import numpy.typing as npt
 from rich.table import Table
 
 from memaop_triton.experiments.paper import Experiment, Outcome, Scheme
-from memaop_triton.experiments.published import (
-    RUNS,
-    Value,
-    published_value,
-)
+from memaop_triton.experiments.published import ENERGY, EPOCHS, RUNS, Value
 
 # Dark with memory, light without; one hue per selection.
 _COLOURS = {
@@ -84,7 +79,8 @@ def summarise(experiment: Experiment, outcomes: Iterable[Outcome]) -> list[Summa
         found.sort(key=lambda outcome: outcome.run)
         losses = np.array([outcome.losses for outcome in found])
         accuracies = np.array([outcome.accuracies for outcome in found])
-        published = published_value(experiment.name, scheme, losses.shape[1])
+        comparable = experiment.name == "energy" and losses.shape[1] == EPOCHS
+        published = ENERGY[scheme] if comparable else None
         summaries.append(Summary(scheme, losses, accuracies, published))
     return summaries
 
@@ -129,20 +125,19 @@ def _plus_minus(value: Value, digits: int) -> str:
     return f"{value.mean:.{digits}f}{spread}"
 
 
-def save_json(path: Path, experiment: Experiment, seed: int, summaries: list[Summary]) -> None:
-    """Write settings, every run's final values, mean curves and the comparison."""
+def as_json(experiment: Experiment, seed: int, summaries: list[Summary]) -> dict[str, Any]:
+    """Settings, every run's final values, mean curves and the comparison."""
     runs, epochs = summaries[0].losses.shape
-    content = {
+    return {
         "experiment": experiment.name,
         "runs": runs,
         "epochs": epochs,
         "seed": seed,
-        "schemes": [_as_json(summary) for summary in summaries],
+        "schemes": [_scheme_json(summary) for summary in summaries],
     }
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _as_json(summary: Summary) -> dict[str, Any]:
+def _scheme_json(summary: Summary) -> dict[str, Any]:
     return {
         **summary.scheme._asdict(),
         "final_loss": _value_json(summary.final),
@@ -164,12 +159,10 @@ def _numbers(values: npt.NDArray[np.float64]) -> list[float | None]:
 
 def save_figure(path: Path, experiment: Experiment, summaries: list[Summary]) -> None:
     """Draw validation loss against epoch, a panel per K; circles are the authors' final losses."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(13, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(experiment.ks), sharey=True)
     for panel, k in zip(panels, experiment.ks, strict=True):
         for summary in summaries:

@@ -152,6 +152,7 @@ def test_demo_writes_table_figure_and_numbers(capsys, tmp_path):
         assert len(scheme["accuracies"]) == len(scheme["curves"]) == 2
         assert scheme["step_seconds"] > 0
         assert scheme["weight_grad_seconds"] > 0
+        assert (scheme["weight_grad_flops"] == 1) == (scheme["key"] == "dense")
         assert scheme["curves"][0]["steps"][-1] == 1437 // 128
     memory = {scheme["key"]: scheme["memory_bytes"] for scheme in content["schemes"]}
     assert memory["dense"] == memory["priority"] == 0
@@ -166,6 +167,22 @@ def test_demo_writes_table_figure_and_numbers(capsys, tmp_path):
 )
 def test_human_bytes(count, text):
     assert demo_report.human_bytes(count) == text
+
+
+def test_demo_does_not_swing(tmp_path, monkeypatch):
+    # The defaults' rate, batches, length and seeds, on a narrower network for the sake of time.
+    pair = demo.schemes(0.125)[:2]
+    assert [scheme.key for scheme in pair] == ["dense", "default"]
+    monkeypatch.setattr(demo, "schemes", lambda ratio: pair)
+    path = tmp_path / "demo.json"
+    places = ["--output", str(tmp_path), "--json", str(path)]
+    assert cli.run(["demo", "--width", "256", *places]) == 0
+    for scheme in json.loads(path.read_text())["schemes"]:
+        assert len(scheme["curves"]) >= 3
+        for curve in scheme["curves"]:
+            accuracy = np.array(curve["accuracy"])
+            assert accuracy[-1] > 0.9
+            assert (np.maximum.accumulate(accuracy) - accuracy).max() < 0.08
 
 
 def test_demo_is_paired_and_reproducible():
