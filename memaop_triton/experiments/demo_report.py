@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ from rich import box
 from rich.table import Table
 
 from memaop_triton.experiments.data import CLASSES
-from memaop_triton.experiments.demo import Curve, SchemeResult, Settings
+from memaop_triton.experiments.demo import OPTIMIZERS, SchemeResult, Settings
+from memaop_triton.experiments.numbers import finite, mean_sd, plus_minus
 from memaop_triton.units import human_bytes
 
 _COLOURS = {
@@ -32,6 +31,7 @@ def table(results: list[SchemeResult], settings: Settings, dataset: str) -> Tabl
     result = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
         caption="priority + subspace is MemAOPConfig(), topk + residual the paper's scheme",
         title=f"{dataset}: K/M = {settings.ratio:g}, batch {settings.batch_size}, "
         f"width {settings.width}, {_optimizer(settings)}, {settings.epochs} epochs, "
@@ -44,12 +44,12 @@ def table(results: list[SchemeResult], settings: Settings, dataset: str) -> Tabl
     for one in results:
         result.add_row(
             one.scheme.label,
-            _accuracy(one.accuracies),
+            plus_minus(mean_sd(100 * np.array(one.accuracies)), 1),
             f"{1e3 * one.step_median:.1f}",
             f"{dense.step_median / one.step_median:.2f}×",
             f"{1e3 * one.gradient_median:.2f}",
             f"{dense.gradient_median / one.gradient_median:.2f}×",
-            f"{one.gradient_flops:.0%}",
+            f"{100 * one.gradient_flops:.0f} %",
             human_bytes(one.memory_bytes),
         )
     return result
@@ -64,13 +64,6 @@ def explanation() -> str:
         "step is forward, backward and update, dW the weight gradients of the three hidden layers, "
         "FLOPs theirs beside dense's."
     )
-
-
-def _accuracy(values: list[float]) -> str:
-    mean = 100 * statistics.fmean(values)
-    if len(values) == 1:
-        return f"{mean:.1f}"
-    return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
 def as_json(results: list[SchemeResult], settings: Settings, dataset: str) -> dict[str, Any]:
@@ -95,14 +88,10 @@ def _scheme_json(result: SchemeResult, dense: SchemeResult) -> dict[str, Any]:
         "weight_grad_speed": dense.gradient_median / result.gradient_median,
         "weight_grad_flops": result.gradient_flops,
         "memory_bytes": result.memory_bytes,
-        "curves": [_curve_json(curve) for curve in result.curves],
+        "curves": [
+            {**dataclasses.asdict(curve), "loss": finite(curve.loss)} for curve in result.curves
+        ],
     }
-
-
-def _curve_json(curve: Curve) -> dict[str, Any]:
-    content = dataclasses.asdict(curve)
-    content["loss"] = [loss if math.isfinite(loss) else None for loss in curve.loss]
-    return content
 
 
 def save_figure(path: Path, results: list[SchemeResult], settings: Settings, dataset: str) -> None:
@@ -133,8 +122,8 @@ def save_figure(path: Path, results: list[SchemeResult], settings: Settings, dat
     )
     spread = ", bands from lowest to highest" if settings.seeds > 1 else ""
     figure.suptitle(
-        f"{dataset}: a network of three hidden layers of {settings.width} units, weight gradients "
-        f"from {settings.ratio:.3g} of the rows\nbatch {settings.batch_size}, "
+        f"{dataset}: three hidden layers of {settings.width} units, weight gradients dW from "
+        f"{100 * settings.ratio:.3g} % of the rows\nbatches of {settings.batch_size}, "
         f"{_optimizer(settings)}, mean over {_seeds(settings)}{spread}",
         fontsize=12,
     )
@@ -142,7 +131,7 @@ def save_figure(path: Path, results: list[SchemeResult], settings: Settings, dat
 
 
 def _optimizer(settings: Settings) -> str:
-    return f"{settings.optimizer} {settings.lr:g}"
+    return f"{OPTIMIZERS[settings.optimizer].__name__} at {settings.lr:g}"
 
 
 def _seeds(settings: Settings) -> str:
@@ -180,4 +169,4 @@ def _style(panels: Any) -> None:
 def _legend(result: SchemeResult) -> str:
     scheme = result.scheme
     name = f" ({scheme.key})" if scheme.key in ("default", "paper") else ""
-    return f"{scheme.label}{name}: {result.gradient_flops:.0%} of dW's FLOPs"
+    return f"{scheme.label}{name}: {100 * result.gradient_flops:.0f} % of dW's FLOPs"

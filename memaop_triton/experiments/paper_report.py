@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
+from memaop_triton.experiments.numbers import Value, finite, mean_sd, plus_minus
 from memaop_triton.experiments.paper import Experiment, Outcome, Scheme
-from memaop_triton.experiments.published import ENERGY, EPOCHS, RUNS, Value
+from memaop_triton.experiments.published import ENERGY, EPOCHS, RUNS
 
 # Dark with memory, light without; one hue per selection.
 _COLOURS = {
@@ -63,12 +64,6 @@ class Summary:
         return (self.final.mean - self.published.mean) / math.sqrt(variance)
 
 
-def mean_sd(values: npt.NDArray[np.float64]) -> Value:
-    """Mean and sample standard deviation (NaN for a single value)."""
-    sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-    return Value(float(values.mean()), sd)
-
-
 def summarise(experiment: Experiment, outcomes: Iterable[Outcome]) -> list[Summary]:
     """One summary per scheme, in the experiment's order."""
     by_scheme: dict[Scheme, list[Outcome]] = {scheme: [] for scheme in experiment.schemes()}
@@ -110,19 +105,14 @@ def table(experiment: Experiment, summaries: list[Summary]) -> Table:
 def _cells(experiment: Experiment, summary: Summary, compare: bool) -> list[str]:
     k = summary.scheme.k
     cells = [str(experiment.batch_size if k is None else k), summary.scheme.label]
-    cells.append(_plus_minus(summary.final, 3))
+    cells.append(plus_minus(summary.final, 3))
     if compare:
         z = summary.z
-        cells.append("–" if summary.published is None else _plus_minus(summary.published, 3))
+        cells.append("–" if summary.published is None else plus_minus(summary.published, 3))
         cells.append("–" if z is None else f"{z:+.1f}")
     if experiment.name == "mnist":
-        cells.append(_plus_minus(mean_sd(100 * summary.accuracies[:, -1]), 2))
+        cells.append(plus_minus(mean_sd(100 * summary.accuracies[:, -1]), 2))
     return cells
-
-
-def _plus_minus(value: Value, digits: int) -> str:
-    spread = "" if math.isnan(value.sd) else f" ± {value.sd:.{digits}f}"
-    return f"{value.mean:.{digits}f}{spread}"
 
 
 def as_json(experiment: Experiment, seed: int, summaries: list[Summary]) -> dict[str, Any]:
@@ -141,20 +131,16 @@ def _scheme_json(summary: Summary) -> dict[str, Any]:
     return {
         **summary.scheme._asdict(),
         "final_loss": _value_json(summary.final),
-        "final_losses": _numbers(summary.losses[:, -1]),
-        "final_accuracies": _numbers(summary.accuracies[:, -1:].flatten()),
-        "loss_curve": _numbers(summary.losses.mean(0)),
+        "final_losses": finite(summary.losses[:, -1]),
+        "final_accuracies": finite(summary.accuracies[:, -1:]),
+        "loss_curve": finite(summary.losses.mean(0)),
         "published": None if summary.published is None else _value_json(summary.published),
         "standard_errors_apart": summary.z,
     }
 
 
 def _value_json(value: Value) -> dict[str, float | None]:
-    return dict(zip(("mean", "sd"), _numbers(np.array(value)), strict=True))
-
-
-def _numbers(values: npt.NDArray[np.float64]) -> list[float | None]:
-    return [float(value) if math.isfinite(value) else None for value in values]
+    return dict(zip(("mean", "sd"), finite(value), strict=True))
 
 
 def save_figure(path: Path, experiment: Experiment, summaries: list[Summary]) -> None:

@@ -5,20 +5,11 @@ Source: the result files of github.com/HernandezEduin/Mem-AOP-GD, energy data, 1
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from memaop_triton.experiments.numbers import Value
 from memaop_triton.experiments.paper import Scheme
 
 RUNS = 10
 EPOCHS = 100
-
-
-class Value(NamedTuple):
-    """Mean and sample standard deviation over the authors' runs."""
-
-    mean: float
-    sd: float
-
 
 #: Validation loss after the last of `EPOCHS` epochs, figure 3.
 ENERGY = {
