@@ -1,150 +1,374 @@
-"""Speed-up against ratio, speed-up against width, time against rows."""
+"""The charts of the report: speed-ups, times, the roofline, bars and the break-even map."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from memaop_triton.bench.report import text
-from memaop_triton.bench.report.data import Case, Method
+from memaop_triton.bench.report.breakeven import Field, grade
+from memaop_triton.bench.report.data import Case, Machine, Method, Spread
+from memaop_triton.bench.report.figures import INK, LOOK, PAPER, RULE, SOFT, colour, new_figure
 from memaop_triton.bench.report.fits import Power
-from memaop_triton.bench.report.methods import base_name, ordered, series
-from memaop_triton.bench.report.plot import NARROW, Axis, Plot, Sample, Series
-from memaop_triton.bench.report.svg import Drawing
+from memaop_triton.bench.report.methods import base_name, methods_of, ordered
+from memaop_triton.bench.report.roofline import Call
 
-SHAPES = {
-    "default": "circle",
-    "priority": "square",
-    "topk": "diamond",
-    "topk-residual": "up",
-    "topk-signed": "down",
-}
+# Width of a chart, which is a phone's: a desktop shows two or three side by side, a bit larger.
+_WIDTH = 420.0
+_CHARACTER = 7.0  # average width of one of the charts' text
+# Marks too, so that colour is not all that tells methods apart.
+_MARKS = {"default": "o", "priority": "s", "topk": "D", "topk-residual": "^", "topk-signed": "v"}
 
 
-def shape_of(method: Method) -> str:
-    """The mark of a method, so that colour is not all that tells them apart."""
-    return SHAPES.get(base_name(method) or "", "circle")
+def _colour(method: Method) -> str:
+    """Ours by name, all baselines alike."""
+    if method.role == "baseline":
+        return colour("baseline")
+    name = base_name(method)
+    return INK if method.role == "dense" or name is None else colour(name)
 
 
-def methods_of(cases: Sequence[Case], roles: Sequence[str] = ("ours", "baseline")) -> list[Method]:
-    """One method per name among the cases, in the order of tables and charts."""
-    found = {
-        name: method
-        for case in cases
-        for name, method in case.methods.items()
-        if method.role in roles
-    }
-    return ordered(list(found.values()))
+def _mark(method: Method) -> str:
+    return _MARKS.get(base_name(method) or "", "o")
 
 
-def _lines(
+def _weight(method: Method) -> str:
+    return "bold" if base_name(method) == "default" else "normal"
+
+
+def _axes(
+    height: float, right: float, *, left: float = 46, top: float = 28, bottom: float = 46
+) -> Axes:
+    """Axes with margins in pixels."""
+    figure = new_figure(_WIDTH, height)
+    size = (_WIDTH - left - right) / _WIDTH, (height - top - bottom) / height
+    axes: Axes = figure.add_axes((left / _WIDTH, bottom / height, *size))
+    return axes
+
+
+def _logarithmic(
+    axes: Axes,
+    side: str,
+    label: str,
+    limits: tuple[float, float],
+    *,
+    base: float = 2,
+    tick: Callable[[float], str] = text.axis,
+) -> None:
+    """Scale one axis, `x` or `y`; the label of `y` stands above it, where it reads easily."""
+    axis = getattr(axes, f"{side}axis")
+    getattr(axes, f"set_{side}scale")("log", base=base)
+    getattr(axes, f"set_{side}lim")(*limits)
+    axis.set_major_locator(LogLocator(base=base, numticks=9))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: tick(value))
+    if side == "x":
+        axes.set_xlabel(label)
+    else:
+        axes.figure.text(0, 1, label, color=SOFT, va="top")
+
+
+def _curves(
+    axes: Axes,
     cases: Sequence[Case],
+    methods: Sequence[Method],
     x: Callable[[Case], float],
-    sample: Callable[[Case, Method, float], Sample],
-    roles: Sequence[str],
-) -> list[Series]:
-    lines = []
-    for method in methods_of(cases, roles):
+    value: Callable[[Method], Spread],
+    tip: Callable[[Case, Method], str],
+) -> list[tuple[float, float]]:
+    """Bands, lines and marks; where each line ends."""
+    ends = []
+    for method in methods:
         at = sorted((case for case in cases if method.name in case.methods), key=x)
-        samples = [sample(case, case.methods[method.name], x(case)) for case in at]
-        plain = method.role == "baseline"
-        shape = "" if plain else shape_of(method)
-        lines.append(Series(method.name, series(method), samples, shape, band=not plain))
-    return lines
+        xs, found = [x(case) for case in at], [case.methods[method.name] for case in at]
+        spreads, how = [value(one) for one in found], _colour(method)
+        ys, plain = [one.median for one in spreads], method.role == "baseline"
+        above = 2 if plain else 3  # ours over the baselines
+        if not plain:
+            quartiles = [one.q1 for one in spreads], [one.q3 for one in spreads]
+            axes.fill_between(xs, *quartiles, color=how, alpha=0.14, linewidth=0)
+        width = 1.2 if plain else 3 if _weight(method) == "bold" else 2
+        axes.plot(xs, ys, color=how, linewidth=width, zorder=above)
+        if len(xs) == 1 or not plain:
+            for case, one, *point in zip(at, found, xs, ys, strict=True):
+                _dot(axes, point, method, tip(case, one), 7)
+        ends.append((xs[-1], ys[-1]))
+    return ends
 
 
-def _speed(case: Case, method: Method, x: float) -> Sample:
-    speed = method.speedup
-    tip = (
-        f"{method.name}, {case.shape}, r = {text.ratio(case.ratio)}: "
-        f"{text.times(speed.median)} ({text.span(speed.q1, speed.q3)})"
-    )
-    return Sample(x, speed.median, speed.q1, speed.q3, tip)
+def _dot(axes: Axes, at: Sequence[float], method: Method, tip: str, size: float) -> None:
+    look = {"color": _colour(method), "markeredgecolor": PAPER, "markeredgewidth": 1}
+    x, y = at
+    axes.plot([x], [y], _mark(method), markersize=size, gid=f"tip:{tip}", zorder=4, **look)
 
 
-def _speed_axis(lines: Sequence[Series], highest: float = 1) -> Axis:
-    samples = [one for line in lines for one in line.samples]
-    low = min([1.0, *(one.low for one in samples)])
-    high = max([highest, 2.0, *(one.high for one in samples)])
-    return Axis("speed-up over dense, ×", low * 0.9, high * 1.08, tick=_speed_tick)
+def _name_ends(
+    axes: Axes, ends: Sequence[tuple[float, float]], names: Sequence[str], looks: Sequence[Any]
+) -> None:
+    """The name of every line right of where it ends, apart from its neighbours."""
+    to_share = axes.transData + axes.transAxes.inverted()
+    heights = [float(to_share.transform(end)[1]) for end in ends]
+    gap = 15 / (axes.get_position().height * axes.figure.bbox.height)
+    for end, place, name, look in zip(ends, apart(heights, gap), names, looks, strict=True):
+        axes.annotate(
+            name,
+            end,
+            (1.06, place),
+            textcoords="axes fraction",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": RULE, "shrinkA": 1, "shrinkB": 5},
+            annotation_clip=False,
+            **look,
+        )
+
+
+def apart(wanted: Sequence[float], gap: float) -> list[float]:
+    """Places within [0, 1], at least `gap` apart, with the least squares of shifts from `wanted`.
+
+    A gap that leaves no room for all is made smaller. Least squares in a given order are means of
+    neighbours that would collide, which is isotonic regression (max-min formula).
+    """
+    count = len(wanted)
+    gap = min(gap, 1 / max(1, count - 1))
+    order = sorted(range(count), key=lambda i: wanted[i])
+    shifted = [wanted[i] - gap * place for place, i in enumerate(order)]
+    places = [0.0] * count
+    for place, i in enumerate(order):
+        best = max(
+            min(fmean(shifted[low : high + 1]) for high in range(place, count))
+            for low in range(place + 1)
+        )
+        places[i] = min(max(best, 0.0), 1 - gap * (count - 1)) + gap * place
+    return places
+
+
+def _look(method: Method) -> dict[str, str]:
+    return {"color": _colour(method), "weight": _weight(method)}
+
+
+def _room(names: Sequence[str]) -> float:
+    return max(map(len, names)) * _CHARACTER + 20
+
+
+@mpl.rc_context(LOOK)
+def by_ratio(cases: Sequence[Case]) -> Figure:
+    """Speed-up against K/M for one shape, beside the 1/r that no overhead at all would give."""
+    methods = methods_of(cases)
+    names = [*(one.name for one in methods), "ideal 1/r"]
+    axes = _axes(320, _room(names))
+    inverses = [1 / case.ratio for case in cases]
+    least, most = min(inverses), max(inverses)
+    _logarithmic(axes, "x", "rows computed, K/M", (least * 0.93, most * 1.07), tick=_ratio_tick)
+    _speed_axis(axes, cases, methods, most)
+    ends = _curves(axes, cases, methods, lambda case: 1 / case.ratio, _speed, _speed_tip)
+    axes.plot([least, most], [least, most], color=SOFT, linewidth=1.2, dashes=(4, 3))
+    looks = [*map(_look, methods), {"color": SOFT}]
+    _name_ends(axes, [*ends, (most, most)], names, looks)
+    return axes.figure
+
+
+@mpl.rc_context(LOOK)
+def by_width(cases: Sequence[Case]) -> Figure:
+    """Speed-up against N for one M and ratio."""
+    methods = methods_of(cases)
+    names = [one.name for one in methods]
+    axes = _axes(320, _room(names))
+    sizes = [case.n for case in cases]
+    _logarithmic(axes, "x", "width N", (min(sizes) * 0.9, max(sizes) * 1.1))
+    _speed_axis(axes, cases, methods)
+    ends = _curves(axes, cases, methods, lambda case: case.n, _speed, _speed_tip)
+    _name_ends(axes, ends, names, [*map(_look, methods)])
+    return axes.figure
+
+
+@mpl.rc_context(LOOK)
+def by_rows(cases: Sequence[Case], fits: Mapping[str, Power | None]) -> Figure:
+    """Milliseconds against M; the names carry the fitted exponents."""
+    methods = methods_of(cases, ("dense", "ours", "baseline"))
+    names = [
+        one.name if (fit := fits.get(one.name)) is None else f"{one.name} {fit.exponent:.2f}"
+        for one in methods
+    ]
+    axes = _axes(320, _room(names))
+    sizes = [case.m for case in cases]
+    times = [case.methods[one.name].ms for one in methods for case in cases
+             if one.name in case.methods]  # fmt: skip
+    limits = min(one.q1 for one in times) * 0.8, max(one.q3 for one in times) * 1.25
+    _logarithmic(axes, "x", "rows M", (min(sizes) * 0.9, max(sizes) * 1.1))
+    _logarithmic(axes, "y", "time of a call, ms", limits, base=10)
+    ends = _curves(axes, cases, methods, lambda case: case.m, lambda one: one.ms, _time_tip)
+    _name_ends(axes, ends, names, [*map(_look, methods)])
+    return axes.figure
+
+
+def _speed_axis(
+    axes: Axes, cases: Sequence[Case], methods: Sequence[Method], highest: float = 2
+) -> None:
+    found = [case.methods[one.name].speedup for one in methods for case in cases
+             if one.name in case.methods]  # fmt: skip
+    low, high = min(one.q1 for one in found), max(one.q3 for one in found)
+    limits = min(1.0, low) * 0.9, max(highest, high, 2) * 1.08
+    _logarithmic(axes, "y", "speed-up over dense, ×", limits, tick=_speed_tick)
+    axes.axhline(1, color=SOFT, linewidth=1)
+
+
+def _speed(method: Method) -> Spread:
+    return method.speedup
 
 
 def _speed_tick(value: float) -> str:
     return f"{value:g}×" if value >= 1 else f"1/{1 / value:g}×"
 
 
-def _height(width: float) -> float:
-    return 330 if width < NARROW else 360
-
-
-def by_ratio(cases: Sequence[Case]) -> Callable[[float], Drawing]:
-    """Speed-up against K/M for one shape, beside the 1/r that no overhead at all would give."""
-
-    def draw(width: float) -> Drawing:
-        lines = _lines(cases, lambda case: 1 / case.ratio, _speed, ("ours", "baseline"))
-        inverses = sorted({1 / case.ratio for case in cases})
-        low, high = inverses[0], inverses[-1]
-        ideal = [Sample(one, one, one, one, "") for one in (low, high)]
-        lines.append(Series("ideal 1/r", "s-ideal", ideal, "", band=False))
-        x = Axis("rows computed, K/M", low * 0.93, high * 1.07, tick=_ratio_tick)
-        label = f"Speed-up against ratio at {cases[0].shape}"
-        return _draw(width, label, x, _speed_axis(lines, high), lines)
-
-    return draw
-
-
 def _ratio_tick(value: float) -> str:
     return f"1/{value:g}" if value > 1 else f"{value:g}"
 
 
-def by_width(cases: Sequence[Case]) -> Callable[[float], Drawing]:
-    """Speed-up against N for one M and ratio."""
-
-    def draw(width: float) -> Drawing:
-        lines = _lines(cases, lambda case: float(case.n), _speed, ("ours", "baseline"))
-        sizes = [case.n for case in cases]
-        x = Axis("width N", min(sizes) * 0.9, max(sizes) * 1.1)
-        return _draw(width, "Speed-up against width", x, _speed_axis(lines), lines)
-
-    return draw
+def _speed_tip(case: Case, method: Method) -> str:
+    speed = method.speedup
+    quartiles = text.span(speed.q1, speed.q3)
+    where = f"{case.shape}, r = {text.ratio(case.ratio)}"
+    return f"{method.name}, {where}: {text.times(speed.median)} ({quartiles})"
 
 
-def by_rows(cases: Sequence[Case], fits: Mapping[str, Power | None]) -> Callable[[float], Drawing]:
-    """Milliseconds against M; where there is room, names carry the fitted exponents."""
-
-    def draw(width: float) -> Drawing:
-        lines = [
-            line if width < NARROW else replace(line, name=_with_exponent(line.name, fits))
-            for line in _lines(
-                cases, lambda case: float(case.m), _time, ("dense", "ours", "baseline")
-            )
-        ]
-        samples = [one for line in lines for one in line.samples]
-        low, high = min(one.low for one in samples), max(one.high for one in samples)
-        sizes = [case.m for case in cases]
-        x = Axis("rows M", min(sizes) * 0.9, max(sizes) * 1.1)
-        y = Axis("time of a call, ms", low * 0.8, high * 1.25, base=10)
-        return _draw(width, "Time against the number of rows", x, y, lines)
-
-    return draw
+def _time_tip(case: Case, method: Method) -> str:
+    return f"{method.name}, {case.shape}: {text.duration(method.ms.median)}"
 
 
-def _with_exponent(name: str, fits: Mapping[str, Power | None]) -> str:
-    fit = fits.get(name)
-    return name if fit is None else f"{name} {fit.exponent:.2f}"
+@mpl.rc_context(LOOK)
+def roofline(found: Sequence[Call], machine: Machine, dtype: str) -> Figure:
+    """Roofs as lines and calls as marks, all of one dtype, whose rate the machine must have."""
+    rate = machine.gemm_gflops[dtype]
+    bandwidths = {
+        name: bandwidth
+        for name, bandwidth in (("read", machine.stream_gbs), ("update", machine.triad_gbs))
+        if bandwidth is not None
+    }
+    fastest = max(bandwidths.values())
+    intensities = [rate / fastest, *(call.intensity for call in found)]
+    low, high = min(intensities) / 2, max(intensities) * 2
+    slowest = min(low * fastest, *(call.gflops for call in found))
+    top = max(rate, *(call.gflops for call in found))
+    axes = _axes(380, 8, top=52)
+    _logarithmic(axes, "x", "useful FLOPs per byte moved", (low, high))
+    limits, base = (slowest * 0.8, top * 1.5), 2 if top < 64 * slowest else 10
+    _logarithmic(axes, "y", "useful GFLOP/s", limits, base=base)
+    looks = {"read": {"linewidth": 2}, "update": {"linewidth": 1, "dashes": (2, 2)}}
+    roofs = []
+    for name, bandwidth in bandwidths.items():
+        corner, what = rate / bandwidth, f"{name} {text.rate(bandwidth, 'B')}"
+        xs, ys = (low, corner, high), (low * bandwidth, rate, rate)
+        roofs += axes.plot(xs, ys, color=INK, label=what, zorder=2, **looks[name])
+    axes.annotate(
+        f"GEMM {text.rate(rate, 'FLOP')}", (1, rate), (-2, 12), ("axes fraction", "data"),
+        "offset points", ha="right", va="center",
+    )  # fmt: skip
+    for call in found:
+        _dot(axes, (call.intensity, call.gflops), call.method, _call_tip(call), 9)
+    named = {call.method.name: call.method for call in found}
+    methods = [one for one in named.values() if one.role == "dense"]
+    methods += ordered([one for one in named.values() if one.role == "ours"])
+    marks = [
+        Line2D([], [], linestyle="", marker=_mark(one), color=_colour(one), label=one.name)
+        for one in methods
+    ]
+    axes.add_artist(axes.legend(handles=marks, loc="lower right", labelcolor="linecolor"))
+    axes.legend(handles=roofs, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2)
+    return axes.figure
 
 
-def _time(case: Case, method: Method, x: float) -> Sample:
-    tip = f"{method.name}, {case.shape}: {text.duration(method.ms.median)}"
-    return Sample(x, method.ms.median, method.ms.q1, method.ms.q3, tip)
+def _call_tip(call: Call) -> str:
+    case, share = call.case, text.percent(call.gflops / call.roof)
+    rate = text.rate(call.gflops, "FLOP")
+    return (
+        f"{call.method.name}, {case.shape}, r = {text.ratio(case.ratio)}: {rate}, {share} of the roof"
+    )
 
 
-def _draw(width: float, label: str, x: Axis, y: Axis, lines: Sequence[Series]) -> Drawing:
-    plot = Plot(width, _height(width), label, x, y, [line.name for line in lines])
-    if y.low < 1 < y.high and y.base == 2:
-        plot.drawing.line(plot.at(x.low, 1), plot.at(x.high, 1), "one")
-    # Ours over the baselines.
-    for line in reversed(lines):
-        plot.add(line)
-    plot.label_ends(lines)
-    return plot.drawing
+@mpl.rc_context(LOOK)
+def bars(cases: Sequence[Case]) -> Figure:
+    """Speed-ups, a group of bars per case; whiskers are the quartiles, a tick what was wanted."""
+    groups = [(case, methods_of([case])) for case in cases]
+    names = [one.name for _, methods in groups for one in methods]
+    lines = len(names) + 1.6 * len(groups)
+    axes = _axes(22 * lines + 48, 50, left=min(_room(names) - 10, 0.42 * _WIDTH), top=2)
+    highest = max(
+        1.0,
+        *(one.speedup.q3 for _, methods in groups for one in methods),
+        *(wanted for case in cases for wanted in case.wanted.values()),
+    )
+    axes.set(xlim=(0, highest * 1.02), ylim=(lines, 0), yticks=[])
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(visible=True, axis="x")
+    axes.axvline(1, color=SOFT, linewidth=1)
+    axes.set_xlabel("speed-up over dense, ×")
+    y = 0.0
+    for case, methods in groups:
+        y += 0.6
+        axes.annotate(case.title, (0, y), xycoords=("figure fraction", "data"), weight="bold")
+        for method in methods:
+            y += 1
+            _bar(axes, y - 0.3, method, case.wanted.get(method.name))
+        y += 1
+    return axes.figure
+
+
+def _bar(axes: Axes, y: float, method: Method, wanted: float | None) -> None:
+    speed, alpha = method.speedup, 0.5 if method.role == "baseline" else 0.85
+    axes.annotate(
+        method.name, (0, y), (-8, 0), textcoords="offset points", ha="right", va="center",
+        annotation_clip=False, **_look(method),
+    )  # fmt: skip
+    tip = f"tip:{method.name}: {text.times(speed.median)} ({text.span(speed.q1, speed.q3)})"
+    axes.barh(y, speed.median, 0.64, color=_colour(method), alpha=alpha, gid=tip, zorder=2)
+    whiskers = [[speed.median - speed.q1], [speed.q3 - speed.median]]
+    axes.errorbar(
+        speed.median, y, xerr=whiskers, ecolor=INK, elinewidth=1.3, capsize=4, capthick=1.3
+    )
+    if wanted is not None:
+        axes.plot([wanted] * 2, [y - 0.45, y + 0.45], color=colour("bad"), linewidth=2.5, zorder=4)
+    end = max(speed.q3, wanted or 0.0)
+    axes.annotate(
+        text.times(speed.median), (end, y), (8, 0), textcoords="offset points", va="center"
+    )
+
+
+@mpl.rc_context(LOOK)
+def grid(found: Sequence[Field]) -> Figure:
+    """The break-even map: N = P to the right, M upwards; measured cells have a frame."""
+    columns = sorted({one.width for one in found})
+    lines = sorted({one.m for one in found})
+    axes = _axes(27 * len(lines) + 68, 4, top=24, bottom=44)
+    axes.set(xlim=(-0.5, max(len(columns), 6) - 0.5), ylim=(-0.5, len(lines) - 0.5))
+    axes.set_xticks(range(len(columns)), map(text.axis, columns))
+    axes.set_yticks(range(len(lines)), map(text.axis, lines))
+    axes.set_xlabel("width N = P")
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines["bottom"].set_visible(False)
+    axes.figure.text(0, 1, "rows M", color=SOFT, va="top")
+    for one in found:
+        x, y = columns.index(one.width), lines.index(one.m)
+        how = "measured" if one.measured else "fitted" if one.inside else "fitted beyond"
+        alpha, frame = 1 if one.measured or one.inside else 0.45, INK if one.measured else "none"
+        axes.add_patch(FancyBboxPatch(
+            (x - 0.46, y - 0.45), 0.92, 0.9, "round,pad=0,rounding_size=0.06",
+            facecolor=colour(f"g{grade(one.speedup)}"), edgecolor=frame, linewidth=1.6,
+            alpha=alpha, zorder=3 if one.measured else 2,
+            gid=f"tip:M = {one.m}, N = P = {one.width}: {one.speedup:.2f}×, {how}",
+        ))  # fmt: skip
+        shown = f"{one.speedup:.1f}" if one.speedup < 9.95 else f"{one.speedup:.0f}"
+        axes.text(
+            x, y, shown, color=colour("on-cell"), alpha=max(alpha, 0.75), ha="center",
+            va="center_baseline", weight="bold" if one.measured else "normal", zorder=4,
+        )  # fmt: skip
+    return axes.figure
