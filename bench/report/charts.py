@@ -21,9 +21,9 @@ from memaop_triton.bench.report.fits import Power
 from memaop_triton.bench.report.methods import base_name, methods_of, ordered
 from memaop_triton.bench.report.roofline import Call
 
-# Width of a chart, which is a phone's: a desktop shows two or three side by side, a bit larger.
-_WIDTH = 420.0
-_CHARACTER = 7.0  # average width of one of the charts' text
+# A chart is as wide as a phone, nearly: a desktop shows two or three side by side.
+_WIDTH = 390.0
+_CHARACTER = 6.8  # average width of one of the charts' text
 # Marks too, so that colour is not all that tells methods apart.
 _MARKS = {"default": "o", "priority": "s", "topk": "D", "topk-residual": "^", "topk-signed": "v"}
 
@@ -45,12 +45,18 @@ def _weight(method: Method) -> str:
 
 
 def _axes(
-    height: float, right: float, *, left: float = 46, top: float = 28, bottom: float = 46
+    height: float,
+    right: float,
+    *,
+    left: float = 42,
+    top: float = 30,
+    bottom: float = 44,
+    width: float = _WIDTH,
 ) -> Axes:
     """Axes with margins in pixels."""
-    figure = new_figure(_WIDTH, height)
-    size = (_WIDTH - left - right) / _WIDTH, (height - top - bottom) / height
-    axes: Axes = figure.add_axes((left / _WIDTH, bottom / height, *size))
+    figure = new_figure(width, height)
+    size = (width - left - right) / width, (height - top - bottom) / height
+    axes: Axes = figure.add_axes((left / width, bottom / height, *size))
     return axes
 
 
@@ -99,15 +105,17 @@ def _curves(
         axes.plot(xs, ys, color=how, linewidth=width, zorder=above)
         if len(xs) == 1 or not plain:
             for case, one, *point in zip(at, found, xs, ys, strict=True):
-                _dot(axes, point, method, tip(case, one), 7)
+                _dot(axes, point, method, tip(case, one), markersize=7)
         ends.append((xs[-1], ys[-1]))
     return ends
 
 
-def _dot(axes: Axes, at: Sequence[float], method: Method, tip: str, size: float) -> None:
-    look = {"color": _colour(method), "markeredgecolor": PAPER, "markeredgewidth": 1}
+def _dot(axes: Axes, at: Sequence[float], method: Method, tip: str, **look: float) -> None:
     x, y = at
-    axes.plot([x], [y], _mark(method), markersize=size, gid=f"tip:{tip}", zorder=4, **look)
+    axes.plot(
+        [x], [y], _mark(method), color=_colour(method), markeredgecolor=PAPER, markeredgewidth=1,
+        gid=f"tip:{tip}", zorder=4, **look,
+    )  # fmt: skip
 
 
 def _name_ends(
@@ -116,12 +124,12 @@ def _name_ends(
     """The name of every line right of where it ends, apart from its neighbours."""
     to_share = axes.transData + axes.transAxes.inverted()
     heights = [float(to_share.transform(end)[1]) for end in ends]
-    gap = 15 / (axes.get_position().height * axes.figure.bbox.height)
+    gap = 16 / (axes.get_position().height * axes.figure.bbox.height)
     for end, place, name, look in zip(ends, apart(heights, gap), names, looks, strict=True):
         axes.annotate(
             name,
             end,
-            (1.06, place),
+            (1.05, place),
             textcoords="axes fraction",
             va="center",
             arrowprops={"arrowstyle": "-", "color": RULE, "shrinkA": 1, "shrinkB": 5},
@@ -268,11 +276,12 @@ def roofline(found: Sequence[Call], machine: Machine, dtype: str) -> Figure:
         xs, ys = (low, corner, high), (low * bandwidth, rate, rate)
         roofs += axes.plot(xs, ys, color=INK, label=what, zorder=2, **looks[name])
     axes.annotate(
-        f"GEMM {text.rate(rate, 'FLOP')}", (1, rate), (-2, 12), ("axes fraction", "data"),
-        "offset points", ha="right", va="center",
+        f"GEMM {text.rate(rate, 'FLOP')}", (rate / fastest, rate), (2, 10),
+        textcoords="offset points", va="center",
     )  # fmt: skip
     for call in found:
-        _dot(axes, (call.intensity, call.gflops), call.method, _call_tip(call), 9)
+        at = call.intensity, call.gflops
+        _dot(axes, at, call.method, _call_tip(call), markersize=8, alpha=0.75)
     named = {call.method.name: call.method for call in found}
     methods = [one for one in named.values() if one.role == "dense"]
     methods += ordered([one for one in named.values() if one.role == "ours"])
@@ -280,7 +289,7 @@ def roofline(found: Sequence[Call], machine: Machine, dtype: str) -> Figure:
         Line2D([], [], linestyle="", marker=_mark(one), color=_colour(one), label=one.name)
         for one in methods
     ]
-    axes.add_artist(axes.legend(handles=marks, loc="lower right", labelcolor="linecolor"))
+    axes.add_artist(axes.legend(handles=marks, loc="lower right", labelcolor="linecolor", handletextpad=0))
     axes.legend(handles=roofs, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2)
     return axes.figure
 
@@ -306,7 +315,7 @@ def bars(cases: Sequence[Case]) -> Figure:
         *(wanted for case in cases for wanted in case.wanted.values()),
     )
     axes.set(xlim=(0, highest * 1.02), ylim=(lines, 0), yticks=[])
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(visible=True, axis="x")
     axes.axvline(1, color=SOFT, linewidth=1)
@@ -347,7 +356,7 @@ def grid(found: Sequence[Field]) -> Figure:
     """The break-even map: N = P to the right, M upwards; measured cells have a frame."""
     columns = sorted({one.width for one in found})
     lines = sorted({one.m for one in found})
-    axes = _axes(27 * len(lines) + 68, 4, top=24, bottom=44)
+    axes = _axes(27 * len(lines) + 68, 2, top=24, width=350)
     axes.set(xlim=(-0.5, max(len(columns), 6) - 0.5), ylim=(-0.5, len(lines) - 0.5))
     axes.set_xticks(range(len(columns)), map(text.axis, columns))
     axes.set_yticks(range(len(lines)), map(text.axis, lines))

@@ -50,7 +50,7 @@ def _render(template: str, report: Document, **more: str) -> str:
 
 def _inline(content: str) -> Markup:
     """Text as HTML: everything escaped, `code` marked up."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(content)))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(content))))
 
 
 def _plain(content: str) -> str:
