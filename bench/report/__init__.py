@@ -12,7 +12,8 @@ from pathlib import Path
 from memaop_triton.bench.report import writing
 from memaop_triton.bench.report.compare import Comparison
 from memaop_triton.bench.report.compare import compare as compare_runs
-from memaop_triton.bench.report.data import ReportError, Run, load
+from memaop_triton.bench.report.data import Run, load
+from memaop_triton.bench.report.fields import ReportError
 from memaop_triton.bench.report.sections import document
 
 __all__ = ["Report", "ReportError", "write"]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -16,7 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from memaop_triton.bench.report import text
 from memaop_triton.bench.report.breakeven import Field, grade
 from memaop_triton.bench.report.data import Case, Machine, Method, Spread
-from memaop_triton.bench.report.figures import INK, LOOK, PAPER, RULE, SOFT, colour, new_figure
+from memaop_triton.bench.report.figures import INK, PAPER, RULE, SOFT, colour, new_figure, styled
 from memaop_triton.bench.report.fits import Power
 from memaop_triton.bench.report.methods import base_name, methods_of, ordered
 from memaop_triton.bench.report.roofline import Call
@@ -52,12 +51,11 @@ def _axes(
     top: float = 30,
     bottom: float = 44,
     width: float = _WIDTH,
-) -> Axes:
-    """Axes with margins in pixels."""
+) -> tuple[Figure, Axes]:
+    """A figure and its axes, with margins in pixels."""
     figure = new_figure(width, height)
     size = (width - left - right) / width, (height - top - bottom) / height
-    axes: Axes = figure.add_axes((left / width, bottom / height, *size))
-    return axes
+    return figure, figure.add_axes((left / width, bottom / height, *size))
 
 
 def _logarithmic(
@@ -110,7 +108,7 @@ def _curves(
     return ends
 
 
-def _dot(axes: Axes, at: Sequence[float], method: Method, tip: str, **look: float) -> None:
+def _dot(axes: Axes, at: Sequence[float], method: Method, tip: str, **look: Any) -> None:
     x, y = at
     axes.plot(
         [x], [y], _mark(method), color=_colour(method), markeredgecolor=PAPER, markeredgewidth=1,
@@ -158,7 +156,7 @@ def apart(wanted: Sequence[float], gap: float) -> list[float]:
     return places
 
 
-def _look(method: Method) -> dict[str, str]:
+def _look(method: Method) -> dict[str, Any]:
     return {"color": _colour(method), "weight": _weight(method)}
 
 
@@ -166,12 +164,12 @@ def _room(names: Sequence[str]) -> float:
     return max(map(len, names)) * _CHARACTER + 20
 
 
-@mpl.rc_context(LOOK)
+@styled
 def by_ratio(cases: Sequence[Case]) -> Figure:
     """Speed-up against K/M for one shape, beside the 1/r that no overhead at all would give."""
     methods = methods_of(cases)
     names = [*(one.name for one in methods), "ideal 1/r"]
-    axes = _axes(320, _room(names))
+    figure, axes = _axes(320, _room(names))
     inverses = [1 / case.ratio for case in cases]
     least, most = min(inverses), max(inverses)
     _logarithmic(axes, "x", "rows computed, K/M", (least * 0.93, most * 1.07), tick=_ratio_tick)
@@ -180,24 +178,24 @@ def by_ratio(cases: Sequence[Case]) -> Figure:
     axes.plot([least, most], [least, most], color=SOFT, linewidth=1.2, dashes=(4, 3))
     looks = [*map(_look, methods), {"color": SOFT}]
     _name_ends(axes, [*ends, (most, most)], names, looks)
-    return axes.figure
+    return figure
 
 
-@mpl.rc_context(LOOK)
+@styled
 def by_width(cases: Sequence[Case]) -> Figure:
     """Speed-up against N for one M and ratio."""
     methods = methods_of(cases)
     names = [one.name for one in methods]
-    axes = _axes(320, _room(names))
+    figure, axes = _axes(320, _room(names))
     sizes = [case.n for case in cases]
     _logarithmic(axes, "x", "width N", (min(sizes) * 0.9, max(sizes) * 1.1))
     _speed_axis(axes, cases, methods)
     ends = _curves(axes, cases, methods, lambda case: case.n, _speed, _speed_tip)
     _name_ends(axes, ends, names, [*map(_look, methods)])
-    return axes.figure
+    return figure
 
 
-@mpl.rc_context(LOOK)
+@styled
 def by_rows(cases: Sequence[Case], fits: Mapping[str, Power | None]) -> Figure:
     """Milliseconds against M; the names carry the fitted exponents."""
     methods = methods_of(cases, ("dense", "ours", "baseline"))
@@ -205,7 +203,7 @@ def by_rows(cases: Sequence[Case], fits: Mapping[str, Power | None]) -> Figure:
         one.name if (fit := fits.get(one.name)) is None else f"{one.name} {fit.exponent:.2f}"
         for one in methods
     ]
-    axes = _axes(320, _room(names))
+    figure, axes = _axes(320, _room(names))
     sizes = [case.m for case in cases]
     times = [case.methods[one.name].ms for one in methods for case in cases
              if one.name in case.methods]  # fmt: skip
@@ -214,7 +212,7 @@ def by_rows(cases: Sequence[Case], fits: Mapping[str, Power | None]) -> Figure:
     _logarithmic(axes, "y", "time of a call, ms", limits, base=10)
     ends = _curves(axes, cases, methods, lambda case: case.m, lambda one: one.ms, _time_tip)
     _name_ends(axes, ends, names, [*map(_look, methods)])
-    return axes.figure
+    return figure
 
 
 def _speed_axis(
@@ -251,7 +249,7 @@ def _time_tip(case: Case, method: Method) -> str:
     return f"{method.name}, {case.shape}: {text.duration(method.ms.median)}"
 
 
-@mpl.rc_context(LOOK)
+@styled
 def roofline(found: Sequence[Call], machine: Machine, dtype: str) -> Figure:
     """Roofs as lines and calls as marks, all of one dtype, whose rate the machine must have."""
     rate = machine.gemm_gflops[dtype]
@@ -265,11 +263,14 @@ def roofline(found: Sequence[Call], machine: Machine, dtype: str) -> Figure:
     low, high = min(intensities) / 2, max(intensities) * 2
     slowest = min(low * fastest, *(call.gflops for call in found))
     top = max(rate, *(call.gflops for call in found))
-    axes = _axes(380, 8, top=52)
+    figure, axes = _axes(380, 8, top=52)
     _logarithmic(axes, "x", "useful FLOPs per byte moved", (low, high))
     limits, base = (slowest * 0.8, top * 1.5), 2 if top < 64 * slowest else 10
     _logarithmic(axes, "y", "useful GFLOP/s", limits, base=base)
-    looks = {"read": {"linewidth": 2}, "update": {"linewidth": 1, "dashes": (2, 2)}}
+    looks: dict[str, dict[str, Any]] = {
+        "read": {"linewidth": 2},
+        "update": {"linewidth": 1, "dashes": (2, 2)},
+    }
     roofs = []
     for name, bandwidth in bandwidths.items():
         corner, what = rate / bandwidth, f"{name} {text.rate(bandwidth, 'B')}"
@@ -289,26 +290,26 @@ def roofline(found: Sequence[Call], machine: Machine, dtype: str) -> Figure:
         Line2D([], [], linestyle="", marker=_mark(one), color=_colour(one), label=one.name)
         for one in methods
     ]
-    axes.add_artist(axes.legend(handles=marks, loc="lower right", labelcolor="linecolor", handletextpad=0))
+    axes.add_artist(
+        axes.legend(handles=marks, loc="lower right", labelcolor="linecolor", handletextpad=0)
+    )
     axes.legend(handles=roofs, loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2)
-    return axes.figure
+    return figure
 
 
 def _call_tip(call: Call) -> str:
-    case, share = call.case, text.percent(call.gflops / call.roof)
-    rate = text.rate(call.gflops, "FLOP")
-    return (
-        f"{call.method.name}, {case.shape}, r = {text.ratio(case.ratio)}: {rate}, {share} of the roof"
-    )
+    where = f"{call.method.name}, {call.case.shape}, r = {text.ratio(call.case.ratio)}"
+    share = text.percent(call.gflops / call.roof)
+    return f"{where}: {text.rate(call.gflops, 'FLOP')}, {share} of the roof"
 
 
-@mpl.rc_context(LOOK)
+@styled
 def bars(cases: Sequence[Case]) -> Figure:
     """Speed-ups, a group of bars per case; whiskers are the quartiles, a tick what was wanted."""
     groups = [(case, methods_of([case])) for case in cases]
     names = [one.name for _, methods in groups for one in methods]
     lines = len(names) + 1.6 * len(groups)
-    axes = _axes(22 * lines + 48, 50, left=min(_room(names) - 10, 0.42 * _WIDTH), top=2)
+    figure, axes = _axes(22 * lines + 48, 50, left=min(_room(names) - 10, 0.42 * _WIDTH), top=2)
     highest = max(
         1.0,
         *(one.speedup.q3 for _, methods in groups for one in methods),
@@ -328,7 +329,7 @@ def bars(cases: Sequence[Case]) -> Figure:
             y += 1
             _bar(axes, y - 0.3, method, case.wanted.get(method.name))
         y += 1
-    return axes.figure
+    return figure
 
 
 def _bar(axes: Axes, y: float, method: Method, wanted: float | None) -> None:
@@ -351,12 +352,12 @@ def _bar(axes: Axes, y: float, method: Method, wanted: float | None) -> None:
     )
 
 
-@mpl.rc_context(LOOK)
+@styled
 def grid(found: Sequence[Field]) -> Figure:
     """The break-even map: N = P to the right, M upwards; measured cells have a frame."""
     columns = sorted({one.width for one in found})
     lines = sorted({one.m for one in found})
-    axes = _axes(27 * len(lines) + 68, 2, top=24, width=350)
+    figure, axes = _axes(27 * len(lines) + 68, 2, top=24, width=350)
     axes.set(xlim=(-0.5, max(len(columns), 6) - 0.5), ylim=(-0.5, len(lines) - 0.5))
     axes.set_xticks(range(len(columns)), map(text.axis, columns))
     axes.set_yticks(range(len(lines)), map(text.axis, lines))
@@ -364,7 +365,7 @@ def grid(found: Sequence[Field]) -> Figure:
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines["bottom"].set_visible(False)
-    axes.figure.text(0, 1, "rows M", color=SOFT, va="top")
+    figure.text(0, 1, "rows M", color=SOFT, va="top")
     for one in found:
         x, y = columns.index(one.width), lines.index(one.m)
         how = "measured" if one.measured else "fitted" if one.inside else "fitted beyond"
@@ -380,4 +381,4 @@ def grid(found: Sequence[Field]) -> Figure:
             x, y, shown, color=colour("on-cell"), alpha=max(alpha, 0.75), ha="center",
             va="center_baseline", weight="bold" if one.measured else "normal", zorder=4,
         )  # fmt: skip
-    return axes.figure
+    return figure

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 STYLE_SHEET = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 # The values of a light page come first in the style sheet.
-_LIGHT = dict(reversed(re.findall(r"--([\w-]+): (#\w{6})", STYLE_SHEET)))
+_LIGHT: dict[str, str] = dict(reversed(re.findall(r"--([\w-]+): (#\w{6})", STYLE_SHEET)))
 _NAMES = sorted(_LIGHT)
 
 
@@ -29,8 +29,8 @@ def colour(name: str) -> str:
 
 INK, SOFT, RULE, PAPER = map(colour, ("ink", "soft", "rule", "paper"))
 
-# For `rc_context`, around everything that draws. Sizes are in CSS pixels of a chart's own width.
-LOOK: dict[str, Any] = {
+# Sizes are in CSS pixels of a chart's own width.
+_LOOK: dict[Any, Any] = {
     "font.size": 12,
     "text.color": INK,
     "text.parse_math": False,
@@ -53,9 +53,11 @@ LOOK: dict[str, Any] = {
     "legend.frameon": False,
     "svg.fonttype": "none",
 }
+# A decorator for functions that draw.
+styled = mpl.rc_context(_LOOK)
 
 
-@mpl.rc_context(LOOK)
+@styled
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of a size in CSS pixels."""
     figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor="none")
@@ -70,25 +72,26 @@ def svg(figure: Figure, title: str, *, themed: bool = True) -> str:
     titles: the names of the shapes inside are made from it.
 
     Args:
-        figure: Drawn with `LOOK`.
+        figure: By a function that is `styled`.
         title: Read out by screen readers.
         themed: Whether it takes colours and font from the page that holds it; else it is a file
             with a ground of its own.
     """
     file = io.StringIO()
     # Texts of ticks are made only now, in the look of now.
-    with mpl.rc_context(LOOK | {"svg.hashsalt": title}):
+    with mpl.rc_context(_LOOK | {"svg.hashsalt": title}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     width, height = (72 * inches for inches in figure.get_size_inches())
     body = re.sub(r"^.*?<svg[^>]*>|<metadata>.*</metadata>", "", file.getvalue(), flags=re.DOTALL)
     body = re.sub(r'<g id="tip:([^"]*)">', r"<g><title>\1</title>", body)
-    body = re.sub(r'<g id="[^"]*">', "<g>", body)
+    body = re.sub(r'<g id="[^"]*"', "<g", body).replace("<g/>", "")
     body = re.sub(r"font-family: [^;\"]*(; )?", "", body)
     body = re.sub(r' transform="rotate\(-0 [^"]*"', "", body)
     # A tenth of a pixel is enough.
     body = re.sub(r' (?:d|x|y|width|height|transform)="[^"]*"', _rounded, body)
     body = re.sub(r">\s+<", "><", body).replace("xlink:href", "href")
-    box = f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}"'
+    label = escape(title.replace("`", ""))
+    box = f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}"'
     if themed:
         body = re.sub(r"#(\w\w)fedc", lambda hit: f"var(--{_name(hit)})", body)
         return f"<svg {box}>{body.strip()}"

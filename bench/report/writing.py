@@ -45,7 +45,9 @@ def _render(template: str, report: Document, **more: str) -> str:
     )
     environment.filters |= {"inline": _inline, "plain": _plain, "svg": _svg}
     style = figures.STYLE_SHEET
-    return environment.get_template(template).render(report=report, style=style, paper=PAPER, **more)
+    return environment.get_template(template).render(
+        report=report, style=style, paper=PAPER, **more
+    )
 
 
 def _inline(content: str) -> Markup:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from memaop_triton.bench.report import text
-from memaop_triton.bench.report.figures import INK, LOOK, colour, new_figure
+from memaop_triton.bench.report.figures import INK, colour, new_figure, styled
 from memaop_triton.bench.studies.quality.results import Results, root_mean_square
 from memaop_triton.bench.studies.quality.schemes import (
     DENSE,
@@ -64,7 +63,7 @@ _MARKERS = "osD^vPX<>*"
 _LINEAR = {"accuracy": 0.5, "loss": 0.02}
 
 
-@mpl.rc_context(LOOK)
+@styled
 def curves(results: Results, task: Task) -> Figure:
     """The metric on the sample against steps, backward FLOPs and seconds."""
     shown = [cell for cell in cells(task.name) if cell.scheme in CURVES and _is_shown(cell)]
@@ -108,7 +107,7 @@ def _is_shown(cell: Cell) -> bool:
     return cell.ratio == (RATIO_OF_BOTH if SCHEMES[cell.scheme].cheapens_both else RATIO)
 
 
-@mpl.rc_context(LOOK)
+@styled
 def trade_off(results: Results, task: Task) -> Figure:
     """Difference to dense against the FLOPs of the weight gradients, all schemes."""
     figure, (panel,) = _figure(1, 500)
@@ -137,7 +136,7 @@ def trade_off(results: Results, task: Task) -> Figure:
     return figure
 
 
-@mpl.rc_context(LOOK)
+@styled
 def cross_terms(results: Results, task: str, ratio: float) -> Figure:
     """‖sum of returned gradients‖ over dense's, against the batches summed, layer by layer."""
     lines = [one for one in results.cross_terms if (one.task, one.ratio) == (task, ratio)]
