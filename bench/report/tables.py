@@ -42,10 +42,7 @@ def _speed(found: tuple[Case, Method] | None, best: float) -> Cell:
 
 
 def _names(case: Case) -> tuple[Cell, Cell]:
-    unusual = [case.dtype] if case.dtype != "float32" else []
-    if case.block_rows > 1:
-        unusual.append(f"blocks of {case.block_rows}")
-    return Cell(case.shape, ", ".join(unusual)), Cell(text.ratio(case.ratio))
+    return Cell(case.shape, ", ".join(case.unusual)), Cell(text.ratio(case.ratio))
 
 
 def _dense(row: Row) -> Cell:
