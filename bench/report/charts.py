@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from memaop_triton.bench.report import text
 from memaop_triton.bench.report.breakeven import Field, grade
-from memaop_triton.bench.report.data import ROLES, Case, Machine, Method, Spread
+from memaop_triton.bench.report.data import Case, Machine, Method, Spread
 from memaop_triton.bench.report.figures import INK, PAPER, RULE, SOFT, colour, new_figure, styled
 from memaop_triton.bench.report.fits import Power
 from memaop_triton.bench.report.methods import base_name, methods_of, rank
@@ -82,15 +82,14 @@ def _logarithmic(
 def _curves(
     axes: Axes,
     cases: Sequence[Case],
-    names: Mapping[str, str],
+    methods: Sequence[Method],
     x: Callable[[Case], float],
     value: Callable[[Method], Spread],
     shown: Callable[[Spread], str],
+    label: Callable[[str], str] = str,
 ) -> None:
-    """Bands, lines and marks of methods, by names that may say more than the method's."""
-    for method in methods_of(cases, ROLES):
-        if method.name not in names:
-            continue
+    """Bands, lines and marks of methods; `label` is of a method's name."""
+    for method in methods:
         at = sorted((case for case in cases if method.name in case.methods), key=x)
         xs, found = [x(case) for case in at], [value(case.methods[method.name]) for case in at]
         ys, tint, plain = [one.median for one in found], _colour(method), method.role == "baseline"
@@ -98,9 +97,8 @@ def _curves(
             quartiles = [one.q1 for one in found], [one.q3 for one in found]
             axes.fill_between(xs, *quartiles, color=tint, alpha=0.14, linewidth=0)
         width = 1.2 if plain else 3 if _weight(method) == "bold" else 2
-        # Ours over the baselines.
-        above, name = 2 if plain else 3, names[method.name]
-        axes.plot(xs, ys, color=tint, linewidth=width, zorder=above, label=name)
+        above = 2 if plain else 3  # ours over the baselines
+        axes.plot(xs, ys, color=tint, linewidth=width, zorder=above, label=label(method.name))
         if len(xs) == 1 or not plain:
             for case, spread, *point in zip(at, found, xs, ys, strict=True):
                 _dot(axes, point, method, _tip(method, case, shown(spread)), markersize=7)
@@ -184,15 +182,14 @@ def by_width(cases: Sequence[Case]) -> Figure:
 @styled
 def by_rows(cases: Sequence[Case], fits: Mapping[str, Power | None]) -> Figure:
     """Milliseconds against M; the names carry the fitted exponents."""
+
+    def label(name: str) -> str:
+        fit = fits.get(name)
+        return name if fit is None else f"{name} {fit.exponent:.2f}"
+
     figure, axes = _axes(320)
-    names = {
-        name: name if (fit := fits.get(name)) is None else f"{name} {fit.exponent:.2f}"
-        for name in (one.name for one in methods_of(cases, ("dense", "ours", "baseline")))
-    }
-    _curves(
-        axes, cases, names, lambda case: case.m, lambda one: one.ms,
-        lambda ms: text.duration(ms.median),
-    )  # fmt: skip
+    methods = methods_of(cases, ("dense", "ours", "baseline"))
+    _curves(axes, cases, methods, lambda case: case.m, lambda one: one.ms, _milliseconds, label)
     _logarithmic(axes, "x", "rows M")
     _logarithmic(axes, "y", "time of a call, ms", base=10)
     _name_ends(axes)
@@ -200,14 +197,17 @@ def by_rows(cases: Sequence[Case], fits: Mapping[str, Power | None]) -> Figure:
 
 
 def _speedups(axes: Axes, cases: Sequence[Case], x: Callable[[Case], float]) -> None:
-    names = {one.name: one.name for one in methods_of(cases)}
-    _curves(axes, cases, names, x, lambda one: one.speedup, _with_quartiles)
+    _curves(axes, cases, methods_of(cases), x, lambda one: one.speedup, _with_quartiles)
     axes.axhline(1, color=SOFT, linewidth=1)
     _logarithmic(axes, "y", "speed-up over dense, ×", tick=_speed_tick)
 
 
 def _with_quartiles(speed: Spread) -> str:
     return f"{text.times(speed.median)} ({text.span(speed.q1, speed.q3)})"
+
+
+def _milliseconds(time: Spread) -> str:
+    return text.duration(time.median)
 
 
 def _speed_tick(value: float) -> str:

@@ -22,9 +22,6 @@ class Page(HTMLParser):
         if tag not in ("meta", "br"):
             self.open.append(tag)
 
-    def handle_startendtag(self, tag, attrs):
-        self.attributes += [(tag, *attribute) for attribute in attrs]
-
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, (tag, self.getpos())
 
