@@ -57,7 +57,7 @@ class Outcome:
 
 def require_packages() -> None:
     """Raise `BenchmarkError` unless the packages of the extra `bench` are installed."""
-    for name in ("pytest", "pytest-benchmark", "matplotlib", "jinja2"):
+    for name in ("pytest", "pytest-benchmark", "matplotlib", "scipy", "jinja2"):
         module = name.replace("-", "_")
         try:
             found = importlib.util.find_spec(module) is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
@@ -36,7 +36,7 @@ def write(report: Document, folder: Path, name: str) -> list[Path]:
 
 def _render(template: str, report: Document, **more: str) -> str:
     environment = Environment(
-        loader=PackageLoader(__package__, ""),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(["html.jinja"]),
         undefined=StrictUndefined,
         trim_blocks=True,
