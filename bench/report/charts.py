@@ -70,7 +70,7 @@ def _logarithmic(
     """Scale one axis, `x` or `y`; the label of `y` stands above it, where it reads easily."""
     axis = getattr(axes, f"{side}axis")
     getattr(axes, f"set_{side}scale")("log", base=base)
-    axis.set_major_locator(LogLocator(base=base, numticks=9))
+    axis.set_major_locator(LogLocator(base=base, numticks=7))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: tick(value))
     if side == "x":
@@ -223,7 +223,9 @@ def roofline(found: Sequence[Call], machine: Machine, dtype: str) -> Figure:
     """Roofs as lines and calls as marks, all of one dtype, whose rate the machine must have."""
     figure, axes = _axes(380, right=8, top=52)
     _logarithmic(axes, "x", "useful FLOPs per byte moved")
-    _logarithmic(axes, "y", "useful GFLOP/s")
+    speeds = [machine.gemm_gflops[dtype], *(call.gflops for call in found)]
+    base = 2 if max(speeds) < 64 * min(speeds) else 10
+    _logarithmic(axes, "y", "useful GFLOP/s", base=base)
     bandwidths = {"read": machine.stream_gbs, "update": machine.triad_gbs}
     known = {name: bandwidth for name, bandwidth in bandwidths.items() if bandwidth is not None}
     rate, fastest = machine.gemm_gflops[dtype], max(known.values())
@@ -293,8 +295,9 @@ def grid(found: Sequence[Field]) -> Figure:
     """The break-even map: N = P to the right, M upwards; measured cells have a frame."""
     columns = sorted({one.width for one in found})
     lines = sorted({one.m for one in found})
-    figure, axes = _axes(27 * len(lines) + 68, right=2, top=24, width=350)
-    axes.set(xlim=(-0.5, max(len(columns), 6) - 0.5), ylim=(-0.5, len(lines) - 0.5))
+    right = 2 + 50 * max(0, 6 - len(columns))  # cells of one width, even if there are few
+    figure, axes = _axes(27 * len(lines) + 68, right=right, top=24, width=350)
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(-0.5, len(lines) - 0.5))
     axes.set_xticks(range(len(columns)), map(text.axis, columns))
     axes.set_yticks(range(len(lines)), map(text.axis, lines))
     axes.set_xlabel("width N = P")
