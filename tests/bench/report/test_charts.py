@@ -83,4 +83,4 @@ def test_the_readers_own_settings_change_nothing():
 def test_names_in_the_file_are_no_formulas(saved):
     case = made.step("layer 1", 10.0, {"default": 1.3}, {}) | {"title": "cost $x^2$ & <b>"}
     picture = figures.svg(charts.bars(load(saved([case])).cases), "bars")
-    assert "cost $x^2$ &amp; &lt;b&gt;" in picture
+    assert ">cost $x^2$ &amp; &lt;b&gt;</text>" in picture
