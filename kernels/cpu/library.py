@@ -27,8 +27,8 @@ LANES = 16
 _MOST_KEPT = 32 << 20
 # Every thread sums into a product of its own: 4 million numbers of these at the most.
 _MOST_PARTS = 1 << 22
-# Waking a thread and waiting for it takes a few microseconds on an idle machine, and a time slice of
-# the scheduler where another process has its core. It has to bring some 50 µs of work: so many
+# Waking a thread and waiting for it takes a few microseconds on an idle machine, and a time slice
+# of the scheduler where another process has its core. It has to bring some 50 µs of work: so many
 # numbers of a pass over rows, or multiplications of a product.
 _NUMBERS_OF_A_THREAD = 1 << 17
 _MULTIPLICATIONS_OF_A_THREAD = 1 << 21
@@ -75,8 +75,8 @@ def is_compiled() -> bool:
 def prefers_own_gemm(dtype: torch.dtype) -> bool:
     """Whether rows are multiplied by `gather_gemm.c` here, and not by PyTorch.
 
-    Where it was measured to be at least as fast. On AVX2 the two are alike, and the gather comes for
-    nothing. MKL leaves the 512-bit registers of other vendors than Intel unused: there a call takes
+    Where it was measured to be at least as fast. On AVX2 the two are alike, and the gather comes
+    for nothing. MKL leaves the 512-bit registers of other vendors than Intel unused: there a call takes
     0.5 to 0.7 of the time. bfloat16 has instructions of its own beside AVX-512, which PyTorch uses.
     """
     capability = torch.backends.cpu.get_cpu_capability()

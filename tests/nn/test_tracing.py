@@ -68,7 +68,7 @@ def test_batching_is_refused_in_training_and_exact_in_evaluation(transform, grad
 
 def test_replicas_of_data_parallel_are_refused_in_training():
     net = model()
-    with pytest.raises(RuntimeError, match="use torch.nn.parallel.DistributedDataParallel"):
+    with pytest.raises(RuntimeError, match=r"use torch\.nn\.parallel\.DistributedDataParallel"):
         net[0]._replicate_for_data_parallel()
     net.eval()[0]._replicate_for_data_parallel()
 

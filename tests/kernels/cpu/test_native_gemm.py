@@ -10,7 +10,6 @@ from tests.compiled import KINDS, needs_compiler
 @pytest.fixture
 def own_gemm(monkeypatch):
     """The GEMM of `gather_gemm.c`, whether it is the faster one on this machine or not."""
-    capability = torch.backends.cpu.get_cpu_capability()
     monkeypatch.setattr(library, "prefers_own_gemm", lambda dtype: True)
     return native.gather_gemm
 

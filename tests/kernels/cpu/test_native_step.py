@@ -37,7 +37,6 @@ def _rooms_have_a_fence(monkeypatch):
 @pytest.fixture
 def own_gemm(monkeypatch):
     """The GEMM of `gather_gemm.c`, whether it is the faster one on this machine or not."""
-    capability = torch.backends.cpu.get_cpu_capability()
     monkeypatch.setattr(library, "prefers_own_gemm", lambda dtype: True)
 
 
