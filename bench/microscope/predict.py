@@ -2,7 +2,8 @@
 
 python -m bench.microscope.predict
 
-Every number comes from `kernels/cost_model.py`, and so from published rates. Nothing is measured.
+Every number comes from `kernels/tuning/cost_model.py`, and so from published rates. Nothing is
+measured.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from bench.microscope.report import table
 from memaop_triton import MemAOPConfig
 from memaop_triton.kernels.targets import TARGETS, Target
 from memaop_triton.kernels.tuning import defaults
+from memaop_triton.kernels.tuning.config import GemmConfig, Problem
 from memaop_triton.kernels.tuning.cost_model import LAUNCH, UNHIDDEN, predict
-from memaop_triton.kernels.tuning.problem import Problem
 from memaop_triton.selection import is_weighted, select_rows
 
 PAGE = Path(__file__).parents[1] / "results" / "predicted.md"
@@ -39,9 +40,9 @@ INTRODUCTION = """\
 # PREDICTED times on GPUs
 
 **Nothing on this page was measured on a GPU.** Written by `python -m bench.microscope.predict` from
-the analytic model in `kernels/cost_model.py`, which starts from the vendors' rates; a test compares
-the page with the code. It says what to expect and what limits what; the first measurement replaces
-it.
+the analytic model in `kernels/tuning/cost_model.py`, which starts from the vendors' rates; a test
+compares the page with the code. It says what to expect and what limits what; the first measurement
+replaces it.
 
 All in bfloat16, in microseconds. *dense* is Gᵀ X by the vendor's library.
 
@@ -55,14 +56,14 @@ ASSUMPTIONS = """\
 ## What is assumed
 
 - The rates are parts of the peaks that large products and long copies reach in practice (sources in
-  `kernels/chips.py`), at the clock for which the vendor counts its peaks:
+  `kernels/targets.py`), at the clock for which the vendor counts its peaks:
 
 {rates}
 
 - Dense products run at these rates without tails or start-up, apart from one launch: that favours
   dense.
-- Ours runs the tile that `configs.heuristic` ships. Where several units of a chip work at once, the
-  longest takes its time and a tenth ({unhidden:.0%}) of the others' is added.
+- Ours runs the tile that `defaults.heuristic` ships. Where several units of a chip work at once,
+  the longest takes its time and a tenth ({unhidden:.0%}) of the others' is added.
 - A launch takes {launch:.0f} µs, whoever makes it, and so does every operation of a selection at
   least: in PyTorch {version} {operations}. Sorts and
   top-ks are several launches, which is not counted, and neither is time in which the CPU is behind.
@@ -161,7 +162,7 @@ def weight_grad(
     bias: bool = False,
     selected: bool = False,
 ) -> Prediction:
-    """One dW call, launch by launch as `memaop_triton/steps_triton.py` makes them.
+    """One dW call, launch by launch as `memaop_triton/backward/steps_triton.py` makes them.
 
     Args:
         target: Whose chip.
@@ -309,7 +310,7 @@ def _comparison(target: Target) -> str:
     idle = predict(problem, defaults.heuristic(problem, target), target).idle
     formed = Problem("residual_gemm", DTYPE, m, m // 8, n, p, stored=DTYPE)
     tile = defaults.heuristic(formed, target)
-    assert isinstance(tile, defaults.GemmConfig)
+    assert isinstance(tile, GemmConfig)
     return COMPARISON.format(
         chip=chip.name,
         tflops=chip.flops("half") / 1e12,

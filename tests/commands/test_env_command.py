@@ -188,9 +188,9 @@ def test_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.version, "hip", None)
-    targets._target_of.cache_clear()
+    targets.find.cache_clear()
     gpus = dict(machine_facts._gpus())
-    targets._target_of.cache_clear()
+    targets.find.cache_clear()
     assert gpus["cuda:0"] == ("Some GPU, sm_90, 132 processors, 80.0 GiB, kernels chosen for sm_90")
 
 

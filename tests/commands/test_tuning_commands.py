@@ -13,8 +13,7 @@ from memaop_triton.commands import tuning as command
 from memaop_triton.kernels.tuning import autotune, cache_files, search
 from memaop_triton.kernels.tuning import cache as config_cache
 from memaop_triton.kernels.tuning.cache_entries import ConfigFile, Gpu
-from memaop_triton.kernels.tuning.defaults import GemmConfig, RowConfig
-from memaop_triton.kernels.tuning.problem import Problem
+from memaop_triton.kernels.tuning.config import GemmConfig, Problem, RowConfig
 from tests.traffic import interpreted
 
 GPUS = [Gpu("Fake GPU (1)", "9.0", 132), Gpu("Other [red]GPU", "8.0", 108)]

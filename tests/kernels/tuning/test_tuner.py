@@ -19,18 +19,8 @@ from memaop_triton.kernels.gpu.score import (
     row_scores,
 )
 from memaop_triton.kernels.gpu.subspace import project, project_gradient, transposed_mm
-from memaop_triton.kernels.tuning import (
-    autotune,
-    cache,
-    cache_files,
-    defaults,
-    search,
-    timing,
-    tuner,
-)
-from memaop_triton.kernels.tuning.cache_entries import ConfigFile, Gpu, fields_of
-from memaop_triton.kernels.tuning.defaults import GemmConfig
-from memaop_triton.kernels.tuning.problem import Problem, flags
+from memaop_triton.kernels.tuning import cache, defaults, search, tuner
+from memaop_triton.kernels.tuning.config import GemmConfig, Problem, RowConfig, flags
 from tests.traffic import interpreted
 
 PROBLEM = Problem("gather_gemm", torch.float16, 1000, 800, 256, 256)
@@ -43,7 +33,7 @@ OTHERS = [c for c in search.candidates(PROBLEM.bucketed(), TARGET) if c != HEURI
 @pytest.fixture(autouse=True)
 def _few_are_tried(monkeypatch):
     assert len(OTHERS) > 3
-    monkeypatch.setattr(autotune, "FIRST_USE_CANDIDATES", 4)
+    monkeypatch.setattr(tuner, "FIRST_USE_CANDIDATES", 4)
 
 
 def launched(config):
@@ -51,11 +41,11 @@ def launched(config):
 
 
 def choose(problem=PROBLEM, device=DEVICE, run=launched):
-    return autotune.choose(problem, device, lambda: partial(run), GemmConfig)
+    return tuner.choose(problem, device, lambda: partial(run), GemmConfig)
 
 
 def origin(problem=PROBLEM, device=DEVICE):
-    return autotune.choices()[problem.bucketed(), device].origin
+    return tuner.choices()[problem.bucketed(), device].origin
 
 
 @pytest.fixture
@@ -71,53 +61,53 @@ def keep(fake_gpu):
 
     def write(config, root=None, **changes):
         entry = cache.entry_for(PROBLEM.bucketed(), config, 0.5, 1.0)
-        file = ConfigFile(fake_gpu.gpu, PROBLEM.kernel, (replace(entry, **changes),))
-        path = cache.path_of(root or cache.folder(), file.gpu, file.kernel)
-        cache_files.merge_into(path, file, source="")
+        file = cache.ConfigFile(fake_gpu.gpu, PROBLEM.kernel, (replace(entry, **changes),))
+        cache.merge_into(cache.path_of(root or cache.folder(), file.gpu, file.kernel), file)
+        tuner.forget()
 
     return write
 
 
 def test_the_best_is_found_once_and_kept(fake_gpu, best):
     assert choose() == best
-    assert len(fake_gpu.timed) == len(set(fake_gpu.timed)) == autotune.FIRST_USE_CANDIDATES
+    assert len(fake_gpu.timed) == len(set(fake_gpu.timed)) == tuner.FIRST_USE_CANDIDATES
     assert fake_gpu.timed[0] == HEURISTIC
     assert choose() == best
     assert origin() == "tuned"
-    autotune.forget()  # as another process
+    tuner.forget()  # as another process
     assert choose() == best
     assert origin() == "cache"
-    assert len(fake_gpu.timed) == autotune.FIRST_USE_CANDIDATES
+    assert len(fake_gpu.timed) == tuner.FIRST_USE_CANDIDATES
 
 
 def test_a_problem_that_was_met_costs_a_lookup(fake_gpu, monkeypatch):
     first = choose()
-    monkeypatch.setattr(autotune, "_choose", lambda *_: pytest.fail("chosen again"))
+    monkeypatch.setattr(tuner, "_choose", lambda *_: pytest.fail("chosen again"))
     assert choose() is first
 
 
 def test_batches_of_like_size_share_an_outcome(fake_gpu, best):
     for rows, k in ((1000, 800), (1024, 1000), (999, 513)):
         assert choose(replace(PROBLEM, rows=rows, k=k)) == best
-    assert len(fake_gpu.timed) == autotune.FIRST_USE_CANDIDATES
+    assert len(fake_gpu.timed) == tuner.FIRST_USE_CANDIDATES
     choose(replace(PROBLEM, rows=1025))
-    assert len(fake_gpu.timed) == 2 * autotune.FIRST_USE_CANDIDATES
+    assert len(fake_gpu.timed) == 2 * tuner.FIRST_USE_CANDIDATES
 
 
 def test_many_sizes_of_batches_are_not_all_remembered(fake_gpu, monkeypatch):
-    monkeypatch.setattr(autotune, "_MOST_LAUNCHES", 10)
+    monkeypatch.setattr(tuner, "_MOST_LAUNCHES", 10)
     for rows in range(900, 940):
         choose(replace(PROBLEM, rows=rows))
-    assert len(autotune._by_launch) <= 10
-    assert len(autotune.choices()) == 1
+    assert len(tuner._by_launch) <= 10
+    assert len(tuner.choices()) == 1
 
 
 def test_a_configuration_that_is_given_is_taken(fake_gpu, monkeypatch):
-    monkeypatch.setattr(autotune, "choose", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(tuner, "choose", lambda *_: pytest.fail("asked"))
     x, g = torch.randn(32, 16), torch.randn(32, 16)
     with interpreted():
         gather_gemm(x, g, torch.arange(8), config=replace(OTHERS[0], block_n=16, block_p=16))
-        row_scores(x, g, config=defaults.RowConfig(16, 16, 4))
+        row_scores(x, g, config=RowConfig(16, 16, 4))
 
 
 def test_shipped_files_serve_after_the_users_own(fake_gpu, keep, monkeypatch, tmp_path):
@@ -126,7 +116,6 @@ def test_shipped_files_serve_after_the_users_own(fake_gpu, keep, monkeypatch, tm
     assert choose() == OTHERS[0]
     assert origin() == "shipped"
     keep(OTHERS[1])
-    autotune.forget()
     assert choose() == OTHERS[1]
     assert origin() == "cache"
     assert not fake_gpu.timed
@@ -137,7 +126,6 @@ def test_off(fake_gpu, keep, monkeypatch):
     assert choose() == HEURISTIC
     assert origin() == "heuristic"
     keep(OTHERS[1])
-    autotune.forget()
     assert choose() == OTHERS[1]
     assert not fake_gpu.timed
 
@@ -149,7 +137,7 @@ def test_force_tunes_anew_once_per_process_and_tries_everything(fake_gpu, keep, 
         assert choose() == best
     assert set(fake_gpu.timed) == {HEURISTIC, *OTHERS}
     assert len(fake_gpu.timed) == 1 + len(OTHERS)
-    autotune.forget()
+    tuner.forget()
     monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
     assert choose() == best
 
@@ -169,10 +157,10 @@ def test_inside_forced_everything_is_tuned_anew_whatever_the_environment_says(
     monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
     assert choose() == HEURISTIC
     heard = Heard()
-    with autotune.forced(heard):
+    with tuner.forced(heard):
         assert choose() == best
     assert heard.calls == (("begin", PROBLEM.bucketed(), 1 + len(OTHERS)), ("end", best))
-    assert autotune.mode() == "off"
+    assert tuner.mode() == "off"
 
 
 def test_an_unknown_mode_names_the_known_ones(fake_gpu, monkeypatch):
@@ -180,72 +168,77 @@ def test_an_unknown_mode_names_the_known_ones(fake_gpu, monkeypatch):
     with pytest.raises(ValueError, match="AUTOTUNE='always' is not one of 'off', 'first-use', 'f"):
         choose()
     monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "")
-    assert autotune.mode() == "first-use"
+    assert tuner.mode() == "first-use"
 
 
 def test_nothing_is_tuned_on_a_cpu(fake_gpu, monkeypatch):
-    monkeypatch.setattr(autotune, "describe", lambda device: None)
+    monkeypatch.setattr(cache, "gpu_of", lambda device: None)
     monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "force")
     assert choose(run=lambda config: pytest.fail("launched")) == HEURISTIC
 
 
-def test_during_a_capture_nothing_is_tuned_or_settled(fake_gpu, best, keep, monkeypatch):
-    monkeypatch.setattr(autotune, "_is_capturing", lambda device: True)
-    assert choose() == HEURISTIC
-    assert not fake_gpu.timed
-    monkeypatch.setattr(autotune, "_is_capturing", lambda device: False)
-    assert choose() == best
-    monkeypatch.setattr(autotune, "_is_capturing", lambda device: True)
-    autotune.forget()
-    assert choose() == best
+def capture(monkeypatch):
+    monkeypatch.setattr(targets, "is_capturing", lambda device: True)
 
 
-def test_a_stale_entry_is_not_tried_during_a_capture(fake_gpu, keep, monkeypatch):
-    monkeypatch.setattr(autotune, "_is_capturing", lambda device: True)
-    keep(OTHERS[1], triton="1.0")
-    assert choose(run=lambda config: pytest.fail("launched")) == HEURISTIC
+def launch_two(monkeypatch, rank=0):
+    """What torchrun sets in a run of two processes, before they have met."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
 
 
-def make_rank(monkeypatch, rank, how):
-    if how == "launched":
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-    else:
-        distributed = torch.distributed
-        monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(distributed, "get_rank", lambda: rank)
-        monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+def initialise_two(monkeypatch, rank=0):
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
 
 
-@pytest.mark.parametrize("how", ["launched", "initialised"])
-@pytest.mark.parametrize("mode", ["first-use", "force"])
-def test_ranks_but_the_first_do_not_tune(fake_gpu, best, keep, monkeypatch, how, mode):
+TOGETHER = [partial(where, rank=rank) for where in (launch_two, initialise_two) for rank in (0, 1)]
+
+
+def never(config):
+    pytest.fail("launched")
+
+
+@pytest.mark.parametrize("begin", [capture, *TOGETHER])
+@pytest.mark.parametrize("mode", ["first-use", "force", "off"])
+def test_in_a_capture_and_on_every_rank_files_and_the_heuristic_serve(
+    fake_gpu, best, keep, monkeypatch, begin, mode
+):
     monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", mode)
-    make_rank(monkeypatch, 1, how)
-    assert choose() == HEURISTIC
-    keep(OTHERS[1])
-    autotune.forget()
-    assert choose() == OTHERS[1]
-    assert not fake_gpu.timed
-    autotune.forget()
-    make_rank(monkeypatch, 0, how)
+    with monkeypatch.context() as patch:
+        begin(patch)
+        assert choose(run=never) == HEURISTIC
+        keep(OTHERS[1], triton="1.0")  # it might not compile: on one rank, or in the capture
+        assert choose(run=never) == HEURISTIC
+        keep(OTHERS[1])
+        assert choose(run=never) == OTHERS[1]
+    tuner.forget()
     assert choose() == (best if mode == "force" else OTHERS[1])
 
 
-@pytest.mark.parametrize("how", ["launched", "initialised"])
-def test_the_first_rank_does_not_keep_the_others_waiting(fake_gpu, best, monkeypatch, how):
-    monkeypatch.setattr(autotune, "_seconds_spent", 2 * autotune.SHARED_RUN_SECONDS)
+def test_what_a_capture_chose_is_chosen_anew_after_it(fake_gpu, best, monkeypatch):
     with monkeypatch.context() as patch:
-        make_rank(patch, 0, how)
-        assert choose() == HEURISTIC
-    autotune.forget()
+        capture(patch)
+        assert choose(run=never) == HEURISTIC
     assert choose() == best
+    with monkeypatch.context() as patch:
+        capture(patch)
+        assert choose() == best
+
+
+@pytest.mark.parametrize("begin", TOGETHER)
+def test_a_command_that_was_asked_to_tune_does_so_on_a_rank_too(fake_gpu, best, monkeypatch, begin):
+    begin(monkeypatch)
+    with tuner.forced(tuner.Observer()):
+        assert choose() == best
 
 
 def test_a_stale_entry_is_tuned_anew_where_that_is_allowed(fake_gpu, best, keep, monkeypatch):
     keep(OTHERS[1], triton="1.0")
     assert choose() == best
-    autotune.forget()
+    tuner.forget()
     monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
     assert choose() == best  # the stale one is still in the file
 
@@ -255,7 +248,7 @@ def test_a_stale_entry_serves_where_nothing_is_tuned_if_it_runs(fake_gpu, keep, 
     monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
     ran = []
     assert choose(run=lambda config: ran.append(config)) == OTHERS[1] == ran[0]
-    autotune.forget()
+    tuner.forget()
 
     def too_large(config):
         raise OutOfResources(300_000, 232_448, "shared memory")
@@ -279,8 +272,8 @@ def test_candidates_that_do_not_run_are_passed_over(fake_gpu, best, error):
             raise error
 
     assert choose(run=some) == best
-    assert len(fake_gpu.timed) == autotune.FIRST_USE_CANDIDATES - 2
-    (entry,) = cache_files.read(path(fake_gpu)).entries
+    assert len(fake_gpu.timed) == tuner.FIRST_USE_CANDIDATES - 2
+    (entry,) = cache.read(path(fake_gpu)).entries
     assert entry.heuristic_milliseconds is None
 
 
@@ -307,19 +300,21 @@ def test_where_no_candidate_runs_the_heuristic_serves(fake_gpu):
     calls = []
     for _ in range(2):
         assert choose(run=too_large) == HEURISTIC
-    assert len(calls) == autotune.FIRST_USE_CANDIDATES
+    assert len(calls) == tuner.FIRST_USE_CANDIDATES
     assert not path(fake_gpu).exists()
 
 
 def test_without_memory_for_the_copies_the_heuristic_serves_and_it_is_said_once(fake_gpu):
-    def rehearse():
+    def make_benchmark_call():
         raise torch.OutOfMemoryError("no room")
 
-    autotune._warn_of_memory.cache_clear()
+    tuner._warn_of_memory.cache_clear()
     with pytest.warns(RuntimeWarning, match="not enough GPU memory to tune"):
-        assert autotune.choose(PROBLEM, DEVICE, rehearse, GemmConfig) == HEURISTIC
+        assert tuner.choose(PROBLEM, DEVICE, make_benchmark_call, GemmConfig) == HEURISTIC
     other = replace(PROBLEM, n=512)
-    chosen = autotune.choose(other, DEVICE, rehearse, GemmConfig)  # a warning would be an error
+    chosen = tuner.choose(
+        other, DEVICE, make_benchmark_call, GemmConfig
+    )  # a warning would be an error
     assert chosen == defaults.heuristic(other.bucketed(), TARGET)
 
 
@@ -328,16 +323,19 @@ def test_a_gain_within_the_noise_is_none(fake_gpu):
     assert choose() == HEURISTIC
 
 
-def test_gpus_of_two_kinds_have_files_of_their_own(fake_gpu, monkeypatch):
-    kinds = [Gpu("Fake GPU (1)", "8.0", 108), Gpu("Fake GPU (2)", "9.0", 132)]
-    monkeypatch.setattr(autotune, "describe", lambda device: kinds[device.index])
+@pytest.mark.parametrize(
+    "other",
+    [("Fake GPU (2)", "8.0", 108), ("Fake GPU (1)", "9.0", 108), ("Fake GPU (1)", "8.0", 54)],
+)
+def test_gpus_of_two_kinds_have_files_of_their_own(fake_gpu, monkeypatch, other):
+    kinds = [fake_gpu.gpu, cache.Gpu(*other)]
+    monkeypatch.setattr(cache, "gpu_of", lambda device: kinds[device.index])
     for index in range(2):
         fake_gpu.milliseconds = lambda config, i=index: 0.5 if config == OTHERS[i] else 1.0
         assert choose(device=torch.device("cpu", index)) == OTHERS[index]
-    autotune.forget()
+    tuner.forget()
     for index in range(2):
         assert choose(device=torch.device("cpu", index)) == OTHERS[index]
-    assert sorted(p.name for p in cache.folder().iterdir()) == ["fake-gpu-1", "fake-gpu-2"]
 
 
 def test_first_use_tells_one_line(fake_gpu, best, caplog):
@@ -353,6 +351,18 @@ def test_flags_are_known_and_in_order():
     assert flags(weighted=True, accumulate=True, sums=False) == ("accumulate", "weighted")
     with pytest.raises(ValueError, match="flag 'wieghted' is not one of accumulate"):
         flags(wieghted=True)
+
+
+@pytest.mark.parametrize("name", ["accumulate_and_score", "accumulate_rest", "residual_gemm"])
+def test_what_is_compiled_with_signs_is_tuned_apart(name, fake_gpu, monkeypatch):
+    """SIGNED draws a number per row: another program, which may want another tile."""
+    monkeypatch.setattr(tuner, "FIRST_USE_CANDIDATES", 1)
+    with interpreted():
+        for signed in (False, True):
+            LAUNCHES[name](operands(), signed=signed)
+    keys = [problem.key for problem, _ in tuner.choices()]
+    assert len(set(keys)) == 2
+    assert len({key.replace(" signed", "") for key in keys}) == 1
 
 
 def full(filled):
@@ -385,11 +395,11 @@ def operands():
 LAUNCHES = {
     "row_norms": lambda o: row_norms(o.x),
     "row_scores": lambda o: row_scores(o.x, o.g, bias_grad=True),
-    "accumulate_and_score": lambda o: accumulate_and_score(
-        o.memory, o.x, o.g, o.carry, o.seed, signed=True
+    "accumulate_and_score": lambda o, signed=True: accumulate_and_score(
+        o.memory, o.x, o.g, o.carry, o.seed, signed=signed
     ),
-    "accumulate_rest": lambda o: accumulate_rest(
-        o.memory, o.x, o.g, o.carry, o.seed, o.taken, o.lost, bias_grad=True
+    "accumulate_rest": lambda o, signed=False: accumulate_rest(
+        o.memory, o.x, o.g, o.carry, o.seed, o.taken, o.lost, signed=signed, bias_grad=True
     ),
     "project": lambda o: project(o.x, o.basis, 4.0),
     "project_gradient": lambda o: project_gradient(o.g, o.z, o.rest, bias_grad=True),
@@ -398,15 +408,15 @@ LAUNCHES = {
         o.x, o.g, o.indices, o.weights, out=o.out, accumulate=True
     ),
     "gather_gemm, new": lambda o: gather_gemm(o.x, o.g, o.indices),
-    "residual_gemm": lambda o: residual_gemm(
-        o.memory, o.x, o.g, o.indices, o.carry, o.seed, o.lost
+    "residual_gemm": lambda o, signed=False: residual_gemm(
+        o.memory, o.x, o.g, o.indices, o.carry, o.seed, o.lost, signed=signed
     ),
 }
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_tuning_changes_nothing_that_a_launch_is_given(name, fake_gpu, monkeypatch):
-    monkeypatch.setattr(autotune, "FIRST_USE_CANDIDATES", 2)
+    monkeypatch.setattr(tuner, "FIRST_USE_CANDIDATES", 2)
     monkeypatch.setattr(tuner, "LEAST_GAIN", 2.0)  # the heuristic's wins: results must agree
     given = operands()
     before = operands()
@@ -423,8 +433,8 @@ def test_tuning_changes_nothing_that_a_launch_is_given(name, fake_gpu, monkeypat
         tuned = LAUNCHES[name](given)
         assert len(held) == 2, "both candidates have run, and the launch itself not yet"
         monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
-        monkeypatch.setattr(autotune, "describe", lambda device: None)
-        autotune.forget()
+        monkeypatch.setattr(cache, "gpu_of", lambda device: None)
+        tuner.forget()
         plain = LAUNCHES[name](before)
     for one, other in zip(
         [*tensors(given), *leaves(tuned)], [*tensors(before), *leaves(plain)], strict=True
@@ -444,16 +454,16 @@ def leaves(value):
 
 @pytest.mark.parametrize("name", ["accumulate_and_score", "accumulate_rest", "residual_gemm"])
 def test_row_memories_are_tuned_as_they_are_in_the_middle_of_training(name, fake_gpu, monkeypatch):
-    monkeypatch.setattr(autotune, "FIRST_USE_CANDIDATES", 1)
+    monkeypatch.setattr(tuner, "FIRST_USE_CANDIDATES", 1)
     given, seen = operands(), []
-    time_candidate = timing.time_candidate
+    time_candidate = tuner.time_candidate
 
     def looking(call, device, best):
         time_candidate(call, device, best)
         seen.append(call.args[0][2].all().item())
         return 1.0
 
-    monkeypatch.setattr(timing, "time_candidate", looking)
+    monkeypatch.setattr(tuner, "time_candidate", looking)
     with interpreted():
         LAUNCHES[name](given)
     assert seen == [True]
@@ -462,10 +472,10 @@ def test_row_memories_are_tuned_as_they_are_in_the_middle_of_training(name, fake
 @pytest.mark.parametrize(
     ("milliseconds", "best", "batches"),
     [
-        ([0.1] * 3 + [0.2] * 60, 1.0, [timing.FIRST, timing.MOST]),
-        ([2.0] * 60, 1.9, [timing.FIRST, 15]),
-        ([100.0] * 60, 100.0, [timing.FIRST, timing.LEAST]),
-        ([2.0, 9.0, 2.0], 1.0, [timing.FIRST]),
+        ([0.1] * 3 + [0.2] * 60, 1.0, [tuner.FIRST, tuner.MOST]),
+        ([2.0] * 60, 1.9, [tuner.FIRST, 15]),
+        ([100.0] * 60, 100.0, [tuner.FIRST, tuner.LEAST]),
+        ([2.0, 9.0, 2.0], 1.0, [tuner.FIRST]),
     ],
 )
 def test_repetitions_follow_the_time_of_a_call(monkeypatch, milliseconds, best, batches):
@@ -487,11 +497,11 @@ def test_repetitions_follow_the_time_of_a_call(monkeypatch, milliseconds, best, 
             warm.append("left")
 
     warm = []
-    monkeypatch.setattr(timing, "_cold_times", cold)
-    monkeypatch.setattr(timing, "_flush_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(tuner, "_cold_times", cold)
+    monkeypatch.setattr(tuner, "_flush_bytes", lambda device: 1 << 20)
     monkeypatch.setattr(torch.cuda, "device", Guard)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: warm.append("synchronize"))
-    median = timing.time_candidate(lambda: warm.append("call"), DEVICE, best)
+    median = tuner.time_candidate(lambda: warm.append("call"), DEVICE, best)
     assert median == milliseconds[-1]
     assert taken == batches
     assert warm == ["device", "call", "synchronize", "left"]
@@ -513,29 +523,5 @@ def test_every_timed_call_finds_the_cache_overwritten(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
     flush = SimpleNamespace(zero_=lambda: log.append("flush"))
-    assert timing._cold_times(lambda: log.append("call"), flush, 2) == [1.5, 1.5]
+    assert tuner._cold_times(lambda: log.append("call"), flush, 2) == [1.5, 1.5]
     assert log == ["flush", "mark", "call", "mark"] * 2 + ["wait"]
-
-
-def test_every_candidate_is_one_that_a_file_may_hold():
-    """What tuning finds must be accepted when it is read back."""
-    from memaop_triton.kernels.tuning.cache_entries import config_of
-
-    for target in targets.TARGETS.values():
-        for problem in problems():
-            for config in search.candidates(problem, target):
-                assert config_of(problem.kernel, fields_of(config)) == config
-
-
-def problems():
-    for dtype in (torch.bfloat16, torch.float32):
-        for rows in (1, 1 << 12, 1 << 20):
-            for n, p in ((1, 3), (4096, 4096)):
-                for k in {max(1, rows // 8), rows}:
-                    yield Problem("gather_gemm", dtype, rows, k, n, p, flags=("weighted",))
-                    yield Problem("residual_gemm", dtype, rows, k, n, p, stored=dtype)
-                for rank in (16, 64):
-                    yield Problem("project", dtype, rows, rows, n, 0, rank=rank)
-                    yield Problem("transposed_mm", dtype, rows, rows, n, 0, rank=rank)
-                yield Problem("row_scores", dtype, rows, rows, n, p, flags=("sums",))
-                yield Problem("accumulate_and_score", dtype, rows, rows, n, p, stored=dtype)
