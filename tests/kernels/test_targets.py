@@ -1,6 +1,7 @@
 """GPUs that are listed, their relatives, and those that are left to PyTorch."""
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_rates_are_those_of_the_matrix_units():
 
 def test_a_capture_is_asked_for_on_the_devices_own_stream(monkeypatch):
     class Guard:
-        current = []
+        current: ClassVar = []
 
         def __init__(self, device):
             self.device = device
