@@ -22,7 +22,7 @@ from memaop_triton import MemAOPConfig
 from memaop_triton.kernels.targets import TARGETS, Target
 from memaop_triton.kernels.tuning import defaults
 from memaop_triton.kernels.tuning.config import GemmConfig, Problem
-from memaop_triton.kernels.tuning.cost_model import LAUNCH, UNHIDDEN, predict
+from memaop_triton.kernels.tuning.cost_model import LAUNCH, UNHIDDEN, Cost, predict
 from memaop_triton.selection import is_weighted, select_rows
 
 PAGE = Path(__file__).parents[1] / "results" / "predicted.md"
@@ -143,15 +143,15 @@ class Prediction:
         return sum(self.parts.values())
 
 
-def dense(target: Target, flops: float, numbers: float) -> float:
-    """Seconds of a product by the vendor's library that moves so many bfloat16 numbers."""
-    chip = target.chip
-    return LAUNCH + max(flops / chip.flops("half"), 2 * numbers / chip.memory_rate)
-
-
 def dense_product(target: Target, m: int, n: int, p: int) -> float:
-    """Any of the three products of a layer."""
-    return dense(target, 2.0 * m * n * p, m * n + m * p + n * p)
+    """Seconds of any of the three products of a layer, by the vendor's library."""
+    chip, numbers = target.chip, m * n + m * p + n * p
+    return LAUNCH + max(2.0 * m * n * p / chip.flops("half"), 2 * numbers / chip.memory_rate)
+
+
+def shipped(problem: Problem, target: Target) -> Cost:
+    """The prediction for what the heuristic launches."""
+    return predict(problem, defaults.heuristic(problem, target), target)
 
 
 def weight_grad(
@@ -178,8 +178,7 @@ def weight_grad(
     sums = ("sums",) if bias else ()
 
     def cost(kernel: str, rows: int, columns: int, others: int = 0, **rest: Any) -> float:
-        problem = Problem(kernel, DTYPE, m, rows, columns, others, **rest)
-        return predict(problem, defaults.heuristic(problem, target), target).seconds
+        return shipped(Problem(kernel, DTYPE, m, rows, columns, others, **rest), target).seconds
 
     rank = 0
     if not selected:
@@ -208,7 +207,7 @@ def weight_grad(
         parts["score"] = cost("row_scores", m, n, p, flags=sums)
     elif bias:
         parts["score"] = LAUNCH + 2 * m * p / target.chip.memory_rate
-    found = predict(gemm, defaults.heuristic(gemm, target), target)
+    found = shipped(gemm, target)
     parts["GEMM"] = found.seconds
     return Prediction(parts, found.limited_by)
 
@@ -225,8 +224,7 @@ def layer(
     one = 2 * product + weight_grad(target, shape, config, bias=True).seconds
 
     def pass_over(columns: int) -> float:
-        problem = Problem("row_scores", DTYPE, m, m, columns, 0)
-        return predict(problem, defaults.heuristic(problem, target), target).seconds
+        return shipped(Problem("row_scores", DTYPE, m, m, columns, 0), target).seconds
 
     # Rows of G gathered and weighted; their product; zeros, and the product's rows added to them.
     moved = 2 * (4 * k * p + m * n + 3 * k * n)
@@ -307,7 +305,7 @@ def _comparison(target: Target) -> str:
     )
     modelled = (dense_product(target, *shape), plain.seconds, topk.seconds)
     problem = Problem("gather_gemm", DTYPE, m, m // 8, n, p, flags=("weighted",))
-    idle = predict(problem, defaults.heuristic(problem, target), target).idle
+    idle = shipped(problem, target).idle
     formed = Problem("residual_gemm", DTYPE, m, m // 8, n, p, stored=DTYPE)
     tile = defaults.heuristic(formed, target)
     assert isinstance(tile, GemmConfig)
