@@ -185,10 +185,10 @@ class _Loop(NamedTuple):
     formed: float  # per element of an operand that is formed while loading
 
 
-_LOOPS = {
-    "cuda": _Loop(50, 4, 1.3, 13),
-    "sm_90": _Loop(70, 4, 1.8, 11),
-    "sm_100": _Loop(90, 4, 2.2, 36),
+_USUAL_LOOP = _Loop(50, 4, 1.3, 13)
+_LOOPS: dict[int | str, _Loop] = {
+    90: _Loop(70, 4, 1.8, 11),
+    100: _Loop(90, 4, 2.2, 36),
     "gfx942": _Loop(100, 9, 13, 22),
     "gfx950": _Loop(30, 7, 9, 16),
 }
@@ -284,7 +284,7 @@ def _gemm_instructions(problem: Problem, config: GemmConfig, target: Target) -> 
     A copy takes 16 bytes per thread, or one element where rows are not aligned. Exact float32
     products on NVIDIA are one instruction per lane and product, and a third for operands.
     """
-    loop, count = _LOOPS.get(target.name, _LOOPS["cuda"]), threads(config, target)
+    loop, count = _LOOPS.get(target.arch, _USUAL_LOOP), threads(config, target)
     operands = (config.block_n + config.block_p) * config.block_k / count
     area = config.block_n * config.block_p
     size = problem.dtype.itemsize
@@ -379,7 +379,7 @@ def _product(problem: Problem, config: RowConfig, target: Target) -> Work:
         extra = (parts + 4 * n * problem.rank, *([squares + 8 * rows] if squares else []))
     step_bytes = (tile + along * rank) * size
     copies = step_bytes / threads(config, target) / (16 if problem.is_aligned else size)
-    loop = _LOOPS.get(target.name, _LOOPS["cuda"])
+    loop = _LOOPS.get(target.arch, _USUAL_LOOP)
     exact = problem.is_exact and target.backend == "cuda"
     lanes = 1.3 * tile * rank / threads(config, target) if exact else 0.0
     return Work(

@@ -9,6 +9,8 @@ import torch
 from memaop_triton import dispatch
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.targets import TARGETS
+from memaop_triton.kernels.tuning.config import GemmConfig, Problem
+from memaop_triton.kernels.tuning.cost_model import count_work
 from tests.test_dispatch import OnGpu
 
 DEVICE = torch.device("cuda", 0)
@@ -77,6 +79,10 @@ def test_a_newer_relative_has_limits_of_its_own(plug_in, capability, relative, s
     assert (found.processor_warps, found.processor_registers) == (warps, 1 << 15)
     assert (found.processors, found.chip.cache) == (48, 24)
     assert found.chip.rate("half") == listed.chip.rate("half")
+    problem = Problem("gather_gemm", torch.bfloat16, 4096, 512, 1024, 1024)
+    config = GemmConfig(64, 64, 64, 4, 3)
+    works = [count_work(problem, config, target).instructions for target in (found, listed)]
+    assert works[0] == works[1], "the same instructions"
 
 
 @pytest.mark.parametrize("which", [(7, 5), (11, 0), ("gfx1100",), ("gfx90a",)])
