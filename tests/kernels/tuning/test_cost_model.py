@@ -38,10 +38,6 @@ def name(value):
     return f"{value.kernel}-{value.key}" if isinstance(value, Problem) else None
 
 
-def seconds(problem, target=H100, config=None):
-    return predict(problem, config or defaults.heuristic(problem, target), target).seconds
-
-
 def flops_and_bytes(problem):
     """What nobody can avoid: each operand read once, each result written once."""
     rows = problem.k if "gemm" in problem.kernel else problem.rows
@@ -67,18 +63,6 @@ def test_nothing_is_faster_than_its_bytes_and_its_flops(problem, target):
     assert found.seconds > floor
     assert found.memory_bytes >= moved
     assert found.seconds < 40 * floor + 40e-6
-
-
-@pytest.mark.parametrize("problem", problems(), ids=name)
-def test_more_of_anything_is_never_faster(problem):
-    config = defaults.heuristic(problem, H100)
-    larger = [replace(problem, rows=2 * problem.rows, k=2 * problem.k)]
-    larger += [replace(problem, n=2 * problem.n), replace(problem, p=2 * problem.p)]
-    larger += [replace(problem, n=problem.n + 16)]
-    for other in larger:
-        assert seconds(other, config=config) >= seconds(problem, config=config), other
-    for other in (replace(problem, dtype=SINGLE), replace(problem, n=problem.n + 1)):
-        assert seconds(other) > seconds(problem), other
 
 
 def test_a_large_product_is_limited_by_the_matrix_units_and_a_pass_by_memory():
