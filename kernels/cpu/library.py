@@ -76,8 +76,9 @@ def prefers_own_gemm(dtype: torch.dtype) -> bool:
     """Whether rows are multiplied by `gather_gemm.c` here, and not by PyTorch.
 
     Where it was measured to be at least as fast. On AVX2 the two are alike, and the gather comes
-    for nothing. MKL leaves the 512-bit registers of other vendors than Intel unused: there a call takes
-    0.5 to 0.7 of the time. bfloat16 has instructions of its own beside AVX-512, which PyTorch uses.
+    for nothing. MKL leaves the 512-bit registers of other vendors than Intel unused: there a call
+    takes 0.5 to 0.7 of the time. bfloat16 has instructions of its own beside AVX-512, which PyTorch
+    uses.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512":
