@@ -16,7 +16,7 @@ from memaop_triton.bench.studies.quality.schemes import Cell
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.training import Outcome
 
-RESULTS = Path(__file__).parents[1] / "results" / "quality"
+RESULTS = Path(__file__).parents[2] / "results" / "quality"
 
 
 class Run(NamedTuple):

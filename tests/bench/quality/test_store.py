@@ -17,7 +17,7 @@ from memaop_triton.bench.studies.quality.tables import TableError
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from tests.bench.quality import tiny
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_what_goes_in_comes_out(store):
@@ -126,7 +126,7 @@ WANTED = running.Wanted(schemes=["priority"], ratios=["1/2", "1/8"], seeds=2)
 
 
 def command(folder):
-    script = [sys.executable, str(ROOT / "tests/quality/tiny.py"), "run", *OPTIONS.split()]
+    script = [sys.executable, str(Path(tiny.__file__)), "run", *OPTIONS.split()]
     return [*script, "--output", str(folder)]
 
 

@@ -67,10 +67,11 @@ def test_the_loop_of_the_gemm_stores_nothing(tmp_path, capability, kind):
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_narrower_registers_give_the_same_numbers(tmp_path, capability):
     probe = (
-        "import torch; from memaop_triton.kernels import cpu, native_library; "
-        "assert native_library.is_compiled(); "
+        "import torch; from memaop_triton.kernels.cpu import library, torch_ops; "
+        "assert library.is_compiled(); "
         "torch.manual_seed(0); x, q = torch.randn(75, 208), torch.randn(208, 40); "
-        "z, norms = cpu.project_rows(x, q); gradient = cpu.project_gradient(x, z, bias_grad=True); "
+        "z, norms = torch_ops.project_rows(x, q); "
+        "gradient = torch_ops.project_gradient(x, z, bias_grad=True); "
         f"torch.save((z, norms, *gradient), {str(tmp_path / 'found')!r})"
     )
     environ = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), ATEN_CPU_CAPABILITY=capability)
@@ -120,7 +121,7 @@ def test_a_broken_file_in_the_cache_falls_back(fresh_library, monkeypatch, tmp_p
     # In a process of its own: the file is mapped into this one.
     kept.unlink()
     kept.write_bytes(b"not a library")
-    probe = "from memaop_triton.kernels import native_library; print(native_library.is_compiled())"
+    probe = "from memaop_triton.kernels.cpu import library; print(library.is_compiled())"
     environ = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
     done = subprocess.run(
         [sys.executable, "-c", probe], env=environ, capture_output=True, text=True
@@ -158,7 +159,7 @@ def test_other_libraries_do_not_get_in_between(tmp_path):
     build.run(["cc", "-shared", "-fPIC", str(other), "-o", str(library)])
     probe = (
         f"import ctypes; ctypes.CDLL({str(library)!r}, mode=ctypes.RTLD_GLOBAL); "
-        "import torch; from memaop_triton.kernels import native_step; a = torch.ones(9, 16); "
+        "import torch; from memaop_triton.kernels.cpu import native_step; a = torch.ones(9, 16); "
         "a[4:6] = 3; print(native_step.run(a, a, 2, draw=False).indices.tolist())"
     )
     environ = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
