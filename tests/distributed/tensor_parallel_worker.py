@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+from unittest import mock
 
 import checks
 import torch
@@ -25,8 +26,8 @@ from memaop_triton import (
     reset_memory,
     revert_,
 )
+from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.config import ROW_MEMORIES, SELECTIONS, UNBIASED_SELECTIONS
-from memaop_triton.nn.tensor_parallel import Shards
 from memaop_triton.selection import Selection
 from tests.schemes import flat_config
 
@@ -185,25 +186,29 @@ class Recording:
 
     def __init__(self):
         self.scores, self.selections = [], []
+        self.patches = [
+            self.recording("all_reduce_scores", self.scores),
+            self.recording("broadcast_selection", self.selections),
+        ]
+
+    @staticmethod
+    def recording(name, results):
+        original = getattr(ProcessShards, name)
+
+        def method(shards, value):
+            results.append(original(shards, value))
+            return results[-1]
+
+        return mock.patch.object(ProcessShards, name, method)
 
     def __enter__(self):
-        self.original = Shards.whole, Shards.share
-        scores, selections = self.scores, self.selections
-        whole_scores, share = self.original
-
-        def recording_whole(shards, parts):
-            scores.append(whole_scores(shards, parts))
-            return scores[-1]
-
-        def recording_share(shards, selection):
-            selections.append(share(shards, selection))
-            return selections[-1]
-
-        Shards.whole, Shards.share = recording_whole, recording_share
+        for patch in self.patches:
+            patch.start()
         return self
 
     def __exit__(self, *error):
-        Shards.whole, Shards.share = self.original
+        for patch in self.patches:
+            patch.stop()
 
 
 def schemes():
@@ -309,14 +314,14 @@ def single(style, config, out_features=8, in_features=12, on=None, **layouts):
 
 
 def shards_lose_no_digit():
-    shards = Shards(mesh().get_group())
+    shards = ProcessShards(mesh().get_group())
     scores = torch.tensor([3e30, 4e-30, 0.0, torch.inf])
     expected = torch.tensor([2.0]).sqrt() * scores
-    torch.testing.assert_close(shards.whole(scores), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(shards.all_reduce_scores(scores), expected, rtol=1e-6, atol=0)
     first = Selection(torch.tensor([0, 2**31 + 1, 2**53 - 1]), torch.rand(3).double())
     mine = first if rank() == 0 else Selection(first.indices * 0, first.weights * 0)
     sent = everywhere(first.weights)[0]
-    shared = shards.share(mine)
+    shared = shards.broadcast_selection(mine)
     assert torch.equal(shared.indices, first.indices)
     assert torch.equal(shared.weights, sent)
 
