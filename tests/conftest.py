@@ -80,6 +80,20 @@ def fake_gpu(monkeypatch, tmp_path):
     autotune.forget()
 
 
+@pytest.fixture
+def compiled_before(monkeypatch):
+    """The file that this machine keeps of the C code; compiling copies it, which takes no time."""
+    from memaop_triton.kernels.cpu import build, library
+
+    if not library.is_compiled():
+        pytest.skip("needs the C code: a C compiler on Linux")
+    kept = build.find_recipe().file
+    if not kept.exists():
+        pytest.skip("the cache folder cannot be written")
+    monkeypatch.setattr(build, "_compile", lambda *_: kept)
+    return kept
+
+
 @pytest.fixture(params=LEGAL, ids=label)
 def scheme(request):
     """Keyword arguments of every legal selection and memory."""

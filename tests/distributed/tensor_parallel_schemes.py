@@ -65,7 +65,7 @@ def every_selection_and_memory_adds_up_what_it_selected():
             with Recording() as agreed:
                 layer(leaf).backward(g)
             memory = layer.memory
-            is_split = config.grad_input == "sampled" and config.memory_name == "subspace"
+            is_split = config.grad_input_name == "sampled" and config.memory_name == "subspace"
             for indices, weights in agreed.selections:
                 assert same_everywhere(indices)
                 assert same_everywhere(weights)
@@ -100,11 +100,11 @@ def every_selection_and_memory_adds_up_what_it_selected():
             torch.testing.assert_close(dw, expected)
             if is_split:
                 check_input_grad(layer, leaf.grad, g_here, by_row, agreed)
-            elif config.grad_input == "sampled":
+            elif config.grad_input_name == "sampled":
                 # Scored by G alone, of which a layer divided by rows of X has two copies.
                 want = g.norm(dim=1).square() * (2 if by_row else 1)
                 torch.testing.assert_close(leaf.grad, (total * g) @ plain.weight)
-            elif config.grad_input == "projected":
+            elif config.grad_input_name == "projected":
                 q = memory.projection.basis
                 parts = everywhere(g_here @ layer.weight.to_local() @ q @ q.T)
                 whole_dx = torch.cat(list(parts), 1) if by_row else parts.sum(0)
