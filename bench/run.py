@@ -57,7 +57,8 @@ class Outcome:
 
 def require_packages() -> None:
     """Raise `BenchmarkError` unless the packages of the extra `bench` are installed."""
-    for module, name in (("pytest", "pytest"), ("pytest_benchmark", "pytest-benchmark")):
+    for name in ("pytest", "pytest-benchmark", "matplotlib", "scipy", "jinja2"):
+        module = name.replace("-", "_")
         try:
             found = importlib.util.find_spec(module) is not None
         except ValueError:  # blocked: its entry in sys.modules is None

@@ -1,4 +1,4 @@
-"""The environment variables that choose the implementation and the folder of cached files."""
+"""What the process is set to: which implementation, which folder of cached files, tf32 or not."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import platformdirs
+import torch
 
 _BACKEND = "MEMAOP_TRITON_BACKEND"
 _CACHE_DIR = "MEMAOP_TRITON_CACHE_DIR"
@@ -27,3 +28,13 @@ def cache_folder(part: str) -> Path:
     """The folder `part` of `$MEMAOP_TRITON_CACHE_DIR`, or of the user's cache; may not exist."""
     chosen = os.environ.get(_CACHE_DIR)
     return (Path(chosen) if chosen else platformdirs.user_cache_path("memaop-triton")) / part
+
+
+def allows_tf32() -> bool:
+    """Whether PyTorch may round float32 operands of matrix products to tf32 on a GPU.
+
+    By the setting of the GPU's matrix products, which follows `torch.set_float32_matmul_precision`,
+    `allow_tf32` and `torch.backends.fp32_precision` alike. The older
+    `torch.get_float32_matmul_precision()` raises once a program has used the newer settings.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -246,25 +247,78 @@ TARGETS = {
 }
 
 
-def current(device: torch.device) -> Target:
-    """The target of a device; for a chip that is not listed, the nearest older one of its make."""
-    return _target_of(device.type, device.index)
-
-
 @functools.cache
-def _target_of(kind: str, index: int | None) -> Target:
-    if kind != "cuda":
+def find(device: torch.device) -> Target | None:
+    """The target of a device; `None` for a GPU whose limits are neither listed nor reported.
+
+    A compute capability of NVIDIA's that is not listed has the instructions of a listed older one
+    of the same major version, and PyTorch reports what a processor of it holds: sm_103 is sm_100,
+    sm_121 is sm_120, sm_87 is sm_86, each with limits of its own. The rates of a chip that is not
+    listed are those of the typical one of its target, scaled by the number of processors; they only
+    rank configurations. Nothing is assumed of other generations (sm_75) or of AMD's (gfx90a,
+    gfx1100), whose matrix instructions differ from one to the next.
+    """
+    if device.type != "cuda":
         return TARGETS["sm_80"]  # Triton's interpreter, where any will do
-    properties = torch.cuda.get_device_properties(index)
-    target = _instruction_set(properties)
+    properties: Any = torch.cuda.get_device_properties(device.index)
+    target = TARGETS.get(_name_of(properties))
+    if target is None and not torch.version.hip:
+        target = _relative_of(properties)
+    if target is None:
+        return None
     chip = chip_named(properties.name) or target.chip
     return replace(target, chip=with_processors(chip, properties.multi_processor_count))
 
 
-def _instruction_set(properties: torch.cuda._CudaDeviceProperties) -> Target:
+def current(device: torch.device) -> Target:
+    """The target of a device.
+
+    Raises:
+        RuntimeError: There is none; `dispatch` sends its tensors to PyTorch.
+    """
+    target = find(device)
+    if target is None:
+        raise RuntimeError(f"there are no measured limits for {device}, {name_of(device)}.")
+    return target
+
+
+def name_of(device: torch.device) -> str:
+    """The instruction set of a GPU as compilers spell it: "sm_90", "gfx942"."""
+    return _name_of(torch.cuda.get_device_properties(device.index))
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the device's current stream is captured into a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _name_of(properties: Any) -> str:
     if torch.version.hip:
-        name = properties.gcnArchName.split(":")[0]
-        return TARGETS.get(name, TARGETS["gfx942"])
-    capability = 10 * properties.major + properties.minor
-    older = [t for t in TARGETS.values() if isinstance(t.arch, int) and t.arch <= capability]
-    return max(older or [TARGETS["sm_80"]], key=lambda t: int(t.arch))
+        return str(properties.gcnArchName.split(":")[0])
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def _relative_of(properties: Any) -> Target | None:
+    """The listed older target of the same major version, with the limits that PyTorch reports."""
+    arch = 10 * properties.major + properties.minor
+    older = [
+        target
+        for target in TARGETS.values()
+        if isinstance(target.arch, int) and target.arch // 10 == properties.major
+        if target.arch < arch
+    ]
+    if not older:
+        return None
+    target = max(older, key=lambda one: int(one.arch))
+    return replace(
+        target,
+        name=_name_of(properties),
+        shared_memory=properties.shared_memory_per_block_optin,
+        processor_shared_memory=properties.shared_memory_per_multiprocessor,
+        processor_warps=properties.max_threads_per_multi_processor // properties.warp_size,
+        processor_registers=properties.regs_per_multiprocessor,
+        chip=replace(target.chip, cache=properties.L2_cache_size / 2**20),
+    )

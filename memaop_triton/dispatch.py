@@ -16,7 +16,7 @@ import os
 import torch
 from torch import Tensor
 
-from memaop_triton.kernels import env
+from memaop_triton.kernels import env, targets
 from memaop_triton.kernels.cpu import torch_ops
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -68,6 +68,8 @@ def _obstacle(a: Tensor, rank: int, memory_dtype: torch.dtype) -> str:
         return "Triton is not installed"
     if not a.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"tensors are on {a.device}, which needs TRITON_INTERPRET=1 (slow, for tests)"
+    if targets.find(a.device) is None:
+        return f"there are no measured limits for {targets.name_of(a.device)} ({a.device})"
     for dtype in (a.dtype, memory_dtype):
         if dtype not in DTYPES:
             return f"there are no kernels for {dtype}"

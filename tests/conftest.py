@@ -57,11 +57,10 @@ def fake_gpu(monkeypatch, tmp_path):
     The launches are real (in the interpreter), and so is the cache, in an empty folder. `timed` has
     the configurations in the order in which they ran.
     """
-    from memaop_triton.kernels.tuning import autotune, timing
-    from memaop_triton.kernels.tuning.cache_entries import Gpu
+    from memaop_triton.kernels.tuning import cache, tuner
 
     gpu = SimpleNamespace(
-        gpu=Gpu("Fake GPU (1)", "8.0", 108), timed=[], milliseconds=lambda config: 1.0
+        gpu=cache.Gpu("Fake GPU (1)", "8.0", 108), timed=[], milliseconds=lambda config: 1.0
     )
 
     def time_candidate(call, device, best_ms):
@@ -73,11 +72,11 @@ def fake_gpu(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "first-use")
     monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(autotune, "describe", lambda device: gpu.gpu)
-    monkeypatch.setattr(timing, "time_candidate", time_candidate)
-    autotune.forget()
+    monkeypatch.setattr(cache, "gpu_of", lambda device: gpu.gpu)
+    monkeypatch.setattr(tuner, "time_candidate", time_candidate)
+    tuner.forget()
     yield gpu
-    autotune.forget()
+    tuner.forget()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import torch
 
-from memaop_triton.kernels.tuning.defaults import GemmConfig
+from memaop_triton.kernels.tuning.config import GemmConfig
 
 SMALL = GemmConfig(32, 16, 16, 4, 2, group=2)
 LAYOUTS = ("plain", "transposed", "strided", "padded")

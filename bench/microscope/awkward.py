@@ -28,6 +28,7 @@ from memaop_triton.kernels.gpu.score import accumulate_and_score, row_scores
 from memaop_triton.kernels.gpu.subspace import correction, project, project_gradient
 from memaop_triton.kernels.targets import Target
 from memaop_triton.kernels.tuning import defaults
+from memaop_triton.kernels.tuning.config import GemmConfig
 
 ODD = 4095
 HALF = torch.bfloat16
@@ -63,7 +64,7 @@ def _residual(target: Target) -> Iterator[Case]:
         yield Case(f"residual, {name}", tile, partial(gemm, slots, **given, config=tile), HALF)
 
 
-def _subspace(small: defaults.GemmConfig) -> Iterator[Case]:
+def _subspace(small: GemmConfig) -> Iterator[Case]:
     x, rest = empty(M, ODD, dtype=HALF), empty(M, dtype=torch.float32)
     for rank in (17, 63):
         q, z = empty(ODD, rank, dtype=HALF), empty(M, rank, dtype=HALF)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memaop_triton.kernels.targets import Target
 from memaop_triton.kernels.tuning import defaults
-from memaop_triton.kernels.tuning.defaults import GemmConfig, RowConfig
+from memaop_triton.kernels.tuning.config import GemmConfig, RowConfig
 
 M, N, P, K = 16384, 4096, 4096, 2048
 RANK = 16
@@ -105,12 +105,12 @@ def scalars() -> dict[str, Tensor]:
 @contextlib.contextmanager
 def float32_products(precision: str) -> Iterator[None]:
     """Products of float32 as tf32, or exactly ("ieee")."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    settings: Any = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, precision
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        settings.fp32_precision = before
 
 
 def compared_tiles(target: Target) -> list[GemmConfig]:

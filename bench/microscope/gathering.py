@@ -9,7 +9,7 @@ import torch
 from bench.microscope.building import Builder
 from bench.microscope.cases import SHORT, compared_tiles
 from memaop_triton.kernels.targets import Target
-from memaop_triton.kernels.tuning import defaults
+from memaop_triton.kernels.tuning.config import GemmConfig
 
 WAYS = (
     ("rows", "gather rows", "plain by pointers"),
@@ -29,7 +29,7 @@ class Pair:
         plain: The name of the other.
     """
 
-    tile: defaults.GemmConfig
+    tile: GemmConfig
     way: str
     weighted: bool
     gathering: str

@@ -2,7 +2,8 @@
 
 python -m bench.microscope.predict
 
-Every number comes from `kernels/cost_model.py`, and so from published rates. Nothing is measured.
+Every number comes from `kernels/tuning/cost_model.py`, and so from published rates. Nothing is
+measured.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from bench.microscope.report import table
 from memaop_triton import MemAOPConfig
 from memaop_triton.kernels.targets import TARGETS, Target
 from memaop_triton.kernels.tuning import defaults
-from memaop_triton.kernels.tuning.cost_model import LAUNCH, UNHIDDEN, predict
-from memaop_triton.kernels.tuning.problem import Problem
+from memaop_triton.kernels.tuning.config import GemmConfig, Problem
+from memaop_triton.kernels.tuning.cost_model import LAUNCH, UNHIDDEN, Cost, predict
 from memaop_triton.selection import is_weighted, select_rows
 
 PAGE = Path(__file__).parents[1] / "results" / "predicted.md"
@@ -39,9 +40,9 @@ INTRODUCTION = """\
 # PREDICTED times on GPUs
 
 **Nothing on this page was measured on a GPU.** Written by `python -m bench.microscope.predict` from
-the analytic model in `kernels/cost_model.py`, which starts from the vendors' rates; a test compares
-the page with the code. It says what to expect and what limits what; the first measurement replaces
-it.
+the analytic model in `kernels/tuning/cost_model.py`, which starts from the vendors' rates; a test
+compares the page with the code. It says what to expect and what limits what; the first measurement
+replaces it.
 
 All in bfloat16, in microseconds. *dense* is Gᵀ X by the vendor's library.
 
@@ -55,14 +56,14 @@ ASSUMPTIONS = """\
 ## What is assumed
 
 - The rates are parts of the peaks that large products and long copies reach in practice (sources in
-  `kernels/chips.py`), at the clock for which the vendor counts its peaks:
+  `kernels/targets.py`), at the clock for which the vendor counts its peaks:
 
 {rates}
 
 - Dense products run at these rates without tails or start-up, apart from one launch: that favours
   dense.
-- Ours runs the tile that `configs.heuristic` ships. Where several units of a chip work at once, the
-  longest takes its time and a tenth ({unhidden:.0%}) of the others' is added.
+- Ours runs the tile that `defaults.heuristic` ships. Where several units of a chip work at once,
+  the longest takes its time and a tenth ({unhidden:.0%}) of the others' is added.
 - A launch takes {launch:.0f} µs, whoever makes it, and so does every operation of a selection at
   least: in PyTorch {version} {operations}. Sorts and
   top-ks are several launches, which is not counted, and neither is time in which the CPU is behind.
@@ -142,15 +143,15 @@ class Prediction:
         return sum(self.parts.values())
 
 
-def dense(target: Target, flops: float, numbers: float) -> float:
-    """Seconds of a product by the vendor's library that moves so many bfloat16 numbers."""
-    chip = target.chip
-    return LAUNCH + max(flops / chip.flops("half"), 2 * numbers / chip.memory_rate)
-
-
 def dense_product(target: Target, m: int, n: int, p: int) -> float:
-    """Any of the three products of a layer."""
-    return dense(target, 2.0 * m * n * p, m * n + m * p + n * p)
+    """Seconds of any of the three products of a layer, by the vendor's library."""
+    chip, numbers = target.chip, m * n + m * p + n * p
+    return LAUNCH + max(2.0 * m * n * p / chip.flops("half"), 2 * numbers / chip.memory_rate)
+
+
+def shipped(problem: Problem, target: Target) -> Cost:
+    """The prediction for what the heuristic launches."""
+    return predict(problem, defaults.heuristic(problem, target), target)
 
 
 def weight_grad(
@@ -161,7 +162,7 @@ def weight_grad(
     bias: bool = False,
     selected: bool = False,
 ) -> Prediction:
-    """One dW call, launch by launch as `memaop_triton/steps_triton.py` makes them.
+    """One dW call, launch by launch as `memaop_triton/backward/steps_triton.py` makes them.
 
     Args:
         target: Whose chip.
@@ -177,8 +178,7 @@ def weight_grad(
     sums = ("sums",) if bias else ()
 
     def cost(kernel: str, rows: int, columns: int, others: int = 0, **rest: Any) -> float:
-        problem = Problem(kernel, DTYPE, m, rows, columns, others, **rest)
-        return predict(problem, defaults.heuristic(problem, target), target).seconds
+        return shipped(Problem(kernel, DTYPE, m, rows, columns, others, **rest), target).seconds
 
     rank = 0
     if not selected:
@@ -207,7 +207,7 @@ def weight_grad(
         parts["score"] = cost("row_scores", m, n, p, flags=sums)
     elif bias:
         parts["score"] = LAUNCH + 2 * m * p / target.chip.memory_rate
-    found = predict(gemm, defaults.heuristic(gemm, target), target)
+    found = shipped(gemm, target)
     parts["GEMM"] = found.seconds
     return Prediction(parts, found.limited_by)
 
@@ -224,8 +224,7 @@ def layer(
     one = 2 * product + weight_grad(target, shape, config, bias=True).seconds
 
     def pass_over(columns: int) -> float:
-        problem = Problem("row_scores", DTYPE, m, m, columns, 0)
-        return predict(problem, defaults.heuristic(problem, target), target).seconds
+        return shipped(Problem("row_scores", DTYPE, m, m, columns, 0), target).seconds
 
     # Rows of G gathered and weighted; their product; zeros, and the product's rows added to them.
     moved = 2 * (4 * k * p + m * n + 3 * k * n)
@@ -306,10 +305,10 @@ def _comparison(target: Target) -> str:
     )
     modelled = (dense_product(target, *shape), plain.seconds, topk.seconds)
     problem = Problem("gather_gemm", DTYPE, m, m // 8, n, p, flags=("weighted",))
-    idle = predict(problem, defaults.heuristic(problem, target), target).idle
+    idle = shipped(problem, target).idle
     formed = Problem("residual_gemm", DTYPE, m, m // 8, n, p, stored=DTYPE)
     tile = defaults.heuristic(formed, target)
-    assert isinstance(tile, defaults.GemmConfig)
+    assert isinstance(tile, GemmConfig)
     return COMPARISON.format(
         chip=chip.name,
         tflops=chip.flops("half") / 1e12,

@@ -27,18 +27,16 @@ from memaop_triton.kernels.gpu.rescale import rescale_
 from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
 from memaop_triton.kernels.gpu.score import accumulate_and_score, accumulate_rest, row_scores
 from memaop_triton.kernels.gpu.subspace import project, project_gradient, transposed_mm
-from memaop_triton.kernels.gpu.tiles import padded_rank
 from memaop_triton.kernels.targets import Target
-from memaop_triton.kernels.tuning import defaults, shipped_tiles
-from memaop_triton.kernels.tuning.defaults import GemmConfig, RowConfig
-from memaop_triton.kernels.tuning.problem import Problem
+from memaop_triton.kernels.tuning import defaults
+from memaop_triton.kernels.tuning.config import GemmConfig, Problem, RowConfig, padded_rank
 
 BLOCK_ROWS = 64
 RANKS = (16, 64)  # the default one and the largest
 
 
 def cases(target: Target) -> list[Case]:
-    """Every kernel in every tile that the rules of `configs.py` can choose.
+    """Every kernel in every tile that the rules of `defaults.py` can choose.
 
     Float16 only for the gather GEMM: the other kernels treat both half-precision types alike. It,
     and whole blocks in other types than bfloat16, only in the two largest tiles: they need most.
@@ -92,7 +90,7 @@ def _variants(target: Target) -> list[Case]:
     dtype = torch.bfloat16
     tile = defaults.gemm_tiles(target, dtype, "ieee")[0]
     accumulating = Problem("gather_gemm", dtype, M, K, N, P, flags=("accumulate",))
-    added = shipped_tiles.tiles(accumulating, target)[0]
+    added = defaults.tiles(accumulating, target)[0]
     assert isinstance(added, GemmConfig)
     gemm = partial(gather_gemm, **operands(dtype), **weighting(dtype))
     into = partial(gemm, out=empty(P, N, dtype=torch.float32), accumulate=True)

@@ -1,7 +1,7 @@
 """The performance report: from the benchmarks' JSON file to an HTML page and Markdown.
 
 `data` reads the file, `analysis`, `fits`, `findings` and `compare` say what the numbers mean,
-`sections` arranges that into `blocks`, and `page` and `markdown` write the same blocks out.
+`sections` arranges that with `tables` and `charts` into a `document`, and `writing` writes it out.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from memaop_triton.bench.report import writing
 from memaop_triton.bench.report.compare import Comparison
 from memaop_triton.bench.report.compare import compare as compare_runs
 from memaop_triton.bench.report.data import Run, load
-from memaop_triton.bench.report.document import document
 from memaop_triton.bench.report.fields import ReportError
-from memaop_triton.bench.report.markdown import markdown
-from memaop_triton.bench.report.page import page
+from memaop_triton.bench.report.sections import document
 
 __all__ = ["Report", "ReportError", "write"]
 
@@ -65,9 +64,5 @@ def write(json_path: Path, output: Path, *, name: str, compare: Path | None = No
     """
     run = load(json_path)
     comparison = None if compare is None else compare_runs(run, load(compare))
-    content = document(run, comparison)
-    output.mkdir(parents=True, exist_ok=True)
-    html, text = output / f"{name}.html", output / f"{name}.md"
-    html.write_text(page(content), encoding="utf-8")
-    text.write_text(markdown(content, html.name), encoding="utf-8")
-    return Report(html, text, run, comparison)
+    html, markdown = writing.write(document(run, comparison), output, name)
+    return Report(html, markdown, run, comparison)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from memaop_triton.bench.report import text
 from memaop_triton.bench.report.data import WEIGHT_GRAD_KINDS, Case, Method, Run
+from memaop_triton.bench.report.document import Headline
 from memaop_triton.bench.report.fits import Point, Power, TimeModel, fit_power, fit_time
 from memaop_triton.bench.report.methods import ordered, rank
 
@@ -129,16 +130,7 @@ def settings(cases: Sequence[Case]) -> list[Setting]:
     return [setting for setting, _ in Counter(case.setting for case in cases).most_common()]
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One headline number."""
-
-    value: str
-    what: str
-    detail: str
-
-
-def headline(run: Run) -> list[Figure]:
+def headline(run: Run) -> list[Headline]:
     """The figures that matter, as far as they were measured."""
     name = main_method(run)
     if name is None:
@@ -152,7 +144,7 @@ def headline(run: Run) -> list[Figure]:
     return [figure for figure in found if figure is not None]
 
 
-def _speedup(run: Run, name: str, kind: str, what: str) -> Figure | None:
+def _speedup(run: Run, name: str, kind: str, what: str) -> Headline | None:
     cases = [case for case in run.of_kind(kind) if name in case.methods]
     if not cases:
         return None
@@ -169,10 +161,10 @@ def _speedup(run: Run, name: str, kind: str, what: str) -> Figure | None:
         detail += f"; geometric mean of {len(values)} cases, {extent}"
     else:
         detail += f"; {chosen[0].model or chosen[0].shape}"
-    return Figure(text.times(mean), f"speed-up of the {what}", detail)
+    return Headline(text.times(mean), f"speed-up of the {what}", detail)
 
 
-def _limit(run: Run) -> Figure | None:
+def _limit(run: Run) -> Headline | None:
     shares = [
         share
         for row in rows(run.of_kind("dw"))
@@ -182,19 +174,19 @@ def _limit(run: Run) -> Figure | None:
     if not shares:
         return None
     detail = f"median of {text.count(len(shares), 'call')}; lowest {text.percent(min(shares))}"
-    return Figure(
+    return Headline(
         text.percent(statistics.median(shares)), "of the limit measured in the same run", detail
     )
 
 
-def _overhead(run: Run, name: str) -> Figure | None:
+def _overhead(run: Run, name: str) -> Headline | None:
     cases = [case for case in run.of_kind("overhead") if name in case.methods and case.dense]
     if not cases:
         return None
     case = min(cases, key=lambda one: one.m * one.n * one.p)
     beyond = overhead(case, case.methods[name])
     detail = f"`{name}` at {case.shape}, r = {text.ratio(case.ratio)}; time beyond dense's"
-    return Figure(text.duration(beyond), "overhead of a call", detail)
+    return Headline(text.duration(beyond), "overhead of a call", detail)
 
 
 def overhead(case: Case, method: Method) -> float:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memaop_triton.bench.report.analysis import Models
 from memaop_triton.bench.report.data import WEIGHT_GRAD_KINDS, Case
-from memaop_triton.bench.report.plot import NARROW
-from memaop_triton.bench.report.svg import Drawing
 
 # Upper bounds of the classes of speed-up; the style sheet has a colour for each.
 BOUNDS = (0.5, 0.8, 1.0, 1.5, 3.0, 5.0)
@@ -67,43 +65,3 @@ def _sizes(every: Sequence[int], measured: Sequence[int]) -> list[int]:
 def grade(speedup: float) -> int:
     """The class of a speed-up: how many of `BOUNDS` it reaches."""
     return sum(speedup >= bound for bound in BOUNDS)
-
-
-def grid(found: Sequence[Field], label: str) -> Callable[[float], Drawing]:
-    """The map: N = P to the right, M upwards; measured cells have a frame."""
-
-    def draw(width: float) -> Drawing:
-        columns = sorted({one.width for one in found})
-        lines = sorted({one.m for one in found}, reverse=True)
-        left, top, bottom = 46.0, 24.0, 44.0
-        cell = min((width - left - 4) / len(columns), 58.0)
-        height = 26.0 if width < NARROW else 28.0
-        drawing = Drawing(width, top + bottom + height * len(lines), label)
-        drawing.text((0, 13), "rows M", "title")
-        for i, m in enumerate(lines):
-            drawing.text((left - 7, top + height * (i + 0.5) + 4), _size(m), "tick", "end")
-        for j, size in enumerate(columns):
-            at = left + cell * (j + 0.5), top + height * len(lines) + 16
-            drawing.text(at, _size(size), "tick", "middle")
-        middle = left + cell * len(columns) / 2
-        drawing.text((middle, drawing.height - 6), "width N = P", "title", "middle")
-        # Frames last, so that no neighbour covers them.
-        for one in sorted(found, key=lambda field: field.measured):
-            x, y = left + cell * columns.index(one.width), top + height * lines.index(one.m)
-            how = "measured" if one.measured else "fitted" if one.inside else "fitted beyond"
-            tip = f"M = {one.m}, N = P = {one.width}: {one.speedup:.2f}×, {how}"
-            css = f"cell g{grade(one.speedup)} {how}"
-            drawing.rectangle((x + 1, y + 1), cell - 2, height - 2, css, tip, 2)
-            centre = x + cell / 2, y + height / 2 + 4
-            drawing.text(centre, _short(one.speedup), f"value {how}", "middle")
-        return drawing
-
-    return draw
-
-
-def _short(speedup: float) -> str:
-    return f"{speedup:.1f}" if speedup < 9.95 else f"{speedup:.0f}"
-
-
-def _size(value: int) -> str:
-    return f"{value // 1024}k" if value >= 1024 and value % 1024 == 0 else f"{value}"

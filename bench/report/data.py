@@ -50,7 +50,6 @@ class Method:
             dense call came without.
         peak_bytes: Memory that a call holds at most beside its operands; `None` if not measured.
         note: What a reader has to know about this number.
-        config_source: Where the kernels' configuration came from.
         cold: The speed-up with cold caches; `None` if not measured.
     """
 
@@ -61,7 +60,6 @@ class Method:
     speedup: Spread
     peak_bytes: int | None = None
     note: str | None = None
-    config_source: str | None = None
     cold: Spread | None = None
 
 
@@ -126,6 +124,12 @@ class Case:
     def shape(self) -> str:
         """`8192×1024×1024`: M, N and P."""
         return f"{self.m}×{self.n}×{self.p}"
+
+    @property
+    def unusual(self) -> list[str]:
+        """What is not as in most cases, in words: another dtype than float32, rows in blocks."""
+        blocks = [f"blocks of {self.block_rows}"] if self.block_rows > 1 else []
+        return [self.dtype, *blocks] if self.dtype != "float32" else blocks
 
     @property
     def setting(self) -> tuple[str, str, int]:
@@ -281,7 +285,6 @@ def _method(name: str, info: Fields, dense_ms: float | None) -> Method:
         speedup=speedup,
         peak_bytes=info.optional_integer("peak_bytes"),
         note=info.optional_text("note"),
-        config_source=info.optional_text("config_source"),
         cold=_spread(info.object("cold").object("speedup")) if "cold" in info else None,
     )
 

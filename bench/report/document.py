@@ -1,15 +1,120 @@
-"""The head of a report, and all of it as one object that is then written as HTML and Markdown."""
+"""What a report is made of, before it is written as HTML and as Markdown.
+
+Text may hold `code` in backticks and nothing else; whatever writes it out escapes the rest.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
-from memaop_triton.bench.report import text
-from memaop_triton.bench.report.analysis import Figure, headline
-from memaop_triton.bench.report.blocks import Section
-from memaop_triton.bench.report.compare import Comparison
-from memaop_triton.bench.report.data import Machine, Run
-from memaop_triton.bench.report.sections import missing, sections
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        text: Its value.
+        sub: Small, below the value.
+        tone: `best`, `bad` or nothing.
+    """
+
+    text: str
+    sub: str = ""
+    tone: str = ""
+
+
+NOTHING = Cell("–")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first columns are its rows' names.
+
+    Attributes:
+        head: Names of the columns.
+        rows: As many cells as there are columns, each.
+        names: How many columns are names; numbers follow.
+        prose: Whether the last of the names is a sentence.
+        caption: What its cells are.
+        groups: (name, columns) above the head; none if empty.
+        folded: What to click on to see it; shown at once if empty.
+    """
+
+    kind: ClassVar = "table"
+    head: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    names: int = 1
+    prose: bool = False
+    caption: str = ""
+    groups: tuple[tuple[str, int], ...] = ()
+    folded: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture.
+
+    Attributes:
+        title: Above it.
+        figure: As `charts` and `figures` make it.
+        columns: How many charts of its kind lie side by side on a desktop: 1, 2 or 3.
+        file: Its name beside the report, for Markdown, which leaves out pictures without a file.
+    """
+
+    kind: ClassVar = "chart"
+    title: str
+    figure: Figure
+    columns: int = 2
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list; what is beyond `shown` is folded away."""
+
+    kind: ClassVar = "bullets"
+    items: tuple[str, ...]
+    shown: int = 5
+
+
+@dataclass(frozen=True)
+class Code:
+    """Commands to type."""
+
+    kind: ClassVar = "code"
+    text: str
+
+
+@dataclass(frozen=True)
+class Subheading:
+    """A heading inside a section."""
+
+    kind: ClassVar = "subheading"
+    text: str
+
+
+Block = str | Subheading | Table | Chart | Bullets | Code
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what is under it; `key` is the anchor."""
+
+    key: str
+    title: str
+    blocks: list[Block] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One number above all others, what it is, and of which calls."""
+
+    value: str
+    what: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -17,80 +122,21 @@ class Document:
     """A report.
 
     Attributes:
+        kind: What is written above the title.
         title: Its heading.
         summary: What was measured, in a sentence or two.
         facts: (name, value) of machine, versions and date.
-        figures: The headline numbers.
-        missing: What the run has no numbers for; may be empty.
+        missing: What there are no numbers for; may be empty.
         sections: In order.
-        kind: What is written above the title.
+        headlines: The numbers above all others.
         pictures: What only the page has, for Markdown.
     """
 
+    kind: str
     title: str
     summary: str
     facts: tuple[tuple[str, str], ...]
-    figures: tuple[Figure, ...]
     missing: str
     sections: tuple[Section, ...]
-    kind: str = "Performance report"
+    headlines: tuple[Headline, ...] = ()
     pictures: str = "roofline, curves, maps"
-
-
-def document(run: Run, comparison: Comparison | None) -> Document:
-    """Put a report together."""
-    name = run.machine.name if run.machine else "an unnamed machine"
-    calls = sum(len(case.methods) for case in run.cases)
-    summary = (
-        f"{text.count(len(run.cases), 'case')}, {text.count(calls, 'timed call')}. Every time is "
-        "the median of rounds in which all methods of a case take turns; every speed-up is dense's "
-        "time over the method's in the same round, with its quartiles."
-    )
-    return Document(
-        f"memaop-triton on {name}",
-        summary,
-        tuple(_facts(run)),
-        tuple(headline(run)),
-        missing(run),
-        tuple(sections(run, comparison)),
-    )
-
-
-def _facts(run: Run) -> list[tuple[str, str]]:
-    facts = [("suite", run.name)]
-    if run.date:
-        facts.append(("date", run.date[:16].replace("T", " ")))
-    if run.commit:
-        facts.append(("commit", run.commit[:10]))
-    if run.machine:
-        facts += _machine(run.machine)
-    return facts
-
-
-def _machine(machine: Machine) -> list[tuple[str, str]]:
-    facts = [("machine", machine.name)]
-    if machine.threads is not None:
-        of = "" if machine.cores is None else f" on {text.count(machine.cores, 'core')}"
-        facts.append(("threads", f"{machine.threads}{of}"))
-    if machine.gemm_gflops:
-        rates = (f"{text.rate(one, 'FLOP')} {dtype}" for dtype, one in machine.gemm_gflops.items())
-        facts.append(("GEMM", ", ".join(rates)))
-    if machine.stream_gbs is not None:
-        rate = f"{text.rate(machine.stream_gbs, 'B')} read"
-        if machine.triad_gbs is not None:
-            rate += f", {text.rate(machine.triad_gbs, 'B')} update"
-        facts.append(("memory", rate))
-    for name, value in (
-        ("caches", _joined(machine.caches)),
-        ("versions", _joined(machine.versions)),
-        ("clocks", machine.clocks),
-        ("load before", machine.load_before),
-    ):
-        if value:
-            facts.append((name, value))
-    return facts
-
-
-def _joined(values: object) -> str:
-    items = values.items() if isinstance(values, dict) else ()
-    return ", ".join(f"{name} {value}" for name, value in items)

@@ -209,14 +209,7 @@ def _growth(run: Run) -> Finding:
 def _place(case: Case) -> str:
     if case.kind in ("layer", "step", "kernel"):
         return case.title
-    return f"{case.shape}, r = {text.ratio(case.ratio)}{_setting(case)}"
-
-
-def _setting(case: Case) -> str:
-    unusual = [case.dtype] if case.dtype != "float32" else []
-    if case.block_rows > 1:
-        unusual.append(f"blocks of {case.block_rows}")
-    return "".join(f", {one}" for one in unusual)
+    return ", ".join([case.shape, f"r = {text.ratio(case.ratio)}", *case.unusual])
 
 
 def reason(run: Run, case: Case, method: Method) -> Reason:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import nnls
 
 Vector = npt.NDArray[np.float64]
 
@@ -146,25 +146,9 @@ def fit_time(points: Sequence[Point]) -> TimeModel | None:
     relative = terms / times[:, None]
     if np.linalg.cond(relative / np.linalg.norm(relative, axis=0)) > _WORST_CONDITION:
         return None
-    solution = _least_squares_from_zero(relative)
+    scale = np.linalg.norm(relative, axis=0)
+    solution = nnls(relative / scale, np.ones(len(points)))[0] / scale
     errors = np.abs(terms @ solution / times - 1)
     fixed, per_element, per_product = map(float, solution)
     middle, worst = float(np.median(errors)), float(errors.max())
     return TimeModel(fixed, per_element, per_product, len(points), middle, worst)
-
-
-def _least_squares_from_zero(terms: Vector) -> Vector:
-    """The s >= 0 of least |terms s - 1|: the best of all choices of terms above zero."""
-    ones = np.ones(len(terms))
-    scale = np.linalg.norm(terms, axis=0)
-    best, best_error = np.zeros(terms.shape[1]), float(len(terms))
-    for size in range(1, terms.shape[1] + 1):
-        for chosen in itertools.combinations(range(terms.shape[1]), size):
-            columns = list(chosen)
-            part = np.linalg.lstsq(terms[:, columns] / scale[columns], ones, rcond=None)[0]
-            candidate = np.zeros(terms.shape[1])
-            candidate[columns] = part / scale[columns]
-            error = float(np.sum((terms @ candidate - 1) ** 2))
-            if (part >= 0).all() and error < best_error:
-                best, best_error = candidate, error
-    return best

@@ -6,6 +6,7 @@ the pass that scores the rows, the memory's reads and writes in it, and the GEMM
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memaop_triton import MemAOPConfig
@@ -121,11 +122,15 @@ def ordered(methods: list[Method]) -> list[Method]:
     return sorted(methods, key=rank)
 
 
-def series(method: Method) -> str:
-    """The CSS class that colours a method: ours by name, all baselines alike."""
-    if method.role in ("dense", "baseline"):
-        return f"s-{method.role}"
-    return f"s-{base_name(method) or 'other'}"
+def methods_of(cases: Sequence[Case], roles: Sequence[str] = ("ours", "baseline")) -> list[Method]:
+    """One method per name among the cases, in the order of tables and charts."""
+    found = {
+        name: method
+        for case in cases
+        for name, method in case.methods.items()
+        if method.role in roles
+    }
+    return ordered(list(found.values()))
 
 
 @dataclass(frozen=True)

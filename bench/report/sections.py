@@ -6,14 +6,21 @@ from collections import Counter
 from collections.abc import Sequence
 
 from memaop_triton.bench.report import tables, text
-from memaop_triton.bench.report.analysis import rows
-from memaop_triton.bench.report.bars import bars
-from memaop_triton.bench.report.blocks import Bullets, Chart, Code, Section, Subheading
-from memaop_triton.bench.report.charts import methods_of
+from memaop_triton.bench.report.analysis import headline, rows
+from memaop_triton.bench.report.charts import bars, roofline
 from memaop_triton.bench.report.compare import NOTABLE_PERCENT, Comparison
-from memaop_triton.bench.report.data import Run
+from memaop_triton.bench.report.data import Machine, Run
+from memaop_triton.bench.report.document import (
+    Bullets,
+    Chart,
+    Code,
+    Document,
+    Section,
+    Subheading,
+)
 from memaop_triton.bench.report.findings import Miss, by_place, findings
-from memaop_triton.bench.report.roofline import calls, roofline
+from memaop_triton.bench.report.methods import methods_of
+from memaop_triton.bench.report.roofline import calls
 from memaop_triton.bench.report.sweeps import (
     against_ratio,
     against_rows,
@@ -22,7 +29,67 @@ from memaop_triton.bench.report.sweeps import (
 )
 
 
-def sections(run: Run, comparison: Comparison | None) -> list[Section]:
+def document(run: Run, comparison: Comparison | None) -> Document:
+    """Put a report together."""
+    name = run.machine.name if run.machine else "an unnamed machine"
+    calls = sum(len(case.methods) for case in run.cases)
+    summary = (
+        f"{text.count(len(run.cases), 'case')}, {text.count(calls, 'timed call')}. Every time is "
+        "the median of rounds in which all methods of a case take turns; every speed-up is dense's "
+        "time over the method's in the same round, with its quartiles."
+    )
+    return Document(
+        "Performance report",
+        f"memaop-triton on {name}",
+        summary,
+        tuple(_facts(run)),
+        _missing(run),
+        tuple(_sections(run, comparison)),
+        tuple(headline(run)),
+    )
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    facts = [("suite", run.name)]
+    if run.date:
+        facts.append(("date", run.date[:16].replace("T", " ")))
+    if run.commit:
+        facts.append(("commit", run.commit[:10]))
+    if run.machine:
+        facts += _machine(run.machine)
+    return facts
+
+
+def _machine(machine: Machine) -> list[tuple[str, str]]:
+    facts = [("machine", machine.name)]
+    if machine.threads is not None:
+        of = "" if machine.cores is None else f" on {text.count(machine.cores, 'core')}"
+        facts.append(("threads", f"{machine.threads}{of}"))
+    if machine.gemm_gflops:
+        rates = (f"{text.rate(one, 'FLOP')} {dtype}" for dtype, one in machine.gemm_gflops.items())
+        facts.append(("GEMM", ", ".join(rates)))
+    if machine.stream_gbs is not None:
+        rate = f"{text.rate(machine.stream_gbs, 'B')} read"
+        if machine.triad_gbs is not None:
+            rate += f", {text.rate(machine.triad_gbs, 'B')} update"
+        facts.append(("memory", rate))
+    for name, value in (
+        ("caches", _joined(machine.caches)),
+        ("versions", _joined(machine.versions)),
+        ("clocks", machine.clocks),
+        ("load before", machine.load_before),
+    ):
+        if value:
+            facts.append((name, value))
+    return facts
+
+
+def _joined(values: object) -> str:
+    items = values.items() if isinstance(values, dict) else ()
+    return ", ".join(f"{name} {value}" for name, value in items)
+
+
+def _sections(run: Run, comparison: Comparison | None) -> list[Section]:
     """Every section that has something to show."""
     every = [
         _findings(run),
@@ -41,7 +108,7 @@ def sections(run: Run, comparison: Comparison | None) -> list[Section]:
     return [section for section in every if section.blocks]
 
 
-def missing(run: Run) -> str:
+def _missing(run: Run) -> str:
     """One line on what the run has no numbers for; empty if it has all."""
     wanted = {
         "the machine's rates (no roofline)": run.machine is not None,
@@ -118,7 +185,7 @@ def _roofline(run: Run) -> Section:
     for dtype in dict.fromkeys(call.case.dtype for call in found):
         some = [call for call in found if call.case.dtype == dtype]
         title = f"Roofline, {dtype}"
-        section.blocks.append(Chart(title, roofline(some, machine, dtype), share=1))
+        section.blocks.append(Chart(title, roofline(some, machine, dtype)))
     if found:
         section.blocks.append(
             "A mark is one call: useful FLOPs (K rows, and the subspace's products) against the "
@@ -134,7 +201,7 @@ def _steps(run: Run) -> Section:
     for kind, title in (("layer", "Forward and backward of a layer"), ("step", "Training step")):
         cases = run.of_kind(kind)
         if cases:
-            section.blocks.append(Chart(title, bars(cases, title), share=1))
+            section.blocks.append(Chart(title, bars(cases)))
     cases = run.of_kind("layer", "step")
     if cases:
         if any(case.wanted for case in cases):

@@ -15,12 +15,12 @@ from memaop_triton.bench.report.analysis import (
     rows,
     settings,
 )
-from memaop_triton.bench.report.blocks import Chart, Section, Table
-from memaop_triton.bench.report.breakeven import fields, grid
-from memaop_triton.bench.report.charts import by_ratio, by_rows, by_width, methods_of
+from memaop_triton.bench.report.breakeven import fields
+from memaop_triton.bench.report.charts import by_ratio, by_rows, by_width, grid
 from memaop_triton.bench.report.data import WEIGHT_GRAD_KINDS, Case, Run
+from memaop_triton.bench.report.document import Chart, Section, Table
 from memaop_triton.bench.report.fits import LINEAR, TimeModel
-from memaop_triton.bench.report.methods import item_size
+from memaop_triton.bench.report.methods import item_size, methods_of
 
 # Ratios with a map of their own.
 MAPS = 3
@@ -30,10 +30,9 @@ def against_ratio(run: Run) -> Section:
     """Speed-up against K/M, a chart per shape."""
     section = Section("ratio", "Speed-up against ratio")
     groups = _groups(run.of_kind("sweep_ratio"), lambda c: (c.m, c.n, c.p, c.setting))
-    share = 1 if len(groups) == 1 else 2
     for cases in groups:
         if len({case.ratio for case in cases}) > 1:
-            section.blocks.append(Chart(_named(cases[0], cases[0].shape), by_ratio(cases), share))
+            section.blocks.append(Chart(_named(cases[0], cases[0].shape), by_ratio(cases)))
         else:
             section.blocks.append(f"{cases[0].shape}: a single ratio, so there is no line to draw.")
     if section.blocks:
@@ -49,11 +48,10 @@ def against_width(run: Run) -> Section:
     """Speed-up against N, a chart per number of rows and ratio."""
     section = Section("width", "Speed-up against width")
     groups = _groups(run.of_kind("sweep_width"), lambda c: (c.m, c.ratio, c.setting))
-    share = 1 if len(groups) == 1 else 2
     for cases in groups:
         title = _named(cases[0], f"M = {cases[0].m}, r = {text.ratio(cases[0].ratio)}")
         if len({case.n for case in cases}) > 1:
-            section.blocks.append(Chart(title, by_width(cases), share))
+            section.blocks.append(Chart(title, by_width(cases)))
         else:
             section.blocks.append(f"{title}: a single width, so there is no line to draw.")
     if section.blocks:
@@ -77,7 +75,7 @@ def break_even(run: Run) -> Section:
         found = fields(cases, fitted, name, ratio)
         if found:
             title = f"`{name}`, r = {text.ratio(ratio)}"
-            section.blocks.append(Chart(title, grid(found, title.replace("`", "")), share=3))
+            section.blocks.append(Chart(title, grid(found), columns=3))
     if section.blocks:
         section.blocks.append(_how_fitted(fitted, name))
         section.blocks.append(tables.time_models(fitted, item_size(setting[0])))
@@ -133,7 +131,7 @@ def against_rows(run: Run) -> Section:
             if (fit := by_name[one.name]) is not None and fit.growth == "linear"
         ]
         named = ", ".join(linear) or "none"
-        section.blocks.append(Chart(title, by_rows(cases, by_name), share=1))
+        section.blocks.append(Chart(title, by_rows(cases, by_name)))
         section.blocks.append(f"Linear in M (exponent within {LINEAR:g} of 1): {named}.")
         section.blocks.append(tables.exponents(by_name, methods))
     return section

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 
 from memaop_triton.bench.report import text
 from memaop_triton.bench.report.analysis import Models, Row, overhead
-from memaop_triton.bench.report.blocks import NOTHING, Cell, Table
-from memaop_triton.bench.report.charts import methods_of
 from memaop_triton.bench.report.compare import NOTABLE_PERCENT, Comparison
 from memaop_triton.bench.report.data import Case, Method
+from memaop_triton.bench.report.document import NOTHING, Cell, Table
 from memaop_triton.bench.report.findings import WANTED_SHARE
 from memaop_triton.bench.report.fits import Power, TimeModel
-from memaop_triton.bench.report.methods import definition
+from memaop_triton.bench.report.methods import definition, methods_of
 
 
 def speedups(found: Sequence[Row]) -> Table:
@@ -43,10 +42,7 @@ def _speed(found: tuple[Case, Method] | None, best: float) -> Cell:
 
 
 def _names(case: Case) -> tuple[Cell, Cell]:
-    unusual = [case.dtype] if case.dtype != "float32" else []
-    if case.block_rows > 1:
-        unusual.append(f"blocks of {case.block_rows}")
-    return Cell(case.shape, ", ".join(unusual)), Cell(text.ratio(case.ratio))
+    return Cell(case.shape, ", ".join(case.unusual)), Cell(text.ratio(case.ratio))
 
 
 def _dense(row: Row) -> Cell:

@@ -201,9 +201,9 @@ def _layer_step(
 def config_source(a: Tensor) -> str:
     """What computes on tensors like `a`, and on a GPU where configurations came from so far."""
     if dispatch.runs_triton(a):
-        from memaop_triton.kernels.tuning import autotune
+        from memaop_triton.kernels.tuning import tuner
 
-        origins = sorted({choice.origin for choice in autotune.choices().values()})
+        origins = sorted({choice.origin for choice in tuner.choices().values()})
         return f"Triton, {' and '.join(origins) or 'nothing launched'}"
     compiled_passes = a.dtype in library.DTYPES and library.is_compiled()
     return "PyTorch + C" if a.device.type == "cpu" and compiled_passes else "PyTorch"

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import logging
 import threading
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,14 +21,17 @@ from memaop_triton.kernels.cpu import build
 
 _log = logging.getLogger(__name__)
 
-#: Columns that make a group; the passes with a basis take multiples of these.
+#: Columns that make a group.
 LANES = 16
-# Where its GEMM was measured to be as fast as PyTorch's, so that the gather comes for nothing.
-_GEMM_CAPABILITIES = ("AVX2",)
 # A thread keeps this much room for panels between calls; asking for it anew costs page faults.
 _MOST_KEPT = 32 << 20
 # Every thread sums into a product of its own: 4 million numbers of these at the most.
 _MOST_PARTS = 1 << 22
+# Waking a thread and waiting for it takes a few microseconds on an idle machine, and a time slice
+# of the scheduler where another process has its core. It has to bring some 50 µs of work: so many
+# numbers of a pass over rows, or multiplications of a product.
+_NUMBERS_OF_A_THREAD = 1 << 17
+_MULTIPLICATIONS_OF_A_THREAD = 1 << 21
 
 
 class Kind(NamedTuple):
@@ -68,9 +72,29 @@ def is_compiled() -> bool:
     return _library() is not None
 
 
-def prefers_own_gemm() -> bool:
-    """Whether rows are multiplied by `gather_gemm.c` here, and not by PyTorch."""
-    return torch.backends.cpu.get_cpu_capability() in _GEMM_CAPABILITIES
+def prefers_own_gemm(dtype: torch.dtype) -> bool:
+    """Whether rows are multiplied by `gather_gemm.c` here, and not by PyTorch.
+
+    Where it was measured to be at least as fast. On AVX2 the two are alike, and the gather comes
+    for nothing. MKL leaves the 512-bit registers of other vendors than Intel unused: there a call
+    takes 0.5 to 0.7 of the time. bfloat16 has instructions of its own beside AVX-512, which PyTorch
+    uses.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512":
+        return dtype != torch.bfloat16 and _vendor() not in ("GenuineIntel", "")
+    return capability == "AVX2"
+
+
+@functools.cache
+def _vendor() -> str:
+    """Of the processor; "" where that is not told."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
+    return next(names, "")
 
 
 def obstacle() -> str:
@@ -114,15 +138,15 @@ def matrix(a: Tensor) -> tuple[int, int]:
 
 def sizes_of(a: Tensor, rank: int = 0) -> tuple[int, int, int]:
     """Rows, columns, and the number of threads to use, where each holds `rank` sums a column."""
-    # A thread is not worth its share of less than a few thousand numbers.
     rows, columns = a.shape
     most = max(1, _MOST_PARTS // max(1, rank * columns))
-    return rows, columns, min(torch.get_num_threads(), 1 + rows * columns // 16384, most)
+    worth = 1 + rows * columns // _NUMBERS_OF_A_THREAD
+    return rows, columns, min(torch.get_num_threads(), worth, most)
 
 
 def gemm_threads(rows: int, n: int, p: int) -> int:
     """Threads that share a product of this many outer products of vectors of these lengths."""
-    return min(torch.get_num_threads(), 1 + rows * n * p // 200_000)
+    return min(torch.get_num_threads(), 1 + rows * n * p // _MULTIPLICATIONS_OF_A_THREAD)
 
 
 def _library() -> ctypes.CDLL | None:

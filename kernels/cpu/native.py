@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memaop_triton.kernels.cpu import library as library_of_c
 from memaop_triton.kernels.cpu.library import (
     KINDS,
     LANES,
     gemm_threads,
     library_for,
     matrix,
-    prefers_own_gemm,
     room_for,
     sizes_of,
 )
@@ -54,7 +54,7 @@ def project(x: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor] | N
     Z as it was before it was rounded to that dtype.
     """
     groups = -(-basis.shape[1] // LANES)
-    wanted = x.dtype == basis.dtype and groups in range(1, 5) and x.shape[1] % LANES == 0
+    wanted = x.dtype == basis.dtype and groups in range(1, 5)
     library = library_for(x) if wanted else None
     if library is None:
         return None
@@ -79,7 +79,7 @@ def transposed_mm(
     Fills `norms` ([M], in `score_dtype` like the product) with |a_i| and `sums` ([N], in the dtype
     of `a`) with the sum of the rows of `a`.
     """
-    wanted = z.dtype == a.dtype and z.shape[1] in range(4, 65, 4) and a.shape[1] % LANES == 0
+    wanted = z.dtype == a.dtype and z.shape[1] in range(4, 65, 4)
     library = library_for(z, a) if wanted else None
     if library is None:
         return None
@@ -157,7 +157,7 @@ def gather_gemm(
     wanted = x.dtype == g.dtype and min(x.shape[1], g.shape[1]) >= LANES
     rank = 0 if projection is None else projection[1].shape[1]
     library = None
-    if wanted and rank <= _MOST_RANK and prefers_own_gemm():
+    if wanted and rank <= _MOST_RANK and library_of_c.prefers_own_gemm(x.dtype):
         others = [] if weights is None else [weights]
         others += [] if projection is None else projection[1:]
         library = library_for(x, g, *others)

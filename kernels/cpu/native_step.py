@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memaop_triton.kernels.cpu import library as library_of_c
 from memaop_triton.kernels.cpu.library import (
     KINDS,
     LANES,
@@ -19,7 +20,6 @@ from memaop_triton.kernels.cpu.library import (
     is_plain,
     library_for,
     matrix,
-    prefers_own_gemm,
     room_for,
     sizes_of,
 )
@@ -105,7 +105,7 @@ def run(
     if draw:
         uniform = torch.rand(rows, dtype=kind.number, device=a.device, generator=generator)
     weights = new(k) if draw else rest.new_ones(k)
-    multiplies = prefers_own_gemm()
+    multiplies = library_of_c.prefers_own_gemm(a.dtype)
     product = new((n, p) if transposed else (p, n)) if multiplies else None
     b_threads = sizes_of(b, rank)[-1]
     product_threads = gemm_threads(k + rank, n, p) if multiplies else 0
@@ -154,5 +154,4 @@ def _fits(a: Tensor, b: Tensor, basis: Tensor | None, added: Added | None) -> bo
         return dtypes == (a.dtype, a.dtype, KINDS[a.dtype].number)
     if basis is None:
         return True
-    fits = basis.shape[1] in range(4, 65, 4) and n % LANES == 0 and p % LANES == 0
-    return fits and basis.dtype == a.dtype and is_plain(basis.t())
+    return basis.shape[1] in range(4, 65, 4) and basis.dtype == a.dtype and is_plain(basis.t())

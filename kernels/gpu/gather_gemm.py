@@ -38,7 +38,6 @@ from memaop_triton.kernels.gpu.tiles import (
     first_value,
     gathered,
     is_aligned,
-    padded_rank,
     precision,
     row_offsets,
     share_of_split,
@@ -48,8 +47,8 @@ from memaop_triton.kernels.gpu.tiles import (
     wrapped,
 )
 from memaop_triton.kernels.targets import Target
-from memaop_triton.kernels.tuning import autotune, defaults
-from memaop_triton.kernels.tuning.problem import flags, problem_of
+from memaop_triton.kernels.tuning import tuner
+from memaop_triton.kernels.tuning.config import GemmConfig, flags, padded_rank, problem_of
 from memaop_triton.kernels.tuning.tuner import Call
 
 
@@ -194,7 +193,7 @@ def gather_gemm(
     accumulate: bool = False,
     deterministic: bool = True,
     input_precision: str | None = None,
-    config: defaults.GemmConfig | None = None,
+    config: GemmConfig | None = None,
 ) -> Tensor:
     """Σ_k w_k g[i_k]ᵀ x[i_k], plus C Eᵀ with a correction: [P, N].
 
@@ -212,7 +211,7 @@ def gather_gemm(
         deterministic: Add the parts of a split in a fixed order; otherwise by atomics, where `out`
             is float32.
         input_precision: "ieee" or "tf32" for float32; what torch allows if `None`.
-        config: Tile; chosen by `autotune` if `None`.
+        config: Tile; chosen by `tuner` if `None`.
 
     Returns:
         `out`.
@@ -249,7 +248,7 @@ def gather_gemm(
             other = None if out is None else torch.zeros_like(out)
             return partial(gather_gemm, *operands, out=other, **ways)
 
-        config = autotune.choose(problem, x.device, rehearse, defaults.GemmConfig)
+        config = tuner.choose(problem, x.device, rehearse, GemmConfig)
     if by_descriptor:
         config = dataclasses.replace(config, block_k=min(config.block_k, block_rows))
     if out is None:
@@ -295,7 +294,7 @@ _Choice = tuple[Any, tuple[Any, ...], tuple[int, ...], dict[str, Any]]
 
 
 def _by_rows(
-    x: Tensor, g: Tensor, indices: Tensor, rank: int, block_rows: int, config: defaults.GemmConfig
+    x: Tensor, g: Tensor, indices: Tensor, rank: int, block_rows: int, config: GemmConfig
 ) -> _Choice:
     """Kernel, operands, sizes and constants where rows are reached by pointers."""
     (rows, n), p, k = x.shape, g.shape[1], indices.numel()
@@ -313,7 +312,7 @@ def _by_rows(
 
 
 def _by_blocks(
-    x: Tensor, g: Tensor, indices: Tensor, rank: int, block_rows: int, config: defaults.GemmConfig
+    x: Tensor, g: Tensor, indices: Tensor, rank: int, block_rows: int, config: GemmConfig
 ) -> _Choice:
     """The same where blocks of rows are copied by descriptor."""
     operands = (

@@ -13,6 +13,7 @@ from torch import Tensor
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.tuning import defaults
+from memaop_triton.kernels.tuning.config import RowConfig
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -30,7 +31,7 @@ def rescale_kernel(m_ptr, factor_ptr, M, N, m_row, BLOCK_M: tl.constexpr, BLOCK_
             tl.store(places, (value * factor).to(m_ptr.dtype.element_ty), mask=mask)
 
 
-def rescale_(m: Tensor, factor: Tensor, *, config: defaults.RowConfig | None = None) -> None:
+def rescale_(m: Tensor, factor: Tensor, *, config: RowConfig | None = None) -> None:
     """Multiply `m` in place.
 
     Args:

@@ -29,8 +29,8 @@ from memaop_triton.kernels.gpu.tiles import (
     tile_of_program,
     wrapped,
 )
-from memaop_triton.kernels.tuning import autotune, defaults
-from memaop_triton.kernels.tuning.problem import flags, problem_of
+from memaop_triton.kernels.tuning import tuner
+from memaop_triton.kernels.tuning.config import GemmConfig, flags, problem_of
 from memaop_triton.kernels.tuning.tuner import Call
 
 
@@ -105,7 +105,7 @@ def residual_gemm(
     *,
     signed: bool = False,
     block_rows: int = 1,
-    config: defaults.GemmConfig | None = None,
+    config: GemmConfig | None = None,
 ) -> Tensor:
     """dW from rows with their memory added on the way; the memory is only read.
 
@@ -120,7 +120,7 @@ def residual_gemm(
         lost: float32 [1], added to every element: 0, or NaN if a row elsewhere was not finite.
         signed: Draw σ = ±1 for every row; 1 otherwise.
         block_rows: Number of neighbouring rows the indices come in.
-        config: Tile; chosen by `autotune` if `None`.
+        config: Tile; chosen by `tuner` if `None`.
 
     Returns:
         [P, N] in the dtype of `x`.
@@ -132,7 +132,7 @@ def residual_gemm(
             *("residual_gemm", x.dtype, rows, k, n, p),
             stored=mx.dtype,
             precision=formed,
-            flags=flags(uneven=not (n % 16 == p % 16 == 0 and is_aligned(x, g))),
+            flags=flags(signed=signed, uneven=not (n % 16 == p % 16 == 0 and is_aligned(x, g))),
         )
 
         def rehearse() -> Call:
@@ -140,7 +140,7 @@ def residual_gemm(
             operands = (full, x, g, indices, carry, seed, lost)
             return partial(residual_gemm, *operands, signed=signed, block_rows=block_rows)
 
-        config = autotune.choose(problem, x.device, rehearse, defaults.GemmConfig)
+        config = tuner.choose(problem, x.device, rehearse, GemmConfig)
     out = torch.empty((p, n), dtype=x.dtype, device=x.device)
     parts = parts_of(out, config.split_k)
     strides = (*x.stride(), *g.stride(), mx.stride(0), mg.stride(0))

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.gpu.randomness import round_to_bfloat16, row_keys, row_signs
-from memaop_triton.kernels.tuning import autotune, defaults
-from memaop_triton.kernels.tuning.problem import flags, problem_of
+from memaop_triton.kernels.tuning import tuner
+from memaop_triton.kernels.tuning.config import RowConfig, flags, problem_of
 from memaop_triton.kernels.tuning.tuner import Call
 
 
@@ -151,13 +151,13 @@ def accumulate_kernel(
             tl.store(lost_ptr, float("nan"))
 
 
-def row_norms(a: Tensor, *, config: defaults.RowConfig | None = None) -> Tensor:
+def row_norms(a: Tensor, *, config: RowConfig | None = None) -> Tensor:
     """Euclidean norms of the rows of `a` ([M, N]), float32 [M]; +Inf for one that is not finite."""
     return _score(a, None, False, config)[0]
 
 
 def row_scores(
-    x: Tensor, g: Tensor, *, bias_grad: bool = False, config: defaults.RowConfig | None = None
+    x: Tensor, g: Tensor, *, bias_grad: bool = False, config: RowConfig | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Scores of all rows in one launch, and the bias gradient from the same pass if wanted.
 
@@ -165,7 +165,7 @@ def row_scores(
         x: [M, N], float16, bfloat16 or float32, any strides.
         g: [M, P], likewise.
         bias_grad: Also sum the columns of G.
-        config: Tile; chosen by `autotune` if `None`.
+        config: Tile; chosen by `tuner` if `None`.
 
     Returns:
         [M] float32, and [P] in the dtype of `g` or `None`.
@@ -174,7 +174,7 @@ def row_scores(
 
 
 def _score(
-    x: Tensor, g: Tensor | None, bias_grad: bool, config: defaults.RowConfig | None
+    x: Tensor, g: Tensor | None, bias_grad: bool, config: RowConfig | None
 ) -> tuple[Tensor, Tensor | None]:
     rows, columns = x.shape
     other = x if g is None else g
@@ -183,8 +183,8 @@ def _score(
             *("row_scores", x.dtype, rows, rows, columns, 0 if g is None else g.shape[1]),
             flags=flags(sums=bias_grad),
         )
-        config = autotune.choose(
-            problem, x.device, lambda: partial(_score, x, g, bias_grad), defaults.RowConfig
+        config = tuner.choose(
+            problem, x.device, lambda: partial(_score, x, g, bias_grad), RowConfig
         )
     scores = torch.empty(rows, dtype=torch.float32, device=x.device)
     sums = _partial_sums(other, config) if bias_grad else None
@@ -212,7 +212,7 @@ def accumulate_and_score(
     *,
     signed: bool = False,
     bias_grad: bool = False,
-    config: defaults.RowConfig | None = None,
+    config: RowConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """m ← c·σ·m + x for X and G alike, in place, and the scores of what is stored; one launch.
 
@@ -226,7 +226,7 @@ def accumulate_and_score(
         seed: int64 [1] on the device: the source of σ and of the rounding.
         signed: Draw σ = ±1 for every row; 1 otherwise.
         bias_grad: Also sum the columns of G.
-        config: Tile; chosen by `autotune` if `None`.
+        config: Tile; chosen by `tuner` if `None`.
 
     Returns:
         [M] float32, and [P] in the dtype of `g` or `None`.
@@ -247,7 +247,7 @@ def accumulate_rest(
     *,
     signed: bool = False,
     bias_grad: bool = False,
-    config: defaults.RowConfig | None = None,
+    config: RowConfig | None = None,
 ) -> Tensor | None:
     """The same update for the rows not marked in `taken` ([M] bool); the others stay as they are.
 
@@ -269,7 +269,7 @@ def _update(
     taken: Tensor | None,
     signed: bool,
     bias_grad: bool,
-    config: defaults.RowConfig | None,
+    config: RowConfig | None,
 ) -> Tensor | None:
     mx, mg, filled = memory
     if mx.stride(1) != 1 or mg.stride(1) != 1:
@@ -279,7 +279,7 @@ def _update(
         problem = problem_of(
             *("accumulate_and_score", x.dtype, rows, rows, n, p),
             stored=mx.dtype,
-            flags=flags(sums=bias_grad, unscored=taken is not None),
+            flags=flags(signed=signed, sums=bias_grad, unscored=taken is not None),
         )
 
         def rehearse() -> Call:
@@ -290,7 +290,7 @@ def _update(
                 _update, full, x, g, torch.zeros_like(carry), seed, other, taken, signed, bias_grad
             )
 
-        config = autotune.choose(problem, x.device, rehearse, defaults.RowConfig)
+        config = tuner.choose(problem, x.device, rehearse, RowConfig)
     sums = _partial_sums(g, config) if bias_grad else None
     launch.launch(
         accumulate_kernel,
@@ -315,7 +315,7 @@ def _zeros_as(m: Tensor) -> Tensor:
     return torch.empty_strided(m.shape, m.stride(), dtype=m.dtype, device=m.device).zero_()
 
 
-def _partial_sums(g: Tensor, config: defaults.RowConfig) -> Tensor:
+def _partial_sums(g: Tensor, config: RowConfig) -> Tensor:
     programs = triton.cdiv(g.shape[0], config.block_m)
     return torch.empty((programs, g.shape[1]), dtype=torch.float32, device=g.device)
 

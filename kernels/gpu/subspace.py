@@ -26,9 +26,16 @@ from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.kernels.gpu.reduction import sum_parts
-from memaop_triton.kernels.gpu.tiles import is_aligned, padded_rank, precision
-from memaop_triton.kernels.tuning import autotune, defaults
-from memaop_triton.kernels.tuning.problem import Problem, flags, problem_of
+from memaop_triton.kernels.gpu.tiles import is_aligned, precision
+from memaop_triton.kernels.tuning import tuner
+from memaop_triton.kernels.tuning.config import (
+    GemmConfig,
+    Problem,
+    RowConfig,
+    flags,
+    padded_rank,
+    problem_of,
+)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -137,7 +144,7 @@ class ProjectedGradient(NamedTuple):
 
 
 def project(
-    x: Tensor, basis: Tensor, scale: float, *, config: defaults.RowConfig | None = None
+    x: Tensor, basis: Tensor, scale: float, *, config: RowConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """Z = X Q / scale and the norms of what Q leaves of each row, in one pass over X.
 
@@ -145,7 +152,7 @@ def project(
         x: [M, N], float16, bfloat16 or float32, any strides.
         basis: Q, [N, q] in the dtype of `x`, contiguous, q ≤ 64, orthonormal to rounding.
         scale: s, a power of two.
-        config: Tile; chosen by `autotune` if `None`.
+        config: Tile; chosen by `tuner` if `None`.
 
     Returns:
         [M, q] in the dtype of `x`, and [M] float32. A norm that drowns in rounding is set to the
@@ -154,8 +161,8 @@ def project(
     (rows, columns), rank, target = x.shape, basis.shape[1], targets.current(x.device)
     if config is None:
         problem = _problem("project", x, rank, norms=False, sums=False)
-        config = autotune.choose(
-            problem, x.device, lambda: partial(project, x, basis, scale), defaults.RowConfig
+        config = tuner.choose(
+            problem, x.device, lambda: partial(project, x, basis, scale), RowConfig
         )
     z = torch.empty((rows, rank), dtype=x.dtype, device=x.device)
     rest = torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -185,7 +192,7 @@ def _problem(kernel: str, a: Tensor, rank: int, *, norms: bool, sums: bool) -> P
 
 
 def _transposed(
-    a: Tensor, z: Tensor, squares: bool, sums: bool, config: defaults.RowConfig
+    a: Tensor, z: Tensor, squares: bool, sums: bool, config: RowConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Parts of Aᵀ Z, squares per tile of columns, and column sums per part (or stand-ins)."""
     (rows, columns), rank, target = a.shape, z.shape[1], targets.current(a.device)
@@ -221,7 +228,7 @@ def project_gradient(
     rest: Tensor,
     *,
     bias_grad: bool = False,
-    config: defaults.RowConfig | None = None,
+    config: RowConfig | None = None,
 ) -> ProjectedGradient:
     """Gᵀ Z, the scores ‖g_m‖·rest_m and the bias gradient, in one pass over G.
 
@@ -230,16 +237,16 @@ def project_gradient(
         z: [M, q], same dtype, contiguous.
         rest: [M] float32.
         bias_grad: Also sum the columns of G.
-        config: Tile; chosen by `autotune` if `None`.
+        config: Tile; chosen by `tuner` if `None`.
     """
     if config is None:
         problem = _problem("transposed_mm", g, z.shape[1], norms=True, sums=bias_grad)
 
-        def run(config: defaults.RowConfig) -> None:
+        def run(config: RowConfig) -> None:
             # With the sum of its parts, which is taken later on.
             _sum(project_gradient(g, z, rest, bias_grad=bias_grad, config=config).parts)
 
-        config = autotune.choose(problem, g.device, lambda: run, defaults.RowConfig)
+        config = tuner.choose(problem, g.device, lambda: run, RowConfig)
     parts, squares, sums = _transposed(g, z, True, bias_grad, config)
     rows = g.shape[0]
     scores = torch.empty(rows, dtype=torch.float32, device=g.device)
@@ -254,13 +261,11 @@ def project_gradient(
     return ProjectedGradient(parts, scores, sums.sum(0).to(g.dtype) if bias_grad else None)
 
 
-def transposed_mm(z: Tensor, a: Tensor, *, config: defaults.RowConfig | None = None) -> Tensor:
+def transposed_mm(z: Tensor, a: Tensor, *, config: RowConfig | None = None) -> Tensor:
     """Aᵀ Z, [N, q] float32, for z [M, q] (contiguous) and a [M, N] of the same dtype."""
     if config is None:
         problem = _problem("transposed_mm", a, z.shape[1], norms=False, sums=False)
-        config = autotune.choose(
-            problem, a.device, lambda: partial(transposed_mm, z, a), defaults.RowConfig
-        )
+        config = tuner.choose(problem, a.device, lambda: partial(transposed_mm, z, a), RowConfig)
     parts, _, _ = _transposed(a, z, False, False, config)
     return _sum(parts)
 
@@ -277,7 +282,7 @@ def correction(
     weights: Tensor | None,
     *,
     block_rows: int = 1,
-    config: defaults.GemmConfig | None = None,
+    config: GemmConfig | None = None,
 ) -> Tensor:
     """C = Gᵀ Z − Σ_k w_k g[i_k]ᵀ z[i_k], [P, q] float32, from the parts of Gᵀ Z."""
     drawn = torch.empty((1, *parts.shape[1:]), dtype=torch.float32, device=g.device)

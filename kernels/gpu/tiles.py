@@ -10,14 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memaop_triton.kernels.env import allows_tf32
 from memaop_triton.kernels.targets import Target
-from memaop_triton.kernels.tuning.footprint import padded_rank as padded_rank
 
 
 def precision(target: Target, dtype: torch.dtype) -> str:
     """How products of this dtype are formed: "tf32" for float32 where torch allows it."""
-    allowed = torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if dtype == torch.float32 and target.has_tf32 and allowed else "ieee"
+    return "tf32" if dtype == torch.float32 and target.has_tf32 and allows_tf32() else "ieee"
 
 
 def is_aligned(*operands: Tensor) -> bool:

@@ -1,39 +1,42 @@
-"""What is known of tuned configurations: the user's cache, and what is shipped for some GPUs.
+"""What is kept of tuned configurations: one JSON file per GPU and kernel.
 
-    $MEMAOP_TRITON_CACHE_DIR/configs/<gpu>/<kernel>.json     see `config_files`, `config_entries`
-    kernels/configs/<gpu>/<kernel>.json                      the same, read only
+    $MEMAOP_TRITON_CACHE_DIR/configs/<gpu>/<kernel>.json     the user's
+    kernels/configs/<gpu>/<kernel>.json                      shipped, read only
 
-A process reads a file when it first needs it, and again when it has changed it; what other
-processes add in between, it learns at its next start. An entry of other kernel sources says nothing
-here. One that another Triton compiled is stale: better than a guess, worth tuning anew. A file that
-cannot be used or written is warned of once, and training goes on.
+A process reads a file when it first needs it, and again when it adds to it; what other processes
+add in between, it learns at its next start. An entry of other kernel sources is dropped. One that
+another Triton compiled is stale. A file that cannot be used or written is warned of once, and the
+heuristic serves.
+
+Several processes may share a file, so it is only ever replaced as a whole: lock, read again, merge,
+write a temporary file, rename. A reader, who takes no lock, sees one state or the next, and a
+process that is killed leaves at most a temporary file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import json
+import os
+import re
+import secrets
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
+from filelock import FileLock
 
 from memaop_triton.kernels.env import cache_folder
-from memaop_triton.kernels.tuning import cache_files
-from memaop_triton.kernels.tuning.cache_entries import (
-    ConfigFile,
-    ConfigFileError,
-    Entry,
-    Gpu,
-    check_owner,
-    config_of,
-    fields_of,
-    now,
-)
-from memaop_triton.kernels.tuning.defaults import Config
-from memaop_triton.kernels.tuning.problem import Problem
+from memaop_triton.kernels.tuning.config import KERNELS, Config, Problem, config_type
 
+SCHEMA = 2
+LOCK_SECONDS = 5.0
 SHIPPED = Path(__file__).parents[1] / "configs"
 _PROGRAMS = Path(__file__).parents[1] / "gpu"
 
@@ -50,6 +53,67 @@ SOURCES = {
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU: configurations that were tuned on one serve on every other of its kind.
+
+    Attributes:
+        name: As its driver spells it.
+        capability: "9.0" or "gfx942".
+        processors: Streaming multiprocessors (compute units): parts of a GPU have fewer.
+    """
+
+    name: str
+    capability: str
+    processors: int
+
+    @property
+    def slug(self) -> str:
+        """All of it as a folder: "nvidia-h100-80gb-hbm3-9-0-132"."""
+        text = f"{self.name} {self.capability} {self.processors}".lower()
+        return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The outcome of tuning one problem.
+
+    Attributes:
+        problem: `Problem.key`.
+        config: The best configuration.
+        milliseconds: Median time of a launch.
+        heuristic_milliseconds: The same of the configuration that serves without tuning, `None` if
+            that one does not run.
+        source: Hash of the kernel's source files.
+        triton: Version of Triton that compiled it.
+        torch: Version of PyTorch.
+        tuned: When: UTC, ISO 8601, to the second.
+    """
+
+    problem: str
+    config: Config
+    milliseconds: float
+    heuristic_milliseconds: float | None
+    source: str
+    triton: str
+    torch: str
+    tuned: str
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """Of two entries that agree in this one replaces the other."""
+        return self.problem, self.source, self.triton
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """The contents of one file."""
+
+    gpu: Gpu
+    kernel: str
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
 class Found:
     """An entry that can be used.
 
@@ -59,9 +123,20 @@ class Found:
     """
 
     config: Config
-    entry: Entry
     is_stale: bool
     origin: str
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu | None:
+    """What a device's configurations are kept by; `None` for one that is no GPU."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    capability = f"{properties.major}.{properties.minor}"
+    if torch.version.hip:
+        capability = properties.gcnArchName.split(":")[0]
+    return Gpu(properties.name, capability, properties.multi_processor_count)
 
 
 def folder() -> Path:
@@ -98,105 +173,163 @@ def entry_for(
 ) -> Entry:
     """What to remember of a problem that was tuned just now, by these versions."""
     return Entry(
-        problem.key,
-        fields_of(config),
-        milliseconds,
-        heuristic_milliseconds,
-        source_hash(problem.kernel),
-        triton_version(),
-        torch.__version__,
-        now(),
+        problem=problem.key,
+        config=config,
+        milliseconds=milliseconds,
+        heuristic_milliseconds=heuristic_milliseconds,
+        source=source_hash(problem.kernel),
+        triton=triton_version(),
+        torch=torch.__version__,
+        tuned=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def to_json(file: ConfigFile) -> dict[str, Any]:
+    """What is written of a file."""
+    return {"schema": SCHEMA, **asdict(file)}
+
+
+def parse(content: Any) -> ConfigFile:
+    """What `to_json` made.
+
+    Raises:
+        ValueError: It is not that, or of another schema.
+    """
+    try:
+        schema, kernel = content["schema"], content["kernel"]
+        if schema != SCHEMA or kernel not in KERNELS:
+            raise ValueError(f"schema {schema} of {kernel!r}, this version reads schema {SCHEMA}")
+        entries = [_entry(config_type(kernel), one) for one in content["entries"]]
+        return ConfigFile(Gpu(**content["gpu"]), kernel, tuple(entries))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"no tuned configurations ({error!r})") from error
+
+
+def _entry(kind: Callable[..., Config], fields: dict[str, Any]) -> Entry:
+    if not all(isinstance(value, int) for value in fields["config"].values()):
+        raise TypeError(f"config={fields['config']}")
+    return Entry(**fields | {"config": kind(**fields["config"])})
+
+
+def read(path: Path) -> ConfigFile | None:
+    """The contents of a file, `None` if there is none.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is not JSON, or `parse` refuses it.
+    """
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return parse(json.loads(text))
 
 
 def find(gpu: Gpu, problem: Problem) -> Found | None:
     """The user's entry for a problem, else a shipped one, else a stale one of either."""
-    places = (_view(folder(), gpu, problem.kernel), _view(SHIPPED, gpu, problem.kernel))
-    found = [view.best[problem.key] for view in places if problem.key in view.best]
-    return min(found, key=lambda one: one.is_stale, default=None)
+    found = [
+        (entry.triton == triton_version(), origin == "cache", entry.tuned, entry.config, origin)
+        for origin, root in (("shipped", SHIPPED), ("cache", folder()))
+        for entry in _entries(path_of(root, gpu, problem.kernel))
+        if (entry.problem, entry.source) == (problem.key, source_hash(problem.kernel))
+    ]
+    if not found:
+        return None
+    is_fresh, _, _, config, origin = max(found, key=lambda one: one[:3])
+    return Found(config, not is_fresh, origin)
 
 
 def add(gpu: Gpu, kernel: str, entry: Entry) -> None:
     """Remember an entry in this process, and in the user's file if that can be written."""
     root = folder()
-    view = _view(root, gpu, kernel)
-    view.own.append(entry)
-    view.hold((*view.entries, entry))
-    # Where writing failed once it is still tried, without waiting for anybody.
-    timeout = 0.0 if root in _warned else cache_files.LOCK_SECONDS
+    path = path_of(root, gpu, kernel)
+    own = _own.setdefault(path, [])
+    own.append(entry)
+    # Where writing failed once it is still tried, without waiting for another process.
+    timeout = 0.0 if root in _warned else LOCK_SECONDS
     try:
-        merged = cache_files.merge_into(
-            view.path,
-            ConfigFile(gpu, kernel, tuple(view.own)),
-            source=source_hash(kernel),
-            timeout=timeout,
-        )
-    except (OSError, NotImplementedError, ConfigFileError) as error:
-        what = f"tuned configurations are not kept in {view.path}: {error}"
+        _known[path] = merge_into(path, ConfigFile(gpu, kernel, tuple(own)), timeout)
+    except (OSError, NotImplementedError) as error:  # the latter by systems without locks
+        _known[path] = _merged(_entries(path), own)
+        what = f"tuned configurations are not kept in {path}: {error}"
         _warn_once(root, f"{what}. They serve this process; MEMAOP_TRITON_CACHE_DIR moves them.")
-    else:
-        view.hold(merged.entries)
 
 
 def forget() -> None:
     """Read every file again when it is next needed, and warn again."""
-    _views.clear()
-    _warned.clear()
+    for state in (_known, _own, _warned):
+        state.clear()
 
 
-class _View:
-    """What this process knows of one file.
-
-    Attributes:
-        entries: All that are in it, and those that could not be written.
-        own: Those that this process made.
-        best: By problem, the ones that can be used.
-    """
-
-    def __init__(self, path: Path, gpu: Gpu, kernel: str, origin: str) -> None:
-        self.path, self._kernel, self._origin = path, kernel, origin
-        self.entries: tuple[Entry, ...] = ()
-        self.own: list[Entry] = []
-        self.best: dict[str, Found] = {}
-        try:
-            file = cache_files.read(path)
-            if file is not None:
-                check_owner(file, gpu, kernel)
-        except ConfigFileError as error:
-            _warn_once(path, f"tuned configurations in {path} are not used: {error}.")
-        else:
-            self.hold(() if file is None else file.entries, () if file is None else file.refused)
-
-    def hold(self, entries: tuple[Entry, ...], refused: tuple[str, ...] = ()) -> None:
-        """Take over what a file holds now."""
-        self.entries, self.best, wrong = entries, {}, list(refused)
-        usable = [entry for entry in entries if entry.source == source_hash(self._kernel)]
-        # The one to use comes last: this Triton's, or else the newest.
-        for entry in sorted(usable, key=lambda e: (e.triton == triton_version(), e.tuned)):
-            try:
-                config = config_of(self._kernel, entry.config)
-            except ValueError as error:
-                wrong.append(str(error))
-                continue
-            is_stale = entry.triton != triton_version()
-            self.best[entry.problem] = Found(config, entry, is_stale, self._origin)
-        if wrong:
-            what = f"{len(wrong)} of the tuned configurations in {self.path} are not used"
-            _warn_once(self.path, f"{what}: {wrong[0][:200]}.")
-
-
-_views: dict[Path, _View] = {}
+_known: dict[Path, tuple[Entry, ...]] = {}  # what is in a file, and what could not be written
+_own: dict[Path, list[Entry]] = {}  # what this process tuned
 _warned: set[Path] = set()
 
 
-def _view(root: Path, gpu: Gpu, kernel: str) -> _View:
-    path = path_of(root, gpu, kernel)
-    if path not in _views:
-        _views[path] = _View(path, gpu, kernel, "shipped" if root == SHIPPED else "cache")
-    return _views[path]
+def _entries(path: Path) -> tuple[Entry, ...]:
+    if path not in _known:
+        try:
+            file = read(path)
+        except (OSError, ValueError) as error:
+            file = None
+            _warn_once(path, f"tuned configurations in {path} are not used: {error}.")
+        _known[path] = () if file is None else file.entries
+    return _known[path]
 
 
 def _warn_once(place: Path, message: str) -> None:
     if place not in _warned:
         _warned.add(place)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _merged(one: Iterable[Entry], other: Iterable[Entry]) -> tuple[Entry, ...]:
+    found = {entry.identity: entry for entry in (*one, *other)}
+    return tuple(found[identity] for identity in sorted(found))
+
+
+def merge_into(path: Path, new: ConfigFile, timeout: float = LOCK_SECONDS) -> tuple[Entry, ...]:
+    """Add entries to a file, which is made if there is none or what is there cannot be read.
+
+    Args:
+        path: The file.
+        new: What to add; it replaces what is there about the same.
+        timeout: Seconds to wait for another process that is writing.
+
+    Returns:
+        What the file holds afterwards: nothing of other kernel sources.
+
+    Raises:
+        OSError: It cannot be written, or another process holds the lock (`filelock.Timeout`).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock", timeout=timeout):
+        try:
+            there = read(path)
+        except ValueError:
+            there = None
+        entries = tuple(
+            entry
+            for entry in _merged(there.entries if there else (), new.entries)
+            if entry.source == source_hash(new.kernel)
+        )
+        for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
+            left.unlink(missing_ok=True)
+        content = to_json(ConfigFile(new.gpu, new.kernel, entries))
+        replace_file(path, json.dumps(content, indent=1))
+    return entries
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write `text` to `path` such that whoever reads it sees all of it or what was there before."""
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        # Not by `tempfile`, whose files only their owner can read: the umask decides here.
+        with part.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

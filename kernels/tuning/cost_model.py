@@ -1,8 +1,7 @@
-"""How long a launch will take: a prediction from counts and published rates.
+"""How long a launch will take, predicted from counts and published rates.
 
-It is there to rank configurations and to say what limits a kernel. It knows nothing of bank
-conflicts, partition camping, clocks that fall under load or schedulers' moods; what it says of a
-time is worth no more than the rates it starts from, and a measurement beats it always.
+It ranks configurations and says what limits a kernel. It knows nothing of bank conflicts, partition
+camping, or clocks that fall under load: a measurement beats it always.
 
 A processor works on the programs it holds at once. Per step of their loops each unit needs
 
@@ -22,17 +21,27 @@ nothing is added: the launch, the first loads of every wave, and the launches th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
 
 from memaop_triton.kernels.targets import Target
-from memaop_triton.kernels.tuning import gemm_work, row_work
-from memaop_triton.kernels.tuning.config import Config, GemmConfig, RowConfig
-from memaop_triton.kernels.tuning.footprint import occupancy, registers, shared_memory
-from memaop_triton.kernels.tuning.problem import Problem
-from memaop_triton.kernels.tuning.work import Work
+from memaop_triton.kernels.tuning.config import (
+    Config,
+    GemmConfig,
+    Problem,
+    RowConfig,
+    config_type,
+    occupancy,
+    padded_rank,
+    reads_shared,
+    threads,
+)
 
 SCHEDULERS = 4  # instructions per cycle of an SM, SIMDs of a compute unit
 PORT_BYTES = 64  # per cycle into an SM's (a compute unit's) first-level cache
 SHARED_BYTES = 128  # per cycle out of its shared memory
+SECTOR = 32  # bytes that memory hands out at least
 UNHIDDEN = 0.1  # of the shorter of things that overlap
 LATENCY = 0.7e-6  # seconds from a load to its data while the memory is busy
 LAUNCH = 3e-6  # seconds between the ends of two kernels that do nothing
@@ -40,94 +49,22 @@ LAUNCH = 3e-6  # seconds between the ends of two kernels that do nothing
 
 @dataclass(frozen=True)
 class Cost:
-    """A prediction, and what it is made of. Cycles are of one processor.
+    """A prediction.
 
     Attributes:
         seconds: Of the launch and of those behind it that belong to it.
-        matrix_cycles: Per step of one program, of the matrix unit.
-        issue_cycles: Per step of one program, of the schedulers.
-        shared_cycles: Per step of one program, of the shared memory.
-        port_cycles: Per step of one program, of the way into the processor.
-        wait_cycles: Per step, until its data are there.
+        limited_by: What takes most: "memory", "cache", "launches", "latency" or a unit of the
+            processors ("matrix units", "instructions", "shared memory").
         waves: Programs over those that run at once.
         idle: Part of the last wave's places that stay empty.
-        processor_seconds: What the processors take for all waves.
-        cache_bytes: Bytes through the shared cache.
-        cache_seconds: What these take.
         memory_bytes: Bytes between memory and chip.
-        memory_seconds: What these take.
-        fill_seconds: Waiting for the first loads of every wave.
-        reduction_seconds: The launches that add up what programs left.
-        launch_seconds: Starting the kernel.
-        shared_memory: Bytes per program.
-        registers: Per thread.
-        occupancy: Programs on one processor at once.
     """
 
     seconds: float
-    matrix_cycles: float
-    issue_cycles: float
-    shared_cycles: float
-    port_cycles: float
-    wait_cycles: float
+    limited_by: str
     waves: float
     idle: float
-    processor_seconds: float
-    cache_bytes: float
-    cache_seconds: float
     memory_bytes: float
-    memory_seconds: float
-    fill_seconds: float
-    reduction_seconds: float
-    launch_seconds: float
-    shared_memory: int
-    registers: int
-    occupancy: int
-
-    @property
-    def limited_by(self) -> str:
-        """What takes most: "memory", "cache", "launches", "latency" or a unit of the processors."""
-        outside = self.launch_seconds + self.fill_seconds + self.reduction_seconds
-        times = {
-            "processors": self.processor_seconds,
-            "cache": self.cache_seconds,
-            "memory": self.memory_seconds,
-            "launches": outside,
-        }
-        largest = max(times, key=times.__getitem__)
-        if largest != "processors":
-            return largest
-        beside = max(1.0, min(1.0, self.waves) * self.occupancy)
-        units = {
-            "matrix units": beside * self.matrix_cycles,
-            "instructions": beside * self.issue_cycles,
-            "shared memory": beside * self.shared_cycles,
-            "cache": beside * self.port_cycles,
-            "latency": self.wait_cycles,
-        }
-        return max(units, key=units.__getitem__)
-
-
-def count_work(problem: Problem, config: Config, target: Target) -> Work:
-    """What a launch of `problem` has to do in one configuration.
-
-    Raises:
-        TypeError: The configuration is not one of this kernel's.
-    """
-    if problem.kernel in ("gather_gemm", "residual_gemm"):
-        if isinstance(config, GemmConfig):
-            return gemm_work.gemm(problem, config, target)
-    elif isinstance(config, RowConfig):
-        return _ROW_WORK[problem.kernel](problem, config, target)
-    raise TypeError(f"config={config!r} is not one of {problem.kernel}'s.")
-
-
-_ROW_WORK = {
-    "row_scores": row_work.passes,
-    "accumulate_and_score": row_work.passes,
-    "project": row_work.projection,
-    "transposed_mm": row_work.transposed,
-}
 
 
 def predict(problem: Problem, config: Config, target: Target) -> Cost:
@@ -137,55 +74,45 @@ def predict(problem: Problem, config: Config, target: Target) -> Cost:
         TypeError: The configuration is not one of this kernel's.
         ValueError: A program does not fit on a processor.
     """
-    count, chip = count_work(problem, config, target), target.chip
+    work, chip = count_work(problem, config, target), target.chip
     beside = occupancy(problem, config, target)
     if beside == 0:
         raise ValueError(f"{config} does not fit on a processor of {target.name}.")
-    matrix = _matrix_cycles(count, config, target)
-    issue = count.instructions * config.num_warps / SCHEDULERS
-    shared = count.operand_reads / SHARED_BYTES
-    port = count.step_bytes / PORT_BYTES
-
+    cycles = {
+        "matrix units": _matrix_cycles(work, config, target),
+        "instructions": work.instructions * config.num_warps / SCHEDULERS,
+        "shared memory": work.operand_reads / SHARED_BYTES,
+        "cache": work.step_bytes / PORT_BYTES,
+    }
+    each = _overlapped(*cycles.values())
+    wait = LATENCY * 1e9 * chip.clock / work.depth
     at_once = beside * chip.processors
-    full, rest = divmod(count.programs, at_once)
-    wait = LATENCY * 1e9 * chip.clock / count.depth
-
-    each = _overlapped(matrix, issue, shared, port)
-
-    def step_cycles(programs: int) -> float:
-        return max(programs * each, wait)
-
-    last = -(-rest // chip.processors)
-    cycles = count.steps * (full * step_cycles(beside) + (step_cycles(last) if rest else 0.0))
-    processor_seconds = cycles / (1e9 * chip.clock)
-    cache_bytes = count.programs * count.steps * count.step_bytes
-    cache_seconds = cache_bytes / chip.cache_rate
-    memory_seconds = count.memory_bytes / chip.memory_rate
+    full, rest = divmod(work.programs, at_once)
+    last = max(_ceil_div(rest, chip.processors) * each, wait) if rest else 0.0
+    busy = {
+        "processors": work.steps * (full * max(beside * each, wait) + last) / (1e9 * chip.clock),
+        "cache": work.programs * work.steps * work.step_bytes / chip.cache_rate,
+        "memory": work.memory_bytes / chip.memory_rate,
+    }
     # The row numbers or the first flags, then the first tile.
-    fill = 2 * LATENCY * (full + (rest > 0)) if count.steps else 0.0
-    reduction = sum(LAUNCH + _moved(size, target) for size in count.extra_bytes)
+    fill = 2 * LATENCY * (full + (rest > 0)) if work.steps else 0.0
+    outside = fill + sum(LAUNCH + _moved(size, target) for size in work.extra_bytes) + LAUNCH
+    waves = work.programs / at_once
+    limit = _largest(busy | {"launches": outside})
+    if limit == "processors":
+        together = max(1.0, min(1.0, waves) * beside)
+        limit = _largest({unit: together * n for unit, n in cycles.items()} | {"latency": wait})
     return Cost(
-        seconds=_overlapped(processor_seconds, cache_seconds, memory_seconds)
-        + (fill + reduction + LAUNCH),
-        matrix_cycles=matrix,
-        issue_cycles=issue,
-        shared_cycles=shared,
-        port_cycles=port,
-        wait_cycles=wait,
-        waves=count.programs / at_once,
+        seconds=_overlapped(*busy.values()) + outside,
+        limited_by=limit,
+        waves=waves,
         idle=(at_once - rest) / at_once if rest else 0.0,
-        processor_seconds=processor_seconds,
-        cache_bytes=cache_bytes,
-        cache_seconds=cache_seconds,
-        memory_bytes=count.memory_bytes + sum(count.extra_bytes),
-        memory_seconds=memory_seconds,
-        fill_seconds=fill,
-        reduction_seconds=reduction,
-        launch_seconds=LAUNCH,
-        shared_memory=shared_memory(problem, config, target),
-        registers=registers(problem, config, target),
-        occupancy=beside,
+        memory_bytes=work.memory_bytes + sum(work.extra_bytes),
     )
+
+
+def _largest(times: dict[str, float]) -> str:
+    return max(times, key=times.__getitem__)
 
 
 def _overlapped(*times: float) -> float:
@@ -193,26 +120,278 @@ def _overlapped(*times: float) -> float:
     return longest + UNHIDDEN * (sum(times) - longest)
 
 
-def _matrix_cycles(count: Work, config: Config, target: Target) -> float:
+def _matrix_cycles(work: Work, config: Config, target: Target) -> float:
     """Cycles of one step's products.
 
     At the rate that large products reach in practice. Tiles too narrow for the newest instructions
     take those of a warp, which are no faster than on sm_80 (2,048 FLOPs per cycle in half
     precision, 1,024 in TF32). tcgen05 works on 128 rows, and is half idle with 64.
     """
-    if not count.kind:
+    if not work.kind:
         return 0.0
-    rate = float(target.chip.rate(count.kind))
-    if count.kind == "single":
-        return count.flops / rate
-    if count.legacy:
-        rate = min(rate, 2048 if count.kind == "half" else 1024)
+    rate = float(target.chip.rate(work.kind))
+    if work.kind == "single":
+        return work.flops / rate
+    if work.legacy:
+        rate = min(rate, 2048 if work.kind == "half" else 1024)
     elif target.arch == 100 and getattr(config, "block_p", 128) < 128:
         rate /= 2
-    return count.flops / (rate * target.chip.matrix_share)
+    return work.flops / (rate * target.chip.matrix_share)
 
 
 def _moved(size: float, target: Target) -> float:
     """Seconds to move what the launch before has just left: half the cache may still hold it."""
     in_cache = size <= target.chip.cache * 2**19
     return size / (target.chip.cache_rate if in_cache else target.chip.memory_rate)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a launch has to do.
+
+    Attributes:
+        programs: Number of programs.
+        steps: Steps of a program's loop; what comes before and after counts as parts of a step.
+        instructions: That each warp issues per step.
+        step_bytes: Bytes that a program loads per step.
+        memory_bytes: Bytes between memory and the chip, over the whole launch.
+        extra_bytes: Bytes that each launch behind this one reads and writes.
+        flops: Of one step, whole tiles counted.
+        kind: Which unit multiplies, as in `Chip.rate`; "" if nothing is multiplied.
+        legacy: Whether the tile is too narrow for the target's newest matrix instructions.
+        operand_reads: Bytes of shared memory that the units read per step.
+        depth: Steps that are in flight at once.
+    """
+
+    programs: int
+    steps: float
+    instructions: float
+    step_bytes: float
+    memory_bytes: float
+    extra_bytes: tuple[float, ...] = ()
+    flops: float = 0.0
+    kind: str = ""
+    legacy: bool = False
+    operand_reads: float = 0.0
+    depth: int = 1
+
+
+class _Loop(NamedTuple):
+    """Instructions per warp and step, fitted to the loops in bench/results/kernel_report.md."""
+
+    base: float  # of a GEMM's loop that copies nothing and multiplies nothing
+    copy: float  # per copy that a thread issues, its address included
+    weight: float  # per element that is multiplied by a weight
+    formed: float  # per element of an operand that is formed while loading
+
+
+_USUAL_LOOP = _Loop(50, 4, 1.3, 13)
+_LOOPS: dict[int | str, _Loop] = {
+    90: _Loop(70, 4, 1.8, 11),
+    100: _Loop(90, 4, 2.2, 36),
+    "gfx942": _Loop(100, 9, 13, 22),
+    "gfx950": _Loop(30, 7, 9, 16),
+}
+
+
+def count_work(problem: Problem, config: Config, target: Target) -> Work:
+    """What a launch of `problem` has to do in one configuration.
+
+    Raises:
+        TypeError: The configuration is not one of this kernel's.
+    """
+    if not isinstance(config, config_type(problem.kernel)):
+        raise TypeError(f"config={config!r} is not one of {problem.kernel}'s.")
+    if isinstance(config, GemmConfig):
+        return _gemm(problem, config, target)
+    if problem.kernel in ("project", "transposed_mm"):
+        return _product(problem, config, target)
+    return _pass_over_rows(problem, config, target)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _unit(problem: Problem) -> str:
+    if problem.dtype != torch.float32:
+        return "half"
+    return "single" if problem.is_exact else "tf32"
+
+
+def _gemm(problem: Problem, config: GemmConfig, target: Target) -> Work:
+    """A gather GEMM: K rows, each program a tile of P×N and a share of the rows.
+
+    Bytes per step: (block_n + block_p)·block_k·e, with the memory's rows besides where operands are
+    formed while loading. They come through the shared cache; see `_gemm_reads` for what reaches the
+    memory behind it. A correction of rank q multiplies twice before the loop, like 2q more rows.
+    With a split each program stores its float32 part, and a second launch adds them: 4·split·P·N
+    bytes written, read again, and the result written: in the dtype of X, or added to float32.
+    """
+    n, p = max(problem.n, 1), max(problem.p, 1)
+    loaded = problem.dtype.itemsize
+    if problem.kernel == "residual_gemm":
+        loaded += (problem.stored or problem.dtype).itemsize
+    steps = _ceil_div(_ceil_div(problem.k, config.block_k), config.split_k)
+    correction = 2 * padded_rank(problem.rank) / config.block_k if problem.rank else 0.0
+    written = 8 if "accumulate" in problem.flags else problem.dtype.itemsize
+    out = written * problem.n * problem.p
+    parts = 4 * config.split_k * n * p if config.split_k > 1 else 0
+    exact = problem.is_exact and target.backend == "cuda"
+    return Work(
+        programs=_ceil_div(n, config.block_n) * _ceil_div(p, config.block_p) * config.split_k,
+        steps=steps + correction,
+        instructions=_gemm_instructions(problem, config, target),
+        step_bytes=(config.block_n + config.block_p) * config.block_k * loaded,
+        memory_bytes=_gemm_reads(problem, config, target, loaded) + (parts or out),
+        extra_bytes=(parts + out,) if parts else (),
+        flops=2 * config.block_n * config.block_p * config.block_k,
+        kind=_unit(problem),
+        legacy=reads_shared(problem, target) and (config.block_p < 64 or config.num_warps < 4),
+        operand_reads=0.0 if exact else _operand_reads(problem, config, target),
+        depth=max(1, config.num_stages - 1),
+    )
+
+
+def _gemm_reads(problem: Problem, config: GemmConfig, target: Target, loaded: int) -> float:
+    """Bytes that a GEMM reads from memory.
+
+    The selected rows once, K(N + P)·e in whole sectors. Programs that run at once walk down the
+    rows together and share what they read; they cover `high` tiles along P and `wide` along N, in
+    bands of `group`. So the rows are asked for once per such wave and tile, and of all but the
+    first time the part comes from memory that the cache cannot keep.
+    """
+    n, p = max(problem.n, 1), max(problem.p, 1)
+    tiles_n, tiles_p = _ceil_div(n, config.block_n), _ceil_div(p, config.block_p)
+    once = problem.k * sum(_ceil_div(columns * loaded, SECTOR) * SECTOR for columns in (n, p))
+    if once == 0:
+        return 0.0
+    room = max(1, occupancy(problem, config, target)) * target.processors
+    together = max(1, min(tiles_n * tiles_p, room // config.split_k))
+    group = min(config.group, tiles_p)
+    high = min(tiles_p, group * _ceil_div(together, group * tiles_n))
+    wide = min(tiles_n, _ceil_div(together, high))
+    waves = tiles_n * tiles_p / together
+    columns = min(high * config.block_p, p) + min(wide * config.block_n, n)
+    asked = max(once, waves * problem.k * columns * loaded)
+    kept = min(1.0, target.chip.cache * 2**20 / once)
+    return once + (asked - once) * (1 - kept)
+
+
+def _gemm_instructions(problem: Problem, config: GemmConfig, target: Target) -> float:
+    """Loop overhead, copies, matrix instructions with their operands, and arithmetic on operands.
+
+    A copy takes 16 bytes per thread, or one element where rows are not aligned. Exact float32
+    products on NVIDIA are one instruction per lane and product, and a third for operands.
+    """
+    loop, count = _LOOPS.get(target.arch, _USUAL_LOOP), threads(config, target)
+    operands = (config.block_n + config.block_p) * config.block_k / count
+    area = config.block_n * config.block_p
+    size = problem.dtype.itemsize
+    if problem.kernel == "residual_gemm":
+        total = loop.base + loop.formed * operands
+    elif "blocks" in problem.flags:
+        total = loop.base + 20
+    else:
+        total = loop.base + loop.copy * operands * (size / 16 if problem.is_aligned else 1)
+    if "weighted" in problem.flags:
+        total += loop.weight * config.block_p * config.block_k / count
+    if problem.is_exact and target.backend == "cuda":
+        return total + 1.3 * area * config.block_k / count
+    if reads_shared(problem, target):
+        return total
+    depth = {"cuda": 32, "hip": 64}[target.backend] / size
+    return total + 1.3 * area * config.block_k / (config.num_warps * 128 * depth)
+
+
+def _operand_reads(problem: Problem, config: GemmConfig, target: Target) -> float:
+    """Bytes of shared memory per step: each warp (group of four on sm_90) reads what it multiplies.
+
+    Warps that lie side by side read the same rows of an operand, so squarer arrangements read less.
+    On sm_100 one thread multiplies for the program, and each operand is read once.
+    """
+    size = problem.dtype.itemsize
+    x = config.block_n * config.block_k * size
+    g = config.block_p * config.block_k * size
+    if target.arch == 100 and reads_shared(problem, target):
+        return x + g
+    units, high = config.num_warps, 16
+    if target.arch == 90 and reads_shared(problem, target):
+        units, high = max(1, config.num_warps // 4), 64
+    choices = [1 << i for i in range(units.bit_length())]
+    fitting = [rows for rows in choices if rows * high <= max(config.block_p, high)]
+    return min(rows * x + units / rows * g for rows in fitting)
+
+
+def _pass_over_rows(problem: Problem, config: RowConfig, target: Target) -> Work:
+    """Scores, or the memory's update: every program owns block_m rows and walks over X, then G.
+
+    It reads M(N + P)·e bytes; the memory's update also reads and writes the memory's rows (of the
+    1 − K/M that are not multiplied elsewhere, where it leaves the others alone). Nothing is read
+    twice. Column sums leave P float32 per program, which a second launch adds.
+    """
+    rows, size = problem.rows, problem.dtype.itemsize
+    updates, sums = problem.kernel == "accumulate_and_score", "sums" in problem.flags
+    kept = (problem.stored or problem.dtype).itemsize if updates else 0
+    programs = max(1, _ceil_div(rows, config.block_m))
+    each = config.block_m * config.block_c / threads(config, target)
+    arithmetic = (20 if kept == 2 else 8) if updates else 2.5
+    rest = 1 - problem.k / rows if "unscored" in problem.flags and problem.k < rows else 1.0
+    moved = rest * rows * (problem.n + problem.p) * (size + 2 * kept)
+    if sums:
+        moved += (1 - rest) * rows * problem.p * size
+    left = 4.0 * programs * problem.p if sums else 0.0
+    width = min(config.block_c, max(problem.n, problem.p, 1))
+    return Work(
+        programs=programs,
+        steps=sum(_ceil_div(c, config.block_c) for c in (problem.n, problem.p)),
+        instructions=15 + each * arithmetic + (40 + 3 * each if sums else 0),
+        step_bytes=config.block_m * width * (size + kept),
+        memory_bytes=moved + left,
+        extra_bytes=(left,) if sums else (),
+    )
+
+
+def _product(problem: Problem, config: RowConfig, target: Target) -> Work:
+    """Z = XQ with norms, or AᵀZ: M·N·e read once, the narrow side from the cache for every tile.
+
+    For Z = XQ M·q·e are written. For AᵀZ each share of the rows leaves 4·q bytes per column, which
+    a launch adds; with norms every tile leaves 4 bytes per row, which another launch combines.
+    """
+    rows, n, size = problem.rows, max(problem.n, 1), problem.dtype.itemsize
+    rank, tile = padded_rank(problem.rank), config.block_m * config.block_c
+    tiles_m, tiles_n = _ceil_div(rows, config.block_m), _ceil_div(n, config.block_c)
+    each = tile / threads(config, target)
+    moved: float = rows * (n + problem.rank) * size
+    extra: tuple[float, ...] = ()
+    if problem.kernel == "project":
+        programs, steps, along, width = max(1, tiles_m), tiles_n, config.block_c, config.block_m
+        moved += n * problem.rank * size + 4 * rows
+        norms = 4 * each
+    else:
+        programs, steps = tiles_n * config.split, _ceil_div(tiles_m, config.split)
+        along, width = config.block_m, config.block_c
+        has_norms = "norms" in problem.flags
+        parts = 4.0 * config.split * n * problem.rank
+        squares = 4.0 * tiles_n * rows if has_norms else 0.0
+        moved = moved + parts + squares
+        norms = 40 + 6 * each if has_norms else 0
+        extra = (parts + 4 * n * problem.rank, *([squares + 8 * rows] if squares else []))
+    step_bytes = (tile + along * rank) * size
+    copies = step_bytes / threads(config, target) / (16 if problem.is_aligned else size)
+    loop = _LOOPS.get(target.arch, _USUAL_LOOP)
+    exact = problem.is_exact and target.backend == "cuda"
+    lanes = 1.3 * tile * rank / threads(config, target) if exact else 0.0
+    return Work(
+        programs=programs,
+        steps=steps,
+        instructions=loop.base + loop.copy * copies + norms + lanes,
+        step_bytes=step_bytes,
+        memory_bytes=moved,
+        extra_bytes=extra,
+        flops=2.0 * tile * rank,
+        kind=_unit(problem),
+        legacy=reads_shared(problem, target) and width < 64,
+        operand_reads=0.0 if exact else step_bytes,
+        depth=max(1, config.num_stages - 1),
+    )

@@ -1,4 +1,9 @@
-"""The configuration of a launch where nothing was measured: the model's choice among what ships."""
+"""The configuration of a launch where nothing was measured: the model's choice among what ships.
+
+Every tile that ships is compiled for every target, and looked at: `make kernel-report` shows them
+and `tests/compile` checks them. No spills, shared memory within the chip's, the newest matrix
+instructions, copies of 16 bytes.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +13,8 @@ from dataclasses import replace
 import torch
 
 from memaop_triton.kernels.targets import Target
-from memaop_triton.kernels.tuning import cost_model, footprint, shipped_tiles
-from memaop_triton.kernels.tuning.config import Config, GemmConfig, RowConfig
-from memaop_triton.kernels.tuning.problem import Problem
-from memaop_triton.kernels.tuning.shipped_tiles import (
-    gemm_tiles,
-    projection_tiles,
-    residual_tiles,
-    row_tiles,
-    transposed_tiles,
-)
-
-__all__ = [
-    "Config",
-    "GemmConfig",
-    "RowConfig",
-    "for_gather_gemm",
-    "for_projection",
-    "for_residual_gemm",
-    "for_rows",
-    "for_transposed",
-    "gemm_tiles",
-    "heuristic",
-    "projection_tiles",
-    "residual_tiles",
-    "row_tiles",
-    "splits",
-    "transposed_tiles",
-]
+from memaop_triton.kernels.tuning.config import Config, GemmConfig, Problem, RowConfig, occupancy
+from memaop_triton.kernels.tuning.cost_model import predict
 
 MOST_PARTS = 32
 LEAST_STEPS = 8
@@ -59,12 +38,12 @@ def heuristic(problem: Problem, target: Target) -> Config:
     Of equals the smaller tile is taken, and the smaller split.
     """
     ranked = [
-        (cost_model.predict(problem, config, target).seconds, _size(config), i, config)
+        (predict(problem, config, target).seconds, _size(config), i, config)
         for i, config in enumerate(
             split
-            for tile in shipped_tiles.tiles(problem, target)
+            for tile in tiles(problem, target)
             for split in splits(problem, tile, target)
-            if footprint.occupancy(problem, split, target)
+            if occupancy(problem, split, target)
         )
     ]
     return min(ranked, key=lambda one: one[:3])[3]
@@ -96,70 +75,177 @@ def _size(config: Config) -> int:
     return config.block_m * config.block_c
 
 
-def for_gather_gemm(
-    target: Target,
-    dtype: torch.dtype,
-    precision: str,
-    k: int,
-    n: int,
-    p: int,
-    *,
-    aligned: bool = True,
-    accumulate: bool = False,
-) -> GemmConfig:
-    """The heuristic's tile of a gather GEMM of K rows."""
-    flags = ("accumulate",) * accumulate + ("uneven",) * (not aligned)
-    # Rows are told to be aligned where their number is not: they come in blocks, by descriptor.
-    if aligned and (n % 16 or p % 16):
-        flags = (*flags, "blocks")
-    problem = Problem("gather_gemm", dtype, k, k, n, p, precision=precision, flags=flags)
-    return _gemm(heuristic(problem, target))
-
-
-def for_residual_gemm(
-    target: Target, dtype: torch.dtype, precision: str, k: int, n: int, p: int
-) -> GemmConfig:
-    """The heuristic's tile of a residual GEMM of K rows."""
-    problem = Problem("residual_gemm", dtype, k, k, n, p, stored=dtype, precision=precision)
-    return _gemm(heuristic(problem, target))
-
-
 def for_rows(target: Target, rows: int, sums: bool) -> RowConfig:
     """The heuristic's tile of a pass over rows of some thousand numbers."""
     flags = ("sums",) if sums else ()
     problem = Problem("row_scores", torch.bfloat16, rows, rows, 4096, 4096, flags=flags)
-    return _rows(heuristic(problem, target))
-
-
-def for_projection(
-    target: Target, dtype: torch.dtype, rank: int, rows: int, *, aligned: bool = True
-) -> RowConfig:
-    """The heuristic's tile of Z = XQ for rows of some thousand numbers."""
-    flags = () if aligned else ("uneven",)
-    problem = Problem("project", dtype, rows, rows, 4096, 0, rank=rank, flags=flags)
-    return _rows(heuristic(problem, target))
-
-
-def for_transposed(
-    target: Target,
-    dtype: torch.dtype,
-    rank: int,
-    rows: int,
-    columns: int,
-    *,
-    aligned: bool = True,
-) -> RowConfig:
-    """The heuristic's tile of AᵀZ."""
-    flags = ("norms",) if aligned else ("norms", "uneven")
-    problem = Problem("transposed_mm", dtype, rows, rows, columns, 0, rank=rank, flags=flags)
-    return _rows(heuristic(problem, target))
-
-
-def _gemm(config: Config) -> GemmConfig:
-    assert isinstance(config, GemmConfig)
-    return config
-
-
-def _rows(config: Config) -> RowConfig:
+    config = heuristic(problem, target)
     assert isinstance(config, RowConfig)
     return config
+
+
+def tiles(problem: Problem, target: Target) -> tuple[Config, ...]:
+    """The tiles that ship for a problem on a target, none of them split."""
+    aligned = problem.is_aligned
+    if problem.kernel == "gather_gemm":
+        found = gemm_tiles(target, problem.dtype, problem.precision, aligned=aligned)
+        if "accumulate" not in problem.flags:
+            return found
+        # Two tiles and what they are added to do not fit into the registers.
+        return tuple(tile for tile in found if tile.block_n <= 128)
+    if problem.kernel == "residual_gemm":
+        return residual_tiles(target, problem.dtype, problem.precision)
+    if problem.kernel == "project":
+        return projection_tiles(problem.dtype, problem.rank, aligned=aligned)
+    if problem.kernel == "transposed_mm":
+        return transposed_tiles(problem.dtype, problem.rank, aligned=aligned)
+    return row_tiles(sums="sums" in problem.flags)
+
+
+def gemm_tiles(
+    target: Target, dtype: torch.dtype, precision: str, *, aligned: bool = True
+) -> tuple[GemmConfig, ...]:
+    """The tiles of the gather GEMM on a target, largest first.
+
+    Operands that are not aligned are copied through registers, a few bytes at a time: steps are
+    half as deep then, and more warps share them.
+    """
+    if not aligned:
+        tiles = gemm_tiles(target, dtype, precision)
+        return tuple(_shallow(target, tile) for tile in tiles if tile.block_n <= 128)
+    if dtype == torch.float32:
+        return _TILES_IEEE if precision == "ieee" else _tf32_tiles(target)
+    if target.backend == "hip":
+        return _TILES_AMD
+    if target.shared_memory < 128 << 10:
+        return _TILES_SMALL_SHARED
+    if target.arch == 80:
+        return _TILES_HALF
+    # wgmma and tcgen05 take 128 columns whole, but for the narrow tile on sm_90.
+    pieces = (2, 1, 2 if target.arch == 90 else 1, 1, 1, 1)
+    return tuple(
+        replace(tile, tiles_n=count, x_columns_first=True)
+        for tile, count in zip((_TILE_WIDE, *_TILES_HALF), pieces, strict=True)
+    )
+
+
+def _shallow(target: Target, tile: GemmConfig) -> GemmConfig:
+    area = tile.block_n * tile.block_p
+    return replace(
+        tile,
+        block_k=min(tile.block_k, max(16, tile.block_k // 2)),
+        num_warps=8 if area >= 128 * 64 else tile.num_warps,
+        tiles_n=1,
+        x_columns_first=target.arch != 80 or area < 128 * 128,
+    )
+
+
+_TILE_WIDE = GemmConfig(256, 128, 64, 8, 3, tiles_n=2)
+_TILES_HALF = (
+    GemmConfig(128, 128, 64, 8, 3, tiles_n=2),
+    GemmConfig(128, 64, 64, 4, 3, tiles_n=2),
+    GemmConfig(64, 64, 64, 4, 3),
+    GemmConfig(32, 64, 64, 4, 3),
+    GemmConfig(16, 64, 64, 4, 3),
+)
+# 99 KiB per program: shallower steps instead of narrower tiles. The first one in two pieces would
+# spill on sm_86 and sm_89.
+_TILES_SMALL_SHARED = (
+    GemmConfig(128, 128, 32, 8, 3),
+    GemmConfig(128, 64, 64, 4, 3, tiles_n=2),
+    GemmConfig(64, 64, 64, 4, 3),
+    GemmConfig(32, 64, 64, 4, 3),
+    GemmConfig(16, 64, 64, 4, 3),
+)
+_TILES_AMD = (
+    GemmConfig(128, 128, 64, 8, 2),
+    GemmConfig(128, 64, 64, 4, 2),
+    GemmConfig(64, 64, 64, 4, 2),
+    GemmConfig(32, 64, 64, 4, 2),
+    GemmConfig(16, 64, 64, 2, 2),
+)
+_TILES_IEEE = (
+    GemmConfig(64, 64, 16, 8, 2),
+    GemmConfig(32, 32, 16, 4, 2),
+    GemmConfig(16, 32, 16, 4, 2),
+)
+
+
+def _tf32_tiles(target: Target) -> tuple[GemmConfig, ...]:
+    stages = 2 if target.backend == "hip" else 3
+    large = 2 if target.shared_memory < 128 << 10 else 3
+    return (
+        GemmConfig(128, 128, 32, 8, large),
+        GemmConfig(128, 64, 32, 4, stages),
+        GemmConfig(64, 64, 32, 4, stages),
+        GemmConfig(32, 64, 32, 4, stages),
+        GemmConfig(16, 64, 32, 4, stages),
+    )
+
+
+def residual_tiles(target: Target, dtype: torch.dtype, precision: str) -> tuple[GemmConfig, ...]:
+    """The tiles of the fused residual GEMM on a target, largest first."""
+    if dtype == torch.float32 and precision == "ieee":
+        return _TILES_RESIDUAL_IEEE
+    tiles = _TILES_RESIDUAL_AMD if target.backend == "hip" else _TILES_RESIDUAL
+    if dtype == torch.float32:
+        return tuple(replace(tile, block_k=tile.block_k // 2) for tile in tiles)
+    return tiles
+
+
+# From 64 columns of G on, Triton 3.7 multiplies computed float32 operands as tf32 on sm_100.
+_TILES_RESIDUAL_IEEE = (
+    GemmConfig(64, 32, 16, 8, 2),
+    GemmConfig(32, 32, 32, 4, 2),
+    GemmConfig(16, 32, 16, 4, 2),
+)
+_TILES_RESIDUAL = (
+    GemmConfig(128, 64, 32, 8, 2),
+    GemmConfig(64, 64, 32, 4, 2),
+    GemmConfig(32, 64, 32, 4, 2),
+    GemmConfig(16, 64, 64, 4, 2),
+)
+# Half the warps where they are twice as wide, so that each thread still copies 16 bytes.
+_TILES_RESIDUAL_AMD = (
+    GemmConfig(128, 64, 32, 4, 2),
+    GemmConfig(64, 64, 32, 4, 2),
+    GemmConfig(32, 64, 32, 2, 2),
+    GemmConfig(16, 64, 64, 2, 2),
+)
+
+
+def row_tiles(*, sums: bool) -> tuple[RowConfig, ...]:
+    """The tiles of the passes over rows, fewest rows first.
+
+    With column sums a program leaves one line of them, so it takes as many rows as it can.
+    """
+    return _ROWS_WITH_SUMS if sums else _ROWS
+
+
+_ROWS = (RowConfig(4, 512, 4), RowConfig(8, 256, 4))
+_ROWS_WITH_SUMS = (RowConfig(16, 128, 4), RowConfig(32, 128, 8), RowConfig(64, 64, 8))
+
+
+def projection_tiles(
+    dtype: torch.dtype, rank: int, *, aligned: bool = True
+) -> tuple[RowConfig, ...]:
+    """The tiles of Z = XQ for up to `rank` columns of Q, most rows first."""
+    block_c = 32 if rank > 16 or not aligned else 64
+    if dtype != torch.float32:
+        block_c = 64 if rank > 32 or not aligned else 128
+    warps = 8 if dtype == torch.float32 and rank > 32 else 4  # for the products without tf32
+    tiles = [RowConfig(block_m, block_c, warps, 3) for block_m in (64, 32, 16)]
+    if dtype != torch.float32 and aligned:
+        tiles[-1] = replace(tiles[-1], block_c=128)  # 16 bytes of X for each of 256 threads
+    return tuple(tiles if aligned else tiles[1:])
+
+
+def transposed_tiles(
+    dtype: torch.dtype, rank: int, *, aligned: bool = True
+) -> tuple[RowConfig, ...]:
+    """The tiles of Aᵀ Z for up to `rank` columns of Z, widest first."""
+    block_m = (32 if dtype == torch.float32 else 64) // (2 if rank > 32 else 1)
+    warps = 8 if dtype == torch.float32 and rank > 32 else 4
+    wide = RowConfig(block_m, 128, warps, 3)
+    narrow = replace(wide, block_c=64)
+    return (wide, narrow) if aligned else (narrow,)

@@ -15,10 +15,17 @@ from dataclasses import astuple, replace
 import torch
 
 from memaop_triton.kernels.targets import Target
-from memaop_triton.kernels.tuning import defaults, footprint, shipped_tiles
-from memaop_triton.kernels.tuning.config import Config, GemmConfig, RowConfig
+from memaop_triton.kernels.tuning import defaults
+from memaop_triton.kernels.tuning.config import (
+    Config,
+    GemmConfig,
+    Problem,
+    RowConfig,
+    occupancy,
+    padded_rank,
+    reads_shared,
+)
 from memaop_triton.kernels.tuning.cost_model import predict
-from memaop_triton.kernels.tuning.problem import Problem
 
 MOST = 40
 ALIKE = {8: 4}  # of the same sides, by `group`; otherwise one
@@ -30,16 +37,16 @@ def candidates(problem: Problem, target: Target) -> tuple[Config, ...]:
     """What to measure, the best by `cost_model.predict` first.
 
     At most 40, all different, all fitting on a processor of the target, the choice of
-    `configs.heuristic` among them. The order depends on nothing but the arguments.
+    `defaults.heuristic` among them. The order depends on nothing but the arguments.
     """
     chosen = defaults.heuristic(problem, target)
-    every = {*_grid(problem, target), *shipped_tiles.tiles(problem, target)}
+    every = {*_grid(problem, target), *defaults.tiles(problem, target)}
     split = {one for tile in every for one in defaults.splits(problem, tile, target)}
     ranked = sorted(
         (
             (predict(problem, config, target).seconds, config)
             for config in split
-            if footprint.occupancy(problem, config, target)
+            if occupancy(problem, config, target)
         ),
         key=lambda one: (one[0], astuple(one[1])),
     )
@@ -87,7 +94,7 @@ def _gemms(problem: Problem, target: Target) -> Iterator[GemmConfig]:
     as tf32 on sm_100 by Triton 3.7. Two operands that are formed while loading leave no registers
     for a tile in two pieces.
     """
-    size, exact = problem.dtype.itemsize, footprint.is_exact(problem)
+    size, exact = problem.dtype.itemsize, problem.is_exact
     formed = problem.kernel == "residual_gemm"
     blocks = "blocks" in problem.flags
     sides_n = _side(64 if exact else 128 if formed else 256, problem.n)
@@ -95,7 +102,7 @@ def _gemms(problem: Problem, target: Target) -> Iterator[GemmConfig]:
     depths = _powers(16, 32) if exact else _powers(32 if size == 2 else 16, 128 // size * 2)
     stages = (2, 3) if target.backend == "hip" else (2, 3, 4) if formed else (2, 3, 4, 5)
     columns_first = not formed and not blocks and _columns_first(problem, target)
-    warpgroup = footprint.reads_shared(problem, target)  # four warps multiply together
+    warpgroup = reads_shared(problem, target)  # four warps multiply together
     numbers = (4, 8) if warpgroup else (2, 4, 8)
     for n, p, k, warps, depth in itertools.product(sides_n, sides_p, depths, numbers, stages):
         if min(n, p) * k * size < 16 * warps * target.warp_size:
@@ -112,7 +119,7 @@ def _columns_first(problem: Problem, target: Target) -> bool:
     """As the shipped tiles have it: matrix units that read shared memory want X so."""
     if not problem.is_aligned:
         return target.arch != 80
-    return problem.dtype != torch.float32 and footprint.reads_shared(problem, target)
+    return problem.dtype != torch.float32 and reads_shared(problem, target)
 
 
 def _passes(problem: Problem, target: Target) -> Iterator[RowConfig]:
@@ -131,9 +138,9 @@ def _products(problem: Problem, target: Target) -> Iterator[RowConfig]:
 
     Exact float32 products keep sums and operands in the registers of their thread, so that few fit.
     """
-    size, exact = problem.dtype.itemsize, footprint.is_exact(problem)
+    size, exact = problem.dtype.itemsize, problem.is_exact
     most = 64 if exact else 128
-    rank = footprint.padded_rank(problem.rank)
+    rank = padded_rank(problem.rank)
     widths = [w for w in _powers(32, 256) if w // 2 < problem.n or w == 32]
     for rows, width, warps, stages in itertools.product(
         _powers(SMALLEST_SIDE, most), widths, (4, 8), (2, 3, 4)

@@ -64,11 +64,12 @@ def bench(
     ] = None,
 ) -> int:
     """Measure dense, ours and the literature's methods on this machine, and write a report."""
-    from memaop_triton.bench import report
-    from memaop_triton.bench.report.data import load
     from memaop_triton.bench.run import require_packages, run_suite
 
     require_packages()
+    from memaop_triton.bench import report
+    from memaop_triton.bench.report.data import load
+
     _check_device(suite)
     if fail_if_slower is not None and compare is None:
         raise CommandError(

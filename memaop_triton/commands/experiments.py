@@ -16,9 +16,11 @@ from memaop_triton.commands.common import (
     positive,
     progress,
     ratio_in_range,
+    require_file,
     say_written,
+    write_json,
 )
-from memaop_triton.experiments.errors import require_extra, require_output
+from memaop_triton.experiments.errors import require_extra
 
 
 class Dataset(StrEnum):
@@ -43,9 +45,9 @@ class Optimizer(StrEnum):
     ADAM = "adam"
 
 
-# Batch size, epochs, seeds: a minute and a half on two cores for digits, several for the others.
+# Batch size, epochs, seeds: about a minute on two cores for digits, several for the others.
 _DEMO_DEFAULTS = {
-    Dataset.DIGITS: (1024, 60, 2),
+    Dataset.DIGITS: (1024, 30, 3),
     Dataset.MNIST: (1024, 3, 3),
     Dataset.FASHION_MNIST: (1024, 3, 3),
 }
@@ -57,6 +59,15 @@ DataDir = Annotated[
         help="Directory of the data files; default: $MEMAOP_TRITON_DATA_DIR, or download."
     ),
 ]
+
+
+def _figure(output: Path, name: str, json_path: Path | None) -> Path:
+    """The figure's path, once it is known that the results can be written."""
+    figure = output / f"{name}.png"
+    require_file("--output", figure)
+    if json_path is not None:
+        require_file("--json", json_path)
+    return figure
 
 
 def demo(
@@ -81,7 +92,7 @@ def demo(
     """Train a network densely and with sampled weight gradients, side by side."""
     from memaop_triton.experiments import data, demo_report
     from memaop_triton.experiments.demo import (
-        OPTIMIZERS,
+        LEARNING_RATES,
         Settings,
         run_demo,
         schemes,
@@ -89,7 +100,7 @@ def demo(
     )
 
     require_extra("sklearn", "matplotlib")
-    require_output(output, json_path)
+    figure = _figure(output, f"demo_{dataset}_{optimizer}", json_path)
     default_batch, default_epochs, default_seeds = _DEMO_DEFAULTS[dataset]
     seeds = seeds or default_seeds
     settings = Settings(
@@ -98,7 +109,7 @@ def demo(
         epochs or default_epochs,
         batch_size or default_batch,
         width,
-        OPTIMIZERS[optimizer].lr if lr is None else lr,
+        LEARNING_RATES[optimizer] if lr is None else lr,
         str(optimizer),
     )
     images = data.load_images(dataset, data.resolve_data_dir(data_dir))
@@ -118,10 +129,9 @@ def demo(
         )
     console.print(demo_report.table(results, settings, dataset))
     console.print(demo_report.explanation())
-    figure = output / f"demo_{dataset}_{optimizer}.png"
     demo_report.save_figure(figure, results, settings, dataset)
     if json_path is not None:
-        demo_report.save_json(json_path, results, settings, dataset)
+        write_json(json_path, demo_report.as_json(results, settings, dataset))
     say_written(console, figure, json_path)
 
 
@@ -143,7 +153,7 @@ def reproduce(
     from memaop_triton.experiments import data, paper, paper_report
 
     require_extra("matplotlib")
-    require_output(output, json_path)
+    figure = _figure(output, f"reproduce_{experiment}", json_path)
     setup = paper.EXPERIMENTS[experiment]
     directory = data.resolve_data_dir(data_dir)
     paper.load_problem(setup.name, directory)
@@ -158,8 +168,7 @@ def reproduce(
             bar.update(row, advance=1, last=last)
     summaries = paper_report.summarise(setup, outcomes)
     console.print(paper_report.table(setup, summaries))
-    figure = output / f"reproduce_{experiment}.png"
     paper_report.save_figure(figure, setup, summaries)
     if json_path is not None:
-        paper_report.save_json(json_path, setup, seed, summaries)
+        write_json(json_path, paper_report.as_json(setup, seed, summaries))
     say_written(console, figure, json_path)

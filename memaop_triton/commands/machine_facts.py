@@ -14,7 +14,7 @@ import torch
 from memaop_triton import dispatch
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.cpu import build, library
-from memaop_triton.kernels.env import cache_folder
+from memaop_triton.kernels.env import allows_tf32, cache_folder
 from memaop_triton.units import human_bytes
 
 #: Facts by name, in sections by title.
@@ -104,7 +104,7 @@ def _pytorch() -> Iterator[tuple[str, str]]:
         line = re.search(rf"^\s*-?\s*({pattern})$", build, re.MULTILINE)
         yield name, line[1] if line else "not used"
     yield "CPU capability", torch.backends.cpu.get_cpu_capability()
-    yield "float32 matmul precision", torch.get_float32_matmul_precision()
+    yield "float32 products on a GPU", "tf32" if allows_tf32() else "exact"
     yield (
         "deterministic algorithms",
         "on" if torch.are_deterministic_algorithms_enabled() else "off",
@@ -153,13 +153,13 @@ def _gpus() -> Iterator[tuple[str, str]]:
     for number in range(torch.cuda.device_count()):
         device = torch.device("cuda", number)
         properties = torch.cuda.get_device_properties(number)
-        arch = properties.gcnArchName if torch.version.hip else ""
-        capability = arch or f"sm_{properties.major}{properties.minor}"
+        target = targets.find(device)
+        kernels = "no kernels for it" if target is None else f"kernels chosen for {target.name}"
         yield (
             str(device),
-            f"{properties.name}, {capability}, {properties.multi_processor_count} processors, "
-            f"{human_bytes(properties.total_memory)}, kernels chosen for "
-            f"{targets.current(device).name}",
+            f"{properties.name}, {targets.name_of(device)}, "
+            f"{properties.multi_processor_count} processors, "
+            f"{human_bytes(properties.total_memory)}, {kernels}",
         )
 
 
@@ -178,7 +178,7 @@ def _row_passes() -> Iterator[tuple[str, str]]:
         yield "used", f"no: {error}"
         return
     yield "used", f"no: {obstacle}" if obstacle else f"yes, for {_DTYPES_OF_ROWS} on a CPU"
-    own = library.prefers_own_gemm() and not obstacle
+    own = library.prefers_own_gemm(torch.float32) and not obstacle
     yield "gather GEMM", "compiled too" if own else "PyTorch's"
     yield "compiler", f"{recipe.compiler}: {recipe.version.splitlines()[0]}"
     yield "vectors", recipe.vectors

@@ -78,12 +78,12 @@ def tune(
     net = None if model is None else loading.load_model(model)
     device = _gpu()
     from memaop_triton.commands.tuning_report import ProgressBars, table
-    from memaop_triton.kernels.tuning import autotune, cache
+    from memaop_triton.kernels.tuning import cache, tuner
 
     console = Console()
     with progress(console, TextColumn("{task.fields[last]}")) as bars:
         observer = ProgressBars(bars)
-        with autotune.forced(observer):
+        with tuner.forced(observer):
             if net is None:
                 for m, n, p in sizes:
                     _step_of_layers(m, n, p, config, device, getattr(torch, dtype or "bfloat16"))
@@ -92,7 +92,7 @@ def tune(
     if not observer.outcomes:
         raise CommandError("no Triton kernel ran, so none was tuned: are all rows computed?")
     console.print(table(observer.outcomes))
-    gpu = autotune.describe(device)
+    gpu = cache.gpu_of(device)
     assert gpu is not None
     say_written(console, cache.folder() / gpu.slug)
 

@@ -6,9 +6,8 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
-from memaop_triton.kernels.tuning.defaults import Config
-from memaop_triton.kernels.tuning.problem import Problem
-from memaop_triton.kernels.tuning.tuner import Observer, Tuned, in_words
+from memaop_triton.kernels.tuning.config import Config, Problem, in_words
+from memaop_triton.kernels.tuning.tuner import Observer, Tuned
 
 
 class ProgressBars(Observer):

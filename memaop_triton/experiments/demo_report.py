@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,8 @@ from rich import box
 from rich.table import Table
 
 from memaop_triton.experiments.data import CLASSES
-from memaop_triton.experiments.demo import Curve, Scheme, SchemeResult, Settings
+from memaop_triton.experiments.demo import OPTIMIZERS, SchemeResult, Settings
+from memaop_triton.experiments.numbers import finite, mean_sd, plus_minus
 from memaop_triton.units import human_bytes
 
 _COLOURS = {
@@ -26,6 +23,7 @@ _COLOURS = {
     "paper": "#d1495b",
     "signed": "#e8912d",
 }
+_THICK = {"dense": 2.4, "default": 2.0}
 
 
 def table(results: list[SchemeResult], settings: Settings, dataset: str) -> Table:
@@ -33,23 +31,25 @@ def table(results: list[SchemeResult], settings: Settings, dataset: str) -> Tabl
     result = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
         caption="priority + subspace is MemAOPConfig(), topk + residual the paper's scheme",
         title=f"{dataset}: K/M = {settings.ratio:g}, batch {settings.batch_size}, "
         f"width {settings.width}, {_optimizer(settings)}, {settings.epochs} epochs, "
         f"{_seeds(settings)}",
     )
     result.add_column("scheme", no_wrap=True)
-    for name in ("accuracy %", "step ms", "speed", "dW ms", "speed", "memory"):
+    for name in ("accuracy %", "step ms", "speed", "dW ms", "speed", "FLOPs", "memory"):
         result.add_column(name, justify="right", no_wrap=True)
     dense = results[0]
     for one in results:
         result.add_row(
             one.scheme.label,
-            _accuracy(one.accuracies),
+            plus_minus(mean_sd(100 * np.array(one.accuracies)), 1),
             f"{1e3 * one.step_median:.1f}",
             f"{dense.step_median / one.step_median:.2f}×",
             f"{1e3 * one.gradient_median:.2f}",
             f"{dense.gradient_median / one.gradient_median:.2f}×",
+            f"{100 * one.gradient_flops:.0f} %",
             human_bytes(one.memory_bytes),
         )
     return result
@@ -61,30 +61,23 @@ def explanation() -> str:
         "A scheme is worth having where it reaches dense's accuracy at a speed (dense time / its "
         f"time) above 1; the head of {CLASSES} outputs is dense in all, scoring costs more there.\n"
         f"Medians on the CPU, {torch.get_num_threads()} thread(s), schemes in turn on each batch; "
-        "step is forward, backward and update, dW the weight gradients of the three hidden layers."
+        "step is forward, backward and update, dW the weight gradients of the three hidden layers, "
+        "FLOPs theirs beside dense's."
     )
 
 
-def _accuracy(values: list[float]) -> str:
-    mean = 100 * statistics.fmean(values)
-    if len(values) == 1:
-        return f"{mean:.1f}"
-    return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}"
-
-
-def save_json(path: Path, results: list[SchemeResult], settings: Settings, dataset: str) -> None:
-    """Write settings, final numbers and the curves of every seed."""
-    content = {
+def as_json(results: list[SchemeResult], settings: Settings, dataset: str) -> dict[str, Any]:
+    """Settings, final numbers and the curves of every seed."""
+    return {
         "dataset": dataset,
         "settings": dataclasses.asdict(settings),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "schemes": [_as_json(result, results[0]) for result in results],
+        "schemes": [_scheme_json(result, results[0]) for result in results],
     }
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _as_json(result: SchemeResult, dense: SchemeResult) -> dict[str, Any]:
+def _scheme_json(result: SchemeResult, dense: SchemeResult) -> dict[str, Any]:
     return {
         "key": result.scheme.key,
         "label": result.scheme.label,
@@ -93,64 +86,87 @@ def _as_json(result: SchemeResult, dense: SchemeResult) -> dict[str, Any]:
         "step_speed": dense.step_median / result.step_median,
         "weight_grad_seconds": result.gradient_median,
         "weight_grad_speed": dense.gradient_median / result.gradient_median,
+        "weight_grad_flops": result.gradient_flops,
         "memory_bytes": result.memory_bytes,
-        "curves": [_curve_json(curve) for curve in result.curves],
+        "curves": [
+            {**dataclasses.asdict(curve), "loss": finite(curve.loss)} for curve in result.curves
+        ],
     }
 
 
-def _curve_json(curve: Curve) -> dict[str, Any]:
-    content = dataclasses.asdict(curve)
-    content["loss"] = [loss if math.isfinite(loss) else None for loss in curve.loss]
-    return content
-
-
 def save_figure(path: Path, results: list[SchemeResult], settings: Settings, dataset: str) -> None:
-    """Draw loss and accuracy against steps and against seconds, the mean over seeds a line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draw loss and accuracy against steps and against seconds.
+
+    A line is the mean over seeds, the band around it reaches from the lowest to the highest.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(11, 8), layout="constrained")
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
-    for result in results:
-        steps = np.array(result.curves[0].steps)
-        loss, accuracy = _mean(result, lambda c: c.loss), _mean(result, lambda c: c.accuracy)
-        style = {
-            "color": _COLOURS[result.scheme.key],
-            "label": _legend(result.scheme),
-            "marker": "o" if len(steps) == 1 else None,
-            "linewidth": 2.2 if result.scheme.key in ("dense", "default") else 1.5,
-        }
-        for column, x in enumerate((steps, steps * result.step_median)):
-            panels[0, column].plot(x, loss, **style)
-            panels[1, column].plot(x, 100 * accuracy, **style)
-    panels[0, 0].set_yscale("log")
-    panels[0, 0].set_ylabel("training loss")
-    panels[1, 0].set_ylabel("test accuracy, %")
-    panels[1, 0].set_xlabel("steps")
-    panels[1, 1].set_xlabel("seconds (steps × the scheme's median step time)")
-    for panel in panels.flat:
-        panel.grid(alpha=0.3, linewidth=0.5)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    # Dense and the default are drawn last, above the others.
+    for result in sorted(results, key=lambda one: one.scheme.key in _THICK):
+        for column, seconds in enumerate((1.0, result.step_median)):
+            x = seconds * np.array(result.curves[0].steps)
+            losses = np.array([curve.loss for curve in result.curves])
+            accuracies = 100 * np.array([curve.accuracy for curve in result.curves])
+            _draw(panels[0, column], x, losses, result.scheme.key)
+            _draw(panels[1, column], x, accuracies, result.scheme.key)
+    _style(panels)
+    lines = {line.get_label(): line for line in panels[0, 0].get_lines()}
+    figure.legend(
+        [lines[result.scheme.key] for result in results],
+        [_legend(result) for result in results],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+    )
+    spread = ", bands from lowest to highest" if settings.seeds > 1 else ""
     figure.suptitle(
-        f"{dataset}: K/M = {settings.ratio:g}, batch {settings.batch_size}, "
-        f"width {settings.width}, {_optimizer(settings)}, mean over {_seeds(settings)}"
+        f"{dataset}: three hidden layers of {settings.width} units, weight gradients dW from "
+        f"{100 * settings.ratio:.3g} % of the rows\nbatches of {settings.batch_size}, "
+        f"{_optimizer(settings)}, mean over {_seeds(settings)}{spread}",
+        fontsize=12,
     )
     figure.savefig(path, dpi=130)
 
 
 def _optimizer(settings: Settings) -> str:
-    return f"{settings.optimizer} {settings.lr:g}"
+    return f"{OPTIMIZERS[settings.optimizer].__name__} at {settings.lr:g}"
 
 
 def _seeds(settings: Settings) -> str:
     return f"{settings.seeds} seed{'s' if settings.seeds > 1 else ''}"
 
 
-def _legend(scheme: Scheme) -> str:
-    return scheme.label + (f" ({scheme.key})" if scheme.key in ("default", "paper") else "")
+def _draw(panel: Any, x: Any, values: Any, key: str) -> None:
+    """One scheme's line and band; `values` is [seeds, points]."""
+    marker = "o" if len(x) == 1 else None
+    width = _THICK.get(key, 1.5)
+    # The default's dashes leave dense visible where both coincide.
+    style = "--" if key == "default" else "-"
+    colour = _COLOURS[key]
+    panel.plot(x, values.mean(0), style, color=colour, linewidth=width, marker=marker, label=key)
+    if len(values) > 1:
+        panel.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
 
 
-def _mean(result: SchemeResult, value: Callable[[Curve], list[Any]]) -> Any:
-    return np.mean([value(curve) for curve in result.curves], axis=0)
+def _style(panels: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    panels[0, 0].set_yscale("log")
+    panels[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0, 0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panels[0, 0].yaxis.set_minor_formatter(NullFormatter())
+    panels[0, 0].set_ylabel("training loss, nats")
+    panels[1, 0].set_ylabel("test accuracy, %")
+    panels[1, 0].set_xlabel("steps")
+    panels[1, 1].set_xlabel("seconds (steps × the scheme's median step time)")
+    for panel in panels.flat:
+        panel.grid(alpha=0.3, linewidth=0.5)
+        panel.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(result: SchemeResult) -> str:
+    scheme = result.scheme
+    name = f" ({scheme.key})" if scheme.key in ("default", "paper") else ""
+    return f"{scheme.label}{name}: {100 * result.gradient_flops:.0f} % of dW's FLOPs"

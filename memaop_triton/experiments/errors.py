@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 from memaop_triton.errors import CommandError
 
@@ -31,19 +30,3 @@ def require_extra(*modules: str) -> None:
             raise MissingExtraError(
                 f"{module} is not installed: pip install 'memaop-triton[demo]' brings it."
             )
-
-
-def require_output(directory: Path, json_path: Path | None) -> None:
-    """Make the directories that results go to; raise `ExperimentError` if that is impossible."""
-    places = [("--output", directory, directory)]
-    if json_path is not None:
-        places.append(("--json", json_path, json_path.parent))
-        if json_path.is_dir():
-            raise ExperimentError(f"--json={json_path} is a directory: name a file in it.")
-    for option, path, needed in places:
-        try:
-            needed.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ExperimentError(
-                f"{option}={path} cannot be written: {error.strerror}. Name another place."
-            ) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,12 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
+from memaop_triton.experiments.numbers import Value, finite, mean_sd, plus_minus
 from memaop_triton.experiments.paper import Experiment, Outcome, Scheme
-from memaop_triton.experiments.published import (
-    RUNS,
-    Value,
-    published_value,
-)
+from memaop_triton.experiments.published import ENERGY, EPOCHS, RUNS
 
 # Dark with memory, light without; one hue per selection.
 _COLOURS = {
@@ -68,12 +64,6 @@ class Summary:
         return (self.final.mean - self.published.mean) / math.sqrt(variance)
 
 
-def mean_sd(values: npt.NDArray[np.float64]) -> Value:
-    """Mean and sample standard deviation (NaN for a single value)."""
-    sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-    return Value(float(values.mean()), sd)
-
-
 def summarise(experiment: Experiment, outcomes: Iterable[Outcome]) -> list[Summary]:
     """One summary per scheme, in the experiment's order."""
     by_scheme: dict[Scheme, list[Outcome]] = {scheme: [] for scheme in experiment.schemes()}
@@ -84,7 +74,8 @@ def summarise(experiment: Experiment, outcomes: Iterable[Outcome]) -> list[Summa
         found.sort(key=lambda outcome: outcome.run)
         losses = np.array([outcome.losses for outcome in found])
         accuracies = np.array([outcome.accuracies for outcome in found])
-        published = published_value(experiment.name, scheme, losses.shape[1])
+        comparable = experiment.name == "energy" and losses.shape[1] == EPOCHS
+        published = ENERGY[scheme] if comparable else None
         summaries.append(Summary(scheme, losses, accuracies, published))
     return summaries
 
@@ -114,62 +105,50 @@ def table(experiment: Experiment, summaries: list[Summary]) -> Table:
 def _cells(experiment: Experiment, summary: Summary, compare: bool) -> list[str]:
     k = summary.scheme.k
     cells = [str(experiment.batch_size if k is None else k), summary.scheme.label]
-    cells.append(_plus_minus(summary.final, 3))
+    cells.append(plus_minus(summary.final, 3))
     if compare:
         z = summary.z
-        cells.append("–" if summary.published is None else _plus_minus(summary.published, 3))
+        cells.append("–" if summary.published is None else plus_minus(summary.published, 3))
         cells.append("–" if z is None else f"{z:+.1f}")
     if experiment.name == "mnist":
-        cells.append(_plus_minus(mean_sd(100 * summary.accuracies[:, -1]), 2))
+        cells.append(plus_minus(mean_sd(100 * summary.accuracies[:, -1]), 2))
     return cells
 
 
-def _plus_minus(value: Value, digits: int) -> str:
-    spread = "" if math.isnan(value.sd) else f" ± {value.sd:.{digits}f}"
-    return f"{value.mean:.{digits}f}{spread}"
-
-
-def save_json(path: Path, experiment: Experiment, seed: int, summaries: list[Summary]) -> None:
-    """Write settings, every run's final values, mean curves and the comparison."""
+def as_json(experiment: Experiment, seed: int, summaries: list[Summary]) -> dict[str, Any]:
+    """Settings, every run's final values, mean curves and the comparison."""
     runs, epochs = summaries[0].losses.shape
-    content = {
+    return {
         "experiment": experiment.name,
         "runs": runs,
         "epochs": epochs,
         "seed": seed,
-        "schemes": [_as_json(summary) for summary in summaries],
+        "schemes": [_scheme_json(summary) for summary in summaries],
     }
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _as_json(summary: Summary) -> dict[str, Any]:
+def _scheme_json(summary: Summary) -> dict[str, Any]:
     return {
         **summary.scheme._asdict(),
         "final_loss": _value_json(summary.final),
-        "final_losses": _numbers(summary.losses[:, -1]),
-        "final_accuracies": _numbers(summary.accuracies[:, -1:].flatten()),
-        "loss_curve": _numbers(summary.losses.mean(0)),
+        "final_losses": finite(summary.losses[:, -1]),
+        "final_accuracies": finite(summary.accuracies[:, -1:]),
+        "loss_curve": finite(summary.losses.mean(0)),
         "published": None if summary.published is None else _value_json(summary.published),
         "standard_errors_apart": summary.z,
     }
 
 
 def _value_json(value: Value) -> dict[str, float | None]:
-    return dict(zip(("mean", "sd"), _numbers(np.array(value)), strict=True))
-
-
-def _numbers(values: npt.NDArray[np.float64]) -> list[float | None]:
-    return [float(value) if math.isfinite(value) else None for value in values]
+    return dict(zip(("mean", "sd"), finite(value), strict=True))
 
 
 def save_figure(path: Path, experiment: Experiment, summaries: list[Summary]) -> None:
     """Draw validation loss against epoch, a panel per K; circles are the authors' final losses."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(13, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(experiment.ks), sharey=True)
     for panel, k in zip(panels, experiment.ks, strict=True):
         for summary in summaries:

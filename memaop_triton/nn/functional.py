@@ -42,6 +42,10 @@ class _MemAOPLinearFunction(torch.autograd.Function):
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
     @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        raise RuntimeError(_BATCHED)
+
+    @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Casts were made in the forward pass, whatever region backward is called from.
         with torch.no_grad(), no_autocast(grad_output.device.type):
@@ -55,7 +59,7 @@ class _MemAOPLinearFunction(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-# `apply` asks for it in every call, and takes longer to find out than all else that it does.
+# autograd.Function.apply calls inspect.signature(forward) on every call; a cached one saves 20 µs.
 _MemAOPLinearFunction.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     _MemAOPLinearFunction.forward
 )
@@ -83,29 +87,77 @@ class _DifferentiableOnce(torch.autograd.Function):
         )
 
 
+_BATCHED = (
+    "a MemAOPLinear in training draws rows for each backward pass, so it cannot be batched by "
+    "torch.func.vmap, torch.func.jacrev, torch.autograd.functional.jacobian(vectorize=True) or "
+    "torch.autograd.grad(is_grads_batched=True): call .eval() on the layer, which makes its "
+    "gradients exact, or revert_ it."
+)
+_BATCHED_KEYS = tuple(map(torch._C._parse_dispatch_key, ("Batched", "FuncTorchBatched")))
+
+
+def _is_batched(a: Tensor) -> bool:
+    """Whether `a` stands for many tensors, as within `vmap`."""
+    keys = torch._C._dispatch_keys(a)
+    return any(keys.has(key) for key in _BATCHED_KEYS)
+
+
+def _wanted_gradients(ctx: Any) -> tuple[bool, bool, bool]:
+    """Whether this backward pass delivers the gradients of x, weight and bias.
+
+    `needs_input_grad` says what requires a gradient. Which of these the engine was asked for
+    differs where `torch.autograd.grad` names some inputs, or where a pipeline schedule computes
+    the gradients of inputs and weights in two passes.
+    """
+    needed = ctx.needs_input_grad[:3]
+    if torch.compiler.is_compiling():  # a compiled backward pass is one piece
+        return needed
+    x, weight, bias = (
+        is_needed and _is_delivered(node)
+        for is_needed, (node, _) in zip(needed, ctx.next_functions[:3], strict=True)
+    )
+    return x, weight, bias
+
+
+def _is_delivered(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient is returned, or no engine is running
+        return True
+
+
 def _backward(
     ctx: Any, grad_output: Tensor, x: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    needs_weight, needs_bias = ctx.needs_input_grad[1:3]
+    if not torch.compiler.is_compiling() and _is_batched(grad_output):
+        raise RuntimeError(_BATCHED)
+    wants_x, wants_weight, wants_bias = _wanted_gradients(ctx)
     g = _as_rows(grad_output)
-    rows = g.new_empty(0) if x is None else _as_rows(x)
+    rows = _as_rows(x) if x is not None and wants_weight else g.new_empty(0)
     dx = dw = db = None
-    if ctx.approximates_dx:
+    if wants_x and ctx.approximates_dx:
         dx, dw, db = torch.ops.memaop_triton.sampled_backward(
-            rows, g, weight, ctx.handle, ctx.order, weight_grad=needs_weight, bias_grad=needs_bias
+            rows,
+            g,
+            weight,
+            ctx.handle,
+            ctx.order,
+            weight_grad=wants_weight,
+            bias_grad=wants_bias,
+            is_frozen=not ctx.needs_input_grad[1],
         )
     else:
-        if weight is not None:
+        if wants_x and weight is not None:
             dx = g @ weight
-        if needs_weight:
+        if wants_weight:
             dw, db = torch.ops.memaop_triton.weight_grad(
-                rows, g, ctx.handle, ctx.order, bias_grad=needs_bias
+                rows, g, ctx.handle, ctx.order, bias_grad=wants_bias
             )
-        elif needs_bias:
+        elif wants_bias:
             db = g.sum(0)
     if dx is not None:
         dx = dx.reshape(*grad_output.shape[:-1], dx.shape[-1])
-    return dx, dw if needs_weight else None, db if needs_bias else None
+    return dx, dw if wants_weight else None, db if wants_bias else None
 
 
 def _as_rows(a: Tensor) -> Tensor:
@@ -137,7 +189,8 @@ def memaop_linear(
 
     Returns:
         [..., P]. Under autocast the operands are cast as for any linear layer. Differentiable once,
-        and not under `torch.func.vmap`.
+        and not under `torch.func.vmap`. A backward pass computes the gradients that it was asked
+        for, and changes the memory only if the weight's is one of them.
 
     Raises:
         TypeError: `x` is not floating point, or the dtypes differ.

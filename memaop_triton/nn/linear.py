@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeGuard, TypeVar
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,6 +44,10 @@ class MemAOPLinear(nn.Linear):
     dense_class: type[nn.Linear] = nn.Linear
 
     layer_state: LayerState
+
+    # What torch.jit.script must not look at; a scripted layer is a dense one.
+    __jit_ignored_attributes__ = ("dense_class", "layer_state")
+    __jit_unused_properties__ = ("config", "memory")
 
     def __init__(
         self,
@@ -174,6 +179,15 @@ class MemAOPLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
+        if torch.jit.is_scripting():
+            return F.linear(input, self.weight, self.bias)
+        else:  # noqa: RET505, TorchScript leaves out this branch, and nothing that follows it
+            return self._forward(input)
+
+    @torch.jit.unused
+    def _forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, torch.fx.Proxy):
+            return _traced(self, input)
         if not self.training:
             return F.linear(input, self.weight, self.bias)
         x, weight, bias = prepared(input, self.weight, self.bias)
@@ -198,6 +212,16 @@ class MemAOPLinear(nn.Linear):
             parts.append(f"grad_input_budget={config.projected.budget:g}")
         return ", ".join(parts)
 
+    def _replicate_for_data_parallel(self) -> MemAOPLinear:
+        if self.training:
+            raise RuntimeError(
+                "nn.DataParallel copies a layer to several devices in every step, and the copies "
+                "would share one memory and one source of draws: use "
+                "torch.nn.parallel.DistributedDataParallel, or .eval() for exact gradients."
+            )
+        replica: MemAOPLinear = super()._replicate_for_data_parallel()
+        return replica
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemAOPLinear:
         super()._apply(fn, recurse)
         self.layer_state.convert(fn)
@@ -208,6 +232,12 @@ class MemAOPLinear(nn.Linear):
             return super().__reduce_ex__(protocol)
         # The class of a converted subclass is made on demand and cannot be found by its name.
         return _blank, (self.dense_class,), self.__getstate__()
+
+
+def _traced(layer: MemAOPLinear, input: Any) -> Any:
+    """A call of the layer in a graph of `torch.fx`, as for any layer of `torch.nn`."""
+    tracer = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
 
 
 def _is_distributed(a: Tensor | None) -> TypeGuard[Tensor]:

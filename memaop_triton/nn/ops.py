@@ -46,7 +46,7 @@ torch.library.define(
 torch.library.define(
     "memaop_triton::sampled_backward",
     "(Tensor x, Tensor g, Tensor weight, Tensor handle, Tensor(a!) order, *, bool weight_grad, "
-    "bool bias_grad) -> (Tensor dx, Tensor dw, Tensor db)",
+    "bool bias_grad, bool is_frozen) -> (Tensor dx, Tensor dw, Tensor db)",
     tags=_TAGS,
 )
 
@@ -96,11 +96,13 @@ def _sampled_backward(
     *,
     weight_grad: bool,
     bias_grad: bool,
+    is_frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX [M, N], sampled or projected, dW [P, N] and db [P] from x [M, N] and g [M, P].
 
     Sampled from the same rows, unless a subspace memory gives each scores of its own. `x` may have
-    shape [0] if no weight gradient is wanted.
+    shape [0] if no weight gradient is wanted. Of a weight that is frozen no step of dW counts for
+    the memory, so that of dX does.
     """
     state = layer_state.find(handle)
     config, memory = state.config, state.memory
@@ -124,7 +126,7 @@ def _sampled_backward(
             dx = projected_input_grad(g, weight, config, memory)
         else:
             dx = input_grad_with_subspace(
-                g, weight, config, memory, shards=state.shards, is_alone=not weight_grad
+                g, weight, config, memory, shards=state.shards, is_alone=is_frozen
             )
     return dx, dw, g.new_empty(0) if db is None else db
 
@@ -138,6 +140,7 @@ def _sampled_backward_fake(
     *,
     weight_grad: bool,
     bias_grad: bool,
+    is_frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = g.new_empty((g.shape[0], weight.shape[1]))
     dw = x.new_empty((g.shape[1], x.shape[1]) if weight_grad else 0)

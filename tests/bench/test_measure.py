@@ -12,7 +12,7 @@ from memaop_triton.bench import machine, measure
 from memaop_triton.bench.measure import CpuClock, Method
 from memaop_triton.bench.suites import SUITES, contenders, models
 from memaop_triton.bench.suites.problem import Problem
-from memaop_triton.kernels.tuning import autotune
+from memaop_triton.kernels.tuning import tuner
 
 
 class FakeClock:
@@ -120,8 +120,8 @@ def test_what_computes_is_named(monkeypatch):
     monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "torch")
     assert contenders.config_source(x) == "PyTorch"
     monkeypatch.setattr(contenders.dispatch, "runs_triton", lambda a: True)
-    made = {0: autotune.Choice(None, "tuned"), 1: autotune.Choice(None, "cache")}
-    monkeypatch.setattr(autotune, "choices", lambda: made)
+    made = {0: tuner.Choice(None, "tuned"), 1: tuner.Choice(None, "cache")}
+    monkeypatch.setattr(tuner, "choices", lambda: made)
     assert contenders.config_source(x) == "Triton, cache and tuned"
 
 

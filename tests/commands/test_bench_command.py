@@ -142,7 +142,7 @@ def test_output_that_cannot_be_written(capsys, tmp_path):
     assert "--output" in error_of(capsys, "--output", str(tmp_path / "file"))
 
 
-@pytest.mark.parametrize("module", ["pytest", "pytest_benchmark"])
+@pytest.mark.parametrize("module", ["pytest", "pytest_benchmark", "matplotlib", "scipy", "jinja2"])
 def test_missing_extra_says_what_to_install(module, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     assert "pip install 'memaop-triton[bench]'" in error_of(capsys)

@@ -180,18 +180,23 @@ def test_what_is_explained_is_what_happens(
     assert reason
 
 
-def test_gpus(monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "kernels"),
+    [((9, 0), "kernels chosen for sm_90"), ((7, 5), "no kernels for it")],
+)
+def test_gpus(monkeypatch, capability, kernels):
+    major, minor = capability
     properties = types.SimpleNamespace(
-        name="Some GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30
+        name="Some GPU", major=major, minor=minor, multi_processor_count=132, total_memory=80 << 30
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.version, "hip", None)
-    targets._target_of.cache_clear()
+    targets.find.cache_clear()
     gpus = dict(machine_facts._gpus())
-    targets._target_of.cache_clear()
-    assert gpus["cuda:0"] == ("Some GPU, sm_90, 132 processors, 80.0 GiB, kernels chosen for sm_90")
+    targets.find.cache_clear()
+    assert gpus["cuda:0"] == f"Some GPU, sm_{major}{minor}, 132 processors, 80.0 GiB, {kernels}"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

@@ -10,11 +10,10 @@ from torch import nn
 
 from memaop_triton.commands import cli
 from memaop_triton.commands import tuning as command
-from memaop_triton.kernels.tuning import autotune, cache_files, search
 from memaop_triton.kernels.tuning import cache as config_cache
-from memaop_triton.kernels.tuning.cache_entries import ConfigFile, Gpu
-from memaop_triton.kernels.tuning.defaults import GemmConfig, RowConfig
-from memaop_triton.kernels.tuning.problem import Problem
+from memaop_triton.kernels.tuning import search
+from memaop_triton.kernels.tuning.cache import ConfigFile, Gpu
+from memaop_triton.kernels.tuning.config import GemmConfig, Problem, RowConfig
 from tests.traffic import interpreted
 
 GPUS = [Gpu("Fake GPU (1)", "9.0", 132), Gpu("Other [red]GPU", "8.0", 108)]
@@ -59,9 +58,8 @@ def cache(monkeypatch, tmp_path):
     """A cache with one fresh, one stale and one foreign entry, and those of another GPU."""
     monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path / "cache"))
     config_cache.forget()
-    stale = replace(entry(replace(PROBLEM, n=64)), triton="1.0")
-    foreign = replace(entry(replace(PROBLEM, n=32)), source="other")
-    put(GPUS[0], entry(), stale, foreign)
+    put(GPUS[0], entry(), entry(replace(PROBLEM, n=64), triton="1.0"))
+    put_foreign(GPUS[0], entry(replace(PROBLEM, n=32), source="other"))
     put(GPUS[1], entry(replace(PROBLEM, kernel="row_scores"), ROWS), kernel="row_scores")
     yield config_cache.folder()
     config_cache.forget()
@@ -73,8 +71,16 @@ def entry(problem=PROBLEM, config=GEMM, **changes):
 
 def put(gpu, *entries, kernel="gather_gemm"):
     path = config_cache.path_of(config_cache.folder(), gpu, kernel)
-    cache_files.merge_into(path, ConfigFile(gpu, kernel, entries), source="other")
+    config_cache.merge_into(path, ConfigFile(gpu, kernel, entries))
     return path
+
+
+def put_foreign(gpu, one):
+    """Add an entry as another version of the package would."""
+    path = config_cache.path_of(config_cache.folder(), gpu, "gather_gemm")
+    file = config_cache.read(path)
+    content = config_cache.to_json(replace(file, entries=(*file.entries, one)))
+    config_cache.replace_file(path, json.dumps(content))
 
 
 def told(capsys, *arguments, code=0):
@@ -88,7 +94,7 @@ def tuned_problems():
     return [
         (path.stem, one.problem)
         for path in sorted(config_cache.folder().glob("*/*.json"))
-        for one in cache_files.read(path).entries
+        for one in config_cache.read(path).entries
     ]
 
 
@@ -109,7 +115,7 @@ def test_tune_shapes_tunes_every_kernel_that_the_layers_use(on_gpu, capsys, wide
         assert problem in shown
     assert "1.0000" in shown
     assert "block_n=" in shown
-    assert str(config_cache.folder() / "fake-gpu-1") in shown.replace("\n", "")
+    assert str(config_cache.folder() / "fake-gpu-1-8-0-108") in shown.replace("\n", "")
 
 
 @pytest.mark.parametrize(
@@ -187,8 +193,8 @@ def test_list_counts_entries_by_what_they_are_worth(cache, capsys, wide):
 
 
 def test_list_names_files_that_cannot_be_read(cache, capsys, wide):
-    (cache / "fake-gpu-1" / "project.json").write_text("{")
-    assert "not readable: it is not JSON" in told(capsys, "cache", "list")
+    (cache / GPUS[0].slug / "project.json").write_text("{")
+    assert "not readable: Expecting property name" in told(capsys, "cache", "list")
     assert "left out" in told(capsys, "cache", "show", "--kernel", "project")
 
 
@@ -206,54 +212,42 @@ def test_an_unknown_kernel_is_an_error(cache, capsys):
     )
 
 
-def test_what_is_exported_can_be_imported_elsewhere(cache, capsys, tmp_path, monkeypatch):
+def exported(path, *entries, **changes):
+    """A file as `cache export` writes it."""
+    content = config_cache.to_json(ConfigFile(GPUS[0], "gather_gemm", entries)) | changes
+    path.write_text(json.dumps({"schema": config_cache.SCHEMA, "files": [content]}))
+    return str(path)
+
+
+def test_what_is_exported_can_be_imported_elsewhere(cache, capsys, tmp_path, monkeypatch, wide):
     target = tmp_path / "all.json"
     assert "wrote" in told(capsys, "cache", "export", str(target))
-    before = {path.name: cache_files.read(path) for path in cache.glob("*/*.json")}
     monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path / "new"))
     shown = told(capsys, "cache", "import", str(target))
-    assert "imported 3 entries of gather_gemm on Fake GPU (1)" in shown.replace("\n", " ")
-    after = {p.name: cache_files.read(p) for p in config_cache.folder().glob("*/*.json")}
-    assert after == before
+    assert "imported 2 of 3 entries of gather_gemm on Fake GPU (1); others are of other" in shown
+    assert "imported 1 of 1 entries of row_scores on Other [red]GPU\n" in shown
+    assert config_cache.find(GPUS[0], PROBLEM).config == GEMM
+    assert config_cache.find(GPUS[0], replace(PROBLEM, n=64)).is_stale
+    assert config_cache.find(GPUS[1], replace(PROBLEM, kernel="row_scores")).config == ROWS
 
 
-@pytest.mark.parametrize(("year", "kept"), [(2020, "that of the cache"), (None, "the imported")])
-def test_of_two_entries_the_later_stays_and_it_is_said(
-    cache, capsys, tmp_path, monkeypatch, year, kept, wide
-):
+@pytest.mark.parametrize(("year", "stays"), [(2020, "ours"), (2999, "theirs")])
+def test_of_two_entries_the_later_stays(cache, capsys, tmp_path, year, stays):
     other = replace(GEMM, split_k=1)
-    changes = {} if year is None else {"tuned": f"{year}-01-01T00:00:00.000000+00:00"}
-    new = ConfigFile(GPUS[0], "gather_gemm", (entry(config=other, **changes),))
-    target = tmp_path / "all.json"
-    target.write_text(json.dumps({"schema": 1, "files": [new.to_json()]}))
-    shown = told(capsys, "cache", "import", str(target))
-    assert f"{PROBLEM.key}: two configurations" in shown
-    assert kept in shown
-    found = config_cache.find(GPUS[0], PROBLEM)
-    assert found.config == (other if year is None else GEMM)
-
-
-def test_import_leaves_out_what_is_not_valid(cache, capsys, tmp_path, wide):
-    file = ConfigFile(GPUS[0], "gather_gemm", (entry(replace(PROBLEM, n=2)),)).to_json()
-    wrong = json.loads(json.dumps(file["entries"][0])) | {"problem": "evil"}
-    wrong["config"] = wrong["config"] | {"block_n": 100}
-    file["entries"] = [*file["entries"], wrong, 5]
-    target = tmp_path / "all.json"
-    target.write_text(json.dumps({"schema": 1, "files": [file]}))
-    shown = told(capsys, "cache", "import", str(target))
-    assert "2 entries left out" in shown
-    assert "imported 1 entries" in shown
-    assert "evil" not in [problem for _, problem in tuned_problems()]
+    new = entry(config=other, tuned=f"{year}-01-01T00:00:00+00:00")
+    shown = told(capsys, "cache", "import", exported(tmp_path / "all.json", new))
+    assert f"imported {int(stays == 'theirs')} of 1 entries" in shown
+    assert config_cache.find(GPUS[0], PROBLEM).config == (other if stays == "theirs" else GEMM)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         (None, "cannot be read"),
-        ("{", "is not JSON"),
-        ("[]", "not what `cache export` writes"),
-        ('{"files": [5]}', "cannot be used"),
-        ('{"files": [{"schema": 7}]}', "its schema is 7"),
+        ("{", "is not what `cache export` writes"),
+        ("[]", "is not what `cache export` writes"),
+        ('{"files": [5]}', "is not what `cache export` writes"),
+        ('{"files": [{"schema": 7, "kernel": "project"}]}', "schema 7 of 'project'"),
     ],
 )
 def test_a_file_that_cannot_be_imported(cache, capsys, tmp_path, text, words):
@@ -265,11 +259,12 @@ def test_a_file_that_cannot_be_imported(cache, capsys, tmp_path, text, words):
     assert error.count("\n") == 1
 
 
-def test_import_does_not_replace_the_file_of_a_gpu_with_the_same_folder(cache, capsys, tmp_path):
-    file = ConfigFile(replace(GPUS[0], processors=66), "gather_gemm", (entry(),))
-    target = tmp_path / "all.json"
-    target.write_text(json.dumps({"schema": 1, "files": [file.to_json()]}))
-    assert "not gather_gemm on" in told(capsys, "cache", "import", str(target), code=2)
+@pytest.mark.parametrize("kernel", ["../../evil", "/tmp/evil"])
+def test_an_imported_file_does_not_choose_where_it_is_written(cache, capsys, tmp_path, kernel):
+    before = sorted(tmp_path.rglob("*"))
+    source = exported(tmp_path / "all.json", entry(), kernel=kernel)
+    assert "evil" in told(capsys, "cache", "import", source, code=2)
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "all.json"])
 
 
 def test_export_of_nothing_and_to_nowhere(cache, capsys, tmp_path):
@@ -302,5 +297,5 @@ def test_clear_asks(cache, capsys, monkeypatch, tmp_path, answer, left):
 
 
 def test_what_this_machine_is_named_by():
-    assert autotune.describe(torch.device("cpu")) is None
+    assert config_cache.gpu_of(torch.device("cpu")) is None
     assert Path(config_cache.SHIPPED).parent.name == "kernels"

@@ -2,12 +2,12 @@
 
 import pytest
 
-from memaop_triton.kernels.tuning import autotune
+from memaop_triton.kernels.tuning import tuner
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
-    autotune.forget()
+    tuner.forget()
     yield
-    autotune.forget()
+    tuner.forget()

@@ -6,7 +6,7 @@ import torch
 from memaop_triton import MemAOPConfig, new_memory
 from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.commands import cli
-from memaop_triton.kernels.tuning import autotune, cache, cache_files, timing
+from memaop_triton.kernels.tuning import cache, tuner
 from tests.schemes import flat_config
 
 pytestmark = [
@@ -32,7 +32,7 @@ def operands():
 def test_a_longer_call_takes_longer():
     small, large = (torch.empty(size << 20, device="cuda") for size in (1, 512))
     device = small.device
-    times = [timing.time_candidate(a.zero_, device) for a in (small, large)]
+    times = [tuner.time_candidate(a.zero_, device) for a in (small, large)]
     assert 0 < 10 * times[0] < times[1]
 
 
@@ -48,11 +48,11 @@ def test_first_use_fills_the_cache_and_changes_no_result(setting, operands, monk
 
     plain = steps()
     monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "first-use")
-    autotune.forget()
+    tuner.forget()
     tuned = steps()
-    assert all(choice.origin == "tuned" for choice in autotune.choices().values())
+    assert all(choice.origin == "tuned" for choice in tuner.choices().values())
     files = list(cache.folder().glob("*/*.json"))
-    assert sum(len(cache_files.read(path).entries) for path in files) == len(autotune.choices())
+    assert sum(len(cache.read(path).entries) for path in files) == len(tuner.choices())
     for one, other in zip(tuned, plain, strict=True):
         # Scores that differ in the last bit may swap rows of nearly equal score.
         assert (one - other).norm() < 0.05 * other.norm()
@@ -61,11 +61,11 @@ def test_first_use_fills_the_cache_and_changes_no_result(setting, operands, monk
 def test_the_command_tunes_what_training_then_finds(operands, monkeypatch, capsys):
     x, g = operands
     assert cli.run(["tune", "--shapes", "1024x256x320"]) == 0
-    autotune.forget()
+    tuner.forget()
     monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "first-use")
     config = MemAOPConfig()
     weight_grad(x, g, config, new_memory(config, 256, 320))
-    assert {choice.origin for choice in autotune.choices().values()} == {"cache"}
+    assert {choice.origin for choice in tuner.choices().values()} == {"cache"}
 
 
 def test_a_graph_that_is_captured_at_once_is_not_disturbed(operands, monkeypatch):
@@ -73,10 +73,10 @@ def test_a_graph_that_is_captured_at_once_is_not_disturbed(operands, monkeypatch
     config = MemAOPConfig(ratio=1 / 4, selection="topk", memory="none")
     expected = weight_grad(x, g, config)  # loads the kernels
     monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "first-use")
-    autotune.forget()
+    tuner.forget()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = weight_grad(x, g, config)
     graph.replay()
     torch.testing.assert_close(result, expected)
-    assert not autotune.choices()
+    assert not tuner.choices()

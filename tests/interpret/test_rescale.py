@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memaop_triton.kernels.gpu.rescale import rescale_
-from memaop_triton.kernels.tuning.defaults import RowConfig
+from memaop_triton.kernels.tuning.config import RowConfig
 
 TILE = RowConfig(16, 32, 4)
 

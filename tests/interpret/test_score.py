@@ -9,7 +9,7 @@ from memaop_triton.kernels.gpu.score import (
     row_norms,
     row_scores,
 )
-from memaop_triton.kernels.tuning.defaults import RowConfig
+from memaop_triton.kernels.tuning.config import RowConfig
 from tests.judging import LAYOUTS, as_good_as, laid_out, operands
 
 TILE = RowConfig(8, 16, 4)

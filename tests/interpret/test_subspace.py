@@ -8,7 +8,7 @@ import torch
 
 from memaop_triton.kernels.gpu import subspace
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
-from memaop_triton.kernels.tuning.defaults import RowConfig
+from memaop_triton.kernels.tuning.config import RowConfig
 from tests.judging import LAYOUTS, SMALL, as_good_as, drawn_blocks, drawn_rows, laid_out, operands
 from tests.pairwise import pairwise
 

@@ -14,7 +14,7 @@ from memaop_triton.kernels.gpu.score import (
     row_norms,
     row_scores,
 )
-from memaop_triton.kernels.tuning.defaults import RowConfig
+from memaop_triton.kernels.tuning.config import RowConfig
 from tests.judging import SMALL, drawn_blocks, operands
 
 M, N, P, K = 160, 64, 96, 40

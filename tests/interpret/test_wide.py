@@ -9,7 +9,7 @@ from memaop_triton.kernels.gpu import subspace
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
 from memaop_triton.kernels.gpu.score import accumulate_and_score, row_scores
-from memaop_triton.kernels.tuning.defaults import RowConfig
+from memaop_triton.kernels.tuning.config import RowConfig
 from tests import traffic
 from tests.judging import SMALL, as_good_as, check_products
 

@@ -12,7 +12,7 @@ import torch
 from triton.runtime import driver
 
 from memaop_triton.kernels import targets
-from memaop_triton.kernels.tuning import autotune
+from memaop_triton.kernels.tuning import cache, tuner
 from tests import judging
 
 
@@ -57,9 +57,9 @@ def gpu(request, monkeypatch, tmp_path):
 
 
 def _forget_the_gpu():
-    targets._target_of.cache_clear()
-    autotune.describe.cache_clear()
-    autotune.forget()
+    targets.find.cache_clear()
+    cache.gpu_of.cache_clear()
+    tuner.forget()
 
 
 @pytest.fixture

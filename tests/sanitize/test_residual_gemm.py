@@ -8,7 +8,7 @@ import torch
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
 from memaop_triton.kernels.gpu.score import accumulate_and_score, accumulate_rest
-from memaop_triton.kernels.tuning.defaults import RowConfig
+from memaop_triton.kernels.tuning.config import RowConfig
 from tests.judging import SMALL, as_good_as, drawn_blocks, operands, outer_products
 
 pytestmark = pytest.mark.parametrize("gpu", [80], indirect=True, ids=["sm_80"])

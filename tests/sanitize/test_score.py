@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memaop_triton.kernels.gpu.score import accumulate_and_score, accumulate_rest, row_scores
-from memaop_triton.kernels.tuning.defaults import RowConfig
+from memaop_triton.kernels.tuning.config import RowConfig
 from tests.judging import as_good_as, laid_out, operands
 
 pytestmark = pytest.mark.parametrize("gpu", [80], indirect=True, ids=["sm_80"])

@@ -7,7 +7,7 @@ import torch
 
 from memaop_triton.kernels.gpu import subspace
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
-from memaop_triton.kernels.tuning.defaults import RowConfig
+from memaop_triton.kernels.tuning.config import RowConfig
 from tests.judging import SMALL, as_good_as, drawn_rows, operands
 
 pytestmark = pytest.mark.parametrize("gpu", [80], indirect=True, ids=["sm_80"])

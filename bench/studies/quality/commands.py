@@ -29,7 +29,6 @@ from memaop_triton.bench.studies.quality.options import (
     use_threads,
     wanted,
 )
-from memaop_triton.bench.studies.quality.report import write
 from memaop_triton.bench.studies.quality.schemes import RATIO, value_of
 from memaop_triton.bench.studies.quality.step_times import StepTime
 from memaop_triton.bench.studies.quality.store import RESULTS, Run, Store
@@ -169,7 +168,9 @@ def noise_of_a_step(
 @app.command()
 def report(output: Output = RESULTS) -> None:
     """Write quality.md, quality.html and their pictures from what has been run so far."""
-    require_extra("matplotlib", "scipy")
+    require_extra("matplotlib", "scipy", "jinja2")
+    from memaop_triton.bench.studies.quality.report import write
+
     say_written(Console(), *write(output))
 
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from memaop_triton.bench.report import text
-from memaop_triton.bench.report.blocks import NOTHING, Block, Section, Table
-from memaop_triton.bench.report.blocks import Cell as Entry
+from memaop_triton.bench.report.document import NOTHING, Block, Chart, Section, Table
+from memaop_triton.bench.report.document import Cell as Entry
 from memaop_triton.bench.studies.quality import plots
 from memaop_triton.bench.studies.quality.crossterms import CrossTerms
 from memaop_triton.bench.studies.quality.noise import Noise
 from memaop_triton.bench.studies.quality.results import Results, root_mean_square
-from memaop_triton.bench.studies.quality.sections import number, picture
+from memaop_triton.bench.studies.quality.sections import number
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.tuning import best_rate
 
@@ -38,9 +38,10 @@ def cross_terms_section(results: Results) -> Section:
         mine = [one for one in lines if (one.task, one.ratio, one.batches) == (task, ratio, last)]
         name = f"{TASKS[task].title}, r = {text.ratio(ratio)}, T = {last}"
         blocks.append(_cross_terms_table(mine, f"{name}: mean over layers, least and most below."))
-        file = f"{task}-crossterms-{round(1 / ratio)}"
-        title_of_picture = f"{name}: a line per layer; dashed what was predicted"
-        blocks.append(picture(title_of_picture, file, plots.cross_terms(results, task, ratio)))
+        figure = plots.cross_terms(results, task, ratio)
+        file = f"{task}-crossterms-{round(1 / ratio)}.svg"
+        title_of_chart = f"{name}: a line per layer; dashed what was predicted"
+        blocks.append(Chart(title_of_chart, figure, columns=1, file=file))
     return Section("cross-terms", title, blocks)
 
 

@@ -1,12 +1,15 @@
-"""Pictures of a task and of the cross terms, as SVG."""
+"""Charts of a task and of the cross terms."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from memaop_triton.bench.report import text
+from memaop_triton.bench.report.figures import INK, colour, new_figure, styled
 from memaop_triton.bench.studies.quality.results import Results, root_mean_square
 from memaop_triton.bench.studies.quality.schemes import (
     DENSE,
@@ -31,22 +34,24 @@ CURVES = (
     "budget-both",
     "budget-projected-allocated",
 )
+# By the style sheet where the performance report has the scheme too; the others are of a middle
+# lightness, that light and dark pages both show.
 _COLOURS = {
-    DENSE: "#1a1e23",
-    SHORTER: "#8b949e",
+    DENSE: INK,
+    SHORTER: colour("baseline"),
     "budget": "#d1348b",
     "budget-both": "#e58fc0",
-    "budget-projected": "#3f7f3f",
+    "budget-projected": "#4a8f4a",
     "budget-projected-allocated": "#6fae4f",
-    "budget-allocated": "#0b5cad",
+    "budget-allocated": colour("default"),
     "priority-allocated": "#7fc7bd",
-    "subspace": "#6f42c1",
+    "subspace": "#8a63d2",
     "subspace-both": "#b39ddb",
-    "priority": "#00796b",
+    "priority": colour("priority"),
     "priority-both": "#6cc0b3",
-    "topk": "#8a6100",
-    "topk-residual": "#bb3e1d",
-    "topk-signed": "#8e3f91",
+    "topk": colour("topk"),
+    "topk-residual": colour("topk-residual"),
+    "topk-signed": colour("topk-signed"),
     "topk-signed-half": "#c590c7",
     "randk-residual": "#e8955f",
     "weightedk-residual": "#f2bd93",
@@ -58,7 +63,8 @@ _MARKERS = "osD^vPX<>*"
 _LINEAR = {"accuracy": 0.5, "loss": 0.02}
 
 
-def curves(results: Results, task: Task) -> str:
+@styled
+def curves(results: Results, task: Task) -> Figure:
     """The metric on the sample against steps, backward FLOPs and seconds."""
     shown = [cell for cell in cells(task.name) if cell.scheme in CURVES and _is_shown(cell)]
 
@@ -70,7 +76,7 @@ def curves(results: Results, task: Task) -> str:
         ms = results.step_ms(cell)
         return None if ms is None else ms / 1e3
 
-    figure, panels = _figure(3, 4.4, sharey=True)
+    figure, panels = _figure(3, 400, sharey=True)
     axes: tuple[tuple[str, Callable[[Cell], float | None]], ...] = (
         ("steps", lambda cell: 1.0),
         ("backward FLOPs, 10¹²", flops),
@@ -84,14 +90,14 @@ def curves(results: Results, task: Task) -> str:
                 name = SCHEMES[cell.scheme].label
                 if cell.scheme == SHORTER:
                     name = f"dense, {cell.ratio} of the steps"
-                panel.plot(x, y, **_line(cell.scheme), marker=".", label=name)
+                panel.plot(x, y, **_line(cell.scheme), marker=".", markersize=8, label=name)
         if not panel.lines:
             panel.text(0.5, 0.5, "not measured yet", ha="center", transform=panel.transAxes)
         panel.set_xlabel(label)
     panels[0].set_ylabel(_metric(task))
     _limit(panels[0], task)
     _legend(figure, panels[0])
-    return _svg(figure)
+    return figure
 
 
 def _is_shown(cell: Cell) -> bool:
@@ -101,9 +107,10 @@ def _is_shown(cell: Cell) -> bool:
     return cell.ratio == (RATIO_OF_BOTH if SCHEMES[cell.scheme].cheapens_both else RATIO)
 
 
-def trade_off(results: Results, task: Task) -> str:
+@styled
+def trade_off(results: Results, task: Task) -> Figure:
     """Difference to dense against the FLOPs of the weight gradients, all schemes."""
-    figure, (panel,) = _figure(1, 5.6)
+    figure, (panel,) = _figure(1, 500)
     for place, name in enumerate(SCHEMES):
         samples = []
         for cell in cells(task.name):
@@ -115,59 +122,63 @@ def trade_off(results: Results, task: Task) -> str:
             x, y, half = zip(*sorted(samples), strict=True)
             marker = _MARKERS[place % len(_MARKERS)]
             panel.errorbar(
-                x, y, yerr=half, **_line(name), marker=marker, markersize=4, capsize=2,
+                x, y, yerr=half, **_line(name), marker=marker, markersize=5, capsize=2,
                 elinewidth=0.7, label=SCHEMES[name].label,
             )  # fmt: skip
-    panel.axhline(0, color="#1a1e23", linewidth=1)
+    panel.axhline(0, color=INK, linewidth=1)
     panel.set_yscale("symlog", linthresh=_LINEAR[task.metric])
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(lambda value, _: text.ratio(value))
     panel.set_xlabel("FLOPs of all weight gradients, as a fraction of dense")
     panel.set_ylabel(f"{_metric(task)}, difference to dense")
     _legend(figure, panel)
-    return _svg(figure)
+    return figure
 
 
-def cross_terms(results: Results, task: str, ratio: float) -> str:
+@styled
+def cross_terms(results: Results, task: str, ratio: float) -> Figure:
     """‖sum of returned gradients‖ over dense's, against the batches summed, layer by layer."""
     lines = [one for one in results.cross_terms if (one.task, one.ratio) == (task, ratio)]
     methods = sorted({(one.selection, one.memory) for one in lines})
-    figure, panels = _figure(len(methods), 3.6, sharey=True)
+    figure, panels = _figure(len(methods), 300, sharey=True)
     for panel, method in zip(panels, methods, strict=True):
         for layer in sorted({one.layer for one in lines}):
             mine = [x for x in lines if (x.selection, x.memory) == method and x.layer == layer]
             counts = sorted({one.batches for one in mine})
-            for attribute, style in (("norm", "-"), ("predicted", "--")):
+            for attribute, style, tint in (
+                ("norm", "-", colour("default")),
+                ("predicted", "--", colour("topk-residual")),
+            ):
                 values = [
                     root_mean_square([getattr(one, attribute) for one in mine if one.batches == t])
                     for t in counts
                 ]
-                panel.plot(counts, values, style, color="#0b5cad" if style == "-" else "#bb3e1d")
-        panel.set_title(" + ".join(method), fontsize=10)
-        panel.axhline(1, color="#1a1e23", linewidth=0.8)
+                panel.plot(counts, values, style, color=tint)
+        panel.set_title(" + ".join(method), fontsize=12)
+        panel.axhline(1, color=INK, linewidth=0.8)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log", base=2)
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.set_xlabel("batches")
     panels[0].set_ylabel("norm, dense = 1")
-    return _svg(figure)
+    return figure
 
 
-def _figure(panels: int, height: float, *, sharey: bool = False) -> tuple[Any, Sequence[Any]]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, height), layout="constrained")
-    FigureCanvasSVG(figure)
+def _figure(panels: int, height: float, *, sharey: bool = False) -> tuple[Figure, Sequence[Axes]]:
+    figure = new_figure(1040, height)
+    figure.set_layout_engine("constrained")
     axes = figure.subplots(1, panels, sharey=sharey, squeeze=False)[0]
     for panel in axes:
-        panel.grid(alpha=0.3, linewidth=0.5)
+        panel.grid(visible=True, axis="both", linewidth=0.6)
     return figure, axes
 
 
 def _line(name: str) -> dict[str, Any]:
     place = list(SCHEMES).index(name)
-    colour = _COLOURS.get(name, _OTHERS[place % len(_OTHERS)])
-    return {"color": colour, "linewidth": 2 if name in (DENSE, "budget") else 1.2}
+    tint = _COLOURS.get(name, _OTHERS[place % len(_OTHERS)])
+    return {"color": tint, "linewidth": 2.5 if name in (DENSE, "budget") else 1.5}
 
 
 def _limit(panel: Any, task: Task) -> None:
@@ -189,14 +200,4 @@ def _metric(task: Task) -> str:
 def _legend(figure: Any, panel: Any) -> None:
     handles, labels = panel.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib as mpl
-
-    file = io.StringIO()
-    # The same numbers give the same file.
-    with mpl.rc_context({"svg.hashsalt": "quality", "svg.fonttype": "none"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from memaop_triton.bench.report import text
-from memaop_triton.bench.report.blocks import Picture
+from memaop_triton.bench.report import text, writing
 from memaop_triton.bench.report.document import Document
-from memaop_triton.bench.report.markdown import markdown
-from memaop_triton.bench.report.page import page
 from memaop_triton.bench.studies.quality import evidence, results, sections
 from memaop_triton.bench.studies.quality.results import Results
 from memaop_triton.bench.studies.quality.running import Wanted
@@ -29,19 +26,7 @@ def write(folder: Path) -> list[Path]:
     Raises:
         TableError: A file of results is not what it should be.
     """
-    found = results.load(folder)
-    content = document(found)
-    folder.mkdir(parents=True, exist_ok=True)
-    html, plain = folder / "quality.html", folder / "quality.md"
-    html.write_text(page(content), encoding="utf-8")
-    plain.write_text(markdown(content, html.name), encoding="utf-8")
-    files = [html, plain]
-    for section in content.sections:
-        for block in section.blocks:
-            if isinstance(block, Picture):
-                files.append(folder / block.file)
-                files[-1].write_text(block.svg, encoding="utf-8")
-    return files
+    return writing.write(document(results.load(folder)), folder, "quality")
 
 
 def document(found: Results) -> Document:
@@ -54,10 +39,10 @@ def document(found: Results) -> Document:
         ("step times", found.machine or "not measured yet"),
     ]
     return Document(
+        "Study",
         TITLE,
         SUMMARY,
         tuple(facts),
-        (),
         " ".join(_missing(found)),
         (
             sections.overview_section(found),
@@ -68,7 +53,6 @@ def document(found: Results) -> Document:
             evidence.cross_terms_section(found),
             evidence.tuning_section(found),
         ),
-        kind="Study",
         pictures="those below, in one file with the tables",
     )
 

@@ -250,9 +250,18 @@ def code_of(task: Task, config: MemAOPConfig | None, allocated: float | None = N
     A setting that is `None` does not count, so that one that is added to the library later changes
     nothing here unless it is used.
     """
-    fields = [] if config is None else dataclasses.fields(config)
-    values = [(field.name, getattr(config, field.name)) for field in fields]
-    settings = sorted((name, repr(value)) for name, value in values if value is not None)
+    settings = [] if config is None else sorted(_settings_of(config))
     content = f"{PROTOCOL} {task!r} {settings!r}"
     content += "" if allocated is None else f" allocated {allocated}"
     return hashlib.sha256(content.encode()).hexdigest()[:10]
+
+
+def _settings_of(part: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Name and value of every setting that is not `None`, with those of its parts."""
+    for field in dataclasses.fields(part):
+        value, full = getattr(part, field.name), f"{name}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield full, type(value).__name__
+            yield from _settings_of(value, f"{full}.")
+        elif value is not None:
+            yield full, repr(value)

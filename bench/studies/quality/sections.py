@@ -8,17 +8,8 @@ from functools import partial
 from statistics import fmean, stdev
 
 from memaop_triton.bench.report import text
-from memaop_triton.bench.report.blocks import (
-    NOTHING,
-    Block,
-    Bullets,
-    Picture,
-    Section,
-    Table,
-)
-from memaop_triton.bench.report.blocks import (
-    Cell as Entry,
-)
+from memaop_triton.bench.report.document import NOTHING, Block, Bullets, Chart, Section, Table
+from memaop_triton.bench.report.document import Cell as Entry
 from memaop_triton.bench.studies.quality import plots
 from memaop_triton.bench.studies.quality.results import Results
 from memaop_triton.bench.studies.quality.schemes import (
@@ -171,16 +162,20 @@ def task_section(results: Results, task: Task) -> Section:
                 partial(_cost, results),
                 "FLOPs of the weight gradients over dense's; time of a step over dense's.",
             ),
-            picture(f"{task.title}: r = {RATIO}, mean over seeds", f"{task.name}-curves",
-                     plots.curves(results, task)),
-            picture(f"{task.title}: what is lost for what is saved", f"{task.name}-trade",
-                     plots.trade_off(results, task)),
-        ]  # fmt: skip
+            Chart(
+                f"{task.title}: r = {RATIO}, mean over seeds",
+                plots.curves(results, task),
+                columns=1,
+                file=f"{task.name}-curves.svg",
+            ),
+            Chart(
+                f"{task.title}: what is lost for what is saved",
+                plots.trade_off(results, task),
+                columns=1,
+                file=f"{task.name}-trade.svg",
+            ),
+        ]
     return Section(task.name, task.title, blocks)
-
-
-def picture(title: str, name: str, svg: str) -> Picture:
-    return Picture(title, svg, f"{name}.svg")
 
 
 def _table(

@@ -76,11 +76,15 @@ INLINE void project_block(const stored *x, long ldx, const number *basis, number
     for (int r = 1; IS_WIDENED && r < n; r++)
         widened_row(x + r * ldx, room + r * WIDENED, columns);
     ldx = IS_WIDENED ? WIDENED : ldx;
-    for (long j = 0; j < columns; j += LANES)
+    const long whole = columns / LANES * LANES;
+    for (long j = 0; j < whole; j += LANES)
         for (int r = 0; r < n; r++) {
             const vec part = *(const loose *)(row + r * ldx + j);
             squares[r] += part * part;
         }
+    for (long j = whole; j < columns; j++)
+        for (int r = 0; r < n; r++)
+            squares[r][0] += row[r * ldx + j] * row[r * ldx + j];
     for (long c = 0; c < groups * GROUP; c += piece * GROUP)
         project_tile(row, ldx, basis + c, z + c, columns, groups * GROUP, n, piece * GROUP / LANES);
 }
@@ -148,7 +152,7 @@ DEFINE_PROJECT(4)
 
 /* Z = X Q and norms[i] = sqrt(|x_i|^2 - scale^2 |z_i|^2), in one pass over X; a difference that drowns
  * in rounding is set to the size of that rounding.
- * x [rows, columns], columns a multiple of 16; basis [columns, 16 groups]; z [rows, 16 groups]. */
+ * x [rows, columns]; basis [columns, 16 groups]; z [rows, 16 groups]. */
 void NAME(project)(const stored *x, long ldx, const number *basis, number *z, number *norms,
                    float scale, long rows, long columns, int groups, int threads) {
     switch (groups) {

@@ -73,7 +73,7 @@ INLINE void score_rows(stored *a, long lda, const stored *added, long ld, const 
  * `carry` is null, A and B are a memory, which first becomes carry A + added_a and carry B + added_b.
  *
  * a, added_a [rows, n], b, added_b [rows, p]; carry [rows], without a basis only; basis: the columns of
- * Q [n, rank], rank a multiple of 4 up to 64 and n and p multiples of 16, or none at all and rank 0;
+ * Q [n, rank], rank a multiple of 4 up to 64, or none at all and rank 0; n and p at least 16;
  * z [rows, whole groups], zg [rank, p], sums (of the columns of b) [p] or null; rest, scores, uniform
  * [rows]; indices, weights [k], 0 < k < rows, the weights left alone if `uniform` is null; room: for
  * `step_room(...)` numbers, at a multiple of 64 bytes. */

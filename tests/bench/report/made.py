@@ -27,8 +27,7 @@ def results(cases: list[Record], machine: Record | None = None) -> Record:
     infos = cases if machine is None else [machine, *cases]
     return {
         "datetime": "2025-11-25T21:30:00.000000+00:00",
-        "version": "5.3.1",
-        "commit_info": {"id": "eaf524b0f0f0", "branch": "main"},
+        "commit_info": {"id": "eaf524b0f0f0"},
         "benchmarks": [{"name": f"test[{i}]", "extra_info": info} for i, info in enumerate(infos)],
     }
 
@@ -51,7 +50,6 @@ def machine(**changes: Any) -> Record:
         "triad_gbs": UPDATE_GBS,
         "caches": {"L1d": "32 KiB", "L2": "1 MiB", "L3": "33 MiB"},
         "versions": {"torch": "2.13.0", "triton": "3.7.1", "python": "3.11.2", "blas": "mkl"},
-        "clocks": None,
         "load_before": 0.12,
     }
     return record | changes
@@ -64,14 +62,12 @@ def method(
     speed = dense_ms / ms
     return {
         "role": role,
-        "label": more.pop("label", name),
+        "label": name,
         "ms": ms,
         "q1": ms * (1 - spread),
         "q3": ms * (1 + spread),
         "speedup": {"median": speed, "q1": speed * (1 - spread), "q3": speed * (1 + spread)},
-        "peak_bytes": more.pop("peak_bytes", 4 << 20),
-        "note": None,
-        "config_source": None,
+        "peak_bytes": 4 << 20,
     } | more
 
 
@@ -110,7 +106,6 @@ def weight_grad(
         "device": "cpu",
         "block_rows": 1,
         "methods": methods,
-        "model": None,
     }
 
 

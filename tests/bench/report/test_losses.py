@@ -7,10 +7,6 @@ from memaop_triton.bench.report.findings import Miss, Reason, by_place, findings
 from tests.bench.report import made
 
 
-def bullets(markdown):
-    return [line for line in markdown.splitlines() if line.startswith("- ")]
-
-
 def misses(path):
     return {one.claim: one.misses for one in findings(load(path))}
 
@@ -51,7 +47,7 @@ def test_losers_are_named(saved, written, winning, change, claim, what):
     assert (miss.method, miss.where) == ("priority", "8192×1024×1024, r = 1/8")
     assert miss.what.startswith(what)
     _, markdown = written([winning])
-    line = next(one for one in bullets(markdown) if f"`priority` {what}" in one)
+    line = next(one for one in markdown.splitlines() if f"`priority` {what}" in one)
     assert line.startswith("- 8192×1024×1024, r = 1/8")
     assert markdown.index(line) < markdown.index("## One weight gradient")
 

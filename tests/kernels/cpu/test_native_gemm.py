@@ -11,8 +11,7 @@ from tests.pairwise import pairwise
 @pytest.fixture
 def own_gemm(monkeypatch):
     """The GEMM of `gather_gemm.c`, whether it is the faster one on this machine or not."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    monkeypatch.setattr(library, "_GEMM_CAPABILITIES", (capability,))
+    monkeypatch.setattr(library, "prefers_own_gemm", lambda dtype: True)
     return native.gather_gemm
 
 

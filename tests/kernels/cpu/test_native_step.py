@@ -39,8 +39,7 @@ def _rooms_have_a_fence(monkeypatch):
 @pytest.fixture
 def own_gemm(monkeypatch):
     """The GEMM of `gather_gemm.c`, whether it is the faster one on this machine or not."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    monkeypatch.setattr(library, "_GEMM_CAPABILITIES", (capability,))
+    monkeypatch.setattr(library, "prefers_own_gemm", lambda dtype: True)
 
 
 @pytest.fixture
@@ -183,7 +182,7 @@ def test_what_is_watched_and_collected(selection, memory, dtype, own_gemm, same)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("memory", ["none", "subspace"])
 def test_where_pytorch_multiplies(memory, dtype, monkeypatch, same):
-    monkeypatch.setattr(library, "_GEMM_CAPABILITIES", ())
+    monkeypatch.setattr(library, "prefers_own_gemm", lambda dtype: False)
     config = flat_config(ratio=0.2, rank=8, memory=memory)
     same(config, (200, 64, 80), dtype)
 

@@ -14,10 +14,16 @@ from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
 from memaop_triton.kernels.gpu.subspace import project
 from memaop_triton.kernels.targets import TARGETS
-from memaop_triton.kernels.tuning import defaults, footprint, shipped_tiles
-from memaop_triton.kernels.tuning.config import GemmConfig, RowConfig
+from memaop_triton.kernels.tuning import defaults
+from memaop_triton.kernels.tuning.config import (
+    KERNELS,
+    GemmConfig,
+    Problem,
+    RowConfig,
+    occupancy,
+    shared_memory,
+)
 from memaop_triton.kernels.tuning.cost_model import predict
-from memaop_triton.kernels.tuning.problem import KERNELS, Problem
 from memaop_triton.kernels.tuning.search import candidates
 from tests.judging import check_products
 from tests.judging import operands as small_operands
@@ -70,20 +76,10 @@ def test_the_heuristic_ships_what_was_compiled_and_fits(target):
         if problem.precision == "tf32" and not target.has_tf32:
             continue
         config = defaults.heuristic(problem, target)
-        assert whole(config) in shipped_tiles.tiles(problem, target), problem
-        assert footprint.occupancy(problem, config, target) >= 1, problem
+        assert whole(config) in defaults.tiles(problem, target), problem
+        assert occupancy(problem, config, target) >= 1, problem
         seen.add(problem.kernel)
     assert seen == set(KERNELS)
-
-
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_shares_of_the_rows_are_worth_a_program(target):
-    for problem in problems(SIZES):
-        config = defaults.heuristic(problem, TARGETS[target])
-        if isinstance(config, GemmConfig):
-            assert config.split_k == 1 or problem.k >= 8 * config.split_k * config.block_k
-        else:
-            assert config.split == 1 or problem.rows >= 8 * config.split * config.block_m
 
 
 @pytest.mark.parametrize(
@@ -122,7 +118,7 @@ def test_candidates(target):
         times = [predict(problem, config, target).seconds for config in found]
         assert times == sorted(times), problem
         for config in found:
-            assert footprint.occupancy(problem, config, target) >= 1
+            assert occupancy(problem, config, target) >= 1
             check_valid(problem, config, target)
         assert found == candidates(replace(problem), target)
 
@@ -141,17 +137,8 @@ def check_valid(problem, config, target):
     assert min(config.block_n // config.tiles_n, config.block_p, config.block_k) >= 16
     assert config.tiles_n in (1, 2)
     assert config.tiles_n == 1 or problem.kernel == "gather_gemm"
-    if problem.kernel == "residual_gemm" and footprint.is_exact(problem):
+    if problem.kernel == "residual_gemm" and problem.is_exact:
         assert config.block_p <= 32, "multiplied as tf32 on sm_100"
-
-
-def test_large_problems_have_many_candidates_and_the_best_is_no_worse_than_what_ships():
-    target = TARGETS["sm_90"]
-    for problem in problems(SIZES[:1]):
-        found = candidates(problem, target)
-        assert len(found) >= 10, problem
-        ships = predict(problem, defaults.heuristic(problem, target), target).seconds
-        assert predict(problem, found[0], target).seconds <= ships
 
 
 # A sample, compiled. -----------------------------------------------------------------------------
@@ -188,9 +175,9 @@ def test_a_candidate_compiles_and_fits_as_estimated(target, kernel, precision, d
     with float32_products(precision):
         (compiled, *_) = compile_call(lambda: call(config), target)
     counts = read(compiled)
-    assert counts.shared <= footprint.shared_memory(problem, config, target)
+    assert counts.shared <= shared_memory(problem, config, target)
     assert counts.shared <= target.shared_memory
-    if footprint.is_exact(problem):
+    if problem.is_exact:
         assert not counts.matrix, "not multiplied exactly"
 
 

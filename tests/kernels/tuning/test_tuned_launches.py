@@ -1,0 +1,195 @@
+"""Tuning the launches themselves: on copies, by a clock that finds cold caches."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
+from memaop_triton.kernels.gpu.score import (
+    accumulate_and_score,
+    accumulate_rest,
+    row_norms,
+    row_scores,
+)
+from memaop_triton.kernels.gpu.subspace import project, project_gradient, transposed_mm
+from memaop_triton.kernels.tuning import cache, tuner
+from tests.traffic import interpreted
+
+DEVICE = torch.device("cpu")
+UPDATES = ["accumulate_and_score", "accumulate_rest", "residual_gemm"]
+
+
+def full(filled):
+    """A row memory of half its slots, the others never written."""
+    mx, mg = torch.randn(64, 32), torch.randn(64, 48)
+    mx[~filled], mg[~filled] = torch.nan, torch.nan
+    return mx, mg, filled.clone()
+
+
+def operands():
+    torch.manual_seed(0)
+    filled = torch.arange(64) % 2 == 0
+    return SimpleNamespace(
+        x=torch.randn(64, 32),
+        g=torch.randn(64, 48),
+        memory=full(filled),
+        indices=torch.arange(0, 64, 3),
+        weights=torch.rand(22),
+        carry=torch.full((1,), 0.5),
+        seed=torch.tensor([7]),
+        lost=torch.zeros(1),
+        taken=torch.arange(64) % 3 == 0,
+        out=torch.randn(48, 32),
+        z=torch.randn(64, 4),
+        basis=torch.linalg.qr(torch.randn(32, 4)).Q.contiguous(),
+        rest=torch.rand(64),
+    )
+
+
+LAUNCHES = {
+    "row_norms": lambda o: row_norms(o.x),
+    "row_scores": lambda o: row_scores(o.x, o.g, bias_grad=True),
+    "accumulate_and_score": lambda o, signed=True: accumulate_and_score(
+        o.memory, o.x, o.g, o.carry, o.seed, signed=signed
+    ),
+    "accumulate_rest": lambda o, signed=False: accumulate_rest(
+        o.memory, o.x, o.g, o.carry, o.seed, o.taken, o.lost, signed=signed, bias_grad=True
+    ),
+    "project": lambda o: project(o.x, o.basis, 4.0),
+    "project_gradient": lambda o: project_gradient(o.g, o.z, o.rest, bias_grad=True),
+    "transposed_mm": lambda o: transposed_mm(o.z, o.x),
+    "gather_gemm": lambda o: gather_gemm(
+        o.x, o.g, o.indices, o.weights, out=o.out, accumulate=True
+    ),
+    "gather_gemm, new": lambda o: gather_gemm(o.x, o.g, o.indices),
+    "residual_gemm": lambda o, signed=False: residual_gemm(
+        o.memory, o.x, o.g, o.indices, o.carry, o.seed, o.lost, signed=signed
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_what_is_compiled_with_signs_is_tuned_apart(name, fake_gpu, monkeypatch):
+    """SIGNED draws a number per row: another program, which may want another tile."""
+    monkeypatch.setattr(tuner, "FIRST_USE_CANDIDATES", 1)
+    with interpreted():
+        for signed in (False, True):
+            LAUNCHES[name](operands(), signed=signed)
+    keys = [problem.key for problem, _ in tuner.choices()]
+    assert len(set(keys)) == 2
+    assert len({key.replace(" signed", "") for key in keys}) == 1
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_tuning_changes_nothing_that_a_launch_is_given(name, fake_gpu, monkeypatch):
+    monkeypatch.setattr(tuner, "FIRST_USE_CANDIDATES", 2)
+    monkeypatch.setattr(tuner, "LEAST_GAIN", 2.0)  # the heuristic's wins: results must agree
+    given = operands()
+    before = operands()
+    held = []
+
+    def check(config):
+        for part, was in zip(tensors(given), tensors(before), strict=True):
+            assert torch.equal(part.nan_to_num(7.0), was.nan_to_num(7.0))
+        held.append(config)
+        return 1.0
+
+    fake_gpu.milliseconds = check
+    with interpreted():
+        tuned = LAUNCHES[name](given)
+        assert len(held) == 2, "both candidates have run, and the launch itself not yet"
+        monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
+        monkeypatch.setattr(cache, "gpu_of", lambda device: None)
+        tuner.forget()
+        plain = LAUNCHES[name](before)
+    for one, other in zip(
+        [*tensors(given), *leaves(tuned)], [*tensors(before), *leaves(plain)], strict=True
+    ):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
+def tensors(given):
+    return leaves(tuple(vars(given).values()))
+
+
+def leaves(value):
+    if isinstance(value, torch.Tensor):
+        return [value.float()]
+    return [] if value is None else [leaf for part in value for leaf in leaves(part)]
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_row_memories_are_tuned_as_they_are_in_the_middle_of_training(name, fake_gpu, monkeypatch):
+    monkeypatch.setattr(tuner, "FIRST_USE_CANDIDATES", 1)
+    given, seen = operands(), []
+    time_candidate = tuner.time_candidate
+
+    def looking(call, device, best):
+        time_candidate(call, device, best)
+        seen.append(call.args[0][2].all().item())
+        return 1.0
+
+    monkeypatch.setattr(tuner, "time_candidate", looking)
+    with interpreted():
+        LAUNCHES[name](given)
+    assert seen == [True]
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "best", "batches"),
+    [
+        ([0.1] * 3 + [0.2] * 60, 1.0, [tuner.FIRST, tuner.MOST]),
+        ([2.0] * 60, 1.9, [tuner.FIRST, 15]),
+        ([100.0] * 60, 100.0, [tuner.FIRST, tuner.LEAST]),
+        ([2.0, 9.0, 2.0], 1.0, [tuner.FIRST]),
+    ],
+)
+def test_repetitions_follow_the_time_of_a_call(monkeypatch, milliseconds, best, batches):
+    times, taken = list(milliseconds), []
+
+    def cold(call, flush, repetitions):
+        taken.append(repetitions)
+        assert flush.numel() == 1 << 20
+        return [times.pop(0) for _ in range(repetitions)]
+
+    class Guard:
+        def __init__(self, device):
+            assert device == DEVICE
+
+        def __enter__(self):
+            warm.append("device")
+
+        def __exit__(self, *_):
+            warm.append("left")
+
+    warm = []
+    monkeypatch.setattr(tuner, "_cold_times", cold)
+    monkeypatch.setattr(tuner, "_flush_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: warm.append("synchronize"))
+    median = tuner.time_candidate(lambda: warm.append("call"), DEVICE, best)
+    assert median == milliseconds[-1]
+    assert taken == batches
+    assert warm == ["device", "call", "synchronize", "left"]
+
+
+def test_every_timed_call_finds_the_cache_overwritten(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("mark")
+
+        def elapsed_time(self, end):
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    flush = SimpleNamespace(zero_=lambda: log.append("flush"))
+    assert tuner._cold_times(lambda: log.append("call"), flush, 2) == [1.5, 1.5]
+    assert log == ["flush", "mark", "call", "mark"] * 2 + ["wait"]

@@ -1,0 +1,340 @@
+"""Which configuration a launch gets."""
+
+import logging
+import warnings
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from memaop_triton.kernels import targets
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.score import row_scores
+from memaop_triton.kernels.tuning import cache, defaults, search, tuner
+from memaop_triton.kernels.tuning.config import GemmConfig, Problem, RowConfig, flags
+from tests.traffic import interpreted
+
+PROBLEM = Problem("gather_gemm", torch.float16, 1000, 800, 256, 256)
+DEVICE = torch.device("cpu")
+TARGET = targets.current(DEVICE)
+HEURISTIC = defaults.heuristic(PROBLEM.bucketed(), TARGET)
+OTHERS = [c for c in search.candidates(PROBLEM.bucketed(), TARGET) if c != HEURISTIC]
+
+
+@pytest.fixture(autouse=True)
+def _few_are_tried(monkeypatch):
+    assert len(OTHERS) > 3
+    monkeypatch.setattr(tuner, "FIRST_USE_CANDIDATES", 4)
+
+
+def launched(config):
+    """Stands for a launch that runs in every configuration."""
+
+
+def too_large(config):
+    """One that runs in none."""
+    raise OutOfResources(300_000, 232_448, "shared memory")
+
+
+def choose(problem=PROBLEM, device=DEVICE, run=launched):
+    return tuner.choose(problem, device, lambda: partial(run), GemmConfig)
+
+
+def origin(problem=PROBLEM, device=DEVICE):
+    return tuner.choices()[problem.bucketed(), device].origin
+
+
+@pytest.fixture
+def best(fake_gpu):
+    """The third candidate is the fastest."""
+    fake_gpu.milliseconds = lambda config: 0.5 if config == OTHERS[2] else 1.0
+    return OTHERS[2]
+
+
+@pytest.fixture
+def keep(fake_gpu):
+    """Writes an entry for the problem into a folder of files, as another process would."""
+
+    def write(config, root=None, **changes):
+        entry = cache.entry_for(PROBLEM.bucketed(), config, 0.5, 1.0)
+        file = cache.ConfigFile(fake_gpu.gpu, PROBLEM.kernel, (replace(entry, **changes),))
+        cache.merge_into(cache.path_of(root or cache.folder(), file.gpu, file.kernel), file)
+        tuner.forget()
+
+    return write
+
+
+def test_the_best_is_found_once_and_kept(fake_gpu, best):
+    assert choose() == best
+    assert len(fake_gpu.timed) == len(set(fake_gpu.timed)) == tuner.FIRST_USE_CANDIDATES
+    assert fake_gpu.timed[0] == HEURISTIC
+    assert choose() == best
+    assert origin() == "tuned"
+    tuner.forget()  # as another process
+    assert choose() == best
+    assert origin() == "cache"
+    assert len(fake_gpu.timed) == tuner.FIRST_USE_CANDIDATES
+
+
+def test_a_problem_that_was_met_costs_a_lookup(fake_gpu, monkeypatch):
+    first = choose()
+    monkeypatch.setattr(tuner, "_choose", lambda *_: pytest.fail("chosen again"))
+    assert choose() is first
+
+
+def test_batches_of_like_size_share_an_outcome(fake_gpu, best):
+    for rows, k in ((1000, 800), (1024, 1000), (999, 513)):
+        assert choose(replace(PROBLEM, rows=rows, k=k)) == best
+    assert len(fake_gpu.timed) == tuner.FIRST_USE_CANDIDATES
+    choose(replace(PROBLEM, rows=1025))
+    assert len(fake_gpu.timed) == 2 * tuner.FIRST_USE_CANDIDATES
+
+
+def test_many_sizes_of_batches_are_not_all_remembered(fake_gpu, monkeypatch):
+    monkeypatch.setattr(tuner, "_MOST_LAUNCHES", 10)
+    for rows in range(900, 940):
+        choose(replace(PROBLEM, rows=rows))
+    assert len(tuner._by_launch) <= 10
+    assert len(tuner.choices()) == 1
+
+
+def test_a_configuration_that_is_given_is_taken(fake_gpu, monkeypatch):
+    monkeypatch.setattr(tuner, "choose", lambda *_: pytest.fail("asked"))
+    x, g = torch.randn(32, 16), torch.randn(32, 16)
+    with interpreted():
+        gather_gemm(x, g, torch.arange(8), config=replace(OTHERS[0], block_n=16, block_p=16))
+        row_scores(x, g, config=RowConfig(16, 16, 4))
+
+
+def test_shipped_files_serve_after_the_users_own(fake_gpu, keep, monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "SHIPPED", tmp_path / "shipped")
+    keep(OTHERS[0], tmp_path / "shipped")
+    assert choose() == OTHERS[0]
+    assert origin() == "shipped"
+    keep(OTHERS[1])
+    assert choose() == OTHERS[1]
+    assert origin() == "cache"
+    assert not fake_gpu.timed
+
+
+def test_off(fake_gpu, keep, monkeypatch):
+    monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
+    assert choose() == HEURISTIC
+    assert origin() == "heuristic"
+    keep(OTHERS[1])
+    assert choose() == OTHERS[1]
+    assert not fake_gpu.timed
+
+
+def test_force_tunes_anew_once_per_process_and_tries_everything(fake_gpu, keep, best, monkeypatch):
+    monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "force")
+    keep(OTHERS[1])
+    for _ in range(2):
+        assert choose() == best
+    assert set(fake_gpu.timed) == {HEURISTIC, *OTHERS}
+    assert len(fake_gpu.timed) == 1 + len(OTHERS)
+    tuner.forget()
+    monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
+    assert choose() == best
+
+
+def test_inside_forced_everything_is_tuned_anew_whatever_the_environment_says(
+    fake_gpu, best, monkeypatch
+):
+    class Heard(tuner.Observer):
+        calls = ()
+
+        def begin(self, problem, count):
+            self.calls += (("begin", problem, count),)
+
+        def end(self, problem, tuned):
+            self.calls += (("end", tuned.config),)
+
+    monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
+    assert choose() == HEURISTIC
+    heard = Heard()
+    with tuner.forced(heard):
+        assert choose() == best
+    assert heard.calls == (("begin", PROBLEM.bucketed(), 1 + len(OTHERS)), ("end", best))
+    assert tuner.mode() == "off"
+
+
+def test_an_unknown_mode_names_the_known_ones(fake_gpu, monkeypatch):
+    monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "always")
+    with pytest.raises(ValueError, match="AUTOTUNE='always' is not one of 'off', 'first-use', 'f"):
+        choose()
+    monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "")
+    assert tuner.mode() == "first-use"
+
+
+def test_nothing_is_tuned_on_a_cpu(fake_gpu, monkeypatch):
+    monkeypatch.setattr(cache, "gpu_of", lambda device: None)
+    monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "force")
+    assert choose(run=lambda config: pytest.fail("launched")) == HEURISTIC
+
+
+def capture(monkeypatch):
+    monkeypatch.setattr(targets, "is_capturing", lambda device: True)
+
+
+def launch_two(monkeypatch, rank=0):
+    """What torchrun sets in a run of two processes, before they have met."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
+def initialise_two(monkeypatch, rank=0):
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+
+
+TOGETHER = [partial(where, rank=rank) for where in (launch_two, initialise_two) for rank in (0, 1)]
+
+
+def never(config):
+    pytest.fail("launched")
+
+
+@pytest.mark.parametrize("begin", [capture, *TOGETHER])
+@pytest.mark.parametrize("mode", ["first-use", "force", "off"])
+def test_in_a_capture_and_on_every_rank_files_and_the_heuristic_serve(
+    fake_gpu, best, keep, monkeypatch, begin, mode
+):
+    monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", mode)
+    with monkeypatch.context() as patch:
+        begin(patch)
+        assert choose(run=never) == HEURISTIC
+        keep(OTHERS[1], triton="1.0")  # it might not compile: on one rank, or in the capture
+        assert choose(run=never) == HEURISTIC
+        keep(OTHERS[1])
+        assert choose(run=never) == OTHERS[1]
+    tuner.forget()
+    assert choose() == (best if mode == "force" else OTHERS[1])
+
+
+def test_what_a_capture_chose_is_chosen_anew_after_it(fake_gpu, best, monkeypatch):
+    with monkeypatch.context() as patch:
+        capture(patch)
+        assert choose(run=never) == HEURISTIC
+    assert choose() == best
+    with monkeypatch.context() as patch:
+        capture(patch)
+        assert choose() == best
+
+
+@pytest.mark.parametrize("begin", TOGETHER)
+def test_a_command_that_was_asked_to_tune_does_so_on_a_rank_too(fake_gpu, best, monkeypatch, begin):
+    begin(monkeypatch)
+    with tuner.forced(tuner.Observer()):
+        assert choose() == best
+
+
+def test_a_stale_entry_is_tuned_anew_where_that_is_allowed(fake_gpu, best, keep, monkeypatch):
+    keep(OTHERS[1], triton="1.0")
+    assert choose() == best
+    tuner.forget()
+    monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
+    assert choose() == best  # the stale one is still in the file
+
+
+def test_a_stale_entry_serves_where_nothing_is_tuned_if_it_runs(fake_gpu, keep, monkeypatch):
+    keep(OTHERS[1], triton="1.0")
+    monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
+    ran = []
+    assert choose(run=lambda config: ran.append(config)) == OTHERS[1] == ran[0]
+    tuner.forget()
+    assert choose(run=too_large) == HEURISTIC
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResources(300_000, 232_448, "shared memory"),
+        PTXASError("syntax"),
+        torch.OutOfMemoryError("too many parts"),
+        RuntimeError("PassManager::run failed"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_candidates_that_do_not_run_are_passed_over(fake_gpu, best, error):
+    def some(config):
+        if config in (HEURISTIC, OTHERS[0]):
+            raise error
+
+    assert choose(run=some) == best
+    assert len(fake_gpu.timed) == tuner.FIRST_USE_CANDIDATES - 2
+    (entry,) = cache.read(path(fake_gpu)).entries
+    assert entry.heuristic_milliseconds is None
+
+
+def path(fake_gpu):
+    return cache.path_of(cache.folder(), fake_gpu.gpu, PROBLEM.kernel)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("an illegal memory access"), torch.AcceleratorError, IndexError()]
+)
+def test_other_errors_are_not_hidden(fake_gpu, error):
+    def broken(config):
+        raise error
+
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        choose(run=broken)
+
+
+def test_where_no_candidate_runs_the_heuristic_serves(fake_gpu):
+    for run in (too_large, never):
+        assert choose(run=run) == HEURISTIC
+    assert not path(fake_gpu).exists()
+
+
+def test_without_memory_for_the_copies_the_heuristic_serves_and_it_is_said_once(fake_gpu):
+    def make_benchmark_call():
+        raise torch.OutOfMemoryError("no room")
+
+    tuner._warn_of_memory.cache_clear()
+    with pytest.warns(RuntimeWarning, match="not enough GPU memory to tune"):
+        assert tuner.choose(PROBLEM, DEVICE, make_benchmark_call, GemmConfig) == HEURISTIC
+    other = replace(PROBLEM, n=512)
+    with warnings.catch_warnings(action="error"):
+        tuner.choose(other, DEVICE, make_benchmark_call, GemmConfig)
+    assert origin(other) == "heuristic"
+
+
+def test_a_gain_within_the_noise_is_none(fake_gpu):
+    fake_gpu.milliseconds = lambda config: 1.0 if config == HEURISTIC else 0.985
+    assert choose() == HEURISTIC
+
+
+@pytest.mark.parametrize(
+    "other",
+    [("Fake GPU (2)", "8.0", 108), ("Fake GPU (1)", "9.0", 108), ("Fake GPU (1)", "8.0", 54)],
+)
+def test_gpus_of_two_kinds_have_files_of_their_own(fake_gpu, monkeypatch, other):
+    kinds = [fake_gpu.gpu, cache.Gpu(*other)]
+    monkeypatch.setattr(cache, "gpu_of", lambda device: kinds[device.index])
+    for index in range(2):
+        fake_gpu.milliseconds = lambda config, i=index: 0.5 if config == OTHERS[i] else 1.0
+        assert choose(device=torch.device("cpu", index)) == OTHERS[index]
+    tuner.forget()
+    for index in range(2):
+        assert choose(device=torch.device("cpu", index)) == OTHERS[index]
+
+
+def test_first_use_tells_one_line(fake_gpu, best, caplog):
+    with caplog.at_level(logging.INFO, "memaop_triton"):
+        choose()
+        choose()
+    (record,) = [r for r in caplog.records if r.name == "memaop_triton"]
+    for words in (f"gather_gemm {PROBLEM.bucketed().key}", "0.5 ms (heuristic 1 ms)", "block_n="):
+        assert words in record.getMessage()
+
+
+def test_flags_are_known_and_in_order():
+    assert flags(weighted=True, accumulate=True, sums=False) == ("accumulate", "weighted")
+    with pytest.raises(ValueError, match="flag 'wieghted' is not one of accumulate"):
+        flags(wieghted=True)

@@ -1,0 +1,107 @@
+"""What looks at a layer from outside: tracers, scripting, batching transforms, replicas."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from memaop_triton import MemAOPConfig, convert_, memaop_linear, new_memory, revert_
+
+X = torch.randn(32, 16)
+MEMORIES = [{}, {"selection": "topk", "memory": "residual"}]
+
+
+def model(**settings):
+    net = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 8))
+    return convert_(net, MemAOPConfig(ratio=1 / 4, **settings))
+
+
+def test_symbolic_trace_keeps_the_layer_as_a_call():
+    net = model()
+    traced = torch.fx.symbolic_trace(net)
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert calls == ["0", "1", "2"]
+    traced(X).sum().backward()
+    assert net[0].memory.step == 1
+
+
+class Gated(nn.Linear):
+    def extra_repr(self):
+        return "gated"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("linear", [nn.Linear, Gated])
+def test_script_makes_a_dense_layer(linear, training):
+    net = convert_(nn.Sequential(linear(16, 8)), filter_fn=lambda *_: True).train(training)
+    scripted = torch.jit.script(net)
+    torch.testing.assert_close(scripted(X), net(X))
+    scripted(X).sum().backward()
+    torch.testing.assert_close(net[0].weight.grad, X.sum(0).expand(8, -1))
+
+
+BATCHING = {
+    "jacrev": lambda net, x: torch.func.jacrev(net)(x),
+    "jacobian": lambda net, x: torch.autograd.functional.jacobian(net, x, vectorize=True),
+    "is_grads_batched": lambda net, x: torch.autograd.grad(
+        net(x), x, torch.randn(5, 32, 8), is_grads_batched=True
+    ),
+    "vmap": lambda net, x: torch.func.vmap(net)(torch.randn(3, 32, 16)),
+    "vmap of grad": lambda net, x: torch.func.vmap(torch.func.grad(lambda a: net(a).sum()))(
+        torch.randn(3, 32, 16)
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", BATCHING.values(), ids=BATCHING.keys())
+@pytest.mark.parametrize("grad_input", ["exact", "sampled", "projected"])
+def test_batching_is_refused_in_training_and_exact_in_evaluation(transform, grad_input):
+    net = model(grad_input=grad_input)
+    with pytest.raises(RuntimeError, match=r"cannot be batched.*\.eval\(\)"):
+        transform(net, X.clone().requires_grad_())
+    assert net[0].memory.step == 0
+    transform(net.eval(), X.clone().requires_grad_())
+
+
+def test_replicas_of_data_parallel_are_refused_in_training():
+    net = model()
+    with pytest.raises(RuntimeError, match=r"use torch\.nn\.parallel\.DistributedDataParallel"):
+        net[0]._replicate_for_data_parallel()
+    net.eval()[0]._replicate_for_data_parallel()
+
+
+@pytest.fixture
+def no_gc():
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("settings", MEMORIES, ids=["subspace", "rows"])
+@pytest.mark.usefixtures("no_gc")
+def test_a_memory_is_freed_with_its_layer(settings):
+    for let_go in (lambda holder: holder.clear(), lambda holder: revert_(holder[0])):
+        holder = [model(**settings)]
+        holder[0](X).sum().backward()
+        memories = [weakref.ref(layer.memory) for layer in (holder[0][0], holder[0][2])]
+        let_go(holder)
+        assert [memory() for memory in memories] == [None, None]
+
+
+@pytest.mark.parametrize("settings", MEMORIES, ids=["subspace", "rows"])
+@pytest.mark.usefixtures("no_gc")
+def test_a_memory_of_its_own_is_freed_and_lives_until_backward(settings):
+    config = MemAOPConfig(ratio=1 / 4, **settings)
+    weight = torch.randn(12, 16, requires_grad=True)
+    memory = new_memory(config, 16, 12)
+    loss = memaop_linear(X, weight, None, config, memory).sum()
+    reference = weakref.ref(memory)
+    del memory
+    assert reference() is not None
+    loss.backward()
+    assert weight.grad is not None
+    del loss
+    assert reference() is None
