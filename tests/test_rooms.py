@@ -37,8 +37,6 @@ ALLOWED_LENGTH: dict[str, str] = {
     "memaop_triton/config.py": "its checks of legal combinations are about to be shortened",
     "memaop_triton/distributed/comm_hook.py": "about to be divided",
     "memaop_triton/memory/subspace.py": "about to be divided: storage, and the choice of side",
-    "tests/kernels/tuning/test_autotune.py": "about to be shortened with the tuner",
-    "tests/kernels/tuning/test_cache.py": "about to be shortened with the cache",
 }
 MAX_LINES = 400
 

@@ -12,12 +12,16 @@ import pytest
 
 from memaop_triton.bench.studies.quality import running
 from memaop_triton.bench.studies.quality.schemes import Cell
-from memaop_triton.bench.studies.quality.store import Run, Store
+from memaop_triton.bench.studies.quality.store import RESULTS, Run, Store
 from memaop_triton.bench.studies.quality.tables import TableError
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from tests.bench.quality import tiny
 
 ROOT = Path(__file__).parents[3]
+
+
+def test_the_committed_results_are_where_commands_look_for_them():
+    assert (RESULTS / "runs.csv").is_file()
 
 
 def test_what_goes_in_comes_out(store):
@@ -126,7 +130,7 @@ WANTED = running.Wanted(schemes=["priority"], ratios=["1/2", "1/8"], seeds=2)
 
 
 def command(folder):
-    script = [sys.executable, str(Path(tiny.__file__)), "run", *OPTIONS.split()]
+    script = [sys.executable, str(Path(__file__).with_name("tiny.py")), "run", *OPTIONS.split()]
     return [*script, "--output", str(folder)]
 
 
