@@ -214,21 +214,6 @@ def test_expanded_gradient_of_a_sum_and_expanded_input():
     torch.testing.assert_close(row.grad, 17 * layer.weight.detach().sum(0, keepdim=True))
 
 
-def test_double_backward_is_refused():
-    _, layer = pair()
-    x = torch.randn(17, 12, requires_grad=True)
-    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        dx.sum().backward()
-
-
-def test_functional_call_with_other_parameters():
-    _, layer = pair(MemAOPConfig(k=99, memory="none"))
-    other = {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
-    y = torch.func.functional_call(layer, other, (torch.randn(17, 12),))
-    assert not y.any()
-
-
 def test_functional_form_equals_the_layer():
     config = MemAOPConfig(k=3, memory="none", selection="topk")
     _, layer = pair(config)
