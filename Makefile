@@ -8,12 +8,19 @@ BIN := $(VENV)/bin
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format bench sanitize kernel-report gpu clean
+.PHONY: demo test test-all lint format bench sanitize kernel-report gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/memaop-triton demo --output results
 
+# Under four minutes on two cores: all but what is marked `slow`.
 test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+# Under twenty: also compiles the kernels for all targets, sanitizes them, builds and installs the
+# package, runs groups of processes, and kills and resumes training.
+test-all: $(VENV)/.sanitize
+	$(BIN)/python -c 'import ttsem.sanitize'
 	$(BIN)/python -m pytest $(PARALLEL)
 
 # mypy needs the package as it is once installed, with the kernels and the benchmarks inside. What

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,29 @@ from memaop_triton.config import MEMORIES, ROW_MEMORIES
 from memaop_triton.kernels.cpu import native_step
 from memaop_triton.selection import Selection
 from tests.schemes import LEGAL, UNBIASED, label
+
+HERE = Path(__file__).parent
+
+
+# Each of these folders as a whole takes minutes: compilers, ttsem, groups of processes.
+SLOW_FOLDERS = {"compile", "distributed", "sanitize"}
+
+
+def is_slow(path):
+    return path.is_relative_to(HERE) and path.relative_to(HERE).parts[0] in SLOW_FOLDERS
+
+
+def pytest_ignore_collect(collection_path, config):
+    # Their cases alone take seconds to count.
+    if config.option.markexpr == "not slow" and collection_path != HERE:
+        return is_slow(collection_path) or None
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if is_slow(item.path):
+            item.add_marker("slow")
 
 
 def pytest_configure():
@@ -53,6 +77,20 @@ def fake_gpu(monkeypatch, tmp_path):
     tuner.forget()
     yield gpu
     tuner.forget()
+
+
+@pytest.fixture
+def compiled_before(monkeypatch):
+    """The file that this machine keeps of the C code; compiling copies it, which takes no time."""
+    from memaop_triton.kernels.cpu import build, library
+
+    if not library.is_compiled():
+        pytest.skip("needs the C code: a C compiler on Linux")
+    kept = build.find_recipe().file
+    if not kept.exists():
+        pytest.skip("the cache folder cannot be written")
+    monkeypatch.setattr(build, "_compile", lambda *_: kept)
+    return kept
 
 
 @pytest.fixture(params=LEGAL, ids=label)

@@ -1,20 +1,29 @@
-"""Fewer cases than a full product of three parameters, with every pair of values among them."""
+"""Fewer cases than a full product of parameters, with every pair of values among them."""
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
 
-def pairwise(first: Iterable[Any], second: Iterable[Any], third: Iterable[Any]) -> list[Any]:
-    """All of `first` with all of `second`, and values of `third`, the fewest, in turn.
+def pairwise(*parameters: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Cases, as for `pytest.mark.parametrize`, in which any two values of two parameters meet.
 
-    Raises:
-        ValueError: `third` has more values than another, so that pairs would be missing.
+    Of the cases of the full product, in its order, the first that brings the most new pairs is
+    taken until none is missing: about as many cases as the two longest parameters have pairs.
     """
-    first, second, third = list(first), list(second), list(third)
-    if len(third) > min(len(first), len(second)):
-        raise ValueError(f"third has {len(third)} values, more than another; let it be the fewest.")
-    return [
-        (a, b, third[(i + j) % len(third)])
-        for i, a in enumerate(first)
-        for j, b in enumerate(second)
-    ]
+    values = [list(parameter) for parameter in parameters]
+    sizes = [range(len(parameter)) for parameter in values]
+
+    def pairs(case):
+        return set(itertools.combinations(enumerate(case), 2))
+
+    left = [(case, pairs(case)) for case in itertools.product(*sizes)]
+    missing = set().union(*(new for _, new in left))
+    chosen = []
+    while missing:
+        # What a case brings only shrinks, so that those which bring nothing are not asked again.
+        left = [(case, new) for case, old in left if (new := old & missing)]
+        case, new = max(left, key=lambda one: len(one[1]))
+        missing -= new
+        chosen.append(case)
+    return [tuple(v[i] for v, i in zip(values, case, strict=True)) for case in sorted(chosen)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+TORCH_OPS = Path("kernels") / "cpu" / "torch_ops.py"
 # Shadowing `kernels` would break transformers, which imports the package of that name from PyPI.
 PROBE = """
 import importlib.util, memaop_triton, torch
@@ -80,30 +81,33 @@ def install(python, sources, *arguments):
     run(python, *pip, cwd=sources)
 
 
+@pytest.mark.slow
 def test_checkout_that_is_not_installed(environment, sources, tmp_path):
-    assert run(environment, "-c", PROBE, cwd=sources) == str(sources / "kernels" / "cpu.py")
+    assert run(environment, "-c", PROBE, cwd=sources) == str(sources / TORCH_OPS)
     elsewhere = run(environment, "-c", PROBE, cwd=tmp_path, PYTHONPATH=str(sources))
-    assert elsewhere == str(sources / "kernels" / "cpu.py")
+    assert elsewhere == str(sources / TORCH_OPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
 def test_editable_install(environment, sources, tmp_path, mode):
     install(environment, sources, "-e", ".", f"--config-settings=editable_mode={mode}")
     for folder in (tmp_path, sources):
-        assert Path(run(environment, "-c", PROBE, cwd=folder)).name == "cpu.py"
+        assert Path(run(environment, "-c", PROBE, cwd=folder)).name == TORCH_OPS.name
 
 
+@pytest.mark.slow
 def test_wheel(environment, sources, tmp_path):
     build = ["-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, sources]
     run(environment, *build, cwd=sources)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
-        "memaop_triton/kernels/cpu.py",
-        "memaop_triton/kernels/lanes.h",
-        "memaop_triton/kernels/projection.c",
-        "memaop_triton/kernels/rows.c",
-        "memaop_triton/kernels/gather_gemm.c",
+        f"memaop_triton/{TORCH_OPS.as_posix()}",
+        *(
+            f"memaop_triton/kernels/cpu/csrc/{file.name}"
+            for file in (*build.HEADERS, *build.SOURCES)
+        ),
         "memaop_triton/kernels/configs/fake-gpu/gather_gemm.json",
         "memaop_triton/py.typed",
     } <= names
@@ -111,10 +115,10 @@ def test_wheel(environment, sources, tmp_path):
 
     install(environment, sources, wheel)
     assert "site-packages" in run(environment, "-c", PROBE, cwd=tmp_path)
-    assert run(environment, "-c", PROBE, cwd=sources) == str(sources / "kernels" / "cpu.py")
+    assert run(environment, "-c", PROBE, cwd=sources) == str(sources / TORCH_OPS)
     assert "demo" in run(environment.parent / "memaop-triton", "--help", cwd=tmp_path)
     modules = {name for name in names if name.startswith("memaop_triton/bench/")}
-    assert "memaop_triton/bench/test_dw.py" in modules
+    assert "memaop_triton/bench/suites/test_dw.py" in modules
     assert not any("microscope" in name for name in modules)
     imports = [name[:-3].replace("/", ".") for name in sorted(modules) if name.endswith(".py")]
     imports = [name.removesuffix(".__init__") for name in imports if "__main__" not in name]
@@ -124,7 +128,16 @@ def test_wheel(environment, sources, tmp_path):
     assert "wrote results/smoke.html" in output
 
 
-def test_import_touches_no_accelerator_and_compiles_nothing(tmp_path):
-    probe = "import memaop_triton, torch; assert not torch.cuda.is_initialized()"
-    run(sys.executable, "-c", probe, MEMAOP_TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
-    assert not list(tmp_path.iterdir())
+def test_a_cpu_needs_no_accelerator_and_an_import_compiles_nothing(tmp_path):
+    probe = """
+import pathlib, sys, torch, memaop_triton
+assert not list(pathlib.Path().iterdir())
+assert "torch.distributed.checkpoint" not in sys.modules
+layer = memaop_triton.convert_(torch.nn.Linear(8, 4), memaop_triton.MemAOPConfig(ratio=0.5))
+layer(torch.ones(16, 8)).sum().backward()
+assert layer.weight.grad is not None
+assert "memaop_triton.kernels.gpu.gather_gemm" not in sys.modules
+assert not torch.cuda.is_initialized()
+"""
+    folder = {"MEMAOP_TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    run(sys.executable, "-c", probe, cwd=tmp_path, **folder)

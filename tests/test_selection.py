@@ -7,6 +7,7 @@ import torch
 from memaop_triton import selection
 from memaop_triton.config import SELECTIONS
 from memaop_triton.selection import inclusion_probabilities, select_rows
+from tests.pairwise import pairwise
 
 SCORES = torch.tensor([0.3, 2.0, 0.9, 4.0, 1.4, 0.6], dtype=torch.float64)
 WEIGHTED = ("priority", "crs", "bernoulli", "wta")
@@ -152,10 +153,12 @@ def test_weighted_scores_have_the_exact_sum_as_mean(policy, generator):
     assert (sums.mean() - expected).abs() <= 4 * sums.std() / math.sqrt(3000)
 
 
-@pytest.mark.parametrize("policy", SELECTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("rows", "k"), [(40, 1), (40, 7), (40, 39), (2, 1)])
-def test_indices_ascend_and_weights_have_the_dtype_of_the_scores(policy, dtype, rows, k):
+@pytest.mark.parametrize(
+    ("policy", "sizes", "dtype"),
+    pairwise(SELECTIONS, [(40, 1), (40, 7), (40, 39), (2, 1)], [torch.float32, torch.float64]),
+)
+def test_indices_ascend_and_weights_have_the_dtype_of_the_scores(policy, sizes, dtype):
+    rows, k = sizes
     indices, weights = select_rows(torch.rand(rows, dtype=dtype), k, policy)
     assert indices.dtype == torch.int64
     assert weights.dtype == dtype

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memaop_triton import MemAOPConfig
+from memaop_triton import MemAOPConfig, Projected
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,8 @@ class Problem:
 
     def config_of_layer(self, grad_input: str, **settings: Any) -> MemAOPConfig:
         """The same with an input gradient, whose FLOPs are that share of dense's if projected."""
-        if grad_input == "projected":
-            settings |= {"grad_input_budget": self.ratio}
-        return self.config(grad_input=grad_input, **settings)
+        given = Projected(self.ratio) if grad_input == "projected" else grad_input
+        return self.config(grad_input=given, **settings)
 
     def operands(self) -> tuple[Tensor, Tensor]:
         """Random X and G."""

@@ -5,7 +5,8 @@ import torch
 
 from memaop_triton import MemAOPConfig, Subspace, memaop_linear, new_memory
 from memaop_triton.backward.weight_grad import weight_grad
-from tests.schemes import flat_config
+from tests.pairwise import pairwise
+from tests.schemes import UNBIASED, flat_config
 
 ROWS, INPUTS, OUTPUTS = 40, 16, 5
 
@@ -33,8 +34,10 @@ def test_mean_weight_grad_is_dense_without_memory(unbiased, block_rows, batch, m
     mean_agrees([weight_grad(x, g, config) for _ in range(600)], g.T @ x)
 
 
-@pytest.mark.parametrize("block_rows", [1, 16])
-@pytest.mark.parametrize("steps", [0, 1, 4], ids=["first-step", "first-basis", "refreshed"])
+# `steps`: the first step, the first basis, one that was refreshed.
+@pytest.mark.parametrize(
+    ("unbiased", "steps", "block_rows"), pairwise(UNBIASED, [0, 1, 4], [1, 16])
+)
 def test_mean_weight_grad_is_dense_with_subspace(unbiased, block_rows, steps, batch, mean_agrees):
     config = flat_config(k=10, rank=4, refresh_every=2, block_rows=block_rows, **unbiased)
     x, g = batch
@@ -43,8 +46,9 @@ def test_mean_weight_grad_is_dense_with_subspace(unbiased, block_rows, steps, ba
     mean_agrees(draws, g.T @ x)
 
 
-@pytest.mark.parametrize("block_rows", [1, 16])
-@pytest.mark.parametrize("memory", ["none", "subspace"])
+@pytest.mark.parametrize(
+    ("unbiased", "memory", "block_rows"), pairwise(UNBIASED, ["none", "subspace"], [1, 16])
+)
 def test_mean_of_both_gradients_is_dense_with_sampled_input_gradient(
     unbiased, memory, block_rows, batch, mean_agrees
 ):
@@ -96,9 +100,15 @@ def test_subspace_has_less_variance_than_plain_sampling(batch):
     assert errors[1].square().mean() < errors[0].square().mean() / 4
 
 
-@pytest.mark.parametrize("grad_input", ["exact", "sampled"])
-@pytest.mark.parametrize("memory", ["none", "subspace"])
-@pytest.mark.parametrize("budget", [{"k": ROWS}, {"k": 10 * ROWS}, {"ratio": 1.0}])
+@pytest.mark.parametrize(
+    ("unbiased", "budget", "memory", "grad_input"),
+    pairwise(
+        UNBIASED,
+        [{"k": ROWS}, {"k": 10 * ROWS}, {"ratio": 1.0}],
+        ["none", "subspace"],
+        ["exact", "sampled"],
+    ),
+)
 def test_all_rows_are_exact(unbiased, memory, budget, grad_input, batch):
     config = MemAOPConfig(memory=memory, grad_input=grad_input, **budget, **unbiased)
     x, g = batch

@@ -101,7 +101,7 @@ def test_every_variable_that_the_package_reads_is_explained():
 
 
 @pytest.mark.skipif(not library.is_compiled(), reason="needs a C compiler")
-def test_row_passes_that_are_compiled(env, tmp_path):
+def test_row_passes_that_are_compiled(env, compiled_before, tmp_path):
     facts = env(MEMAOP_TRITON_CACHE_DIR=str(tmp_path))
     rows = facts["row passes in C"]
     assert rows["used"] == "yes, for float32, float64, bfloat16 on a CPU"
@@ -135,7 +135,7 @@ def test_row_passes_that_are_not_used_and_why(env, tmp_path, variables, reason):
 
 
 @pytest.mark.skipif(not library.is_compiled(), reason="needs a C compiler")
-def test_a_cache_that_cannot_be_written(env, tmp_path):
+def test_a_cache_that_cannot_be_written(env, compiled_before, tmp_path):
     (tmp_path / "native").write_text("in the way")
     rows = env(MEMAOP_TRITON_CACHE_DIR=str(tmp_path))["row passes in C"]
     assert rows["used"].startswith("yes")

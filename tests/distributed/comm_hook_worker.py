@@ -14,116 +14,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from memaop_triton import FactorAllGather, convert_
-from tests.schemes import flat_config
-
-N = 192
-M = 128
-CHECKS = []
-
-
-def check(fn):
-    CHECKS.append(fn)
-    return fn
-
-
-def config(**kwargs):
-    return flat_config(**{"ratio": 1 / 16, "rank": 4} | kwargs)
-
-
-def mlp(seed=0):
-    """Two weights that are worth gathering, and one that is not."""
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(N, N), nn.Tanh(), nn.Linear(N, N), nn.Tanh(), nn.Linear(N, 3))
-
-
-BOTH = ("0.weight", "2.weight")
-
-
-def rows(count=M, dtype=torch.float32, salt=0):
-    """Other numbers in every process."""
-    generator = torch.Generator().manual_seed(10 * dist.get_rank() + 1000 * salt)
-    return torch.randn(count, N, generator=generator).to(dtype)
-
-
-def loss_of(model, x):
-    return model(x).float().square().mean()
-
-
-def backward(model, x):
-    loss_of(model, x).backward()
-
-
-def relative(a, b):
-    a, b = a.double(), b.double()
-    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
-
-
-def everywhere(tensor):
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor)
-    return parts
-
-
-class Pair:
-    """The same model under plain DDP and under the hook."""
-
-    def __init__(self, build=mlp, cfg=None, reuse_local=False, wrap=None, **kwargs):
-        def model():
-            made = convert_(build(), cfg or config())
-            return DistributedDataParallel(made, **kwargs)
-
-        self.plain, self.ours = model(), model()
-        self.hook = FactorAllGather.register(self.ours, reuse_local=reuse_local)
-        self.steps = [self.plain, self.ours if wrap is None else wrap(self.ours)]
-        self.replaced = 0
-        self.problems = []
-
-    def step(self, run, gathered, tolerance=1e-6, zero=True):
-        """`run(model)` with both; the gradients must agree, and only `gathered` be gathered."""
-        for ddp, model in zip((self.plain, self.ours), self.steps, strict=True):
-            if zero:
-                ddp.zero_grad()
-            torch.manual_seed(dist.get_rank())
-            run(model)
-        named = dict(self.ours.module.named_parameters())
-        world = dist.get_world_size()
-        size = sum(2 * (world - 1) * named[n].numel() * named[n].element_size() for n in gathered)
-        found, self.replaced = self.hook.bytes_replaced - self.replaced, self.hook.bytes_replaced
-        self.require(found == size // world, f"gathered {found} bytes, not {size // world}")
-        for name, p in self.plain.module.named_parameters():
-            ours = named[name].grad
-            if p.grad is None:
-                self.require(ours is None, f"{name} has a gradient")
-                continue
-            error = relative(ours, p.grad)
-            self.require(error <= tolerance, f"{name} differs by {error:.3g}")
-            parts = everywhere(ours)
-            if not self.hook.reuse_local:
-                same = all(torch.equal(part, parts[0]) for part in parts)
-                self.require(same, f"{name} differs between processes")
-        kept = sum(len(c.factors) for c in self.hook._collected.values())
-        self.require(kept == 0, f"{kept} factors were kept")
-
-    def require(self, holds, message):
-        if not holds:
-            self.problems.append(message)
-
-    def finish(self):
-        assert not self.problems, "; ".join(self.problems)
-
-
-def steps(pair, gathered=BOTH, count=3, tolerance=1e-6, dtype=torch.float32, optimize=True):
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (pair.plain, pair.ours)]
-    for number in range(count):
-        pair.step(lambda m, n=number: backward(m, rows(dtype=dtype, salt=n)), gathered, tolerance)
-        if optimize:
-            for optimizer in optimizers:
-                optimizer.step()
-    pair.finish()
+from tests.distributed import comm_hook_passes  # noqa: F401 - adds its checks to CHECKS
+from tests.distributed.comm_hook_pairs import (
+    BOTH,
+    CHECKS,
+    M,
+    N,
+    Pair,
+    backward,
+    check,
+    config,
+    mlp,
+    relative,
+    rows,
+    steps,
+)
 
 
 @check
@@ -261,166 +169,6 @@ def layer_unused_in_one_process():
             model.module.on = dist.get_rank() != number
         # The unused gradient is zero everywhere, which takes no factors to say.
         pair.step(lambda m, n=number: backward(m, rows(salt=n)), everything)
-    pair.finish()
-
-
-@check
-def micro_batches():
-    pair = Pair()
-
-    def run(model, count=2):
-        with model.no_sync():
-            for number in range(count - 1):
-                backward(model, rows(64, salt=number + 1))
-        backward(model, rows(64))
-
-    pair.step(run, BOTH)
-    pair.step(run, BOTH)
-    pair.finish()
-
-
-@check
-def many_micro_batches():
-    """Factors that cannot be smaller any more are not kept."""
-    pair = Pair()
-    most = []
-
-    def run(model):
-        with model.no_sync():
-            for number in range(12):
-                backward(model, rows(salt=number))
-                if model is pair.ours:
-                    kept = [c.factors for c in pair.hook._collected.values()]
-                    most.append(max(sum(x.nbytes + g.nbytes for x, g in f) for f in kept))
-        backward(model, rows())
-
-    pair.step(run, [])
-    limit = 4 * N * N / dist.get_world_size()
-    pair.require(0 < max(most) < limit and most[-1] == 0, f"kept {most} bytes")
-    pair.step(lambda m: backward(m, rows()), BOTH)
-    pair.finish()
-
-
-@check
-def discarded_micro_batch():
-    pair = Pair()
-
-    def run(model):
-        with model.no_sync():
-            backward(model, rows(salt=1))
-        model.zero_grad()
-        backward(model, rows())
-
-    pair.step(run, [])
-    pair.step(lambda m: backward(m, rows()), BOTH)
-    pair.finish()
-
-
-@check
-def gradients_not_zeroed():
-    pair = Pair()
-    pair.step(lambda m: backward(m, rows()), BOTH)
-    pair.step(lambda m: backward(m, rows(salt=1)), [], zero=False)
-    pair.finish()
-
-
-@check
-def exact_in_one_process():
-    """A batch of at most K rows has no factors."""
-    pair = Pair(cfg=config(ratio=None, k=8))
-    pair.step(lambda m: backward(m, rows(8 if dist.get_rank() == 0 else M)), [])
-
-    def partly(model):
-        with model.no_sync():
-            backward(model, rows(salt=1))
-        backward(model, rows(8 if dist.get_rank() == 1 else M))
-
-    pair.step(partly, [])
-    pair.finish()
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = nn.Linear(N, N), nn.Linear(N, N)
-        self.b.weight = self.a.weight
-        self.elsewhere = False
-
-    def forward(self, x):
-        x = self.b(torch.tanh(self.a(x)))
-        return F.linear(x, self.a.weight) if self.elsewhere else x
-
-
-@check
-def shared_weight():
-    pair = Pair(Tied)
-    pair.step(lambda m: backward(m, rows(64)), ["a.weight"])
-    for model in (pair.plain, pair.ours):
-        model.module.elsewhere = dist.get_rank() == 0
-    pair.step(lambda m: backward(m, rows(64)), [])
-    pair.finish()
-
-
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a = nn.Linear(N, N)
-
-    def forward(self, x):
-        return self.a(torch.tanh(self.a(x)))
-
-
-@check
-def layer_used_twice():
-    pair = Pair(Twice)
-    pair.step(lambda m: backward(m, rows(64)), ["a.weight"])
-    pair.finish()
-
-
-@check
-def bfloat16_used_twice():
-    """A rounded sum of two passes is not what the factors say."""
-    pair = Pair(lambda: Twice().bfloat16())
-    pair.step(lambda m: backward(m, rows(64, torch.bfloat16)), [], tolerance=0)
-    pair.finish()
-
-
-@check
-def regulariser():
-    pair = Pair()
-
-    def run(model, factor):
-        weight = model.module[0].weight
-        size = factor * dist.get_rank() * weight.square().sum()
-        (loss_of(model, rows()) + size).backward()
-
-    pair.step(lambda m: run(m, 0), BOTH)
-    for factor in (1.0, 1e-5):
-        pair.step(lambda m, f=factor: run(m, f), ["2.weight"])
-    pair.finish()
-
-
-@check
-def gradient_hook():
-    pair = Pair()
-    for model in (pair.plain, pair.ours):
-        model.module[2].weight.register_hook(lambda g: 1.001 * g)
-    pair.step(lambda m: backward(m, rows()), ["0.weight"])
-    pair.finish()
-
-
-@check
-def gradient_taken_apart():
-    """Passes whose result is not added to the gradient."""
-    pair = Pair()
-
-    def run(model):
-        torch.autograd.grad(loss_of(model.module, rows(salt=1)), model.module[2].weight)
-        backward(model, rows())
-
-    pair.step(run, ["0.weight"])
     pair.finish()
 
 

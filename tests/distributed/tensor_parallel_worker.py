@@ -1,16 +1,30 @@
 """Run by `test_tensor_parallel.py` in two processes that share the layers of a model."""
 
 import copy
-import functools
 import itertools
 
 import checks
 import torch
-import torch.distributed as dist
 from checks import PAPER, batch, converted, everywhere, mlp, raises, same_everywhere, seed, whole
+from tensor_parallel_cases import (
+    ROWS,
+    Recording,
+    assert_same_gradients,
+    columns,
+    dtensor_plan,
+    gathered_plan,
+    mesh,
+    parallel,
+    plan,
+    rank,
+    sequence_plan,
+    single,
+    step,
+)
+from tensor_parallel_schemes import every_selection_and_memory_adds_up_what_it_selected
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -25,75 +39,9 @@ from memaop_triton import (
     reset_memory,
     revert_,
 )
-from memaop_triton.config import ROW_MEMORIES, SELECTIONS, UNBIASED_SELECTIONS
-from memaop_triton.nn.tensor_parallel import Shards
+from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.selection import Selection
 from tests.schemes import flat_config
-
-ROWS = 20
-
-
-@functools.cache
-def mesh():
-    return init_device_mesh("cpu", (2,))
-
-
-def rank():
-    return dist.get_rank()
-
-
-def columns(a):
-    """This process's part of the columns of a plain tensor."""
-    return a.chunk(2, dim=-1)[rank()]
-
-
-def plan():
-    return {"0": ColwiseParallel(), "2": RowwiseParallel()}
-
-
-def sequence_plan():
-    """Activations are divided by position outside of the two layers."""
-    return {
-        "0": ColwiseParallel(input_layouts=Shard(1)),
-        "2": RowwiseParallel(output_layouts=Shard(1)),
-    }
-
-
-def dtensor_plan():
-    return {
-        "0": ColwiseParallel(use_local_output=False),
-        "2": RowwiseParallel(use_local_output=False),
-    }
-
-
-def gathered_plan():
-    """Every layer takes and gives whole activations."""
-    return {
-        "0": ColwiseParallel(output_layouts=Replicate()),
-        "2": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
-    }
-
-
-def parallel(model, config, layouts, convert_first):
-    model = copy.deepcopy(model)
-    if convert_first:
-        return parallelize_module(converted(model, config), mesh(), layouts)
-    return converted(parallelize_module(model, mesh(), layouts), config)
-
-
-def assert_same_gradients(ours, reference, **tolerance):
-    for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
-        assert mine.grad.placements == mine.placements
-        assert mine.grad.dtype == mine.dtype
-        torch.testing.assert_close(whole(mine.grad), theirs.grad, **tolerance)
-
-
-def step(model, x, scale=1.0):
-    model.zero_grad()
-    y = model(x)
-    y = y.to_local() if isinstance(y, DTensor) else y
-    (y.square().sum() * scale).backward()
-    return y
 
 
 def training_equals_that_of_an_undivided_model():
@@ -180,143 +128,15 @@ def autocast_casts_the_parts():
         torch.testing.assert_close(whole(mine.grad), whole(theirs.grad), rtol=0.05, atol=0.05)
 
 
-class Recording:
-    """What the shards agree on while this is active."""
-
-    def __init__(self):
-        self.scores, self.selections = [], []
-
-    def __enter__(self):
-        self.original = Shards.whole, Shards.share
-        scores, selections = self.scores, self.selections
-        whole_scores, share = self.original
-
-        def recording_whole(shards, parts):
-            scores.append(whole_scores(shards, parts))
-            return scores[-1]
-
-        def recording_share(shards, selection):
-            selections.append(share(shards, selection))
-            return selections[-1]
-
-        Shards.whole, Shards.share = recording_whole, recording_share
-        return self
-
-    def __exit__(self, *error):
-        Shards.whole, Shards.share = self.original
-
-
-def schemes():
-    for selection, memory in itertools.product(
-        SELECTIONS, ("none", "residual", "signed", "subspace")
-    ):
-        unbiased = selection in UNBIASED_SELECTIONS
-        if memory not in ROW_MEMORIES or not unbiased:
-            yield {"selection": selection, "memory": memory}
-        if unbiased and memory not in ROW_MEMORIES:
-            yield {"selection": selection, "memory": memory, "grad_input": "sampled"}
-    yield {"selection": "priority", "memory": "subspace", "grad_input": "projected"}
-
-
-def check_input_grad(layer, dx, g_here, by_row, agreed):
-    """dX of a layer with a subspace: each process splits the columns of G that it has."""
-    q = layer.memory.basis_for_input_grad(g_here)
-    rest = g_here - g_here @ q @ q.T
-    indices, weights = agreed.selections[1]
-    total = torch.zeros(ROWS, 1, dtype=torch.float64).index_add_(0, indices, weights[:, None])
-    parts = everywhere((g_here - rest + total * rest) @ layer.weight.to_local())
-    torch.testing.assert_close(dx, torch.cat(list(parts), 1) if by_row else parts.sum(0))
-    want = everywhere(rest.square().sum(1)).sum(0)
-    torch.testing.assert_close(agreed.scores[1], want.sqrt())
-
-
-def every_selection_and_memory_adds_up_what_it_selected():
-    """Weights, rows and memories against the definition, each process drawing for itself."""
-    for scheme, style in itertools.product(schemes(), (ColwiseParallel, RowwiseParallel)):
-        config = flat_config(k=6, rank=2, refresh_every=99, **scheme)
-        by_row = style is RowwiseParallel
-        layouts = {"": style(input_layouts=Replicate(), output_layouts=Replicate())}
-        torch.manual_seed(0)
-        plain = nn.Linear(12, 8, dtype=torch.float64)
-        layer = parallel(plain, config, layouts, True)
-        seed()
-        for number in range(3):
-            x, g = batch(ROWS, 12, step=number), batch(ROWS, 8, step=50 + number)
-            x_here, g_here = (columns(x), g) if by_row else (x, columns(g))
-            filled = None if layer.memory is None else getattr(layer.memory, "filled", None)
-            before = None if filled is None else (layer.memory.x.clone(), filled.clone())
-            layer.zero_grad()
-            leaf = x.clone().requires_grad_()
-            with Recording() as agreed:
-                layer(leaf).backward(g)
-            memory = layer.memory
-            is_split = config.grad_input == "sampled" and config.memory_name == "subspace"
-            for indices, weights in agreed.selections:
-                assert same_everywhere(indices)
-                assert same_everywhere(weights)
-                assert indices.dtype == torch.int64
-            assert len(agreed.selections) == len(agreed.scores) == (2 if is_split else 1)
-            indices, weights = agreed.selections[0]
-            scores = agreed.scores[0]
-            total = torch.zeros(ROWS, 1, dtype=torch.float64).index_add_(
-                0, indices, weights[:, None]
-            )
-            dw = layer.weight.grad.to_local()
-            if config.row_memory:
-                expected = memory.g[indices].T @ memory.x[indices]
-                want = everywhere((memory.x.norm(dim=1) * memory.g.norm(dim=1)).square()).sum(0)
-                assert same_everywhere(memory.filled)
-                assert not memory.filled[indices].any()
-                carried = memory.x - x_here
-                old = before[0] * before[1][:, None] if before else torch.zeros_like(carried)
-                if config.memory_name == "signed":
-                    carried, old = carried.abs(), old.abs()
-                torch.testing.assert_close(carried, old)
-            elif config.memory_name == "subspace":
-                q = memory.basis.to(x.dtype)
-                a, b = (x_here, g_here) if memory.side == "input" else (g_here, x_here)
-                rest = a - a @ q @ q.T
-                expected = b.T @ (a - rest) + (total * b).T @ rest
-                expected = expected if memory.side == "input" else expected.T
-                want = everywhere((rest.norm(dim=1) * b.norm(dim=1)).square()).sum(0)
-            else:
-                expected = (total * g_here).T @ x_here
-                want = (x.norm(dim=1) * g.norm(dim=1)).square()
-            torch.testing.assert_close(dw, expected)
-            if is_split:
-                check_input_grad(layer, leaf.grad, g_here, by_row, agreed)
-            elif config.grad_input == "sampled":
-                # Scored by G alone, of which a layer divided by rows of X has two copies.
-                want = g.norm(dim=1).square() * (2 if by_row else 1)
-                torch.testing.assert_close(leaf.grad, (total * g) @ plain.weight)
-            elif config.grad_input == "projected":
-                q = memory.projection.basis
-                parts = everywhere(g_here @ layer.weight.to_local() @ q @ q.T)
-                whole_dx = torch.cat(list(parts), 1) if by_row else parts.sum(0)
-                torch.testing.assert_close(leaf.grad, whole_dx)
-            torch.testing.assert_close(scores, want.sqrt())
-            torch.testing.assert_close(whole(layer.bias.grad), g.sum(0))
-
-
-def single(style, config, out_features=8, in_features=12, on=None, **layouts):
-    """A divided layer that takes and gives whole activations, and its undivided original."""
-    torch.manual_seed(0)
-    plain = nn.Linear(in_features, out_features, dtype=torch.float64)
-    seed()
-    layouts = {"input_layouts": Replicate(), "output_layouts": Replicate()} | layouts
-    layer = parallelize_module(copy.deepcopy(plain), on or mesh(), style(**layouts))
-    return converted(layer, config), plain
-
-
 def shards_lose_no_digit():
-    shards = Shards(mesh().get_group())
+    shards = ProcessShards(mesh().get_group())
     scores = torch.tensor([3e30, 4e-30, 0.0, torch.inf])
     expected = torch.tensor([2.0]).sqrt() * scores
-    torch.testing.assert_close(shards.whole(scores), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(shards.all_reduce_scores(scores), expected, rtol=1e-6, atol=0)
     first = Selection(torch.tensor([0, 2**31 + 1, 2**53 - 1]), torch.rand(3).double())
     mine = first if rank() == 0 else Selection(first.indices * 0, first.weights * 0)
     sent = everywhere(first.weights)[0]
-    shared = shards.share(mine)
+    shared = shards.broadcast_selection(mine)
     assert torch.equal(shared.indices, first.indices)
     assert torch.equal(shared.weights, sent)
 

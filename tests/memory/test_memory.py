@@ -15,7 +15,8 @@ from memaop_triton import (
 )
 from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.kernels import targets
-from tests.schemes import flat_config
+from tests.pairwise import pairwise
+from tests.schemes import LEGAL, UNBIASED, flat_config
 
 
 def operands(rows, inputs=12, outputs=5, dtype=torch.float64):
@@ -121,9 +122,10 @@ def test_sign_of_carried_rows_is_random_and_the_same_for_both():
 BAD_ROWS = {"one": [3], "more-than-k": [0, 2, 3, 5, 8, 9]}
 
 
-@pytest.mark.parametrize("where", ["x", "g", "both"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("bad", BAD_ROWS)
+@pytest.mark.parametrize(
+    ("scheme", "where", "value", "bad"),
+    pairwise(LEGAL, ["x", "g", "both"], [math.nan, math.inf], BAD_ROWS),
+)
 def test_rows_that_are_not_finite_reach_the_gradient_and_never_stay(scheme, where, value, bad):
     config = flat_config(k=4, rank=2, refresh_every=1, **scheme)
     memory = new_memory(config, 12, 5)
@@ -139,9 +141,10 @@ def test_rows_that_are_not_finite_reach_the_gradient_and_never_stay(scheme, wher
         assert all(t.isfinite().all() for t in stored.values() if isinstance(t, torch.Tensor))
 
 
-@pytest.mark.parametrize("memory", ["none", "subspace"])
-@pytest.mark.parametrize("where", ["x", "g", "both"])
-@pytest.mark.parametrize("bad", BAD_ROWS)
+@pytest.mark.parametrize(
+    ("unbiased", "memory", "where", "bad"),
+    pairwise(UNBIASED, ["none", "subspace"], ["x", "g", "both"], BAD_ROWS),
+)
 def test_rows_that_are_not_finite_reach_sampled_gradients(unbiased, memory, where, bad):
     config = flat_config(k=4, rank=2, memory=memory, grad_input="sampled", **unbiased)
     kept = new_memory(config, 12, 5)

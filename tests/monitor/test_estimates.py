@@ -46,7 +46,9 @@ def observed(config, x, g, draws=DRAWS, block=None):
         memory.begin_step(x + torch.randn_like(x), g + torch.randn_like(g), config)
     errors = []
     for _ in range(draws):
-        given = select_for_both(x, g, config, config.k) if config.grad_input == "sampled" else None
+        given = (
+            select_for_both(x, g, config, config.k) if config.grad_input_name == "sampled" else None
+        )
         dw = weight_and_bias_grad(x, g, config, memory, selection=given, observer=observer).weight
         errors.append((dw - g.T @ x).square().sum())
     return torch.stack(errors), figures(observer), memory

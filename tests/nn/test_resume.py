@@ -45,6 +45,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", resume_worker.cases())
 def test_resumed_training_equals_the_uninterrupted_one(folder, name):
     resume_worker.check_outcome(folder, name)

@@ -134,6 +134,7 @@ def command(folder):
     return [*script, "--output", str(folder)]
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_where_it_was(store):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     wanted = WANTED.jobs()

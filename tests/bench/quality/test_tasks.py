@@ -118,43 +118,6 @@ def test_every_cell_has_a_configuration_of_its_own(task):
     assert [value_of(ratio) for ratio in RATIOS] == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 
-def test_cheap_tasks_cover_the_grid_and_all_tasks_one_column_of_it():
-    sampled = {name for name, scheme in SCHEMES.items() if scheme.make}
-    assert len(cells("mnist-sgd")) == 1 + len(RATIOS) * len(sampled)
-    for task in ("fashion", "vit", "gpt-128"):
-        found = cells(task)
-        assert {cell.scheme for cell in found} == {*DENSE, *sampled}
-        assert sum(cell.scheme == "budget" for cell in found) == len(RATIOS)
-        assert sum(cell.scheme == "crs" for cell in found) == 1
-
-
-def test_fewer_steps_are_a_problem_of_their_own():
-    for task in ("gpt-512", "gpt-256", "gpt-128", "gpt-128-256"):
-        longer, shorter = (cell for cell in cells(task) if cell.scheme == "dense-shorter")
-        steps = TASKS[task].steps
-        assert longer.problem == dataclasses.replace(TASKS[task], steps=3 * steps // 4)
-        assert shorter.problem == dataclasses.replace(TASKS[task], steps=steps // 2)
-        assert len({longer.code, shorter.code, shorter.dense.code}) == 3
-        assert shorter.dense.problem is TASKS[task]
-
-
-def test_a_smaller_batch_is_a_problem_of_its_own():
-    for task in ("gpt-512", "gpt-128", "fashion", "vit-512"):
-        found = [cell for cell in cells(task) if cell.scheme == "dense-smaller"]
-        for cell, share in zip(found, (0.75, 0.5, 0.25), strict=True):
-            problem = dataclasses.replace(TASKS[task], batch=share * TASKS[task].batch)
-            assert cell.problem == problem
-        assert len({cell.code for cell in (*found, found[0].dense)}) == 4
-
-
-def test_a_larger_batch_is_all_that_differs():
-    small = TASKS["gpt-128"]
-    for batch in (64, 256):
-        large = TASKS[f"gpt-128-{batch}"]
-        assert large == dataclasses.replace(small, name=large.name, title=large.title, batch=batch)
-        assert {cell.scheme for cell in cells(large.name)} >= {"dense", "budget", "budget-both"}
-
-
 def test_seeds_are_independent():
     assert len({number for seed in range(50) for number in Seeds.of(seed)}) == 150
 

@@ -11,6 +11,7 @@ from memaop_triton import MemAOPConfig, Subspace, new_memory, selection
 from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.kernels.cpu import library, native, torch_ops
 from tests.compiled import KINDS, needs_compiler
+from tests.pairwise import pairwise
 from tests.schemes import flat_config
 
 
@@ -26,11 +27,17 @@ def both(plain, call):
     return compiled, call()
 
 
-@pytest.mark.parametrize(("dtype", "off"), KINDS)
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("rank", [1, 4, 16, 20, 32, 40, 64, 65])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 16), (9, 80), (137, 96), (300, 272), (64, 17)])
-def test_projections_agree_with_pytorch(plain, rows, columns, rank, threads, dtype, off):
+@pytest.mark.parametrize(
+    ("shape", "rank", "threads", "kind"),
+    pairwise(
+        [(1, 16), (9, 80), (137, 96), (300, 272), (64, 17)],
+        [1, 4, 16, 20, 32, 40, 64, 65],
+        [1, 2, 3],
+        KINDS,
+    ),
+)
+def test_projections_agree_with_pytorch(plain, shape, rank, threads, kind):
+    (rows, columns), (dtype, off) = shape, kind
     x = torch.randn(rows, columns).to(dtype)
     basis = torch.linalg.qr(torch.randn(max(rank, columns), rank)).Q[:columns].to(dtype)
     torch.set_num_threads(threads)
@@ -105,10 +112,16 @@ def test_accumulation_agrees_with_pytorch(plain, dtype, rows, columns):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("count", "k"), [(2, 1), (17, 16), (500, 3), (5000, 625)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", ["normal", "wide", "zeros", "infinite", "all infinite", "nan"])
-def test_priority_selects_what_pytorch_selects(count, k, kind, dtype):
+@pytest.mark.parametrize(
+    ("sizes", "kind", "dtype"),
+    pairwise(
+        [(2, 1), (17, 16), (500, 3), (5000, 625)],
+        ["normal", "wide", "zeros", "infinite", "all infinite", "nan"],
+        [torch.float32, torch.float64],
+    ),
+)
+def test_priority_selects_what_pytorch_selects(sizes, kind, dtype):
+    count, k = sizes
     scores = torch.rand(count, dtype=dtype)
     if kind == "wide":
         scores = (20 * torch.randn(count, dtype=dtype)).exp().clamp(max=1e30)

@@ -5,6 +5,7 @@ import torch
 
 from memaop_triton.kernels.cpu import library, native, torch_ops
 from tests.compiled import KINDS, needs_compiler
+from tests.pairwise import pairwise
 
 
 @pytest.fixture
@@ -28,12 +29,18 @@ def gemm_operands(k, n, p, rank, dtype=torch.float32):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("dtype", "off"), KINDS)
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("rank", [0, 1, 16])
-@pytest.mark.parametrize("k", [0, 1, 3, 255, 256, 257, 700])
-@pytest.mark.parametrize(("n", "p"), [(16, 16), (17, 31), (96, 48), (130, 61), (64, 400)])
-def test_the_gather_gemm_agrees_with_float64(own_gemm, n, p, k, rank, weighted, dtype, off):
+@pytest.mark.parametrize(
+    ("shape", "k", "rank", "weighted", "kind"),
+    pairwise(
+        [(16, 16), (17, 31), (96, 48), (130, 61), (64, 400)],
+        [0, 1, 3, 255, 256, 257, 700],
+        [0, 1, 16],
+        [False, True],
+        KINDS,
+    ),
+)
+def test_the_gather_gemm_agrees_with_float64(own_gemm, shape, k, rank, weighted, kind):
+    (n, p), (dtype, off) = shape, kind
     x, g, indices, weights, projection = gemm_operands(k, n, p, rank, dtype)
     weights = weights if weighted else None
     gx, gg = x[indices].double(), g[indices].double()

@@ -8,11 +8,13 @@ from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.kernels.cpu import library, native, native_step
 from memaop_triton.monitor.observer import LayerObserver
 from tests.compiled import KINDS, needs_compiler
+from tests.pairwise import pairwise
 from tests.schemes import flat_config
 
 DTYPES = [dtype for dtype, _ in KINDS]
 CPU = torch.device("cpu")
 FENCE = 64
+SHAPES = [(2, 16, 16), (300, 50, 33), (700, 128, 96)]
 
 
 @pytest.fixture(autouse=True)
@@ -105,31 +107,32 @@ def same(calls, one_by_one):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("rank", [4, 16, 20, 64])
-@pytest.mark.parametrize("side", ["input", "grad"])
-@pytest.mark.parametrize("shape", [(60, 272, 256), (513, 256, 272)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "side", "rank", "threads", "dtype"),
+    pairwise(
+        [(60, 272, 256), (513, 256, 272)], ["input", "grad"], [4, 16, 20, 64], [1, 2, 3], DTYPES
+    ),
+)
 def test_with_a_subspace(shape, side, rank, threads, dtype, own_gemm, same):
     config = MemAOPConfig(ratio=0.2, memory=Subspace(rank=rank, side=side, refresh_every=2))
     same(config, shape, dtype, threads)
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("selection", ["priority", "topk"])
-@pytest.mark.parametrize("shape", [(2, 16, 16), (300, 50, 33), (700, 128, 96)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "selection", "threads", "dtype"),
+    pairwise(SHAPES, ["priority", "topk"], [1, 3], DTYPES),
+)
 def test_without_memory(shape, selection, threads, dtype, own_gemm, same):
     config = MemAOPConfig(k=max(1, shape[0] // 9), selection=selection, memory="none")
     same(config, shape, dtype, threads)
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("memory", ["residual", "signed"])
-@pytest.mark.parametrize("shape", [(2, 16, 16), (300, 50, 33), (700, 128, 96)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "memory", "threads", "dtype"),
+    pairwise(SHAPES, ["residual", "signed"], [1, 3], DTYPES),
+)
 def test_with_a_memory_of_rows(shape, memory, threads, dtype, own_gemm, same):
     k = max(1, shape[0] // 9)
     config = flat_config(k=k, selection="topk", memory=memory, decay=0.9)
@@ -167,9 +170,9 @@ def test_all_rows_of_a_memory(calls, one_by_one):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("memory", ["none", "subspace"])
-@pytest.mark.parametrize("selection", ["priority", "topk"])
+@pytest.mark.parametrize(
+    ("selection", "memory", "dtype"), pairwise(["priority", "topk"], ["none", "subspace"], DTYPES)
+)
 def test_what_is_watched_and_collected(selection, memory, dtype, own_gemm, same):
     config = flat_config(ratio=0.2, rank=8, selection=selection, memory=memory)
     same(config, (200, 64, 80), dtype, watched=True)
@@ -185,9 +188,10 @@ def test_where_pytorch_multiplies(memory, dtype, monkeypatch, same):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("memory", ["none", "residual", "subspace"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    ("value", "memory", "dtype"),
+    pairwise([torch.nan, torch.inf], ["none", "residual", "subspace"], DTYPES),
+)
 def test_rows_that_are_not_finite_show(value, memory, dtype, own_gemm, calls, one_by_one):
     def spoil(x, g):
         x[[3, 50], 7] = value

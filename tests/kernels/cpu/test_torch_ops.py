@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from memaop_triton.kernels.cpu import library, torch_ops
+from tests.pairwise import pairwise
 
 SHAPES = [(1, 1), (3, 17), (129, 3), (17, 129), (0, 5)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -18,9 +19,7 @@ def close(result, exact, dtype):
     torch.testing.assert_close(result.double(), exact, rtol=8 * eps, atol=8 * eps)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize(("shape", "dtype", "stride"), pairwise(SHAPES, DTYPES, STRIDES))
 def test_row_norms(shape, dtype, stride):
     a = STRIDES[stride](torch.randn(shape).to(dtype))
     norms = torch_ops.row_norms(a)
@@ -28,10 +27,9 @@ def test_row_norms(shape, dtype, stride):
     close(norms, a.double().square().sum(1).sqrt(), norms.dtype)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stored", DTYPES)
-@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "stored", "stride"), pairwise(SHAPES, DTYPES, DTYPES, STRIDES)
+)
 def test_accumulate_and_score(shape, dtype, stored, stride):
     rows = STRIDES[stride](torch.randn(shape).to(dtype))
     memory = torch.randn(shape).to(stored)

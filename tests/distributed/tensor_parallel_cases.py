@@ -1,0 +1,124 @@
+"""Divided layers, their undivided originals, and what the shards of a layer agree on."""
+
+import copy
+import functools
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from checks import converted, seed, whole
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from memaop_triton.backward.shards import ProcessShards
+
+ROWS = 20
+
+
+@functools.cache
+def mesh():
+    return init_device_mesh("cpu", (2,))
+
+
+def rank():
+    return dist.get_rank()
+
+
+def columns(a):
+    """This process's part of the columns of a plain tensor."""
+    return a.chunk(2, dim=-1)[rank()]
+
+
+def plan():
+    return {"0": ColwiseParallel(), "2": RowwiseParallel()}
+
+
+def sequence_plan():
+    """Activations are divided by position outside of the two layers."""
+    return {
+        "0": ColwiseParallel(input_layouts=Shard(1)),
+        "2": RowwiseParallel(output_layouts=Shard(1)),
+    }
+
+
+def dtensor_plan():
+    return {
+        "0": ColwiseParallel(use_local_output=False),
+        "2": RowwiseParallel(use_local_output=False),
+    }
+
+
+def gathered_plan():
+    """Every layer takes and gives whole activations."""
+    return {
+        "0": ColwiseParallel(output_layouts=Replicate()),
+        "2": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
+    }
+
+
+def parallel(model, config, layouts, convert_first):
+    model = copy.deepcopy(model)
+    if convert_first:
+        return parallelize_module(converted(model, config), mesh(), layouts)
+    return converted(parallelize_module(model, mesh(), layouts), config)
+
+
+def assert_same_gradients(ours, reference, **tolerance):
+    for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
+        assert mine.grad.placements == mine.placements
+        assert mine.grad.dtype == mine.dtype
+        torch.testing.assert_close(whole(mine.grad), theirs.grad, **tolerance)
+
+
+def step(model, x, scale=1.0):
+    model.zero_grad()
+    y = model(x)
+    y = y.to_local() if isinstance(y, DTensor) else y
+    (y.square().sum() * scale).backward()
+    return y
+
+
+def single(style, config, out_features=8, in_features=12, on=None, **layouts):
+    """A divided layer that takes and gives whole activations, and its undivided original."""
+    torch.manual_seed(0)
+    plain = nn.Linear(in_features, out_features, dtype=torch.float64)
+    seed()
+    layouts = {"input_layouts": Replicate(), "output_layouts": Replicate()} | layouts
+    layer = parallelize_module(copy.deepcopy(plain), on or mesh(), style(**layouts))
+    return converted(layer, config), plain
+
+
+class Recording:
+    """What the shards agree on while this is active."""
+
+    def __init__(self):
+        self.scores, self.selections = [], []
+        self.patches = [
+            self.recording("all_reduce_scores", self.scores),
+            self.recording("broadcast_selection", self.selections),
+        ]
+
+    @staticmethod
+    def recording(name, results):
+        original = getattr(ProcessShards, name)
+
+        def method(shards, value):
+            results.append(original(shards, value))
+            return results[-1]
+
+        return mock.patch.object(ProcessShards, name, method)
+
+    def __enter__(self):
+        for patch in self.patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *error):
+        for patch in self.patches:
+            patch.stop()
