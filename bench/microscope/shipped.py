@@ -12,7 +12,6 @@ from bench.microscope.cases import (
     RANK,
     SHORT,
     Case,
-    K,
     M,
     N,
     P,
@@ -23,15 +22,14 @@ from bench.microscope.cases import (
     weighting,
 )
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.primitives import padded_rank
 from memaop_triton.kernels.gpu.rescale import rescale_
 from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
 from memaop_triton.kernels.gpu.score import accumulate_and_score, accumulate_rest, row_scores
 from memaop_triton.kernels.gpu.subspace import project, project_gradient, transposed_mm
-from memaop_triton.kernels.gpu.tiles import padded_rank
 from memaop_triton.kernels.targets import Target
-from memaop_triton.kernels.tuning import defaults, shipped_tiles
+from memaop_triton.kernels.tuning import defaults
 from memaop_triton.kernels.tuning.defaults import GemmConfig, RowConfig
-from memaop_triton.kernels.tuning.problem import Problem
 
 BLOCK_ROWS = 64
 RANKS = (16, 64)  # the default one and the largest
@@ -47,7 +45,7 @@ def cases(target: Target) -> list[Case]:
     if target.has_tf32:
         kinds.insert(2, (torch.float32, "tf32"))
     found = [case for kind in kinds for case in _gather(target, *kind)]
-    found += _variants(target)
+    found.append(_split(target))
     for dtype, precision in kinds:
         if dtype != torch.float16:
             found += [*_residual(target, dtype, precision), *_subspace(dtype, precision)]
@@ -87,35 +85,19 @@ def gemm_bytes(tile: GemmConfig, itemsize: int) -> int:
     return tile.block_k * (tile.block_n + tile.block_p) * itemsize
 
 
-def _variants(target: Target) -> list[Case]:
-    """The largest tiles with split rows, and added to a float32 gradient."""
+def _split(target: Target) -> Case:
+    """The largest tile with split rows."""
     dtype = torch.bfloat16
-    tile = defaults.gemm_tiles(target, dtype, "ieee")[0]
-    accumulating = Problem("gather_gemm", dtype, M, K, N, P, flags=("accumulate",))
-    added = shipped_tiles.tiles(accumulating, target)[0]
-    assert isinstance(added, GemmConfig)
-    gemm = partial(gather_gemm, **operands(dtype), **weighting(dtype))
-    into = partial(gemm, out=empty(P, N, dtype=torch.float32), accumulate=True)
-    ways = {
-        "gather rows, split 4": (replace(tile, split_k=4), gemm),
-        "gather rows, split 4 by atomics": (
-            replace(added, split_k=4),
-            partial(into, deterministic=False),
-        ),
-        "gather rows into float32": (added, into),
-    }
-    return [
-        Case(
-            title,
-            chosen,
-            partial(call, config=chosen),
-            dtype,
-            "ieee",
-            gemm_bytes(chosen, dtype.itemsize),
-            chosen.block_p,
-        )
-        for title, (chosen, call) in ways.items()
-    ]
+    tile = replace(defaults.gemm_tiles(target, dtype, "ieee")[0], split_k=4)
+    return Case(
+        "gather rows, split 4",
+        tile,
+        partial(gather_gemm, **operands(dtype), **weighting(dtype), config=tile),
+        dtype,
+        "ieee",
+        gemm_bytes(tile, dtype.itemsize),
+        tile.block_p,
+    )
 
 
 def _residual(target: Target, dtype: torch.dtype, precision: str) -> Iterator[Case]:

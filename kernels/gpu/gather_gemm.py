@@ -13,7 +13,7 @@ What that costs beside a plain GEMM, and how it is kept small:
   at a time: G always columns first, X as the target's matrix unit wants it.
 - Weights multiply the G tile in the registers that the matrix unit reads, in the operands' dtype.
 - Few, small tiles leave a GPU idle, so the rows can be split over SPLIT_K programs: each stores a
-  part, and a second kernel adds the parts in one order (or atomics add them, on request).
+  part, and a second kernel adds the parts in one order.
 
 With a projection (`subspace.py`) dW starts from C Eᵀ, a correction of rank q that is multiplied
 before the loop, so that it takes no pass over dW of its own.
@@ -21,9 +21,8 @@ before the loop, so that it takes no pass over dW of its own.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,16 +32,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch
-from memaop_triton.kernels.gpu.reduction import parts_of, sum_parts
-from memaop_triton.kernels.gpu.tiles import (
+from memaop_triton.kernels.gpu.primitives import (
     first_value,
     gathered,
     is_aligned,
     padded_rank,
+    parts_of,
     precision,
     row_offsets,
     share_of_split,
     store_tile,
+    sum_parts,
     tile_of_program,
     weighted,
     wrapped,
@@ -60,8 +60,7 @@ def gather_gemm_kernel(
     BLOCK_N: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr, GROUP: tl.constexpr, EVEN_N: tl.constexpr, EVEN_P: tl.constexpr,
     WIDE: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, RANK: tl.constexpr,
-    PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, ATOMIC: tl.constexpr,
-    X_COLUMNS_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr, X_COLUMNS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One tile of dW over one share of the rows.
 
@@ -117,14 +116,12 @@ def gather_gemm_kernel(
                 acc2 = tl.dot(g, x2.T, acc2, input_precision=PRECISION)
 
     store_tile(
-        acc, scale_ptr, out_ptr, tile_p, tile_n * TILES, split, P, N,
-        BLOCK_P, BLOCK_N, SCALED, ACCUMULATE, ATOMIC,
-    )  # fmt: skip
+        acc, scale_ptr, out_ptr, tile_p, tile_n * TILES, split, P, N, BLOCK_P, BLOCK_N, SCALED
+    )
     if TILES == 2:
         store_tile(
-            acc2, scale_ptr, out_ptr, tile_p, tile_n * 2 + 1, split, P, N,
-            BLOCK_P, BLOCK_N, SCALED, ACCUMULATE, ATOMIC,
-        )  # fmt: skip
+            acc2, scale_ptr, out_ptr, tile_p, tile_n * 2 + 1, split, P, N, BLOCK_P, BLOCK_N, SCALED
+        )
 
 
 @triton.jit(do_not_specialize=["steps"])
@@ -133,7 +130,7 @@ def block_gemm_kernel(
     N, P, steps, rank,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr,
-    RANK: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, ATOMIC: tl.constexpr,
+    RANK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same from whole blocks of neighbouring rows, each tile copied by descriptor.
 
@@ -161,10 +158,7 @@ def block_gemm_kernel(
         acc = tl.dot(g, x, acc, input_precision=PRECISION)
         row = next_row
 
-    store_tile(
-        acc, scale_ptr, out_ptr, tile_p, tile_n, split, P, N,
-        BLOCK_P, BLOCK_N, SCALED, ACCUMULATE, ATOMIC,
-    )  # fmt: skip
+    store_tile(acc, scale_ptr, out_ptr, tile_p, tile_n, split, P, N, BLOCK_P, BLOCK_N, SCALED)
 
 
 def factors(weights: Tensor, target: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -191,8 +185,6 @@ def gather_gemm(
     block_rows: int = 1,
     correction: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
-    accumulate: bool = False,
-    deterministic: bool = True,
     input_precision: str | None = None,
     config: defaults.GemmConfig | None = None,
 ) -> Tensor:
@@ -207,10 +199,8 @@ def gather_gemm(
             `None` for all 1.
         block_rows: Number of neighbouring rows the indices come in.
         correction: `(C, E)`: float32 [P, q] and [N, q] in the dtype of `x`, contiguous, q ≤ 64.
-        out: [P, N], contiguous; made in the dtype of `x` if `None`.
-        accumulate: Add to `out`.
-        deterministic: Add the parts of a split in a fixed order; otherwise by atomics, where `out`
-            is float32.
+        out: [P, N], contiguous, any floating dtype, overwritten; made in the dtype of `x` if
+            `None`.
         input_precision: "ieee" or "tf32" for float32; what torch allows if `None`.
         config: Tile; chosen by `autotune` if `None`.
 
@@ -221,104 +211,109 @@ def gather_gemm(
     formed = input_precision or precision(target, x.dtype)
     aligned = is_aligned(x, g)
     by_descriptor = aligned and block_rows > 1 and target.has_tensor_copies
+    rank = 0 if correction is None else correction[1].shape[1]
     if config is None:
         wide = by_descriptor or (aligned and x.shape[1] % 16 == g.shape[1] % 16 == 0)
         problem = problem_of(
             *("gather_gemm", x.dtype, x.shape[0], indices.numel(), x.shape[1], g.shape[1]),
-            rank=0 if correction is None else correction[1].shape[1],
+            rank=rank,
             precision=formed,
-            flags=flags(
-                accumulate=accumulate,
-                atomic=not deterministic,
-                blocks=by_descriptor,
-                uneven=not wide,
-                weighted=weights is not None,
-            ),
+            flags=flags(blocks=by_descriptor, uneven=not wide, weighted=weights is not None),
             block_rows=block_rows if by_descriptor else 1,
         )
-        ways: dict[str, Any] = {
-            "block_rows": block_rows,
-            "correction": correction,
-            "accumulate": accumulate,
-            "deterministic": deterministic,
-            "input_precision": input_precision,
-        }
-        operands = (x, g, indices, weights)
 
         def rehearse() -> Call:
-            other = None if out is None else torch.zeros_like(out)
-            return partial(gather_gemm, *operands, out=other, **ways)
+            return partial(
+                gather_gemm,
+                x,
+                g,
+                indices,
+                weights,
+                block_rows=block_rows,
+                correction=correction,
+                out=None if out is None else torch.empty_like(out),
+                input_precision=input_precision,
+            )
 
         config = autotune.choose(problem, x.device, rehearse, defaults.GemmConfig)
-    if by_descriptor:
-        config = dataclasses.replace(config, block_k=min(config.block_k, block_rows))
     if out is None:
         out = torch.empty((g.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
-    atomic = not deterministic and config.split_k > 1 and out.dtype == torch.float32
-    parts = out if atomic else parts_of(out, config.split_k)
-    if atomic and not accumulate:
-        out.zero_()
     scale = None
     if weights is not None:
         weights, scale = factors(weights, target, x.dtype)
-    c, e = correction or (parts, parts)
-    rank = 0 if correction is None else e.shape[1]
-    choose = _by_blocks if by_descriptor else _by_rows
-    kernel, operands, sizes, constants = choose(x, g, indices, rank, block_rows, config)
+    c, e = correction or (None, None)
+    job = _Job(
+        x=x, g=g, indices=indices, weights=weights, scale=scale, c=c, e=e,
+        parts=parts_of(out, config.split_k), rank=rank, block_rows=block_rows, precision=formed,
+    )  # fmt: skip
+    if by_descriptor:
+        _by_blocks(job, config)
+    else:
+        _by_rows(job, config)
+    return out if job.parts is out else sum_parts(job.parts, out)
+
+
+class _Job(NamedTuple):
+    """What one of the two kernels is launched on."""
+
+    x: Tensor
+    g: Tensor
+    indices: Tensor
+    weights: Tensor | None
+    scale: Tensor | None
+    c: Tensor | None
+    e: Tensor | None
+    parts: Tensor
+    rank: int
+    block_rows: int
+    precision: str
+
+
+def _by_rows(job: _Job, config: defaults.GemmConfig) -> None:
+    """Launch the kernel that reaches every row by its own pointer."""
+    x, g = job.x, job.g
+    (rows, n), p, k = x.shape, g.shape[1], job.indices.numel()
     launch.launch(
-        kernel,
-        (
-            triton.cdiv(x.shape[1], config.block_n) * triton.cdiv(g.shape[1], config.block_p),
-            config.split_k,
-        ),
-        *operands,
-        *(indices, *(parts if t is None else t for t in (weights, scale)), c, e, parts),
-        *sizes,
-        BLOCK_P=config.block_p,
-        BLOCK_K=config.block_k,
-        SPLIT_K=config.split_k,
-        GROUP=config.group,
-        WEIGHTED=weights is not None,
-        SCALED=scale is not None,
-        RANK=padded_rank(rank) if rank else 0,
-        PRECISION=formed,
-        ACCUMULATE=accumulate and parts is out,
-        ATOMIC=atomic,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **constants,
-    )
-    return out if parts is out else sum_parts(parts, out, accumulate=accumulate)
+        gather_gemm_kernel,
+        _grid(job, config),
+        x_ptr=x, g_ptr=g, index_ptr=job.indices, weight_ptr=job.weights, scale_ptr=job.scale,
+        c_ptr=job.c, e_ptr=job.e, out_ptr=job.parts,
+        M=rows, N=n, P=p, K=k, rank=job.rank,
+        steps=max(0, k - -rows % job.block_rows) // config.block_k,
+        x_row=x.stride(0), x_col=x.stride(1), g_row=g.stride(0), g_col=g.stride(1),
+        BLOCK_N=config.block_n // config.tiles_n, BLOCK_P=config.block_p, BLOCK_K=config.block_k,
+        TILES=config.tiles_n, SPLIT_K=config.split_k, GROUP=config.group,
+        EVEN_N=n % 16 == 0, EVEN_P=p % 16 == 0,
+        WIDE=rows * max(x.stride(0), g.stride(0)) >= 1 << 31,
+        WEIGHTED=job.weights is not None, SCALED=job.scale is not None,
+        RANK=padded_rank(job.rank) if job.rank else 0,
+        PRECISION=job.precision,
+        X_COLUMNS_FIRST=config.x_columns_first,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
 
 
-_Choice = tuple[Any, tuple[Any, ...], tuple[int, ...], dict[str, Any]]
+def _by_blocks(job: _Job, config: defaults.GemmConfig) -> None:
+    """Launch the kernel that copies blocks of rows by descriptor."""
+    block_k = min(config.block_k, job.block_rows)
+    launch.launch(
+        block_gemm_kernel,
+        _grid(job, config),
+        x_desc=TensorDescriptor.from_tensor(job.x, [block_k, config.block_n]),
+        g_desc=TensorDescriptor.from_tensor(job.g, [block_k, config.block_p]),
+        index_ptr=job.indices, weight_ptr=job.weights, scale_ptr=job.scale,
+        c_ptr=job.c, e_ptr=job.e, out_ptr=job.parts,
+        N=job.x.shape[1], P=job.g.shape[1], rank=job.rank,
+        steps=triton.cdiv(job.indices.numel(), block_k),
+        BLOCK_N=config.block_n, BLOCK_P=config.block_p, BLOCK_K=block_k,
+        SPLIT_K=config.split_k, GROUP=config.group, BLOCK_ROWS=job.block_rows,
+        WEIGHTED=job.weights is not None, SCALED=job.scale is not None,
+        RANK=padded_rank(job.rank) if job.rank else 0,
+        PRECISION=job.precision,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
 
 
-def _by_rows(
-    x: Tensor, g: Tensor, indices: Tensor, rank: int, block_rows: int, config: defaults.GemmConfig
-) -> _Choice:
-    """Kernel, operands, sizes and constants where rows are reached by pointers."""
-    (rows, n), p, k = x.shape, g.shape[1], indices.numel()
-    full_steps = max(0, k - -rows % block_rows) // config.block_k
-    constants = {
-        "EVEN_N": n % 16 == 0,
-        "EVEN_P": p % 16 == 0,
-        "BLOCK_N": config.block_n // config.tiles_n,
-        "TILES": config.tiles_n,
-        "X_COLUMNS_FIRST": config.x_columns_first,
-        "WIDE": rows * max(x.stride(0), g.stride(0)) >= 1 << 31,
-    }
-    sizes = (rows, n, p, k, full_steps, rank, *x.stride(), *g.stride())
-    return gather_gemm_kernel, (x, g), sizes, constants
-
-
-def _by_blocks(
-    x: Tensor, g: Tensor, indices: Tensor, rank: int, block_rows: int, config: defaults.GemmConfig
-) -> _Choice:
-    """The same where blocks of rows are copied by descriptor."""
-    operands = (
-        TensorDescriptor.from_tensor(x, [config.block_k, config.block_n]),
-        TensorDescriptor.from_tensor(g, [config.block_k, config.block_p]),
-    )
-    sizes = (x.shape[1], g.shape[1], triton.cdiv(indices.numel(), config.block_k), rank)
-    return block_gemm_kernel, operands, sizes, {"BLOCK_N": config.block_n, "BLOCK_ROWS": block_rows}
+def _grid(job: _Job, config: defaults.GemmConfig) -> tuple[int, int]:
+    n, p = job.x.shape[1], job.g.shape[1]
+    return triton.cdiv(n, config.block_n) * triton.cdiv(p, config.block_p), config.split_k

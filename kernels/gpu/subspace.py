@@ -25,8 +25,7 @@ from torch import Tensor
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
-from memaop_triton.kernels.gpu.reduction import sum_parts
-from memaop_triton.kernels.gpu.tiles import is_aligned, padded_rank, precision
+from memaop_triton.kernels.gpu.primitives import is_aligned, padded_rank, precision, sum_parts
 from memaop_triton.kernels.tuning import autotune, defaults
 from memaop_triton.kernels.tuning.problem import Problem, flags, problem_of
 
@@ -162,15 +161,14 @@ def project(
     launch.launch(
         project_kernel,
         (triton.cdiv(rows, config.block_m),),
-        *(x, basis, z, rest, rows, columns, rank, scale, torch.finfo(x.dtype).eps, *x.stride()),
-        BLOCK_M=config.block_m,
-        BLOCK_C=config.block_c,
-        RANK=padded_rank(rank),
+        x_ptr=x, q_ptr=basis, z_ptr=z, rest_ptr=rest,
+        M=rows, N=columns, rank=rank, scale=scale, epsilon=torch.finfo(x.dtype).eps,
+        x_row=x.stride(0), x_col=x.stride(1),
+        BLOCK_M=config.block_m, BLOCK_C=config.block_c, RANK=padded_rank(rank),
         EVEN=columns % config.block_c == 0,
         PRECISION=precision(target, x.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return z, rest
 
 
@@ -184,35 +182,47 @@ def _problem(kernel: str, a: Tensor, rank: int, *, norms: bool, sums: bool) -> P
     )
 
 
+class _Transposed(NamedTuple):
+    """What one launch of `transposed_kernel` leaves, all float32.
+
+    Attributes:
+        parts: Of Aᵀ Z, [S, N, q].
+        squares: Of the rows of A per tile of columns, [T, M], or `None`.
+        sums: Of the columns of A, [S, N], or `None`.
+    """
+
+    parts: Tensor
+    squares: Tensor | None
+    sums: Tensor | None
+
+
 def _transposed(
     a: Tensor, z: Tensor, squares: bool, sums: bool, config: defaults.RowConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Parts of Aᵀ Z, squares per tile of columns, and column sums per part (or stand-ins)."""
+) -> _Transposed:
     (rows, columns), rank, target = a.shape, z.shape[1], targets.current(a.device)
     tiles = triton.cdiv(columns, config.block_c)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=a.device)
 
-    parts = empty(config.split, columns, rank)
-    tile_squares = empty(tiles, rows) if squares else parts
-    part_sums = empty(config.split, columns) if sums else parts
+    left = _Transposed(
+        empty(config.split, columns, rank),
+        empty(tiles, rows) if squares else None,
+        empty(config.split, columns) if sums else None,
+    )
     launch.launch(
         transposed_kernel,
         (tiles, config.split),
-        *(a, z, parts, tile_squares, part_sums, rows, columns, rank, *a.stride()),
-        BLOCK_M=config.block_m,
-        BLOCK_C=config.block_c,
-        SPLIT=config.split,
+        a_ptr=a, z_ptr=z, parts_ptr=left.parts, squares_ptr=left.squares, sums_ptr=left.sums,
+        M=rows, N=columns, rank=rank, a_row=a.stride(0), a_col=a.stride(1),
+        BLOCK_M=config.block_m, BLOCK_C=config.block_c, SPLIT=config.split,
         RANK=padded_rank(rank),
         EVEN=columns % config.block_c == 0,
-        NORMS=squares,
-        SUMS=sums,
+        NORMS=squares, SUMS=sums,
         PRECISION=precision(target, a.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return parts, tile_squares, part_sums
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return left
 
 
 def project_gradient(
@@ -240,18 +250,19 @@ def project_gradient(
             _sum(project_gradient(g, z, rest, bias_grad=bias_grad, config=config).parts)
 
         config = autotune.choose(problem, g.device, lambda: run, defaults.RowConfig)
-    parts, squares, sums = _transposed(g, z, True, bias_grad, config)
+    left = _transposed(g, z, True, bias_grad, config)
     rows = g.shape[0]
     scores = torch.empty(rows, dtype=torch.float32, device=g.device)
     launch.launch(
         combine_kernel,
         (triton.cdiv(rows, 256),),
-        *(rest, squares, scores, rows, squares.shape[0]),
+        rest_ptr=rest, squares_ptr=left.squares, scores_ptr=scores,
+        M=rows, tiles=triton.cdiv(g.shape[1], config.block_c),
         BLOCK=256,
-        num_warps=4,
-        num_stages=1,
-    )
-    return ProjectedGradient(parts, scores, sums.sum(0).to(g.dtype) if bias_grad else None)
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    db = None if left.sums is None else left.sums.sum(0).to(g.dtype)
+    return ProjectedGradient(left.parts, scores, db)
 
 
 def transposed_mm(z: Tensor, a: Tensor, *, config: defaults.RowConfig | None = None) -> Tensor:
@@ -261,8 +272,7 @@ def transposed_mm(z: Tensor, a: Tensor, *, config: defaults.RowConfig | None = N
         config = autotune.choose(
             problem, a.device, lambda: partial(transposed_mm, z, a), defaults.RowConfig
         )
-    parts, _, _ = _transposed(a, z, False, False, config)
-    return _sum(parts)
+    return _sum(_transposed(a, z, False, False, config).parts)
 
 
 def _sum(parts: Tensor) -> Tensor:

@@ -146,56 +146,37 @@ def test_blocks_that_no_descriptor_can_describe(columns, tensor_copies, traffic)
     assert traffic[0].kernel == "gather_gemm_kernel"
 
 
-@pytest.mark.parametrize("by_descriptor", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("split", [1, 2, 3])
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("accumulate", [True, False])
-def test_into_a_gradient(split, deterministic, accumulate, by_descriptor, request):
+@pytest.mark.parametrize("by_descriptor", [False, True], ids=["pointers", "descriptors"])
+def test_into_a_tensor_of_another_dtype(split, by_descriptor, request):
     if by_descriptor:
         request.getfixturevalue("tensor_copies")
     x, g = operands(80, 48, 32, torch.float16)
-    indices = drawn_blocks([0, 1, 4], 16)
-    weights = (1 + torch.rand(3)).repeat_interleave(16)
-    out = torch.randn(32, 48) if accumulate else torch.full((32, 48), torch.nan)
-    before = out.double() if accumulate else 0.0
-    result = gather_gemm(
-        x, g, indices, weights, block_rows=16, out=out, accumulate=accumulate,
-        deterministic=deterministic, config=replace(SMALL, split_k=split),
-    )  # fmt: skip
-    assert result is out
-    check_products(result, x, g, indices, weights, plus=before)
-
-
-def test_into_a_gradient_of_the_operands_dtype():
-    x, g = operands(80, 33, 17, torch.float16)
-    out, indices = torch.randn(17, 33).half(), drawn_rows(80, 50)
-    before = out.double()
-    for split in (1, 2):
-        result = gather_gemm(
-            x, g, indices, out=out.clone(), accumulate=True, config=replace(SMALL, split_k=split)
-        )
-        check_products(result, x, g, indices, plus=before)
+    indices, out = drawn_blocks([0, 1, 4], 16), torch.full((32, 48), torch.nan)
+    config = replace(SMALL, split_k=split)
+    assert gather_gemm(x, g, indices, block_rows=16, out=out, config=config) is out
+    check_products(out, x, g, indices)
 
 
 @pytest.mark.parametrize(
     ("rank", "way", "kind"),
     pairwise(
         [1, 5, 16, 17, 64],
-        [(1, 1, True), (3, 1, True), (2, 2, True), (2, 1, False)],
+        [(1, 1), (3, 1), (2, 2)],
         [(torch.float16, False), (torch.float16, True), (torch.float32, False)],
     ),
 )
 def test_correction(rank, way, kind, request):
-    (split, tiles, deterministic), (dtype, by_descriptor) = way, kind
+    (split, tiles), (dtype, by_descriptor) = way, kind
     if by_descriptor:
         request.getfixturevalue("tensor_copies")
     x, g = operands(70, 40, 24, dtype)
     c, e = torch.randn(24, rank), torch.randn(40, rank).to(dtype)
     indices = drawn_blocks([0, 2, 4], 16)
-    weights = (8 * torch.rand(3)).repeat_interleave(16) if deterministic else None
+    weights = (8 * torch.rand(3)).repeat_interleave(16) if split > 1 else None
     result = gather_gemm(
         x, g, indices, weights, block_rows=16, correction=(c, e), out=torch.empty(24, 40),
-        deterministic=deterministic, config=replace(SMALL, split_k=split, tiles_n=tiles),
+        config=replace(SMALL, split_k=split, tiles_n=tiles),
     )  # fmt: skip
     check_products(result, x, g, indices, weights, plus=c.double() @ e.double().T)
 

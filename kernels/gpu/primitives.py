@@ -1,6 +1,12 @@
-"""What the GEMMs are made of: which tile a program owns, how rows are reached, how a sum is stored.
+"""What several kernels are made of: tiles, row offsets, sums of parts, random numbers.
 
-A program owns a BLOCK_P × BLOCK_N tile of dW ([P, N]) and one share of the selected rows.
+A GEMM's program owns a BLOCK_P × BLOCK_N tile of dW ([P, N]) and one share of the selected rows.
+
+Row and column numbers fit 32 bits. Their products with strides need not: every product that is
+added to a pointer is formed in 64 bits, or in 32 where the launcher has checked the largest one.
+
+Random numbers are functions of a seed and a place, without state or order: the same seed gives the
+same numbers whatever the launch looks like, so that a step can be repeated bit for bit.
 """
 
 from __future__ import annotations
@@ -10,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.targets import Target
 from memaop_triton.kernels.tuning.footprint import padded_rank as padded_rank
 
@@ -128,28 +135,17 @@ def first_value(
 @triton.jit
 def store_tile(
     acc, scale_ptr, out_ptr, tile_p, tile_n, split, P, N,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr, ACCUMULATE: tl.constexpr,
-    ATOMIC: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile into part `split` of the contiguous [parts, P, N] at `out_ptr`.
-
-    With ATOMIC there is one part, and the tile is added to it.
-    """
+    """Store a tile into part `split` of the contiguous [parts, P, N] at `out_ptr`."""
     if SCALED:
         acc *= tl.load(scale_ptr)
     columns_p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
     columns_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (columns_p[:, None] < P) & (columns_n[None, :] < N)
-    line = columns_p.to(tl.int64)
-    if not ATOMIC:
-        line += split.to(tl.int64) * P
+    line = columns_p.to(tl.int64) + split.to(tl.int64) * P
     places = out_ptr + line[:, None] * N + columns_n[None, :]
-    if ATOMIC:
-        tl.atomic_add(places, acc, mask=inside, sem="relaxed")
-    else:
-        if ACCUMULATE:
-            acc += tl.load(places, mask=inside, other=0).to(tl.float32)
-        tl.store(places, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(places, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -157,3 +153,93 @@ def share_of_split(steps, SPLIT_K: tl.constexpr):
     """First and end of the steps that this program's split takes."""
     split = tl.program_id(1)
     return steps * split // SPLIT_K, steps * (split + 1) // SPLIT_K
+
+
+@triton.jit(do_not_specialize=["parts", "minus"])
+def sum_parts_kernel(
+    parts_ptr, minus_ptr, out_ptr, parts, minus, count,
+    BLOCK: tl.constexpr, SUBTRACT: tl.constexpr,
+):  # fmt: skip
+    """out = Σ parts, less Σ minus with SUBTRACT; always added in the same order."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < count
+    total = tl.zeros((BLOCK,), tl.float32)
+    parts_ptr += places
+    for _ in range(0, parts):
+        total += tl.load(parts_ptr, mask=inside, other=0)
+        parts_ptr += count
+    if SUBTRACT:
+        minus_ptr += places
+        for _ in range(0, minus):
+            total -= tl.load(minus_ptr, mask=inside, other=0)
+            minus_ptr += count
+    tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def parts_of(out: Tensor, split: int) -> Tensor:
+    """What `split` programs per tile store their sums into: `out` itself, or float32 parts."""
+    if split == 1:
+        return out
+    return torch.empty((split, *out.shape), dtype=torch.float32, device=out.device)
+
+
+def sum_parts(parts: Tensor, out: Tensor, *, minus: Tensor | None = None) -> Tensor:
+    """`out` ← Σ `parts` − Σ `minus`, in one order, so that it repeats bit for bit.
+
+    Args:
+        parts: [S, ...] float32, contiguous.
+        out: Shape of a part, contiguous, any floating dtype.
+        minus: [T, ...] float32, contiguous.
+    """
+    block = 1024
+    launch.launch(
+        sum_parts_kernel,
+        (triton.cdiv(out.numel(), block),),
+        parts_ptr=parts,
+        minus_ptr=minus,
+        out_ptr=out,
+        parts=parts.shape[0],
+        minus=0 if minus is None else minus.shape[0],
+        count=out.numel(),
+        BLOCK=block,
+        SUBTRACT=minus is not None,
+        num_warps=4,
+        num_stages=1,
+    )
+    return out
+
+
+@triton.jit
+def row_signs(seed_ptr, rows):
+    """±1 (float32) for each row number in `rows`, from the seed (int64) at `seed_ptr`."""
+    bits, _, _, _ = tl.randint4x(tl.load(seed_ptr), rows)
+    return tl.where(bits & 1 == 0, 1.0, -1.0)
+
+
+@triton.jit
+def _mix(bits):
+    # Two rounds of xor-shift and odd multiplication: every input bit reaches the upper half.
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def row_keys(seed_ptr, rows, STREAM: tl.constexpr):
+    """Random uint32 for each row number; `STREAM` is 0 or 1, for two matrices with one seed."""
+    _, first, second, _ = tl.randint4x(tl.load(seed_ptr), rows)
+    keys = first if STREAM == 0 else second
+    return keys.to(tl.uint32)
+
+
+@triton.jit
+def round_to_bfloat16(value, keys, columns):
+    """Round float32 `value` ([BLOCK_M, BLOCK_C]) up or down to bfloat16, with mean `value`.
+
+    `keys` are those of the rows. The chance of rounding up is the discarded fraction, in steps of
+    2⁻¹⁶. NaN and infinities keep their kind.
+    """
+    noise = _mix(keys[:, None] + columns.to(tl.uint32)[None, :] * 0x9E3779B1)
+    bits = value.to(tl.uint32, bitcast=True)
+    rounded = ((bits + (noise >> 16)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(value) < float("inf"), rounded, value).to(tl.bfloat16)
