@@ -125,6 +125,18 @@ def test_row_memories_keep_what_is_not_selected(selection, memory, block_rows, s
         kept_x, kept_g = all_x * filled.unsqueeze(1), all_g * filled.unsqueeze(1)
 
 
+@pytest.mark.parametrize("scheme", LEGAL, ids=label)
+@pytest.mark.parametrize("block_rows", [1, 16])
+def test_the_collected_factors_are_those_of_the_gradient(scheme, block_rows):
+    config = flat_config(ratio=1 / 4, rank=4, refresh_every=2, block_rows=block_rows, **scheme)
+    memory = new_memory(config, 24, 40)
+    for x, g in batches(SHAPES[0], count=4):
+        factors = []
+        dw, _ = weight_and_bias_grad(x, g, config, memory, factors=factors)
+        ((left, right),) = ((f.g, f.x) for f in factors)
+        torch.testing.assert_close(left.T @ right, dw, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("operand", ["x", "g"])
 def test_a_row_that_is_not_finite_shows_and_is_forgotten(memory_scheme, value, operand):
