@@ -24,7 +24,7 @@ def _tile(p_tiles, n_tiles, GROUP: tl.constexpr):
     program = tl.program_id(0)
     per_group = GROUP * n_tiles
     first = program // per_group * GROUP
-    height = min(p_tiles - first, GROUP)
+    height = tl.minimum(p_tiles - first, GROUP)
     inside = program % per_group
     return first + inside % height, inside // height
 
