@@ -66,11 +66,16 @@ def wrapped(tile, count, BLOCK: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def row_offsets(rows, stride, WIDE: tl.constexpr):
-    """Row number times stride; both fit 32 bits, the product needs 64 if WIDE."""
-    if WIDE:
-        offsets = rows.to(tl.uint32).to(tl.uint64) * tl.cast(tl.cast(stride, tl.uint32), tl.uint64)
-    else:
+    """Row number times stride. A product that needs 64 bits is WIDE.
+
+    Two unsigned numbers of 32 bits take one instruction, so a stride is only wider if it has to be.
+    """
+    if not WIDE:
         offsets = rows.to(tl.int32) * stride
+    elif tl.to_tensor(stride).dtype == tl.int64:
+        offsets = rows.to(tl.int64) * stride
+    else:
+        offsets = rows.to(tl.uint32).to(tl.uint64) * tl.cast(tl.cast(stride, tl.uint32), tl.uint64)
     return offsets
 
 
@@ -116,9 +121,9 @@ def first_value(
         p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         in_rank = r < rank
-        c_places = c_ptr + p[:, None] * rank + r[None, :]
+        c_places = (c_ptr + p.to(tl.int64) * rank)[:, None] + r[None, :]
         c = tl.load(c_places, mask=(p < P)[:, None] & in_rank[None, :], other=0)
-        e_places = e_ptr + n[None, :] * rank + r[:, None]
+        e_places = (e_ptr + n.to(tl.int64) * rank)[None, :] + r[:, None]
         e = tl.load(e_places, mask=(n < N)[None, :] & in_rank[:, None], other=0)
         if SCALED:
             c = c / tl.load(scale_ptr)

@@ -9,7 +9,7 @@ X is [M, N], G is [M, P], Q is [N, q] with q ≤ 64. Both kernels read their lar
   the tile: the squares of G's rows per block of columns, and the column sums.
 
 The correction C = Gᵀ Z − Σ_k w_k g[i_k]ᵀ z[i_k] that the gather GEMM starts from is then the sum of
-the first parts minus a gather GEMM of q columns. s is a power of two near √N, see `cpu.py`.
+the first parts minus a gather GEMM of q columns. s is a power of two near √N, see `torch_ops.py`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def project_kernel(
     for first in range(0, N, BLOCK_C):
         columns = first + tl.arange(0, BLOCK_C)
         places = start[:, None] + columns.to(tl.int64)[None, :] * x_col
-        q_places = q_ptr + columns[:, None] * rank + r[None, :]
+        q_places = (q_ptr + columns.to(tl.int64) * rank)[:, None] + r[None, :]
         q_mask = (columns < N)[:, None] & (r < rank)[None, :]
         x = tl.load(places) if EVEN else tl.load(places, mask=(columns < N)[None, :], other=0)
         q = tl.load(q_places, mask=q_mask, other=0)
@@ -55,7 +55,7 @@ def project_kernel(
         squares += tl.sum(value * value, axis=1)
     stored = (z / scale).to(z_ptr.dtype.element_ty)
     row_ok = rows < M
-    z_places = z_ptr + rows[:, None] * rank + r[None, :]
+    z_places = (z_ptr + rows.to(tl.int64) * rank)[:, None] + r[None, :]
     tl.store(z_places, stored, mask=row_ok[:, None] & (r < rank)[None, :])
     inside = scale * stored.to(tl.float32)
     left = squares - tl.sum(inside * inside, axis=1)
@@ -89,7 +89,7 @@ def transposed_kernel(
         row_ok = m < M
         places = start[:, None] + tl.minimum(m, M - 1).to(tl.int64)[None, :] * a_row
         a = tl.load(places) if EVEN else tl.load(places, mask=inside[:, None], other=0)
-        z_places = z_ptr + m[:, None] * rank + r[None, :]
+        z_places = (z_ptr + m.to(tl.int64) * rank)[:, None] + r[None, :]
         z = tl.load(z_places, mask=row_ok[:, None] & (r < rank)[None, :], other=0)
         product = tl.dot(a, z, product, input_precision=PRECISION)
         if NORMS or SUMS:
@@ -100,7 +100,7 @@ def transposed_kernel(
             if SUMS:
                 total += tl.sum(tl.where(row_ok[None, :], value, 0), axis=1)
     line = share.to(tl.int64) * N + n
-    parts_places = parts_ptr + line[:, None] * rank + r[None, :]
+    parts_places = (parts_ptr + line * rank)[:, None] + r[None, :]
     tl.store(parts_places, product, mask=inside[:, None] & (r < rank)[None, :])
     if SUMS:
         tl.store(sums_ptr + line, total, mask=inside)
@@ -150,7 +150,8 @@ def project(
         [M, q] in the dtype of `x`, and [M] float32. A norm that drowns in rounding is set to the
         size of that rounding.
     """
-    (rows, columns), rank, target = x.shape, basis.shape[1], targets.current(x.device)
+    (rows, columns), rank = x.shape, basis.shape[1]
+    formed = precision(targets.current(x.device), x.dtype)
     if config is None:
         problem = _problem("project", x, rank, norms=False, sums=False)
         config = autotune.choose(
@@ -162,14 +163,22 @@ def project(
         project_kernel,
         (triton.cdiv(rows, config.block_m),),
         x_ptr=x, q_ptr=basis, z_ptr=z, rest_ptr=rest,
-        M=rows, N=columns, rank=rank, scale=scale, epsilon=torch.finfo(x.dtype).eps,
+        M=rows, N=columns, rank=rank, scale=scale, epsilon=_epsilon(x.dtype, formed),
         x_row=x.stride(0), x_col=x.stride(1),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, RANK=padded_rank(rank),
         EVEN=columns % config.block_c == 0,
-        PRECISION=precision(target, x.dtype),
+        PRECISION=formed,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return z, rest
+
+
+def _epsilon(dtype: torch.dtype, formed: str) -> float:
+    """The relative spacing of the numbers that Z is computed from and stored in.
+
+    A float32 product formed as tf32 keeps ten bits of each operand.
+    """
+    return 2.0**-10 if formed == "tf32" else torch.finfo(dtype).eps
 
 
 def _problem(kernel: str, a: Tensor, rank: int, *, norms: bool, sums: bool) -> Problem:
