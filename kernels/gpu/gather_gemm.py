@@ -59,8 +59,8 @@ def gather_gemm_kernel(
     M, N, P, K, steps, rank, x_row, x_col, g_row, g_col,
     BLOCK_N: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr, GROUP: tl.constexpr, EVEN_N: tl.constexpr, EVEN_P: tl.constexpr,
-    WIDE: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, RANK: tl.constexpr,
-    PRECISION: tl.constexpr, X_COLUMNS_FIRST: tl.constexpr,
+    WIDE: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
+    RANK: tl.constexpr, PRECISION: tl.constexpr, X_COLUMNS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One tile of dW over one share of the rows.
 
@@ -84,25 +84,34 @@ def gather_gemm_kernel(
     k = tl.arange(0, BLOCK_K)
 
     first, end = share_of_split(steps, SPLIT_K)
-    rows = tl.load(index_ptr + first * BLOCK_K + k, mask=first * BLOCK_K + k < K, other=0)
+    inside = first * BLOCK_K + k < K
+    rows = tl.load(index_ptr + first * BLOCK_K + k, mask=inside, other=0)
+    wanted = inside
+    if PADDED:
+        wanted = tl.load(weight_ptr + first * BLOCK_K + k, mask=inside, other=0) != 0
     for step in range(first, end):
         ahead = tl.minimum(step + 1, end - 1) * BLOCK_K
         next_rows = tl.load(index_ptr + ahead + k)
         x_offsets = row_offsets(rows, x_row, WIDE)
-        g = gathered(g_start, row_offsets(rows, g_row, WIDE), True)
+        g = gathered(g_start, row_offsets(rows, g_row, WIDE), wanted, True, PADDED)
         if WEIGHTED:
             g = weighted(g, tl.load(weight_ptr + step * BLOCK_K + k)[None, :])
-        x = gathered(x_start, x_offsets, X_COLUMNS_FIRST)
+        x = gathered(x_start, x_offsets, wanted, X_COLUMNS_FIRST, PADDED)
         acc = tl.dot(g, x.T, acc, input_precision=PRECISION)
         if TILES == 2:
-            x2 = gathered(x2_start, x_offsets, X_COLUMNS_FIRST)
+            x2 = gathered(x2_start, x_offsets, wanted, X_COLUMNS_FIRST, PADDED)
             acc2 = tl.dot(g, x2.T, acc2, input_precision=PRECISION)
         rows = next_rows
+        if PADDED:
+            wanted = tl.load(weight_ptr + ahead + k) != 0
 
     if split == SPLIT_K - 1:
         for start in tl.range(steps * BLOCK_K, K, BLOCK_K, num_stages=1):
             rows = tl.load(index_ptr + start + k, mask=start + k < K, other=M)
-            ok = (rows < M)[None, :]
+            ok = rows < M
+            if PADDED:
+                ok = ok & (tl.load(weight_ptr + start + k, mask=start + k < K, other=0) != 0)
+            ok = ok[None, :]
             x_offsets = row_offsets(rows, x_row, WIDE)[None, :]
             g_offsets = row_offsets(rows, g_row, WIDE)[None, :]
             g = tl.load(g_start[:, None] + g_offsets, mask=ok, other=0)
@@ -124,18 +133,32 @@ def gather_gemm_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit
+def _first_row(
+    index_ptr, weight_ptr, step, end, M,
+    BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Number of the first row of a step's block; M, where nothing is read, for one of weight 0."""
+    block = step * BLOCK_K // BLOCK_ROWS
+    row = tl.load(index_ptr + block * BLOCK_ROWS, mask=step < end, other=0).to(tl.int32)
+    if PADDED:
+        weight = tl.load(weight_ptr + block * BLOCK_ROWS, mask=step < end, other=0)
+        row = tl.where(weight == 0, M, row)
+    return row
+
+
+@triton.jit(do_not_specialize=["M", "steps"])
 def block_gemm_kernel(
     x_desc, g_desc, index_ptr, weight_ptr, scale_ptr, c_ptr, e_ptr, out_ptr,
-    N, P, steps, rank,
+    M, N, P, steps, rank,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr,
-    RANK: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr,
+    SCALED: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same from whole blocks of neighbouring rows, each tile copied by descriptor.
 
     `index_ptr` names every row; the first of each block is read. The descriptors return zeros
-    beyond row M and beyond the last column.
+    beyond row M and beyond the last column, and read nothing for them.
     """
     tile_p, tile_n = tile_of_program(N, P, BLOCK_N, BLOCK_P, GROUP)
     split = tl.program_id(1)
@@ -146,10 +169,10 @@ def block_gemm_kernel(
     # A step is one block, or an equal part of one.
     parts: tl.constexpr = BLOCK_ROWS // BLOCK_K
     first, end = share_of_split(steps, SPLIT_K)
-    row = tl.load(index_ptr + first // parts * BLOCK_ROWS, mask=first < end, other=0).to(tl.int32)
+    row = _first_row(index_ptr, weight_ptr, first, end, M, BLOCK_K, BLOCK_ROWS, PADDED)
     for step in range(first, end):
         ahead = tl.minimum(step + 1, end - 1)
-        next_row = tl.load(index_ptr + ahead // parts * BLOCK_ROWS).to(tl.int32)
+        next_row = _first_row(index_ptr, weight_ptr, ahead, end, M, BLOCK_K, BLOCK_ROWS, PADDED)
         start = row + step % parts * BLOCK_K
         x = x_desc.load([start, tile_n * BLOCK_N])
         g = g_desc.load([start, tile_p * BLOCK_P]).T
@@ -164,15 +187,21 @@ def block_gemm_kernel(
 def factors(weights: Tensor, target: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Weights as factors of rows of this dtype, and the scale their products are short of.
 
-    float16 rows have little room upwards, so their weights are divided by a power of two near the
-    root of the largest one, and the result is multiplied by it.
+    A weighted float16 row may leave the range where the weighted sum does not. So float16 weights
+    are divided by a power of two, by which the sum is multiplied: the root of the largest weight or
+    the next power above, so that no row grows by more than that root; up to 64, the root of the
+    largest times the least one, so that rows of equal weights do not grow at all. A larger divisor
+    would take digits from rows of small numbers.
     """
     if dtype == torch.bfloat16 and target.backend == "hip":
         return weights.float(), None
     if dtype != torch.float16 or weights.numel() == 0:
         return weights.to(dtype), None
-    largest = weights.max().clamp(min=1, max=2.0**24)
-    scale = torch.exp2((largest.log2() / 2).floor()).reshape(1)
+    largest = weights.max()
+    least = torch.where(weights > 0, weights, largest).min()
+    root = (largest.log2() / 2).ceil()
+    balanced = ((largest.log2() + least.log2()) / 2).ceil().clamp(max=6)
+    scale = torch.exp2(torch.maximum(root, balanced).clamp(min=0, max=12)).reshape(1)
     return (weights / scale).to(dtype), scale
 
 
@@ -183,6 +212,7 @@ def gather_gemm(
     weights: Tensor | None = None,
     *,
     block_rows: int = 1,
+    is_padded: bool = False,
     correction: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
     input_precision: str | None = None,
@@ -197,7 +227,9 @@ def gather_gemm(
             that M cuts short may be named from M on; they count as zero.
         weights: [K] float32, rounded to the dtype of `x` (so a result carries that rounding), or
             `None` for all 1.
-        block_rows: Number of neighbouring rows the indices come in.
+        block_rows: Number of neighbouring rows the indices come in, of one weight.
+        is_padded: Many weights are 0: rows of weight 0 are not read, and may hold anything. They
+            are multiplied all the same, as zeros.
         correction: `(C, E)`: float32 [P, q] and [N, q] in the dtype of `x`, contiguous, q ≤ 64.
         out: [P, N], contiguous, any floating dtype, overwritten; made in the dtype of `x` if
             `None`.
@@ -230,6 +262,7 @@ def gather_gemm(
                 indices,
                 weights,
                 block_rows=block_rows,
+                is_padded=is_padded,
                 correction=correction,
                 out=None if out is None else torch.empty_like(out),
                 input_precision=input_precision,
@@ -244,7 +277,8 @@ def gather_gemm(
     c, e = correction or (None, None)
     job = _Job(
         x=x, g=g, indices=indices, weights=weights, scale=scale, c=c, e=e,
-        parts=parts_of(out, config.split_k), rank=rank, block_rows=block_rows, precision=formed,
+        parts=parts_of(out, config.split_k), rank=rank, block_rows=block_rows, is_padded=is_padded,
+        precision=formed,
     )  # fmt: skip
     if by_descriptor:
         _by_blocks(job, config)
@@ -266,6 +300,7 @@ class _Job(NamedTuple):
     parts: Tensor
     rank: int
     block_rows: int
+    is_padded: bool
     precision: str
 
 
@@ -285,7 +320,7 @@ def _by_rows(job: _Job, config: defaults.GemmConfig) -> None:
         TILES=config.tiles_n, SPLIT_K=config.split_k, GROUP=config.group,
         EVEN_N=n % 16 == 0, EVEN_P=p % 16 == 0,
         WIDE=rows * max(x.stride(0), g.stride(0)) >= 1 << 31,
-        WEIGHTED=job.weights is not None, SCALED=job.scale is not None,
+        WEIGHTED=job.weights is not None, PADDED=job.is_padded, SCALED=job.scale is not None,
         RANK=padded_rank(job.rank) if job.rank else 0,
         PRECISION=job.precision,
         X_COLUMNS_FIRST=config.x_columns_first,
@@ -303,11 +338,11 @@ def _by_blocks(job: _Job, config: defaults.GemmConfig) -> None:
         g_desc=TensorDescriptor.from_tensor(job.g, [block_k, config.block_p]),
         index_ptr=job.indices, weight_ptr=job.weights, scale_ptr=job.scale,
         c_ptr=job.c, e_ptr=job.e, out_ptr=job.parts,
-        N=job.x.shape[1], P=job.g.shape[1], rank=job.rank,
+        M=job.x.shape[0], N=job.x.shape[1], P=job.g.shape[1], rank=job.rank,
         steps=triton.cdiv(job.indices.numel(), block_k),
         BLOCK_N=config.block_n, BLOCK_P=config.block_p, BLOCK_K=block_k,
         SPLIT_K=config.split_k, GROUP=config.group, BLOCK_ROWS=job.block_rows,
-        WEIGHTED=job.weights is not None, SCALED=job.scale is not None,
+        WEIGHTED=job.weights is not None, PADDED=job.is_padded, SCALED=job.scale is not None,
         RANK=padded_rank(job.rank) if job.rank else 0,
         PRECISION=job.precision,
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -80,14 +80,17 @@ def row_offsets(rows, stride, WIDE: tl.constexpr):
 
 
 @triton.jit
-def gathered(start, offsets, COLUMNS_FIRST: tl.constexpr):
+def gathered(start, offsets, wanted, COLUMNS_FIRST: tl.constexpr, MASKED: tl.constexpr):
     """The tile [BLOCK, BLOCK_K] of one operand: columns at `start`, rows at `offsets` from there.
 
-    COLUMNS_FIRST says in which orientation it is loaded, not what is returned.
+    With MASKED the rows that are not `wanted` are zero and are not read. COLUMNS_FIRST says in
+    which orientation the tile is loaded, not what is returned.
     """
     if COLUMNS_FIRST:
-        return tl.load(start[:, None] + offsets[None, :])
-    return tl.load(start[None, :] + offsets[:, None]).T
+        places = start[:, None] + offsets[None, :]
+        return tl.load(places, mask=wanted[None, :], other=0) if MASKED else tl.load(places)
+    places = start[None, :] + offsets[:, None]
+    return tl.load(places, mask=wanted[:, None], other=0).T if MASKED else tl.load(places).T
 
 
 @triton.jit

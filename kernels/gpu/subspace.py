@@ -296,9 +296,19 @@ def correction(
     weights: Tensor | None,
     *,
     block_rows: int = 1,
+    is_padded: bool = False,
     config: defaults.GemmConfig | None = None,
 ) -> Tensor:
     """C = Gᵀ Z − Σ_k w_k g[i_k]ᵀ z[i_k], [P, q] float32, from the parts of Gᵀ Z."""
     drawn = torch.empty((1, *parts.shape[1:]), dtype=torch.float32, device=g.device)
-    gather_gemm(z, g, indices, weights, block_rows=block_rows, out=drawn[0], config=config)
+    gather_gemm(
+        z,
+        g,
+        indices,
+        weights,
+        block_rows=block_rows,
+        is_padded=is_padded,
+        out=drawn[0],
+        config=config,
+    )
     return sum_parts(parts, torch.empty_like(drawn[0]), minus=drawn)

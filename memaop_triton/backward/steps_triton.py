@@ -1,8 +1,9 @@
 """One step of each memory by the Triton kernels: no host synchronisation, fixed shapes.
 
-The functions are those of `steps_torch`. What differs is that no value is read on the host: rows
-of weight 0 are multiplied like any other, and where M cuts the last block of rows short, the rows
-missing from it are still named, and skipped by the kernels.
+The functions are those of `steps_torch`. What differs is that no value is read on the host: the
+rows of weight 0 that give `bernoulli` a fixed size are not read but are multiplied, as zeros, and
+where M cuts the last block of rows short, the rows missing from it are still named, and skipped by
+the kernels.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def without_memory(operands: Operands, selection: Selection | None) -> Gradients
         db = operands.sum_rows()
     indices, weights = _rows_and_weights(selection, config)
     operands.collect_factors(x, g, selection)
-    dw = gather_gemm(x, g, indices, weights, block_rows=config.block_rows)
+    dw = gather_gemm(
+        x, g, indices, weights, block_rows=config.block_rows, is_padded=_is_padded(config)
+    )
     operands.observe(selection, dw, scores)
     return Gradients(dw, db)
 
@@ -172,9 +175,18 @@ def with_subspace(
         zb = subspace.transposed_mm(z, b).t()
         projection = Projection(basis * scale, z, zb)
         operands.collect_factors(a, b, selection, projection, exchanged=a is g)
-    block = config.block_rows
-    c = subspace.correction(parts, z, b, indices, weights, block_rows=block)
-    dw = gather_gemm(a, b, indices, weights, block_rows=block, correction=(c, basis * scale))
+    c = subspace.correction(
+        parts, z, b, indices, weights, block_rows=config.block_rows, is_padded=_is_padded(config)
+    )
+    dw = gather_gemm(
+        a,
+        b,
+        indices,
+        weights,
+        block_rows=config.block_rows,
+        is_padded=_is_padded(config),
+        correction=(c, basis * scale),
+    )
     projected = None
     if operands.is_observed:
         projected = ProjectedRows(rest, z, parts.sum(0), a.shape[1])
@@ -200,6 +212,11 @@ def _precision(x: Tensor, stored: Tensor) -> str | None:
     """For a float32 memory of half-precision rows tf32, which is as exact as the rows are."""
     from_half = x.dtype != torch.float32 and stored.dtype == torch.float32
     return "tf32" if from_half and targets.current(x.device).has_tf32 else None
+
+
+def _is_padded(config: MemAOPConfig) -> bool:
+    """Whether a selection names many rows of weight 0, to have a fixed size."""
+    return config.selection == "bernoulli"
 
 
 def _rows_and_weights(selection: Selection, config: MemAOPConfig) -> tuple[Tensor, Tensor | None]:

@@ -89,6 +89,51 @@ def test_rows_that_are_not_selected_are_not_read():
     check_products(gather_gemm(x, g, indices, config=SMALL), x, g, indices)
 
 
+@pytest.mark.parametrize(
+    ("config", "block_rows", "by_descriptor"),
+    [(name, 1, False) for name in CONFIGS]
+    + [("three-parts", 16, False), ("three-parts", 16, True), ("chosen", 64, True)],
+)
+def test_padding_is_not_read(config, block_rows, by_descriptor, request, traffic):
+    if by_descriptor:
+        request.getfixturevalue("tensor_copies")
+    x, g = operands(70 * block_rows - 5, 48, 32, torch.float16)
+    indices = drawn_blocks(sorted(torch.randperm(70)[:45].tolist()), block_rows)
+    weights = (1 + torch.rand(45)).where(torch.rand(45) < 0.6, 0).repeat_interleave(block_rows)
+    unused = torch.ones(len(x), dtype=torch.bool)
+    unused[indices[(weights > 0) & (indices < len(x))]] = False
+    x[unused], g[unused] = torch.nan, torch.inf
+    result = gather_gemm(
+        x, g, indices, weights, block_rows=block_rows, is_padded=True, config=CONFIGS[config]
+    )
+    drawn = weights > 0
+    check_products(result, x, g, indices[drawn], weights[drawn])
+    read = traffic[0].read
+    name = "desc" if by_descriptor else "ptr"
+    wanted = int((~unused).sum())
+    assert (read[f"x_{name}"], read[f"g_{name}"]) == (2 * 48 * wanted, 2 * 32 * wanted)
+
+
+@pytest.mark.parametrize("ratio", [1, 4, 8, 100, 1000])
+@pytest.mark.parametrize("by_descriptor", [False, True])
+def test_weights_leave_float16_its_range(ratio, by_descriptor, request):
+    """Rows may be as large as the range allows, or by a root less if weights differ or are huge."""
+    if by_descriptor:
+        request.getfixturevalue("tensor_copies")
+    x, g = operands(64, 48, 32, torch.float16)
+    x, g = (x / 1e4).half(), (g / g.abs().max() * 6e4).half()
+    indices = torch.arange(64)
+    alike = torch.full((64,), float(ratio))
+    unlike = torch.linspace(1, ratio, 4).repeat_interleave(16)
+    less = (g / ratio**0.5).half()
+    for weights, large in ((alike, g if ratio <= 64 else less), (unlike, less)):
+        result = gather_gemm(x, large, indices, weights, block_rows=16, config=SMALL)
+        exact = outer_products(x.double(), large.double(), indices, weights.double())
+        torch.testing.assert_close(
+            result.double(), exact, rtol=0, atol=2e-3 * exact.abs().max().item()
+        )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("largest", [1e-3, 1.0, 3000.0, 1e6])
 @pytest.mark.parametrize("split", [1, 2])
