@@ -45,7 +45,7 @@ def cases(target: Target) -> list[Case]:
     if target.has_tf32:
         kinds.insert(2, (torch.float32, "tf32"))
     found = [case for kind in kinds for case in _gather(target, *kind)]
-    found.append(_split(target))
+    found += _variants(target)
     for dtype, precision in kinds:
         if dtype != torch.float16:
             found += [*_residual(target, dtype, precision), *_subspace(dtype, precision)]
@@ -85,19 +85,30 @@ def gemm_bytes(tile: GemmConfig, itemsize: int) -> int:
     return tile.block_k * (tile.block_n + tile.block_p) * itemsize
 
 
-def _split(target: Target) -> Case:
-    """The largest tile with split rows."""
+def _variants(target: Target) -> Iterator[Case]:
+    """The largest tile with split rows, and with rows of weight 0 that are not read."""
     dtype = torch.bfloat16
-    tile = replace(defaults.gemm_tiles(target, dtype, "ieee")[0], split_k=4)
-    return Case(
-        "gather rows, split 4",
-        tile,
-        partial(gather_gemm, **operands(dtype), **weighting(dtype), config=tile),
-        dtype,
-        "ieee",
-        gemm_bytes(tile, dtype.itemsize),
-        tile.block_p,
-    )
+    tile = defaults.gemm_tiles(target, dtype, "ieee")[0]
+    gemm = partial(gather_gemm, **operands(dtype), **weighting(dtype))
+    ways = {
+        "gather rows, split 4": (replace(tile, split_k=4), gemm),
+        "gather rows, padded": (tile, partial(gemm, is_padded=True)),
+    }
+    if target.has_tensor_copies:
+        blocks = partial(gemm, is_padded=True, block_rows=BLOCK_ROWS)
+        ways["gather blocks, padded"] = (tile, blocks)
+    for title, (chosen, call) in ways.items():
+        yield Case(
+            title,
+            chosen,
+            partial(call, config=chosen),
+            dtype,
+            "ieee",
+            gemm_bytes(chosen, dtype.itemsize),
+            chosen.block_p,
+            by_descriptor="blocks" in title,
+            shown="padded" not in title,
+        )
 
 
 def _residual(target: Target, dtype: torch.dtype, precision: str) -> Iterator[Case]:
