@@ -65,7 +65,8 @@ def gather_gemm_kernel(
     """One tile of dW over one share of the rows.
 
     The first `steps` steps need no masks: every index in them is below M. Later ones may be beyond
-    K or name rows from M on, which count as zero.
+    K or name rows from M on, which count as zero. With PADDED so do rows of weight 0, which are not
+    read: their weights are fetched one step ahead, too.
     """
     tile_p, tile_n = tile_of_program(N, P, TILES * BLOCK_N, BLOCK_P, GROUP)
     split = tl.program_id(1)
@@ -185,7 +186,7 @@ def block_gemm_kernel(
 
 
 def factors(weights: Tensor, target: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Weights as factors of rows of this dtype, and the scale their products are short of.
+    """Weights as factors of rows of this dtype, and the number to multiply their sum by.
 
     A weighted float16 row may leave the range where the weighted sum does not. So float16 weights
     are divided by a power of two, by which the sum is multiplied: the root of the largest weight or
@@ -228,8 +229,8 @@ def gather_gemm(
         weights: [K] float32, rounded to the dtype of `x` (so a result carries that rounding), or
             `None` for all 1.
         block_rows: Number of neighbouring rows the indices come in, of one weight.
-        is_padded: Many weights are 0: rows of weight 0 are not read, and may hold anything. They
-            are multiplied all the same, as zeros.
+        is_padded: Rows of weight 0 (there must be `weights`) are not read, and may hold anything.
+            They are multiplied all the same, as zeros.
         correction: `(C, E)`: float32 [P, q] and [N, q] in the dtype of `x`, contiguous, q ≤ 64.
         out: [P, N], contiguous, any floating dtype, overwritten; made in the dtype of `x` if
             `None`.
@@ -240,7 +241,7 @@ def gather_gemm(
         `out`.
     """
     target = targets.current(x.device)
-    formed = input_precision or precision(target, x.dtype)
+    products = input_precision or precision(target, x.dtype)
     aligned = is_aligned(x, g)
     by_descriptor = aligned and block_rows > 1 and target.has_tensor_copies
     rank = 0 if correction is None else correction[1].shape[1]
@@ -249,7 +250,7 @@ def gather_gemm(
         problem = problem_of(
             *("gather_gemm", x.dtype, x.shape[0], indices.numel(), x.shape[1], g.shape[1]),
             rank=rank,
-            precision=formed,
+            precision=products,
             flags=flags(blocks=by_descriptor, uneven=not wide, weighted=weights is not None),
             block_rows=block_rows if by_descriptor else 1,
         )
@@ -278,7 +279,7 @@ def gather_gemm(
     job = _Job(
         x=x, g=g, indices=indices, weights=weights, scale=scale, c=c, e=e,
         parts=parts_of(out, config.split_k), rank=rank, block_rows=block_rows, is_padded=is_padded,
-        precision=formed,
+        precision=products,
     )  # fmt: skip
     if by_descriptor:
         _by_blocks(job, config)

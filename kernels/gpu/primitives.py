@@ -3,7 +3,7 @@
 A GEMM's program owns a BLOCK_P × BLOCK_N tile of dW ([P, N]) and one share of the selected rows.
 
 Row and column numbers fit 32 bits. Their products with strides need not: every product that is
-added to a pointer is formed in 64 bits, or in 32 where the launcher has checked the largest one.
+added to a pointer is computed in 64 bits, or in 32 where the launcher has checked the largest one.
 
 Random numbers are functions of a seed and a place, without state or order: the same seed gives the
 same numbers whatever the launch looks like, so that a step can be repeated bit for bit.
@@ -22,7 +22,7 @@ from memaop_triton.kernels.tuning.footprint import padded_rank as padded_rank
 
 
 def precision(target: Target, dtype: torch.dtype) -> str:
-    """How products of this dtype are formed: "tf32" for float32 where torch allows it."""
+    """The precision of products of this dtype: "tf32" for float32 where torch allows it."""
     allowed = torch.get_float32_matmul_precision() != "highest"
     return "tf32" if dtype == torch.float32 and target.has_tf32 and allowed else "ieee"
 
@@ -97,8 +97,8 @@ def gathered(start, offsets, wanted, COLUMNS_FIRST: tl.constexpr, MASKED: tl.con
 def weighted(g, w):
     """g·w in the dtype of g; w is of that dtype or, for bfloat16, float32.
 
-    AMD's vector units have no bfloat16 product, and rounding to it by the letter takes some fifteen
-    instructions. Half a unit in the last place, added to the bits, takes one.
+    AMD's vector units have no bfloat16 product, and exact rounding to it (ties to even, NaN) takes
+    some fifteen instructions. Adding half a unit in the last place to the bits takes one.
     """
     if g.dtype == w.dtype:
         product = g * w

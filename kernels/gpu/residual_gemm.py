@@ -66,7 +66,7 @@ def residual_gemm_kernel(
     mg_start = mg_ptr + columns_p
     mx_start = mx_ptr + columns_n
     k = tl.arange(0, BLOCK_K)
-    # A row that was met elsewhere and is not finite must show: 0, or NaN.
+    # 0, or NaN if a row that is not selected is not finite: it must show in the gradient.
     acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32) + tl.load(lost_ptr)
 
     first, end = share_of_split(steps, SPLIT_K)
@@ -106,7 +106,7 @@ def residual_gemm(
     block_rows: int = 1,
     config: defaults.GemmConfig | None = None,
 ) -> Tensor:
-    """dW from rows with their memory added on the way; the memory is only read.
+    """dW from rows to which their memory is added while they are loaded; the memory is only read.
 
     Args:
         memory: `(mx, mg, filled)` as in `score.accumulate_and_score`.
@@ -125,12 +125,12 @@ def residual_gemm(
         [P, N] in the dtype of `x`.
     """
     (mx, mg, filled), (rows, n), p, k = memory, x.shape, g.shape[1], indices.numel()
-    formed = precision(targets.current(x.device), x.dtype)
+    input_precision = precision(targets.current(x.device), x.dtype)
     if config is None:
         problem = problem_of(
             *("residual_gemm", x.dtype, rows, k, n, p),
             stored=mx.dtype,
-            precision=formed,
+            precision=input_precision,
             flags=flags(uneven=not (n % 16 == p % 16 == 0 and is_aligned(x, g))),
         )
 
@@ -154,7 +154,7 @@ def residual_gemm(
         SPLIT_K=config.split_k, GROUP=config.group,
         EVEN_N=n % 16 == 0, EVEN_P=p % 16 == 0,
         WIDE=rows * max(x.stride(0), g.stride(0), mx.stride(0), mg.stride(0)) >= 1 << 31,
-        SIGNED=signed, PRECISION=formed,
+        SIGNED=signed, PRECISION=input_precision,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out if parts is out else sum_parts(parts, out)

@@ -122,9 +122,9 @@ def accumulate_kernel(
 ):  # fmt: skip
     """Update the row memory, and mark the rows that hold a finite remainder as filled.
 
-    With SCORED every row is updated and gets its score. Without, the rows marked in `taken` are
-    passed over, memory and flag, for their outer products are computed elsewhere; and a row that is
-    not finite puts NaN into `lost`, for nobody else will see it.
+    With SCORED every row is updated and gets its score. Without, the rows marked in `taken` keep
+    their memory and flag, because their outer products are computed by `residual_gemm`; and a row
+    that is not finite puts NaN into `lost`, because it reaches the gradient in no other way.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < M

@@ -38,7 +38,7 @@ def project_kernel(
 ):  # fmt: skip
     """z[m] = x[m] Q / scale and rest[m] = ‖x_m − scale·z_m Qᵀ‖, for BLOCK_M rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Rows beyond the last are the last one again: no masks on the way, no store at the end.
+    # Rows beyond the last are loaded from the last one, which takes no masks, and not stored.
     start = x_ptr + tl.minimum(rows, M - 1).to(tl.int64) * x_row
     r = tl.arange(0, RANK)
     z = tl.zeros((BLOCK_M, RANK), tl.float32)
@@ -59,7 +59,7 @@ def project_kernel(
     tl.store(z_places, stored, mask=row_ok[:, None] & (r < rank)[None, :])
     inside = scale * stored.to(tl.float32)
     left = squares - tl.sum(inside * inside, axis=1)
-    # A difference that drowns in rounding counts as that rounding; NaN stays NaN.
+    # A difference below the rounding error of its terms is set to that error; NaN stays NaN.
     left = tl.where(left < squares * epsilon, squares * epsilon, left)
     tl.store(rest_ptr + rows, tl.sqrt(left), mask=row_ok)
 
@@ -147,11 +147,11 @@ def project(
         config: Tile; chosen by `autotune` if `None`.
 
     Returns:
-        [M, q] in the dtype of `x`, and [M] float32. A norm that drowns in rounding is set to the
-        size of that rounding.
+        [M, q] in the dtype of `x`, and [M] float32. A norm below its rounding error is set
+        to the size of that error.
     """
     (rows, columns), rank = x.shape, basis.shape[1]
-    formed = precision(targets.current(x.device), x.dtype)
+    input_precision = precision(targets.current(x.device), x.dtype)
     if config is None:
         problem = _problem("project", x, rank, norms=False, sums=False)
         config = autotune.choose(
@@ -163,22 +163,22 @@ def project(
         project_kernel,
         (triton.cdiv(rows, config.block_m),),
         x_ptr=x, q_ptr=basis, z_ptr=z, rest_ptr=rest,
-        M=rows, N=columns, rank=rank, scale=scale, epsilon=_epsilon(x.dtype, formed),
+        M=rows, N=columns, rank=rank, scale=scale, epsilon=_epsilon(x.dtype, input_precision),
         x_row=x.stride(0), x_col=x.stride(1),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, RANK=padded_rank(rank),
         EVEN=columns % config.block_c == 0,
-        PRECISION=formed,
+        PRECISION=input_precision,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return z, rest
 
 
-def _epsilon(dtype: torch.dtype, formed: str) -> float:
+def _epsilon(dtype: torch.dtype, input_precision: str) -> float:
     """The relative spacing of the numbers that Z is computed from and stored in.
 
-    A float32 product formed as tf32 keeps ten bits of each operand.
+    A float32 product computed as tf32 keeps ten bits of each operand.
     """
-    return 2.0**-10 if formed == "tf32" else torch.finfo(dtype).eps
+    return 2.0**-10 if input_precision == "tf32" else torch.finfo(dtype).eps
 
 
 def _problem(kernel: str, a: Tensor, rank: int, *, norms: bool, sums: bool) -> Problem:
