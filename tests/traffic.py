@@ -76,6 +76,8 @@ def interpreted() -> Iterator[None]:
             patch(JITFunction, "run", run)
             patch(JITFunction, "__call__", call)
             patch(JITFunction, "__get__", bind)  # methods of `tl.tensor`, as in `x.sum(0)`
+            # Triton 3.6 converts an array of one element, which numpy refuses from 2.4 on.
+            patch(tl.tensor, "__index__", lambda value: int(value.handle.data.item()))
             yield
     finally:
         scope.restore()

@@ -24,8 +24,7 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    constants: dict[str, Any]
+    arguments: dict[str, Any]
     num_warps: int
     num_stages: int
 
@@ -67,13 +66,13 @@ def record(call: Callable[[], object], target: Target) -> list[Launch]:
     def collect(
         kernel: Any,
         grid: tuple[int, ...],
-        *args: Any,
+        *,
         num_warps: int = 4,
         num_stages: int = 3,
-        **constants: Any,
+        **arguments: Any,
     ) -> None:
         if 0 not in grid:
-            launches.append(Launch(kernel, tuple(grid), args, constants, num_warps, num_stages))
+            launches.append(Launch(kernel, tuple(grid), arguments, num_warps, num_stages))
 
     with (
         mock.patch.object(launching, "launch", collect),
@@ -92,10 +91,10 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     backend = make_backend(gpu)
     kernel = launch.kernel
-    given = launch.constants | launching.OPTIONS
+    given = launch.arguments | launching.OPTIONS
     given |= {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(*launch.args, **given)
+    bound, specialization, options = bind(**given)
     options, signature, constants, attributes = kernel._pack_args(
         backend, given, bound, specialization, options
     )

@@ -12,7 +12,6 @@ from bench.microscope.cases import (
     RANK,
     SHORT,
     Case,
-    K,
     M,
     N,
     P,
@@ -29,7 +28,7 @@ from memaop_triton.kernels.gpu.score import accumulate_and_score, accumulate_res
 from memaop_triton.kernels.gpu.subspace import project, project_gradient, transposed_mm
 from memaop_triton.kernels.targets import Target
 from memaop_triton.kernels.tuning import defaults
-from memaop_triton.kernels.tuning.config import GemmConfig, Problem, RowConfig, padded_rank
+from memaop_triton.kernels.tuning.config import GemmConfig, RowConfig, padded_rank
 
 BLOCK_ROWS = 64
 RANKS = (16, 64)  # the default one and the largest
@@ -85,25 +84,20 @@ def gemm_bytes(tile: GemmConfig, itemsize: int) -> int:
     return tile.block_k * (tile.block_n + tile.block_p) * itemsize
 
 
-def _variants(target: Target) -> list[Case]:
-    """The largest tiles with split rows, and added to a float32 gradient."""
+def _variants(target: Target) -> Iterator[Case]:
+    """The largest tile with split rows, and with rows of weight 0 that are not read."""
     dtype = torch.bfloat16
     tile = defaults.gemm_tiles(target, dtype, "ieee")[0]
-    accumulating = Problem("gather_gemm", dtype, M, K, N, P, flags=("accumulate",))
-    added = defaults.tiles(accumulating, target)[0]
-    assert isinstance(added, GemmConfig)
     gemm = partial(gather_gemm, **operands(dtype), **weighting(dtype))
-    into = partial(gemm, out=empty(P, N, dtype=torch.float32), accumulate=True)
     ways = {
         "gather rows, split 4": (replace(tile, split_k=4), gemm),
-        "gather rows, split 4 by atomics": (
-            replace(added, split_k=4),
-            partial(into, deterministic=False),
-        ),
-        "gather rows into float32": (added, into),
+        "gather rows, padded": (tile, partial(gemm, is_padded=True)),
     }
-    return [
-        Case(
+    if target.has_tensor_copies:
+        blocks = partial(gemm, is_padded=True, block_rows=BLOCK_ROWS)
+        ways["gather blocks, padded"] = (tile, blocks)
+    for title, (chosen, call) in ways.items():
+        yield Case(
             title,
             chosen,
             partial(call, config=chosen),
@@ -111,9 +105,9 @@ def _variants(target: Target) -> list[Case]:
             "ieee",
             gemm_bytes(chosen, dtype.itemsize),
             chosen.block_p,
+            by_descriptor="blocks" in title,
+            shown="padded" not in title,
         )
-        for title, (chosen, call) in ways.items()
-    ]
 
 
 def _residual(target: Target, dtype: torch.dtype, precision: str) -> Iterator[Case]:

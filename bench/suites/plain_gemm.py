@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch as launching
 from memaop_triton.kernels.gpu.gather_gemm import factors
-from memaop_triton.kernels.gpu.tiles import precision, weighted
+from memaop_triton.kernels.gpu.primitives import precision, weighted
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _tile(p_tiles, n_tiles, GROUP: tl.constexpr):
     program = tl.program_id(0)
     per_group = GROUP * n_tiles
     first = program // per_group * GROUP
-    height = min(p_tiles - first, GROUP)
+    height = tl.minimum(p_tiles - first, GROUP)
     inside = program % per_group
     return first + inside % height, inside // height
 
@@ -52,8 +52,8 @@ def pointer_kernel(
             g_tile = weighted(g_tile, w[None, :])
         x_tile = _load(x_at, (n < N)[None, :], rows[:, None], EVEN_N, EVEN_K)
         total = tl.dot(g_tile, x_tile, total, input_precision=PRECISION)
-        g_at += BLOCK_K * g_stride
-        x_at += BLOCK_K * x_stride
+        g_at += tl.cast(g_stride, tl.int64) * BLOCK_K
+        x_at += tl.cast(x_stride, tl.int64) * BLOCK_K
     out_at = out + p[:, None].to(tl.int64) * out_stride + n[None, :]
     value = total.to(out.dtype.element_ty)
     if EVEN_P and EVEN_N:
@@ -113,19 +113,15 @@ def pointer_gemm(
     launching.launch(
         pointer_kernel,
         (triton.cdiv(P, block_p) * triton.cdiv(N, block_n),),
-        *(g, x, _factors(weights, g), out, K, P, N, g.stride(0), x.stride(0), out.stride(0)),
-        BLOCK_P=block_p,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        GROUP=8,
-        EVEN_P=P % block_p == 0,
-        EVEN_N=N % block_n == 0,
-        EVEN_K=K % block_k == 0,
+        g=g, x=x, weights=_factors(weights, g), out=out,
+        K=K, P=P, N=N,
+        g_stride=g.stride(0), x_stride=x.stride(0), out_stride=out.stride(0),
+        BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=8,
+        EVEN_P=P % block_p == 0, EVEN_N=N % block_n == 0, EVEN_K=K % block_k == 0,
         WEIGHTED=weights is not None,
         PRECISION=precision(targets.current(g.device), g.dtype),
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
     return out
 
 
@@ -145,25 +141,21 @@ def descriptor_gemm(
     launching.launch(
         descriptor_kernel,
         (triton.cdiv(P, block_p) * triton.cdiv(N, block_n),),
-        TensorDescriptor.from_tensor(g, [block_k, block_p]),
-        TensorDescriptor.from_tensor(x, [block_k, block_n]),
-        _factors(weights, g),
-        TensorDescriptor.from_tensor(out, [block_p, block_n]),
-        *(K, P, N),
-        BLOCK_P=block_p,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        GROUP=8,
+        g=TensorDescriptor.from_tensor(g, [block_k, block_p]),
+        x=TensorDescriptor.from_tensor(x, [block_k, block_n]),
+        weights=_factors(weights, g),
+        out=TensorDescriptor.from_tensor(out, [block_p, block_n]),
+        K=K, P=P, N=N,
+        BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=8,
         WEIGHTED=weights is not None,
         PRECISION=precision(targets.current(g.device), g.dtype),
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
     return out
 
 
-def _factors(weights: Tensor | None, g: Tensor) -> Tensor:
-    """The weights as the gathering kernels take them, or a stand-in."""
+def _factors(weights: Tensor | None, g: Tensor) -> Tensor | None:
+    """The weights as the gathering kernels take them."""
     if weights is None:
-        return g
+        return None
     return factors(weights, targets.current(g.device), g.dtype)[0]

@@ -282,6 +282,23 @@ def sampled_rows_mm(
         expand, z = projection
         dx = z @ (expand.t() @ weight)
         rows.addmm_(z.index_select(0, indices), expand.t(), alpha=-1)
-    if weights is not None:
-        rows.mul_(weights.unsqueeze(1))
-    return dx.index_add_(0, indices, rows @ weight)
+    if weights is None:
+        product = rows @ weight
+    elif g.dtype == torch.float16:
+        # A row of G that grows may leave float16's range where that of G W does not.
+        factors = weights.unsqueeze(1)
+        product = (rows.mul_(factors.clamp(max=1)) @ weight).mul_(factors.clamp(min=1))
+    else:
+        product = rows.mul_(weights.unsqueeze(1)) @ weight
+    if g.device.type == "cpu":
+        return dx.index_add_(0, indices, product)
+    return _add_in_order(dx, indices, product)
+
+
+def _add_in_order(total: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """Add `rows` to the rows `indices` of `total`; one that is named repeatedly, in one order.
+
+    On a GPU `index_add_` adds by atomics, in any order, so that sums of three differ from run to
+    run. `index_put_` sorts the indices first, without a host synchronisation.
+    """
+    return total.index_put_((indices,), rows, accumulate=True)

@@ -13,7 +13,7 @@ What that costs beside a plain GEMM, and how it is kept small:
   at a time: G always columns first, X as the target's matrix unit wants it.
 - Weights multiply the G tile in the registers that the matrix unit reads, in the operands' dtype.
 - Few, small tiles leave a GPU idle, so the rows can be split over SPLIT_K programs: each stores a
-  part, and a second kernel adds the parts in one order (or atomics add them, on request).
+  part, and a second kernel adds the parts in one order.
 
 With a projection (`subspace.py`) dW starts from C Eᵀ, a correction of rank q that is multiplied
 before the loop, so that it takes no pass over dW of its own.
@@ -21,9 +21,8 @@ before the loop, so that it takes no pass over dW of its own.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,15 +32,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch
-from memaop_triton.kernels.gpu.reduction import parts_of, sum_parts
-from memaop_triton.kernels.gpu.tiles import (
+from memaop_triton.kernels.gpu.primitives import (
     first_value,
     gathered,
     is_aligned,
+    parts_of,
     precision,
     row_offsets,
     share_of_split,
     store_tile,
+    sum_parts,
     tile_of_program,
     weighted,
     wrapped,
@@ -58,14 +58,14 @@ def gather_gemm_kernel(
     M, N, P, K, steps, rank, x_row, x_col, g_row, g_col,
     BLOCK_N: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr, GROUP: tl.constexpr, EVEN_N: tl.constexpr, EVEN_P: tl.constexpr,
-    WIDE: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr, RANK: tl.constexpr,
-    PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, ATOMIC: tl.constexpr,
-    X_COLUMNS_FIRST: tl.constexpr,
+    WIDE: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
+    RANK: tl.constexpr, PRECISION: tl.constexpr, X_COLUMNS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One tile of dW over one share of the rows.
 
     The first `steps` steps need no masks: every index in them is below M. Later ones may be beyond
-    K or name rows from M on, which count as zero.
+    K or name rows from M on, which count as zero. With PADDED so do rows of weight 0, which are not
+    read: their weights are fetched one step ahead, too.
     """
     tile_p, tile_n = tile_of_program(N, P, TILES * BLOCK_N, BLOCK_P, GROUP)
     split = tl.program_id(1)
@@ -84,25 +84,34 @@ def gather_gemm_kernel(
     k = tl.arange(0, BLOCK_K)
 
     first, end = share_of_split(steps, SPLIT_K)
-    rows = tl.load(index_ptr + first * BLOCK_K + k, mask=first * BLOCK_K + k < K, other=0)
+    inside = first * BLOCK_K + k < K
+    rows = tl.load(index_ptr + first * BLOCK_K + k, mask=inside, other=0)
+    wanted = inside
+    if PADDED:
+        wanted = tl.load(weight_ptr + first * BLOCK_K + k, mask=inside, other=0) != 0
     for step in range(first, end):
         ahead = tl.minimum(step + 1, end - 1) * BLOCK_K
         next_rows = tl.load(index_ptr + ahead + k)
         x_offsets = row_offsets(rows, x_row, WIDE)
-        g = gathered(g_start, row_offsets(rows, g_row, WIDE), True)
+        g = gathered(g_start, row_offsets(rows, g_row, WIDE), wanted, True, PADDED)
         if WEIGHTED:
             g = weighted(g, tl.load(weight_ptr + step * BLOCK_K + k)[None, :])
-        x = gathered(x_start, x_offsets, X_COLUMNS_FIRST)
+        x = gathered(x_start, x_offsets, wanted, X_COLUMNS_FIRST, PADDED)
         acc = tl.dot(g, x.T, acc, input_precision=PRECISION)
         if TILES == 2:
-            x2 = gathered(x2_start, x_offsets, X_COLUMNS_FIRST)
+            x2 = gathered(x2_start, x_offsets, wanted, X_COLUMNS_FIRST, PADDED)
             acc2 = tl.dot(g, x2.T, acc2, input_precision=PRECISION)
         rows = next_rows
+        if PADDED:
+            wanted = tl.load(weight_ptr + ahead + k) != 0
 
     if split == SPLIT_K - 1:
         for start in tl.range(steps * BLOCK_K, K, BLOCK_K, num_stages=1):
             rows = tl.load(index_ptr + start + k, mask=start + k < K, other=M)
-            ok = (rows < M)[None, :]
+            ok = rows < M
+            if PADDED:
+                ok = ok & (tl.load(weight_ptr + start + k, mask=start + k < K, other=0) != 0)
+            ok = ok[None, :]
             x_offsets = row_offsets(rows, x_row, WIDE)[None, :]
             g_offsets = row_offsets(rows, g_row, WIDE)[None, :]
             g = tl.load(g_start[:, None] + g_offsets, mask=ok, other=0)
@@ -116,28 +125,40 @@ def gather_gemm_kernel(
                 acc2 = tl.dot(g, x2.T, acc2, input_precision=PRECISION)
 
     store_tile(
-        acc, scale_ptr, out_ptr, tile_p, tile_n * TILES, split, P, N,
-        BLOCK_P, BLOCK_N, SCALED, ACCUMULATE, ATOMIC,
-    )  # fmt: skip
+        acc, scale_ptr, out_ptr, tile_p, tile_n * TILES, split, P, N, BLOCK_P, BLOCK_N, SCALED
+    )
     if TILES == 2:
         store_tile(
-            acc2, scale_ptr, out_ptr, tile_p, tile_n * 2 + 1, split, P, N,
-            BLOCK_P, BLOCK_N, SCALED, ACCUMULATE, ATOMIC,
-        )  # fmt: skip
+            acc2, scale_ptr, out_ptr, tile_p, tile_n * 2 + 1, split, P, N, BLOCK_P, BLOCK_N, SCALED
+        )
 
 
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit
+def _first_row(
+    index_ptr, weight_ptr, step, end, M,
+    BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Number of the first row of a step's block; M, where nothing is read, for one of weight 0."""
+    block = step * BLOCK_K // BLOCK_ROWS
+    row = tl.load(index_ptr + block * BLOCK_ROWS, mask=step < end, other=0).to(tl.int32)
+    if PADDED:
+        weight = tl.load(weight_ptr + block * BLOCK_ROWS, mask=step < end, other=0)
+        row = tl.where(weight == 0, M, row)
+    return row
+
+
+@triton.jit(do_not_specialize=["M", "steps"])
 def block_gemm_kernel(
     x_desc, g_desc, index_ptr, weight_ptr, scale_ptr, c_ptr, e_ptr, out_ptr,
-    N, P, steps, rank,
+    M, N, P, steps, rank,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, WEIGHTED: tl.constexpr, SCALED: tl.constexpr,
-    RANK: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, ATOMIC: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr,
+    SCALED: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same from whole blocks of neighbouring rows, each tile copied by descriptor.
 
     `index_ptr` names every row; the first of each block is read. The descriptors return zeros
-    beyond row M and beyond the last column.
+    beyond row M and beyond the last column, and read nothing for them.
     """
     tile_p, tile_n = tile_of_program(N, P, BLOCK_N, BLOCK_P, GROUP)
     split = tl.program_id(1)
@@ -148,10 +169,10 @@ def block_gemm_kernel(
     # A step is one block, or an equal part of one.
     parts: tl.constexpr = BLOCK_ROWS // BLOCK_K
     first, end = share_of_split(steps, SPLIT_K)
-    row = tl.load(index_ptr + first // parts * BLOCK_ROWS, mask=first < end, other=0).to(tl.int32)
+    row = _first_row(index_ptr, weight_ptr, first, end, M, BLOCK_K, BLOCK_ROWS, PADDED)
     for step in range(first, end):
         ahead = tl.minimum(step + 1, end - 1)
-        next_row = tl.load(index_ptr + ahead // parts * BLOCK_ROWS).to(tl.int32)
+        next_row = _first_row(index_ptr, weight_ptr, ahead, end, M, BLOCK_K, BLOCK_ROWS, PADDED)
         start = row + step % parts * BLOCK_K
         x = x_desc.load([start, tile_n * BLOCK_N])
         g = g_desc.load([start, tile_p * BLOCK_P]).T
@@ -160,24 +181,27 @@ def block_gemm_kernel(
         acc = tl.dot(g, x, acc, input_precision=PRECISION)
         row = next_row
 
-    store_tile(
-        acc, scale_ptr, out_ptr, tile_p, tile_n, split, P, N,
-        BLOCK_P, BLOCK_N, SCALED, ACCUMULATE, ATOMIC,
-    )  # fmt: skip
+    store_tile(acc, scale_ptr, out_ptr, tile_p, tile_n, split, P, N, BLOCK_P, BLOCK_N, SCALED)
 
 
 def factors(weights: Tensor, target: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Weights as factors of rows of this dtype, and the scale their products are short of.
+    """Weights as factors of rows of this dtype, and the number to multiply their sum by.
 
-    float16 rows have little room upwards, so their weights are divided by a power of two near the
-    root of the largest one, and the result is multiplied by it.
+    A weighted float16 row may leave the range where the weighted sum does not. So float16 weights
+    are divided by a power of two, by which the sum is multiplied: the root of the largest weight or
+    the next power above, so that no row grows by more than that root; up to 64, the root of the
+    largest times the least one, so that rows of equal weights do not grow at all. A larger divisor
+    would take digits from rows of small numbers.
     """
     if dtype == torch.bfloat16 and target.backend == "hip":
         return weights.float(), None
     if dtype != torch.float16 or weights.numel() == 0:
         return weights.to(dtype), None
-    largest = weights.max().clamp(min=1, max=2.0**24)
-    scale = torch.exp2((largest.log2() / 2).floor()).reshape(1)
+    largest = weights.max()
+    least = torch.where(weights > 0, weights, largest).min()
+    root = (largest.log2() / 2).ceil()
+    balanced = ((largest.log2() + least.log2()) / 2).ceil().clamp(max=6)
+    scale = torch.exp2(torch.maximum(root, balanced).clamp(min=0, max=12)).reshape(1)
     return (weights / scale).to(dtype), scale
 
 
@@ -188,10 +212,9 @@ def gather_gemm(
     weights: Tensor | None = None,
     *,
     block_rows: int = 1,
+    is_padded: bool = False,
     correction: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
-    accumulate: bool = False,
-    deterministic: bool = True,
     input_precision: str | None = None,
     config: GemmConfig | None = None,
 ) -> Tensor:
@@ -204,12 +227,12 @@ def gather_gemm(
             that M cuts short may be named from M on; they count as zero.
         weights: [K] float32, rounded to the dtype of `x` (so a result carries that rounding), or
             `None` for all 1.
-        block_rows: Number of neighbouring rows the indices come in.
+        block_rows: Number of neighbouring rows the indices come in, of one weight.
+        is_padded: Rows of weight 0 (there must be `weights`) are not read, and may hold anything.
+            They are multiplied all the same, as zeros.
         correction: `(C, E)`: float32 [P, q] and [N, q] in the dtype of `x`, contiguous, q ≤ 64.
-        out: [P, N], contiguous; made in the dtype of `x` if `None`.
-        accumulate: Add to `out`.
-        deterministic: Add the parts of a split in a fixed order; otherwise by atomics, where `out`
-            is float32.
+        out: [P, N], contiguous, any floating dtype, overwritten; made in the dtype of `x` if
+            `None`.
         input_precision: "ieee" or "tf32" for float32; what torch allows if `None`.
         config: Tile; chosen by `tuner` if `None`.
 
@@ -217,107 +240,115 @@ def gather_gemm(
         `out`.
     """
     target = targets.current(x.device)
-    formed = input_precision or precision(target, x.dtype)
+    products = input_precision or precision(target, x.dtype)
     aligned = is_aligned(x, g)
     by_descriptor = aligned and block_rows > 1 and target.has_tensor_copies
+    rank = 0 if correction is None else correction[1].shape[1]
     if config is None:
         wide = by_descriptor or (aligned and x.shape[1] % 16 == g.shape[1] % 16 == 0)
         problem = problem_of(
             *("gather_gemm", x.dtype, x.shape[0], indices.numel(), x.shape[1], g.shape[1]),
-            rank=0 if correction is None else correction[1].shape[1],
-            precision=formed,
-            flags=flags(
-                accumulate=accumulate,
-                atomic=not deterministic,
-                blocks=by_descriptor,
-                uneven=not wide,
-                weighted=weights is not None,
-            ),
+            rank=rank,
+            precision=products,
+            flags=flags(blocks=by_descriptor, uneven=not wide, weighted=weights is not None),
             block_rows=block_rows if by_descriptor else 1,
         )
-        ways: dict[str, Any] = {
-            "block_rows": block_rows,
-            "correction": correction,
-            "accumulate": accumulate,
-            "deterministic": deterministic,
-            "input_precision": input_precision,
-        }
-        operands = (x, g, indices, weights)
 
-        def rehearse() -> Call:
-            other = None if out is None else torch.zeros_like(out)
-            return partial(gather_gemm, *operands, out=other, **ways)
+        def make_benchmark_call() -> Call:
+            return partial(
+                gather_gemm,
+                x,
+                g,
+                indices,
+                weights,
+                block_rows=block_rows,
+                is_padded=is_padded,
+                correction=correction,
+                out=None if out is None else torch.empty_like(out),
+                input_precision=input_precision,
+            )
 
-        config = tuner.choose(problem, x.device, rehearse, GemmConfig)
-    if by_descriptor:
-        config = dataclasses.replace(config, block_k=min(config.block_k, block_rows))
+        config = tuner.choose(problem, x.device, make_benchmark_call, GemmConfig)
     if out is None:
         out = torch.empty((g.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
-    atomic = not deterministic and config.split_k > 1 and out.dtype == torch.float32
-    parts = out if atomic else parts_of(out, config.split_k)
-    if atomic and not accumulate:
-        out.zero_()
     scale = None
     if weights is not None:
         weights, scale = factors(weights, target, x.dtype)
-    c, e = correction or (parts, parts)
-    rank = 0 if correction is None else e.shape[1]
-    choose = _by_blocks if by_descriptor else _by_rows
-    kernel, operands, sizes, constants = choose(x, g, indices, rank, block_rows, config)
+    c, e = correction or (None, None)
+    job = _Job(
+        x=x, g=g, indices=indices, weights=weights, scale=scale, c=c, e=e,
+        parts=parts_of(out, config.split_k), rank=rank, block_rows=block_rows, is_padded=is_padded,
+        precision=products,
+    )  # fmt: skip
+    if by_descriptor:
+        _by_blocks(job, config)
+    else:
+        _by_rows(job, config)
+    return out if job.parts is out else sum_parts(job.parts, out)
+
+
+class _Job(NamedTuple):
+    """What one of the two kernels is launched on."""
+
+    x: Tensor
+    g: Tensor
+    indices: Tensor
+    weights: Tensor | None
+    scale: Tensor | None
+    c: Tensor | None
+    e: Tensor | None
+    parts: Tensor
+    rank: int
+    block_rows: int
+    is_padded: bool
+    precision: str
+
+
+def _by_rows(job: _Job, config: GemmConfig) -> None:
+    """Launch the kernel that reaches every row by its own pointer."""
+    x, g = job.x, job.g
+    (rows, n), p, k = x.shape, g.shape[1], job.indices.numel()
     launch.launch(
-        kernel,
-        (
-            triton.cdiv(x.shape[1], config.block_n) * triton.cdiv(g.shape[1], config.block_p),
-            config.split_k,
-        ),
-        *operands,
-        *(indices, *(parts if t is None else t for t in (weights, scale)), c, e, parts),
-        *sizes,
-        BLOCK_P=config.block_p,
-        BLOCK_K=config.block_k,
-        SPLIT_K=config.split_k,
-        GROUP=config.group,
-        WEIGHTED=weights is not None,
-        SCALED=scale is not None,
-        RANK=padded_rank(rank) if rank else 0,
-        PRECISION=formed,
-        ACCUMULATE=accumulate and parts is out,
-        ATOMIC=atomic,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **constants,
-    )
-    return out if parts is out else sum_parts(parts, out, accumulate=accumulate)
+        gather_gemm_kernel,
+        _grid(job, config),
+        x_ptr=x, g_ptr=g, index_ptr=job.indices, weight_ptr=job.weights, scale_ptr=job.scale,
+        c_ptr=job.c, e_ptr=job.e, out_ptr=job.parts,
+        M=rows, N=n, P=p, K=k, rank=job.rank,
+        steps=max(0, k - -rows % job.block_rows) // config.block_k,
+        x_row=x.stride(0), x_col=x.stride(1), g_row=g.stride(0), g_col=g.stride(1),
+        BLOCK_N=config.block_n // config.tiles_n, BLOCK_P=config.block_p, BLOCK_K=config.block_k,
+        TILES=config.tiles_n, SPLIT_K=config.split_k, GROUP=config.group,
+        EVEN_N=n % 16 == 0, EVEN_P=p % 16 == 0,
+        WIDE=rows * max(x.stride(0), g.stride(0)) >= 1 << 31,
+        WEIGHTED=job.weights is not None, PADDED=job.is_padded, SCALED=job.scale is not None,
+        RANK=padded_rank(job.rank) if job.rank else 0,
+        PRECISION=job.precision,
+        X_COLUMNS_FIRST=config.x_columns_first,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
 
 
-_Choice = tuple[Any, tuple[Any, ...], tuple[int, ...], dict[str, Any]]
+def _by_blocks(job: _Job, config: GemmConfig) -> None:
+    """Launch the kernel that copies blocks of rows by descriptor."""
+    block_k = min(config.block_k, job.block_rows)
+    launch.launch(
+        block_gemm_kernel,
+        _grid(job, config),
+        x_desc=TensorDescriptor.from_tensor(job.x, [block_k, config.block_n]),
+        g_desc=TensorDescriptor.from_tensor(job.g, [block_k, config.block_p]),
+        index_ptr=job.indices, weight_ptr=job.weights, scale_ptr=job.scale,
+        c_ptr=job.c, e_ptr=job.e, out_ptr=job.parts,
+        M=job.x.shape[0], N=job.x.shape[1], P=job.g.shape[1], rank=job.rank,
+        steps=triton.cdiv(job.indices.numel(), block_k),
+        BLOCK_N=config.block_n, BLOCK_P=config.block_p, BLOCK_K=block_k,
+        SPLIT_K=config.split_k, GROUP=config.group, BLOCK_ROWS=job.block_rows,
+        WEIGHTED=job.weights is not None, PADDED=job.is_padded, SCALED=job.scale is not None,
+        RANK=padded_rank(job.rank) if job.rank else 0,
+        PRECISION=job.precision,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
 
 
-def _by_rows(
-    x: Tensor, g: Tensor, indices: Tensor, rank: int, block_rows: int, config: GemmConfig
-) -> _Choice:
-    """Kernel, operands, sizes and constants where rows are reached by pointers."""
-    (rows, n), p, k = x.shape, g.shape[1], indices.numel()
-    full_steps = max(0, k - -rows % block_rows) // config.block_k
-    constants = {
-        "EVEN_N": n % 16 == 0,
-        "EVEN_P": p % 16 == 0,
-        "BLOCK_N": config.block_n // config.tiles_n,
-        "TILES": config.tiles_n,
-        "X_COLUMNS_FIRST": config.x_columns_first,
-        "WIDE": rows * max(x.stride(0), g.stride(0)) >= 1 << 31,
-    }
-    sizes = (rows, n, p, k, full_steps, rank, *x.stride(), *g.stride())
-    return gather_gemm_kernel, (x, g), sizes, constants
-
-
-def _by_blocks(
-    x: Tensor, g: Tensor, indices: Tensor, rank: int, block_rows: int, config: GemmConfig
-) -> _Choice:
-    """The same where blocks of rows are copied by descriptor."""
-    operands = (
-        TensorDescriptor.from_tensor(x, [config.block_k, config.block_n]),
-        TensorDescriptor.from_tensor(g, [config.block_k, config.block_p]),
-    )
-    sizes = (x.shape[1], g.shape[1], triton.cdiv(indices.numel(), config.block_k), rank)
-    return block_gemm_kernel, operands, sizes, {"BLOCK_N": config.block_n, "BLOCK_ROWS": block_rows}
+def _grid(job: _Job, config: GemmConfig) -> tuple[int, int]:
+    n, p = job.x.shape[1], job.g.shape[1]
+    return triton.cdiv(n, config.block_n) * triton.cdiv(p, config.block_p), config.split_k

@@ -8,31 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Said aloud, because Triton 3.9 asks for it.
+# Passed explicitly, because Triton 3.9 asks for it.
 OPTIONS = {"enable_fp_fusion": True}
 
 
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    *args: Any,
+    *,
     num_warps: int = 4,
     num_stages: int = 3,
-    **constants: Any,
+    **arguments: Any,
 ) -> None:
-    """Run `kernel` over `grid` on the device of the first tensor among `args`.
+    """Run `kernel` over `grid` on the device of the first tensor among its arguments.
 
     Args:
         kernel: A `triton.jit` function.
         grid: Number of programs along each axis; nothing happens if one is 0.
-        args: The kernel's run-time arguments in order.
         num_warps: Warps per program.
         num_stages: Depth of the software pipeline.
-        constants: The kernel's `tl.constexpr` arguments by name.
+        arguments: The kernel's arguments by name. `None` for a pointer that a flag says is not
+            used.
     """
     if 0 in grid:
         return
-    device = next(a.device for a in args if isinstance(a, Tensor))
+    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constants)
+        kernel[grid](num_warps=num_warps, num_stages=num_stages, **OPTIONS, **arguments)

@@ -49,9 +49,8 @@ def rescale_(m: Tensor, factor: Tensor, *, config: RowConfig | None = None) -> N
     launch.launch(
         rescale_kernel,
         (triton.cdiv(rows, config.block_m),),
-        *(m, factor, rows, columns, m.stride(0)),
-        BLOCK_M=config.block_m,
-        BLOCK_C=config.block_c,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        m_ptr=m, factor_ptr=factor,
+        M=rows, N=columns, m_row=m.stride(0),
+        BLOCK_M=config.block_m, BLOCK_C=config.block_c,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

@@ -18,17 +18,18 @@ from torch import Tensor
 
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch
-from memaop_triton.kernels.gpu.reduction import parts_of, sum_parts
-from memaop_triton.kernels.gpu.score import row_factors
-from memaop_triton.kernels.gpu.tiles import (
+from memaop_triton.kernels.gpu.primitives import (
     is_aligned,
+    parts_of,
     precision,
     row_offsets,
     share_of_split,
     store_tile,
+    sum_parts,
     tile_of_program,
     wrapped,
 )
+from memaop_triton.kernels.gpu.score import row_factors
 from memaop_triton.kernels.tuning import tuner
 from memaop_triton.kernels.tuning.config import GemmConfig, flags, problem_of
 from memaop_triton.kernels.tuning.tuner import Call
@@ -65,7 +66,7 @@ def residual_gemm_kernel(
     mg_start = mg_ptr + columns_p
     mx_start = mx_ptr + columns_n
     k = tl.arange(0, BLOCK_K)
-    # A row that was met elsewhere and is not finite must show: 0, or NaN.
+    # 0, or NaN if a row that is not selected is not finite: it must show in the gradient.
     acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32) + tl.load(lost_ptr)
 
     first, end = share_of_split(steps, SPLIT_K)
@@ -89,9 +90,7 @@ def residual_gemm_kernel(
             x = _updated(x_start, mx_start, rows, x_row, mx_row, ok, carried, factor, WIDE, True)
             acc = tl.dot(g, x.T, acc, input_precision=PRECISION)
 
-    store_tile(
-        acc, lost_ptr, out_ptr, tile_p, tile_n, split, P, N, BLOCK_P, BLOCK_N, False, False, False
-    )
+    store_tile(acc, None, out_ptr, tile_p, tile_n, split, P, N, BLOCK_P, BLOCK_N, False)
 
 
 def residual_gemm(
@@ -107,7 +106,7 @@ def residual_gemm(
     block_rows: int = 1,
     config: GemmConfig | None = None,
 ) -> Tensor:
-    """dW from rows with their memory added on the way; the memory is only read.
+    """dW from rows to which their memory is added while they are loaded; the memory is only read.
 
     Args:
         memory: `(mx, mg, filled)` as in `score.accumulate_and_score`.
@@ -126,40 +125,36 @@ def residual_gemm(
         [P, N] in the dtype of `x`.
     """
     (mx, mg, filled), (rows, n), p, k = memory, x.shape, g.shape[1], indices.numel()
-    formed = precision(targets.current(x.device), x.dtype)
+    input_precision = precision(targets.current(x.device), x.dtype)
     if config is None:
         problem = problem_of(
             *("residual_gemm", x.dtype, rows, k, n, p),
             stored=mx.dtype,
-            precision=formed,
+            precision=input_precision,
             flags=flags(signed=signed, uneven=not (n % 16 == p % 16 == 0 and is_aligned(x, g))),
         )
 
-        def rehearse() -> Call:
+        def make_benchmark_call() -> Call:
             full = (mx, mg, torch.ones_like(filled))  # as it is in the middle of training
             operands = (full, x, g, indices, carry, seed, lost)
             return partial(residual_gemm, *operands, signed=signed, block_rows=block_rows)
 
-        config = tuner.choose(problem, x.device, rehearse, GemmConfig)
+        config = tuner.choose(problem, x.device, make_benchmark_call, GemmConfig)
     out = torch.empty((p, n), dtype=x.dtype, device=x.device)
     parts = parts_of(out, config.split_k)
-    strides = (*x.stride(), *g.stride(), mx.stride(0), mg.stride(0))
     launch.launch(
         residual_gemm_kernel,
         (triton.cdiv(n, config.block_n) * triton.cdiv(p, config.block_p), config.split_k),
-        *(x, g, mx, mg, filled.view(torch.int8), carry, seed, indices, lost, parts),
-        *(rows, n, p, k, max(0, k - -rows % block_rows) // config.block_k, *strides),
-        BLOCK_N=config.block_n,
-        BLOCK_P=config.block_p,
-        BLOCK_K=config.block_k,
-        SPLIT_K=config.split_k,
-        GROUP=config.group,
-        EVEN_N=n % 16 == 0,
-        EVEN_P=p % 16 == 0,
+        x_ptr=x, g_ptr=g, mx_ptr=mx, mg_ptr=mg, filled_ptr=filled.view(torch.int8),
+        carry_ptr=carry, seed_ptr=seed, index_ptr=indices, lost_ptr=lost, out_ptr=parts,
+        M=rows, N=n, P=p, K=k, steps=max(0, k - -rows % block_rows) // config.block_k,
+        x_row=x.stride(0), x_col=x.stride(1), g_row=g.stride(0), g_col=g.stride(1),
+        mx_row=mx.stride(0), mg_row=mg.stride(0),
+        BLOCK_N=config.block_n, BLOCK_P=config.block_p, BLOCK_K=config.block_k,
+        SPLIT_K=config.split_k, GROUP=config.group,
+        EVEN_N=n % 16 == 0, EVEN_P=p % 16 == 0,
         WIDE=rows * max(x.stride(0), g.stride(0), mx.stride(0), mg.stride(0)) >= 1 << 31,
-        SIGNED=signed,
-        PRECISION=formed,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        SIGNED=signed, PRECISION=input_precision,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return out if parts is out else sum_parts(parts, out)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memaop_triton.kernels.gpu import launch
-from memaop_triton.kernels.gpu.randomness import round_to_bfloat16, row_keys, row_signs
+from memaop_triton.kernels.gpu.primitives import round_to_bfloat16, row_keys, row_signs
 from memaop_triton.kernels.tuning import tuner
 from memaop_triton.kernels.tuning.config import RowConfig, flags, problem_of
 from memaop_triton.kernels.tuning.tuner import Call
@@ -122,9 +122,9 @@ def accumulate_kernel(
 ):  # fmt: skip
     """Update the row memory, and mark the rows that hold a finite remainder as filled.
 
-    With SCORED every row is updated and gets its score. Without, the rows marked in `taken` are
-    passed over, memory and flag, for their outer products are computed elsewhere; and a row that is
-    not finite puts NaN into `lost`, for nobody else will see it.
+    With SCORED every row is updated and gets its score. Without, the rows marked in `taken` keep
+    their memory and flag, because their outer products are computed by `residual_gemm`; and a row
+    that is not finite puts NaN into `lost`, because it reaches the gradient in no other way.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < M
@@ -191,15 +191,13 @@ def _score(
     launch.launch(
         score_kernel,
         (triton.cdiv(rows, config.block_m),),
-        *(x, other, scores, scores if sums is None else sums),
-        *(rows, columns, other.shape[1], *x.stride(), *other.stride()),
-        BLOCK_M=config.block_m,
-        BLOCK_C=config.block_c,
-        PAIR=g is not None,
-        SUMS=bias_grad,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        x_ptr=x, g_ptr=g, scores_ptr=scores, sums_ptr=sums,
+        M=rows, N=columns, P=other.shape[1],
+        x_row=x.stride(0), x_col=x.stride(1), g_row=other.stride(0), g_col=other.stride(1),
+        BLOCK_M=config.block_m, BLOCK_C=config.block_c,
+        PAIR=g is not None, SUMS=bias_grad,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return scores, _sum_parts(sums, other)
 
 
@@ -232,7 +230,7 @@ def accumulate_and_score(
         [M] float32, and [P] in the dtype of `g` or `None`.
     """
     scores = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    sums = _update(memory, x, g, carry, seed, scores, None, signed, bias_grad, config)
+    sums = _update(memory, x, g, carry, seed, scores, None, None, signed, bias_grad, config)
     return scores, sums
 
 
@@ -256,7 +254,7 @@ def accumulate_rest(
     Returns:
         The column sums of all of G, [P], if `bias_grad`.
     """
-    return _update(memory, x, g, carry, seed, lost, taken, signed, bias_grad, config)
+    return _update(memory, x, g, carry, seed, None, taken, lost, signed, bias_grad, config)
 
 
 def _update(
@@ -265,12 +263,14 @@ def _update(
     g: Tensor,
     carry: Tensor,
     seed: Tensor,
-    result: Tensor,
+    scores: Tensor | None,
     taken: Tensor | None,
+    lost: Tensor | None,
     signed: bool,
     bias_grad: bool,
     config: RowConfig | None,
 ) -> Tensor | None:
+    """Launch the update that scores every row (`scores`), or that of the rest (`taken`, `lost`)."""
     mx, mg, filled = memory
     if mx.stride(1) != 1 or mg.stride(1) != 1:
         raise ValueError("the rows of a memory must lie without gaps.")
@@ -282,31 +282,38 @@ def _update(
             flags=flags(signed=signed, sums=bias_grad, unscored=taken is not None),
         )
 
-        def rehearse() -> Call:
+        def make_benchmark_call() -> Call:
             # A memory as it is in the middle of training; c = 0, or it would grow without bounds.
             full = (_zeros_as(mx), _zeros_as(mg), torch.ones_like(filled))
-            other = torch.empty_like(result)
+            results = [None if t is None else torch.empty_like(t) for t in (scores, lost)]
             return partial(
-                _update, full, x, g, torch.zeros_like(carry), seed, other, taken, signed, bias_grad
+                _update,
+                full,
+                x,
+                g,
+                torch.zeros_like(carry),
+                seed,
+                results[0],
+                taken,
+                results[1],
+                signed,
+                bias_grad,
             )
 
-        config = tuner.choose(problem, x.device, rehearse, RowConfig)
+        config = tuner.choose(problem, x.device, make_benchmark_call, RowConfig)
     sums = _partial_sums(g, config) if bias_grad else None
     launch.launch(
         accumulate_kernel,
         (triton.cdiv(rows, config.block_m),),
-        *(mx, mg, x, g, filled.view(torch.int8)),
-        (filled if taken is None else taken).view(torch.int8),
-        *(carry, seed, result, result if sums is None else sums, result),
-        *(rows, n, p, mx.stride(0), mg.stride(0), *x.stride(), *g.stride()),
-        BLOCK_M=config.block_m,
-        BLOCK_C=config.block_c,
-        SIGNED=signed,
-        SUMS=bias_grad,
-        SCORED=taken is None,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        mx_ptr=mx, mg_ptr=mg, x_ptr=x, g_ptr=g, filled_ptr=filled.view(torch.int8),
+        taken_ptr=None if taken is None else taken.view(torch.int8),
+        carry_ptr=carry, seed_ptr=seed, scores_ptr=scores, sums_ptr=sums, lost_ptr=lost,
+        M=rows, N=n, P=p, mx_row=mx.stride(0), mg_row=mg.stride(0),
+        x_row=x.stride(0), x_col=x.stride(1), g_row=g.stride(0), g_col=g.stride(1),
+        BLOCK_M=config.block_m, BLOCK_C=config.block_c,
+        SIGNED=signed, SUMS=bias_grad, SCORED=taken is None,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return _sum_parts(sums, g)
 
 

@@ -9,7 +9,7 @@ X is [M, N], G is [M, P], Q is [N, q] with q ≤ 64. Both kernels read their lar
   the tile: the squares of G's rows per block of columns, and the column sums.
 
 The correction C = Gᵀ Z − Σ_k w_k g[i_k]ᵀ z[i_k] that the gather GEMM starts from is then the sum of
-the first parts minus a gather GEMM of q columns. s is a power of two near √N, see `cpu.py`.
+the first parts minus a gather GEMM of q columns. s is a power of two near √N, see `torch_ops.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from torch import Tensor
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
-from memaop_triton.kernels.gpu.reduction import sum_parts
-from memaop_triton.kernels.gpu.tiles import is_aligned, precision
+from memaop_triton.kernels.gpu.primitives import is_aligned, precision, sum_parts
 from memaop_triton.kernels.tuning import tuner
 from memaop_triton.kernels.tuning.config import (
     GemmConfig,
@@ -46,7 +45,7 @@ def project_kernel(
 ):  # fmt: skip
     """z[m] = x[m] Q / scale and rest[m] = ‖x_m − scale·z_m Qᵀ‖, for BLOCK_M rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Rows beyond the last are the last one again: no masks on the way, no store at the end.
+    # Rows beyond the last are loaded from the last one, which takes no masks, and not stored.
     start = x_ptr + tl.minimum(rows, M - 1).to(tl.int64) * x_row
     r = tl.arange(0, RANK)
     z = tl.zeros((BLOCK_M, RANK), tl.float32)
@@ -54,7 +53,7 @@ def project_kernel(
     for first in range(0, N, BLOCK_C):
         columns = first + tl.arange(0, BLOCK_C)
         places = start[:, None] + columns.to(tl.int64)[None, :] * x_col
-        q_places = q_ptr + columns[:, None] * rank + r[None, :]
+        q_places = (q_ptr + columns.to(tl.int64) * rank)[:, None] + r[None, :]
         q_mask = (columns < N)[:, None] & (r < rank)[None, :]
         x = tl.load(places) if EVEN else tl.load(places, mask=(columns < N)[None, :], other=0)
         q = tl.load(q_places, mask=q_mask, other=0)
@@ -63,11 +62,11 @@ def project_kernel(
         squares += tl.sum(value * value, axis=1)
     stored = (z / scale).to(z_ptr.dtype.element_ty)
     row_ok = rows < M
-    z_places = z_ptr + rows[:, None] * rank + r[None, :]
+    z_places = (z_ptr + rows.to(tl.int64) * rank)[:, None] + r[None, :]
     tl.store(z_places, stored, mask=row_ok[:, None] & (r < rank)[None, :])
     inside = scale * stored.to(tl.float32)
     left = squares - tl.sum(inside * inside, axis=1)
-    # A difference that drowns in rounding counts as that rounding; NaN stays NaN.
+    # A difference below the rounding error of its terms is set to that error; NaN stays NaN.
     left = tl.where(left < squares * epsilon, squares * epsilon, left)
     tl.store(rest_ptr + rows, tl.sqrt(left), mask=row_ok)
 
@@ -97,7 +96,7 @@ def transposed_kernel(
         row_ok = m < M
         places = start[:, None] + tl.minimum(m, M - 1).to(tl.int64)[None, :] * a_row
         a = tl.load(places) if EVEN else tl.load(places, mask=inside[:, None], other=0)
-        z_places = z_ptr + m[:, None] * rank + r[None, :]
+        z_places = (z_ptr + m.to(tl.int64) * rank)[:, None] + r[None, :]
         z = tl.load(z_places, mask=row_ok[:, None] & (r < rank)[None, :], other=0)
         product = tl.dot(a, z, product, input_precision=PRECISION)
         if NORMS or SUMS:
@@ -108,7 +107,7 @@ def transposed_kernel(
             if SUMS:
                 total += tl.sum(tl.where(row_ok[None, :], value, 0), axis=1)
     line = share.to(tl.int64) * N + n
-    parts_places = parts_ptr + line[:, None] * rank + r[None, :]
+    parts_places = (parts_ptr + line * rank)[:, None] + r[None, :]
     tl.store(parts_places, product, mask=inside[:, None] & (r < rank)[None, :])
     if SUMS:
         tl.store(sums_ptr + line, total, mask=inside)
@@ -155,10 +154,11 @@ def project(
         config: Tile; chosen by `tuner` if `None`.
 
     Returns:
-        [M, q] in the dtype of `x`, and [M] float32. A norm that drowns in rounding is set to the
-        size of that rounding.
+        [M, q] in the dtype of `x`, and [M] float32. A norm below its rounding error is set
+        to the size of that error.
     """
-    (rows, columns), rank, target = x.shape, basis.shape[1], targets.current(x.device)
+    (rows, columns), rank = x.shape, basis.shape[1]
+    input_precision = precision(targets.current(x.device), x.dtype)
     if config is None:
         problem = _problem("project", x, rank, norms=False, sums=False)
         config = tuner.choose(
@@ -169,16 +169,23 @@ def project(
     launch.launch(
         project_kernel,
         (triton.cdiv(rows, config.block_m),),
-        *(x, basis, z, rest, rows, columns, rank, scale, torch.finfo(x.dtype).eps, *x.stride()),
-        BLOCK_M=config.block_m,
-        BLOCK_C=config.block_c,
-        RANK=padded_rank(rank),
+        x_ptr=x, q_ptr=basis, z_ptr=z, rest_ptr=rest,
+        M=rows, N=columns, rank=rank, scale=scale, epsilon=_epsilon(x.dtype, input_precision),
+        x_row=x.stride(0), x_col=x.stride(1),
+        BLOCK_M=config.block_m, BLOCK_C=config.block_c, RANK=padded_rank(rank),
         EVEN=columns % config.block_c == 0,
-        PRECISION=precision(target, x.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        PRECISION=input_precision,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return z, rest
+
+
+def _epsilon(dtype: torch.dtype, input_precision: str) -> float:
+    """The relative spacing of the numbers that Z is computed from and stored in.
+
+    A float32 product computed as tf32 keeps ten bits of each operand.
+    """
+    return 2.0**-10 if input_precision == "tf32" else torch.finfo(dtype).eps
 
 
 def _problem(kernel: str, a: Tensor, rank: int, *, norms: bool, sums: bool) -> Problem:
@@ -191,35 +198,45 @@ def _problem(kernel: str, a: Tensor, rank: int, *, norms: bool, sums: bool) -> P
     )
 
 
-def _transposed(
-    a: Tensor, z: Tensor, squares: bool, sums: bool, config: RowConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Parts of Aᵀ Z, squares per tile of columns, and column sums per part (or stand-ins)."""
+class _Transposed(NamedTuple):
+    """What one launch of `transposed_kernel` leaves, all float32.
+
+    Attributes:
+        parts: Of Aᵀ Z, [S, N, q].
+        squares: Of the rows of A per tile of columns, [T, M], or `None`.
+        sums: Of the columns of A, [S, N], or `None`.
+    """
+
+    parts: Tensor
+    squares: Tensor | None
+    sums: Tensor | None
+
+
+def _transposed(a: Tensor, z: Tensor, squares: bool, sums: bool, config: RowConfig) -> _Transposed:
     (rows, columns), rank, target = a.shape, z.shape[1], targets.current(a.device)
     tiles = triton.cdiv(columns, config.block_c)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=a.device)
 
-    parts = empty(config.split, columns, rank)
-    tile_squares = empty(tiles, rows) if squares else parts
-    part_sums = empty(config.split, columns) if sums else parts
+    left = _Transposed(
+        empty(config.split, columns, rank),
+        empty(tiles, rows) if squares else None,
+        empty(config.split, columns) if sums else None,
+    )
     launch.launch(
         transposed_kernel,
         (tiles, config.split),
-        *(a, z, parts, tile_squares, part_sums, rows, columns, rank, *a.stride()),
-        BLOCK_M=config.block_m,
-        BLOCK_C=config.block_c,
-        SPLIT=config.split,
+        a_ptr=a, z_ptr=z, parts_ptr=left.parts, squares_ptr=left.squares, sums_ptr=left.sums,
+        M=rows, N=columns, rank=rank, a_row=a.stride(0), a_col=a.stride(1),
+        BLOCK_M=config.block_m, BLOCK_C=config.block_c, SPLIT=config.split,
         RANK=padded_rank(rank),
         EVEN=columns % config.block_c == 0,
-        NORMS=squares,
-        SUMS=sums,
+        NORMS=squares, SUMS=sums,
         PRECISION=precision(target, a.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return parts, tile_squares, part_sums
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return left
 
 
 def project_gradient(
@@ -247,18 +264,19 @@ def project_gradient(
             _sum(project_gradient(g, z, rest, bias_grad=bias_grad, config=config).parts)
 
         config = tuner.choose(problem, g.device, lambda: run, RowConfig)
-    parts, squares, sums = _transposed(g, z, True, bias_grad, config)
+    left = _transposed(g, z, True, bias_grad, config)
     rows = g.shape[0]
     scores = torch.empty(rows, dtype=torch.float32, device=g.device)
     launch.launch(
         combine_kernel,
         (triton.cdiv(rows, 256),),
-        *(rest, squares, scores, rows, squares.shape[0]),
+        rest_ptr=rest, squares_ptr=left.squares, scores_ptr=scores,
+        M=rows, tiles=triton.cdiv(g.shape[1], config.block_c),
         BLOCK=256,
-        num_warps=4,
-        num_stages=1,
-    )
-    return ProjectedGradient(parts, scores, sums.sum(0).to(g.dtype) if bias_grad else None)
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    db = None if left.sums is None else left.sums.sum(0).to(g.dtype)
+    return ProjectedGradient(left.parts, scores, db)
 
 
 def transposed_mm(z: Tensor, a: Tensor, *, config: RowConfig | None = None) -> Tensor:
@@ -266,8 +284,7 @@ def transposed_mm(z: Tensor, a: Tensor, *, config: RowConfig | None = None) -> T
     if config is None:
         problem = _problem("transposed_mm", a, z.shape[1], norms=False, sums=False)
         config = tuner.choose(problem, a.device, lambda: partial(transposed_mm, z, a), RowConfig)
-    parts, _, _ = _transposed(a, z, False, False, config)
-    return _sum(parts)
+    return _sum(_transposed(a, z, False, False, config).parts)
 
 
 def _sum(parts: Tensor) -> Tensor:
@@ -282,9 +299,19 @@ def correction(
     weights: Tensor | None,
     *,
     block_rows: int = 1,
+    is_padded: bool = False,
     config: GemmConfig | None = None,
 ) -> Tensor:
     """C = Gᵀ Z − Σ_k w_k g[i_k]ᵀ z[i_k], [P, q] float32, from the parts of Gᵀ Z."""
     drawn = torch.empty((1, *parts.shape[1:]), dtype=torch.float32, device=g.device)
-    gather_gemm(z, g, indices, weights, block_rows=block_rows, out=drawn[0], config=config)
+    gather_gemm(
+        z,
+        g,
+        indices,
+        weights,
+        block_rows=block_rows,
+        is_padded=is_padded,
+        out=drawn[0],
+        config=config,
+    )
     return sum_parts(parts, torch.empty_like(drawn[0]), minus=drawn)

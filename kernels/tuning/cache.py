@@ -41,14 +41,14 @@ SHIPPED = Path(__file__).parents[1] / "configs"
 _PROGRAMS = Path(__file__).parents[1] / "gpu"
 
 # The files whose text decides what a kernel's programs do.
-_GEMM = ("tiles.py", "reduction.py", "launch.py")
+_COMMON = ("primitives.py", "launch.py")
 SOURCES = {
-    "row_scores": ("score.py", "randomness.py", "launch.py"),
-    "accumulate_and_score": ("score.py", "randomness.py", "launch.py"),
-    "project": ("subspace.py", *_GEMM),
-    "transposed_mm": ("subspace.py", *_GEMM),
-    "gather_gemm": ("gather_gemm.py", *_GEMM),
-    "residual_gemm": ("residual_gemm.py", "score.py", "randomness.py", *_GEMM),
+    "row_scores": ("score.py", *_COMMON),
+    "accumulate_and_score": ("score.py", *_COMMON),
+    "project": ("subspace.py", *_COMMON),
+    "transposed_mm": ("subspace.py", *_COMMON),
+    "gather_gemm": ("gather_gemm.py", *_COMMON),
+    "residual_gemm": ("residual_gemm.py", "score.py", *_COMMON),
 }
 
 

@@ -24,8 +24,6 @@ KERNELS = (
 )
 KIB = 1 << 10
 FLAGS = (
-    "accumulate",
-    "atomic",
     "blocks",
     "norms",
     "signed",
@@ -112,10 +110,10 @@ class Problem:
         rank: Columns of the subspace's basis; 0 for none.
         stored: Dtype of the row memory, `None` without one.
         precision: How float32 products are formed, "ieee" or "tf32".
-        flags: What else the kernel is specialised for, in alphabetical order: "accumulate",
-            "atomic" (parts of a split may be added by atomics), "blocks" (rows come in whole
-            blocks, by descriptor), "norms", "signed" (rows of the memory get random signs),
-            "sums", "uneven" (rows that are not aligned to 16 bytes), "unscored", "weighted".
+        flags: What else the kernel is specialised for, in alphabetical order: "blocks"
+            (rows come in whole blocks, by descriptor), "norms", "signed" (rows of the memory get
+            random signs), "sums", "uneven" (rows that are not aligned to 16 bytes), "unscored",
+            "weighted".
         block_rows: Rows of a block with "blocks", a bound of what one step takes; 1 otherwise.
     """
 
@@ -217,8 +215,7 @@ def shared_memory(problem: Problem, config: Config, target: Target) -> int:
     the result on its way out, by halves on AMD, whose kernels keep the first stage in registers.
     """
     if isinstance(config, GemmConfig):
-        whole = "accumulate" in problem.flags or config.split_k > 1
-        size = 4 if whole else problem.dtype.itemsize
+        size = 4 if config.split_k > 1 else problem.dtype.itemsize
         leaving = config.block_n // config.tiles_n * config.block_p * size
         if target.backend == "hip":
             leaving //= 2
@@ -277,14 +274,12 @@ def registers(problem: Problem, config: Config, target: Target) -> int:
         held = 2 if problem.kernel == "accumulate_and_score" else 1
         return int(20 + held * elements * (1 + size / 4))
     sums = config.block_n * config.block_p / count
-    if "accumulate" in problem.flags:
-        sums *= 2
     operands = (config.block_n + config.block_p) * config.block_k / count
     if problem.kernel == "residual_gemm":
         return int(48 + sums + operands * (size + 4) / 4)
     copies = operands * size / 16
     fragments = 0.0 if reads_shared(problem, target) else 32.0
-    if target.arch == 100 and not problem.is_exact and "accumulate" not in problem.flags:
+    if target.arch == 100 and not problem.is_exact:
         fragments -= 0.4 * sums  # they are in tensor memory until they are stored
     if "weighted" in problem.flags:
         fragments += config.block_p * config.block_k / count * size / 4

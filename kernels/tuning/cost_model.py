@@ -226,7 +226,7 @@ def _gemm(problem: Problem, config: GemmConfig, target: Target) -> Work:
     formed while loading. They come through the shared cache; see `_gemm_reads` for what reaches the
     memory behind it. A correction of rank q multiplies twice before the loop, like 2q more rows.
     With a split each program stores its float32 part, and a second launch adds them: 4·split·P·N
-    bytes written, read again, and the result written: in the dtype of X, or added to float32.
+    bytes written, read again, and the result written in the dtype of X.
     """
     n, p = max(problem.n, 1), max(problem.p, 1)
     loaded = problem.dtype.itemsize
@@ -234,8 +234,7 @@ def _gemm(problem: Problem, config: GemmConfig, target: Target) -> Work:
         loaded += (problem.stored or problem.dtype).itemsize
     steps = _ceil_div(_ceil_div(problem.k, config.block_k), config.split_k)
     correction = 2 * padded_rank(problem.rank) / config.block_k if problem.rank else 0.0
-    written = 8 if "accumulate" in problem.flags else problem.dtype.itemsize
-    out = written * problem.n * problem.p
+    out = problem.dtype.itemsize * problem.n * problem.p
     parts = 4 * config.split_k * n * p if config.split_k > 1 else 0
     exact = problem.is_exact and target.backend == "cuda"
     return Work(

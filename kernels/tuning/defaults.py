@@ -88,11 +88,7 @@ def tiles(problem: Problem, target: Target) -> tuple[Config, ...]:
     """The tiles that ship for a problem on a target, none of them split."""
     aligned = problem.is_aligned
     if problem.kernel == "gather_gemm":
-        found = gemm_tiles(target, problem.dtype, problem.precision, aligned=aligned)
-        if "accumulate" not in problem.flags:
-            return found
-        # Two tiles and what they are added to do not fit into the registers.
-        return tuple(tile for tile in found if tile.block_n <= 128)
+        return gemm_tiles(target, problem.dtype, problem.precision, aligned=aligned)
     if problem.kernel == "residual_gemm":
         return residual_tiles(target, problem.dtype, problem.precision)
     if problem.kernel == "project":

@@ -1,11 +1,14 @@
 """One step of each memory by the Triton kernels: no host synchronisation, fixed shapes.
 
-The functions are those of `steps_torch`. What differs is that no value is read on the host: rows
-of weight 0 are multiplied like any other, and where M cuts the last block of rows short, the rows
-missing from it are still named, and skipped by the kernels.
+The functions are those of `steps_torch`. What differs is that no value is read on the host: the
+rows of weight 0 that give `bernoulli` a fixed size are not read but are multiplied, as zeros, and
+where M cuts the last block of rows short, the rows missing from it are still named, and skipped by
+the kernels.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +34,9 @@ def without_memory(operands: Operands, selection: Selection | None) -> Gradients
         db = operands.sum_rows()
     indices, weights = _rows_and_weights(selection, config)
     operands.collect_factors(x, g, selection)
-    dw = gather_gemm(x, g, indices, weights, block_rows=config.block_rows)
+    dw = gather_gemm(
+        x, g, indices, weights, block_rows=config.block_rows, is_padded=_is_padded(config)
+    )
     operands.observe(selection, dw, scores)
     return Gradients(dw, db)
 
@@ -39,72 +44,113 @@ def without_memory(operands: Operands, selection: Selection | None) -> Gradients
 def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     """The memory's update scores what it stores: 3 + K/M passes; `randk` needs no scores: 3 − K/M.
 
-    That holds with all slots filled; an empty one is not read.
+    That holds with all slots filled; an empty one is not read. Where the factors of dW are
+    collected, `randk` takes the first way too: the second leaves the selected rows, to which the
+    memory was added while they were multiplied, in no matrix.
     """
-    x, g, config = operands.x, operands.g, operands.config
-    rows = x.shape[0]
-    slots = memory.slots(rows, x)
+    x, config = operands.x, operands.config
+    slots = memory.slots(x.shape[0], x)
     memory.follow_loss_scale()
     factor = memory.take_carry()
-    memory.carry_slots_after(rows, factor)
+    memory.carry_slots_after(x.shape[0], factor)
     if isinstance(factor, Tensor):
         carry = factor.to(x.device, torch.float32).reshape(1)
     else:
         carry = torch.full((1,), factor, dtype=torch.float32, device=x.device)
-    seed = memory.draw_seed(x.device, operands.generator)
-    scores = None
-    if config.selection == "randk":
-        unscored = torch.zeros(rows, dtype=torch.float32, device=x.device)
-        selection = operands.select(unscored, cut_short=False)
-        # Names beyond the last row stand for it: its block is selected whole.
-        taken_rows = selection.indices.clamp(max=rows - 1)
-        taken = torch.zeros(rows, dtype=torch.bool, device=x.device).index_fill_(
-            0, taken_rows, True
-        )
-        lost = torch.zeros(1, dtype=torch.float32, device=x.device)
-        db = score.accumulate_rest(
-            slots,
-            x,
-            g,
-            carry,
-            seed,
-            taken,
-            lost,
-            signed=memory.signed,
-            bias_grad=operands.bias_grad,
-        )
-        dw = residual_gemm.residual_gemm(
-            slots,
-            x,
-            g,
-            selection.indices,
-            carry,
-            seed,
-            lost,
-            signed=memory.signed,
-            block_rows=config.block_rows,
-        )
-        if operands.is_observed:
-            # The rows taken are formed nowhere: they count with what the batch has of them.
-            scores = torch.where(taken, score.row_scores(x, g)[0], score.row_scores(*slots[:2])[0])
-    else:
-        scores, db = score.accumulate_and_score(
-            slots, x, g, carry, seed, signed=memory.signed, bias_grad=operands.bias_grad
-        )
-        selection = operands.select(operands.scores_of_whole_rows(scores), cut_short=False)
-        taken_rows = selection.indices.clamp(max=rows - 1)
-        dw = torch.empty((g.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
-        gather_gemm(
-            *slots[:2],
-            selection.indices,
-            block_rows=config.block_rows,
-            out=dw,
-            input_precision=_precision(x, slots[0]),
-        )
-    slots[2].index_fill_(0, taken_rows, False)
-    operands.collect_factors(*slots[:2], selection)
+    update = _Update(slots, carry, memory.draw_seed(x.device, operands.generator), memory.signed)
+    if config.selection == "randk" and operands.factors is None:
+        return _with_unscored_rows(operands, update)
+    return _with_scored_rows(operands, update)
+
+
+class _Update(NamedTuple):
+    """What a row memory's update m ← c·σ·m + x takes besides the rows.
+
+    Attributes:
+        slots: mX, mG and the flags of the filled slots.
+        carry: c, float32 [1].
+        seed: Of σ and of the rounding, int64 [1].
+        signed: Whether σ is drawn.
+    """
+
+    slots: tuple[Tensor, Tensor, Tensor]
+    carry: Tensor
+    seed: Tensor
+    signed: bool
+
+
+def _with_scored_rows(operands: Operands, update: _Update) -> Gradients:
+    """Update every slot, select by the norms of what is stored, multiply what is stored."""
+    x, g, config = operands.x, operands.g, operands.config
+    mx, mg, filled = update.slots
+    scores, db = score.accumulate_and_score(
+        update.slots,
+        x,
+        g,
+        update.carry,
+        update.seed,
+        signed=update.signed,
+        bias_grad=operands.bias_grad,
+    )
+    selection = operands.select(operands.scores_of_whole_rows(scores), cut_short=False)
+    dw = gather_gemm(
+        mx,
+        mg,
+        selection.indices,
+        block_rows=config.block_rows,
+        out=torch.empty((g.shape[1], x.shape[1]), dtype=x.dtype, device=x.device),
+        input_precision=_precision(x, mx),
+    )
+    filled.index_fill_(0, _existing(selection, x.shape[0]), False)
+    operands.collect_factors(mx, mg, selection)
     operands.observe(selection, dw, scores)
     return Gradients(dw, db)
+
+
+def _with_unscored_rows(operands: Operands, update: _Update) -> Gradients:
+    """Select without scores, update the other slots, multiply what the selected rows come to."""
+    x, g, config = operands.x, operands.g, operands.config
+    rows = x.shape[0]
+    mx, mg, filled = update.slots
+    unscored = torch.zeros(rows, dtype=torch.float32, device=x.device)
+    selection = operands.select(unscored, cut_short=False)
+    existing = _existing(selection, rows)
+    taken = torch.zeros(rows, dtype=torch.bool, device=x.device).index_fill_(0, existing, True)
+    lost = torch.zeros(1, dtype=torch.float32, device=x.device)
+    db = score.accumulate_rest(
+        update.slots,
+        x,
+        g,
+        update.carry,
+        update.seed,
+        taken,
+        lost,
+        signed=update.signed,
+        bias_grad=operands.bias_grad,
+    )
+    dw = residual_gemm.residual_gemm(
+        update.slots,
+        x,
+        g,
+        selection.indices,
+        update.carry,
+        update.seed,
+        lost,
+        signed=update.signed,
+        block_rows=config.block_rows,
+    )
+    filled.index_fill_(0, existing, False)
+    scores = None
+    if operands.is_observed:
+        # The sums of the rows taken are not stored: these count with what the batch has of them.
+        scores = torch.where(taken, score.row_scores(x, g)[0], score.row_scores(mx, mg)[0])
+    operands.observe(selection, dw, scores)
+    return Gradients(dw, db)
+
+
+def _existing(selection: Selection, rows: int) -> Tensor:
+    """The selected row numbers, the last row's for those that a cut block has beyond it."""
+    return selection.indices.clamp(max=rows - 1)
 
 
 def with_subspace(
@@ -129,9 +175,18 @@ def with_subspace(
         zb = subspace.transposed_mm(z, b).t()
         projection = Projection(basis * scale, z, zb)
         operands.collect_factors(a, b, selection, projection, exchanged=a is g)
-    block = config.block_rows
-    c = subspace.correction(parts, z, b, indices, weights, block_rows=block)
-    dw = gather_gemm(a, b, indices, weights, block_rows=block, correction=(c, basis * scale))
+    c = subspace.correction(
+        parts, z, b, indices, weights, block_rows=config.block_rows, is_padded=_is_padded(config)
+    )
+    dw = gather_gemm(
+        a,
+        b,
+        indices,
+        weights,
+        block_rows=config.block_rows,
+        is_padded=_is_padded(config),
+        correction=(c, basis * scale),
+    )
     projected = None
     if operands.is_observed:
         projected = ProjectedRows(rest, z, parts.sum(0), a.shape[1])
@@ -157,6 +212,11 @@ def _precision(x: Tensor, stored: Tensor) -> str | None:
     """For a float32 memory of half-precision rows tf32, which is as exact as the rows are."""
     from_half = x.dtype != torch.float32 and stored.dtype == torch.float32
     return "tf32" if from_half and targets.current(x.device).has_tf32 else None
+
+
+def _is_padded(config: MemAOPConfig) -> bool:
+    """Whether a selection names many rows of weight 0, to have a fixed size."""
+    return config.selection == "bernoulli"
 
 
 def _rows_and_weights(selection: Selection, config: MemAOPConfig) -> tuple[Tensor, Tensor | None]:

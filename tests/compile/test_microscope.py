@@ -48,7 +48,7 @@ def norm_kernel(x, out, N, BLOCK: tl.constexpr):
 
 def norms(x):
     out = torch.empty(x.shape[0])
-    launching.launch(norm_kernel, (x.shape[0],), x, out, x.shape[1], BLOCK=2048)
+    launching.launch(norm_kernel, (x.shape[0],), x=x, out=out, N=x.shape[1], BLOCK=2048)
     return out
 
 
@@ -57,8 +57,8 @@ def test_a_recorded_launch_does_not_run():
     (launch,) = record(lambda: norms(x), TARGETS["sm_90"])
     assert launch.name == "norm_kernel"
     assert launch.grid == (4,)
-    assert launch.args[0] is x
-    assert launch.constants == {"BLOCK": 2048}
+    assert launch.arguments["x"] is x
+    assert (launch.arguments["N"], launch.arguments["BLOCK"]) == (4096, 2048)
     assert (launch.num_warps, launch.num_stages) == (4, 3)
 
 
@@ -117,7 +117,7 @@ def test_an_odd_width_loses_the_wide_copies(target):
 )
 def test_too_few_registers_spill(target, limit):
     (launch,) = record(lambda: plain.pointer_gemm(*operands()), TARGETS[target])
-    starved = dataclasses.replace(launch, constants=launch.constants | limit)
+    starved = dataclasses.replace(launch, arguments=launch.arguments | limit)
     counts = read(compile_launch(starved, TARGETS[target]))
     assert counts.registers <= 128
     assert counts.spills > 0

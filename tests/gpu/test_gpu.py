@@ -12,6 +12,7 @@ from memaop_triton import (
 )
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.kernels import targets
+from memaop_triton.kernels.cpu import torch_ops
 from memaop_triton.kernels.gpu import gather_gemm, score
 from memaop_triton.kernels.tuning import defaults
 from tests.schemes import flat_config
@@ -156,3 +157,12 @@ def test_memory_read_into_cpu_memory_follows_its_layer(memory_scheme):
     load_memory_state_dict(model, state)
     for ours, theirs in zip(gradients(), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_rows_named_repeatedly_are_added_in_one_order():
+    g, w = normal(64, 512, dtype=torch.float32), normal(512, 2048, dtype=torch.float32)
+    indices = torch.randint(0, 8, (4096,), device="cuda").sort().values
+    weights = torch.rand(4096, device="cuda")
+    first = torch_ops.sampled_rows_mm(g, w, indices, weights)
+    for _ in range(10):
+        assert torch.equal(torch_ops.sampled_rows_mm(g, w, indices, weights), first)

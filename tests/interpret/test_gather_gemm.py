@@ -89,6 +89,51 @@ def test_rows_that_are_not_selected_are_not_read():
     check_products(gather_gemm(x, g, indices, config=SMALL), x, g, indices)
 
 
+@pytest.mark.parametrize(
+    ("config", "block_rows", "by_descriptor"),
+    [(name, 1, False) for name in CONFIGS]
+    + [("three-parts", 16, False), ("three-parts", 16, True), ("chosen", 64, True)],
+)
+def test_padding_is_not_read(config, block_rows, by_descriptor, request, traffic):
+    if by_descriptor:
+        request.getfixturevalue("tensor_copies")
+    x, g = operands(70 * block_rows - 5, 48, 32, torch.float16)
+    indices = drawn_blocks(sorted(torch.randperm(70)[:45].tolist()), block_rows)
+    weights = (1 + torch.rand(45)).where(torch.rand(45) < 0.6, 0).repeat_interleave(block_rows)
+    unused = torch.ones(len(x), dtype=torch.bool)
+    unused[indices[(weights > 0) & (indices < len(x))]] = False
+    x[unused], g[unused] = torch.nan, torch.inf
+    result = gather_gemm(
+        x, g, indices, weights, block_rows=block_rows, is_padded=True, config=CONFIGS[config]
+    )
+    drawn = weights > 0
+    check_products(result, x, g, indices[drawn], weights[drawn])
+    read = traffic[0].read
+    name = "desc" if by_descriptor else "ptr"
+    wanted = int((~unused).sum())
+    assert (read[f"x_{name}"], read[f"g_{name}"]) == (2 * 48 * wanted, 2 * 32 * wanted)
+
+
+@pytest.mark.parametrize("ratio", [1, 4, 8, 100, 1000])
+@pytest.mark.parametrize("by_descriptor", [False, True])
+def test_weights_leave_float16_its_range(ratio, by_descriptor, request):
+    """Rows may be as large as the range allows, or by a root less if weights differ or are huge."""
+    if by_descriptor:
+        request.getfixturevalue("tensor_copies")
+    x, g = operands(64, 48, 32, torch.float16)
+    x, g = (x / 1e4).half(), (g / g.abs().max() * 6e4).half()
+    indices = torch.arange(64)
+    alike = torch.full((64,), float(ratio))
+    unlike = torch.linspace(1, ratio, 4).repeat_interleave(16)
+    less = (g / ratio**0.5).half()
+    for weights, large in ((alike, g if ratio <= 64 else less), (unlike, less)):
+        result = gather_gemm(x, large, indices, weights, block_rows=16, config=SMALL)
+        exact = outer_products(x.double(), large.double(), indices, weights.double())
+        torch.testing.assert_close(
+            result.double(), exact, rtol=0, atol=2e-3 * exact.abs().max().item()
+        )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("largest", [1e-3, 1.0, 3000.0, 1e6])
 @pytest.mark.parametrize("split", [1, 2])
@@ -146,56 +191,37 @@ def test_blocks_that_no_descriptor_can_describe(columns, tensor_copies, traffic)
     assert traffic[0].kernel == "gather_gemm_kernel"
 
 
-@pytest.mark.parametrize("by_descriptor", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("split", [1, 2, 3])
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("accumulate", [True, False])
-def test_into_a_gradient(split, deterministic, accumulate, by_descriptor, request):
+@pytest.mark.parametrize("by_descriptor", [False, True], ids=["pointers", "descriptors"])
+def test_into_a_tensor_of_another_dtype(split, by_descriptor, request):
     if by_descriptor:
         request.getfixturevalue("tensor_copies")
     x, g = operands(80, 48, 32, torch.float16)
-    indices = drawn_blocks([0, 1, 4], 16)
-    weights = (1 + torch.rand(3)).repeat_interleave(16)
-    out = torch.randn(32, 48) if accumulate else torch.full((32, 48), torch.nan)
-    before = out.double() if accumulate else 0.0
-    result = gather_gemm(
-        x, g, indices, weights, block_rows=16, out=out, accumulate=accumulate,
-        deterministic=deterministic, config=replace(SMALL, split_k=split),
-    )  # fmt: skip
-    assert result is out
-    check_products(result, x, g, indices, weights, plus=before)
-
-
-def test_into_a_gradient_of_the_operands_dtype():
-    x, g = operands(80, 33, 17, torch.float16)
-    out, indices = torch.randn(17, 33).half(), drawn_rows(80, 50)
-    before = out.double()
-    for split in (1, 2):
-        result = gather_gemm(
-            x, g, indices, out=out.clone(), accumulate=True, config=replace(SMALL, split_k=split)
-        )
-        check_products(result, x, g, indices, plus=before)
+    indices, out = drawn_blocks([0, 1, 4], 16), torch.full((32, 48), torch.nan)
+    config = replace(SMALL, split_k=split)
+    assert gather_gemm(x, g, indices, block_rows=16, out=out, config=config) is out
+    check_products(out, x, g, indices)
 
 
 @pytest.mark.parametrize(
     ("rank", "way", "kind"),
     pairwise(
         [1, 5, 16, 17, 64],
-        [(1, 1, True), (3, 1, True), (2, 2, True), (2, 1, False)],
+        [(1, 1), (3, 1), (2, 2)],
         [(torch.float16, False), (torch.float16, True), (torch.float32, False)],
     ),
 )
 def test_correction(rank, way, kind, request):
-    (split, tiles, deterministic), (dtype, by_descriptor) = way, kind
+    (split, tiles), (dtype, by_descriptor) = way, kind
     if by_descriptor:
         request.getfixturevalue("tensor_copies")
     x, g = operands(70, 40, 24, dtype)
     c, e = torch.randn(24, rank), torch.randn(40, rank).to(dtype)
     indices = drawn_blocks([0, 2, 4], 16)
-    weights = (8 * torch.rand(3)).repeat_interleave(16) if deterministic else None
+    weights = (8 * torch.rand(3)).repeat_interleave(16) if split > 1 else None
     result = gather_gemm(
         x, g, indices, weights, block_rows=16, correction=(c, e), out=torch.empty(24, 40),
-        deterministic=deterministic, config=replace(SMALL, split_k=split, tiles_n=tiles),
+        config=replace(SMALL, split_k=split, tiles_n=tiles),
     )  # fmt: skip
     check_products(result, x, g, indices, weights, plus=c.double() @ e.double().T)
 

@@ -9,6 +9,7 @@ import torch
 
 from memaop_triton import MemAOPConfig, Subspace, new_memory
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
+from tests.schemes import flat_config
 
 M, N, P, K = 256, 128, 192, 32
 UNIT = M * (N + P) * 4

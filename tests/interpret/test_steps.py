@@ -8,12 +8,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from memaop_triton import MemAOPConfig, convert_, flops, monitor, new_memory
-from memaop_triton.backward.weight_grad import weight_and_bias_grad
+from memaop_triton.backward.weight_grad import weight_and_bias_grad, weight_grad
 from memaop_triton.config import ROW_MEMORIES, Subspace
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.nn import ops
+from memaop_triton.selection import Selection
 from tests.schemes import LEGAL, flat_config, label
 
 SHAPES = [(70, 24, 40), (37, 16, 33), (5, 1, 3), (129, 17, 3)]
@@ -125,6 +126,18 @@ def test_row_memories_keep_what_is_not_selected(selection, memory, block_rows, s
         kept_x, kept_g = all_x * filled.unsqueeze(1), all_g * filled.unsqueeze(1)
 
 
+@pytest.mark.parametrize("scheme", LEGAL, ids=label)
+@pytest.mark.parametrize("block_rows", [1, 16])
+def test_the_collected_factors_are_those_of_the_gradient(scheme, block_rows):
+    config = flat_config(ratio=1 / 4, rank=4, refresh_every=2, block_rows=block_rows, **scheme)
+    memory = new_memory(config, 24, 40)
+    for x, g in batches(SHAPES[0], count=4):
+        factors = []
+        dw, _ = weight_and_bias_grad(x, g, config, memory, factors=factors)
+        ((left, right),) = ((f.g, f.x) for f in factors)
+        torch.testing.assert_close(left.T @ right, dw, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("operand", ["x", "g"])
 def test_a_row_that_is_not_finite_shows_and_is_forgotten(memory_scheme, value, operand):
@@ -138,6 +151,18 @@ def test_a_row_that_is_not_finite_shows_and_is_forgotten(memory_scheme, value, o
                 (x if operand == "x" else g)[5, 3] = value
             dw, _ = weight_and_bias_grad(x, g, config, memory)
             assert dw.isfinite().all() == (step != 1)
+
+
+@pytest.mark.parametrize("block_rows", [1, 16])
+def test_rows_of_weight_zero_cannot_spoil_a_gradient(block_rows):
+    ((x, g),) = batches((70, 24, 40), count=1)
+    config = MemAOPConfig(k=20, selection="bernoulli", memory=None, block_rows=block_rows)
+    indices = torch.arange(16, 48)
+    weights = torch.ones(32).index_fill_(0, torch.arange(16), 0)
+    expected = g[32:48].T @ x[32:48]
+    x[20], g[21] = torch.inf, torch.nan
+    dw = weight_grad(x, g, config, selection=Selection(indices, weights))
+    torch.testing.assert_close(dw, expected, rtol=1e-4, atol=1e-4)
 
 
 class NoSynchronisation(TorchDispatchMode):

@@ -1,12 +1,13 @@
 """The subspace memory's products, against their formulas in float64."""
 
+import contextlib
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from memaop_triton.kernels.gpu import subspace
+from memaop_triton.kernels.gpu import launch, subspace
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.kernels.tuning.config import RowConfig
 from tests.judging import LAYOUTS, SMALL, as_good_as, drawn_blocks, drawn_rows, laid_out, operands
@@ -77,6 +78,37 @@ def test_rest_of_special_rows(dtype):
     assert (rest[2:4] <= 4 * torch.finfo(dtype).eps ** 0.5 * norms[2:4]).all()
     assert not rest[4:7].isfinite().any()
     assert (rest[[0, 7, 8]] > 0.5 * norms[[0, 7, 8]]).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed", "formed", "epsilon"),
+    [
+        (torch.float32, "highest", "ieee", 2**-23),
+        (torch.float32, "high", "tf32", 2**-10),
+        (torch.float16, "high", "ieee", 2**-10),
+        (torch.bfloat16, "high", "ieee", 2**-7),
+    ],
+)
+def test_the_rest_drowns_in_the_rounding_of_its_product(
+    dtype, allowed, formed, epsilon, tensor_copies, monkeypatch
+):
+    """The least rest that is stored is that of the precision that Z is computed in."""
+    given = []
+    monkeypatch.setattr(launch, "launch", lambda *args, **kwargs: given.append(kwargs))
+    with float32_products(allowed):
+        subspace.project(torch.ones(8, 32, dtype=dtype), torch.ones(32, 4, dtype=dtype), 4.0)
+    (launched,) = given
+    assert (launched["PRECISION"], launched["epsilon"]) == (formed, epsilon)
+
+
+@contextlib.contextmanager
+def float32_products(allowed):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("split", [1, 2, 3])

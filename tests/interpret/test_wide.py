@@ -5,8 +5,9 @@ import mmap
 import pytest
 import torch
 
-from memaop_triton.kernels.gpu import subspace
-from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.bench.suites.plain_gemm import pointer_gemm
+from memaop_triton.kernels.gpu import launch, subspace
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm, gather_gemm_kernel
 from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
 from memaop_triton.kernels.gpu.score import accumulate_and_score, row_scores
 from memaop_triton.kernels.tuning.config import RowConfig
@@ -43,17 +44,23 @@ def _uncounted(monkeypatch):
     monkeypatch.setattr(traffic._Meter, "_add", add)
 
 
+def sparse(path, rows, columns, stride, by_columns=False):
+    """[rows, columns] of normal numbers, `stride` elements from row to row or column to column."""
+    lines, line = (columns, rows) if by_columns else (rows, columns)
+    with path.open("w+b") as file:
+        file.truncate(2 * ((lines - 1) * stride + line))  # to holes, which take no room on the disk
+        whole = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.float16)
+    strides = (1, stride) if by_columns else (stride, 1)
+    return whole.as_strided((rows, columns), strides).copy_(torch.randn(rows, columns))
+
+
 @pytest.fixture
 def wide(tmp_path):
     """Makes [3, columns] of normal numbers, 2³⁰ elements from row to row or column to column."""
 
     def make(columns, by_columns=False):
-        size = 2 * (2 * STRIDE + ROWS * columns)
-        with (tmp_path / str(len(list(tmp_path.iterdir())))).open("w+b") as file:
-            file.truncate(size)  # to holes, which take no room on the disk
-            whole = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.float16)
-        strides = (1, STRIDE) if by_columns else (STRIDE, 1)
-        return whole.as_strided((ROWS, columns), strides).copy_(torch.randn(ROWS, columns))
+        path = tmp_path / str(len(list(tmp_path.iterdir())))
+        return sparse(path, ROWS, columns, STRIDE, by_columns)
 
     return make
 
@@ -97,3 +104,66 @@ def test_blocks_by_descriptor(wide, tensor_copies):
     x, g = wide(32), wide(32)
     indices = torch.arange(16)
     check_products(gather_gemm(x, g, indices, block_rows=16, config=SMALL), x, g, indices)
+
+
+class TestLongRows:
+    """The contiguous matrices of q columns, q being so large here that q rows need 64 bits.
+
+    A real q is at most 64, and then as many rows would be needed: the kernels take it for a stride
+    and a bound alike, of which a tile holds the first sixteen columns.
+    """
+
+    RANK = 16
+
+    def test_projection(self, wide):
+        x, q, z = torch.randn(ROWS, 3).half(), wide(self.RANK), wide(self.RANK)
+        z.fill_(torch.nan)
+        rest = torch.empty(ROWS)
+        launch.launch(
+            subspace.project_kernel,
+            (1,),
+            x_ptr=x, q_ptr=q, z_ptr=z, rest_ptr=rest,
+            M=ROWS, N=3, rank=STRIDE, scale=1.0, epsilon=0.0, x_row=3, x_col=1,
+            BLOCK_M=16, BLOCK_C=16, RANK=self.RANK, EVEN=False, PRECISION="ieee",
+        )  # fmt: skip
+        as_good_as(z, x @ q, x.double() @ q.double())
+
+    def test_transposed_product(self, wide):
+        a, z = torch.randn(ROWS, 3).half(), wide(self.RANK)
+        parts = wide(self.RANK).fill_(torch.nan)
+        launch.launch(
+            subspace.transposed_kernel,
+            (1, 1),
+            a_ptr=a, z_ptr=z, parts_ptr=parts, squares_ptr=None, sums_ptr=None,
+            M=ROWS, N=3, rank=STRIDE, a_row=3, a_col=1,
+            BLOCK_M=16, BLOCK_C=16, SPLIT=1, RANK=self.RANK, EVEN=False,
+            NORMS=False, SUMS=False, PRECISION="ieee",
+        )  # fmt: skip
+        as_good_as(parts, a.T @ z, a.T.double() @ z.double())
+
+    def test_correction(self, wide):
+        x, g = torch.zeros(ROWS, 3).half(), torch.zeros(ROWS, 3).half()
+        c, e, out = wide(self.RANK), wide(self.RANK), torch.full((3, 3), torch.nan)
+        launch.launch(
+            gather_gemm_kernel,
+            (1, 1),
+            x_ptr=x, g_ptr=g, index_ptr=torch.arange(ROWS), weight_ptr=None, scale_ptr=None,
+            c_ptr=c, e_ptr=e, out_ptr=out,
+            M=ROWS, N=3, P=3, K=ROWS, steps=0, rank=STRIDE, x_row=3, x_col=1, g_row=3, g_col=1,
+            BLOCK_N=16, TILES=1, BLOCK_P=16, BLOCK_K=16, SPLIT_K=1, GROUP=1,
+            EVEN_N=False, EVEN_P=False, WIDE=False, WEIGHTED=False, SCALED=False,
+            RANK=self.RANK, PRECISION="ieee", X_COLUMNS_FIRST=False,
+        )  # fmt: skip
+        as_good_as(out, c @ e.T, c.double() @ e.double().T)
+
+
+def test_strides_beyond_32_bits(tmp_path):
+    x = sparse(tmp_path / "rows", ROWS, 33, (1 << 32) + 16)
+    indices = torch.arange(ROWS)
+    check_products(gather_gemm(x, x, indices, config=SMALL), x, x, indices)
+
+
+def test_steps_of_the_plain_gemm(tmp_path):
+    rows, stride = 20, 1 << 28
+    x = sparse(tmp_path / "rows", rows, 33, stride)
+    check_products(pointer_gemm(x, x, tile=(16, 16, 16)), x, x, torch.arange(rows))

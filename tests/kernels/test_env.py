@@ -26,7 +26,7 @@ import torch
 {setting}
 from memaop_triton.commands import machine_facts
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
-from memaop_triton.kernels.gpu.tiles import precision
+from memaop_triton.kernels.gpu.primitives import precision
 from memaop_triton.kernels.targets import TARGETS
 target = TARGETS["sm_90"]
 print(precision(target, torch.float32), precision(target, torch.bfloat16))

@@ -83,34 +83,6 @@ def test_correction(dtype):
     check_products(result, x, g, indices, weights, plus=c.double() @ e.double().T)
 
 
-@pytest.mark.parametrize("order", ["reverse", "shuffle:1"])
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_atomics(accumulate, order, monkeypatch):
-    monkeypatch.setenv("TTSEM_GRID_ORDER", order)
-    x, g = operands(70, 40, 24, torch.bfloat16, device="cuda")
-    indices, out = drawn_blocks([0, 1, 3], 16, device="cuda"), torch.empty(24, 40, device="cuda")
-    if accumulate:
-        out.normal_()
-    before = out.double() if accumulate else 0.0
-    gather_gemm(
-        x, g, indices, block_rows=16, out=out, accumulate=accumulate, deterministic=False,
-        config=replace(SMALL, split_k=3),
-    )  # fmt: skip
-    check_products(out, x, g, indices, plus=before)
-
-
-@one_gpu
-def test_into_a_gradient_of_the_operands_dtype():
-    x, g = operands(70, 33, 17, torch.bfloat16, device="cuda")
-    out, indices = torch.randn(17, 33, device="cuda").bfloat16(), drawn_rows(70, 50, device="cuda")
-    before = out.double()
-    for split in (1, 2):
-        result = gather_gemm(
-            x, g, indices, out=out.clone(), accumulate=True, config=replace(SMALL, split_k=split)
-        )
-        check_products(result, x, g, indices, plus=before)
-
-
 @pytest.mark.parametrize("block_rows", [1, 16])
 def test_precision_of_float32(block_rows):
     """tf32 keeps ten bits of each operand, "ieee" all."""

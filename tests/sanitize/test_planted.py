@@ -76,7 +76,7 @@ def copy_tile(tiles, out, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 def run_copy(x, out, n, **kwargs):
     options = {"READ_ALL": False, "WRITE_ALL": False} | kwargs
-    launch(copy, (triton.cdiv(n, BLOCK),), x, out, n, BLOCK=BLOCK, **options)
+    launch(copy, (triton.cdiv(n, BLOCK),), x=x, out=out, n=n, BLOCK=BLOCK, **options)
 
 
 def empty(*shape, dtype=torch.float32):
@@ -110,17 +110,17 @@ def test_offset_beyond_32_bits(gpu, normal, far):
     x = torch.empty_strided((2, BLOCK), (stride, 1), device="cuda").copy_(normal(2, BLOCK))
     rows = torch.tensor([first, first + 1], dtype=torch.int32, device="cuda")
     out = empty(2, BLOCK)
-    arguments = (gather_row, (2,), far(x, first), rows, out, stride)
-    launch(*arguments, BLOCK=BLOCK, WIDE=True)
+    arguments = {"x": far(x, first), "rows": rows, "out": out, "stride": stride, "BLOCK": BLOCK}
+    launch(gather_row, (2,), **arguments, WIDE=True)
     assert torch.equal(out, x)
     with gpu.caught("oob_read", "tl.load(x + row * stride + at)"):
-        launch(*arguments, BLOCK=BLOCK, WIDE=False)
+        launch(gather_row, (2,), **arguments, WIDE=False)
 
 
 def test_read_of_uninitialised_memory(normal, as_good_as):
     x = normal(1, BLOCK)
     out = empty(BLOCK)
-    launch(accumulate, (1,), x, out, BLOCK=BLOCK)
+    launch(accumulate, (1,), x=x, out=out, BLOCK=BLOCK)
     with pytest.raises(AssertionError, match="never written"):
         as_good_as(out, x[0], x[0].double())
 
@@ -135,29 +135,31 @@ def test_unwritten_output(normal, as_good_as):
 def test_uninitialised_index(gpu, normal):
     x, rows, out = normal(4, BLOCK), empty(1, dtype=torch.int32), empty(BLOCK)
     with gpu.caught("oob_read", "tl.load(x + row * stride + at)"):
-        launch(gather_row, (1,), x, rows, out, x.stride(0), BLOCK=BLOCK, WIDE=True)
+        launch(
+            gather_row, (1,), x=x, rows=rows, out=out, stride=x.stride(0), BLOCK=BLOCK, WIDE=True
+        )
 
 
 def test_two_programs_write_one_place(gpu):
     with gpu.caught("race", "tl.store(out + tl.arange(0, BLOCK), tl.program_id(0))"):
-        launch(number_programs, (2,), empty(BLOCK, dtype=torch.int32), BLOCK=BLOCK)
+        launch(number_programs, (2,), out=empty(BLOCK, dtype=torch.int32), BLOCK=BLOCK)
 
 
 def test_two_programs_accumulate_without_atomics(gpu, normal):
     x = normal(4, BLOCK)
     with gpu.caught("race", "tl.store(out + at"):
-        launch(accumulate, (4,), x, torch.zeros(BLOCK, device="cuda"), BLOCK=BLOCK)
+        launch(accumulate, (4,), x=x, out=torch.zeros(BLOCK, device="cuda"), BLOCK=BLOCK)
 
 
 def test_two_programs_accumulate_with_atomics(normal):
     x, out = normal(4, BLOCK), torch.zeros(BLOCK, device="cuda")
-    launch(accumulate_atomically, (4,), x, out, BLOCK=BLOCK)
+    launch(accumulate_atomically, (4,), x=x, out=out, BLOCK=BLOCK)
     torch.testing.assert_close(out, x.sum(0))
 
 
 def test_one_program_reads_what_another_writes(gpu, normal):
     with gpu.caught("race", "tl.store(x + at"):
-        launch(shift, (2,), normal(2 * BLOCK + 1), BLOCK=BLOCK)
+        launch(shift, (2,), x=normal(2 * BLOCK + 1), BLOCK=BLOCK)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_precision_of_a_sum(normal, as_good_as, dtype, precision, narrow, right)
     g, x = normal(256, BLOCK, dtype=dtype), normal(256, BLOCK, dtype=dtype)
     out = empty(BLOCK, BLOCK)
     options = {"BLOCK": BLOCK, "NARROW": narrow, "PRECISION": precision}
-    launch(product, (1,), g, x, out, 256, **options)
+    launch(product, (1,), g=g, x=x, out=out, K=256, **options)
     verdict = contextlib.nullcontext() if right else pytest.raises(AssertionError, match="error")
     with verdict:
         as_good_as(out, g.float().T @ x.float(), g.double().T @ x.double())
@@ -182,6 +184,7 @@ def test_precision_of_a_sum(normal, as_good_as, dtype, precision, narrow, right)
 
 def test_tensor_copies_end_with_the_tensor(normal):
     x, out = normal(24, BLOCK, dtype=torch.bfloat16), empty(32, BLOCK, dtype=torch.bfloat16)
-    launch(copy_tile, (2,), TensorDescriptor.from_tensor(x, [16, BLOCK]), out, ROWS=16, BLOCK=BLOCK)
+    tiles = TensorDescriptor.from_tensor(x, [16, BLOCK])
+    launch(copy_tile, (2,), tiles=tiles, out=out, ROWS=16, BLOCK=BLOCK)
     assert torch.equal(out[:24], x)
     assert (out[24:] == 0).all()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memaop_triton.kernels.cpu import library, torch_ops
 from tests.pairwise import pairwise
@@ -76,6 +77,42 @@ def test_gather_gemm_of_no_rows_is_zero():
     del poison
     nothing = torch.empty(0, dtype=torch.int64)
     assert torch.equal(torch_ops.gather_gemm(x, g, nothing), torch.zeros(3, 5))
+
+
+def test_sampled_rows_of_float16_keep_its_range():
+    g, w = torch.full((4, 8), 5e3).half(), torch.full((8, 3), 1e-2).half()
+    dx = torch_ops.sampled_rows_mm(g, w, torch.tensor([0, 2]), torch.tensor([100.0, 30.0]))
+    exact = torch.tensor([4e4, 0, 1.2e4, 0]).unsqueeze(1).expand(4, 3)
+    torch.testing.assert_close(dx.float(), exact, rtol=2e-3, atol=0)
+
+
+class _Operations(TorchDispatchMode):
+    """Notes the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.add(func.overloadpacket)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_sampled_rows_mm_adds_by_atomics_nowhere(device):
+    """Elsewhere than on a CPU `index_add_` may add a row's parts in any order."""
+    operands = torch.ones(6, 4, device=device), torch.ones(4, 3, device=device)
+    with _Operations() as operations:
+        torch_ops.sampled_rows_mm(*operands, torch.tensor([2, 2, 4], device=device))
+    assert (torch.ops.aten.index_add_ in operations.called) == (device == "cpu")
+    assert (torch.ops.aten.index_put_ in operations.called) == (device != "cpu")
+
+
+def test_rows_added_in_order_are_those_added_in_any():
+    total, rows = torch.randn(20, 3).double(), torch.randn(50, 3).double()
+    indices = torch.randint(0, 20, (50,)).sort().values
+    expected = total.index_add(0, indices, rows)
+    torch.testing.assert_close(torch_ops._add_in_order(total, indices, rows), expected)
 
 
 def test_sampled_rows_mm_adds_rows_named_twice():

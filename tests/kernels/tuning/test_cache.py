@@ -335,5 +335,5 @@ def test_a_hash_changes_with_the_text_of_its_kernel(monkeypatch, tmp_path):
     compute = config_cache.source_hash.__wrapped__
     before = compute("gather_gemm")
     assert compute("gather_gemm") == before
-    (tmp_path / "tiles.py").write_text("2")
+    (tmp_path / "primitives.py").write_text("2")
     assert compute("gather_gemm") != before

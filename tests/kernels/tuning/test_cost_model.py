@@ -24,7 +24,6 @@ def problems(m=M, k=K, n=4096, p=4096, dtype=HALF):
     return [
         Problem("gather_gemm", dtype, m, k, n, p, flags=("weighted",)),
         Problem("gather_gemm", dtype, m, k, n, p, rank=16),
-        Problem("gather_gemm", dtype, m, k, n, p, flags=("accumulate",)),
         Problem("residual_gemm", dtype, m, k, n, p, stored=dtype),
         Problem("row_scores", dtype, m, m, n, p),
         Problem("row_scores", dtype, m, m, n, p, flags=("sums",)),
@@ -127,12 +126,11 @@ def read_case(title, kind, sides, warps, stages, target):
     stored = KINDS[stored[1]] if stored else None
     rank = int((re.search(r"rank (\d+)", title) or "00")[1])
     marks = {
-        "accumulate": "into float32" in title or "atomics" in title,
         "blocks": "blocks" in title,
         "norms": "GᵀZ" in title,
         "sums": "bias sums" in title or "GᵀZ" in title,
         "unscored": "rest" in title,
-        "weighted": any(word in title for word in ("weighted", "split", "into float32")),
+        "weighted": any(word in title for word in ("weighted", "split")),
     }
     flags = tuple(mark for mark, is_set in marks.items() if is_set)
     given = {"stored": stored, "precision": precision, "flags": flags}

@@ -48,7 +48,7 @@ def problems(sizes):
     for m, k, n, p in sizes:
         for dtype, precision in ((HALF, "ieee"), (SINGLE, "ieee"), (SINGLE, "tf32")):
             given = {"dtype": dtype, "precision": precision, "rows": m}
-            for flags in ((), ("weighted",), ("uneven",), ("blocks", "weighted"), ("accumulate",)):
+            for flags in ((), ("weighted",), ("uneven",), ("blocks", "weighted")):
                 yield Problem("gather_gemm", k=k, n=n, p=p, rank=16, flags=flags, **given)
             yield Problem("residual_gemm", k=k, n=n, p=p, stored=SINGLE, **given)
             for rank, flags in itertools.product((1, 16, 64), ((), ("uneven",))):

@@ -335,6 +335,6 @@ def test_first_use_tells_one_line(fake_gpu, best, caplog):
 
 
 def test_flags_are_known_and_in_order():
-    assert flags(weighted=True, accumulate=True, sums=False) == ("accumulate", "weighted")
-    with pytest.raises(ValueError, match="flag 'wieghted' is not one of accumulate"):
+    assert flags(weighted=True, blocks=True, sums=False) == ("blocks", "weighted")
+    with pytest.raises(ValueError, match="flag 'wieghted' is not one of blocks"):
         flags(wieghted=True)
