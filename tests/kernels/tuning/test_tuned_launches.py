@@ -60,9 +60,7 @@ LAUNCHES = {
     "project": lambda o: project(o.x, o.basis, 4.0),
     "project_gradient": lambda o: project_gradient(o.g, o.z, o.rest, bias_grad=True),
     "transposed_mm": lambda o: transposed_mm(o.z, o.x),
-    "gather_gemm": lambda o: gather_gemm(
-        o.x, o.g, o.indices, o.weights, out=o.out, accumulate=True
-    ),
+    "gather_gemm": lambda o: gather_gemm(o.x, o.g, o.indices, o.weights, out=o.out),
     "gather_gemm, new": lambda o: gather_gemm(o.x, o.g, o.indices),
     "residual_gemm": lambda o, signed=False: residual_gemm(
         o.memory, o.x, o.g, o.indices, o.carry, o.seed, o.lost, signed=signed
