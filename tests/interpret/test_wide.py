@@ -151,7 +151,7 @@ class TestLongRows:
             c_ptr=c, e_ptr=e, out_ptr=out,
             M=ROWS, N=3, P=3, K=ROWS, steps=0, rank=STRIDE, x_row=3, x_col=1, g_row=3, g_col=1,
             BLOCK_N=16, TILES=1, BLOCK_P=16, BLOCK_K=16, SPLIT_K=1, GROUP=1,
-            EVEN_N=False, EVEN_P=False, WIDE=False, WEIGHTED=False, SCALED=False,
+            EVEN_N=False, EVEN_P=False, WIDE=False, WEIGHTED=False, PADDED=False, SCALED=False,
             RANK=self.RANK, PRECISION="ieee", X_COLUMNS_FIRST=False,
         )  # fmt: skip
         as_good_as(out, c @ e.T, c.double() @ e.double().T)
