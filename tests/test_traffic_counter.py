@@ -75,7 +75,7 @@ def product(g, x, out, K, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("n", [1, 16, 37])
 def test_copy_under_a_mask(traffic, n, dtype):
     x, out = torch.arange(48).to(dtype), torch.zeros(48, dtype=dtype)
-    launch(copy, (triton.cdiv(n, BLOCK),), x, out, n, BLOCK=BLOCK)
+    launch(copy, (triton.cdiv(n, BLOCK),), x=x, out=out, n=n, BLOCK=BLOCK)
     assert torch.equal(out[:n], x[:n])
     (seen,) = traffic
     size = n * dtype.itemsize
@@ -86,7 +86,7 @@ def test_copy_under_a_mask(traffic, n, dtype):
 def test_gather_counts_a_row_once(traffic):
     x, rows = torch.randn(10, BLOCK), torch.tensor([7, 2, 2, 9])
     out = torch.empty(4, BLOCK)
-    launch(gather, (4,), x, rows, out, x.stride(0), BLOCK=BLOCK)
+    launch(gather, (4,), x=x, rows=rows, out=out, stride=x.stride(0), BLOCK=BLOCK)
     assert torch.equal(out, x[rows])
     (seen,) = traffic
     assert seen.read == {"x": 3 * BLOCK * 4, "rows": 4 * 8}
@@ -95,14 +95,14 @@ def test_gather_counts_a_row_once(traffic):
 
 def test_product_counts_what_programs_share_once(traffic):
     g, x, out = torch.randn(64, BLOCK), torch.randn(64, 3 * BLOCK), torch.empty(BLOCK, 3 * BLOCK)
-    launch(product, (3,), g, x, out, 64, BLOCK=BLOCK)
+    launch(product, (3,), g=g, x=x, out=out, K=64, BLOCK=BLOCK)
     torch.testing.assert_close(out, g.T @ x)
     assert traffic[0].moved == 4 * (g.numel() + x.numel() + out.numel())
 
 
 def test_atomics_count_as_read_and_written(traffic):
     x, out = torch.randn(4, BLOCK), torch.zeros(5)
-    launch(row_sums, (4,), x, out, BLOCK=BLOCK)
+    launch(row_sums, (4,), x=x, out=out, BLOCK=BLOCK)
     torch.testing.assert_close(out[:4], x.sum(1))
     torch.testing.assert_close(out[4], x.sum())
     assert (traffic[0].read["out"], traffic[0].written["out"]) == (4, 20)
@@ -110,7 +110,7 @@ def test_atomics_count_as_read_and_written(traffic):
 
 def test_in_place(traffic):
     x = torch.ones(40)
-    launch(double, (1,), x[8:], BLOCK=BLOCK)
+    launch(double, (1,), x=x[8:], BLOCK=BLOCK)
     assert (traffic[0].read, traffic[0].written) == ({"x": 64}, {"x": 64})
     assert x[8:24].eq(2).all()
     assert x[24:].eq(1).all()
@@ -119,8 +119,8 @@ def test_in_place(traffic):
 def test_memory_passed_twice_counts_once(traffic):
     x = torch.randn(32)
     first = x[8:16].clone()
-    launch(copy, (1,), x[8:], x[8:], 16, BLOCK=BLOCK)
-    launch(copy, (1,), x[8:], x[16:], 8, BLOCK=BLOCK)
+    launch(copy, (1,), x=x[8:], out=x[8:], n=16, BLOCK=BLOCK)
+    launch(copy, (1,), x=x[8:], out=x[16:], n=8, BLOCK=BLOCK)
     assert torch.equal(x[16:24], first)
     assert [(seen.read, seen.written) for seen in traffic] == [
         ({"x": 64}, {"x": 64}),
@@ -130,7 +130,8 @@ def test_memory_passed_twice_counts_once(traffic):
 
 def test_tensor_copies_stop_at_the_tensor(traffic):
     x, out = torch.randn(24, BLOCK), torch.empty(32, BLOCK)
-    launch(copy_tile, (2,), TensorDescriptor.from_tensor(x, [16, BLOCK]), out, ROWS=16, BLOCK=BLOCK)
+    tiles = TensorDescriptor.from_tensor(x, [16, BLOCK])
+    launch(copy_tile, (2,), tiles=tiles, out=out, ROWS=16, BLOCK=BLOCK)
     assert torch.equal(out[:24], x)
     assert (traffic[0].read, traffic[0].written) == ({"tiles": 24 * 64}, {"out": 32 * 64})
 
@@ -138,15 +139,15 @@ def test_tensor_copies_stop_at_the_tensor(traffic):
 def test_every_launch_is_recorded_by_itself(traffic):
     x, out = torch.randn(32), torch.empty(32)
     for n in (16, 32):
-        launch(copy, (n // BLOCK,), x, out, n, BLOCK=BLOCK)
-    launch(copy, (0,), x, out, 0, BLOCK=BLOCK)
+        launch(copy, (n // BLOCK,), x=x, out=out, n=n, BLOCK=BLOCK)
+    launch(copy, (0,), x=x, out=out, n=0, BLOCK=BLOCK)
     assert [(seen.grid, seen.moved) for seen in traffic] == [((1,), 128), ((2,), 256)]
 
 
 @pytest.mark.usefixtures("traffic")
 def test_out_of_bounds():
     with pytest.raises(InterpreterError, match=OutOfBoundsError.__name__):
-        launch(copy, (2,), torch.randn(28), torch.empty(32), 32, BLOCK=BLOCK)
+        launch(copy, (2,), x=torch.randn(28), out=torch.empty(32), n=32, BLOCK=BLOCK)
 
 
 def test_the_compiler_is_as_before_afterwards(monkeypatch):
@@ -162,7 +163,7 @@ def test_the_compiler_is_as_before_afterwards(monkeypatch):
     before = compiled()
     x, out = torch.randn(4, BLOCK), torch.empty(BLOCK)
     with interpreted():
-        launch(column_sums, (1,), x, out, **sizes)
+        launch(column_sums, (1,), x=x, out=out, **sizes)
     torch.testing.assert_close(out, x.sum(0))
     assert compiled() == before
     with pytest.raises(RuntimeError, match="outside of the scope"):

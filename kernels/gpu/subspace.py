@@ -50,10 +50,12 @@ def project_kernel(
     r = tl.arange(0, RANK)
     z = tl.zeros((BLOCK_M, RANK), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
+    # Within a tile 32 bits are enough; 64 for every element would take too many registers.
+    q_offsets = tl.arange(0, BLOCK_C)[:, None] * rank + r[None, :]
     for first in range(0, N, BLOCK_C):
         columns = first + tl.arange(0, BLOCK_C)
         places = start[:, None] + columns.to(tl.int64)[None, :] * x_col
-        q_places = (q_ptr + columns.to(tl.int64) * rank)[:, None] + r[None, :]
+        q_places = q_ptr + tl.cast(first, tl.int64) * rank + q_offsets
         q_mask = (columns < N)[:, None] & (r < rank)[None, :]
         x = tl.load(places) if EVEN else tl.load(places, mask=(columns < N)[None, :], other=0)
         q = tl.load(q_places, mask=q_mask, other=0)
@@ -91,12 +93,13 @@ def transposed_kernel(
     product = tl.zeros((BLOCK_C, RANK), tl.float32)
     total = tl.zeros((BLOCK_C,), tl.float32)
     steps = tl.cdiv(M, BLOCK_M)
+    z_offsets = tl.arange(0, BLOCK_M)[:, None] * rank + r[None, :]
     for step in range(steps * share // SPLIT, steps * (share + 1) // SPLIT):
         m = step * BLOCK_M + tl.arange(0, BLOCK_M)
         row_ok = m < M
         places = start[:, None] + tl.minimum(m, M - 1).to(tl.int64)[None, :] * a_row
         a = tl.load(places) if EVEN else tl.load(places, mask=inside[:, None], other=0)
-        z_places = (z_ptr + m.to(tl.int64) * rank)[:, None] + r[None, :]
+        z_places = z_ptr + tl.cast(step * BLOCK_M, tl.int64) * rank + z_offsets
         z = tl.load(z_places, mask=row_ok[:, None] & (r < rank)[None, :], other=0)
         product = tl.dot(a, z, product, input_precision=PRECISION)
         if NORMS or SUMS:

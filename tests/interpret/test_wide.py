@@ -106,38 +106,39 @@ def test_blocks_by_descriptor(wide, tensor_copies):
     check_products(gather_gemm(x, g, indices, block_rows=16, config=SMALL), x, g, indices)
 
 
-class TestLongRows:
-    """The contiguous matrices of q columns, q being so large here that q rows need 64 bits.
+class TestLongMatrices:
+    """The contiguous matrices of q columns, q being so large here that their rows need 64 bits.
 
-    A real q is at most 64, and then as many rows would be needed: the kernels take it for a stride
-    and a bound alike, of which a tile holds the first sixteen columns.
+    A real q is at most 64, and then millions of rows would be needed: the kernels take it for a
+    stride and a bound alike, of which a tile holds the first sixteen columns.
     """
 
     RANK = 16
 
-    def test_projection(self, wide):
-        x, q, z = torch.randn(ROWS, 3).half(), wide(self.RANK), wide(self.RANK)
-        z.fill_(torch.nan)
-        rest = torch.empty(ROWS)
+    def test_projection(self, tmp_path):
+        count, stride = 33, 1 << 26
+        x, q = torch.randn(count, count).half(), sparse(tmp_path / "q", count, self.RANK, stride)
+        z = sparse(tmp_path / "z", count, self.RANK, stride).fill_(torch.nan)
         launch.launch(
             subspace.project_kernel,
-            (1,),
-            x_ptr=x, q_ptr=q, z_ptr=z, rest_ptr=rest,
-            M=ROWS, N=3, rank=STRIDE, scale=1.0, epsilon=0.0, x_row=3, x_col=1,
+            (3,),
+            x_ptr=x, q_ptr=q, z_ptr=z, rest_ptr=torch.empty(count),
+            M=count, N=count, rank=stride, scale=1.0, epsilon=0.0, x_row=count, x_col=1,
             BLOCK_M=16, BLOCK_C=16, RANK=self.RANK, EVEN=False, PRECISION="ieee",
         )  # fmt: skip
         as_good_as(z, x @ q, x.double() @ q.double())
 
-    def test_transposed_product(self, wide):
-        a, z = torch.randn(ROWS, 3).half(), wide(self.RANK)
-        parts = wide(self.RANK).fill_(torch.nan)
+    def test_transposed_product(self, tmp_path):
+        count, stride = 33, 1 << 26
+        a, z = torch.randn(count, count).half(), sparse(tmp_path / "z", count, self.RANK, stride)
+        parts = sparse(tmp_path / "parts", count, self.RANK, stride).fill_(torch.nan)
         launch.launch(
             subspace.transposed_kernel,
-            (1, 1),
+            (3, 1),
             a_ptr=a, z_ptr=z, parts_ptr=parts, squares_ptr=None, sums_ptr=None,
-            M=ROWS, N=3, rank=STRIDE, a_row=3, a_col=1,
-            BLOCK_M=16, BLOCK_C=16, SPLIT=1, RANK=self.RANK, EVEN=False,
-            NORMS=False, SUMS=False, PRECISION="ieee",
+            M=count, N=count, rank=stride, a_row=count, a_col=1,
+            SPLIT=1, NORMS=False, SUMS=False,
+            BLOCK_M=16, BLOCK_C=16, RANK=self.RANK, EVEN=False, PRECISION="ieee",
         )  # fmt: skip
         as_good_as(parts, a.T @ z, a.T.double() @ z.double())
 
@@ -151,7 +152,7 @@ class TestLongRows:
             c_ptr=c, e_ptr=e, out_ptr=out,
             M=ROWS, N=3, P=3, K=ROWS, steps=0, rank=STRIDE, x_row=3, x_col=1, g_row=3, g_col=1,
             BLOCK_N=16, TILES=1, BLOCK_P=16, BLOCK_K=16, SPLIT_K=1, GROUP=1,
-            EVEN_N=False, EVEN_P=False, WIDE=False, WEIGHTED=False, SCALED=False,
+            EVEN_N=False, EVEN_P=False, WIDE=False, WEIGHTED=False, PADDED=False, SCALED=False,
             RANK=self.RANK, PRECISION="ieee", X_COLUMNS_FIRST=False,
         )  # fmt: skip
         as_good_as(out, c @ e.T, c.double() @ e.double().T)

@@ -70,6 +70,23 @@ def test_blocks(rows, block_rows, blocks, split, weighted):
     check_products(result, x, g, indices, weights)
 
 
+@pytest.mark.parametrize("block_rows", [1, 16])
+def test_padding_is_not_read(block_rows):
+    x, g = operands(20 * block_rows - 1, 40, 24, torch.bfloat16, device="cuda")
+    indices = drawn_blocks(list(range(1, 20)), block_rows, device="cuda")
+    weights = 4 * torch.rand(19, device="cuda")
+    weights[::3] = 0
+    weights = weights.repeat_interleave(block_rows)
+    drawn = (weights > 0) & (indices < len(x))
+    unused = torch.ones(len(x), dtype=torch.bool, device="cuda").index_fill(0, indices[drawn], 0)
+    x[unused], g[unused] = torch.nan, torch.inf
+    config = replace(SMALL, split_k=2)
+    result = gather_gemm(
+        x, g, indices, weights, block_rows=block_rows, is_padded=True, config=config
+    )
+    check_products(result, x, g, indices[drawn], weights[drawn])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_correction(dtype):
     x, g = operands(70, 40, 24, dtype, device="cuda")
