@@ -44,26 +44,27 @@ def allocate_(
     monitor: Monitor,
     budget: float = 1 / 8,
     ratios: Sequence[float] | None = None,
-    *,
-    relative: bool = False,
 ) -> dict[str, float]:
     """Give the layers of `model` the ratios that add the least variance within a budget.
 
     A layer with a budget of its own is given another budget instead, for which it then chooses side
     and rank of its subspace as before.
 
-    Minimises Σ_l weight_l · V_l(K_l) with V(K) = max(0, (Σs)²/K − Σs²) over the list, while
-    Σ_l cost_l(K_l) ≤ budget · Σ_l dense cost_l. V is the variance of drawing every row with
-    probability K s/Σs. `priority` and `bernoulli` come close to it as long as no row has a share of
-    the scores above 1/K, and have more where one does; for other policies it stands for how much
-    there is to lose. Σs and Σs² are the monitor's averages, or what the subspace saw when it last
-    chose its rank. A cost is what the products of the weight gradient take, those of the subspace
-    and, where the input gradient is sampled, its own too (the noise in it is not counted); a layer
-    that is used twice in a step counts twice. A projected input gradient takes no part.
+    Minimises Σ_l uses_l · V_l(K_l) with V(K) = max(0, (Σs)²/K − Σs²) over the list, while
+    Σ_l cost_l(K_l) ≤ budget · Σ_l dense cost_l; uses_l is how often a step uses layer l. All
+    layers weigh the same: weights of 1/‖dW‖² gave a higher loss, also under AdamW
+    (docs/quality.md).
+
+    V is the variance of drawing every row with probability K s/Σs. `priority` and `bernoulli` have
+    nearly this variance while no row has a share of the scores above 1/K, and more otherwise; for
+    other policies V only says how much sampling can lose. Σs and Σs² are the monitor's averages,
+    or what the subspace measured when it last chose its rank. A cost is that of the products of
+    the weight gradient, those of the subspace and, where the input gradient is sampled, its own
+    (its noise is not counted). A projected input gradient is left as it is.
 
     The memories stay, and no compiled graph is built anew. Call it again every few hundred steps:
-    scores change. Every process of a distributed run has its own monitor; where processes share a
-    layer, set what one of them got in all.
+    scores change. In a distributed run every process has its own monitor; where processes share a
+    layer, call it in one process and set its result in all.
 
     Args:
         model: The model that is watched.
@@ -72,10 +73,6 @@ def allocate_(
         budget: Share in (0, 1] of the FLOPs that the dense gradients take.
         ratios: Ratios to choose from, and budgets (a 1 among them is for ratios alone); `None` for
             `DEFAULT_RATIOS` and `DEFAULT_BUDGETS`.
-        relative: Weight a layer by one over the mean square of its dense gradient, so that noise
-            counts relative to what it is added to. By default all weigh the same, which keeps the
-            layers cleanest whose gradients are large, and which did better with AdamW, too
-            (docs/quality.md).
 
     Returns:
         The new ratios and budgets by name of the layer.
@@ -101,9 +98,8 @@ def allocate_(
     for name, layer in layers.items():
         # How often a layer runs in a step, relative to the one that runs most often.
         uses = seen[name].observations / often
-        weight = uses * (_inverse_square(seen[name]) if relative else 1.0)
         options[name] = [
-            dataclasses.replace(option, cost=uses * option.cost, variance=weight * option.variance)
+            dataclasses.replace(option, cost=uses * option.cost, variance=uses * option.variance)
             for option in _options(layer, seen[name], ratios)
         ]
         available += budget * uses * _dense_flops(layer, seen[name].rows)
@@ -179,18 +175,6 @@ def _slope(before: Option, after: Option) -> float:
     """Variance per FLOP, negative; −Inf for what costs nothing."""
     cost = after.cost - before.cost
     return (after.variance - before.variance) / cost if cost else -math.inf
-
-
-def _inverse_square(seen: LayerDiagnostics) -> float:
-    """1 / E‖dW‖² over batches, 0 for a layer whose gradient is zero.
-
-    E‖dW‖² is at least the batch's own variance, which is the better known of the two where the
-    gradient is lost in the sampling noise.
-    """
-    square = seen.batch_variance
-    if seen.gradient_square > square:
-        square = seen.gradient_square
-    return 1 / square if square > 0 else 0.0
 
 
 def _options(
