@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -53,20 +52,6 @@ class Outcome:
 
     log: Path
     failed: tuple[str, ...]
-
-
-def require_packages() -> None:
-    """Raise `BenchmarkError` unless the packages of the extra `bench` are installed."""
-    for name in ("pytest", "pytest-benchmark", "matplotlib", "scipy", "jinja2"):
-        module = name.replace("-", "_")
-        try:
-            found = importlib.util.find_spec(module) is not None
-        except ValueError:  # blocked: its entry in sys.modules is None
-            found = False
-        if not found:
-            raise BenchmarkError(
-                f"{name} is not installed: pip install 'memaop-triton[bench]' brings it."
-            )
 
 
 def run_suite(

@@ -18,7 +18,7 @@ from rich.progress import TextColumn
 from memaop_triton.bench.suites import SUITES
 from memaop_triton.commands.common import positive, progress, say_written
 from memaop_triton.config import check_name
-from memaop_triton.errors import CommandError
+from memaop_triton.errors import CommandError, require_extra
 
 # A processor that is busy for this part of its cores gives times that mean little.
 _BUSY = 0.25
@@ -64,11 +64,10 @@ def bench(
     ] = None,
 ) -> int:
     """Measure dense, ours and the literature's methods on this machine, and write a report."""
-    from memaop_triton.bench.run import require_packages, run_suite
-
-    require_packages()
+    require_extra("bench", "pytest", "pytest_benchmark", "matplotlib", "scipy", "jinja2")
     from memaop_triton.bench import report
     from memaop_triton.bench.report.data import load
+    from memaop_triton.bench.run import run_suite
 
     _check_device(suite)
     if fail_if_slower is not None and compare is None:

@@ -25,10 +25,12 @@ _PATH_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 VARIABLES = {
     "MEMAOP_TRITON_BACKEND": "torch or triton: which implementation, in every backward pass",
     "MEMAOP_TRITON_AUTOTUNE": "off, first-use or force: on a GPU, when a kernel is first launched",
-    "MEMAOP_TRITON_CACHE_DIR": "compiled row passes and tuned configurations, on first use",
+    "MEMAOP_TRITON_CACHE_DIR": "folder of compiled C code and tuned configurations, on first use",
     "MEMAOP_TRITON_DATA_DIR": "data sets of the commands demo and reproduce",
+    "XDG_CACHE_HOME": "on Linux, where that folder is if MEMAOP_TRITON_CACHE_DIR is not set",
     "TRITON_INTERPRET": "1: Triton kernels in its interpreter, if set before Triton is imported",
     "CC": "the compiler of the C code, on first use",
+    "WORLD_SIZE": "above 1: a distributed run, in which no kernel is tuned",
     "OMP_NUM_THREADS": "threads on a CPU, if set before PyTorch is imported",
 }
 _DTYPES_OF_ROWS = ", ".join(str(dtype).removeprefix("torch.") for dtype in library.DTYPES)

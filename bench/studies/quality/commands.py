@@ -35,9 +35,8 @@ from memaop_triton.bench.studies.quality.store import RESULTS, Run, Store
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.tuning import Trial
 from memaop_triton.commands.common import progress, say_written
-from memaop_triton.errors import CommandError
+from memaop_triton.errors import CommandError, require_extra
 from memaop_triton.experiments.data import resolve_data_dir
-from memaop_triton.experiments.errors import require_extra
 
 app = typer.Typer(
     add_completion=False,
@@ -168,7 +167,7 @@ def noise_of_a_step(
 @app.command()
 def report(output: Output = RESULTS) -> None:
     """Write quality.md, quality.html and their pictures from what has been run so far."""
-    require_extra("matplotlib", "scipy", "jinja2")
+    require_extra("bench", "matplotlib", "scipy", "jinja2")
     from memaop_triton.bench.studies.quality.report import write
 
     say_written(Console(), *write(output))
