@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memaop_triton import MemAOPConfig
+from memaop_triton import MemAOPConfig, Projected
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Problem:
         return MemAOPConfig(ratio=self.ratio, block_rows=self.block_rows, **settings)
 
     def config_of_layer(self, grad_input: str, **settings: Any) -> MemAOPConfig:
-        """The same with an input gradient, whose FLOPs are that share of dense's if projected."""
-        if grad_input == "projected":
-            settings |= {"grad_input_budget": self.ratio}
-        return self.config(grad_input=grad_input, **settings)
+        """The same with an input gradient; a projected one costs `ratio` of dense's FLOPs."""
+        is_projected = grad_input == "projected"
+        part = Projected(self.ratio) if is_projected else grad_input
+        return self.config(grad_input=part, **settings)
 
     def operands(self) -> tuple[Tensor, Tensor]:
         """Random X and G."""
