@@ -20,7 +20,7 @@ from memaop_triton.commands.common import positive, progress, say_written
 from memaop_triton.config import check_name
 from memaop_triton.errors import CommandError, require_extra
 
-# A processor that is busy for this part of its cores gives times that mean little.
+# With a load average above this fraction of the cores, times are not reliable.
 _BUSY = 0.25
 _LISTED = [name for name in SUITES if name != "smoke"]
 
@@ -75,7 +75,7 @@ def bench(
             f"--fail-if-slower={fail_if_slower:g} needs an earlier run: name its file by --compare."
         )
     if compare is not None:
-        load(compare)  # an error is worth more now than in five minutes
+        load(compare)  # a wrong file is refused before the suite runs
     _make_writable(output)
     console = Console()
     _warn_if_busy(console)
@@ -96,13 +96,13 @@ def bench(
         slower = [] if fail_if_slower is None else written.regressions(fail_if_slower)
     say_written(console, json_path, outcome.log, written.markdown, written.html)
     for name in outcome.failed:
-        _say(console, f"failed: {name}: the log says why")
+        _print_line(console, f"failed: {name}: see the log")
     for line in slower:
-        _say(console, f"slower: {line}")
+        _print_line(console, f"slower: {line}")
     return 1 if slower or outcome.failed else 0
 
 
-def _say(console: Console, line: str) -> None:
+def _print_line(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -128,9 +128,9 @@ def _make_writable(output: Path) -> None:
 def _warn_if_busy(console: Console) -> None:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > _BUSY * (os.cpu_count() or 1):
-        _say(
+        _print_line(
             console,
-            f"The load average is {load:.1f}: something else is running, and times will scatter.",
+            f"The load average is {load:.1f}: something else is running, so times will vary.",
         )
 
 
