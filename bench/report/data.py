@@ -144,7 +144,7 @@ class Machine:
         triad_gbs: Bandwidth of reading, updating and writing.
         caches: Sizes by level.
         versions: Of packages and libraries.
-        clocks: As the machine told them.
+        clocks: As the machine reported them.
         load_before: Load average before the run.
     """
 
@@ -212,7 +212,7 @@ def load(path: Path) -> Run:
 
 
 def _case(info: Mapping[str, Any], where: str) -> Case:
-    records = member(Mapping[str, dict], info, "methods", where)
+    records = member(Mapping[str, dict[str, Any]], info, "methods", where)
     known = {name: one for name, one in records.items() if _is_measured(one)}
     dense = next((one["ms"] for one in known.values() if one.get("role") == "dense"), math.nan)
     methods = {

@@ -57,14 +57,15 @@ def parse(kind: Any, value: Any, where: str, **given: Any) -> Any:
             if field.name in given or (has_default and content.get(field.name) is None):
                 continue
             given[field.name] = member(hints[field.name], content, field.name, where)
-        return kind(**given)
+        make: Any = kind
+        return make(**given)
     if origin is Literal:
         if value not in arguments:
             raise ReportError(f"{where} is {value!r}: one of {', '.join(arguments)} is wanted.")
         return value
     if kind is Shown:
         return _as_text(value)
-    type_ = {float: int | float}.get(kind, dict if origin is Mapping else kind)
+    type_ = {float: int | float}.get(kind, dict if origin is Mapping else origin or kind)
     is_right = isinstance(value, type_) and not isinstance(value, bool)
     if is_right and kind in (int, float):
         is_right = math.isfinite(value) and (value >= 0 if kind is int else value > 0)

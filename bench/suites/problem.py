@@ -45,7 +45,7 @@ class Problem:
 
     @property
     def details(self) -> str:
-        """All that tells this problem from others, for titles."""
+        """All in which this problem may differ from others, for titles."""
         parts = [self.shape, self.budget]
         if self.dtype != torch.float32:
             parts.append(str(self.dtype).removeprefix("torch."))

@@ -88,7 +88,7 @@ def bench(
                 json_path,
                 only=only,
                 threads=threads,
-                tell=lambda now: bar.update(
+                on_progress=lambda now: bar.update(
                     row, completed=now.done, total=now.total, last=now.name
                 ),
             )

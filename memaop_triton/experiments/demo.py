@@ -1,16 +1,16 @@
 """Train one network under several schemes side by side, and time what each of them costs.
 
 With one seed all schemes start from the same weights and get the same batches. They take their
-steps in turn, in a new random order for every batch, so that other work on the machine slows all of
-them alike.
+steps in turn, in a new random order for every batch, so that other work on the machine slows them
+all alike.
 
 Learning rates, initial weights and pixels are such that the dense network's accuracy rises
-steadily; they were chosen on that network alone. A step overshoots where the loss curves by more than
-2 / (learning rate). With pixels in [0, 1] and PyTorch's initial weights, which shrink the signal
-from layer to layer, the curvature starts near zero and reaches within some twenty steps the 7 that
-a rate of 0.3 allows, in the middle of the training: accuracy then fell by up to 60 points. So
-pixels are standardised, and weights start with He's variance (arXiv 1502.01852): the curvature is
-largest before the first step, where there is nothing to lose.
+steadily; they were chosen on that network alone. A step overshoots where the curvature of the loss
+is above 2 / (learning rate). With pixels in [0, 1] and PyTorch's initial weights, which make the
+signal smaller from layer to layer, the curvature starts near zero and reaches 7, the limit at a
+rate of 0.3, some twenty steps later in the middle of training: accuracy then fell by up to 60
+points. Therefore pixels are standardised, and weights start with He's variance (arXiv 1502.01852):
+then the curvature is largest before the first step, when no accuracy can be lost.
 """
 
 from __future__ import annotations
