@@ -1,4 +1,4 @@
-"""What a machine is and what it can do: the rates that every other number is judged by."""
+"""A machine's name, versions and measured rates, with which the other numbers are compared."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def gpu_caches(device: torch.device) -> dict[str, str]:
 
 
 def cpu_clocks() -> str | None:
-    """Clocks of the cores at this moment, in MHz, where Linux tells them."""
+    """Present clocks of the cores in MHz, where Linux reports them."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,7 +1,7 @@
 """Times of several calls taken in turns, their ratios round by round, and the memory they need.
 
-Machines drift, so a time is only worth something beside another one taken in the same second. Every
-round calls every method once, in an order drawn anew, and a speed-up is the ratio of two times of
+Machines drift, so times are only comparable if they are taken within the same second. Every
+round calls every method once, in a new random order, and a speed-up is the ratio of two times of
 one round; medians and quartiles are over rounds.
 """
 
@@ -37,12 +37,12 @@ class Method:
     Attributes:
         name: Unique in the comparison.
         role: One of `ROLES`. Speed-ups are over the one that is `"dense"`; `"limit"` does nothing
-            but the work that nobody can avoid.
+            but the unavoidable work.
         label: For tables.
         call: Does it once. Its time must not depend on what the other methods leave behind.
         period: Calls after which the work repeats: a refresh in every 8th call counts an eighth.
-        note: What a reader of the numbers should know.
-        config_source: Says, once it was called, where the configuration of its kernels came from.
+        note: A remark for readers of the numbers.
+        config_source: Returns, after a call, where the configuration of its kernels came from.
     """
 
     name: str

@@ -1,8 +1,7 @@
-"""Runs a suite in a process of its own, and tells how far it is."""
+"""Runs a suite in a separate process, and reports its progress."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -27,7 +26,7 @@ class BenchmarkError(CommandError):
 
 @dataclass(frozen=True)
 class Progress:
-    """What happened: a benchmark ended, or all were counted (`name` is empty).
+    """A benchmark ended, or all were counted (`name` is empty).
 
     Attributes:
         done: Benchmarks that ended.
@@ -55,27 +54,13 @@ class Outcome:
     failed: tuple[str, ...]
 
 
-def require_packages() -> None:
-    """Raise `BenchmarkError` unless the packages of the extra `bench` are installed."""
-    for name in ("pytest", "pytest-benchmark", "matplotlib", "scipy", "jinja2"):
-        module = name.replace("-", "_")
-        try:
-            found = importlib.util.find_spec(module) is not None
-        except ValueError:  # blocked: its entry in sys.modules is None
-            found = False
-        if not found:
-            raise BenchmarkError(
-                f"{name} is not installed: pip install 'memaop-triton[bench]' brings it."
-            )
-
-
 def run_suite(
     suite: str,
     json_path: Path,
     *,
     only: str | None = None,
     threads: int | None = None,
-    tell: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
     """Run a suite and leave its results, pytest-benchmark's JSON, in `json_path`.
 
@@ -87,7 +72,7 @@ def run_suite(
             is beside it.
         only: Of its benchmarks, those whose name matches this expression of pytest's `-k`.
         threads: Of PyTorch; its own choice if `None`.
-        tell: Called whenever something happened.
+        on_progress: Called after every benchmark.
 
     Raises:
         BenchmarkError: Nothing matches `only`, or no benchmark succeeded.
@@ -116,7 +101,7 @@ def run_suite(
             for progress in _follow(events, process):
                 if progress.outcome == "failed":
                     failed.append(progress.name)
-                tell(progress)
+                on_progress(progress)
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -164,7 +149,7 @@ def _package_folder() -> Path:
 
 
 def _follow(events: Path, process: subprocess.Popen[bytes]) -> Iterator[Progress]:
-    """What the process writes into `events`, until it ends."""
+    """The events that the process writes, until it ends."""
     total = done = 0
     pending = ""
     with events.open(encoding="utf-8") as file:

@@ -1,11 +1,11 @@
-"""What the process is set to: which implementation, which folder of cached files, tf32 or not."""
+"""Settings of the process: which implementation runs, where files are cached, tf32 or not."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
-import platformdirs
 import torch
 
 _BACKEND = "MEMAOP_TRITON_BACKEND"
@@ -25,9 +25,27 @@ def backend() -> str:
 
 
 def cache_folder(part: str) -> Path:
-    """The folder `part` of `$MEMAOP_TRITON_CACHE_DIR`, or of the user's cache; may not exist."""
+    """The folder `part` of `$MEMAOP_TRITON_CACHE_DIR`, or of the user's cache; may not exist.
+
+    Raises:
+        ModuleNotFoundError: The variable is not set, platformdirs is not installed, and the system
+            is not Linux.
+    """
     chosen = os.environ.get(_CACHE_DIR)
-    return (Path(chosen) if chosen else platformdirs.user_cache_path("memaop-triton")) / part
+    return (Path(chosen) if chosen else _user_cache()) / part
+
+
+def _user_cache() -> Path:
+    try:
+        import platformdirs
+    except ModuleNotFoundError:
+        if sys.platform != "linux":
+            raise ModuleNotFoundError(
+                f"the cache folder is not known: install platformdirs or set {_CACHE_DIR}."
+            ) from None
+        # The same folder. A checkout also runs in images that have little more than PyTorch.
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "memaop-triton"
+    return platformdirs.user_cache_path("memaop-triton")
 
 
 def allows_tf32() -> bool:

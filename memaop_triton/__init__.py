@@ -1,9 +1,9 @@
 """Sampled weight gradients for PyTorch linear layers, with a memory of what was left out.
 
 The weight gradient of a linear layer is a sum of outer products, one per row of the batch. The
-layers of this package compute a few of them and remember the rest (Mem-AOP-GD, arXiv 2110.09164),
-which makes the backward pass cheaper. `convert_` switches the linear layers of a model over;
-`MemAOPConfig` says how many rows are computed, how they are chosen and what is remembered.
+layers of this package compute a few of them and may keep the others for later steps (Mem-AOP-GD,
+arXiv 2110.09164), which makes the backward pass cheaper. `convert_` converts the linear layers of a
+model; `MemAOPConfig` says how many rows are computed, how they are chosen and what is remembered.
 """
 
 from pathlib import Path as _Path
@@ -61,7 +61,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # A PyTorch without torch.distributed has the rest of the package.
+    # Imported on demand, because some builds of PyTorch have no torch.distributed.
     if name == "FactorAllGather":
         from memaop_triton.distributed.comm_hook import FactorAllGather
 

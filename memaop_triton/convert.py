@@ -1,4 +1,4 @@
-"""Switching the linear layers of a model over, and back."""
+"""Converting the linear layers of a model, and reverting them."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ def convert_(
             warning names the others.
         overrides: Configuration by name pattern (shell style, `"blocks.*.mlp.*"`), `None` to leave
             a layer dense. Of several patterns that match, the last one counts.
-        only_if_faster: Measure first, as `plan` does, and leave dense what conversion would not
-            make faster. The logger `memaop_triton.convert` names those layers (level INFO), and a
-            warning says if it is all of them. In a distributed run every process has to call this,
-            and the measurements of the first one count for all.
-        example_inputs: For `only_if_faster`: what a training step hands to the model, as for
+        only_if_faster: Measure first, as `plan` does, and leave the layers dense that conversion
+            would not make faster. The logger `memaop_triton.convert` names these layers (level
+            INFO); if they are all layers, a warning says so. In a distributed run every process has
+            to call this, and all use the measurements of the first one.
+        example_inputs: For `only_if_faster`: the inputs of the model in a training step, as for
             `plan`.
-        loss_fn: For `only_if_faster`, as for `plan`; may be left out.
+        loss_fn: For `only_if_faster`, as for `plan`; optional.
 
     Returns:
         `model`.
 
     Raises:
         ValueError: No layer is left to convert, a layer is converted already, a pattern matches
-            nothing, or a layer has a forward pass of its own; `only_if_faster` lacks
-            `example_inputs`, or they are there without it; or as `plan`. Nothing is converted then.
+            nothing, or a layer has its own forward pass; `only_if_faster` without
+            `example_inputs`, or the reverse; or as `plan`. Nothing is converted then.
         TypeError: `model` is not a module, or a configuration not a `MemAOPConfig`.
     """
     if only_if_faster and example_inputs is None:
         raise ValueError(
-            "only_if_faster=True needs example_inputs, what a training step hands to the model: "
+            "only_if_faster=True needs example_inputs, the model's inputs in a training step: "
             "a tensor, a tuple of arguments, or a dictionary of keyword arguments."
         )
     if not only_if_faster and (example_inputs is not None or loss_fn is not None):
@@ -103,7 +103,7 @@ def _faster_ones(
     example_inputs: object,
     loss_fn: Callable[[Any], Tensor] | None,
 ) -> Chosen:
-    """What of `chosen` gets faster by conversion, the same in all processes."""
+    """The layers of `chosen` that get faster by conversion, the same in all processes."""
     measured = plan_chosen(model, chosen, example_inputs, loss_fn)
     _log.debug("%s", measured)
     names = [measured.faster]

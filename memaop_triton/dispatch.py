@@ -1,4 +1,4 @@
-"""Whether a tensor's work is done by the Triton kernels or by plain PyTorch (and C).
+"""Whether the Triton kernels or plain PyTorch (and C) compute on a tensor.
 
 | `MEMAOP_TRITON_BACKEND` | tensors on a GPU | tensors on a CPU |
 |---|---|---|
@@ -32,7 +32,7 @@ def runs_triton(a: Tensor, *, rank: int = 0, memory_dtype: torch.dtype | None = 
         memory_dtype: Storage of the row memory; that of `a` if `None`.
 
     Raises:
-        RuntimeError: `MEMAOP_TRITON_BACKEND=triton` asks for what these kernels cannot do.
+        RuntimeError: `MEMAOP_TRITON_BACKEND=triton`, and the kernels cannot compute this.
     """
     choice = env.backend()
     if choice == "torch" or (choice == "" and not a.is_cuda):
@@ -44,10 +44,10 @@ def runs_triton(a: Tensor, *, rank: int = 0, memory_dtype: torch.dtype | None = 
 
 
 def explain(a: Tensor) -> str:
-    """What works on rows like those of `a`, and why: "Triton kernels: ...", "PyTorch: ...".
+    """What computes on rows like those of `a`, and why: "Triton kernels: ...", "PyTorch: ...".
 
     Raises:
-        ValueError: `MEMAOP_TRITON_BACKEND` holds none of its values.
+        ValueError: `MEMAOP_TRITON_BACKEND` is neither "torch" nor "triton".
     """
     choice = env.backend()
     asked = f"MEMAOP_TRITON_BACKEND={choice!r} asks for it"

@@ -1,13 +1,31 @@
-"""Errors that the command line tells in one line, and the check of a name."""
+"""Errors that the command line shows as one line, and the check of a name."""
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
 class CommandError(Exception):
     """A command cannot run; the message names the argument at fault and what would do."""
+
+
+class MissingExtraError(CommandError):
+    """A package of an extra is not installed."""
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Raise `MissingExtraError` unless every one of the top-level `modules` is installed."""
+    for module in modules:
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except ValueError:  # blocked: its entry in sys.modules is None
+            found = False
+        if not found:
+            raise MissingExtraError(
+                f"{module} is not installed: pip install 'memaop-triton[{extra}]' installs it."
+            )
 
 
 def check_name(argument: str, value: object, allowed: Iterable[str]) -> None:

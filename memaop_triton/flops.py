@@ -1,8 +1,8 @@
-"""What a weight gradient costs in floating-point operations, and what a budget of them buys.
+"""Floating-point operations of gradients, and the rows and ranks that a budget of them pays for.
 
 A multiplication and an addition are two operations, as in PyTorch's counter. Everything that grows
-with the operands counts: products, norms, and a subspace's share of its refreshes. What is one
-number per row (scores, draws, selection) does not.
+with the operands counts: products, norms, and a subspace's refreshes, divided by the steps between
+them. Operations on one number per row (scores, draws, selection) do not count.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import functools
 import math
 from typing import NamedTuple
 
-#: Above this the Triton kernels refuse.
+#: The largest rank of a subspace that the Triton kernels take.
 MAX_RANK = 64
-#: Ranks that vectors like: a budget buys multiples of it.
+#: A budget buys multiples of it, because kernels compute several columns at once.
 RANK_STEP = 4
 #: Refreshes of a subspace between two choices of its side and rank.
 REFRESHES_PER_CHOICE = 4
-# A power iteration reads about so many rows, more only if its rank asks for them.
+# Rows that a power iteration reads, about; more only where its rank needs them.
 _ROWS_PER_REFRESH = 1024
 _ROWS_PER_DIMENSION = 16
-# The largest part of a budget that may go to the subspace.
+# The largest part of a budget that the subspace may take (docs/quality.md).
 _MAX_SUBSPACE_SHARE = 0.6
 
 
 class SubspaceCost(NamedTuple):
-    """A subspace memory as its cost has it.
+    """What the cost of a subspace memory depends on.
 
     Attributes:
         rank: Dimension in use.

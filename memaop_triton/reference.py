@@ -1,4 +1,4 @@
-"""The oracle: one step as the equations have it, in any dtype, with nothing clever."""
+"""The reference for tests: one step computed as the equations are written, in any dtype."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ def inclusion_probabilities(scores: Tensor, k: int) -> Tensor:
     # The first t at which no row after the t certain ones would exceed probability 1.
     fits = (room * ordered <= rest).to(torch.uint8)
     certain = fits.argmax()
-    scale = room.take(certain) / rest.take(certain)  # indexing would look at the value
+    scale = room.take(certain) / rest.take(certain)  # indexing would synchronise with the host
     return torch.where(scores > 0, (scores * scale).clamp(max=1), 0).to(scores.dtype)
 
 
@@ -256,7 +256,7 @@ def _wta(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Ten
     before[1:] = cumulative[: k - 1]  # [K] mass of the top c rows, c = 0 … K−1
     draws_left = k - torch.arange(k, device=scores.device)
     certain = ((total - before) / draws_left).argmin()
-    before = before.take(certain)  # indexing would look at the value
+    before = before.take(certain)  # indexing would synchronise with the host
     mass_left = total - before
     points = before + _to_one(cumulative, k, generator) * mass_left
     position = torch.arange(k, device=scores.device)

@@ -1,4 +1,4 @@
-"""Calls whose operands do not suit the hardware: they need other code, and no table of their own.
+"""Calls whose operands do not suit the hardware: other code is compiled, and no table shows them.
 
 Extents that are not multiples of 16, columns that are not neighbours, odd ranks, and matrices of
 2³¹ elements and more.

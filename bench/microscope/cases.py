@@ -1,4 +1,4 @@
-"""Calls that are compiled and looked at, and the operands they take.
+"""Calls that are compiled and inspected, and their operands.
 
 The shapes are those of a large layer: M = 16384 rows of which K = 2048 are selected, N = P = 4096.
 The tensors are on the device "meta": they have shapes and no contents.

@@ -18,9 +18,9 @@ class LoopCounts:
             descriptor (TMA) have no width: "UTMALDG".
         streams: The copies apart by what they read, as far as the instructions tell: by buffer
             (AMD), by mnemonic and bits (NVIDIA).
-        others: What else tells how the loop works: shared-memory traffic, packed arithmetic.
+        others: Other instructions of interest: shared-memory traffic, packed arithmetic.
         iterations: Iterations of the loop in Triton's GPU dialect that one of this loop does, where
-            that can be told; more than 1 if the assembler unrolled.
+            that is known; more than 1 if the assembler unrolled.
     """
 
     instructions: int

@@ -51,7 +51,7 @@ def loop_dots(ttgir: str) -> list[Dot]:
 
 
 def iterations(ttgir: str, depth: Callable[[str, int], int], matrix: Counter[str]) -> float:
-    """Iterations of that loop that one of the machine's loop does; 1 if nobody can tell.
+    """Iterations of that loop in one iteration of the machine's loop; 1 if that is not known.
 
     Args:
         ttgir: The kernel in Triton's GPU dialect.

@@ -1,4 +1,4 @@
-"""Reads NVIDIA machine code with the disassemblers that Triton's wheel brings along."""
+"""Reads NVIDIA machine code with the disassemblers in Triton's wheel."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def target_table(found: Iterable[Line]) -> str:
-    """The table of a target; kernels that several cases launch behind their own are told once."""
+    """The table of a target; kernels that several cases launch after their own have one line."""
     once = {(line.title, line.kind, line.tile): line for line in found}
     return table(HEAD, map(_cells, once.values()))
 
@@ -98,8 +98,8 @@ def _cells(line: Line) -> tuple[str, ...]:
 
 def _registers(counts: Counts) -> str:
     notes = {"acc": counts.accumulators, "lanes": counts.scalar_spills}
-    told = ", ".join(f"{n} {name}" for name, n in notes.items() if n)
-    return f"{counts.registers} ({told})" if told else f"{counts.registers}"
+    details = ", ".join(f"{n} {name}" for name, n in notes.items() if n)
+    return f"{counts.registers} ({details})" if details else f"{counts.registers}"
 
 
 def _matrix(matrix: Counter[str]) -> str:

@@ -1,4 +1,4 @@
-"""What the numbers of a run say: rows of one shape, shares of the limit, fits, headline figures."""
+"""Rows of one shape, fractions of the limit, fits and headline figures of a run."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _speedup(run: Run, name: str, kind: str, what: str) -> Headline | None:
     cases = [case for case in run.of_kind(kind) if name in case.methods]
     if not cases:
         return None
-    # One dtype: a mean over several would say nothing of any.
+    # One dtype: a mean over several dtypes would describe none of them.
     setting = settings(cases)[0]
     cases = [case for case in cases if case.setting == setting]
     ratio = main_ratio(cases)

@@ -24,7 +24,7 @@ from memaop_triton.bench.report.roofline import Call
 # A chart is as wide as a phone, nearly: a desktop shows two or three side by side.
 _WIDTH = 390.0
 _CHARACTER = 6.8  # average width of one of the charts' text
-# Marks too, so that colour is not all that tells methods apart.
+# Marks as well, so that methods differ by more than colour.
 _MARKS = {"default": "o", "priority": "s", "topk": "D", "topk-residual": "^", "topk-signed": "v"}
 
 

@@ -7,23 +7,17 @@ over a method's time, taken per round, so that the machine's drift cancels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
-from memaop_triton.bench.report.fields import Fields, ReportError, read_json
+from memaop_triton.bench.report.fields import ReportError, Shown, member, parse, read_json
 
-KINDS = (
-    "kernel",
-    "dw",
-    "layer",
-    "step",
-    "sweep_rows",
-    "sweep_ratio",
-    "sweep_width",
-    "overhead",
-)  # fmt: skip
-ROLES = ("dense", "ours", "baseline", "limit")
+Kind = Literal[
+    "kernel", "dw", "layer", "step", "sweep_rows", "sweep_ratio", "sweep_width", "overhead"
+]
+Role = Literal["dense", "ours", "baseline", "limit"]
 # Kinds whose calls compute one weight gradient, and nothing else.
 WEIGHT_GRAD_KINDS = ("dw", "sweep_rows", "sweep_ratio", "sweep_width", "overhead")
 
@@ -43,7 +37,7 @@ class Method:
 
     Attributes:
         name: The method, e.g. `default` or `vcas`.
-        role: One of `ROLES`.
+        role: What it stands for.
         label: Its name for readers.
         ms: Milliseconds of a call.
         speedup: Dense's time over this one's; of the medians, without a spread, if a limit or the
@@ -54,7 +48,7 @@ class Method:
     """
 
     name: str
-    role: str
+    role: Role
     label: str
     ms: Spread
     speedup: Spread
@@ -68,7 +62,7 @@ class Case:
     """One shape and ratio, and every method timed on it in turn.
 
     Attributes:
-        kind: One of `KINDS`.
+        kind: What was timed.
         title: Its name for readers.
         m: Rows of X and G.
         n: Columns of X.
@@ -84,7 +78,7 @@ class Case:
         unmeasured: Methods whose time is not a number.
     """
 
-    kind: str
+    kind: Kind
     title: str
     m: int
     n: int
@@ -150,7 +144,7 @@ class Machine:
         triad_gbs: Bandwidth of reading, updating and writing.
         caches: Sizes by level.
         versions: Of packages and libraries.
-        clocks: As the machine told them.
+        clocks: As the machine reported them.
         load_before: Load average before the run.
     """
 
@@ -160,10 +154,10 @@ class Machine:
     gemm_gflops: Mapping[str, float] = field(default_factory=dict)
     stream_gbs: float | None = None
     triad_gbs: float | None = None
-    caches: Mapping[str, str] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    clocks: str | None = None
-    load_before: str | None = None
+    caches: Mapping[str, Shown] = field(default_factory=dict)
+    versions: Mapping[str, Shown] = field(default_factory=dict)
+    clocks: Shown | None = None
+    load_before: Shown | None = None
 
 
 @dataclass(frozen=True)
@@ -195,107 +189,58 @@ def load(path: Path) -> Run:
     Raises:
         ReportError: The file cannot be read, or a field is missing or wrong; it names both.
     """
-    content = read_json(path)
+    content = parse(dict, read_json(path), path.name)
     machine: Machine | None = None
     cases = []
-    for benchmark in content.objects("benchmarks"):
-        if "extra_info" not in benchmark:
-            continue
-        info = benchmark.object("extra_info")
+    for number, benchmark in enumerate(member(list, content, "benchmarks", path.name)):
+        where = f"{path.name}.benchmarks[{number}]"
+        info = parse(dict, benchmark, where).get("extra_info") or {}
+        where += ".extra_info"
         if "kind" not in info:  # a benchmark that is not for this report
             continue
-        if info.text("kind") == "machine":
-            machine = _machine(info)
+        if info["kind"] == "machine":
+            machine = parse(Machine, info, where)
         else:
-            cases.append(_case(info))
+            cases.append(_case(info, where))
     if not cases:
         raise ReportError(f"{path.name} holds no benchmark with results: run the suite to its end.")
-    commit = content.optional_object("commit_info").optional_text("id")
+    commit = (content.get("commit_info") or {}).get("id")
+    date = parse(str | None, content.get("datetime"), f"{path.name}.datetime")
     if commit == "unversioned":  # an installed package, run from a folder that is no checkout
         commit = None
-    return Run(path.stem, content.optional_text("datetime"), commit, machine, tuple(cases))
+    return Run(path.stem, date, commit, machine, tuple(cases))
 
 
-def _machine(info: Fields) -> Machine:
-    rates = info.optional_object("gemm_gflops")
-    plain = info.plain()
-    return Machine(
-        name=info.text("name"),
-        threads=info.optional_integer("threads"),
-        cores=info.optional_integer("cores"),
-        gemm_gflops={dtype: rates.positive(dtype) for dtype in rates.names() if dtype in rates},
-        stream_gbs=info.optional_positive("stream_gbs"),
-        triad_gbs=info.optional_positive("triad_gbs"),
-        caches=info.optional_object("caches").plain(),
-        versions=info.optional_object("versions").plain(),
-        clocks=plain.get("clocks"),
-        load_before=plain.get("load_before"),
-    )
+def _case(info: Mapping[str, Any], where: str) -> Case:
+    records = member(Mapping[str, dict[str, Any]], info, "methods", where)
+    known = {name: one for name, one in records.items() if _is_measured(one)}
+    dense = next((one["ms"] for one in known.values() if one.get("role") == "dense"), math.nan)
+    methods = {
+        name: _method(name, one, f"{where}.methods.{name}", dense) for name, one in known.items()
+    }
+    unmeasured = tuple(name for name in records if name not in known)
+    case: Case = parse(Case, info, where, methods=methods, unmeasured=unmeasured)
+    # A step or a row pass may have no such size.
+    for name in "mnpk" if case.kind in WEIGHT_GRAD_KINDS else "":
+        if getattr(case, name) == 0:
+            raise ReportError(f"{where}.{name} is 0: a whole number from 1 is wanted.")
+    return case
 
 
-def _case(info: Fields) -> Case:
-    kind = _one_of(info, "kind", KINDS)
-    least = 1 if kind in WEIGHT_GRAD_KINDS else 0  # a step or a row pass may have no such size
-    methods = info.object("methods")
-    times = {name: methods.object(name) for name in methods.names()}
-    known = {name: one for name, one in times.items() if _is_measured(one)}
-    dense = [one.positive("ms") for one in known.values() if one.text("role") == "dense"]
-    wanted = info.optional_object("wanted")
-    return Case(
-        kind=kind,
-        title=info.text("title"),
-        m=info.integer("m", least),
-        n=info.integer("n", least),
-        p=info.integer("p", least),
-        k=info.integer("k", least),
-        ratio=info.positive("ratio"),
-        dtype=info.text("dtype"),
-        device=info.text("device"),
-        block_rows=info.integer("block_rows"),
-        methods={
-            name: _method(name, one, dense[0] if dense else None) for name, one in known.items()
-        },
-        model=info.optional_text("model"),
-        wanted={name: wanted.positive(name) for name in wanted.names() if name in wanted},
-        unmeasured=tuple(name for name in times if name not in known),
-    )
+def _is_measured(record: Mapping[str, Any]) -> bool:
+    """Whether a time is there: some writers spell NaN as null."""
+    times = [record.get(name, 1.0) for name in ("ms", "q1", "q3")]
+    return all(one is not None and one not in (math.inf, 0) and one == one for one in times)
 
 
-def _is_measured(method: Fields) -> bool:
-    return all(_finite(method.number(name)) for name in ("ms", "q1", "q3"))
-
-
-def _finite(value: float) -> bool:
-    return math.isfinite(value) and value > 0
-
-
-def _method(name: str, info: Fields, dense_ms: float | None) -> Method:
-    ms = Spread(info.positive("ms"), info.positive("q1"), info.positive("q3"))
-    role = _one_of(info, "role", ROLES)
-    if "speedup" in info or role in ("ours", "baseline"):
-        speedup = _spread(info.object("speedup"))
+def _method(name: str, info: Mapping[str, Any], where: str, dense_ms: float) -> Method:
+    ms = Spread(*(member(float, info, part, where) for part in ("ms", "q1", "q3")))
+    if info.get("speedup") is not None or info.get("role") in ("ours", "baseline"):
+        speedup = member(Spread, info, "speedup", where)
     else:
-        middle = math.nan if dense_ms is None else dense_ms / ms.median
-        speedup = Spread(middle, middle, middle)
-    return Method(
-        name=name,
-        role=role,
-        label=info.text("label"),
-        ms=ms,
-        speedup=speedup,
-        peak_bytes=info.optional_integer("peak_bytes"),
-        note=info.optional_text("note"),
-        cold=_spread(info.object("cold").object("speedup")) if "cold" in info else None,
-    )
-
-
-def _spread(info: Fields) -> Spread:
-    return Spread(info.positive("median"), info.positive("q1"), info.positive("q3"))
-
-
-def _one_of(info: Fields, name: str, allowed: Iterable[str]) -> str:
-    value = info.text(name)
-    if value not in allowed:
-        wanted = ", ".join(allowed)
-        raise ReportError(f"{info.where}.{name} is {value!r}: one of {wanted} is wanted.")
-    return value
+        speedup = Spread(*[dense_ms / ms.median] * 3)
+    cold = None
+    if info.get("cold") is not None:
+        cold = member(Spread, member(dict, info, "cold", where), "speedup", f"{where}.cold")
+    method: Method = parse(Method, info, where, name=name, ms=ms, speedup=speedup, cold=cold)
+    return method

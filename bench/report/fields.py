@@ -1,124 +1,94 @@
-"""Reading JSON with errors that name the file and the field."""
+"""Reading JSON into dataclasses, by the types of their fields, with errors that name the field."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, NewType, Union, get_args, get_origin, get_type_hints
 
 from memaop_triton.errors import CommandError
+
+#: Any value as text, for fields that are shown and not computed with.
+Shown = NewType("Shown", str)
+
+_WANTED = {str: "a string", int: "a whole number", float: "a number above 0", list: "a list"}
 
 
 class ReportError(CommandError):
     """A file of results is missing or is not what the benchmarks write."""
 
 
-def read_json(path: Path) -> Fields:
-    """The object in a JSON file; `ReportError` if there is none."""
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; `ReportError` if it cannot be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ReportError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise ReportError(f"{path} is not JSON: {error}.") from None
-    return Fields(content, path.name)
 
 
-class Fields:
-    """A JSON object and where it stands, for the messages.
+def parse(kind: Any, value: Any, where: str, **given: Any) -> Any:
+    """A value of JSON as a `kind`: a dataclass, `Mapping`, `Literal`, `list`, str, int or float.
 
-    Every getter raises `ReportError` for a field that is missing or of another type. `where` reads
-    like `cpu.json: benchmarks[3].extra_info`.
+    An int is not negative, a float is above 0. A field of a dataclass that is null or missing takes
+    its default; those in `given` are not read.
+
+    Args:
+        kind: The type; of a union with `None` the first member.
+        value: As `json.loads` gives it.
+        where: Its place, for the message: `cpu.json: benchmarks[3].extra_info`.
+        **given: Fields of a dataclass.
+
+    Raises:
+        ReportError: The value is of another type, or a field without a default is missing.
     """
-
-    def __init__(self, value: Any, where: str) -> None:
-        if not isinstance(value, dict):
-            raise ReportError(f"{where} is {_shown(value)}: an object is wanted.")
-        self._value = value
-        self.where = where
-
-    def __contains__(self, name: str) -> bool:
-        return self._value.get(name) is not None
-
-    def _get(self, name: str, wanted: str) -> Any:
-        if name not in self._value:
-            raise ReportError(f"{self.where}.{name} is missing: {wanted} is wanted.")
-        return self._value[name]
-
-    def _wrong(self, name: str, wanted: str) -> ReportError:
-        value = self._value[name]
-        return ReportError(f"{self.where}.{name} is {_shown(value)}: {wanted} is wanted.")
-
-    def text(self, name: str) -> str:
-        """A string."""
-        value = self._get(name, "a string")
-        if not isinstance(value, str):
-            raise self._wrong(name, "a string")
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return None if value is None else parse(arguments[0], value, where)
+    if dataclasses.is_dataclass(kind):
+        hints, content = get_type_hints(kind), parse(dict, value, where)
+        for field in dataclasses.fields(kind):
+            has_default = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+            if field.name in given or (has_default and content.get(field.name) is None):
+                continue
+            given[field.name] = member(hints[field.name], content, field.name, where)
+        make: Any = kind
+        return make(**given)
+    if origin is Literal:
+        if value not in arguments:
+            raise ReportError(f"{where} is {value!r}: one of {', '.join(arguments)} is wanted.")
         return value
-
-    def optional_text(self, name: str) -> str | None:
-        """A string; `None` if null or missing."""
-        return self.text(name) if name in self else None
-
-    def integer(self, name: str, least: int = 0) -> int:
-        """A whole number, not below `least`."""
-        wanted = f"a whole number from {least}"
-        value = self._get(name, wanted)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self._wrong(name, wanted)
-        return value
-
-    def optional_integer(self, name: str) -> int | None:
-        """A whole number; `None` if null or missing."""
-        return self.integer(name) if name in self else None
-
-    def number(self, name: str) -> float:
-        """A number; NaN for null, which is how some writers spell it."""
-        value = self._get(name, "a number")
-        if value is None:
-            return math.nan
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._wrong(name, "a number")
-        return float(value)
-
-    def positive(self, name: str) -> float:
-        """A number above 0."""
-        value = self.number(name)
-        if not (value > 0 and math.isfinite(value)):
-            raise self._wrong(name, "a number above 0")
-        return value
-
-    def optional_positive(self, name: str) -> float | None:
-        """A number above 0; `None` if null or missing."""
-        return self.positive(name) if name in self else None
-
-    def object(self, name: str) -> Fields:
-        """An object."""
-        return Fields(self._get(name, "an object"), f"{self.where}.{name}")
-
-    def optional_object(self, name: str) -> Fields:
-        """An object; empty if null or missing."""
-        return self.object(name) if name in self else Fields({}, f"{self.where}.{name}")
-
-    def objects(self, name: str) -> list[Fields]:
-        """A list of objects."""
-        value = self._get(name, "a list")
-        if not isinstance(value, list):
-            raise self._wrong(name, "a list")
-        return [Fields(one, f"{self.where}.{name}[{i}]") for i, one in enumerate(value)]
-
-    def names(self) -> Iterator[str]:
-        """Names of the fields, in the file's order."""
-        return iter(self._value)
-
-    def plain(self) -> Mapping[str, str]:
-        """Every field as text, for fields that are shown and not computed with."""
-        return {name: _plain(value) for name, value in self._value.items() if value is not None}
+    if kind is Shown:
+        return _as_text(value)
+    type_ = {float: int | float}.get(kind, dict if origin is Mapping else origin or kind)
+    is_right = isinstance(value, type_) and not isinstance(value, bool)
+    if is_right and kind in (int, float):
+        is_right = math.isfinite(value) and (value >= 0 if kind is int else value > 0)
+    if not is_right:
+        raise ReportError(f"{where} is {_shown(value)}: {_wanted(kind)} is wanted.")
+    if origin is Mapping:
+        known = {name: one for name, one in value.items() if one is not None}
+        return {name: parse(arguments[1], known[name], f"{where}.{name}") for name in known}
+    return value
 
 
-def _plain(value: Any) -> str:
+def member(kind: Any, content: Mapping[str, Any], name: str, where: str) -> Any:
+    """A member of an object as a `kind`, by `parse`; it must be there."""
+    if name not in content:
+        raise ReportError(f"{where}.{name} is missing: {_wanted(kind)} is wanted.")
+    return parse(kind, content[name], f"{where}.{name}")
+
+
+def _wanted(kind: Any) -> str:
+    return _WANTED.get(kind, "an object")
+
+
+def _as_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value).replace('"', "")

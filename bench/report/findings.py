@@ -1,4 +1,4 @@
-"""Where it does not win: every check that a call of ours fails, and why, as far as told."""
+"""Where it does not win: every check that a call of ours fails, and why, as far as is known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memaop_triton.bench.report.methods import definition, traffic
 
 WANTED_SHARE = 0.9
 WANTED_OVERHEAD_MS = 0.1
-# What our methods do beside drawing rows, by memory.
+# What our methods do in addition to drawing rows, by memory.
 _EXTRA_WORK = {
     "residual": "a row memory is read, updated and written too, which drawing rows alone is spared",
     "subspace": "the subspace's share is computed as well, which leaves less to the draw's noise",
@@ -24,7 +24,7 @@ _SMALL = 0.3
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a call fails a check, as far as the run tells.
+    """Why a call fails a check, as far as the run shows.
 
     Attributes:
         text: In words; may be empty.

@@ -16,9 +16,9 @@ Vector = npt.NDArray[np.float64]
 LINEAR = 0.05
 # A model is used for predictions if half of the measured times lie within this share of it.
 GOOD_ENOUGH = 0.15
-# Points from which a fixed part is told apart from the part that grows.
+# With fewer points the fixed part cannot be separated from the part that grows.
 _ENOUGH_FOR_FIXED = 5
-# Beyond it two terms cannot be told apart: one width and one ratio, for example.
+# Above it two terms cannot be separated, as with one width and one ratio.
 _WORST_CONDITION = 1e4
 
 

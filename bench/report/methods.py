@@ -1,4 +1,4 @@
-"""What is known of every method: its law, its source, and the traffic nobody can save it.
+"""What is known of every method: its distribution, its source, and its unavoidable traffic.
 
 Costs are those of one weight gradient. The unit is one pass over X and G together, M(N+P) elements:
 the pass that scores the rows, the memory's reads and writes in it, and the GEMM's own operands.

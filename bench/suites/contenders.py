@@ -1,8 +1,7 @@
 """The methods that are compared on a weight gradient: dense, ours, the literature's, the limit.
 
-There are three families, by what is remembered, because what nobody can avoid differs (DESIGN: the
-data flow of each path). The limit is a GEMM of K rows that lie together, and one pass over what a
-path has to touch:
+There are three families, by what is remembered, because the unavoidable work differs. The limit is
+a GEMM of K contiguous rows, and one pass over the data that a family has to read or write:
 
 | memory | pass | rows of the GEMM |
 |---|---|---|
@@ -142,7 +141,7 @@ def compiled(problem: Problem, x: Tensor, g: Tensor) -> Method:
 
 
 def limit(memory: str, problem: Problem, x: Tensor, g: Tensor) -> Method:
-    """The work that no method of the family can avoid."""
+    """The unavoidable work of a family."""
     rows = problem.k
     label = "GEMM of K rows that lie together + a pass over X and G"
     touch: Callable[[], object] = functools.partial(_read, x, g)

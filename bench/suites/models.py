@@ -38,8 +38,8 @@ class TransformerBlock(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        x = x + self.proj(seen.transpose(1, 2).reshape(batch, tokens, width))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, width))
         out: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return out
 

@@ -45,7 +45,7 @@ class Problem:
 
     @property
     def details(self) -> str:
-        """All that tells this problem from others, for titles."""
+        """All in which this problem may differ from others, for titles."""
         parts = [self.shape, self.budget]
         if self.dtype != torch.float32:
             parts.append(str(self.dtype).removeprefix("torch."))
@@ -63,9 +63,10 @@ class Problem:
         return MemAOPConfig(ratio=self.ratio, block_rows=self.block_rows, **settings)
 
     def config_of_layer(self, grad_input: str, **settings: Any) -> MemAOPConfig:
-        """The same with an input gradient, whose FLOPs are that share of dense's if projected."""
-        given = Projected(self.ratio) if grad_input == "projected" else grad_input
-        return self.config(grad_input=given, **settings)
+        """The same with an input gradient; a projected one costs `ratio` of dense's FLOPs."""
+        is_projected = grad_input == "projected"
+        part = Projected(self.ratio) if is_projected else grad_input
+        return self.config(grad_input=part, **settings)
 
     def operands(self) -> tuple[Tensor, Tensor]:
         """Random X and G."""

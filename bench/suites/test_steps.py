@@ -14,8 +14,8 @@ from memaop_triton.bench.suites.problem import Problem
 SAMPLED, PROJECTED = ("default", "sampled"), ("default", "projected")
 DEFAULT, PRIORITY = ("default", "exact"), ("priority", "exact")
 ALL = [DEFAULT, PRIORITY, SAMPLED, PROJECTED]
-# Activations of 24 MiB: the system maps larger ones anew in every step, dense or not, and the time
-# that takes has nothing to do with what is compared.
+# Activations of 24 MiB: the system maps larger ones again in every step, dense or not, which takes
+# time that has nothing to do with what is compared.
 MLP = models.mlp(2048, 3072)
 # Speed-ups that were asked for at r = 1/8 on a CPU.
 MLP_WANTED = {"default": 1.3, "default, sampled dX": 1.9}

@@ -40,7 +40,7 @@ SOURCES = {
         ("selection", ("f32", "f64")),
     )
 }
-# Not -march=native: a cache directory may be shared by machines of different make.
+# Not -march=native: machines with different processors may share a cache directory.
 VECTOR_FLAGS = {
     "AVX512": [
         *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"),
@@ -49,7 +49,7 @@ VECTOR_FLAGS = {
     "AVX2": ["-mavx2", "-mfma"],
 }
 FLAGS = ["-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi"]
-# The files call each other, and never what another library has given the same name.
+# Calls between the files stay inside, also if another library has a function of the same name.
 LINK_FLAGS = ["-shared", "-Wl,-Bsymbolic"]
 
 
@@ -128,7 +128,7 @@ def find_recipe() -> Recipe:
 
 
 def load() -> ctypes.CDLL:
-    """The compiled code, from the cache folder or made anew.
+    """The compiled code, from the cache folder or newly compiled.
 
     Raises:
         BuildError: It cannot be compiled on this machine.
@@ -182,7 +182,7 @@ def _put(source: Path, target: Path) -> None:
 
 
 def run(command: list[str]) -> str:
-    """What a command prints.
+    """The output of a command.
 
     Raises:
         BuildError: It fails or is not there.

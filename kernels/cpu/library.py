@@ -1,7 +1,7 @@
-"""The compiled C code: which tensors it takes, how many threads, and the room that it works in.
+"""The compiled C code: which tensors it takes, its number of threads, and its work memory.
 
-`MEMAOP_TRITON_BACKEND=torch` leaves the C code out, `MEMAOP_TRITON_CACHE_DIR` moves the cache that
-`native_build` keeps it in.
+`MEMAOP_TRITON_BACKEND=torch` switches the C code off; `MEMAOP_TRITON_CACHE_DIR` names the folder in
+which `build` keeps it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from memaop_triton.kernels.cpu import build
 
 _log = logging.getLogger(__name__)
 
-#: Columns that make a group; narrower rows are left to PyTorch.
+#: Columns in a group; PyTorch computes narrower rows.
 LANES = 16
-# A thread keeps this much room for panels between calls; asking for it anew costs page faults.
+# Bytes that a thread keeps for panels between calls: new memory costs page faults.
 _MOST_KEPT = 32 << 20
-# Every thread sums into a product of its own: 4 million numbers of these at the most.
+# Every thread sums into its own product: at most 4 million numbers in all of them.
 _MOST_PARTS = 1 << 22
 # Waking a thread and waiting for it takes a few microseconds on an idle machine, and a time slice
-# of the scheduler where another process has its core. It has to bring some 50 µs of work: so many
+# of the scheduler if another process uses its core. That pays for about 50 µs of work: so many
 # numbers of a pass over rows, or multiplications of a product.
 _NUMBERS_OF_A_THREAD = 1 << 17
 _MULTIPLICATIONS_OF_A_THREAD = 1 << 21
@@ -57,7 +57,7 @@ _kept = threading.local()
 
 
 def room_for(kind: Kind, numbers: int) -> Tensor:
-    """Room for these from a multiple of 64 bytes on, until the thread that asks asks again."""
+    """Work memory aligned to 64 bytes, valid until the same thread calls this again."""
     count = numbers * kind.number.itemsize
     room: Tensor | None = getattr(_kept, "room", None)
     if room is None or room.numel() < count + 64:
@@ -75,10 +75,10 @@ def is_compiled() -> bool:
 def prefers_own_gemm(dtype: torch.dtype) -> bool:
     """Whether rows are multiplied by `gather_gemm.c` here, and not by PyTorch.
 
-    Where it was measured to be at least as fast. On AVX2 the two are alike, and the gather comes
-    for nothing. MKL leaves the 512-bit registers of other vendors than Intel unused: there a call
-    takes 0.5 to 0.7 of the time. bfloat16 has instructions of its own beside AVX-512, which PyTorch
-    uses.
+    True where it was measured to be at least as fast. On AVX2 both products take the same time, and
+    ours needs no separate gather. On processors of other vendors than Intel, MKL does not use
+    512-bit registers: there a call takes 0.5 to 0.7 of the time. For bfloat16, PyTorch uses
+    instructions that AVX-512 itself does not have.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512":
@@ -88,7 +88,7 @@ def prefers_own_gemm(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _vendor() -> str:
-    """Of the processor; "" where that is not told."""
+    """The vendor of the processor; "" if it is not known."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -120,7 +120,7 @@ def library_for(*operands: Tensor) -> ctypes.CDLL | None:
 
 
 def is_plain(a: Tensor) -> bool:
-    """Whether a pointer and a row stride are all there is to know about `a`."""
+    """Whether a pointer and a row stride describe `a` completely."""
     if type(a) not in (Tensor, torch.nn.Parameter) or a.layout != torch.strided or not a.is_cpu:
         return False
     if a.dtype not in KINDS or a.stride(-1) != 1 or a.is_neg():
@@ -132,7 +132,7 @@ def is_plain(a: Tensor) -> bool:
 
 
 def matrix(a: Tensor) -> tuple[int, int]:
-    """Its address, and from one row to the next."""
+    """Address and row stride."""
     return a.data_ptr(), a.stride(0)
 
 

@@ -20,7 +20,7 @@ from memaop_triton.kernels.cpu.library import (
     sizes_of,
 )
 
-_MOST_RANK = 1024
+_MAX_RANK = 1024
 
 
 def row_norms(a: Tensor) -> Tensor | None:
@@ -124,7 +124,7 @@ def largest(scores: Tensor, k: int) -> Tensor | None:
 
 
 def _choose(name: str, k: int, *scores: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Indices and weights; a function that takes nothing but scores weights nothing."""
+    """Indices and weights; a function that takes scores alone gives no weights."""
     dtype = scores[0].dtype
     library = library_for(*scores) if dtype in (torch.float32, torch.float64) else None
     if library is None:
@@ -153,11 +153,11 @@ def gather_gemm(
     Raises:
         IndexError: An index is not in [0, M).
     """
-    # A result smaller than a tile is no work for a GEMM.
+    # For a result smaller than a tile a GEMM has no advantage.
     wanted = x.dtype == g.dtype and min(x.shape[1], g.shape[1]) >= LANES
     rank = 0 if projection is None else projection[1].shape[1]
     library = None
-    if wanted and rank <= _MOST_RANK and library_of_c.prefers_own_gemm(x.dtype):
+    if wanted and rank <= _MAX_RANK and library_of_c.prefers_own_gemm(x.dtype):
         others = [] if weights is None else [weights]
         others += [] if projection is None else projection[1:]
         library = library_for(x, g, *others)
@@ -173,7 +173,7 @@ def gather_gemm(
     inside: tuple[int | None, ...] = (None, 0, None, 0, None)
     if projection is not None:
         expand, z, zg = projection
-        # Rows a power of two apart would share a few places of the cache.
+        # Rows whose distance is a power of two would compete for a few sets of the cache.
         by_row = out.new_empty((rank, n + LANES))[:, :n].copy_(expand.t())
         z, zg = (a.to(kind.number).contiguous() for a in (z, zg))
         inside = (*matrix(z), *matrix(by_row), zg.data_ptr())

@@ -1,15 +1,15 @@
-"""What is kept of tuned configurations: one JSON file per GPU and kernel.
+"""Files of tuned configurations: one JSON file per GPU and kernel.
 
     $MEMAOP_TRITON_CACHE_DIR/configs/<gpu>/<kernel>.json     the user's
     kernels/configs/<gpu>/<kernel>.json                      shipped, read only
 
-A process reads a file when it first needs it, and again when it adds to it; what other processes
-add in between, it learns at its next start. An entry of other kernel sources is dropped. One that
-another Triton compiled is stale. A file that cannot be used or written is warned of once, and the
-heuristic serves.
+A process reads a file when it first needs it, and again when it adds to it; it does not see what
+other processes add in between. An entry of other kernel sources is dropped. An entry of another
+Triton version is stale. For a file that cannot be used or written there is one warning, and the
+heuristic chooses.
 
-Several processes may share a file, so it is only ever replaced as a whole: lock, read again, merge,
-write a temporary file, rename. A reader, who takes no lock, sees one state or the next, and a
+Several processes may share a file, so it is always replaced as a whole: lock, read again, merge,
+write a temporary file, rename. A reader takes no lock and sees the file before or after, and a
 process that is killed leaves at most a temporary file.
 """
 
@@ -54,7 +54,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU: configurations that were tuned on one serve on every other of its kind.
+    """A kind of GPU: a configuration that was tuned on one is used on all others of its kind.
 
     Attributes:
         name: As its driver spells it.
@@ -129,7 +129,7 @@ class Found:
 
 @functools.cache
 def gpu_of(device: torch.device) -> Gpu | None:
-    """What a device's configurations are kept by; `None` for one that is no GPU."""
+    """The kind of GPU of a device; `None` for a CPU."""
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
@@ -171,7 +171,7 @@ def triton_version() -> str:
 def entry_for(
     problem: Problem, config: Config, milliseconds: float, heuristic_milliseconds: float | None
 ) -> Entry:
-    """What to remember of a problem that was tuned just now, by these versions."""
+    """The entry of a problem that was tuned just now, with the present versions."""
     return Entry(
         problem=problem.key,
         config=config,
@@ -185,12 +185,12 @@ def entry_for(
 
 
 def to_json(file: ConfigFile) -> dict[str, Any]:
-    """What is written of a file."""
+    """The contents of a file, for JSON."""
     return {"schema": SCHEMA, **asdict(file)}
 
 
 def parse(content: Any) -> ConfigFile:
-    """What `to_json` made.
+    """The contents of a file, from what `to_json` returned.
 
     Raises:
         ValueError: It is not that, or of another schema.
@@ -245,7 +245,7 @@ def add(gpu: Gpu, kernel: str, entry: Entry) -> None:
     path = path_of(root, gpu, kernel)
     own = _own.setdefault(path, [])
     own.append(entry)
-    # Where writing failed once it is still tried, without waiting for another process.
+    # After a failure writing is still tried, but without waiting for the lock.
     timeout = 0.0 if root in _warned else LOCK_SECONDS
     try:
         _known[path] = merge_into(path, ConfigFile(gpu, kernel, tuple(own)), timeout)
@@ -321,7 +321,7 @@ def merge_into(path: Path, new: ConfigFile, timeout: float = LOCK_SECONDS) -> tu
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write `text` to `path` such that whoever reads it sees all of it or what was there before."""
+    """Write `text` to `path`; a concurrent reader sees all of it or the file as it was before."""
     part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         # Not by `tempfile`, whose files only their owner can read: the umask decides here.

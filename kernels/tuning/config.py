@@ -1,8 +1,8 @@
-"""A launch: the problem, how it is cut into programs, and what one takes of a processor.
+"""A launch: the problem, how it is cut into programs, and the resources that a program needs.
 
-What a program takes is estimated without a compiler; `tests/kernels/tuning/test_cost_model.py`
-holds the estimates against what the compiler reports. Shared memory is estimated from above,
-because a program that asks for more than there is does not run.
+Registers and shared memory are estimated without a compiler;
+`tests/kernels/tuning/test_cost_model.py` compares the estimates with what the compiler reports.
+Shared memory is estimated from above, because a program that needs more than there is does not run.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Problem:
         p: Columns of G; 0 for a pass over one operand.
         rank: Columns of the subspace's basis; 0 for none.
         stored: Dtype of the row memory, `None` without one.
-        precision: How float32 products are formed, "ieee" or "tf32".
+        precision: How float32 operands are multiplied, "ieee" or "tf32".
         flags: What else the kernel is specialised for, in alphabetical order: "blocks"
             (rows come in whole blocks, by descriptor), "norms", "signed" (rows of the memory get
             random signs), "sums", "uneven" (rows that are not aligned to 16 bytes), "unscored",
@@ -150,7 +150,7 @@ class Problem:
 
     @property
     def is_exact(self) -> bool:
-        """Whether float32 products are formed exactly, which NVIDIA's matrix units cannot."""
+        """Whether float32 products are exact, which NVIDIA's matrix units do not support."""
         return self.dtype == torch.float32 and self.precision == "ieee"
 
     @property
@@ -169,8 +169,7 @@ class Problem:
         return " ".join([*words, *self.flags])
 
 
-# A launch asks for its problem every time: for one that was met before this takes half a
-# microsecond instead of two.
+# Every launch makes its problem; a cached one takes half a microsecond instead of two.
 problem_of = functools.lru_cache(maxsize=4096)(Problem)
 
 
@@ -188,7 +187,7 @@ def flags(**wanted: bool) -> tuple[str, ...]:
 
 
 def padded_rank(rank: int) -> int:
-    """Columns that a tile needs for `rank` of them: the matrix units want 16 at least."""
+    """Columns of a tile with `rank` of them: the matrix units need 16 at least."""
     return max(16, _power_of_two(rank))
 
 
@@ -256,7 +255,7 @@ def _gemm_shared(problem: Problem, config: GemmConfig, target: Target) -> int:
 
 
 def registers(problem: Problem, config: Config, target: Target) -> int:
-    """32-bit registers per thread, roughly: sums, operands on their way, addresses.
+    """32-bit registers per thread, roughly: sums, operands that are being loaded, addresses.
 
     Compilers use more where there are more, so this is nearer to what a program needs than to what
     it gets; above what a thread can have, values spill.

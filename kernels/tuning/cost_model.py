@@ -1,7 +1,7 @@
 """How long a launch will take, predicted from counts and published rates.
 
-It ranks configurations and says what limits a kernel. It knows nothing of bank conflicts, partition
-camping, or clocks that fall under load: a measurement beats it always.
+It ranks configurations and says what limits a kernel. It leaves out bank conflicts, partition
+camping, and clocks that fall under load: a measurement is always better.
 
 A processor works on the programs it holds at once. Per step of their loops each unit needs
 
@@ -182,7 +182,7 @@ class _Loop(NamedTuple):
     base: float  # of a GEMM's loop that copies nothing and multiplies nothing
     copy: float  # per copy that a thread issues, its address included
     weight: float  # per element that is multiplied by a weight
-    formed: float  # per element of an operand that is formed while loading
+    computed: float  # per element of an operand that is computed while loading
 
 
 _USUAL_LOOP = _Loop(50, 4, 1.3, 13)
@@ -222,8 +222,8 @@ def _unit(problem: Problem) -> str:
 def _gemm(problem: Problem, config: GemmConfig, target: Target) -> Work:
     """A gather GEMM: K rows, each program a tile of P×N and a share of the rows.
 
-    Bytes per step: (block_n + block_p)·block_k·e, with the memory's rows besides where operands are
-    formed while loading. They come through the shared cache; see `_gemm_reads` for what reaches the
+    Bytes per step: (block_n + block_p)·block_k·e, and the memory's rows where operands are computed
+    while loading. They come through the shared cache; see `_gemm_reads` for what is read from the
     memory behind it. A correction of rank q multiplies twice before the loop, like 2q more rows.
     With a split each program stores its float32 part, and a second launch adds them: 4·split·P·N
     bytes written, read again, and the result written in the dtype of X.
@@ -288,7 +288,7 @@ def _gemm_instructions(problem: Problem, config: GemmConfig, target: Target) -> 
     area = config.block_n * config.block_p
     size = problem.dtype.itemsize
     if problem.kernel == "residual_gemm":
-        total = loop.base + loop.formed * operands
+        total = loop.base + loop.computed * operands
     elif "blocks" in problem.flags:
         total = loop.base + 20
     else:

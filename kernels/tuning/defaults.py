@@ -1,8 +1,8 @@
-"""The configuration of a launch where nothing was measured: the model's choice among what ships.
+"""The configuration of a launch that was not tuned: the model's choice among the shipped tiles.
 
-Every tile that ships is compiled for every target, and looked at: `make kernel-report` shows them
-and `tests/compile` checks them. No spills, shared memory within the chip's, the newest matrix
-instructions, copies of 16 bytes.
+Every shipped tile is compiled for every target: `make kernel-report` shows the result, and
+`tests/compile` checks that there are no spills, that shared memory is within the chip's, and that
+the newest matrix instructions and copies of 16 bytes are used.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ LEAST_STEPS = 8
 def heuristic(problem: Problem, target: Target) -> Config:
     """The shipped tile that `cost_model.predict` ranks first, its rows split as the model says.
 
-    It looks at the problem and the target and nothing else, so that every process of a run chooses
-    alike, and it chooses only tiles that were compiled for the target and looked at. What decides:
+    It depends on the problem and the target alone, so that every process of a run chooses the same,
+    and it chooses only tiles that were compiled and checked for the target. What decides:
 
-    - A larger tile reads less through the cache, for each operand is read once per tile of the
-      other; but a tile wider than the matrix multiplies what nobody stores, and few programs leave
-      processors idle, or one program alone on the last wave.
+    - A larger tile reads less through the cache, because each operand is read once per tile of the
+      other. But a tile wider than the matrix computes numbers that are not stored, and few programs
+      leave processors idle, or one program alone in the last wave.
     - Sharing the rows of a tile among programs fills the processors, and costs a second launch
       that reads 4 bytes per element of the result and part. A program keeps at least eight steps.
     - In a pass over rows, fewer rows per program make more programs; more rows leave fewer lines of
@@ -50,7 +50,7 @@ def heuristic(problem: Problem, target: Target) -> Config:
 
 
 def splits(problem: Problem, tile: Config, target: Target) -> tuple[Config, ...]:
-    """A tile with its rows split in every number of parts worth a thought, one part first."""
+    """A tile with its rows split into each number of parts that may be best, one part first."""
     if isinstance(tile, GemmConfig):
         programs = -(-max(problem.n, 1) // tile.block_n) * -(-max(problem.p, 1) // tile.block_p)
         most = problem.k // (LEAST_STEPS * tile.block_k)
@@ -85,7 +85,7 @@ def for_rows(target: Target, rows: int, sums: bool) -> RowConfig:
 
 
 def tiles(problem: Problem, target: Target) -> tuple[Config, ...]:
-    """The tiles that ship for a problem on a target, none of them split."""
+    """The shipped tiles for a problem on a target, none of them split."""
     aligned = problem.is_aligned
     if problem.kernel == "gather_gemm":
         return gemm_tiles(target, problem.dtype, problem.precision, aligned=aligned)

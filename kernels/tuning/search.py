@@ -1,8 +1,7 @@
 """The configurations that are worth measuring for a problem.
 
-Every kernel has a grid of tiles that it accepts. What does not fit on a processor is dropped, and
-so is what the model predicts to be twice as slow as the best, or to be one more variation of a
-tile.
+Every kernel has a grid of tiles that it accepts. Dropped are tiles that do not fit on a processor,
+those that the model predicts to take twice as long as the best, and further variations of a tile.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ SMALLEST_SIDE = 16  # of a matrix instruction
 
 
 def candidates(problem: Problem, target: Target) -> tuple[Config, ...]:
-    """What to measure, the best by `cost_model.predict` first.
+    """The configurations to measure, the best by `cost_model.predict` first.
 
     At most 40, all different, all fitting on a processor of the target, the choice of
     `defaults.heuristic` among them. The order depends on nothing but the arguments.
@@ -81,7 +80,7 @@ def _powers(low: int, high: int) -> list[int]:
 
 
 def _side(most: int, columns: int) -> list[int]:
-    """Sides of a tile along so many columns: none of which more than half would be wasted."""
+    """Sides of a tile for so many columns, of which at most half of a tile is unused."""
     sides = _powers(SMALLEST_SIDE, most)
     return [side for side in sides if side // 2 < columns or side == SMALLEST_SIDE]
 
@@ -89,19 +88,19 @@ def _side(most: int, columns: int) -> list[int]:
 def _gemms(problem: Problem, target: Target) -> Iterator[GemmConfig]:
     """Sides from 16 to 256, steps of 32 to 256 bytes of a row, two to eight warps.
 
-    Each thread copies at least 16 bytes of either operand, or it would copy what others copy. Exact
-    float32 products are kept narrow: computed operands of 64 columns of G and more are multiplied
-    as tf32 on sm_100 by Triton 3.7. Two operands that are formed while loading leave no registers
-    for a tile in two pieces.
+    Each thread copies at least 16 bytes of either operand; with less, threads would copy the same
+    bytes. Exact float32 products are kept narrow: Triton 3.7 multiplies computed operands of 64 and
+    more columns of G as tf32 on sm_100. Two operands that are computed while loading leave no
+    registers for a tile in two pieces.
     """
     size, exact = problem.dtype.itemsize, problem.is_exact
-    formed = problem.kernel == "residual_gemm"
+    computes_operands = problem.kernel == "residual_gemm"
     blocks = "blocks" in problem.flags
-    sides_n = _side(64 if exact else 128 if formed else 256, problem.n)
-    sides_p = _side(32 if exact else 128 if formed else 256, problem.p)
+    sides_n = _side(64 if exact else 128 if computes_operands else 256, problem.n)
+    sides_p = _side(32 if exact else 128 if computes_operands else 256, problem.p)
     depths = _powers(16, 32) if exact else _powers(32 if size == 2 else 16, 128 // size * 2)
-    stages = (2, 3) if target.backend == "hip" else (2, 3, 4) if formed else (2, 3, 4, 5)
-    columns_first = not formed and not blocks and _columns_first(problem, target)
+    stages = (2, 3) if target.backend == "hip" else (2, 3, 4) if computes_operands else (2, 3, 4, 5)
+    columns_first = not computes_operands and not blocks and _columns_first(problem, target)
     warpgroup = reads_shared(problem, target)  # four warps multiply together
     numbers = (4, 8) if warpgroup else (2, 4, 8)
     for n, p, k, warps, depth in itertools.product(sides_n, sides_p, depths, numbers, stages):
@@ -109,7 +108,7 @@ def _gemms(problem: Problem, target: Target) -> Iterator[GemmConfig]:
             continue
         tile = GemmConfig(n, p, k, warps, depth, x_columns_first=columns_first)
         yield tile
-        if problem.is_aligned and not (formed or blocks or exact) and n >= 64:
+        if problem.is_aligned and not (computes_operands or blocks or exact) and n >= 64:
             yield replace(tile, tiles_n=2)
         if n * p >= 128 * 128:
             yield from (replace(tile, group=group) for group in (4, 16))

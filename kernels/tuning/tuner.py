@@ -1,20 +1,20 @@
 """Which configuration a launch gets, and the search for the best one.
 
-    the caller's → settled in this process → the user's cache → shipped → tuning → the heuristic
+    the caller's → chosen in this process → the user's cache → shipped → tuning → the heuristic
 
 | `MEMAOP_TRITON_AUTOTUNE` | |
 |---|---|
-| `first-use` (or unset) | a problem that no file knows is tuned when it is first met |
-| `off` | nothing is tuned; files and the heuristic serve |
-| `force` | every problem is tuned when it is first met in a process, whatever the files say |
+| `first-use` (or unset) | a problem without an entry in a file is tuned at its first launch |
+| `off` | nothing is tuned; files and the heuristic choose |
+| `force` | every problem is tuned at its first launch in a process, also if a file has an entry |
 
-Nothing is tuned on a CPU (Triton's interpreter); while a CUDA graph is captured, where files and
-the heuristic serve until the problem is met outside of a capture; and in a distributed run, whose
-ranks all have to take the same tiles: tune before it, by `memaop-triton tune`.
+Nothing is tuned on a CPU (Triton's interpreter); while a CUDA graph is captured, when files and the
+heuristic choose until the problem is launched outside of a capture; and in a distributed run, whose
+ranks all have to use the same tiles: tune before it, by `memaop-triton tune`.
 
 A problem is a bucket: numbers of rows are rounded up to powers of two (`Problem.bucketed`). A
 configuration may split a sum into parts, so gradients of two configurations differ by rounding.
-Runs repeat bit for bit where all find the same: with files that do not change any more, or with
+Runs repeat bit for bit if all choose the same: with files that do not change any more, or with
 `off` and no files.
 """
 
@@ -47,8 +47,8 @@ _log = logging.getLogger("memaop_triton")
 _VARIABLE = "MEMAOP_TRITON_AUTOTUNE"
 MODES = ("off", "first-use", "force")
 
-# A configuration takes a second or two to compile: in the middle of training only the most
-# promising are tried.
+# A configuration takes a second or two to compile, so during training only the best predicted are
+# tried.
 FIRST_USE_CANDIDATES = 8
 # Gains below this are noise: the heuristic's configuration stays.
 LEAST_GAIN = 0.02
@@ -65,7 +65,7 @@ _C = TypeVar("_C", GemmConfig, RowConfig)
 
 @dataclass(frozen=True)
 class Choice:
-    """What the launches of a problem get.
+    """The configuration of a problem's launches.
 
     Attributes:
         origin: "cache", "shipped", "tuned" or "heuristic".
@@ -82,7 +82,7 @@ class Tuned:
     Attributes:
         config: The best configuration.
         milliseconds: Its time.
-        heuristic_milliseconds: That of the configuration that serves without tuning, `None` if it
+        heuristic_milliseconds: That of the heuristic's configuration, `None` if it
             does not run.
         timed: Number of configurations that ran.
         skipped: Number of those that do not: too large for the GPU, or not compiled.
@@ -96,7 +96,7 @@ class Tuned:
 
 
 class Observer:
-    """Is told how tuning goes, by the thread that tunes; this one logs a line per problem."""
+    """Called while a problem is tuned, by the thread that tunes; logs a line per problem."""
 
     def begin(self, problem: Problem, count: int) -> None:
         """`count` configurations of a problem are going to be timed."""
@@ -157,7 +157,7 @@ def mode() -> str:
 
 @contextlib.contextmanager
 def forced(observer: Observer) -> Iterator[None]:
-    """Until the end, tune every problem when it is first met, and tell `observer`."""
+    """Inside, tune every problem at its first launch, and call `observer`."""
     global _forced
     before, _forced = _forced, observer
     forget()
@@ -168,12 +168,12 @@ def forced(observer: Observer) -> Iterator[None]:
 
 
 def choices() -> dict[tuple[Problem, torch.device], Choice]:
-    """What was settled in this process so far, by problem (bucketed) and device."""
+    """The choices of this process so far, by problem (bucketed) and device."""
     return dict(_by_bucket)
 
 
 def forget() -> None:
-    """Choose everything anew, and read the files again when they are next needed."""
+    """Forget all choices, and read the files again when they are next needed."""
     with _lock:
         _by_launch.clear()
         _by_bucket.clear()
@@ -200,7 +200,7 @@ def _choose(
             choice = _decide(problem, device, gpu, make_benchmark_call)
             if choice is None:
                 choice = Choice(defaults.heuristic(problem, target), "heuristic")
-            if targets.is_capturing(device):  # decided anew outside of the capture
+            if targets.is_capturing(device):  # decided again outside of the capture
                 return choice
             _by_bucket[problem, device] = choice
         if len(_by_launch) >= _MOST_LAUNCHES:
@@ -215,14 +215,14 @@ def _decide(
     gpu: cache.Gpu,
     make_benchmark_call: Callable[[], Call],
 ) -> Choice | None:
-    """What is found in files or by tuning; `None` where the heuristic serves."""
+    """The choice by files or tuning; `None` if the heuristic is to choose."""
     wanted, found = mode(), cache.find(gpu, problem)
     kept = None if found is None else Choice(found.config, found.origin)
     is_fresh = found is not None and not found.is_stale
     if is_fresh and wanted != "force":
         return kept
     if targets.is_capturing(device) or _is_distributed():
-        # Nothing may be launched besides, and what runs on one rank must be what runs on all.
+        # No other launch may happen now, and all ranks must run the same configuration.
         return kept if is_fresh else None
     if wanted != "off":
         return _tune(problem, device, gpu, make_benchmark_call, everything=wanted == "force")
@@ -233,7 +233,7 @@ def _decide(
 
 
 def _is_distributed() -> bool:
-    """Whether other ranks train along; a command that was asked to tune does so nevertheless."""
+    """Whether other ranks take part; `memaop-triton tune` tunes in any case."""
     if _forced is not None:
         return False
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -298,7 +298,7 @@ def tune(
         target: What `device` is.
         device: Where.
         call: Launches it in the configuration `config=...`.
-        observer: Is told of every step.
+        observer: Called at every step.
         most: Try the heuristic's configuration and the first of the others, so many in all.
 
     Returns:
@@ -326,7 +326,7 @@ def tune(
 
 @contextlib.contextmanager
 def ignore_unlaunchable() -> Iterator[None]:
-    """Leave the block at what says that a configuration is too large, or is not compiled."""
+    """Leave the block at errors of a configuration that is too large or does not compile."""
     try:
         yield
     except (TritonError, torch.OutOfMemoryError):

@@ -17,9 +17,9 @@ from rich.progress import TextColumn
 
 from memaop_triton.bench.suites import SUITES
 from memaop_triton.commands.common import positive, progress, say_written
-from memaop_triton.errors import CommandError, check_name
+from memaop_triton.errors import CommandError, check_name, require_extra
 
-# A processor that is busy for this part of its cores gives times that mean little.
+# With a load average above this fraction of the cores, times are not reliable.
 _BUSY = 0.25
 _LISTED = [name for name in SUITES if name != "smoke"]
 
@@ -63,11 +63,10 @@ def bench(
     ] = None,
 ) -> int:
     """Measure dense, ours and the literature's methods on this machine, and write a report."""
-    from memaop_triton.bench.run import require_packages, run_suite
-
-    require_packages()
+    require_extra("bench", "pytest", "pytest_benchmark", "matplotlib", "scipy", "jinja2")
     from memaop_triton.bench import report
     from memaop_triton.bench.report.data import load
+    from memaop_triton.bench.run import run_suite
 
     _check_device(suite)
     if fail_if_slower is not None and compare is None:
@@ -75,7 +74,7 @@ def bench(
             f"--fail-if-slower={fail_if_slower:g} needs an earlier run: name its file by --compare."
         )
     if compare is not None:
-        load(compare)  # an error is worth more now than in five minutes
+        load(compare)  # a wrong file is refused before the suite runs
     _make_writable(output)
     console = Console()
     _warn_if_busy(console)
@@ -88,7 +87,7 @@ def bench(
                 json_path,
                 only=only,
                 threads=threads,
-                tell=lambda now: bar.update(
+                on_progress=lambda now: bar.update(
                     row, completed=now.done, total=now.total, last=now.name
                 ),
             )
@@ -96,13 +95,13 @@ def bench(
         slower = [] if fail_if_slower is None else written.regressions(fail_if_slower)
     say_written(console, json_path, outcome.log, written.markdown, written.html)
     for name in outcome.failed:
-        _say(console, f"failed: {name}: the log says why")
+        _print_line(console, f"failed: {name}: see the log")
     for line in slower:
-        _say(console, f"slower: {line}")
+        _print_line(console, f"slower: {line}")
     return 1 if slower or outcome.failed else 0
 
 
-def _say(console: Console, line: str) -> None:
+def _print_line(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -128,9 +127,9 @@ def _make_writable(output: Path) -> None:
 def _warn_if_busy(console: Console) -> None:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > _BUSY * (os.cpu_count() or 1):
-        _say(
+        _print_line(
             console,
-            f"The load average is {load:.1f}: something else is running, and times will scatter.",
+            f"The load average is {load:.1f}: something else is running, so times will vary.",
         )
 
 

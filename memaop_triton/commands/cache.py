@@ -173,7 +173,7 @@ def clear(
     kernel: KernelName = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Delete the files that match. What is needed is tuned anew."""
+    """Delete the files that match. Kernels that are needed are tuned again."""
     found = _files(gpu, kernel)
     console = Console()
     if not found:

@@ -56,7 +56,8 @@ _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code.
 
-    A wrong option, missing data or a missing package is told in one line on standard error, code 2.
+    For a wrong option, missing data or a missing package it prints one line on standard error and
+    returns 2.
     """
     try:
         code: Any = app(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)

@@ -1,4 +1,4 @@
-"""What subcommands share: checks of options, the progress bar, the word of what was written."""
+"""What subcommands share: checks of options, the progress bar, names of written files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ JsonPath = Annotated[Path | None, typer.Option("--json", help="File for the numb
 
 
 def progress(console: Console, extra: TextColumn) -> Progress:
-    """A bar per task with what is done, the time it took, and one more column."""
+    """A bar per task with the steps done, the time taken, and one more column."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -59,7 +59,7 @@ def progress(console: Console, extra: TextColumn) -> Progress:
         TimeElapsedColumn(),
         extra,
         console=console,
-        # Drawing takes time from what is measured.
+        # Drawing more often would disturb the measurements.
         refresh_per_second=2,
     )
 

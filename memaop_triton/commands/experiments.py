@@ -20,7 +20,7 @@ from memaop_triton.commands.common import (
     say_written,
     write_json,
 )
-from memaop_triton.experiments.errors import require_extra
+from memaop_triton.errors import require_extra
 
 
 class Dataset(StrEnum):
@@ -99,7 +99,7 @@ def demo(
         total_steps,
     )
 
-    require_extra("sklearn", "matplotlib")
+    require_extra("demo", "sklearn", "matplotlib")
     figure = _figure(output, f"demo_{dataset}_{optimizer}", json_path)
     default_batch, default_epochs, default_seeds = _DEMO_DEFAULTS[dataset]
     seeds = seeds or default_seeds
@@ -152,7 +152,7 @@ def reproduce(
     """Repeat an experiment of arXiv 2110.09164 by its authors' protocol, beside their numbers."""
     from memaop_triton.experiments import data, paper, paper_report
 
-    require_extra("matplotlib")
+    require_extra("demo", "matplotlib")
     figure = _figure(output, f"reproduce_{experiment}", json_path)
     setup = paper.EXPERIMENTS[experiment]
     directory = data.resolve_data_dir(data_dir)

@@ -1,4 +1,4 @@
-"""What the command line names: a model of the user's, and inputs for it."""
+"""The user's model, by its name on the command line, and inputs for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 class InputSpec(NamedTuple):
-    """A tensor to make up for the model's forward pass.
+    """A random tensor for the model's forward pass.
 
     Attributes:
         name: Keyword argument that takes it, or "" for the next positional one.
@@ -52,7 +52,7 @@ def parse_input(text: str) -> InputSpec:
     """`32x512x1024`, `32x512:int64:50257` (integers below 50257), `mask=32x512:bool`.
 
     Raises:
-        CommandError: The text is nothing of the kind.
+        CommandError: The text has another form.
     """
     found = _INPUT.fullmatch(text)
     if found is None:
@@ -81,7 +81,7 @@ def parse_shape(option: str, text: str) -> tuple[int, int, int]:
     """`8192x1024x1024` as M, N, P.
 
     Raises:
-        CommandError: The text is nothing of the kind; the message names `option`.
+        CommandError: The text has another form; the message names `option`.
     """
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
         raise CommandError(f"{option}={text!r} is not MxNxP, for example 8192x1024x1024.")
@@ -110,10 +110,10 @@ def make_inputs(
 def load_model(reference: str) -> nn.Module:
     """The model that `package.module:function` makes; modules of the current folder are found.
 
-    What goes wrong inside the user's code is raised as it is.
+    Errors of the user's code are raised unchanged.
 
     Raises:
-        CommandError: There is no such thing, it needs arguments, or it makes no `nn.Module`.
+        CommandError: It does not exist, needs arguments, or returns no `nn.Module`.
     """
     where = f"--model={reference!r}"
     module_name, _, attribute = reference.partition(":")
@@ -136,7 +136,7 @@ def load_model(reference: str) -> nn.Module:
         raise CommandError(
             f"{where} must be callable without arguments ({error}): name a function that is."
         ) from None
-    except ValueError:  # a callable without a signature to look at
+    except ValueError:  # a callable without a signature
         pass
     model = target()
     if not isinstance(model, nn.Module):

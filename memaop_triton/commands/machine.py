@@ -9,7 +9,7 @@ from memaop_triton.commands.common import JsonPath, require_file, write_json
 
 
 def env(json_path: JsonPath = None) -> None:
-    """What this machine is, which path runs on it, and why: to paste into a bug report."""
+    """What this machine is, which implementation runs on it, and why: for a bug report."""
     if json_path is not None:
         require_file("--json", json_path)
     report = machine_facts.describe()

@@ -21,18 +21,20 @@ from memaop_triton.units import human_bytes
 Report = dict[str, dict[str, str]]
 
 _PATH_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-#: What each variable does, and where it comes into force.
+#: What each environment variable does, and when it is read.
 VARIABLES = {
     "MEMAOP_TRITON_BACKEND": "torch or triton: which implementation, in every backward pass",
     "MEMAOP_TRITON_AUTOTUNE": "off, first-use or force: on a GPU, when a kernel is first launched",
-    "MEMAOP_TRITON_CACHE_DIR": "compiled row passes and tuned configurations, on first use",
+    "MEMAOP_TRITON_CACHE_DIR": "folder of compiled C code and tuned configurations, on first use",
     "MEMAOP_TRITON_DATA_DIR": "data sets of the commands demo and reproduce",
+    "XDG_CACHE_HOME": "on Linux, where that folder is if MEMAOP_TRITON_CACHE_DIR is not set",
     "TRITON_INTERPRET": "1: Triton kernels in its interpreter, if set before Triton is imported",
     "CC": "the compiler of the C code, on first use",
+    "WORLD_SIZE": "above 1: a distributed run, in which no kernel is tuned",
     "OMP_NUM_THREADS": "threads on a CPU, if set before PyTorch is imported",
 }
 _DTYPES_OF_ROWS = ", ".join(str(dtype).removeprefix("torch.") for dtype in library.DTYPES)
-# Of /proc/cpuinfo's flags: what the row passes and PyTorch's GEMMs choose by.
+# The flags of /proc/cpuinfo by which the row passes and PyTorch's GEMMs choose their code.
 _VECTOR_FLAGS = (
     *("sse4_2", "avx", "fma", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
     *("avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve", "sve2", "bf16"),
@@ -62,7 +64,7 @@ def describe() -> Report:
 
 
 def without_home(text: str) -> str:
-    """`text` with the home directory as ~, wherever it stands."""
+    """`text` with every occurrence of the home directory as ~."""
     home = os.path.expanduser("~").rstrip("/")
     if len(home) < 2:
         return text

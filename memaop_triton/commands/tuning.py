@@ -58,7 +58,7 @@ def tune(
 ) -> None:
     """Time the kernels' configurations on this GPU, and keep the best in the cache.
 
-    Every kernel that the layers use is tuned anew, whatever the cache holds; each with the rows of
+    Every kernel that the layers use is tuned again, also if the cache has it; each with the rows of
     a batch rounded up to a power of two, so other batches of about the same size are served too.
     """
     if (shapes is None) == (model is None):

@@ -19,7 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from memaop_triton.experiments.errors import DataError, require_extra
+from memaop_triton.errors import require_extra
+from memaop_triton.experiments.errors import DataError
 
 DATA_DIR_VARIABLE = "MEMAOP_TRITON_DATA_DIR"
 CLASSES = 10
@@ -138,7 +139,7 @@ def load_text(name: str, data_dir: Path | None = None) -> str:
 
 
 def _digits() -> Images:
-    require_extra("sklearn")
+    require_extra("demo", "sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -207,7 +208,7 @@ def _fetch_energy() -> npt.NDArray[np.float64]:
 
 
 def _fetch_openml(what: str, **query: Any) -> Any:
-    require_extra("sklearn")
+    require_extra("demo", "sklearn")
     from sklearn.datasets import fetch_openml
 
     fetch: Callable[..., Any] = fetch_openml

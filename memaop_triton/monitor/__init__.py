@@ -1,1 +1,1 @@
-"""What sampling does to a model's gradients, observed, and ratios chosen by it."""
+"""What sampling does to a model's gradients, and ratios that are chosen by it."""

@@ -1,4 +1,4 @@
-"""Rows where they count: ratios of all layers from one budget, by what a monitor saw."""
+"""`allocate_`: ratios of all layers from one budget of FLOPs, by what a monitor observed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from memaop_triton.monitor.monitor import Monitor
 from memaop_triton.nn.layer_choice import converted_layers
 from memaop_triton.nn.linear import MemAOPLinear
 
-#: Ratios that layers are given: few, so that few sizes are tuned on a GPU, and each twice the last.
+#: Ratios to choose from. Each is twice the one before: a few sizes are tuned on a GPU, not many.
 DEFAULT_RATIOS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-#: Budgets that layers are given which have a budget. Their rows follow from the rank and are many
-#: sizes anyway.
+#: Budgets to choose from. The rows of a layer with a budget depend on its rank, so its sizes are
+#: many in any case.
 DEFAULT_BUDGETS = (*(n / 64 for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)), 3 / 4)
 
 
@@ -44,26 +44,27 @@ def allocate_(
     monitor: Monitor,
     budget: float = 1 / 8,
     ratios: Sequence[float] | None = None,
-    *,
-    relative: bool = False,
 ) -> dict[str, float]:
     """Give the layers of `model` the ratios that add the least variance within a budget.
 
-    A layer with a budget of its own is given another budget instead, for which it then chooses side
-    and rank of its subspace as before.
+    A layer that has a budget is given another budget instead; within it the layer chooses side and
+    rank of its subspace as before.
 
-    Minimises Σ_l weight_l · V_l(K_l) with V(K) = max(0, (Σs)²/K − Σs²) over the list, while
-    Σ_l cost_l(K_l) ≤ budget · Σ_l dense cost_l. V is the variance of drawing every row with
-    probability K s/Σs. `priority` and `bernoulli` come close to it as long as no row has a share of
-    the scores above 1/K, and have more where one does; for other policies it stands for how much
-    there is to lose. Σs and Σs² are the monitor's averages, or what the subspace saw when it last
-    chose its rank. A cost is what the products of the weight gradient take, those of the subspace
-    and, where the input gradient is sampled, its own too (the noise in it is not counted); a layer
-    that is used twice in a step counts twice. A projected input gradient takes no part.
+    Minimises Σ_l uses_l · V_l(K_l) with V(K) = max(0, (Σs)²/K − Σs²) over the list, while
+    Σ_l cost_l(K_l) ≤ budget · Σ_l dense cost_l; uses_l is how often a step uses layer l. All
+    layers weigh the same: weights of 1/‖dW‖² gave a higher loss, also under AdamW
+    (docs/quality.md).
+
+    V is the variance of drawing every row with probability K s/Σs. `priority` and `bernoulli` have
+    nearly this variance while no row has a share of the scores above 1/K, and more otherwise; for
+    other policies V only says how much sampling can lose. Σs and Σs² are the monitor's averages,
+    or what the subspace measured when it last chose its rank. A cost is that of the products of
+    the weight gradient, those of the subspace and, where the input gradient is sampled, its own
+    (its noise is not counted). A projected input gradient is left as it is.
 
     The memories stay, and no compiled graph is built anew. Call it again every few hundred steps:
-    scores change. Every process of a distributed run has its own monitor; where processes share a
-    layer, set what one of them got in all.
+    scores change. In a distributed run every process has its own monitor; where processes share a
+    layer, call it in one process and set its result in all.
 
     Args:
         model: The model that is watched.
@@ -72,10 +73,6 @@ def allocate_(
         budget: Share in (0, 1] of the FLOPs that the dense gradients take.
         ratios: Ratios to choose from, and budgets (a 1 among them is for ratios alone); `None` for
             `DEFAULT_RATIOS` and `DEFAULT_BUDGETS`.
-        relative: Weight a layer by one over the mean square of its dense gradient, so that noise
-            counts relative to what it is added to. By default all weigh the same, which keeps the
-            layers cleanest whose gradients are large, and which did better with AdamW, too
-            (docs/quality.md).
 
     Returns:
         The new ratios and budgets by name of the layer.
@@ -88,25 +85,24 @@ def allocate_(
         raise ValueError(f"budget={budget} must be in (0, 1]: 0.125 is an eighth of dense.")
     if ratios is not None and not (ratios and all(0 < ratio <= 1 for ratio in ratios)):
         raise ValueError(f"ratios={ratios} must be one or more numbers in (0, 1].")
-    seen = monitor.read()
-    layers = {name: layer for name, layer in converted_layers(model) if name in seen}
+    diagnostics = monitor.read()
+    layers = {name: layer for name, layer in converted_layers(model) if name in diagnostics}
     if not layers:
         raise ValueError(
             "monitor has not observed any layer of model: train a few steps between monitor(model) "
             "and allocate_(model, monitor)."
         )
-    often = max(seen[name].observations for name in layers)
+    most_uses = max(diagnostics[name].observations for name in layers)
     options: dict[str, list[Option]] = {}
     available = 0.0
     for name, layer in layers.items():
         # How often a layer runs in a step, relative to the one that runs most often.
-        uses = seen[name].observations / often
-        weight = uses * (_inverse_square(seen[name]) if relative else 1.0)
+        uses = diagnostics[name].observations / most_uses
         options[name] = [
-            dataclasses.replace(option, cost=uses * option.cost, variance=weight * option.variance)
-            for option in _options(layer, seen[name], ratios)
+            dataclasses.replace(option, cost=uses * option.cost, variance=uses * option.variance)
+            for option in _options(layer, diagnostics[name], ratios)
         ]
-        available += budget * uses * _dense_flops(layer, seen[name].rows)
+        available += budget * uses * _dense_flops(layer, diagnostics[name].rows)
     chosen = best_options(options, available)
     for name, option in chosen.items():
         layer = layers[name]
@@ -121,10 +117,10 @@ def best_options(options: Mapping[str, Sequence[Option]], budget: float) -> dict
     """One option for each name, of least total variance among those that cost at most `budget`.
 
     Steps along the lower convex hulls of variance against cost, the steepest first, are the optimum
-    for every budget at which they end (Lagrange). What is left of the budget then goes to the
-    steps that gain most of those that still fit, so that the total exceeds the optimum by less
+    for every budget at which they end (Lagrange). What remains of the budget is then spent on the
+    steps that gain most among those that still fit, so that the total exceeds the optimum by less
     than the gain of the first step that did not fit. Equal steps are taken in the order of the
-    names given.
+    names.
 
     Raises:
         ValueError: The cheapest options cost more than the budget.
@@ -132,7 +128,7 @@ def best_options(options: Mapping[str, Sequence[Option]], budget: float) -> dict
     hulls = {name: _hull(choices) for name, choices in options.items()}
     chosen = {name: hull[0] for name, hull in hulls.items()}
     spent = math.fsum(option.cost for option in chosen.values())
-    # A hundred-millionth is rounding.
+    # Allow for rounding in the sum.
     room = budget * (1 + 1e-8) - spent
     if room < 0:
         raise ValueError(
@@ -176,21 +172,9 @@ def _hull(options: Sequence[Option]) -> list[Option]:
 
 
 def _slope(before: Option, after: Option) -> float:
-    """Variance per FLOP, negative; −Inf for what costs nothing."""
+    """Change of variance per FLOP, negative; −Inf for a step that costs nothing."""
     cost = after.cost - before.cost
     return (after.variance - before.variance) / cost if cost else -math.inf
-
-
-def _inverse_square(seen: LayerDiagnostics) -> float:
-    """1 / E‖dW‖² over batches, 0 for a layer whose gradient is zero.
-
-    E‖dW‖² is at least the batch's own variance, which is the better known of the two where the
-    gradient is lost in the sampling noise.
-    """
-    square = seen.batch_variance
-    if seen.gradient_square > square:
-        square = seen.gradient_square
-    return 1 / square if square > 0 else 0.0
 
 
 def _options(

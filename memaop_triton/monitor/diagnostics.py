@@ -1,4 +1,4 @@
-"""What a monitor says about a layer: numbers, what is wrong with them, and a table."""
+"""What a monitor reports about a layer: figures, a complaint if there is cause, and a table."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LayerDiagnostics:
         observations: Passes in the averages.
         skipped: Passes that were observed and left out, because a value was not finite.
         nonfinite_rows: Rows that were not finite in all observed passes together.
-        captured: Σ_S s / Σ s in [0, 1], the share of the summed scores that the computed rows have.
+        captured: Σ_S s / Σ s in [0, 1], the computed rows' fraction of the summed scores.
         effective_sample_size: (Σc)²/Σc² of what the computed rows add, c = w·s (Kish 1965). At most
             K; far below it, a few rows make up the gradient.
         nonzero_rows: Rows with a score above zero.
@@ -102,13 +102,13 @@ class LayerDiagnostics:
         }
 
     def complaint(self, starving: float) -> str | None:
-        """Why the layer starves, and what to do about it; `None` if it does not.
+        """Why the layer computes too few rows, and what to do; `None` if it does not.
 
         Args:
-            starving: Largest relative variance that is no reason to complain, where the sampling
-                variance is above the squared norm of the gradient itself.
+            starving: A relative variance above it is a reason to complain where the sampling
+                variance is also above the squared norm of the gradient itself.
         """
-        # A batch whose rows agree has next to no variance of its own to compare with.
+        # If all rows of a batch agree, its own variance is near zero and the ratio means nothing.
         hides_gradient = self.sampling_variance > self.gradient_square
         if self.relative_variance > starving and hides_gradient:
             return (
@@ -117,7 +117,7 @@ class LayerDiagnostics:
                 f"{self.ratio:.3g}; allocate_ moves rows between layers), use memory='subspace' "
                 "or a larger rank, or leave the layer dense."
             )
-        # The mean of whole numbers carries the rounding of its weights.
+        # Averages of integers have rounding errors.
         if self.k < self.rows and self.nonzero_rows < self.k - 0.01:
             return (
                 f"only {self.nonzero_rows:.3g} of {self.rows} rows have a gradient, fewer than the "

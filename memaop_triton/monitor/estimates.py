@@ -1,9 +1,9 @@
-"""Estimates of what a sampled weight gradient is worth, from the rows that were drawn.
+"""Estimates of the noise in a sampled weight gradient, from the rows that were drawn.
 
 Notation: A_m = g_mᵀ x_m is the outer product of row m (of what the subspace leaves of x_m, if there
 is one), s_m = ‖A_m‖ its score, dW = Σ A_m, and T = Σ_{m∈S} w_m A_m what a step computes of it.
 Norms are Frobenius norms; variances are summed over the entries of a gradient, E‖T − dW‖². With
-`block_rows` above 1 the rows of a block count as uncorrelated. Nothing here waits for a device.
+`block_rows` above 1 the rows of a block count as uncorrelated. There is no host synchronisation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Watching how much of its gradients a model in training computes, and how noisy they are."""
+"""How much of its gradients a model in training computes, and how noisy they are."""
 
 from __future__ import annotations
 
@@ -35,19 +35,18 @@ def monitor(
 ) -> Monitor:
     """Watch the backward passes of the converted layers of `model` until it is closed.
 
-    What is computed does not change, not by a bit and not by a draw. Every `every`-th backward pass
-    of a layer is observed, on its device and without waiting for it; nothing is read before one of
-    the methods of `Monitor` is called.
+    Results and random draws stay the same. Every `every`-th backward pass of a layer is observed,
+    on its device and without a host synchronisation; only the methods of `Monitor` read the device.
 
     Args:
         model: A model with converted layers; those that are converted later are not watched.
         every: Backward passes of a layer from one observation to the next, on average. Captured in
             a CUDA graph, a layer is observed in every replay.
         smoothing: Weight of an observation relative to the next one in the averages, in [0, 1).
-        starving: A layer starves whose sampling variance is above this many times its batch's own
-            and above the squared norm of its gradient, and so does one that has fewer rows with a
-            gradient than it computes. After 1/(1 − smoothing) observations a `StarvedLayerWarning`
-            says so, once for a layer.
+        starving: A layer computes too few rows if its sampling variance is above this many times
+            its batch's own and above the squared norm of its gradient, or if fewer rows have a
+            gradient than are computed. After 1/(1 − smoothing) observations a
+            `StarvedLayerWarning` is given, once for a layer.
 
     Raises:
         ValueError: The model has no converted layer, one is watched already, or an argument is out
@@ -60,13 +59,12 @@ class Monitor:
     """Diagnostics of the layers of a model; `monitor` makes it.
 
     A context manager, which stops watching at its end. What was observed can be read afterwards.
-    The layers keep it as little as a hook: it is in no `state_dict`, and a copy of the model is not
-    watched.
+    As with a hook, it is in no `state_dict`, and a copy of the model is not watched.
     """
 
     def __init__(self, model: nn.Module, every: int, smoothing: float, starving: float) -> None:
         if every < 1:
-            raise ValueError(f"every={every} must be at least 1: backward passes, 10 by default.")
+            raise ValueError(f"every={every} must be at least 1: backward passes, 25 by default.")
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing={smoothing} must be in [0, 1): 0 averages nothing.")
         if not starving > 0:
@@ -89,7 +87,7 @@ class Monitor:
     def read(self) -> dict[str, LayerDiagnostics]:
         """Diagnostics by qualified name of every layer that was observed.
 
-        Waits for the layers' devices, and warns of layers that starve.
+        Synchronises with the layers' devices, and warns of layers that compute too few rows.
         """
         read = {name: watched.read() for name, watched in self._watched.items()}
         result = {name: layer for name, layer in read.items() if layer is not None}
@@ -102,7 +100,7 @@ class Monitor:
         return result
 
     def scalars(self, prefix: str = "memaop") -> dict[str, float]:
-        """Figures under `prefix/layer/figure`, for a logger; waits and warns as `read` does.
+        """Figures under `prefix/layer/figure`, for a logger; synchronises and warns as `read`.
 
         ``for name, value in monitor.scalars().items(): writer.add_scalar(name, value, step)``
         """
@@ -113,15 +111,15 @@ class Monitor:
         }
 
     def table(self) -> Table:
-        """The layers as a table of rich; waits and warns as `read` does."""
+        """The layers as a table of rich; synchronises and warns as `read`."""
         return diagnostics_table(self.read(), self.starving)
 
     @contextlib.contextmanager
     def live(self, console: Console | None = None) -> Iterator[LiveTable]:
         """A table that stays in place on the terminal; call its `refresh` in every step.
 
-        It is drawn from there and by no thread of its own, so that nothing waits for the device in
-        the middle of a step.
+        `refresh` draws it, not a thread, so that no synchronisation falls into the middle of a
+        step.
 
         Args:
             console: Of rich; the standard output if `None`.
@@ -155,12 +153,12 @@ class LiveTable:
         self._last = -math.inf
 
     def refresh(self) -> None:
-        """Draw the table anew, unless that was done less than a second ago; then do nothing."""
+        """Draw the table again, unless it was drawn less than a second ago."""
         if time.monotonic() - self._last >= _SECONDS_BETWEEN_REFRESHES:
             self.draw()
 
     def draw(self) -> None:
-        """Draw the table anew."""
+        """Draw the table again."""
         self._display.update(self._source.table(), refresh=True)
         self._last = time.monotonic()
 
@@ -186,7 +184,7 @@ class _Watched:
         config, memory = self.state.config, self.state.memory
         optional: dict[str, Any] = {}
         if isinstance(memory, SubspaceMemory):
-            optional["outside_subspace"] = _share(mean.outside_square_sum, mean.input_square_sum)
+            optional["outside_subspace"] = _fraction(mean.outside_square_sum, mean.input_square_sum)
             optional["steps_since_refresh"] = memory.step % memory.refresh_every
         if config.row_memory is not None:
             own = mean.batch_square_sum
@@ -202,7 +200,7 @@ class _Watched:
             observations=observations,
             skipped=skipped,
             nonfinite_rows=nonfinite_rows,
-            captured=_share(mean.computed_score_sum, mean.score_sum),
+            captured=_fraction(mean.computed_score_sum, mean.score_sum),
             effective_sample_size=mean.effective_sample_size,
             nonzero_rows=mean.nonzero_rows,
             sampling_variance=math.nan if is_biased else max(0.0, mean.sampling_variance),
@@ -215,6 +213,6 @@ class _Watched:
         )
 
 
-def _share(part: float, whole: float) -> float:
-    """Part of a sum, in [0, 1]; all of it where there is nothing."""
+def _fraction(part: float, whole: float) -> float:
+    """`part` / `whole` in [0, 1]; 1 where both are 0."""
     return min(1.0, max(0.0, part / whole)) if whole > 0 else 1.0

@@ -1,7 +1,7 @@
-"""What one layer's backward passes look like, kept as running averages on the layer's device.
+"""Running averages of one layer's backward passes, on the layer's device.
 
-A `LayerObserver` hangs on a `LayerState` while a `Monitor` watches the model. Steps hand it what
-they have computed anyway. It adds nothing that waits for the device: only reading does.
+A `LayerState` has a `LayerObserver` while a `Monitor` watches the model. Steps pass it what they
+have computed. It makes no host synchronisation; only reading does.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ class LayerObserver:
     """Running averages over every `every`-th backward pass of a layer.
 
     Averages are exponential: an observation counts `smoothing` times as much as the one after it,
-    and those of a new observer are not drawn towards zero. A step with a row that is not finite is
-    counted and left out of them.
+    and a new observer's averages are not biased towards zero. A step with a row that is not finite
+    is counted and left out of the averages.
 
-    While a CUDA graph is captured every step is observed, because a replay does not come back to
-    the host to count. Everything that is written was made before: by the constructor, and the ages
-    of the slots by the first step, so that a replay goes on where the last one ended.
+    While a CUDA graph is captured every step is observed, because a replay runs nothing on the host
+    that could count. All tensors that are written exist before the capture: the constructor makes
+    them, and the first step those of the slots' ages. So a replay continues where the last one
+    ended.
 
     Args:
         every: Backward passes from one observation to the next, on average.
@@ -69,8 +70,8 @@ class LayerObserver:
         self.is_due = self._steps == self._next
         if self.is_due:
             self._observations += 1
-            # One pass early and one late in turns: a layer that is used twice in a step is not
-            # always seen in the same use.
+            # One pass early and one late in turn, so that of a layer that is used twice in a step
+            # both uses are observed.
             self._next += self.every + (0 if self.every == 1 else (-1) ** self._observations)
         self._steps += 1
         if targets.is_capturing(device):
@@ -84,7 +85,7 @@ class LayerObserver:
         scores: Tensor | None = None,
         projected: ProjectedRows | None = None,
     ) -> None:
-        """Take note of a step that computed the rows of `selection`.
+        """Observe a step that computed the rows of `selection`, if it is due.
 
         Args:
             operands: What it worked on. Of a layer that is divided among processes, the part here.
@@ -100,7 +101,7 @@ class LayerObserver:
             self._add(operands, selection, dw, scores, projected)
 
     def observe_exact(self, operands: Operands, dw: Tensor, memory: Memory | None) -> None:
-        """Take note of a step that computed all rows, and of what sampling them would meet."""
+        """Observe a step that computed all rows, with the scores that sampling would use."""
         if not self.is_due:
             return
         scores = projected = None
@@ -131,7 +132,7 @@ class LayerObserver:
         if self.ages.numel() < rows:
             self.ages = torch.cat([self.ages, self.ages.new_zeros(rows - self.ages.numel())])
         self.ages += 1
-        # A block that the batch cuts short is named beyond the last row too.
+        # A selected block that the batch cuts short has indices beyond the last row.
         self.ages.index_fill_(0, emptied.clamp(max=rows - 1), 0)
 
     def _add(
@@ -222,5 +223,5 @@ def _parts_of(scores: Tensor, projected: ProjectedRows) -> _Parts:
 
 
 def _count_nonfinite(a: Tensor) -> Tensor:
-    """Number of elements that are NaN or infinite: these less themselves are NaN, others 0."""
+    """Number of elements that are NaN or infinite: a − a is NaN for these and 0 for others."""
     return (a - a).count_nonzero()

@@ -1,1 +1,1 @@
-"""What converting a layer is worth, measured."""
+"""Which layers get faster by conversion, measured."""

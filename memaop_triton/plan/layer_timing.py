@@ -1,4 +1,4 @@
-"""The backward pass of one linear layer, timed: dense and ours in turn."""
+"""Times of the backward pass of one linear layer, dense and converted in turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memaop_triton.nn.linear import MemAOPLinear
 from memaop_triton.plan.timing import time_in_turn
 
 _NEVER = 1 << 30
-# Of the time for a layer: what its forward pass adds is small and soon known.
+# Of the time for a layer. What its forward pass takes longer is small and quickly measured.
 _FORWARD_SHARE = 0.1
 
 
@@ -61,38 +61,41 @@ class Measurement(NamedTuple):
 def measure(use: Use, config: MemAOPConfig, budget: float) -> Measurement:
     """Time random rows of the shape of `use`, for about `budget` seconds.
 
-    Draws from the default generators. On a GPU kernels may be tuned on first use: that, like
-    everything on first use, is not part of the times, and comes on top of the budget.
+    Draws from the default generators. Work on first use, as the tuning of kernels on a GPU, is not
+    part of the times and is not counted in the budget.
     """
-    # Gradients are on then, whatever the caller has switched off.
+    # This also switches gradients on, whatever the caller has switched off.
     with torch.inference_mode(False), no_autocast(use.device.type):
         dense, x = _layer(use), _rows(use, use.in_features).requires_grad_(use.needs_input)
         g = _rows(use, use.out_features)
-        paces = _paces(config)
-        layers = [_paced(MemAOPLinear.from_linear(dense, config), pace) for pace, _ in paces]
+        intervals = _refresh_intervals(config)
+        layers = [
+            _with_interval(MemAOPLinear.from_linear(dense, config), steps) for steps, _ in intervals
+        ]
         calls = [_backward(layer, x, g) for layer in (dense, *layers)]
         dense_times, *our_times = time_in_turn(calls, use.device, budget * (1 - _FORWARD_SHARE))
         extra = _forward_overhead(use, config, budget * _FORWARD_SHARE)
     ours = [
-        extra + sum(share * t for (_, share), t in zip(paces, times, strict=True))
+        extra + sum(weight * t for (_, weight), t in zip(intervals, times, strict=True))
         for times in zip(*our_times, strict=True)
     ]
     memory = layers[0].memory
     return Measurement(dense_times, ours, 0 if memory is None else memory.nbytes)
 
 
-def _paces(config: MemAOPConfig) -> list[tuple[int, float]]:
-    """Steps between two refreshes that are timed, and the share of each in a step.
+def _refresh_intervals(config: MemAOPConfig) -> list[tuple[int, float]]:
+    """The refresh intervals that are timed, and the weight of each in the mean step.
 
-    A subspace is refreshed in some steps only, more rarely than there are rounds.
+    A refresh happens in one of `period` steps, too rarely to be in enough of the rounds. So steps
+    without any and steps with one each are timed apart.
     """
     if config.period == 1:
         return [(1, 1.0)]
-    often = 1 / config.period
-    return [(_NEVER, 1 - often), (1, often)]
+    frequency = 1 / config.period
+    return [(_NEVER, 1 - frequency), (1, frequency)]
 
 
-def _paced(layer: MemAOPLinear, refresh_every: int) -> MemAOPLinear:
+def _with_interval(layer: MemAOPLinear, refresh_every: int) -> MemAOPLinear:
     if isinstance(layer.memory, SubspaceMemory):
         layer.memory.set_refresh_interval(refresh_every)
     return layer
@@ -116,7 +119,7 @@ def _backward(layer: nn.Linear, x: Tensor, g: Tensor) -> Callable[[], object]:
 
 
 def _forward_overhead(use: Use, config: MemAOPConfig, budget: float) -> float:
-    """Seconds by which the forward pass of ours is longer, seen where there is little else."""
+    """Seconds that the forward pass of ours takes longer, measured on a tiny layer."""
     small = use._replace(rows=1, in_features=8, out_features=8)
     dense, x = _layer(small), _rows(small, 8).requires_grad_()
     ours = MemAOPLinear.from_linear(dense, config)

@@ -1,6 +1,6 @@
-"""One forward and backward pass of a model, to see what its linear layers are asked for.
+"""One forward and backward pass of a model, to record which gradients its linear layers compute.
 
-The model is the same afterwards: `untouched` undoes whatever a training step changes in it.
+The model is the same afterwards: `untouched` restores whatever a training step changes in it.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ def observe(
     example_inputs: object,
     loss_fn: Callable[[Any], Tensor] | None = None,
 ) -> Observation:
-    """Run a training step twice, without the update: once to look, once for the time.
+    """Run a training step twice, without the update: once to observe, once for the time.
 
     Args:
         model: In training mode; one in evaluation mode is put in training mode for this.
-        layers: What to look at, by name.
+        layers: The layers to observe, by name.
         example_inputs: A tensor, a tuple of arguments, or a dictionary of keyword arguments.
-        loss_fn: From the model's output to a scalar; by default the sum of all floating tensors in
-            the output, be they in tuples, dictionaries or dataclasses.
+        loss_fn: From the model's output to a scalar; by default the sum of all floating-point
+            tensors in the output, also those in tuples, dictionaries and dataclasses.
 
     Raises:
-        TypeError: `example_inputs` is nothing of the above.
-        ValueError: There is nothing in the output to differentiate.
+        TypeError: `example_inputs` is of another type.
+        ValueError: No tensor in the output can be differentiated.
     """
     uses: dict[str, Counter[Use]] = {name: Counter() for name in layers}
 
@@ -82,12 +82,13 @@ def run_backward(
 def untouched(model: nn.Module, inputs: object = None) -> Iterator[None]:
     """Inside, `model` can be trained like any model; afterwards it is as it was before.
 
-    That is: values and gradients of the parameters (and of tensors among `inputs`), what requires a
-    gradient, buffers, modes, and the generators of torch, NumPy and Python. Inside, gradients are
-    computed eagerly and in training mode, start from none, and reach nobody: no optimizer that
-    steps in the backward pass, no other process. The memories of converted layers rest.
+    Restored are values and gradients of the parameters (and of tensors among `inputs`),
+    `requires_grad`, buffers, modes, and the generators of torch, NumPy and Python. Inside,
+    gradients are computed eagerly and in training mode and start from `None`; optimizers that step
+    in the backward pass do not run, and nothing is sent to other processes. Converted layers are
+    exact and do not use their memories.
 
-    Holds copies of the parameters and buffers meanwhile.
+    Holds copies of the parameters and buffers until the end.
 
     Raises:
         ValueError: A parameter or buffer is not initialised.
@@ -106,7 +107,7 @@ def untouched(model: nn.Module, inputs: object = None) -> Iterator[None]:
             model.train()
         for module in modules:
             if isinstance(module, MemAOPLinear):
-                module.training = False  # exact: it neither draws nor remembers
+                module.training = False  # exact: no draws, and the memory is not used
         for leaf in leaves:
             leaf.grad = None
         for hooks, _ in followers:
@@ -131,7 +132,7 @@ def untouched(model: nn.Module, inputs: object = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _training(model: nn.Module) -> Iterator[None]:
-    """Gradients on whatever the caller has switched off, compilers and other processes off."""
+    """Gradients on, even if the caller switched them off; compilers and communication off."""
     alone: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if isinstance(model, DistributedDataParallel):
         alone = model.no_sync()
@@ -156,7 +157,7 @@ def generators_restored(devices: Iterable[torch.device]) -> Iterator[None]:
 
 
 def _is_expanded(a: Tensor) -> bool:
-    """Whether elements share their place in memory, which PyTorch never writes to."""
+    """Whether elements share memory; PyTorch refuses to write to such a tensor."""
     if a.layout != torch.strided:
         return False
     return any(stride == 0 and size > 1 for stride, size in zip(a.stride(), a.shape, strict=True))
@@ -170,9 +171,9 @@ def _after_gradient(leaf: Tensor) -> dict[int, Any] | None:
 
 @contextlib.contextmanager
 def _watching(layers: Mapping[str, nn.Linear], uses: Mapping[str, Counter[Use]]) -> Iterator[None]:
-    """Count in `uses` what the backward pass asks of each layer.
+    """Count in `uses` which gradients the backward pass computes in each layer.
 
-    In the backward pass, because a forward pass may be without one (a frozen part), or be repeated
+    Counted in the backward pass, because a forward pass may have none (a frozen part), or run twice
     (activation checkpointing).
     """
     with contextlib.ExitStack() as stack:

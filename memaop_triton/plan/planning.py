@@ -3,7 +3,7 @@
 A layer's time is that of its backward pass (dW, and db and dX where they are wanted) on random rows
 of the shape that a training step of the model has, plus what the forward pass of a `MemAOPLinear`
 takes longer than that of an `nn.Linear`. Dense and ours are timed in turn, and every round gives a
-ratio. Layers of which the same is wanted share one measurement.
+ratio. Layers with the same shapes, configuration and gradients share one measurement.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from memaop_triton.plan.result import LayerPlan, Plan, Verdict
 from memaop_triton.plan.timing import Spread
 
 TIME_BUDGET = 10.0
-#: A smaller gain does not count: it may turn into a loss where the caches hold something else.
+#: A smaller gain does not count: with other contents of the caches it may be a loss.
 LEAST_GAIN = 1.02
 
 
@@ -42,10 +42,10 @@ def plan(
 ) -> Plan:
     """Measure which linear layers of `model` `convert_` would make faster, and by how much.
 
-    The model is run forward and backward twice, without an update, and is afterwards what it was:
-    parameters, gradients, buffers, modes, random generators. Meanwhile it needs room for a training
-    step and a copy of the parameters. Call this under the autocast that training uses, with
-    the threads that training uses, before the model is wrapped or divided for several processes.
+    The model is run forward and backward twice, without an update. Afterwards parameters,
+    gradients, buffers, modes and random generators are as before. It needs memory for a training
+    step and a copy of the parameters. Call this under the autocast and with the number of threads
+    that training uses, before the model is wrapped or divided for several processes.
 
     Args:
         model: A dense model, on the device that trains it.
@@ -55,15 +55,15 @@ def plan(
         filter_fn: As for `convert_`.
         overrides: As for `convert_`.
         loss_fn: From the model's output to a scalar loss. By default the sum of all floating-point
-            tensors in the output, be they in tuples, dictionaries or dataclasses.
+            tensors in the output, also those in tuples, dictionaries and dataclasses.
         time_budget: Seconds for measuring, about. Each distinct shape takes at least three rounds,
-            whatever they last, and what happens on first use comes on top.
+            however long they are. Work on first use is not counted.
 
     Returns:
         For each layer its shape, times, memory and a verdict. `print` shows a table.
 
     Raises:
-        TypeError: `example_inputs` is nothing of the above; and as `convert_`.
+        TypeError: `example_inputs` is of another type; and as `convert_`.
         ValueError: Nothing in the output can be differentiated, a layer is on neither a CPU nor a
             GPU or is divided among processes, or `time_budget` is not positive; and as
             `convert_`.
@@ -81,14 +81,14 @@ def plan_chosen(
     loss_fn: Callable[[Any], Tensor] | None = None,
     time_budget: float = TIME_BUDGET,
 ) -> Plan:
-    """`plan` for layers that have been chosen already."""
+    """`plan` for layers that are already chosen."""
     layers = {name: layer for name, (layer, _) in chosen.items()}
-    seen = observe(model, layers, example_inputs, loss_fn)
+    observed = observe(model, layers, example_inputs, loss_fn)
     wanted = [
-        _Layer(name, layer.in_features, layer.out_features, config, seen.uses[name])
+        _Layer(name, layer.in_features, layer.out_features, config, observed.uses[name])
         for name, (layer, config) in chosen.items()
     ]
-    return _planned(wanted, seen.seconds, time_budget)
+    return _planned(wanted, observed.seconds, time_budget)
 
 
 def plan_shapes(

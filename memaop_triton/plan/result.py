@@ -148,7 +148,7 @@ class Plan:
         return "\n".join(line.rstrip() for line in lines).strip("\n")
 
     def summary(self) -> str:
-        """What it comes to: layers, memory, time of a step."""
+        """The plan in words: layers that get faster, memory, time of a step."""
         count = len(self.faster)
         text = f"{count} of {len(self.layers)} layers get faster"
         if count:

@@ -1,4 +1,4 @@
-"""How long calls take beside each other, on the device that they run on."""
+"""Times of calls that are compared with each other, on the device that they run on."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-#: A time below this is repeated until it is as long as this: the clock and a single delay weigh
-#: less then.
+#: Shorter calls are repeated until they take this long, so that the clock's resolution and single
+#: delays matter less.
 SHORTEST_SECONDS = 2e-3
 MOST_REPEATS = 500
 FEWEST_ROUNDS = 3
@@ -35,7 +35,7 @@ class Spread(NamedTuple):
 def elapsed(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
     """Seconds of one call, the mean of `repeats` calls in a row.
 
-    On a GPU by events on its current stream, which is waited for.
+    On a GPU by events on its current stream, with a synchronisation at the end.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -59,16 +59,16 @@ def time_in_turn(
     """Times of several calls, taken in turn, so that a machine that drifts drifts for all of them.
 
     Args:
-        calls: What to time. Each is called twice before: what happens on first use is not timed.
+        calls: What to time. Each is called before, so that work done on first use is not timed.
         device: Where the work is done.
-        budget: Seconds to spend, about. There are at least three rounds, whatever they take.
+        budget: Seconds to spend, about. There are at least three rounds, however long they take.
 
     Returns:
         For each call its seconds in every round.
     """
     for call in calls:
         elapsed(call, device)
-    # Once is not enough to tell how often a short call has to be repeated.
+    # One time is too inaccurate to say how often a short call has to be repeated.
     guesses = [min(elapsed(call, device) for _ in range(2)) for call in calls]
     repeats = [
         min(MOST_REPEATS, max(1, math.ceil(SHORTEST_SECONDS / max(guess, 1e-9))))
@@ -79,7 +79,8 @@ def time_in_turn(
     times: list[list[float]] = [[] for _ in calls]
     for number in range(rounds):
         order = list(range(len(calls)))
-        # What comes after what changes, so that nobody always finds the same things in the cache.
+        # The order changes, so that no call always follows the same other call and finds its data
+        # in the cache.
         for i in order if number % 2 == 0 else reversed(order):
             times[i].append(elapsed(calls[i], device, repeats[i]))
     return times

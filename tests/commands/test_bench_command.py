@@ -27,7 +27,7 @@ def smoke(tmp_path_factory):
     """The results of the smoke suite, where they lie, and what was told on the way."""
     folder = tmp_path_factory.mktemp("smoke")
     told = []
-    outcome = run.run_suite("smoke", folder / "smoke.json", threads=1, tell=told.append)
+    outcome = run.run_suite("smoke", folder / "smoke.json", threads=1, on_progress=told.append)
     assert not outcome.failed
     return json.loads((folder / "smoke.json").read_text()), outcome.log, told
 

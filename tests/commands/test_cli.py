@@ -13,13 +13,9 @@ import pytest
 import torch
 
 from memaop_triton.commands import cli
+from memaop_triton.errors import MissingExtraError, require_extra
 from memaop_triton.experiments import data, demo, paper, paper_report, published
-from memaop_triton.experiments.errors import (
-    DataError,
-    ExperimentError,
-    MissingExtraError,
-    require_extra,
-)
+from memaop_triton.experiments.errors import DataError, ExperimentError
 from memaop_triton.experiments.numbers import Value
 from memaop_triton.units import human_bytes
 
@@ -104,7 +100,7 @@ def test_output_that_cannot_be_written(capsys, tmp_path):
 def test_missing_extra_says_what_to_install(module, capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(MissingExtraError, match=module):
-        require_extra(module)
+        require_extra("demo", module)
     line = error_of(capsys, "demo", "--output", str(tmp_path))
     assert "pip install 'memaop-triton[demo]'" in line
 

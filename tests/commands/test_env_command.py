@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import memaop_triton
 from memaop_triton import dispatch
 from memaop_triton.commands import cli, machine_facts
 from memaop_triton.kernels import targets
@@ -88,15 +89,16 @@ def test_only_the_home_directory_is_abbreviated(monkeypatch, text, shown):
 def test_variables_are_shown_with_their_meaning_and_misspelt_ones_are_named(env):
     variables = env(MEMAOP_TRITON_BACKEND="torch", MEMAOP_TRITON_BAKEND="x")["variables"]
     assert variables["MEMAOP_TRITON_BACKEND"].startswith("'torch' (torch or triton: which impl")
-    assert variables["MEMAOP_TRITON_CACHE_DIR"].startswith("not set (compiled row passes")
+    assert variables["MEMAOP_TRITON_CACHE_DIR"].startswith("not set (folder of compiled C code")
     assert variables["MEMAOP_TRITON_BAKEND"] == "'x' (no such variable: is it misspelt?)"
 
 
 def test_every_variable_that_the_package_reads_is_explained():
-    folders = Path(machine_facts.__file__).parent, Path(library.__file__).parent
+    folders = Path(memaop_triton.__file__).parent, Path(library.__file__).parents[1]
     sources = [path.read_text() for folder in folders for path in folder.rglob("*.py")]
-    read = set(re.findall(r"MEMAOP_TRITON_[A-Z_]*[A-Z]", "\n".join(sources)))
-    assert {"MEMAOP_TRITON_BACKEND", "MEMAOP_TRITON_CACHE_DIR"} <= read
+    names = r"\bMEMAOP_TRITON_[A-Z_]*[A-Z]|(?<=environ\.get\(\")\w+|(?<=environ\[\")\w+"
+    read = set(re.findall(names, "\n".join(sources)))
+    assert {"MEMAOP_TRITON_BACKEND", "MEMAOP_TRITON_AUTOTUNE", "CC"} <= read
     assert read <= machine_facts.VARIABLES.keys()
 
 
@@ -106,7 +108,7 @@ def test_row_passes_that_are_compiled(env, compiled_before, tmp_path):
     rows = facts["row passes in C"]
     assert rows["used"] == "yes, for float32, float64, bfloat16 on a CPU"
     assert rows["vectors"] == torch.backends.cpu.get_cpu_capability()
-    own = "compiled too" if rows["vectors"] == "AVX2" else "PyTorch's"
+    own = "compiled too" if library.prefers_own_gemm(torch.float32) else "PyTorch's"
     assert rows["gather GEMM"] == own
     (kept,) = (tmp_path / "native").iterdir()
     assert rows["file"] == f"kept in {kept}"

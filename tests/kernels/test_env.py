@@ -1,4 +1,4 @@
-"""What PyTorch is set to, by its old settings and by its new ones."""
+"""Settings of PyTorch, by its old interface and its new one, and the folder of cached files."""
 
 import os
 import subprocess
@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from memaop_triton.kernels.env import cache_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -49,3 +51,56 @@ def test_how_float32_is_multiplied_follows_every_setting(setting):
     formed = SETTINGS[setting]
     shown = {"tf32": "tf32", "ieee": "exact"}[formed]
     assert done.stdout.split() == [formed, "ieee", "ieee", shown]
+
+
+WITHOUT_PLATFORMDIRS = """
+import sys
+sys.modules["platformdirs"] = None
+import torch
+from memaop_triton import convert_
+from memaop_triton.kernels.env import cache_folder
+layer = convert_(torch.nn.Linear(8, 4))
+before = layer.weight.detach().clone()
+layer(torch.randn(64, 8)).square().sum().backward()
+torch.optim.SGD(layer.parameters(), 0.1).step()
+assert not torch.equal(layer.weight, before)
+print(cache_folder("native"))
+sys.platform = "win32"
+try:
+    cache_folder("native")
+except ModuleNotFoundError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("chosen", ["MEMAOP_TRITON_CACHE_DIR", "XDG_CACHE_HOME", "HOME"])
+def test_a_checkout_trains_without_platformdirs(chosen, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), chosen: str(tmp_path)}
+    for name in ("MEMAOP_TRITON_CACHE_DIR", "XDG_CACHE_HOME"):
+        if name != chosen:
+            environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PLATFORMDIRS],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    folder, *error = done.stdout.splitlines()
+    below = {"XDG_CACHE_HOME": "memaop-triton", "HOME": ".cache/memaop-triton"}.get(chosen, "")
+    assert Path(folder) == tmp_path / below / "native"
+    wanted = "install platformdirs or set MEMAOP_TRITON_CACHE_DIR"
+    assert wanted in "".join(error) if below else not error
+
+
+def test_the_folder_without_platformdirs_is_the_same(monkeypatch, tmp_path):
+    monkeypatch.delenv("MEMAOP_TRITON_CACHE_DIR", raising=False)
+    for home in (None, str(tmp_path)):
+        if home is None:
+            monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        else:
+            monkeypatch.setenv("XDG_CACHE_HOME", home)
+        monkeypatch.delitem(sys.modules, "platformdirs", raising=False)
+        folder = cache_folder("native")
+        monkeypatch.setitem(sys.modules, "platformdirs", None)
+        assert cache_folder("native") == folder

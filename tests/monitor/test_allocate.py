@@ -152,7 +152,7 @@ def test_keeps_the_budget_and_adds_less_variance_than_equal_ratios(memory, budge
     model, watch = watched(memory=memory)
     seen = watch.read()
     before = {name: model.get_submodule(name).memory for name in seen}
-    ratios = allocate_(model, watch, budget, relative=False)
+    ratios = allocate_(model, watch, budget)
     assert set(ratios) == {"inner", "twice", "head"}
     assert all(ratio in DEFAULT_RATIOS for ratio in ratios.values())
     for name, ratio in ratios.items():
@@ -183,16 +183,6 @@ def test_keeps_the_budget_and_adds_less_variance_than_equal_ratios(memory, budge
 
     even = max(r for r in DEFAULT_RATIOS if cost(r) <= budget * dense)
     assert variance(ratios.get) <= variance(lambda name: even)
-
-
-def test_relative_weights_serve_layers_whose_gradients_are_small():
-    model, watch = watched(memory="none")
-    seen = watch.read()
-    assert seen["inner"].batch_variance < 0.1 * seen["head"].batch_variance
-    absolute = allocate_(model, watch, 1 / 4, relative=False)
-    relative = allocate_(model, watch, 1 / 4, relative=True)
-    assert absolute["inner"] < relative["inner"]
-    assert allocate_(model, watch, 1 / 4) == absolute
 
 
 WIDE, ROWS = 128, 1024

@@ -88,9 +88,9 @@ def changes(bases):
 def test_how_often_a_timed_layer_refreshes_changes_nothing_else():
     config = MemAOPConfig(budget=1 / 2, memory=Subspace(refresh_every=3), grad_input="projected")
     sizes, refreshes = [], []
-    for pace in (layer_timing._NEVER, 3, 1):
+    for steps in (layer_timing._NEVER, 3, 1):
         torch.manual_seed(0)
-        layer = layer_timing._paced(MemAOPLinear(64, 96, config=config), pace)
+        layer = layer_timing._with_interval(MemAOPLinear(64, 96, config=config), steps)
         of_dw, of_dx = [], []
         for _ in range(6):
             x = torch.randn(512, 2) @ torch.randn(2, 64)

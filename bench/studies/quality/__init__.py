@@ -1,5 +1,5 @@
 """The study of learning quality: what sampled weight gradients cost in accuracy.
 
-`tasks` and `schemes` say what is compared, `training` trains one run, `store` keeps it, `report`
+`tasks` and `schemes` define what is compared, `training` trains one run, `store` keeps it, `report`
 makes the page of it. `python -m bench.studies.quality --help` lists the commands.
 """

@@ -35,9 +35,8 @@ from memaop_triton.bench.studies.quality.store import RESULTS, Run, Store
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.tuning import Trial
 from memaop_triton.commands.common import progress, say_written
-from memaop_triton.errors import CommandError
+from memaop_triton.errors import CommandError, require_extra
 from memaop_triton.experiments.data import resolve_data_dir
-from memaop_triton.experiments.errors import require_extra
 
 app = typer.Typer(
     add_completion=False,
@@ -89,12 +88,12 @@ def tune(
     use_threads(threads)
     folder, console = resolve_data_dir(data_dir), Console()
 
-    def say(trial: Trial) -> None:
+    def print_trial(trial: Trial) -> None:
         score = f"loss {trial.loss:.4f}, accuracy {trial.accuracy:.2f} %"
         console.print(f"{trial.task} lr {trial.lr:g} seed {trial.seed}: {score}", highlight=False)
 
     for name in task or TASKS:
-        best = tuning.tune(TASKS[name], output / "tuning.csv", folder, say)
+        best = tuning.tune(TASKS[name], output / "tuning.csv", folder, print_trial)
         used = f"{TASKS[name].optimizer.lr:g} is used"
         console.print(f"{name}: {'none' if best is None else f'{best:g}'} is best, {used}")
 
@@ -140,8 +139,8 @@ def cross_terms(
     folder, console = resolve_data_dir(data_dir), Console()
     for name in task or crossterms.TASKS:
         for one in ratio or crossterms.RATIOS:
-            tell = partial(_tell, console, f"{name} {one}:")
-            crossterms.run(name, one, output / "crossterms.csv", folder, tell)
+            on_layer = partial(_print, console, f"{name} {one}:")
+            crossterms.run(name, one, output / "crossterms.csv", folder, on_layer)
 
 
 @app.command("noise")
@@ -162,19 +161,19 @@ def noise_of_a_step(
                 for line in lines:
                     where = f"{line.side}, rank {line.rank}, {line.k} rows"
                     what = f"{line.variance:.3g} (batch {line.own:.3g})"
-                    _tell(console, f"{name} step {step} {line.layer}: {where}: {what}")
+                    _print(console, f"{name} step {step} {line.layer}: {where}: {what}")
 
 
 @app.command()
 def report(output: Output = RESULTS) -> None:
     """Write quality.md, quality.html and their pictures from what has been run so far."""
-    require_extra("matplotlib", "scipy", "jinja2")
+    require_extra("bench", "matplotlib", "scipy", "jinja2")
     from memaop_triton.bench.studies.quality.report import write
 
     say_written(Console(), *write(output))
 
 
-def _tell(console: Console, *words: str) -> None:
+def _print(console: Console, *words: str) -> None:
     console.print(*words, highlight=False)
 
 
@@ -198,7 +197,7 @@ def _estimate(left: list[running.Job], runs: list[Run]) -> str:
 
 
 def main() -> None:
-    """Entry point: wrong options and missing data are told in one line, code 2."""
+    """Entry point: for wrong options and missing data one line and exit code 2."""
     try:
         app()
     except CommandError as error:

@@ -62,7 +62,7 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images, in shuffled passes; a pass goes on in the batch where the last one ended."""
+    """Images, in shuffled passes; a batch may hold the end of one and the start of the next."""
 
     train: Batch
     held_out: Batch

@@ -1,4 +1,4 @@
-"""What the files of results say, by cell."""
+"""The contents of the files of results, by cell."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def _overview(results: Results, names: Sequence[str], ratio: str, caption: str) 
 def _table_of_known(
     head: Sequence[str], rows: Sequence[tuple[Entry, ...]], caption: str
 ) -> Table | str:
-    """Without the rows and columns that say nothing yet; the first column names the rows."""
+    """Without rows and columns that are still empty; the first column names the rows."""
     rows = [row for row in rows if any(one != NOTHING for one in row[1:])]
     if not rows:
         return f"{caption.rstrip('.')}: not run yet."

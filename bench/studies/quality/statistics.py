@@ -19,16 +19,12 @@ class Difference:
         half_width: Of its confidence interval; infinite with a single pair.
         pairs: Seeds of which both runs are there.
         better: Pairs in which dense lost.
-        worse: Pairs in which dense won.
-        low: Of the interval.
-        high: Of the interval.
     """
 
     mean: float
     half_width: float
     pairs: int
     better: int
-    worse: int
 
     @property
     def low(self) -> float:
@@ -63,7 +59,6 @@ def paired(scheme: Mapping[int, float], dense: Mapping[int, float], sign: int) -
         half_width(differences),
         len(differences),
         sum(one > 0 for one in gains),
-        sum(one < 0 for one in gains),
     )
 
 

@@ -51,7 +51,10 @@ def with_rate(task: Task, lr: float) -> Task:
 
 
 def tune(
-    task: Task, path: Path, data_dir: Path | None, say: Callable[[Trial], None] = lambda _: None
+    task: Task,
+    path: Path,
+    data_dir: Path | None,
+    on_trial: Callable[[Trial], None] = lambda _: None,
 ) -> float | None:
     """Try the learning rates that `path` does not hold yet; the best one of all."""
     source = data.load(task, data_dir).for_tuning()
@@ -65,7 +68,7 @@ def tune(
             trial = Trial(task.name, candidate.optimizer.lr, seed, code, *score)
             rows = sorted([*trials, trial], key=lambda one: (one.task, one.lr, one.seed))
             tables.write(path, Trial, rows)
-            say(trial)
+            on_trial(trial)
     return best_rate(task, tables.read(path, Trial))
 
 
