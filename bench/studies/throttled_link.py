@@ -6,9 +6,8 @@ Two network namespaces joined by a veth pair, whose two ends each send at most `
 hold one process each, with one thread and gloo. Nothing leaves the namespaces, which are removed
 again. Linux, root, `ip` and `tc` are needed.
 
-Both processes train the same converted layer in turns: under plain all-reduce, under
-FactorAllGather, and under FactorAllGather with `reuse_local`. A step is forward, backward and
-exchange; the exchange is the time from the first call of the communication hook until the last of
+Both processes train the same converted layer in turns: under plain all-reduce and under
+FactorAllGather. A step is forward, backward and exchange; the exchange is the time from the first call of the communication hook until the last of
 its futures is done (weight and bias are two buckets), and the slower process counts. Bytes are what
 the hook counts beside what the interface has sent, which includes headers of TCP and IP.
 """
@@ -40,7 +39,7 @@ from memaop_triton import FactorAllGather, MemAOPConfig, MemAOPLinear
 N = 1024
 RATIO = 1 / 16
 CASES = [(m, memory) for m in (1024, 2048) for memory in ("none", "subspace")]
-METHODS = ("all-reduce", "factors", "factors, reuse_local")
+METHODS = ("all-reduce", "factors")
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 LINK = "memaop"
 PORT = 29613
@@ -124,7 +123,7 @@ class Method:
         if name == "all-reduce":
             self.ddp.register_comm_hook(None, allreduce_hook)
         else:
-            self.hook = FactorAllGather.register(self.ddp, reuse_local="reuse" in name)
+            self.hook = FactorAllGather.register(self.ddp)
         self.x = torch.randn(m, N)
 
     def _timed(self, state, hook) -> None:

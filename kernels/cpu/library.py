@@ -21,7 +21,7 @@ from memaop_triton.kernels.cpu import build
 
 _log = logging.getLogger(__name__)
 
-#: Columns that make a group.
+#: Columns that make a group; narrower rows are left to PyTorch.
 LANES = 16
 # A thread keeps this much room for panels between calls; asking for it anew costs page faults.
 _MOST_KEPT = 32 << 20

@@ -54,7 +54,7 @@ def project(x: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor] | N
     Z as it was before it was rounded to that dtype.
     """
     groups = -(-basis.shape[1] // LANES)
-    wanted = x.dtype == basis.dtype and groups in range(1, 5)
+    wanted = x.dtype == basis.dtype and groups in range(1, 5) and x.shape[1] >= LANES
     library = library_for(x) if wanted else None
     if library is None:
         return None
@@ -79,7 +79,7 @@ def transposed_mm(
     Fills `norms` ([M], in `score_dtype` like the product) with |a_i| and `sums` ([N], in the dtype
     of `a`) with the sum of the rows of `a`.
     """
-    wanted = z.dtype == a.dtype and z.shape[1] in range(4, 65, 4)
+    wanted = z.dtype == a.dtype and z.shape[1] in range(4, 65, 4) and a.shape[1] >= LANES
     library = library_for(z, a) if wanted else None
     if library is None:
         return None

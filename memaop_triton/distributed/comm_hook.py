@@ -32,6 +32,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SEED = 20211009
 # In units of the rounding of one sum: two orders of adding up the same numbers stay far below.
 _TOLERANCE = 32.0
+# The rounding of TF32, the coarsest that a product of float32 matrices has.
+_COARSEST_PRODUCT = 2.0**-10
 
 
 class FactorAllGather:
@@ -64,9 +66,6 @@ class FactorAllGather:
 
     Args:
         ddp: A model with converted layers. Later conversions are not seen.
-        reuse_local: Take this process's own part of the sum from its gradient instead of its
-            factors. Saves one of the W products, but the processes then round differently, and
-            their weights drift apart by rounding errors.
 
     Attributes:
         bytes_sent: What this process sent so far instead of weight gradients: its part of each
@@ -81,7 +80,7 @@ class FactorAllGather:
             layer are collected by something else already, or the processes hold different layers.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, *, reuse_local: bool = False) -> None:
+    def __init__(self, ddp: DistributedDataParallel) -> None:
         if not isinstance(ddp, DistributedDataParallel):
             raise TypeError(
                 f"ddp must be a DistributedDataParallel, got {type(ddp).__name__}: wrap the "
@@ -89,7 +88,6 @@ class FactorAllGather:
             )
         self.group: dist.ProcessGroup = ddp.process_group
         self.world = self.group.size()
-        self.reuse_local = reuse_local
         self.bytes_sent = 0
         self.bytes_replaced = 0
         layers = {
@@ -118,9 +116,7 @@ class FactorAllGather:
         }
 
     @classmethod
-    def register(
-        cls, ddp: DistributedDataParallel, *, reuse_local: bool = False
-    ) -> "FactorAllGather":
+    def register(cls, ddp: DistributedDataParallel) -> "FactorAllGather":
         """Make `ddp` exchange its gradients by a new hook, in all processes; returns the hook.
 
         Call it once, after `convert_` and before the first backward pass. The arguments and errors
@@ -129,7 +125,7 @@ class FactorAllGather:
         Raises:
             RuntimeError: `ddp` has a communication hook already.
         """
-        hook = cls(ddp, reuse_local=reuse_local)
+        hook = cls(ddp)
         ddp.register_comm_hook(hook, _exchange)
         for layer in hook._layers:
             collected = hook._collected[id(layer.weight)]
@@ -194,13 +190,12 @@ class FactorAllGather:
         if others:
             packed = torch.cat(list(others))
             futures.append(self._all_reduce(packed))
-        rank = self.group.rank() if self.reuse_local else None
 
         def finish(_: object) -> Tensor:
             # On another thread or stream than the backward pass.
             with torch.no_grad(), no_autocast(buffer.device.type):
                 for exchange, _future in gathered:
-                    exchange.finish(rank)
+                    exchange.finish()
                 if others:
                     _used_here(packed)
                     sizes = [part.numel() for part in others]
@@ -274,6 +269,7 @@ class _Collected:
         self.factors.clear()
         self.passes = 0
         self.is_dropped = False
+        self.is_product: Tensor | None = None
         self.image: Tensor | None = None
         self.norm: Tensor | None = None
 
@@ -284,6 +280,7 @@ class _Collected:
             return
         if len(self.factors) == self.passes:
             return
+        added = self.factors[self.passes :]
         self.passes = len(self.factors)
         if sum(x.nbytes + g.nbytes for x, g in self.factors) >= self.max_bytes:
             self._forget()
@@ -291,6 +288,12 @@ class _Collected:
             return
         image = self._image(dw)
         norm = torch.linalg.vector_norm(image)
+        # dW was rounded to its dtype, and by TF32 its products too: a coarse comparison, which
+        # factors that are not those of this dW do not pass.
+        of_factors = sum(self._image(x, g) for x, g in added)
+        rounding = max(torch.finfo(dw.dtype).eps, _COARSEST_PRODUCT)
+        is_product = torch.linalg.vector_norm(of_factors - image) <= 8 * rounding * norm
+        self.is_product = is_product if self.is_product is None else self.is_product & is_product
         self.image = image if self.image is None else self.image + image
         self.norm = norm if self.norm is None else self.norm + norm
 
@@ -309,6 +312,8 @@ class _Collected:
             bound = self.norm * (_TOLERANCE * self.passes * torch.finfo(self.dtype).eps)
         # Not a comparison of the opposite: NaN must not pass.
         holds = torch.linalg.vector_norm(image) <= bound
+        if self.is_product is not None:
+            holds &= self.is_product
         rows = sum(x.shape[0] for x, _ in self.factors)
         number = _DTYPES.index(dtypes.pop()) if dtypes else 0
         entry = torch.tensor([rows, number], device=gradient.device)
@@ -320,10 +325,12 @@ class _Collected:
         self._forget()
         return both
 
-    def _image(self, matrix: Tensor) -> Tensor:
+    def _image(self, matrix: Tensor, g: Tensor | None = None) -> Tensor:
+        """`matrix` ([P, N]) times the probe; with g [R, P] that of Gᵀ X, for `matrix` X [R, N]."""
         if self.probe.device != matrix.device:
             self.probe = self.probe.to(matrix.device)
-        return matrix.to(self.dtype) @ self.probe
+        image = matrix.to(self.dtype) @ self.probe
+        return image if g is None else g.to(self.dtype).t() @ image
 
 
 @dataclasses.dataclass
@@ -359,16 +366,12 @@ class _Weight:
         """How many numbers the factors of a process are."""
         return self.rows[rank] * sum(self.gradient.shape)
 
-    def average(self, x: Tensor, g: Tensor, keep: bool) -> None:
-        """gradient ← (Gᵀ X + gradient if `keep`) / world size, for x [R, N] and g [R, P]."""
-        share = 1 / len(self.rows)
-        if self.dtype == self.gradient.dtype:
-            self.gradient.addmm_(g.t(), x, beta=share if keep else 0, alpha=share)
-            return
-        product = x.new_empty(self.gradient.shape).addmm_(g.t(), x, beta=0, alpha=share)
-        if keep:
-            self.gradient.mul_(share).add_(product)
-        else:
+    def average(self, x: Tensor, g: Tensor) -> None:
+        """gradient ← Gᵀ X / world size, for x [R, N] and g [R, P]."""
+        same = self.dtype == self.gradient.dtype
+        product = self.gradient if same else x.new_empty(self.gradient.shape)
+        product.addmm_(g.t(), x, beta=0, alpha=1 / len(self.rows))
+        if not same:
             self.gradient.copy_(product)
 
 
@@ -386,8 +389,8 @@ class _Exchange:
     everyone: Tensor
     weights: Sequence[_Weight]
 
-    def finish(self, rank: int | None) -> None:
-        """Average the gradients; with a `rank`, that process's part is in them already."""
+    def finish(self) -> None:
+        """Average the gradients."""
         _used_here(self.mine, self.everyone)
         offsets = [0] * self.everyone.shape[0]
         for weight in self.weights:
@@ -396,11 +399,10 @@ class _Exchange:
             for r, rows in enumerate(weight.rows):
                 part = self.everyone[r, offsets[r] :][: weight.size(r)]
                 offsets[r] += weight.size(r)
-                if r != rank:
-                    xs.append(part[: rows * n].view(rows, n))
-                    gs.append(part[rows * n :].view(rows, p))
+                xs.append(part[: rows * n].view(rows, n))
+                gs.append(part[rows * n :].view(rows, p))
             # One product, in the order of the processes: every process rounds alike.
-            weight.average(torch.cat(xs), torch.cat(gs), keep=rank is not None)
+            weight.average(torch.cat(xs), torch.cat(gs))
 
 
 def _may_be_gathered(weight: Tensor, world: int) -> bool:

@@ -1,4 +1,4 @@
-"""How noisy a weight gradient would be with each of the bases that a memory could use."""
+"""Which side and rank a subspace has: chosen by the noise that each would leave to sample."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memaop_triton.dispatch import row_norms
+from memaop_triton.dispatch import project_rows, row_norms
+from memaop_triton.flops import RANK_STEP, refresh_stride
 from memaop_triton.memory.basis import Basis
 
 # What the variance must fall to before side or rank are changed.
@@ -21,6 +22,168 @@ class Choice(NamedTuple):
 
     side: str
     rank: int
+
+
+#: K that a choice leaves beside the cost of its subspace.
+RowsOf = Callable[[Choice], int]
+
+
+class Arriving:
+    """A tensor on its way to the host, read without a synchronisation of the device."""
+
+    def __init__(self, a: Tensor) -> None:
+        self._host = a
+        self._event: torch.cuda.Event | None = None
+        if a.is_cuda and torch.backends.cuda.is_built():  # not where a GPU is pretended
+            self._host = torch.empty(a.shape, dtype=a.dtype, pin_memory=True)
+            self._host.copy_(a, non_blocking=True)
+            self._event = torch.cuda.Event()
+            # The copy runs on the stream of the tensor's device, which need not be the current one.
+            self._event.record(torch.cuda.current_stream(a.device))
+
+    def get(self) -> Tensor:
+        """The tensor, once it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_host": self.get(), "_event": None}
+
+
+class ScoreSums(NamedTuple):
+    """What was measured of a batch.
+
+    Attributes:
+        rows: M.
+        sums: Σs and Σs² of the scores under each choice, [choices, 2].
+    """
+
+    rows: int
+    sums: Tensor
+
+
+class SubspaceChoice:
+    """The side and rank in use for dW, the rank in use for a sampled dX, and how they are chosen.
+
+    Every few refreshes the scores of a batch are measured under every choice. Taken is the one for
+    which the variance of the estimate is the smallest, unless little is gained by the change.
+
+    Args:
+        sides: Those that have a basis.
+        max_rank: Columns of the bases.
+        is_rank_open: Whether the ranks below that are choices too.
+
+    Attributes:
+        side: The side in use.
+        rank: The rank in use.
+        input_grad_rank: The rank in use for a sampled dX, which takes the gradients' side.
+        measured: What the choice was made by; `None` before the first measurement.
+        arriving: A measurement whose numbers are on their way: M and Σs, Σs².
+    """
+
+    measured: ScoreSums | None
+    arriving: tuple[int, Arriving] | None
+
+    def __init__(self, sides: tuple[str, ...], max_rank: int, is_rank_open: bool) -> None:
+        self.sides = sides
+        self.max_rank = max_rank
+        self.is_rank_open = is_rank_open
+        self.side = sides[0]
+        self.rank = self.input_grad_rank = max_rank
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was measured; the next step measures anew."""
+        self.measured = self.arriving = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is more than one choice."""
+        return self.is_rank_open or len(self.sides) > 1
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks to choose from."""
+        if not self.is_rank_open:
+            return [self.max_rank]
+        return [*range(0, self.max_rank, RANK_STEP), self.max_rank]
+
+    def cut_to(self, max_rank: int) -> None:
+        """Go on with bases of so many columns."""
+        self.max_rank = max_rank
+        self.rank = min(self.rank, max_rank)
+        self.input_grad_rank = min(self.input_grad_rank, max_rank)
+        self.forget()
+
+    def measure(self, bases: Mapping[str, Basis], x: Tensor, g: Tensor, *, iterate: bool) -> None:
+        """Measure the scores of a batch under every choice; they arrive on the host later.
+
+        Args:
+            bases: By side.
+            x: [M, N].
+            g: [M, P].
+            iterate: Whether the bases take a power iteration before.
+        """
+        rows = x.shape[0]
+        stride = refresh_stride(rows, self.max_rank)
+        x, g = x[::stride], g[::stride]
+        if iterate:
+            for side, basis in bases.items():
+                a = x if side == "input" else g
+                basis.iterate(a, project_rows(a, basis.of(a, self.max_rank))[0])
+        sums = score_sums(bases, self.ranks, x, g) * (rows / x.shape[0])
+        self.arriving = rows, Arriving(sums)
+
+    def choose(self, rows_of: RowsOf, rows_of_input_grad: RowsOf) -> None:
+        """Take what is best by the measurement that has arrived.
+
+        Args:
+            rows_of: K of dW beside the subspace of a choice.
+            rows_of_input_grad: The same of a sampled dX.
+        """
+        assert self.arriving is not None
+        rows, sums = self.arriving[0], self.arriving[1].get()
+        self.arriving = None
+        if not sums.isfinite().all():  # a row was not; nothing follows from it
+            return
+        self.measured = ScoreSums(rows, sums)
+        now = Choice(self.side, self.rank)
+        self.side, self.rank = _better_choice(now, self.variances(rows_of))
+        if "grad" in self.sides:
+            choices = [Choice("grad", rank) for rank in self.ranks]
+            variance = _variances(choices, sums[-len(choices) :], rows_of_input_grad)
+            now = Choice("grad", self.input_grad_rank)
+            self.input_grad_rank = _better_choice(now, variance).rank
+
+    def variances(self, rows_of: RowsOf) -> dict[Choice, float]:
+        """The variance of dW under every choice, by the last measurement."""
+        assert self.measured is not None
+        choices = [Choice(side, rank) for side in self.sides for rank in self.ranks]
+        return _variances(choices, self.measured.sums, rows_of)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Contents for a checkpoint."""
+        state: dict[str, Any] = {
+            "side": self.side,
+            "rank": self.rank,
+            "input_grad_rank": self.input_grad_rank,
+        }
+        if self.arriving is not None:
+            state |= {"arriving_rows": self.arriving[0], "arriving_sums": self.arriving[1].get()}
+        if self.measured is not None:
+            state |= {"measured_rows": self.measured.rows, "measured_sums": self.measured.sums}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave (copied)."""
+        self.forget()
+        self.side, self.rank = state["side"], state["rank"]
+        self.input_grad_rank = state["input_grad_rank"]
+        if "arriving_sums" in state:
+            self.arriving = state["arriving_rows"], Arriving(state["arriving_sums"].clone())
+        if "measured_sums" in state:
+            self.measured = ScoreSums(state["measured_rows"], state["measured_sums"].clone())
 
 
 def score_sums(bases: Mapping[str, Basis], ranks: list[int], x: Tensor, g: Tensor) -> Tensor:
@@ -49,49 +212,20 @@ def _sums(scores: Tensor) -> Tensor:
     return torch.stack([scores.sum(1), scores.square().sum(1)], 1)
 
 
-def variances(
-    sums: Mapping[Choice, list[float]], rows_of: Callable[[Choice], int]
-) -> dict[Choice, float]:
-    """The variance of a weight gradient by choice.
+def _variances(choices: list[Choice], sums: Tensor, rows_of: RowsOf) -> dict[Choice, float]:
+    """The variance of drawing row m with probability K s_m/Σs: (Σs)²/K − Σs², by choice.
 
-    That of drawing row m with probability K s_m/Σs, which `priority` and `bernoulli` come close to,
-    is (Σs)²/K − Σs².
-
-    Args:
-        sums: Σs and Σs² by choice.
-        rows_of: K that a choice leaves.
+    `priority` and `bernoulli` come close to it. `sums` has Σs and Σs² of at least these choices.
     """
     return {
         choice: max(0.0, total * total / rows_of(choice) - squares)
-        for choice, (total, squares) in sums.items()
+        for choice, (total, squares) in zip(choices, sums.tolist(), strict=False)
     }
 
 
-def better_choice(now: Choice, variance: Mapping[Choice, float]) -> Choice:
+def _better_choice(now: Choice, variance: Mapping[Choice, float]) -> Choice:
     """The choice of the least variance, or `now` where little is to be gained."""
     best = min(variance, key=lambda choice: variance[choice])
     # With NaN nothing is better.
     is_worth_it = variance[best] < _WORTH_A_CHANGE * variance.get(now, math.inf)
     return best if is_worth_it else now
-
-
-class Arriving:
-    """A tensor on its way to the host: nobody waits for a GPU before the numbers are asked for."""
-
-    def __init__(self, a: Tensor) -> None:
-        self._host = a
-        self._event: torch.cuda.Event | None = None
-        if a.is_cuda and torch.backends.cuda.is_built():  # not where a GPU is pretended
-            self._host = torch.empty(a.shape, dtype=a.dtype, pin_memory=True)
-            self._host.copy_(a, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def get(self) -> Tensor:
-        """The tensor, once it is there."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_host": self.get(), "_event": None}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memaop_triton.kernels.cpu.torch_ops import basis_scale
 from memaop_triton.memory.basis import Basis, by_column
+from memaop_triton.memory.capture import check_not_capturing
 from memaop_triton.memory.refresh_clock import RefreshClock
 from memaop_triton.memory.saved_state import check_shape
 
@@ -41,7 +42,7 @@ class GradProjection:
         self._is_random = torch.ones((), dtype=torch.bool)
         self._clock.step = 0
 
-    def pace(self, refresh_every: int) -> None:
+    def set_refresh_interval(self, refresh_every: int) -> None:
         """Refresh every so many steps from now on."""
         self._clock.refresh_every = refresh_every
 
@@ -83,6 +84,8 @@ class GradProjection:
     def _basis_of(
         self, g: Tensor, weight: Tensor, rank: int, generator: torch.Generator | None
     ) -> Basis:
+        if self._basis is None or rank > self._basis.rank:
+            check_not_capturing(g.device, "the basis of a projected input gradient")
         if self._basis is None:
             self._basis = basis = Basis(self.features, rank)
             few = basis.thinned(g)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memaop_triton.kernels import targets
 from memaop_triton.memory.basis import Basis
+from memaop_triton.memory.capture import check_not_capturing
 
 
 class RefreshClock:
@@ -37,6 +39,7 @@ class RefreshClock:
     def count(self, device: torch.device) -> None:
         """Count a step whose rows are on `device`."""
         if device.type == "cuda" and self._on_device is None:
+            check_not_capturing(device, "the count of a memory's steps")
             self._on_device = torch.full((1,), self._step, device=device)
         self._step += 1
         if self._on_device is not None:
@@ -45,10 +48,10 @@ class RefreshClock:
     def is_due(self, device: torch.device) -> Tensor | bool:
         """Whether this step refreshes.
 
-        While a CUDA graph is captured nobody can tell: the graph then computes the new basis in
-        every step, and takes it over where this tensor says so.
+        A CUDA graph that is captured has no answer yet: it computes the new basis in every step,
+        and takes it over where this tensor says so.
         """
-        if self._on_device is not None and is_capturing(device):
+        if self._on_device is not None and targets.is_capturing(device):
             return self._on_device % self.refresh_every == 0
         return self._step % self.refresh_every == 0
 
@@ -61,8 +64,3 @@ class RefreshClock:
     def leave_device(self) -> None:
         """Count on the host again, from where the device has come to."""
         self.step = self.step
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

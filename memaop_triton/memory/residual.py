@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.dispatch import rescale_
+from memaop_triton.memory.capture import check_not_capturing
 from memaop_triton.memory.saved_state import check_fields, check_shape
 
 
@@ -78,6 +79,12 @@ class ResidualMemory:
     def slots(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first `rows` slots `(x, g, filled)` on the device of `like`, made if missing."""
         dtype = self.dtype or like.dtype
+        if (
+            self.rows < rows
+            or self.x is None
+            or (self.x.dtype, self.x.device) != (dtype, like.device)
+        ):
+            check_not_capturing(like.device, f"{rows} slots of a row memory")
         if self.x is None or self.g is None or self.filled is None:
             self.x = like.new_zeros((rows, self.in_features), dtype=dtype)
             self.g = like.new_zeros((rows, self.out_features), dtype=dtype)
@@ -152,6 +159,7 @@ class ResidualMemory:
 
     def _take_carry_on_device(self, now: Tensor) -> Tensor:
         if not isinstance(self._last_rate, Tensor) or self._last_rate.device != now.device:
+            check_not_capturing(now.device, "the last learning rate of a row memory")
             start = now if self._last_rate is None else torch.as_tensor(self._last_rate)
             self._last_rate = start.detach().to(now, copy=True)
         before = self._last_rate
@@ -172,12 +180,13 @@ class ResidualMemory:
     def follow_loss_scale(self) -> None:
         """Bring the remembered rows of G to the attached scaler's present scale."""
         scaler = None if self._scaler is None else self._scaler()
-        # The scale as a tensor: `get_scale` waits for it. It exists once a loss has been scaled.
+        # The scale as a tensor: `get_scale` synchronises with it. It exists once a loss was scaled.
         scale = None if scaler is None or not scaler.is_enabled() else scaler._scale
         if scale is None or self.g is None:
             return
         scale = scale.detach().reshape(1)
         if self._last_scale is None:
+            check_not_capturing(self.g.device, "the last loss scale of a row memory")
             self._last_scale = scale.to(self.g.device, copy=True)
             return
         scale = scale.to(self.g.device)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from memaop_triton.backward.step import Operands, ProjectedRows
 from memaop_triton.dispatch import project_rows, row_norms
+from memaop_triton.kernels import targets
 from memaop_triton.kernels.cpu.torch_ops import basis_scale, score_dtype
+from memaop_triton.memory.capture import check_not_capturing
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
 from memaop_triton.monitor.estimates import (
     Figures,
@@ -71,7 +73,7 @@ class LayerObserver:
             # always seen in the same use.
             self._next += self.every + (0 if self.every == 1 else (-1) ** self._observations)
         self._steps += 1
-        if _is_capturing(device):
+        if targets.is_capturing(device):
             self.is_due = True
 
     def observe(
@@ -120,6 +122,8 @@ class LayerObserver:
 
     def _age_slots(self, rows: int, emptied: Tensor) -> None:
         """One step older, but for the slots that the step emptied."""
+        if self.ages is None or self.ages.numel() < rows:
+            check_not_capturing(emptied.device, "the ages of a memory's slots")
         if self.ages is None:
             self.ages = torch.zeros(rows, dtype=torch.int32, device=emptied.device)
         elif self.ages.device != emptied.device:
@@ -181,6 +185,7 @@ class LayerObserver:
     def _mix(self, new: Tensor, lost_rows: Tensor) -> None:
         is_finite = _count_nonfinite(new) == 0
         if self._sums.device != new.device:
+            check_not_capturing(new.device, "the averages of a monitor")
             self._sums, self._counts = self._sums.to(new.device), self._counts.to(new.device)
         mixed = self._sums.lerp(new, 1 - self.smoothing)
         self._sums.copy_(torch.where(is_finite, mixed, self._sums))
@@ -219,7 +224,3 @@ def _parts_of(scores: Tensor, projected: ProjectedRows) -> _Parts:
 def _count_nonfinite(a: Tensor) -> Tensor:
     """Number of elements that are NaN or infinite: these less themselves are NaN, others 0."""
     return (a - a).count_nonzero()
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

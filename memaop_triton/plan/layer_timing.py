@@ -94,7 +94,7 @@ def _paces(config: MemAOPConfig) -> list[tuple[int, float]]:
 
 def _paced(layer: MemAOPLinear, refresh_every: int) -> MemAOPLinear:
     if isinstance(layer.memory, SubspaceMemory):
-        layer.memory.pace(refresh_every)
+        layer.memory.set_refresh_interval(refresh_every)
     return layer
 
 

@@ -84,7 +84,7 @@ def test_refreshes_from_some_of_the_rows_equal_those_in_pytorch(
     theirs, reference = run(config, data, generator(3))
     for (dw, _), (expected, _) in zip(ours, theirs, strict=True):
         torch.testing.assert_close(dw, expected, rtol=1e-4, atol=1e-3)
-    for one, other in zip(memory._bases.values(), reference._bases.values(), strict=True):
+    for one, other in zip(memory.bases.values(), reference.bases.values(), strict=True):
         torch.testing.assert_close(one.q @ one.q.T, other.q @ other.q.T, rtol=1e-3, atol=1e-3)
 
 

@@ -14,7 +14,7 @@ from memaop_triton import (
     new_memory,
 )
 from memaop_triton.backward.weight_grad import weight_grad
-from memaop_triton.memory import refresh_clock, subspace
+from memaop_triton.kernels import targets
 from tests.pairwise import pairwise
 from tests.schemes import LEGAL, UNBIASED, flat_config
 
@@ -242,8 +242,7 @@ def test_a_captured_step_refreshes_the_basis_when_an_eager_one_would(monkeypatch
         torch.manual_seed(1)
         weight_grad(*batches[0], config, memory)
     captured._clock._on_device = torch.full((1,), captured.step)
-    for module in (subspace, refresh_clock):
-        monkeypatch.setattr(module, "is_capturing", lambda device: True)
+    monkeypatch.setattr(targets, "is_capturing", lambda device: True)
     address = captured.basis.data_ptr()
     for batch in batches[1:]:
         for memory in (eager, captured):

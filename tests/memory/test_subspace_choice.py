@@ -73,7 +73,7 @@ def test_a_row_that_is_not_finite_changes_nothing(bad):
         x[3, 5] = bad
         assert not weight_grad(x, g, config, memory).isfinite().all()
     assert memory.side == "input"
-    assert all(basis.q.isfinite().all() for basis in memory._bases.values())
+    assert all(basis.q.isfinite().all() for basis in memory.bases.values())
 
 
 def test_after_a_first_batch_that_is_not_finite_the_next_one_is_looked_at():
@@ -82,7 +82,7 @@ def test_after_a_first_batch_that_is_not_finite_the_next_one_is_looked_at():
     x, g = batch("grad")
     x[3, 5] = float("nan")
     weight_grad(x, g, config, memory)
-    assert memory._seen is None
+    assert memory.choice.measured is None
     weight_grad(*batch("grad"), config, memory)
     assert memory.side == "grad"
 
@@ -123,15 +123,19 @@ def test_the_choice_has_the_least_variance_of_all():
 
     def variance(side, rank):
         kept = copy.deepcopy(memory)
-        kept.side, kept.rank = side, rank
-        kept._step = 1  # far from the next choice
-        kept.refresh_every = 100
+        kept.choice.side, kept.choice.rank = side, rank
+        kept.set_refresh_interval(10**6)  # far from the next choice
         errors = [weight_grad(x, g, config, kept) - exact for _ in range(60)]
         return torch.stack(errors).square().sum((1, 2)).mean()
 
     chosen = variance(memory.side, memory.rank)
-    assert (memory.side, memory.rank, memory._most) == ("input", 4, 8)
-    for other in [("input", 0), ("input", memory._most), ("grad", 4), ("grad", memory._most)]:
+    assert (memory.side, memory.rank, memory.choice.max_rank) == ("input", 4, 8)
+    for other in [
+        ("input", 0),
+        ("input", memory.choice.max_rank),
+        ("grad", 4),
+        ("grad", memory.choice.max_rank),
+    ]:
         assert chosen < 1.05 * variance(*other), other
 
 
@@ -139,10 +143,10 @@ def test_sums_of_scores_stand_for_all_rows_where_some_are_read(monkeypatch):
     torch.manual_seed(0)
     x, g = torch.randn(8192, N), torch.randn(8192, P)
     memory = SubspaceMemory(N, P, rank=4)
-    monkeypatch.setattr(SubspaceMemory, "_waits_for", staticmethod(lambda device: False))
+    monkeypatch.setattr(SubspaceMemory, "_arrives_at_once", staticmethod(lambda device: False))
     memory.begin_step(x, g, MemAOPConfig())
-    rows, sums = memory._pending
-    whole = score_sums(memory._bases, [4], x, g)
+    rows, sums = memory.choice.arriving
+    whole = score_sums(memory.bases, [4], x, g)
     assert rows == 8192
     torch.testing.assert_close(sums.get(), whole, rtol=0.1, atol=0)
 
@@ -153,7 +157,7 @@ def test_the_rank_fits_the_first_batch(rows, most):
     config = MemAOPConfig(budget=1 / 4)
     memory = new_memory(config, 256, 256)
     weight_grad(torch.randn(rows, 256), torch.randn(rows, 256), config, memory)
-    assert memory._most == most
+    assert memory.choice.max_rank == most
 
 
 @pytest.mark.parametrize("side", ["input", "grad"])
@@ -202,23 +206,23 @@ def test_a_memory_of_another_side_is_refused():
 def test_where_nobody_waits_the_choice_is_taken_at_the_next_refresh(monkeypatch):
     config = MemAOPConfig(k=64, memory=Subspace(rank=4, refresh_every=2))
     memory = new_memory(config, N, P)
-    monkeypatch.setattr(SubspaceMemory, "_waits_for", staticmethod(lambda device: False))
+    monkeypatch.setattr(SubspaceMemory, "_arrives_at_once", staticmethod(lambda device: False))
     sides, other = [], None
     for step in range(12):
         weight_grad(*batch("input" if step == 1 else "grad"), config, memory)
         sides.append(memory.side)
         if step == 8:
-            assert memory.state_dict()["pending_rows"] == M
+            assert memory.state_dict()["arriving_rows"] == M
             other = new_memory(config, N, P)
             other.load_state_dict(memory.state_dict())
             twin = copy.deepcopy(memory)
     # Looked at in steps 0 and 8, taken in steps 2 and 10.
     assert sides == ["input"] * 2 + ["grad"] * 10
     for loaded in (other, twin):
-        assert loaded._pending is not None
+        assert loaded.choice.arriving is not None
         for _ in range(2):
             weight_grad(*batch("grad"), config, loaded)
-        assert loaded._pending is None
+        assert loaded.choice.arriving is None
         assert loaded.side == "grad"
 
 
@@ -230,7 +234,7 @@ def test_a_sampled_input_gradient_has_the_noise_of_what_the_subspace_leaves(rank
     config = MemAOPConfig(k=64, memory=Subspace(rank=rank), grad_input="sampled")
     memory = new_memory(config, N, P)
     error = input_grad_with_subspace(g, w, config, memory) - g @ w
-    inside = g @ memory._bases["grad"].q @ memory._bases["grad"].q.T
+    inside = g @ memory.bases["grad"].q @ memory.bases["grad"].q.T
     scores = (g - inside).norm(dim=1)
     expected = (scores.sum().square() / 64 - scores.square().sum()) * w.square().sum() / P
     assert error.square().sum() == pytest.approx(float(expected), rel=0.3)
@@ -251,7 +255,7 @@ def test_the_basis_of_a_sampled_input_gradient_follows_the_rows(weight_is_frozen
             g = torch.randn(M, 2) @ plane.T + 0.01 * torch.randn(M, P)
         layer(x).backward(g)
     assert layer.memory.side == "input"
-    q = layer.memory._bases["grad"].q
+    q = layer.memory.bases["grad"].q
     assert (plane.T @ q).norm() > 0.99 * 2**0.5
     error = x.grad - g @ layer.weight
     assert error.norm() < 0.2 * x.grad.norm()
@@ -262,11 +266,11 @@ def test_an_open_rank_of_a_sampled_input_gradient_is_its_own():
     layer = MemAOPLinear(N, P, config=config)
     x = torch.randn(M, N, requires_grad=True)
     layer(x).backward(low_rank(M, P))
-    assert layer.memory.input_grad_rank > 0
+    assert layer.memory.choice.input_grad_rank > 0
     layer = MemAOPLinear(N, P, config=config)
     x = low_rank(M, N).requires_grad_()
     layer(x).backward(torch.randn(M, P))
-    assert (layer.memory.side, layer.memory.input_grad_rank) == ("input", 0)
+    assert (layer.memory.side, layer.memory.choice.input_grad_rank) == ("input", 0)
     assert layer.memory.rank > 0
     assert (x.grad.norm(dim=1) > 0).sum() < M / 2  # the rows drawn, and zeros
 

@@ -246,24 +246,24 @@ def test_a_changed_budget_keeps_what_is_left_of_the_basis_and_looks_again():
     memory = model[0].memory
     for _ in range(3):
         step()
-    rank, before = memory._most, memory._bases["input"].q.clone()
-    assert memory._seen is not None
+    rank, before = memory.choice.max_rank, memory.bases["input"].q.clone()
+    assert memory.choice.measured is not None
     for budget in (1 / 2, 3 / 16):
         model[0].set_budget_(budget)
         wanted = model[0].config.rank_for(ROWS, WIDE, WIDE)
-        assert memory._most == wanted not in (0, rank)
-        after = memory._bases["input"].q
+        assert memory.choice.max_rank == wanted not in (0, rank)
+        after = memory.bases["input"].q
         kept = min(rank, wanted)
         torch.testing.assert_close((after[:, :kept].T @ before[:, :kept]).abs(), torch.eye(kept))
         torch.testing.assert_close(after.T @ after, torch.eye(wanted))
-        assert memory._seen is None
+        assert memory.choice.measured is None
         assert memory.rank <= wanted
         rank = wanted
         step()
-        assert memory._seen is not None
-        before = memory._bases["input"].q.clone()
+        assert memory.choice.measured is not None
+        before = memory.bases["input"].q.clone()
     model[0].set_budget_(1 / 32)
-    assert memory._most == 0
+    assert memory.choice.max_rank == 0
     step()
     assert memory.basis is None
     model[0].set_budget_(1 / 2)
@@ -271,7 +271,7 @@ def test_a_changed_budget_keeps_what_is_left_of_the_basis_and_looks_again():
     assert memory.rank > 0
 
 
-def test_what_was_seen_is_saved():
+def test_what_was_measured_is_saved():
     model, step = wide()
     for _ in range(3):
         step()

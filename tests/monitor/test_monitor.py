@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import time
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from memaop_triton import (
     monitor,
     revert_,
 )
+from memaop_triton.kernels import targets
 from tests.schemes import flat_config
 
 N, P = 12, 6
@@ -98,7 +100,7 @@ def test_a_captured_step_is_observed_whenever_it_is_replayed(monkeypatch):
         layer(batches(1)[0]).sum().backward()
         layer(batches(1)[0]).sum().backward()
         assert watch.read()[""].observations == 1
-        monkeypatch.setattr("memaop_triton.monitor.observer._is_capturing", lambda device: True)
+        monkeypatch.setattr(targets, "is_capturing", lambda device: True)
         places = [t.data_ptr() for t in (*observer.read(), observer.ages)]
         for _ in range(3):
             layer(batches(1)[0]).sum().backward()
@@ -339,7 +341,7 @@ def test_scalars_have_the_names_of_layers():
 
 def test_the_live_table_is_drawn_at_most_every_second(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("memaop_triton.monitor.monitor.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     model = net()
     console = Console(width=120, record=True, force_terminal=True)
     with monitor(model, every=1) as watch:

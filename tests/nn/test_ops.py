@@ -50,7 +50,7 @@ def test_opcheck_sampled_backward(memory, grad_input, weight_grad, bias_grad):
     state = state_for(memory=memory, grad_input=grad_input)
     x = torch.randn(M, N) if weight_grad else torch.randn(0)
     arguments = x, torch.randn(M, P), torch.randn(P, N), state.handle, state.order
-    settings = {"weight_grad": weight_grad, "bias_grad": bias_grad}
+    settings = {"weight_grad": weight_grad, "bias_grad": bias_grad, "is_frozen": not weight_grad}
     torch.library.opcheck(ops.sampled_backward.default, arguments, settings)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from memaop_triton import MemAOPConfig, convert_, memaop_linear, new_memory, revert_
+from memaop_triton.nn import layer_state
 
 X = torch.randn(32, 16)
 MEMORIES = [{}, {"selection": "topk", "memory": "residual"}]
@@ -105,3 +106,20 @@ def test_a_memory_of_its_own_is_freed_and_lives_until_backward(settings):
     assert weight.grad is not None
     del loss
     assert reference() is None
+
+
+def test_configurations_in_turn_do_not_pile_up():
+    """States without a memory are kept for compiled graphs, but not for ever."""
+    weight = torch.randn(8, 16, requires_grad=True)
+    limit = layer_state._MAX_STATES_WITHOUT_MEMORY
+    for k in range(limit + 20):
+        memaop_linear(X, weight, None, MemAOPConfig(k=1 + k, memory="none"))
+    assert layer_state._state_without_memory.cache_info().currsize == limit
+
+
+def test_states_without_a_memory_are_one_per_device():
+    """Threads that work on several devices would move a shared one back and forth."""
+    config = MemAOPConfig(k=3, memory="none")
+    cpu, meta = (layer_state.state_for(config, None, torch.device(d)) for d in ("cpu", "meta"))
+    assert cpu is layer_state.state_for(config, None, torch.device("cpu"))
+    assert (cpu.handle.device.type, meta.handle.device.type) == ("cpu", "meta")

@@ -241,8 +241,6 @@ def added(rows=9, p=64, dtype=torch.float32):
         (torch.randn(9, 64), torch.randn(9, 64), added(rows=8)),
         (torch.randn(9, 64), torch.randn(9, 64), added(p=48)),
         (torch.randn(9, 64), torch.randn(9, 64), added(dtype=torch.float64)),
-        (torch.randn(9, 72), torch.randn(9, 64), torch.randn(8, 72).t()),
-        (torch.randn(9, 64), torch.randn(9, 72), torch.randn(8, 64).t()),
         (torch.randn(9, 64), torch.randn(9, 64), torch.randn(6, 64).t()),
         (torch.randn(9, 64), torch.randn(9, 64), torch.randn(68, 64).t()),
         (torch.randn(9, 64), torch.randn(9, 64), torch.randn(8, 64).double().t()),

@@ -1,0 +1,118 @@
+"""State is never made while a CUDA graph is captured: every replay would make it anew."""
+
+import pytest
+import torch
+
+from memaop_triton import MemAOPLinear, attach_optimizer, memory_state_dict, monitor, reset_memory
+from memaop_triton.kernels import targets
+from memaop_triton.memory.choice import Arriving
+from memaop_triton.nn.state import load_memory_state_dict
+from tests.schemes import flat_config
+
+SCHEMES = {
+    "subspace": ({}, "the bases of a subspace memory"),
+    "sampled dX": ({"grad_input": "sampled"}, "the bases of a subspace memory"),
+    "projected dX": ({"grad_input": "projected", "side": "input"}, "the bases of a subspace"),
+    "rows": ({"selection": "topk", "memory": "residual"}, "32 slots of a row memory"),
+}
+
+
+@pytest.fixture(params=SCHEMES.values(), ids=SCHEMES.keys())
+def layer_and_message(request):
+    settings, message = request.param
+    return MemAOPLinear(16, 12, config=flat_config(ratio=1 / 4, rank=2, **settings)), message
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """The steps of the block count as captured."""
+    return lambda: monkeypatch.setattr(targets, "is_capturing", lambda device: True)
+
+
+def step(layer, rows=32):
+    x = torch.randn(rows, 16, requires_grad=True)
+    layer(x).square().sum().backward()
+
+
+def restored(layer):
+    layer.memory.load_state_dict(MemAOPLinear(16, 12, config=layer.config).memory.state_dict())
+
+
+LEFT_TO_THE_NEXT_STEP = {
+    "new": lambda layer: None,
+    "reset": lambda layer: (step(layer), reset_memory(layer)),
+    "restored empty": lambda layer: (step(layer), restored(layer)),
+}
+
+
+@pytest.mark.parametrize("prepare", LEFT_TO_THE_NEXT_STEP.values(), ids=LEFT_TO_THE_NEXT_STEP)
+def test_what_a_step_would_make_is_refused(prepare, layer_and_message, capturing):
+    layer, message = layer_and_message
+    prepare(layer)
+    capturing()
+    with pytest.raises(RuntimeError, match=f"{message}.*one training step.*before the capture"):
+        step(layer)
+
+
+def test_after_a_step_there_is_nothing_to_make(layer_and_message, capturing):
+    layer, _ = layer_and_message
+    step(layer)
+    state = {name: entry.copy() for name, entry in memory_state_dict(layer).items()}
+    load_memory_state_dict(layer, state)
+    capturing()
+    step(layer)
+
+
+def test_a_longer_batch_would_make_slots(capturing):
+    layer = MemAOPLinear(16, 12, config=flat_config(selection="topk", memory="residual"))
+    step(layer, rows=8)
+    capturing()
+    step(layer, rows=8)
+    with pytest.raises(RuntimeError, match="9 slots of a row memory"):
+        step(layer, rows=9)
+
+
+def test_a_learning_rate_on_the_device_is_known_before(capturing):
+    layer = MemAOPLinear(16, 12, config=flat_config(selection="topk", memory="residual"))
+    step(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), torch.tensor(0.1))
+    attach_optimizer(layer, optimizer)
+    capturing()
+    with pytest.raises(RuntimeError, match="the last learning rate"):
+        step(layer)
+
+
+def test_a_monitor_has_seen_the_slots_before(capturing):
+    layer = MemAOPLinear(16, 12, config=flat_config(selection="topk", memory="residual"))
+    step(layer)
+    with monitor(layer, every=1):
+        capturing()
+        with pytest.raises(RuntimeError, match="the ages of a memory's slots"):
+            step(layer)
+
+
+def test_numbers_arrive_on_the_stream_of_their_device(monkeypatch):
+    recorded = []
+
+    class Event:
+        def record(self, stream):
+            recorded.append(stream)
+
+        def synchronize(self):
+            recorded.append("waited")
+
+    class OnSecondGpu:
+        is_cuda, shape, dtype, device = True, (2,), torch.float32, torch.device("cuda", 1)
+
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: _Host())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream of", device))
+    arriving = Arriving(OnSecondGpu())
+    arriving.get()
+    assert recorded == [("stream of", torch.device("cuda", 1)), "waited"]
+
+
+class _Host:
+    def copy_(self, a, non_blocking):
+        assert non_blocking
