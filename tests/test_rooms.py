@@ -36,7 +36,6 @@ ALLOWED_UPWARDS = {
 ALLOWED_LENGTH: dict[str, str] = {
     "memaop_triton/config.py": "its checks of legal combinations are about to be shortened",
     "memaop_triton/distributed/comm_hook.py": "about to be divided",
-    "memaop_triton/memory/subspace.py": "about to be divided: storage, and the choice of side",
 }
 MAX_LINES = 400
 

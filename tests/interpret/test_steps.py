@@ -15,7 +15,7 @@ from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.nn import ops
 from tests.pairwise import pairwise
-from tests.schemes import LEGAL, flat_config, label
+from tests.schemes import LEGAL, flat_config
 
 SHAPES = [(70, 24, 40), (37, 16, 33), (5, 1, 3), (129, 17, 3)]
 
