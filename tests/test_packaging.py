@@ -98,8 +98,8 @@ def test_editable_install(environment, sources, tmp_path, mode):
 
 @pytest.mark.slow
 def test_wheel(environment, sources, tmp_path):
-    build = ["-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, sources]
-    run(environment, *build, cwd=sources)
+    command = ["-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, sources]
+    run(environment, *command, cwd=sources)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
