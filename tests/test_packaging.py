@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from memaop_triton.kernels.cpu import build
+
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_OPS = Path("kernels") / "cpu" / "torch_ops.py"
 # Shadowing `kernels` would break transformers, which imports the package of that name from PyPI.
