@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeGuard
 
 import torch
 
+from memaop_triton.errors import check_name
 from memaop_triton.flops import SubspaceCost, projection_rank_within, rank_within, rows_within
 
 DEFAULT_RATIO = 1 / 8
@@ -24,16 +24,6 @@ UNBIASED_SELECTIONS = ("uniform", "priority", "crs", "bernoulli", "wta")
 SIDES = ("auto", "input", "grad")
 BLOCK_ROWS = (1, 16, 32, 64, 128)
 MEMORY_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def check_name(argument: str, value: object, allowed: Iterable[str]) -> None:
-    """Raise `ValueError` unless `value` is one of `allowed`, and suggest the nearest name."""
-    names = tuple(allowed)
-    if value in names:
-        return
-    near = difflib.get_close_matches(str(value).lower(), names, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{argument}={value!r} is not one of {', '.join(map(repr, names))}.{hint}")
 
 
 def check_config(config: object) -> None:
@@ -218,9 +208,8 @@ class MemAOPConfig:
         self._replace_name("grad_input", _GRAD_INPUTS, (Sampled, Projected))
         if type(self.block_rows) is not int or self.block_rows not in BLOCK_ROWS:
             raise ValueError(f"block_rows={self.block_rows!r} is not one of {BLOCK_ROWS}.")
-        subspace = self.subspace
-        if subspace is not None and subspace.rank is None and self.budget is None:
-            with_rank = dataclasses.replace(subspace, rank=DEFAULT_RANK)
+        if self.subspace is not None and self.leaves_rank_open and self.budget is None:
+            with_rank = dataclasses.replace(self.subspace, rank=DEFAULT_RANK)
             object.__setattr__(self, "memory", with_rank)
         self._check_combinations()
 
@@ -359,16 +348,16 @@ class MemAOPConfig:
             out_features: P.
             subspace: What the layer's memory spends beside the rows.
         """
+        rounding = 0.5
         if self.k is not None:
             wanted = float(self.k)
-        elif self.budget is not None:
-            # Down, to stay within it.
-            paid = rows_within(self.budget, rows, in_features, out_features, subspace)
-            blocks = math.floor(paid / self.block_rows)
-            return min(rows, max(1, blocks) * self.block_rows)
-        else:
-            wanted = (self.ratio or 0) * rows
-        blocks = math.floor(wanted / self.block_rows + 0.5)
+        elif self.ratio is not None:
+            wanted = self.ratio * rows
+        else:  # down, to stay within the budget
+            assert self.budget is not None
+            rounding = 0.0
+            wanted = rows_within(self.budget, rows, in_features, out_features, subspace)
+        blocks = math.floor(wanted / self.block_rows + rounding)
         return min(rows, max(1, blocks) * self.block_rows)
 
     def rank_for(self, rows: int, in_features: int, out_features: int) -> int:
@@ -401,9 +390,9 @@ class MemAOPConfig:
     @property
     def budget_of_projection(self) -> float | None:
         """That of a projected dX, or the budget that stands for it; `None` where the rank does."""
-        if self.projected is None or self.projected.budget is not None:
-            return None if self.projected is None else self.projected.budget
-        return self.budget if self.leaves_rank_open else None
+        if self.projected is None:
+            return None
+        return self.projected.budget or (self.budget if self.leaves_rank_open else None)
 
     def _needed_subspace(self) -> Subspace:
         if self.subspace is None:

@@ -16,11 +16,11 @@ import os
 import torch
 from torch import Tensor
 
+from memaop_triton.flops import MAX_RANK
 from memaop_triton.kernels import env, targets
 from memaop_triton.kernels.cpu import torch_ops
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_RANK = 64
 
 
 def runs_triton(a: Tensor, *, rank: int = 0, memory_dtype: torch.dtype | None = None) -> bool:

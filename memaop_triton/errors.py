@@ -1,5 +1,20 @@
-"""The error that the command line tells in one line."""
+"""Errors that the command line tells in one line, and the check of a name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class CommandError(Exception):
     """A command cannot run; the message names the argument at fault and what would do."""
+
+
+def check_name(argument: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise `ValueError` unless `value` is one of `allowed`, and suggest the nearest name."""
+    names = tuple(allowed)
+    if value in names:
+        return
+    near = difflib.get_close_matches(str(value).lower(), names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{argument}={value!r} is not one of {', '.join(map(repr, names))}.{hint}")

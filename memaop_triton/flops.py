@@ -13,7 +13,7 @@ import math
 from typing import NamedTuple
 
 #: Above this the Triton kernels refuse.
-MOST_RANK = 64
+MAX_RANK = 64
 #: Ranks that vectors like: a budget buys multiples of it.
 RANK_STEP = 4
 #: Refreshes of a subspace between two choices of its side and rank.
@@ -22,7 +22,7 @@ REFRESHES_PER_CHOICE = 4
 _ROWS_PER_REFRESH = 1024
 _ROWS_PER_DIMENSION = 16
 # The largest part of a budget that may go to the subspace.
-_MOST_SHARE = 0.6
+_MAX_SUBSPACE_SHARE = 0.6
 
 
 class SubspaceCost(NamedTuple):
@@ -127,9 +127,9 @@ def rank_within(
     """
     longer = max(n, p)
     one = SubspaceCost(1, longer, refresh_every, n + p if both_sides else longer)
-    paid = _MOST_SHARE * (budget * 2 * m * n * p - 2 * m * (n + p))
+    paid = _MAX_SUBSPACE_SHARE * (budget * 2 * m * n * p - 2 * m * (n + p))
     steps = math.floor(paid / _subspace_flops(m, n, p, 0, one) / RANK_STEP)
-    return min(max(0, steps) * RANK_STEP, MOST_RANK)
+    return min(max(0, steps) * RANK_STEP, MAX_RANK)
 
 
 def rows_within(

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memaop_triton.config import SELECTIONS, MemAOPConfig, check_name
+from memaop_triton.config import SELECTIONS, MemAOPConfig
+from memaop_triton.errors import check_name
 from memaop_triton.kernels.cpu import native
 
 

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from memaop_triton import MemAOPConfig, convert_
 from memaop_triton.flops import (
-    MOST_RANK,
+    MAX_RANK,
     SubspaceCost,
     rank_within,
     refresh_stride,
@@ -97,7 +97,7 @@ def test_rank_leaves_four_tenths_of_a_budget_for_rows():
         subspace = SubspaceCost(rank + more, p, 8, (rank + more) * (n + p))
         left = rows_within(budget, m, n, p, subspace) / rows_within(budget, m, n, p)
         assert (left > 0.4) == is_within
-    assert rank_within(1 / 2, 10**6, 8192, 8192, 8, both_sides=True) == MOST_RANK
+    assert rank_within(1 / 2, 10**6, 8192, 8192, 8, both_sides=True) == MAX_RANK
     assert rank_within(1e-3, 64, 64, 64, 8, both_sides=True) == 0
 
 

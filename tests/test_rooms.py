@@ -33,10 +33,7 @@ ALLOWED_UPWARDS = {
     ("bench.studies.quality.commands", "commands.common"): "its own command line, never installed",
 }
 # File: why it may be longer than `MAX_LINES`.
-ALLOWED_LENGTH: dict[str, str] = {
-    "memaop_triton/config.py": "its checks of legal combinations are about to be shortened",
-    "memaop_triton/distributed/comm_hook.py": "about to be divided",
-}
+ALLOWED_LENGTH: dict[str, str] = {}
 MAX_LINES = 400
 
 

@@ -7,9 +7,10 @@ hold one process each, with one thread and gloo. Nothing leaves the namespaces, 
 again. Linux, root, `ip` and `tc` are needed.
 
 Both processes train the same converted layer in turns: under plain all-reduce and under
-FactorAllGather. A step is forward, backward and exchange; the exchange is the time from the first call of the communication hook until the last of
-its futures is done (weight and bias are two buckets), and the slower process counts. Bytes are what
-the hook counts beside what the interface has sent, which includes headers of TCP and IP.
+FactorAllGather. A step is forward, backward and exchange; the exchange is the time from the first
+call of the communication hook until the last of its futures is done (weight and bias are two
+buckets), and the slower process counts. Bytes are what the hook counts beside what the interface
+has sent, which includes headers of TCP and IP.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a step of the backward pass works on, and what it hands over: the data that all rooms share.
 
-Who collects, watches or divides a step stands above this room, and is handed in as an object that
+Rooms above collect factors, observe a step, or divide it among processes. They pass an object that
 has the methods of one of the protocols below.
 """
 

@@ -17,8 +17,7 @@ from rich.progress import TextColumn
 
 from memaop_triton.bench.suites import SUITES
 from memaop_triton.commands.common import positive, progress, say_written
-from memaop_triton.config import check_name
-from memaop_triton.errors import CommandError
+from memaop_triton.errors import CommandError, check_name
 
 # A processor that is busy for this part of its cores gives times that mean little.
 _BUSY = 0.25

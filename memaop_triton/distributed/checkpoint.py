@@ -108,7 +108,7 @@ def load_memory(
     """Put the memories that each rank saved back into its model; all ranks call it.
 
     The checkpoint comes from `save_memory`, or from a `dcp.save` with `memory_entries`. If another
-    number of ranks saved it, nobody's rows are what they were: all memories start empty then, as
+    number of ranks saved it, no process has the rows that it had: all memories start empty then, as
     after `reset_memory`, and a warning says so. Each rank reads its own entries, into CPU memory;
     the next step moves them to its device.
 

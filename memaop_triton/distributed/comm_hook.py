@@ -24,16 +24,9 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket  # torch.distributed's, with its types
 from torch.nn.parallel import DistributedDataParallel
 
-from memaop_triton.backward.step import Factors
+from memaop_triton.distributed.collected_factors import FACTOR_DTYPES, CollectedFactors
 from memaop_triton.nn.functional import no_autocast
 from memaop_triton.nn.layer_choice import converted_layers
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SEED = 20211009
-# In units of the rounding of one sum: two orders of adding up the same numbers stay far below.
-_TOLERANCE = 32.0
-# The rounding of TF32, the coarsest that a product of float32 matrices has.
-_COARSEST_PRODUCT = 2.0**-10
 
 
 class FactorAllGather:
@@ -112,7 +105,7 @@ class FactorAllGather:
         ]
         # By weight, which layers may share.
         self._collected = {
-            id(layer.weight): _Collected(layer.weight, self.world) for layer in self._layers
+            id(layer.weight): CollectedFactors(layer.weight, self.world) for layer in self._layers
         }
 
     @classmethod
@@ -183,7 +176,7 @@ class FactorAllGather:
         """Average `chosen` by factors and `others` as they are, all of them parts of `buffer`."""
         gathered = [
             self._start(dtype, part)
-            for dtype in _DTYPES
+            for dtype in FACTOR_DTYPES
             if (part := [weight for weight in chosen if weight.dtype == dtype])
         ]
         futures = [future for _, future in gathered if future is not None]
@@ -243,96 +236,6 @@ def _exchange(hook: FactorAllGather, bucket: GradBucket) -> torch.futures.Future
         return hook._run(bucket)
 
 
-class _Collected:
-    """What the backward passes added to one weight's gradient since the last exchange.
-
-    Args:
-        weight: [P, N].
-        world: Number of processes.
-
-    Attributes:
-        factors: Those of all passes; the layers' backward passes append to it. Empty from the pass
-            on with which they are too many to be gathered.
-    """
-
-    def __init__(self, weight: Tensor, world: int) -> None:
-        self.dtype = torch.promote_types(weight.dtype, torch.float32)
-        # Normal, so that no two entries of a gradient can cancel. From a generator of its own, so
-        # that training draws what it draws without the hook.
-        generator = torch.Generator().manual_seed(_SEED)
-        self.probe = torch.randn(weight.shape[1], dtype=self.dtype, generator=generator)
-        self.max_bytes = weight.nbytes / world
-        self.factors: list[Factors] = []
-        self._forget()
-
-    def _forget(self) -> None:
-        self.factors.clear()
-        self.passes = 0
-        self.is_dropped = False
-        self.is_product: Tensor | None = None
-        self.image: Tensor | None = None
-        self.norm: Tensor | None = None
-
-    def add(self, dw: Tensor) -> None:
-        """Take note of one backward pass, whose factors are in the list unless it was exact."""
-        if self.is_dropped:
-            self.factors.clear()
-            return
-        if len(self.factors) == self.passes:
-            return
-        added = self.factors[self.passes :]
-        self.passes = len(self.factors)
-        if sum(x.nbytes + g.nbytes for x, g in self.factors) >= self.max_bytes:
-            self._forget()
-            self.is_dropped = True
-            return
-        image = self._image(dw)
-        norm = torch.linalg.vector_norm(image)
-        # dW was rounded to its dtype, and by TF32 its products too: a coarse comparison, which
-        # factors that are not those of this dW do not pass.
-        of_factors = sum(self._image(x, g) for x, g in added)
-        rounding = max(torch.finfo(dw.dtype).eps, _COARSEST_PRODUCT)
-        is_product = torch.linalg.vector_norm(of_factors - image) <= 8 * rounding * norm
-        self.is_product = is_product if self.is_product is None else self.is_product & is_product
-        self.image = image if self.image is None else self.image + image
-        self.norm = norm if self.norm is None else self.norm + norm
-
-    def header(self, gradient: Tensor) -> Tensor:
-        """[2] int64: the number of rows and that of their dtype.
-
-        −1 if they do not make up `gradient`, or are too many.
-        """
-        dtypes = {x.dtype for x, _ in self.factors}
-        if self.is_dropped or len(dtypes) > 1:
-            return torch.tensor([-1, 0], device=gradient.device)
-        image = self._image(gradient)
-        bound = image.new_zeros(())
-        if self.image is not None and self.norm is not None:
-            image = image - self.image
-            bound = self.norm * (_TOLERANCE * self.passes * torch.finfo(self.dtype).eps)
-        # Not a comparison of the opposite: NaN must not pass.
-        holds = torch.linalg.vector_norm(image) <= bound
-        if self.is_product is not None:
-            holds &= self.is_product
-        rows = sum(x.shape[0] for x, _ in self.factors)
-        number = _DTYPES.index(dtypes.pop()) if dtypes else 0
-        entry = torch.tensor([rows, number], device=gradient.device)
-        return torch.where(holds, entry, -1)
-
-    def take(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The factors, X and G apart, which are then forgotten."""
-        both = [x for x, _ in self.factors], [g for _, g in self.factors]
-        self._forget()
-        return both
-
-    def _image(self, matrix: Tensor, g: Tensor | None = None) -> Tensor:
-        """`matrix` ([P, N]) times the probe; with g [R, P] that of Gᵀ X, for `matrix` X [R, N]."""
-        if self.probe.device != matrix.device:
-            self.probe = self.probe.to(matrix.device)
-        image = matrix.to(self.dtype) @ self.probe
-        return image if g is None else g.to(self.dtype).t() @ image
-
-
 @dataclasses.dataclass
 class _Weight:
     """One weight of a converted layer in one exchange.
@@ -347,7 +250,7 @@ class _Weight:
     """
 
     gradient: Tensor
-    collected: _Collected
+    collected: CollectedFactors
     factors: tuple[list[Tensor], list[Tensor]] = ([], [])
     rows: Sequence[int] = ()
     dtype: torch.dtype = torch.float32
@@ -359,7 +262,7 @@ class _Weight:
         dtypes = {number for rows, number in entries if rows > 0}
         if min(self.rows) < 0 or len(dtypes) > 1:
             return
-        self.dtype = _DTYPES[dtypes.pop()] if dtypes else self.gradient.dtype
+        self.dtype = FACTOR_DTYPES[dtypes.pop()] if dtypes else self.gradient.dtype
         self.is_gathered = True
 
     def size(self, rank: int) -> int:
@@ -407,7 +310,7 @@ class _Exchange:
 
 def _may_be_gathered(weight: Tensor, world: int) -> bool:
     """Whether a single row of the smallest dtype would be."""
-    return world > 1 and sum(weight.shape) * _DTYPES[0].itemsize * world < weight.nbytes
+    return world > 1 and sum(weight.shape) * FACTOR_DTYPES[0].itemsize * world < weight.nbytes
 
 
 def _used_here(*tensors: Tensor) -> None:

@@ -80,7 +80,8 @@ class Basis:
         q = self.q[:, : product.shape[1]]
         product = product.to(q.dtype)
         # A row that is not finite must not get into Q; the gradient shows it. Of zeros, qr would
-        # make coordinate axes. Nothing here waits for the value, and Q stays at its address.
+        # make coordinate axes. The value is used on the device, without a host synchronisation, and
+        # Q stays at its address.
         taken = product.isfinite().all() & (product != 0).any() & is_due
         refreshed = torch.linalg.qr(torch.where(taken, product, q)).Q
         q.copy_(torch.where(taken, refreshed, q))

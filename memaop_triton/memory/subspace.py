@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memaop_triton.config import SIDES, MemAOPConfig, check_name
+from memaop_triton.config import SIDES, MemAOPConfig
+from memaop_triton.errors import check_name
 from memaop_triton.flops import REFRESHES_PER_CHOICE, SubspaceCost
 from memaop_triton.kernels import targets
 from memaop_triton.memory.basis import Basis, by_column

@@ -93,7 +93,9 @@ _BATCHED = (
     "torch.autograd.grad(is_grads_batched=True): call .eval() on the layer, which makes its "
     "gradients exact, or revert_ it."
 )
-_BATCHED_KEYS = tuple(map(torch._C._parse_dispatch_key, ("Batched", "FuncTorchBatched")))
+_BATCHED_KEYS: tuple[Any, ...] = tuple(
+    map(torch._C._parse_dispatch_key, ("Batched", "FuncTorchBatched"))
+)
 
 
 def _is_batched(a: Tensor) -> bool:
@@ -109,7 +111,7 @@ def _wanted_gradients(ctx: Any) -> tuple[bool, bool, bool]:
     differs where `torch.autograd.grad` names some inputs, or where a pipeline schedule computes
     the gradients of inputs and weights in two passes.
     """
-    needed = ctx.needs_input_grad[:3]
+    needed: tuple[bool, bool, bool] = ctx.needs_input_grad[:3]
     if torch.compiler.is_compiling():  # a compiled backward pass is one piece
         return needed
     x, weight, bias = (

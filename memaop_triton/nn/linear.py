@@ -23,7 +23,8 @@ class MemAOPLinear(nn.Linear):
     """`torch.nn.Linear` whose backward pass is computed as `config` says.
 
     Parameters, `state_dict` and forward pass are those of `nn.Linear`. The approximation applies in
-    training mode; after `.eval()` the gradients are exact and the memory rests, as with dropout.
+    training mode; after `.eval()` the gradients are exact and the memory is not used, as dropout
+    is not.
     Call `reset_memory` on a copy that is not trained, or it holds a copy of the memory too.
 
     Args:
@@ -45,7 +46,7 @@ class MemAOPLinear(nn.Linear):
 
     layer_state: LayerState
 
-    # What torch.jit.script must not look at; a scripted layer is a dense one.
+    # Left out by torch.jit.script, which makes a dense layer.
     __jit_ignored_attributes__ = ("dense_class", "layer_state")
     __jit_unused_properties__ = ("config", "memory")
 
@@ -179,7 +180,7 @@ class MemAOPLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return F.linear(input, self.weight, self.bias)
         else:  # noqa: RET505, TorchScript leaves out this branch, and nothing that follows it
             return self._forward(input)

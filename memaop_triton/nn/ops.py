@@ -1,7 +1,7 @@
 """The backward passes as operators, `torch.ops.memaop_triton.*`, for compilers and FLOP counters.
 
 Each takes the handle of a `LayerState`, whose memory it reads and updates, and declares that it
-writes to `order`: whoever reorders a program keeps these operators in sequence, so that a compiled
+writes to `order`: a compiler that reorders a program keeps these operators in sequence, so a compiled
 step draws the same numbers as an eager one. A gradient that is not asked for comes back with shape
 [0].
 """

@@ -23,7 +23,7 @@ def attach_optimizer(
     rate moves from η_prev to η_now the remembered rows are rescaled by √(η_prev/η_now), which makes
     plain SGD equal to the paper's update. Without this call the learning rate counts as constant.
     Any scheduler works: the rate is read from `optimizer.param_groups` in each backward pass. In a
-    step whose rate is zero the memory rests, unless the rate is a tensor, which is not read on the
+    step whose rate is zero the memory is skipped, unless the rate is a tensor, which is not read on the
     host. With a loss scaler the remembered rows of G carry its scale: given here, they follow when
     it changes.
 

@@ -109,7 +109,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) ->
     for dimension, a in enumerate(along):
         copies *= mesh.size(dimension) if a.x == a.y == Replicate() else 1
     placements = tuple(a.x for a in along)
-    # A gradient that is a sum over processes stays one: whoever made x adds it up, or scatters it.
+    # A gradient that is a sum over processes stays one: what made x adds it up, or scatters it.
     x = x if x.placements == placements else x.redistribute(placements=placements)
     x_part = _part(x, [a.dx for a in along], copies if approximates_dx else 1)
     w_part = _part(_kept(weight), [a.dw for a in along], copies)

@@ -59,13 +59,13 @@ def everywhere(tensor):
 class Pair:
     """The same model under plain DDP and under the hook."""
 
-    def __init__(self, build=mlp, cfg=None, reuse_local=False, wrap=None, **kwargs):
+    def __init__(self, build=mlp, cfg=None, wrap=None, **kwargs):
         def model():
             made = convert_(build(), cfg or config())
             return DistributedDataParallel(made, **kwargs)
 
         self.plain, self.ours = model(), model()
-        self.hook = FactorAllGather.register(self.ours, reuse_local=reuse_local)
+        self.hook = FactorAllGather.register(self.ours)
         self.steps = [self.plain, self.ours if wrap is None else wrap(self.ours)]
         self.replaced = 0
         self.problems = []
@@ -90,9 +90,8 @@ class Pair:
             error = relative(ours, p.grad)
             self.require(error <= tolerance, f"{name} differs by {error:.3g}")
             parts = everywhere(ours)
-            if not self.hook.reuse_local:
-                same = all(torch.equal(part, parts[0]) for part in parts)
-                self.require(same, f"{name} differs between processes")
+            same = all(torch.equal(part, parts[0]) for part in parts)
+            self.require(same, f"{name} differs between processes")
         kept = sum(len(c.factors) for c in self.hook._collected.values())
         self.require(kept == 0, f"{kept} factors were kept")
 

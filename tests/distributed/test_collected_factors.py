@@ -5,14 +5,14 @@ import torch
 
 from memaop_triton import MemAOPLinear
 from memaop_triton.backward.step import Factors
-from memaop_triton.distributed.comm_hook import _Collected
+from memaop_triton.distributed.collected_factors import CollectedFactors
 from tests.schemes import LEGAL, flat_config, label
 
 P, N, M = 96, 64, 128
 
 
 def collected(layer, steps=2, spoil=lambda factors: factors):
-    found = _Collected(layer.weight, 1)
+    found = CollectedFactors(layer.weight, 1)
     found.max_bytes = float("inf")
     layer.layer_state.factors = found.factors
     layer.layer_state.on_weight_grad = lambda dw: (

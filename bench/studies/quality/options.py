@@ -12,7 +12,7 @@ import typer
 from memaop_triton.bench.studies.quality.running import Wanted
 from memaop_triton.bench.studies.quality.schemes import ALL_RATIOS, SCHEMES
 from memaop_triton.bench.studies.quality.tasks import TASKS
-from memaop_triton.config import check_name
+from memaop_triton.errors import check_name
 
 
 def _one_of(option: str, allowed: Iterable[str]) -> typer.models.OptionInfo:
