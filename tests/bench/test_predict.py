@@ -53,7 +53,7 @@ def test_a_call_is_the_sum_of_its_parts_and_takes_longer_than_what_it_cannot_avo
     assert {part for part, seconds in ours.parts.items() if seconds} == {
         "select",
         "GEMM",
-        {"none": "score", "residual": "memory", "subspace": "subspace"}[some.memory],
+        {"none": "score", "residual": "memory", "subspace": "subspace"}[some.memory_name],
     }
     passes = 3 if some.row_memory and some.selection == "topk" else 1
     chip = target.chip
