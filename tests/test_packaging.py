@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from memaop_triton.kernels.cpu import build
+
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_OPS = Path("kernels") / "cpu" / "torch_ops.py"
 # Shadowing `kernels` would break transformers, which imports the package of that name from PyPI.
@@ -98,8 +100,8 @@ def test_editable_install(environment, sources, tmp_path, mode):
 
 @pytest.mark.slow
 def test_wheel(environment, sources, tmp_path):
-    build = ["-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, sources]
-    run(environment, *build, cwd=sources)
+    command = ["-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, sources]
+    run(environment, *command, cwd=sources)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {

@@ -162,13 +162,15 @@ LAYOUTS = {
 def test_strides_do_not_matter(memory_scheme, layout, dtype, generator):
     config = flat_config(k=7, rank=2, **memory_scheme)
     memories = [new_memory(config, 12, 9) for _ in range(2)]
-    tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {}
+    # Z is rounded to bfloat16 before its norms are taken, or after, by whoever takes the layout.
+    size = 1e-9 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
     for seed in range(3):
         x, g = (LAYOUTS[layout](t) for t in operands(33, 12, 9, dtype))
         strided = weight_grad(x, g, config, memories[0], generator=generator(seed))
         x, g = x.clone(memory_format=torch.contiguous_format), g.contiguous()
         dense = weight_grad(x, g, config, memories[1], generator=generator(seed))
-        torch.testing.assert_close(strided, dense, **tolerance)
+        close = {"rtol": size, "atol": size * dense.abs().max().item()}
+        torch.testing.assert_close(strided, dense, **close)
 
 
 def test_empty_batch_gives_zeros_and_leaves_the_memory_alone(scheme, generator, contents, same):

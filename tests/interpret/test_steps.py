@@ -15,6 +15,7 @@ from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.nn import ops
 from memaop_triton.selection import Selection
+from tests.pairwise import pairwise
 from tests.schemes import LEGAL, flat_config, label
 
 SHAPES = [(70, 24, 40), (37, 16, 33), (5, 1, 3), (129, 17, 3)]
@@ -54,10 +55,7 @@ ALIKE = [
 ]
 
 
-@pytest.mark.parametrize("scheme", ALIKE, ids=label)
-@pytest.mark.parametrize(
-    ("shape", "block_rows"), [(shape, 1) for shape in SHAPES] + [(SHAPES[0], 16), (SHAPES[1], 32)]
-)
+@pytest.mark.parametrize(("scheme", "shape", "block_rows"), pairwise(ALIKE, SHAPES, [1, 16, 32]))
 def test_steps_equal_those_in_pytorch(scheme, shape, block_rows, backend, generator):
     config = flat_config(ratio=1 / 4, rank=4, refresh_every=2, block_rows=block_rows, **scheme)
     data = batches(shape)

@@ -113,7 +113,7 @@ def test_every_cell_has_a_configuration_of_its_own(task):
         if config is not None:
             share = config.ratio or config.budget / 0.9
             assert share == pytest.approx(value_of(cell.ratio))
-            assert SCHEMES[cell.scheme].cheapens_both == (config.grad_input != "exact")
+            assert SCHEMES[cell.scheme].cheapens_both == (config.grad_input_name != "exact")
             assert configs.setdefault((config, cell.allocated), cell) is cell
     assert [value_of(ratio) for ratio in RATIOS] == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32]
 

@@ -176,11 +176,6 @@ NORMS = 2 * M * (N + H + H + H)
     [
         (None, DENSE, 2 * M * (H * H + H * P)),
         (
-            MemAOPConfig(ratio=1 / 4, memory="none"),
-            2 * M * (N * H / 4 + H * H / 4 + H * P) + NORMS,
-            2 * M * (H * H + H * P),
-        ),
-        (
             MemAOPConfig(ratio=1 / 4, memory="none", grad_input="sampled"),
             2 * M * (N * H / 4 + H * H / 4 + H * P) + NORMS,
             2 * M * (H * H / 4 + H * P),
@@ -194,14 +189,6 @@ NORMS = 2 * M * (N + H + H + H)
             + 2 * 4 * (M * (N + H) + N * H + M / 4 * N + (M + 2 * 4) * N / 8)
             + 2 * 4 * (M * (H + H) + H * H + M / 4 * H + (M + 2 * 4) * H / 8),
             projected_input_grad_flops(M, H, H, 4, 8) + 2 * M * H * P,
-        ),
-        (
-            MemAOPConfig(ratio=1 / 4, memory=Subspace(rank=4, side="input", refresh_every=8)),
-            2 * M * (N * H / 4 + H * H / 4 + H * P)
-            + NORMS
-            + 2 * 4 * (M * (N + H) + N * H + M / 4 * N + (M + 2 * 4) * N / 8)
-            + 2 * 4 * (M * (H + H) + H * H + M / 4 * H + (M + 2 * 4) * H / 8),
-            2 * M * (H * H + H * P),
         ),
     ],
 )
