@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from memaop_triton import MemAOPConfig, Projected
+from memaop_triton import MemAOPConfig
 from memaop_triton.bench.studies.quality.data import Batch
 from memaop_triton.bench.studies.quality.tasks import Task
 from memaop_triton.bench.studies.quality.training import Trainer, loss_of
@@ -41,7 +41,7 @@ def count(task: Task, config: MemAOPConfig | None, batch: Batch) -> Flops:
             return Flops(1.0, 1e-9 * dense.backward)
         backward = _passes(task, config, batch).backward
         # What is done to the input gradient does not change what the weight gradients take.
-        exact = dataclasses.replace(config, grad_input=Projected(None))
+        exact = dataclasses.replace(config, grad_input="exact")
         saved = dense.backward - _passes(task, exact, batch).backward
     return Flops(1 - saved / dense.linear, 1e-9 * backward)
 
