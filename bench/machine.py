@@ -16,10 +16,10 @@ import torch
 
 import memaop_triton
 from memaop_triton.bench.measure import clock_for
+from memaop_triton.commands.machine_facts import blas, caches, processor_name, usable_cores
 from memaop_triton.kernels.cpu import torch_ops
 
 _ROUNDS = 7
-_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def describe(
@@ -82,36 +82,6 @@ def triad_gbs(device: torch.device, nbytes: int) -> float:
     return 3e-9 * x.nbytes / _median_seconds(device, lambda: y.add_(x))
 
 
-def processor_name() -> str:
-    """Model name of the processor."""
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        names = []
-    return names[0].strip() if names else platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def caches() -> dict[str, str]:
-    """Sizes of the caches of the first core by name, "L2": "1024K"; empty where Linux is not."""
-    found = {}
-    for folder in sorted(_CACHES.glob("index*")):
-        try:
-            level, kind, size = (
-                (folder / field).read_text().strip() for field in ("level", "type", "size")
-            )
-        except OSError:
-            continue
-        found[f"L{level}{'' if kind == 'Unified' else kind[0].lower()}"] = size
-    return found
-
-
 def gpu_caches(device: torch.device) -> dict[str, str]:
     """Size of the second-level cache of a GPU."""
     return {"L2": f"{torch.cuda.get_device_properties(device).L2_cache_size >> 10}K"}
@@ -159,15 +129,9 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version,
-        "blas": _blas(),
+        "blas": f"{blas()}, {torch.backends.cpu.get_cpu_capability()}",
         "gpu": f"{'ROCm' if torch.version.hip else 'CUDA'} {gpu}" if gpu else None,
     }
-
-
-def _blas() -> str:
-    named = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{named.group(1) if named else 'unknown'}, {capability}"
 
 
 def _processors(device: torch.device) -> int:

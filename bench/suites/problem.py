@@ -64,9 +64,8 @@ class Problem:
 
     def config_of_layer(self, grad_input: str, **settings: Any) -> MemAOPConfig:
         """The same with an input gradient; a projected one costs `ratio` of dense's FLOPs."""
-        is_projected = grad_input == "projected"
-        part = Projected(self.ratio) if is_projected else grad_input
-        return self.config(grad_input=part, **settings)
+        given = Projected(self.ratio) if grad_input == "projected" else grad_input
+        return self.config(grad_input=given, **settings)
 
     def operands(self) -> tuple[Tensor, Tensor]:
         """Random X and G."""

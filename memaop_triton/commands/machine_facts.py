@@ -96,8 +96,7 @@ def _system_name() -> str:
 def _pytorch() -> Iterator[tuple[str, str]]:
     build = torch.__config__.show()
     yield "threads", f"{torch.get_num_threads()}, and {torch.get_num_interop_threads()} interop"
-    blas = re.search(r"BLAS_INFO=(\w+)", build)
-    yield "BLAS", blas[1] if blas else "unknown"
+    yield "BLAS", blas()
     for name, pattern in (
         ("MKL", r".*Math Kernel Library.*"),
         ("oneDNN", r".*(?:MKL-DNN|oneDNN).*"),
@@ -114,6 +113,12 @@ def _pytorch() -> Iterator[tuple[str, str]]:
     yield "built for", _built_for()
 
 
+def blas() -> str:
+    """The BLAS that PyTorch was built with."""
+    found = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    return found[1] if found else "unknown"
+
+
 def _built_for() -> str:
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
@@ -122,28 +127,38 @@ def _built_for() -> str:
 
 def _cpu() -> Iterator[tuple[str, str]]:
     info = _first_processor()
-    yield "model", info.get("model name") or platform.processor() or platform.machine()
-    yield "cores", f"{os.cpu_count()}, {_usable_cores()} of them for this process"
-    caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")
-    sizes = [
-        f"L{_read(c / 'level')} {_read(c / 'type').lower()} {_read(c / 'size')}"
-        for c in sorted(caches)
-    ]
-    yield "caches", ", ".join(sizes) or "unknown"
+    yield "model", processor_name()
+    yield "cores", f"{os.cpu_count()}, {usable_cores()} of them for this process"
+    yield "caches", ", ".join(f"{name} {size}" for name, size in caches().items()) or "unknown"
     flags = (info.get("flags") or info.get("Features") or "").split()
     yield "instructions", " ".join(flag for flag in _VECTOR_FLAGS if flag in flags) or "unknown"
+
+
+def processor_name() -> str:
+    """Model name of the processor."""
+    return _first_processor().get("model name") or platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def caches() -> dict[str, str]:
+    """Sizes of the caches of the first core by name, "L2": "1024K"; empty on other than Linux."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (_read(folder / field) for field in ("level", "type", "size"))
+        found[f"L{level}{'' if kind == 'Unified' else kind[:1].lower()}"] = size
+    return found
 
 
 def _first_processor() -> dict[str, str]:
     first = _read(Path("/proc/cpuinfo")).split("\n\n")[0]
     pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
     return {key.strip(): value.strip() for key, value in pairs}
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _gpus() -> Iterator[tuple[str, str]]:

@@ -91,12 +91,7 @@ def run(
             for draw in range(draws(selection, memory)):
                 lines += compare(task, layer, batches, *method, draw, predicted)
         progress(layer)
-    others = [
-        line
-        for line in tables.read(path, CrossTerms)
-        if (line.task, line.ratio) != (task, value_of(ratio))
-    ]
-    tables.write(path, CrossTerms, sorted([*others, *lines], key=lambda line: line[:2]))
+    tables.update(path, lines, lambda line: (line.task, line.ratio), lambda line: line[:2])
 
 
 def draws(selection: str, memory: str) -> int:

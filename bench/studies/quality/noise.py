@@ -70,14 +70,12 @@ def run(name: str, step: int, budget: float, path: Path, data_dir: Path | None) 
         m, n, p = sizes_of(after)
         for found in measure(before, after, budget):
             lines.append(Noise(name, step, layer, m, n, p, budget, *found))
-    others = [
-        line
-        for line in tables.read(path, Noise)
-        if (line.task, line.step, line.budget) != (name, step, budget)
-    ]
     order = list(TASKS)
-    tables.write(
-        path, Noise, sorted([*others, *lines], key=lambda a: (order.index(a.task), a.step))
+    tables.update(
+        path,
+        lines,
+        lambda line: (line.task, line.step, line.budget),
+        lambda line: (order.index(line.task), line.step),
     )
     return lines
 

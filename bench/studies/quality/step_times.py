@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from memaop_triton.bench.machine import processor_name
 from memaop_triton.bench.studies.quality import data, tables
 from memaop_triton.bench.studies.quality.data import Batch
 from memaop_triton.bench.studies.quality.schemes import Cell
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.training import ALLOCATE_EVERY, Trainer
+from memaop_triton.commands.machine_facts import processor_name
 
 WARM_UP = 4
 ROUNDS = 32
@@ -88,10 +88,7 @@ def add(path: Path, time: StepTime) -> None:
     def key(one: StepTime) -> tuple[object, ...]:
         return (*one.cell, one.cpu, one.threads)
 
-    others = [one for one in tables.read(path, StepTime) if key(one) != key(time)]
-    tables.write(
-        path, StepTime, sorted([*others, time], key=lambda one: (*one.cell.place, key(one)))
-    )
+    tables.update(path, [time], key, lambda one: (*one.cell.place, key(one)))
 
 
 def measure(cell: Cell, data_dir: Path | None, rounds: int | None = None) -> StepTime:

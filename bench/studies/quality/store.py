@@ -112,8 +112,7 @@ class Store:
             points += [CurvePoint(*key, run.code, *point) for point in outcome.curve]
             points.sort(key=lambda point: (*_order(point), point.step))
             tables.write(self._curves, CurvePoint, points)
-            runs = [other for other in self._all() if _key(other) != key]
-            tables.write(self._runs, Run, sorted([*runs, run], key=_order))
+            tables.update(self._runs, [run], _key, _order)
 
     def _all(self) -> list[Run]:
         return tables.read(self._runs, Run)

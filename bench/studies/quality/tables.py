@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 from memaop_triton.errors import CommandError
+from memaop_triton.kernels.tuning.cache import replace_file
 
 R = TypeVar("R", bound=NamedTuple)
 
@@ -50,21 +49,23 @@ def _parse(path: Path, number: int, kind: type[R], types: dict[str, Any], row: l
 
 
 def write(path: Path, kind: type[R], rows: Iterable[R]) -> None:
-    """Replace a file at once: whoever reads it sees the old lines or the new ones."""
+    """Replace a file at once: a concurrent reader sees the old lines or the new ones."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(kind._fields)
     writer.writerows([_written(value) for value in row] for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text.getvalue())
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_file(path, text.getvalue())
+
+
+def update(
+    path: Path, rows: Sequence[R], key: Callable[[R], object], order: Callable[[R], Any]
+) -> None:
+    """Add lines to a file, in place of those with the same keys, and sort it by `order`."""
+    new = {key(row) for row in rows}
+    kind = type(rows[0])
+    others = [row for row in read(path, kind) if key(row) not in new]
+    write(path, kind, sorted([*others, *rows], key=order))
 
 
 def _written(value: object) -> str:
