@@ -48,11 +48,12 @@ def project_kernel(
     for first in range(0, N, BLOCK_C):
         columns = first + tl.arange(0, BLOCK_C)
         places = start[:, None] + columns.to(tl.int64)[None, :] * x_col
-        q_places = q_ptr + tl.cast(first, tl.int64) * rank + q_offsets
+        q_places = q_ptr + q_offsets
         q_mask = (columns < N)[:, None] & (r < rank)[None, :]
         x = tl.load(places) if EVEN else tl.load(places, mask=(columns < N)[None, :], other=0)
         q = tl.load(q_places, mask=q_mask, other=0)
         z = tl.dot(x, q, z, input_precision=PRECISION)
+        q_ptr += BLOCK_C * rank
         value = x.to(tl.float32)
         squares += tl.sum(value * value, axis=1)
     stored = (z / scale).to(z_ptr.dtype.element_ty)
