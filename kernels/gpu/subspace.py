@@ -43,22 +43,21 @@ def project_kernel(
     r = tl.arange(0, RANK)
     z = tl.zeros((BLOCK_M, RANK), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
-    # Within a tile 32 bits are enough; 64 for every element would take too many registers.
-    q_offsets = tl.arange(0, BLOCK_C)[:, None] * rank + r[None, :]
     for first in range(0, N, BLOCK_C):
         columns = first + tl.arange(0, BLOCK_C)
         places = start[:, None] + columns.to(tl.int64)[None, :] * x_col
-        q_places = q_ptr + q_offsets
+        q_places = (q_ptr + columns.to(tl.int64) * rank)[:, None] + r[None, :]
         q_mask = (columns < N)[:, None] & (r < rank)[None, :]
         x = tl.load(places) if EVEN else tl.load(places, mask=(columns < N)[None, :], other=0)
         q = tl.load(q_places, mask=q_mask, other=0)
         z = tl.dot(x, q, z, input_precision=PRECISION)
-        q_ptr += BLOCK_C * rank
         value = x.to(tl.float32)
         squares += tl.sum(value * value, axis=1)
     stored = (z / scale).to(z_ptr.dtype.element_ty)
     row_ok = rows < M
-    z_places = (z_ptr + rows.to(tl.int64) * rank)[:, None] + r[None, :]
+    # Within a tile 32 bits are enough; 64 for every element spill on some targets.
+    z_start = z_ptr + tl.program_id(0).to(tl.int64) * BLOCK_M * rank
+    z_places = z_start + tl.arange(0, BLOCK_M)[:, None] * rank + r[None, :]
     tl.store(z_places, stored, mask=row_ok[:, None] & (r < rank)[None, :])
     inside = scale * stored.to(tl.float32)
     left = squares - tl.sum(inside * inside, axis=1)
