@@ -71,7 +71,7 @@ def row_offsets(rows, stride, WIDE: tl.constexpr):
     """
     if not WIDE:
         offsets = rows.to(tl.int32) * stride
-    elif tl.to_tensor(stride).dtype == tl.int64:
+    elif (tl.zeros((1,), tl.int32) + stride).dtype == tl.int64:
         offsets = rows.to(tl.int64) * stride
     else:
         offsets = rows.to(tl.uint32).to(tl.uint64) * tl.cast(tl.cast(stride, tl.uint32), tl.uint64)

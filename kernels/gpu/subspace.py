@@ -25,7 +25,7 @@ from torch import Tensor
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
-from memaop_triton.kernels.gpu.primitives import is_aligned, precision, sum_parts
+from memaop_triton.kernels.gpu.primitives import is_aligned, precision, row_offsets, sum_parts
 from memaop_triton.kernels.tuning import tuner
 from memaop_triton.kernels.tuning.config import (
     GemmConfig,
@@ -41,7 +41,7 @@ from memaop_triton.kernels.tuning.config import (
 def project_kernel(
     x_ptr, q_ptr, z_ptr, rest_ptr, M, N, rank, scale, epsilon, x_row, x_col,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """z[m] = x[m] Q / scale and rest[m] = ‖x_m − scale·z_m Qᵀ‖, for BLOCK_M rows."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -50,12 +50,10 @@ def project_kernel(
     r = tl.arange(0, RANK)
     z = tl.zeros((BLOCK_M, RANK), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
-    # Within a tile 32 bits are enough; 64 for every element would take too many registers.
-    q_offsets = tl.arange(0, BLOCK_C)[:, None] * rank + r[None, :]
     for first in range(0, N, BLOCK_C):
         columns = first + tl.arange(0, BLOCK_C)
         places = start[:, None] + columns.to(tl.int64)[None, :] * x_col
-        q_places = q_ptr + tl.cast(first, tl.int64) * rank + q_offsets
+        q_places = q_ptr + row_offsets(columns, rank, WIDE)[:, None] + r[None, :]
         q_mask = (columns < N)[:, None] & (r < rank)[None, :]
         x = tl.load(places) if EVEN else tl.load(places, mask=(columns < N)[None, :], other=0)
         q = tl.load(q_places, mask=q_mask, other=0)
@@ -64,7 +62,7 @@ def project_kernel(
         squares += tl.sum(value * value, axis=1)
     stored = (z / scale).to(z_ptr.dtype.element_ty)
     row_ok = rows < M
-    z_places = (z_ptr + rows.to(tl.int64) * rank)[:, None] + r[None, :]
+    z_places = z_ptr + row_offsets(rows, rank, WIDE)[:, None] + r[None, :]
     tl.store(z_places, stored, mask=row_ok[:, None] & (r < rank)[None, :])
     inside = scale * stored.to(tl.float32)
     left = squares - tl.sum(inside * inside, axis=1)
@@ -77,7 +75,8 @@ def project_kernel(
 def transposed_kernel(
     a_ptr, z_ptr, parts_ptr, squares_ptr, sums_ptr, M, N, rank, a_row, a_col,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, RANK: tl.constexpr,
-    EVEN: tl.constexpr, NORMS: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, NORMS: tl.constexpr, SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """parts[s, n] = Σ a[m, n] z[m] over the rows of share s, for BLOCK_C columns n.
 
@@ -93,13 +92,12 @@ def transposed_kernel(
     product = tl.zeros((BLOCK_C, RANK), tl.float32)
     total = tl.zeros((BLOCK_C,), tl.float32)
     steps = tl.cdiv(M, BLOCK_M)
-    z_offsets = tl.arange(0, BLOCK_M)[:, None] * rank + r[None, :]
     for step in range(steps * share // SPLIT, steps * (share + 1) // SPLIT):
         m = step * BLOCK_M + tl.arange(0, BLOCK_M)
         row_ok = m < M
         places = start[:, None] + tl.minimum(m, M - 1).to(tl.int64)[None, :] * a_row
         a = tl.load(places) if EVEN else tl.load(places, mask=inside[:, None], other=0)
-        z_places = z_ptr + tl.cast(step * BLOCK_M, tl.int64) * rank + z_offsets
+        z_places = z_ptr + row_offsets(m, rank, WIDE)[:, None] + r[None, :]
         z = tl.load(z_places, mask=row_ok[:, None] & (r < rank)[None, :], other=0)
         product = tl.dot(a, z, product, input_precision=PRECISION)
         if NORMS or SUMS:
@@ -110,7 +108,7 @@ def transposed_kernel(
             if SUMS:
                 total += tl.sum(tl.where(row_ok[None, :], value, 0), axis=1)
     line = share.to(tl.int64) * N + n
-    parts_places = (parts_ptr + line * rank)[:, None] + r[None, :]
+    parts_places = parts_ptr + line[:, None] * rank + r[None, :]
     tl.store(parts_places, product, mask=inside[:, None] & (r < rank)[None, :])
     if SUMS:
         tl.store(sums_ptr + line, total, mask=inside)
@@ -176,7 +174,7 @@ def project(
         M=rows, N=columns, rank=rank, scale=scale, epsilon=_epsilon(x.dtype, input_precision),
         x_row=x.stride(0), x_col=x.stride(1),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, RANK=padded_rank(rank),
-        EVEN=columns % config.block_c == 0,
+        EVEN=columns % config.block_c == 0, WIDE=max(rows, columns) * rank >= 1 << 31,
         PRECISION=input_precision,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -234,7 +232,7 @@ def _transposed(a: Tensor, z: Tensor, squares: bool, sums: bool, config: RowConf
         M=rows, N=columns, rank=rank, a_row=a.stride(0), a_col=a.stride(1),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, SPLIT=config.split,
         RANK=padded_rank(rank),
-        EVEN=columns % config.block_c == 0,
+        EVEN=columns % config.block_c == 0, WIDE=rows * rank >= 1 << 31,
         NORMS=squares, SUMS=sums,
         PRECISION=precision(target, a.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,

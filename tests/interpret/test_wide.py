@@ -124,7 +124,7 @@ class TestLongMatrices:
             (3,),
             x_ptr=x, q_ptr=q, z_ptr=z, rest_ptr=torch.empty(count),
             M=count, N=count, rank=stride, scale=1.0, epsilon=0.0, x_row=count, x_col=1,
-            BLOCK_M=16, BLOCK_C=16, RANK=self.RANK, EVEN=False, PRECISION="ieee",
+            BLOCK_M=16, BLOCK_C=16, RANK=self.RANK, EVEN=False, WIDE=True, PRECISION="ieee",
         )  # fmt: skip
         as_good_as(z, x @ q, x.double() @ q.double())
 
@@ -138,7 +138,7 @@ class TestLongMatrices:
             a_ptr=a, z_ptr=z, parts_ptr=parts, squares_ptr=None, sums_ptr=None,
             M=count, N=count, rank=stride, a_row=count, a_col=1,
             SPLIT=1, NORMS=False, SUMS=False,
-            BLOCK_M=16, BLOCK_C=16, RANK=self.RANK, EVEN=False, PRECISION="ieee",
+            BLOCK_M=16, BLOCK_C=16, RANK=self.RANK, EVEN=False, WIDE=True, PRECISION="ieee",
         )  # fmt: skip
         as_good_as(parts, a.T @ z, a.T.double() @ z.double())
 
@@ -156,6 +156,18 @@ class TestLongMatrices:
             RANK=self.RANK, PRECISION="ieee", X_COLUMNS_FIRST=False,
         )  # fmt: skip
         as_good_as(out, c @ e.T, c.double() @ e.double().T)
+
+
+@pytest.mark.parametrize("rows", [1 << 27, (1 << 27) - 1])
+def test_long_matrices_are_told_from_others(rows, tensor_copies, monkeypatch):
+    launches = []
+    monkeypatch.setattr(launch, "launch", lambda kernel, grid, **given: launches.append(given))
+    x = torch.empty(rows, 32, dtype=torch.float16, device="meta")
+    q = torch.empty(32, 16, dtype=torch.float16, device="meta")
+    z, rest = subspace.project(x, q, 4.0, config=TILE)
+    subspace.project_gradient(x, z, rest, config=TILE)
+    project, transposed, _ = launches
+    assert project["WIDE"] == transposed["WIDE"] == (rows * 16 >= 1 << 31)
 
 
 def test_strides_beyond_32_bits(tmp_path):
