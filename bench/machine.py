@@ -16,8 +16,8 @@ import torch
 
 import memaop_triton
 from memaop_triton.bench.measure import clock_for
-from memaop_triton.commands.machine_facts import blas, caches, processor_name, usable_cores
 from memaop_triton.kernels.cpu import torch_ops
+from memaop_triton.kernels.cpu.processor import blas, caches, processor_name, usable_cores
 
 _ROUNDS = 7
 

@@ -10,14 +10,13 @@ import ctypes
 import functools
 import logging
 import threading
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memaop_triton.kernels import env
-from memaop_triton.kernels.cpu import build
+from memaop_triton.kernels.cpu import build, processor
 
 _log = logging.getLogger(__name__)
 
@@ -82,19 +81,8 @@ def prefers_own_gemm(dtype: torch.dtype) -> bool:
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512":
-        return dtype != torch.bfloat16 and _vendor() not in ("GenuineIntel", "")
+        return dtype != torch.bfloat16 and processor.vendor() not in ("GenuineIntel", "")
     return capability == "AVX2"
-
-
-@functools.cache
-def _vendor() -> str:
-    """The vendor of the processor; "" if it is not known."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
-    return next(names, "")
 
 
 def obstacle() -> str:

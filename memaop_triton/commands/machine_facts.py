@@ -14,6 +14,14 @@ import torch
 from memaop_triton import dispatch
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.cpu import build, library
+from memaop_triton.kernels.cpu.processor import (
+    blas,
+    caches,
+    facts,
+    processor_name,
+    read_text,
+    usable_cores,
+)
 from memaop_triton.kernels.env import allows_tf32, cache_folder
 from memaop_triton.units import human_bytes
 
@@ -74,7 +82,7 @@ def without_home(text: str) -> str:
 def _versions() -> Iterator[tuple[str, str]]:
     from memaop_triton import __version__
 
-    yield "memaop-triton", f"{__version__}, in {Path(__file__).parent}"
+    yield "memaop-triton", f"{__version__}, in {Path(__file__).parents[1]}"
     yield "Python", f"{platform.python_version()} ({platform.python_implementation()})"
     for package in ("torch", "triton", "numpy"):
         try:
@@ -113,12 +121,6 @@ def _pytorch() -> Iterator[tuple[str, str]]:
     yield "built for", _built_for()
 
 
-def blas() -> str:
-    """The BLAS that PyTorch was built with."""
-    found = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
-    return found[1] if found else "unknown"
-
-
 def _built_for() -> str:
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
@@ -126,39 +128,12 @@ def _built_for() -> str:
 
 
 def _cpu() -> Iterator[tuple[str, str]]:
-    info = _first_processor()
+    info = facts()
     yield "model", processor_name()
     yield "cores", f"{os.cpu_count()}, {usable_cores()} of them for this process"
     yield "caches", ", ".join(f"{name} {size}" for name, size in caches().items()) or "unknown"
     flags = (info.get("flags") or info.get("Features") or "").split()
     yield "instructions", " ".join(flag for flag in _VECTOR_FLAGS if flag in flags) or "unknown"
-
-
-def processor_name() -> str:
-    """Model name of the processor."""
-    return _first_processor().get("model name") or platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def caches() -> dict[str, str]:
-    """Sizes of the caches of the first core by name, "L2": "1024K"; empty on other than Linux."""
-    found = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = (_read(folder / field) for field in ("level", "type", "size"))
-        found[f"L{level}{'' if kind == 'Unified' else kind[:1].lower()}"] = size
-    return found
-
-
-def _first_processor() -> dict[str, str]:
-    first = _read(Path("/proc/cpuinfo")).split("\n\n")[0]
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
 
 
 def _gpus() -> Iterator[tuple[str, str]]:
@@ -181,8 +156,8 @@ def _gpus() -> Iterator[tuple[str, str]]:
 
 
 def _driver() -> str:
-    nvidia = _read(Path("/proc/driver/nvidia/version"))
-    amd = _read(Path("/sys/module/amdgpu/version"))
+    nvidia = read_text(Path("/proc/driver/nvidia/version"))
+    amd = read_text(Path("/sys/module/amdgpu/version"))
     found = re.search(r"\d+\.\d+(?:\.\d+)*", nvidia)
     return f"NVIDIA {found[0]}" if found else (f"amdgpu {amd}" if amd else "unknown")
 
@@ -246,11 +221,3 @@ def _cache() -> Iterator[tuple[str, str]]:
 
 def _yes_or_no(fact: bool) -> str:
     return "yes" if fact else "no"
-
-
-def _read(path: Path) -> str:
-    """The text of a file, without white space around it; "" if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""

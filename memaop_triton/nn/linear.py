@@ -23,9 +23,9 @@ class MemAOPLinear(nn.Linear):
     """`torch.nn.Linear` whose backward pass is computed as `config` says.
 
     Parameters, `state_dict` and forward pass are those of `nn.Linear`. The approximation applies in
-    training mode; after `.eval()` the gradients are exact and the memory is not used, as dropout
-    is not.
-    Call `reset_memory` on a copy that is not trained, or it holds a copy of the memory too.
+    training mode; after `.eval()` the gradients are exact and the memory is not used. A scripted
+    layer (`torch.jit.script`) is a dense one. Call `reset_memory` on a copy that is not trained, or
+    it holds a copy of the memory too.
 
     Args:
         in_features: N.
@@ -210,7 +210,7 @@ class MemAOPLinear(nn.Linear):
         if config.grad_input is not None:
             parts.append(f"grad_input={config.grad_input_name}")
         if config.projected is not None and config.projected.budget is not None:
-            parts.append(f"grad_input_budget={config.projected.budget:g}")
+            parts.append(f"projection_budget={config.projected.budget:g}")
         return ", ".join(parts)
 
     def _replicate_for_data_parallel(self) -> MemAOPLinear:

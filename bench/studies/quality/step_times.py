@@ -16,7 +16,7 @@ from memaop_triton.bench.studies.quality.data import Batch
 from memaop_triton.bench.studies.quality.schemes import Cell
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.training import ALLOCATE_EVERY, Trainer
-from memaop_triton.commands.machine_facts import processor_name
+from memaop_triton.kernels.cpu.processor import processor_name
 
 WARM_UP = 4
 ROUNDS = 32

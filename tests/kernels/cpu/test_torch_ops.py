@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memaop_triton.kernels import env
 from memaop_triton.kernels.cpu import torch_ops
 from tests.pairwise import pairwise
 
@@ -108,3 +109,23 @@ def test_sampled_rows_mm_adds_rows_named_twice():
     expected[2], expected[4] = 2.5 * (g[2] @ w), g[4] @ w
     result = torch_ops.sampled_rows_mm(g, w, torch.tensor([2, 2, 4]), weights)
     torch.testing.assert_close(result, expected)
+
+
+class _OnGpu:
+    """What is asked of rows before they are multiplied."""
+
+    is_cuda = True
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_rest_drowns_in_the_rounding_of_tf32_where_that_multiplies(allowed, monkeypatch):
+    monkeypatch.setattr(env, "allows_tf32", lambda: allowed)
+    rounding = torch_ops._rounding_of_products
+    eps = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64, torch.half)}
+    assert rounding(_OnGpu(torch.float32)) == (2.0**-10 if allowed else eps[torch.float32])
+    for dtype in (torch.float64, torch.half):
+        assert rounding(_OnGpu(dtype)) == eps[dtype]
+    assert rounding(torch.ones(2, 2)) == eps[torch.float32]
