@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,12 +62,16 @@ class CollectedFactors:
             self.is_dropped = True
             return
         image = self._image(dw)
-        norm = torch.linalg.vector_norm(image)
+        # Rounding is relative to all of dW, of which the probe may meet little.
+        norm = torch.linalg.vector_norm(dw.to(self.dtype))
         # dW was rounded to its dtype, and by TF32 its products too: a coarse comparison, which
         # factors that are not those of this dW do not pass.
         of_factors = sum(self._image(x, g) for x, g in added)
-        rounding = max(torch.finfo(dw.dtype).eps, _COARSEST_PRODUCT)
-        is_product = torch.linalg.vector_norm(of_factors - image) <= 8 * rounding * norm
+        dtypes = {dw.dtype, *(x.dtype for x, _ in added)}
+        rounding = max(_COARSEST_PRODUCT, *(torch.finfo(dtype).eps for dtype in dtypes))
+        smallest = math.sqrt(dw.numel()) * torch.finfo(dw.dtype).smallest_normal
+        error = torch.linalg.vector_norm(of_factors - image)
+        is_product = error <= 8 * (rounding * norm + smallest)
         self.is_product = is_product if self.is_product is None else self.is_product & is_product
         self.image = image if self.image is None else self.image + image
         self.norm = norm if self.norm is None else self.norm + norm

@@ -8,6 +8,7 @@ from torch import Tensor
 from memaop_triton.dispatch import project_rows, transposed_mm
 from memaop_triton.flops import refresh_stride
 from memaop_triton.kernels.cpu.torch_ops import basis_scale
+from memaop_triton.memory.capture import check_not_capturing
 
 
 class Basis:
@@ -53,6 +54,7 @@ class Basis:
         """The first `rank` columns of Q on the device and in the dtype of `like`."""
         assert self.q is not None
         if self.q.device != like.device:
+            check_not_capturing(like.device, "a basis on this device")
             self.move(like.device)
         return self.q[:, :rank].to(like.dtype)
 

@@ -112,7 +112,7 @@ class GradProjection:
 
     def move(self, device: torch.device) -> None:
         """Follow the rows to another device."""
-        self._clock.leave_device()
+        self._clock.move(device)
         if self._basis is not None:
             self._basis.move(device)
 

@@ -61,6 +61,11 @@ class RefreshClock:
         if due is not False:
             basis.iterate(a, z, due)
 
-    def leave_device(self) -> None:
-        """Count on the host again, from where the device has come to."""
-        self.step = self.step
+    def move(self, device: torch.device) -> None:
+        """Follow the rows to another device, from where the count has come to."""
+        if self._on_device is None or self._on_device.device == device:
+            return
+        if device.type == "cuda":
+            self._on_device = self._on_device.to(device)
+        else:
+            self.step = self.step

@@ -37,7 +37,7 @@ class ResidualMemory:
         x: [rows, N], or `None` before the first step.
         g: [rows, P], or `None` before the first step.
         filled: [rows], bool. A slot that is not filled counts as zero whatever it holds.
-        layer_state: Of a memory that is handed to `memaop_linear`; nothing here reads it.
+        layer_states: By configuration, of a memory that is given to `memaop_linear`; not read here.
     """
 
     kind = "residual"
@@ -59,7 +59,7 @@ class ResidualMemory:
         self.x: Tensor | None = None
         self.g: Tensor | None = None
         self.filled: Tensor | None = None
-        self.layer_state: object = None
+        self.layer_states: dict[MemAOPConfig, Any] = {}
         self._last_rate: float | Tensor | None = None
         self._last_scale: Tensor | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
@@ -189,6 +189,8 @@ class ResidualMemory:
             check_not_capturing(self.g.device, "the last loss scale of a row memory")
             self._last_scale = scale.to(self.g.device, copy=True)
             return
+        if self._last_scale.device != self.g.device:
+            check_not_capturing(self.g.device, "the last loss scale of a row memory")
         scale = scale.to(self.g.device)
         self._last_scale = self._last_scale.to(self.g.device)
         rescale_(self.g, scale / self._last_scale)

@@ -57,7 +57,7 @@ class SubspaceMemory:
         bases: The basis of every side that is kept, `"input"` and `"grad"`.
         choice: The side and rank in use, and what they were chosen by.
         projection: The basis of a projected dX; empty unless there is one.
-        layer_state: Of a memory that is handed to `memaop_linear`; nothing here reads it.
+        layer_states: By configuration, of a memory that is given to `memaop_linear`; not read here.
 
     Raises:
         ValueError: `rank` is below 1 or does not fit, `refresh_every` is below 1, or `side` is
@@ -85,7 +85,7 @@ class SubspaceMemory:
         self.out_features = out_features
         self.refresh_every = refresh_every
         self.projection = GradProjection(in_features, refresh_every)
-        self.layer_state: object = None
+        self.layer_states: dict[MemAOPConfig, Any] = {}
         self._sides = ("input", "grad") if side == "auto" else (side,)
         self._is_rank_open = rank is None
         self._clock = RefreshClock(refresh_every)
@@ -118,7 +118,9 @@ class SubspaceMemory:
 
     def follow_budget(self, config: MemAOPConfig, rows: int) -> None:
         """Leave the rank open where a budget does; before the first step, fit it to `rows` rows."""
-        self._is_rank_open = self.choice.is_rank_open = config.leaves_rank_open
+        if config.leaves_rank_open != self._is_rank_open:
+            self._is_rank_open = self.choice.is_rank_open = config.leaves_rank_open
+            self.choice.forget()  # what was measured belongs to other ranks
         if self._is_rank_open and all(basis.q is None for basis in self.bases.values()):
             max_rank = config.rank_for(rows, self.in_features, self.out_features)
             if max_rank != self.choice.max_rank:
@@ -140,6 +142,16 @@ class SubspaceMemory:
                 basis.resize(max_rank)
             self.choice.cut_to(max_rank)
         self.choice.forget()
+
+    def keep_rank(self) -> int:
+        """Go on with the rank in use, or 1 where that is 0, and no other; returns it."""
+        rank = max(1, self.rank)
+        for basis in self.bases.values():
+            basis.resize(rank)
+        self._is_rank_open = self.choice.is_rank_open = False
+        self.choice.cut_to(rank)
+        self.choice.rank = self.choice.input_grad_rank = rank
+        return rank
 
     def least_variance(self, config: MemAOPConfig) -> tuple[float, int, SubspaceCost] | None:
         """The variance that dW would have under `config` at best, by the last measurement.
@@ -342,13 +354,17 @@ class SubspaceMemory:
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise `ValueError` if `state` cannot be loaded into this memory."""
         check_fields(self.kind, state, "step", "sides", "side", "rank", "input_grad_rank")
+        max_rank = self._max_rank_of(state)
+        for name in ("rank", "input_grad_rank"):
+            if state[name] > max_rank or (state[name] < max_rank and not self._is_rank_open):
+                raise ValueError(f"{name}={state[name]} in the state, {max_rank} in this memory.")
         if state["sides"] != self._side_setting:
             raise ValueError(
                 f"side={state['sides']!r} in the state, {self._side_setting!r} in this memory."
             )
         for side in self._sides:
             if side in state:
-                check_shape(side, state[side], (self._length(side), self._max_rank_of(state)))
+                check_shape(side, state[side], (self._length(side), max_rank))
         if "projection" in state:
             check_fields(self.kind, state, "projection_step", "projection_random")
             self.projection.check_state(state)
@@ -373,7 +389,7 @@ class SubspaceMemory:
         if device.type == "meta":
             self.reset()
             return
-        self._clock.leave_device()
+        self._clock.move(device)
         for basis in self.bases.values():
             basis.move(device)
         self.projection.move(device)

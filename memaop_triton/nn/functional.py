@@ -192,7 +192,7 @@ def memaop_linear(
     Returns:
         [..., P]. Under autocast the operands are cast as for any linear layer. Differentiable once,
         and not under `torch.func.vmap`. A backward pass computes the gradients that it was asked
-        for, and changes the memory only if the weight's is one of them.
+        for, and changes what the weight gradient is made of only if that is one of them.
 
     Raises:
         TypeError: `x` is not floating point, or the dtypes differ.

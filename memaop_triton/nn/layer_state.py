@@ -29,6 +29,8 @@ _states: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDiction
 _order_on: dict[torch.device, Tensor] = {}
 # Configurations without a memory that `memaop_linear` is called with in turn, on each device.
 _MAX_STATES_WITHOUT_MEMORY = 256
+# Configurations that one memory is used with in turn.
+_MAX_STATES_OF_A_MEMORY = 16
 
 
 class LayerState:
@@ -128,7 +130,7 @@ def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Mem
     """
     memory = kinds.new_memory(config, in_features, out_features)
     if memory is not None:
-        memory.layer_state = _StateOfMemory(config, memory)
+        state_for(config, memory, torch.device("cpu"))
     return memory
 
 
@@ -136,9 +138,14 @@ def state_for(config: MemAOPConfig, memory: Memory | None, device: torch.device)
     """The state of a memory that belongs to no layer; one and the same from call to call."""
     if memory is None:
         return _state_without_memory(config, device)
-    state = memory.layer_state
-    if not isinstance(state, LayerState) or state.config != config:
-        memory.layer_state = state = _StateOfMemory(config, memory)
+    state = memory.layer_states.get(config)
+    if not isinstance(state, LayerState) or state.memory is not memory:
+        # A shallow copy of a memory comes with the states of the original.
+        kept = {c: s for c, s in memory.layer_states.items() if s.memory is memory}
+        state = _StateOfMemory(config, memory)
+        # Earlier ones stay: a compiled backward pass that is still to run has their handles only.
+        newest = [*kept.items(), (config, state)][-_MAX_STATES_OF_A_MEMORY:]
+        memory.layer_states = dict(newest)
     return state
 
 

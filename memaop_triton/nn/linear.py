@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any, TypeGuard, TypeVar
@@ -150,7 +151,12 @@ class MemAOPLinear(nn.Linear):
             ValueError: `ratio` is out of range.
             TypeError: `ratio` is not a number.
         """
-        self.layer_state.config = self.config.with_ratio(ratio)
+        config = self.config.with_ratio(ratio)
+        if self.config.leaves_rank_open and isinstance(self.memory, SubspaceMemory):
+            assert config.subspace is not None
+            kept = dataclasses.replace(config.subspace, rank=self.memory.keep_rank())
+            config = dataclasses.replace(config, memory=kept)
+        self.layer_state.config = config
 
     def set_budget_(self, budget: float) -> None:
         """Compute what this share of dense's FLOPs buys from the next backward pass on.
@@ -236,8 +242,13 @@ class MemAOPLinear(nn.Linear):
 
 
 def _traced(layer: MemAOPLinear, input: Any) -> Any:
-    """A call of the layer in a graph of `torch.fx`, as for any layer of `torch.nn`."""
+    """A call of the layer in a graph of `torch.fx`, as for any layer of `torch.nn`.
+
+    Of a layer that is traced by itself its forward pass.
+    """
     tracer = input.tracer
+    if tracer.root is layer:
+        return F.linear(input, layer.weight, layer.bias)
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
 
 

@@ -116,3 +116,25 @@ def test_numbers_arrive_on_the_stream_of_their_device(monkeypatch):
 class _Host:
     def copy_(self, a, non_blocking):
         assert non_blocking
+
+
+def test_the_count_stays_where_a_conversion_moves_nothing():
+    """A captured graph counts in that tensor."""
+    layer = MemAOPLinear(16, 12)
+    step(layer)
+    clock = layer.memory._clock
+    clock._on_device = count = torch.tensor([5])
+    layer.to("cpu").double()
+    assert clock._on_device is count
+    clock.move(torch.device("meta"))
+    assert (clock._on_device, clock.step) == (None, 5)
+
+
+def test_what_is_loaded_from_another_device_is_moved_before(capturing):
+    layer = MemAOPLinear(16, 12)
+    step(layer)
+    basis = layer.memory.bases["input"]
+    basis.q = basis.q.to("meta")
+    capturing()
+    with pytest.raises(RuntimeError, match="a basis on this device"):
+        basis.columns(torch.ones(1, 16), 1)

@@ -302,3 +302,36 @@ def test_a_frozen_layer_saves_the_one_basis_it_has(budget):
     layers[1](x).backward(low_rank(M, P))
     assert layers[1].memory.state_dict().keys() >= {"input", "grad"}
     assert layers[1].weight.grad.isfinite().all()
+
+
+def test_a_ratio_instead_of_a_budget_keeps_the_rank_in_use():
+    """And the memory goes into a checkpoint that a layer of the same configuration loads."""
+    torch.manual_seed(0)
+    layer = MemAOPLinear(256, 256, config=MemAOPConfig(budget=1 / 2))
+    plane = torch.randn(6, 256)
+
+    def step():
+        layer(torch.randn(512, 6) @ plane + 0.1 * torch.randn(512, 256)).square().sum().backward()
+
+    step()
+    rank = layer.memory.rank
+    assert 0 < rank < layer.memory.choice.max_rank
+    layer.set_ratio_(1 / 4)
+    step()
+    assert layer.config.memory.rank == layer.memory.rank == layer.memory.choice.max_rank == rank
+    twin = MemAOPLinear(256, 256, config=layer.config)
+    twin.memory.load_state_dict(layer.memory.state_dict())
+    assert twin.memory.rank == rank
+    for _ in range(40):
+        step()
+    assert layer.memory.rank == rank
+
+
+def test_a_state_of_another_rank_is_refused_before_the_first_step_too():
+    states = [
+        new_memory(MemAOPConfig(memory=Subspace(rank=rank, side="input")), 256, 256)
+        for rank in (32, 8)
+    ]
+    for one, other in (states, states[::-1]):
+        with pytest.raises(ValueError, match=r"rank=.* in the state"):
+            one.load_state_dict(other.state_dict())

@@ -1,5 +1,7 @@
 """What looks at a layer from outside: tracers, scripting, batching transforms, replicas."""
 
+import copy
+import dataclasses
 import gc
 import weakref
 
@@ -123,3 +125,38 @@ def test_states_without_a_memory_are_one_per_device():
     cpu, meta = (layer_state.state_for(config, None, torch.device(d)) for d in ("cpu", "meta"))
     assert cpu is layer_state.state_for(config, None, torch.device("cpu"))
     assert (cpu.handle.device.type, meta.handle.device.type) == ("cpu", "meta")
+
+
+def test_a_layer_traced_by_itself_is_its_forward_pass():
+    layer = model()[0]
+    traced = torch.fx.symbolic_trace(layer)
+    torch.testing.assert_close(traced(X), layer(X))
+
+
+def own_linear(x, weight, config, memory):
+    return memaop_linear(x, weight, None, config, memory).square().sum()
+
+
+def test_a_copy_of_a_memory_is_not_its_original():
+    config = MemAOPConfig(ratio=1 / 4, selection="topk", memory="residual")
+    weight = torch.randn(12, 16, requires_grad=True)
+    original = new_memory(config, 16, 12)
+    for duplicate in (copy.copy(original), copy.deepcopy(original)):
+        own_linear(X, weight, config, duplicate).backward()
+        assert (original.rows, duplicate.rows) == (0, 32)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_another_configuration_leaves_a_compiled_backward_pass_its_state():
+    config = MemAOPConfig(ratio=1 / 4)
+    memory = new_memory(config, 16, 12)
+    weight = torch.randn(12, 16, requires_grad=True)
+    compiled = torch.compile(own_linear, backend="aot_eager")
+    compiled(X, weight, config, memory).backward()
+    loss = compiled(X, weight, config, memory)
+    own_linear(X, weight, config.with_ratio(1 / 2), memory).backward()
+    loss.backward()
+    assert memory.step == 3
+    for k in range(2 * layer_state._MAX_STATES_OF_A_MEMORY):
+        own_linear(X, weight, dataclasses.replace(config, ratio=None, k=1 + k), memory).backward()
+    assert len(memory.layer_states) == layer_state._MAX_STATES_OF_A_MEMORY
