@@ -48,7 +48,7 @@ def table(results: list[SchemeResult], settings: Settings, dataset: str) -> Tabl
             f"{1e3 * one.step_median:.1f}",
             f"{dense.step_median / one.step_median:.2f}×",
             f"{1e3 * one.gradient_median:.2f}",
-            f"{dense.gradient_median / one.gradient_median:.2f}×",
+            f"{dense.gradient_median / one.gradient_median:.1f}×",
             f"{100 * one.gradient_flops:.0f} %",
             human_bytes(one.memory_bytes),
         )
