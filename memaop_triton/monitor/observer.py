@@ -85,15 +85,9 @@ class LayerObserver:
         scores: Tensor | None = None,
         projected: ProjectedRows | None = None,
     ) -> None:
-        """Observe a step that computed the rows of `selection`, if it is due.
+        """Observe a step, if it is due; the arguments are those of `backward.step.Observer`.
 
-        Args:
-            operands: What it worked on. Of a layer that is divided among processes, the part here.
-            selection: Rows and weights that it used.
-            dw: What came out, [P, N].
-            scores: Of all rows before the selection, [M], those of the memory where it holds rows;
-                computed here if `None`.
-            projected: With a subspace, whose scores are of what it leaves.
+        Scores that are `None` are computed here.
         """
         if operands.config.row_memory is not None:
             self._age_slots(operands.x.shape[0], selection.indices)
