@@ -36,6 +36,7 @@ from memaop_triton import (
     memory_state_dict,
 )
 from memaop_triton.distributed.checkpoint import load_memory, memory_entries
+from tests.distributed.checks import leave
 from tests.schemes import LEGAL, flat_config, label
 
 SAVED_AT = 5
@@ -298,7 +299,7 @@ def main(mode, folder):
         until_killed(todo["killed"], folder, 0)
     torch.save(done, folder / f"{mode}.{rank}")
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

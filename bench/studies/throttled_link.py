@@ -186,6 +186,8 @@ def work(output: Path, rounds: int) -> None:
         output.write_text(json.dumps(rows))
     dist.barrier()
     dist.destroy_process_group()
+    # DDP's reducer keeps gloo's threads until the interpreter ends, where they sometimes abort it.
+    os._exit(0)
 
 
 def _spread(values: list[float], scale: float = 1.0) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 
 from memaop_triton import convert_, memory_state_dict
 from memaop_triton.distributed.checkpoint import load_memory, memory_entries, save_memory
+from tests.distributed.checks import leave
 from tests.resume_worker import differences
 from tests.schemes import flat_config
 
@@ -164,4 +165,4 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", module=r"torch\.")
     for check in sys.argv[2:]:
         globals()[check](Path(sys.argv[1]) / check, dist.get_rank())
-    dist.destroy_process_group()
+    leave()

@@ -4,9 +4,7 @@ Each check compares two models that are alike, one under plain DDP and one under
 A check asserts only after the last collective of its own, so that the processes stay in step.
 """
 
-import contextlib
 import json
-import os
 import sys
 import traceback
 import warnings
@@ -19,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memaop_triton import FactorAllGather, convert_
 from tests.distributed import comm_hook_passes  # noqa: F401 - adds its checks to CHECKS
+from tests.distributed.checks import leave
 from tests.distributed.comm_hook_pairs import (
     BOTH,
     CHECKS,
@@ -314,13 +313,7 @@ def main(folder):
         except AssertionError:
             outcomes[fn.__name__] = traceback.format_exc()
     Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(outcomes))
-    with contextlib.suppress(RuntimeError):
-        dist.barrier()
-    dist.destroy_process_group()
-    # DDP's reducer holds hook and group in a circle that is not collected. At the interpreter's end
-    # gloo's threads are then sometimes destroyed while they run, which aborts the process.
-    sys.stdout.flush()
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":
