@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,24 +125,18 @@ def load(folder: Path) -> Results:
     runs: dict[Cell, dict[int, Run]] = defaultdict(dict)
     for run in store.runs():
         runs[run.cell][run.seed] = run
-    curves: dict[Cell, dict[int, list[CurvePoint]]] = defaultdict(dict)
-    for (task, scheme, ratio, seed), points in store.curves().items():
-        curves[Cell(task, scheme, ratio)][seed] = points
-    times = [one for one in tables.read(folder / "seconds.csv", StepTime) if one.is_current]
+    times = [
+        one for one in tables.read(folder / "seconds.csv", StepTime) if one.cell.has_code(one.code)
+    ]
     machines = [(one.cpu, one.threads) for one in times]
     most = max(machines, key=machines.count, default=None)
     return Results(
         dict(runs),
-        dict(curves),
+        store.curves(),
         {one.cell: one for one in times if (one.cpu, one.threads) == most},
         "" if most is None else f"{most[0]}, {most[1]} threads",
         tables.read(folder / "tuning.csv", Trial),
         tables.read(folder / "crossterms.csv", CrossTerms),
         tables.read(folder / "noise.csv", Noise),
-        len(store.stale()),
+        store.stale(),
     )
-
-
-def root_mean_square(values: list[float]) -> float:
-    """The mean that norms of independent draws have."""
-    return math.sqrt(fmean(value * value for value in values))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -229,7 +229,7 @@ def cells(task: str) -> list[Cell]:
     ]
 
 
-def _ratios(task: str, scheme: str) -> Sequence[str]:
+def _ratios(task: str, scheme: str) -> tuple[str, ...]:
     """Those of a scheme in a task that has no table of its own."""
     if scheme == DENSE:
         return ()
