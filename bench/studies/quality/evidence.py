@@ -102,7 +102,7 @@ def tuning_section(results: Results) -> Section:
         best = best_rate(task, trials)
         for lr in sorted({one.lr for one in trials}):
             mine = [one for one in trials if one.lr == lr]
-            value = fmean(one.accuracy if task.metric == "accuracy" else one.loss for one in mine)
+            value = fmean(getattr(one, task.metric) for one in mine)
             used = "used" if lr == task.optimizer.lr else ""
             tone = "best" if lr == best else ""
             shown = number(task, value) if math.isfinite(value) else "diverged"

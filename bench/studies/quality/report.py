@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from memaop_triton.bench.report import text, writing
-from memaop_triton.bench.report.document import Document
+from memaop_triton.bench.report.document import Bullets, Document, Section
 from memaop_triton.bench.studies.quality import evidence, results, sections
 from memaop_triton.bench.studies.quality.results import Results
 from memaop_triton.bench.studies.quality.running import SEEDS
@@ -38,6 +38,7 @@ def document(found: Results) -> Document:
         ("diverged", str(sum(run.diverged_at > 0 for run in runs))),
         ("step times", found.machine or "not measured yet"),
     ]
+    reading = Bullets(sections.READING, shown=len(sections.READING))
     return Document(
         "Study",
         TITLE,
@@ -47,7 +48,7 @@ def document(found: Results) -> Document:
         (
             sections.overview_section(found),
             sections.equal_time_section(found),
-            sections.reading_section(),
+            Section("reading", "How to read this", [reading]),
             *(sections.task_section(found, task) for task in TASKS.values()),
             evidence.noise_section(found),
             evidence.cross_terms_section(found),

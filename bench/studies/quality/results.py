@@ -107,10 +107,9 @@ class Results:
 
     def mean_curve(self, cell: Cell) -> list[tuple[int, float]]:
         """(step, metric) as far as all seeds of the cell have come."""
-        index = "accuracy" if TASKS[cell.task].metric == "accuracy" else "loss"
         curves = list(self.curves.get(cell, {}).values())
         return [
-            (points[0].step, fmean(getattr(point, index) for point in points))
+            (points[0].step, fmean(getattr(point, TASKS[cell.task].metric) for point in points))
             for points in zip(*curves, strict=False)
         ]
 

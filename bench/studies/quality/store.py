@@ -59,7 +59,8 @@ class Run(NamedTuple):
     @property
     def metric(self) -> float:
         """The value that the task is judged by."""
-        return self.accuracy if TASKS[self.task].metric == "accuracy" else self.loss
+        value: float = getattr(self, TASKS[self.task].metric)
+        return value
 
 
 class CurvePoint(NamedTuple):

@@ -70,8 +70,7 @@ def best_rate(task: Task, trials: Iterable[Trial]) -> float | None:
     results: dict[float, list[float]] = {}
     for trial in trials:
         if trial.task == task.name and trial.code == code_of(with_rate(task, trial.lr), None):
-            value = trial.accuracy if task.metric == "accuracy" else trial.loss
-            results.setdefault(trial.lr, []).append(task.sign * value)
+            results.setdefault(trial.lr, []).append(task.sign * getattr(trial, task.metric))
     means = {lr: statistics.fmean(values) for lr, values in results.items()}
     finite = [lr for lr in means if math.isfinite(means[lr])]
     return max(finite, key=lambda lr: means[lr], default=None)
