@@ -37,12 +37,12 @@ def count(task: Task, config: MemAOPConfig | None, batch: Batch) -> Flops:
         _, backward = _passes(task, config, batch)
         # What is done to the input gradient does not change what the weight gradients take.
         exact = dataclasses.replace(config, grad_input="exact")
-        _, weight_grads_sampled = _passes(task, exact, batch)
-    return Flops(1 - (dense - weight_grads_sampled) / linear, 1e-9 * backward)
+        _, with_exact_dx = _passes(task, exact, batch)
+    return Flops(1 - (dense - with_exact_dx) / linear, 1e-9 * backward)
 
 
 def _passes(task: Task, config: MemAOPConfig | None, batch: Batch) -> tuple[int, int]:
-    """FLOPs of the linear layers' forward pass, which are those of dense dW, and of the backward."""
+    """FLOPs of the linear layers' forward pass, as many as of dense dW, and of the backward."""
     model = Trainer(task, config, seed=0).model
     # The counter does not know the CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH):
