@@ -44,15 +44,10 @@ class Scheme:
     make: Callable[[float], MemAOPConfig] | None = None
     allocates: bool = False
 
-    def config(self, ratio: str) -> MemAOPConfig | None:
-        """The configuration at a ratio like `"1/8"`."""
-        return None if self.make is None else self.make(value_of(ratio))
-
     @property
     def cheapens_both(self) -> bool:
         """Whether dX is sampled or projected too."""
-        config = self.config(RATIO)
-        return config is not None and config.grad_input_name != "exact"
+        return self.make is not None and self.make(1 / 8).grad_input_name != "exact"
 
 
 def _rows(
@@ -189,7 +184,8 @@ class Cell(NamedTuple):
     @property
     def config(self) -> MemAOPConfig | None:
         """What its layers are converted with."""
-        return SCHEMES[self.scheme].config(self.ratio)
+        make = SCHEMES[self.scheme].make
+        return None if make is None else make(value_of(self.ratio))
 
     @property
     def dense(self) -> Cell:

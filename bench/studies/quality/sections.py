@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from statistics import fmean, stdev
+from typing import TypeVar
 
 from memaop_triton.bench.report import text
 from memaop_triton.bench.report.document import NOTHING, Block, Chart, Section, Table
@@ -26,6 +26,8 @@ from memaop_triton.bench.studies.quality.schemes import (
 )
 from memaop_triton.bench.studies.quality.statistics import Difference
 from memaop_triton.bench.studies.quality.tasks import TASKS, Task
+
+R = TypeVar("R")
 
 READING = (
     "Runs of a task with the same seed start from the same weights and see the same batches, but "
@@ -50,55 +52,46 @@ READING = (
 def overview_section(results: Results) -> Section:
     """All schemes on all tasks, those with a cheaper dX too at a ratio of their own."""
 
-    def table(names: list[str], ratio: str, caption: str) -> Table | str:
-        entry = partial(_difference, results)
+    def table(cheapens_both: bool, ratio: str, caption: str) -> Table | str:
+        names = [
+            name for name, one in SCHEMES.items() if one.make and one.cheapens_both == cheapens_both
+        ]
         return _table(
-            names, list(TASKS), lambda name, task: entry(Cell(task, name, ratio)), caption
+            _labelled(names),
+            list(TASKS),
+            lambda name, task: _difference(results, Cell(task, name, ratio)),
+            caption,
         )
 
-    only = [name for name, one in SCHEMES.items() if one.make and not one.cheapens_both]
-    both = [name for name, one in SCHEMES.items() if one.cheapens_both]
     blocks: list[Block] = [
         "Accuracy in points, more is better; loss of the GPTs in nats, less is better.",
-        table(only, RATIO, f"Difference to dense at r = {RATIO}"),
-        table(both, RATIO_OF_BOTH, f"dX cheaper too: difference to dense at {RATIO_OF_BOTH}"),
+        table(False, RATIO, f"Difference to dense at r = {RATIO}"),
+        table(True, RATIO_OF_BOTH, f"dX cheaper too: difference to dense at {RATIO_OF_BOTH}"),
     ]
     return Section("overview", "At a glance", blocks)
 
 
 def equal_time_section(results: Results) -> Section:
     """Where a cheaper step buys more than it loses."""
-    title = "At equal time"
-    tables = [
-        table
-        for kind, how in ((SHORTER, "fewer steps"), (SMALLER, "a smaller batch"))
-        if (table := _equal_time_table(results, kind, how)) is not None
-    ]
-    if not tables:
-        return Section("equal-time", title, ["Not measured yet."])
+    timed = sorted(results.times, key=lambda cell: cell.place[1:])
+    rows = {f"{SCHEMES[cell.scheme].label}, {cell.ratio}": cell[1:] for cell in timed}
+
+    def table(kind: str, how: str) -> Table | str:
+        return _table(
+            rows,
+            list(TASKS),
+            lambda row, task: _at_equal_time(results, Cell(task, *row), kind),
+            f"Difference to dense with {how} after the same seconds; below, a step's time over "
+            "dense's.",
+        )
+
     how = (
         "Dense was trained with fewer steps too, its learning rate coming down by then, and with "
         "fewer rows in as many steps; what it reaches in the time that a scheme takes is "
         "interpolated between these runs."
     )
-    return Section("equal-time", title, [how, *tables])
-
-
-def _equal_time_table(results: Results, kind: str, how: str) -> Table | None:
-    known = [cell for cell in results.times if results.at_equal_time(cell, kind) is not None]
-    if not known:
-        return None
-    columns = [task for task in TASKS if any(cell.task == task for cell in known)]
-    rows = []
-    for scheme, ratio in dict.fromkeys(
-        cell[1:] for cell in sorted(known, key=lambda cell: cell.place[1:])
-    ):
-        row = (_at_equal_time(results, Cell(task, scheme, ratio), kind) for task in columns)
-        rows.append((Entry(f"{SCHEMES[scheme].label}, {ratio}"), *row))
-    caption = (
-        f"Difference to dense with {how} after the same seconds; below, a step's time over dense's."
-    )
-    return Table(("scheme", *columns), tuple(rows), caption=caption)
+    blocks: list[Block] = [how, table(SHORTER, "fewer steps"), table(SMALLER, "a smaller batch")]
+    return Section("equal-time", "At equal time", blocks)
 
 
 def _at_equal_time(results: Results, cell: Cell, kind: str) -> Entry:
@@ -110,25 +103,29 @@ def _at_equal_time(results: Results, cell: Cell, kind: str) -> Entry:
     return _entry(TASKS[cell.task], difference, f"{time.share:.2f}× time")
 
 
+def _labelled(schemes: Iterable[str]) -> dict[str, str]:
+    return {SCHEMES[name].label: name for name in schemes}
+
+
 def _table(
-    names: Iterable[str],
+    rows: Mapping[str, R],
     columns: Sequence[str],
-    entry: Callable[[str, str], Entry],
+    entry: Callable[[R, str], Entry],
     caption: str,
 ) -> Table | str:
-    """A row for every scheme, without rows and columns that are still empty."""
-    rows = [
-        (Entry(SCHEMES[name].label), *(entry(name, column) for column in columns)) for name in names
+    """A table without rows and columns that are still empty."""
+    every = [
+        (Entry(label), *(entry(row, column) for column in columns)) for label, row in rows.items()
     ]
-    rows = [row for row in rows if any(one != NOTHING for one in row[1:])]
-    if not rows:
+    known = [row for row in every if any(one.text != NOTHING.text for one in row[1:])]
+    if not known:
         return f"{caption.rstrip('.')}: not run yet."
     head = ("scheme", *columns)
-    kept = [at for at, column in enumerate(zip(*rows, strict=True))
-            if at == 0 or any(one != NOTHING for one in column)]  # fmt: skip
+    kept = [at for at, column in enumerate(zip(*known, strict=True))
+            if at == 0 or any(one.text != NOTHING.text for one in column)]  # fmt: skip
     return Table(
         tuple(head[at] for at in kept),
-        tuple(tuple(row[at] for at in kept) for row in rows),
+        tuple(tuple(row[at] for at in kept) for row in known),
         caption=caption,
     )
 
@@ -148,7 +145,7 @@ def task_section(results: Results, task: Task) -> Section:
     ]
     others = [cell for cell in cells(task.name) if cell != dense]
     if any(cell in results.runs for cell in others):
-        names = dict.fromkeys(cell.scheme for cell in others)
+        rows = _labelled(cell.scheme for cell in others)
         best = _best(results, others)
 
         def difference(name: str, ratio: str) -> Entry:
@@ -161,9 +158,9 @@ def task_section(results: Results, task: Task) -> Section:
 
         what = "accuracy, points" if task.metric == "accuracy" else "validation loss, nats"
         blocks += [
-            _table(names, ALL_RATIOS, difference, f"Difference to dense in {what}."),
+            _table(rows, ALL_RATIOS, difference, f"Difference to dense in {what}."),
             _table(
-                names,
+                rows,
                 ALL_RATIOS,
                 cost,
                 "FLOPs of the weight gradients over dense's; time of a step over dense's.",

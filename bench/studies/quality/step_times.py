@@ -100,18 +100,14 @@ def measure(cell: Cell, data_dir: Path | None, rounds: int | None = None) -> Ste
         for is_dense in order.sample((True, False), 2):
             rows = task.batch if is_dense else own.batch
             some = Batch(batch.x[:rows], batch.y[:rows])
-            seconds[is_dense].append(_seconds(trainers[is_dense], some))
+            start = clock.perf_counter()
+            trainers[is_dense].step(some)
+            seconds[is_dense].append(clock.perf_counter() - start)
     dense, ours = (_means(seconds[kind][warm_up:], period) for kind in (True, False))
     shares = [one / other for one, other in zip(ours, dense, strict=True)]
     values = (*_quartiles(dense, 1e3), *_quartiles(ours, 1e3), *_quartiles(shares))
     here = (processor_name(), torch.get_num_threads())
     return StepTime(*cell, cell.code, *here, rounds, *values)
-
-
-def _seconds(trainer: Trainer, batch: Batch) -> float:
-    start = clock.perf_counter()
-    trainer.step(batch)
-    return clock.perf_counter() - start
 
 
 def _means(seconds: Sequence[float], period: int) -> list[float]:

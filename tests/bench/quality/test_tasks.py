@@ -11,7 +11,7 @@ import torch
 from memaop_triton.bench.studies.quality import data
 from memaop_triton.bench.studies.quality.data import Batch, ImageData, TextData
 from memaop_triton.bench.studies.quality.networks import Gpt, Vit
-from memaop_triton.bench.studies.quality.schemes import SCHEMES, cells, value_of
+from memaop_triton.bench.studies.quality.schemes import SCHEMES, Cell, cells, value_of
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.training import Seeds, Trainer, evaluate
 from memaop_triton.experiments.data import load_text
@@ -29,7 +29,7 @@ needs_data = pytest.mark.skipif(not DATA_DIR, reason="MEMAOP_TRITON_DATA_DIR is 
 def test_two_steps_on_real_data(name, scheme):
     task = dataclasses.replace(TASKS[name], batch=4)
     source = data.load(task, Path(DATA_DIR))
-    trainer = Trainer(task, SCHEMES[scheme].config("1/8"), 0)
+    trainer = Trainer(task, Cell(name, scheme, "1/8").config, 0)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     generator = torch.Generator().manual_seed(0)
     losses = [trainer.step(batch) for batch in source.batches(4, 2, generator)]
