@@ -154,8 +154,6 @@ def _line(name: str) -> dict[str, Any]:
 def _limit(panel: Any, task: Task) -> None:
     """Leave room for what is near dense; who falls far behind leaves the picture."""
     values = [value for line in panel.lines for value in line.get_ydata()]
-    if not values:
-        return
     best = max(values) if task.metric == "accuracy" else min(values)
     if task.metric == "accuracy":
         panel.set_ylim(max(min(values), best - 25) - 0.5, best + 0.5)

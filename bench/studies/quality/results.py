@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
@@ -42,14 +42,14 @@ class Results:
         stale: Runs that were left out.
     """
 
-    runs: dict[Cell, dict[int, Run]] = field(default_factory=dict)
-    curves: dict[Cell, dict[int, list[CurvePoint]]] = field(default_factory=dict)
-    times: dict[Cell, StepTime] = field(default_factory=dict)
-    machine: str = ""
-    trials: list[Trial] = field(default_factory=list)
-    cross_terms: list[CrossTerms] = field(default_factory=list)
-    noise: list[Noise] = field(default_factory=list)
-    stale: int = 0
+    runs: dict[Cell, dict[int, Run]]
+    curves: dict[Cell, dict[int, list[CurvePoint]]]
+    times: dict[Cell, StepTime]
+    machine: str
+    trials: list[Trial]
+    cross_terms: list[CrossTerms]
+    noise: list[Noise]
+    stale: int
 
     def metrics(self, cell: Cell) -> dict[int, float]:
         """What counts in the cell's task, by seed; without the runs that diverged."""

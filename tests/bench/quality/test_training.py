@@ -23,41 +23,36 @@ CONFIGS = (
 LONG = dataclasses.replace(tiny.TASK, steps=30)
 
 
-@pytest.fixture
-def seen(monkeypatch, source):
+def seen(source, config, seed):
     """Weights at the start and all batches of a run."""
+    found, step = [], Trainer.step
 
-    def record(config, seed):
-        start, batches, step = [], [], Trainer.step
+    def recording(self, batch):
+        if not found:
+            found.extend(p.detach().clone() for p in self.model.parameters())
+        found.extend(batch)
+        return step(self, batch)
 
-        def recording(self, batch):
-            if not batches:
-                start.extend(p.detach().clone() for p in self.model.parameters())
-            batches.append(batch)
-            return step(self, batch)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "step", recording)
-            train(LONG, config, seed, source)
-        return [*start, *(one for batch in batches for one in batch)]
-
-    return record
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", recording)
+        train(LONG, config, seed, source)
+    return found
 
 
 def equal(one, other):
     return list(map(torch.equal, one, other))
 
 
-def test_runs_of_a_seed_share_weights_and_batches(seen):
-    dense = seen(None, 3)
+def test_runs_of_a_seed_share_weights_and_batches(source):
+    dense = seen(source, None, 3)
     assert len(dense) == 6 + 2 * LONG.steps
     for config in CONFIGS[1:]:
         torch.manual_seed(99)  # what came before does not matter
-        assert all(equal(dense, seen(config, 3)))
+        assert all(equal(dense, seen(source, config, 3)))
 
 
-def test_another_seed_has_other_weights_and_batches(seen):
-    same = equal(seen(None, 3), seen(None, 4))
+def test_another_seed_has_other_weights_and_batches(source):
+    same = equal(seen(source, None, 3), seen(source, None, 4))
     assert not any(same[:6:2] + same[6::2])
 
 
