@@ -9,24 +9,22 @@ again. Linux, root, `ip` and `tc` are needed.
 Both processes train the same converted layer in turns: under plain all-reduce and under
 FactorAllGather. A step is forward, backward and exchange; the exchange is the time from the first
 call of the communication hook until the last of its futures is done (weight and bias are two
-buckets), and the slower process counts. Bytes are what the hook counts beside what the interface
-has sent, which includes headers of TCP and IP.
+buckets), and the slower process counts. Bytes are what the interface has sent, with the headers of
+TCP and IP.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -74,42 +72,31 @@ def slow_link(rate: str) -> Iterator[list[str]]:
         yield names
 
 
-def run_processes(names: list[str], rounds: int) -> list[dict]:
-    """One worker in each namespace; the rows that the first one printed."""
-    with tempfile.TemporaryDirectory() as folder:
-        processes = []
-        output = Path(folder, "rows.json")
-        for rank, name in enumerate(names):
-            settings = {
-                "RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": ADDRESSES[0],
-                "MASTER_PORT": str(PORT),
-                "GLOO_SOCKET_IFNAME": LINK,
-                "OMP_NUM_THREADS": "1",
-            }
-            inside = [
-                "ip",
-                "netns",
-                "exec",
-                name,
-                sys.executable,
-                "-m",
-                "bench.studies.throttled_link",
-            ]
-            command = [*inside, "--worker", str(output), "--rounds", str(rounds)]
-            processes.append(subprocess.Popen(command, env=os.environ | settings))
-        try:
-            deadline = time.monotonic() + TIMEOUT
-            for process in processes:
-                code = process.wait(max(1, deadline - time.monotonic()))
-                if code:
-                    raise RuntimeError(f"a process ended with status {code}.")
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait(20)
-        return json.loads(output.read_text())
+def run_workers(names: list[str]) -> None:
+    """Run one worker in each namespace, with the arguments of this process."""
+    processes = []
+    for rank, name in enumerate(names):
+        settings = {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": ADDRESSES[0],
+            "MASTER_PORT": str(PORT),
+            "GLOO_SOCKET_IFNAME": LINK,
+            "OMP_NUM_THREADS": "1",
+        }
+        inside = ["ip", "netns", "exec", name]
+        worker = [sys.executable, "-m", "bench.studies.throttled_link", "--worker", *sys.argv[1:]]
+        processes.append(subprocess.Popen([*inside, *worker], env=os.environ | settings))
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        for process in processes:
+            code = process.wait(max(1, deadline - time.monotonic()))
+            if code:
+                raise RuntimeError(f"a process ended with status {code}.")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(20)
 
 
 class Method:
@@ -119,12 +106,11 @@ class Method:
         torch.manual_seed(0)
         layer = MemAOPLinear(N, N, config=MemAOPConfig(ratio=RATIO, memory=memory))
         self.ddp = DistributedDataParallel(nn.Sequential(layer))
-        self.hook = None
         self._register, self.ddp.register_comm_hook = self.ddp.register_comm_hook, self._timed
         if name == "all-reduce":
             self.ddp.register_comm_hook(None, allreduce_hook)
         else:
-            self.hook = FactorAllGather.register(self.ddp)
+            FactorAllGather.register(self.ddp)
         self.x = torch.randn(m, N)
 
     def _timed(self, state, hook) -> None:
@@ -142,19 +128,19 @@ class Method:
 
         self._register(state, timed)
 
-    def step(self) -> tuple[float, float, int, int]:
-        """Seconds of the step and of its exchange, bytes counted and bytes sent."""
+    def step(self) -> tuple[float, float, float]:
+        """ms of the exchange and of the step in the slower process, and KB sent by this one."""
         self.ddp.zero_grad()
         dist.barrier()
-        before, sent = self.counted(), interface_bytes()
+        sent = interface_bytes()
         self.began = None
         start = time.perf_counter()
         self.ddp(self.x).square().mean().backward()
-        step = time.perf_counter() - start
-        return step, self.ended - self.began, self.counted() - before, interface_bytes() - sent
-
-    def counted(self) -> int:
-        return 0 if self.hook is None else self.hook.bytes_sent
+        seconds = (self.ended - self.began, time.perf_counter() - start)
+        times = 1e3 * torch.tensor(seconds, dtype=torch.float64)
+        sent = interface_bytes() - sent
+        dist.all_reduce(times, op=dist.ReduceOp.MAX)
+        return *times.tolist(), 1e-3 * sent
 
 
 def interface_bytes() -> int:
@@ -162,76 +148,55 @@ def interface_bytes() -> int:
     return int(Path(f"/sys/class/net/{LINK}/statistics/tx_bytes").read_text())
 
 
-def slowest(values: tuple[float, float]) -> list[float]:
-    times = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(times, op=dist.ReduceOp.MAX)
-    return times.tolist()
-
-
-def work(output: Path, rounds: int) -> None:
+def work(rate: str, rounds: int) -> None:
+    """Time all cases; the first process prints a line for every method."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rows = []
+    is_first = dist.get_rank() == 0
+    if is_first:
+        print(f"N = P = {N}, K/M = 1/{round(1 / RATIO)}, 2 processes, {rate}, gloo, 1 thread each")
+        print(f"torch {torch.__version__}; median [quartiles] of {rounds} interleaved rounds")
+        head = ("exchange, ms", "ratio", "step, ms", "ratio")
+        print(f"{'':42s}" + "".join(f"{name:>24s}" for name in head) + f"{'sent, KB':>10s}")
     for m, memory in CASES:
         methods = {name: Method(name, m, memory) for name in METHODS}
         seen = {name: [] for name in METHODS}
         for number in range(WARM_UP + rounds):
             for name, method in methods.items():
-                step, exchange, counted, sent = method.step()
-                step, exchange = slowest((step, exchange))
+                measured = method.step()
                 if number >= WARM_UP:
-                    seen[name].append((step, exchange, counted, sent))
-        rows += [{"m": m, "memory": memory, "name": n, "seen": s} for n, s in seen.items()]
-    if dist.get_rank() == 0:
-        output.write_text(json.dumps(rows))
+                    seen[name].append(measured)
+        for name in METHODS if is_first else ():
+            exchange, step, sent = zip(*seen[name], strict=True)
+            dense_exchange, dense_step, _ = zip(*seen[METHODS[0]], strict=True)
+            cells = (exchange, _ratios(dense_exchange, exchange), step, _ratios(dense_step, step))
+            line = "".join(f"{_spread(values):>24s}" for values in cells)
+            sent = f"{statistics.median(sent):10.1f}"
+            print(f"{f'M={m} memory={memory}, {name}':42s}{line}{sent}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
     # DDP's reducer keeps gloo's threads until the interpreter ends, where they sometimes abort it.
     os._exit(0)
 
 
-def _spread(values: list[float], scale: float = 1.0) -> str:
-    low, middle, high = (scale * q for q in statistics.quantiles(values, n=4))
+def _ratios(dense: Sequence[float], ours: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(dense, ours, strict=True)]
+
+
+def _spread(values: Sequence[float]) -> str:
+    low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:7.2f} [{low:.2f}, {high:.2f}]"
 
 
-def report(rows: list[dict], rate: str, rounds: int) -> None:
-    print(f"N = P = {N}, K/M = 1/{round(1 / RATIO)}, 2 processes, {rate}, gloo, 1 thread each")
-    print(f"torch {torch.__version__}; median [quartiles] of {rounds} interleaved rounds; ms, KB")
-    head = ("exchange", "ratio", "step", "ratio")
-    print(f"{'':42s}" + "".join(f"{h:>24s}" for h in head) + f"{'counted':>10s}{'sent':>10s}")
-    # The bias, and all of what a ring all-reduce among two sends.
-    other, whole = 4 * N, 4 * N * N + 4 * N
-    for row in rows:
-        dense = next(
-            r["seen"]
-            for r in rows
-            if (r["m"], r["memory"], r["name"]) == (row["m"], row["memory"], METHODS[0])
-        )
-        cells = []
-        for column in (1, 0):
-            ours = [s[column] for s in row["seen"]]
-            ratios = [d[column] / o for d, o in zip(dense, ours, strict=True)]
-            cells += [_spread(ours, 1e3), _spread(ratios)]
-        counted = statistics.median(s[2] for s in row["seen"])
-        counted = counted + other if counted else whole
-        sent = statistics.median(s[3] for s in row["seen"])
-        name = f"M={row['m']} memory={row['memory']}, {row['name']}"
-        print(
-            f"{name:42s}"
-            + "".join(f"{c:>24s}" for c in cells)
-            + f"{counted / 1e3:10.1f}{sent / 1e3:10.1f}"
-        )
-
-
 def main() -> None:
+    """Make the link and run the workers, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", default="1gbit", help="of each direction, as tc has it")
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.worker is not None:
-        work(arguments.worker, arguments.rounds)
+    if arguments.worker:
+        work(arguments.rate, arguments.rounds)
         return
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing or os.geteuid() != 0:
@@ -239,8 +204,7 @@ def main() -> None:
     # Ended from outside, it still removes the namespaces.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with slow_link(arguments.rate) as names:
-        rows = run_processes(names, arguments.rounds)
-    report(rows, arguments.rate, arguments.rounds)
+        run_workers(names)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from memaop_triton.config import MemAOPConfig, Subspace
 from memaop_triton.errors import CommandError
@@ -50,7 +57,7 @@ Output = Annotated[Path, typer.Option(help="Directory for the figure.")]
 JsonPath = Annotated[Path | None, typer.Option("--json", help="File for the numbers.")]
 
 
-def progress(console: Console, extra: TextColumn) -> Progress:
+def progress(console: Console, extra: ProgressColumn) -> Progress:
     """A bar per task with the steps done, the time taken, and one more column."""
     return Progress(
         TextColumn("{task.description}"),

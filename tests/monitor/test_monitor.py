@@ -359,16 +359,6 @@ def test_the_live_table_is_drawn_at_most_every_second(monkeypatch):
     assert "outside" in text
 
 
-def test_the_benchmark_of_its_cost_runs(capsys, monkeypatch):
-    from memaop_triton.bench.studies import monitor_overhead
-    from memaop_triton.bench.suites.models import mlp
-
-    monkeypatch.setattr(monitor_overhead, "NETS", (mlp(8, 16, depth=1),))
-    monkeypatch.setattr("sys.argv", ["monitor_overhead", "--seconds", "0"])
-    monitor_overhead.main()
-    assert "one pass in 25 " in capsys.readouterr().out
-
-
 def test_tables_of_every_kind_of_layer():
     model = nn.Sequential(nn.Linear(N, N), nn.Linear(N, N), nn.Linear(N, P))
     paper = MemAOPConfig.paper(ratio=1 / 4)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
-from typing import Annotated
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, NamedTuple
 
+import torch
 import typer
 from rich.console import Console
-from rich.progress import TextColumn
+from rich.progress import TimeRemainingColumn
 
 from memaop_triton.bench.studies.quality import (
     crossterms,
@@ -18,24 +20,12 @@ from memaop_triton.bench.studies.quality import (
     tables,
     tuning,
 )
-from memaop_triton.bench.studies.quality.options import (
-    DataDir,
-    Output,
-    Ratios,
-    Schemes,
-    SeedCount,
-    Tasks,
-    Threads,
-    use_threads,
-    wanted,
-)
-from memaop_triton.bench.studies.quality.schemes import RATIO, value_of
+from memaop_triton.bench.studies.quality.schemes import ALL_RATIOS, RATIO, SCHEMES, value_of
 from memaop_triton.bench.studies.quality.step_times import StepTime
 from memaop_triton.bench.studies.quality.store import RESULTS, Run, Store
 from memaop_triton.bench.studies.quality.tasks import TASKS
-from memaop_triton.bench.studies.quality.tuning import Trial
 from memaop_triton.commands.common import progress, say_written
-from memaop_triton.errors import CommandError, require_extra
+from memaop_triton.errors import CommandError, check_name, require_extra
 from memaop_triton.experiments.data import resolve_data_dir
 
 app = typer.Typer(
@@ -45,61 +35,95 @@ app = typer.Typer(
 )
 
 
+class _Folders(NamedTuple):
+    """What all commands share."""
+
+    data: Path | None
+    results: Path
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of PyTorch; its own choice if not given.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the data files; default: $MEMAOP_TRITON_DATA_DIR."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    context.obj = _Folders(resolve_data_dir(data_dir), output)
+
+
+def _one_of(option: str, allowed: Iterable[str]) -> typer.models.OptionInfo:
+    def check(names: list[str] | None) -> list[str] | None:
+        for name in names or ():
+            try:
+                check_name(option, name, allowed)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from None
+        return names
+
+    option_info: typer.models.OptionInfo = typer.Option(
+        f"--{option}", callback=check, help=f"Of {', '.join(allowed)}; may be repeated."
+    )
+    return option_info
+
+
+Tasks = Annotated[list[str] | None, _one_of("task", TASKS)]
+Schemes = Annotated[list[str] | None, _one_of("scheme", SCHEMES)]
+Ratios = Annotated[list[str] | None, _one_of("ratio", ALL_RATIOS)]
+
+
 @app.command()
 def run(
+    context: typer.Context,
     task: Tasks = None,
     scheme: Schemes = None,
     ratio: Ratios = None,
-    seeds: SeedCount = 3,
-    threads: Threads = None,
-    data_dir: DataDir = None,
-    output: Output = RESULTS,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every cell.")] = running.SEEDS,
 ) -> None:
     """Train what has not been trained yet; it may be stopped and started again at any time."""
-    use_threads(threads)
-    folder, store, console = resolve_data_dir(data_dir), Store(output), Console()
-    jobs = wanted(task, scheme, ratio, seeds).jobs()
-    runs = store.runs()
-    left = running.pending(jobs, runs)
-    console.print(f"{len(jobs) - len(left)} of {len(jobs)} runs are there, {_estimate(left, runs)}")
-    with progress(console, TextColumn("{task.fields[estimate]}")) as bar:
-        overall = bar.add_task("runs", total=len(left), estimate="")
-        current = bar.add_task("", total=1, estimate="")
-        for number, job in enumerate(left, start=1):
-            name = f"{job.cell.task} {job.cell.scheme} {job.cell.ratio} seed {job.seed}"
+    folders: _Folders = context.obj
+    store, console = Store(folders.results), Console()
+    cells = running.wanted(task, scheme, ratio)
+    left = running.pending(cells, seeds, store.runs())
+    every = seeds * len(cells)
+    console.print(f"{every - len(left)} of {every} runs are there")
+    with progress(console, TimeRemainingColumn()) as bar:
+        overall = bar.add_task("runs", total=len(left))
+        current = bar.add_task("", total=1)
+        for job in left:
+            name = f"{' '.join(job.cell)} seed {job.seed}"
             bar.reset(current, description=name, total=job.cell.problem.steps)
-            done, _ = running.do(
-                job, store, folder, lambda step: bar.update(current, completed=step)
+            done = running.do(
+                job, store, folders.data, lambda step: bar.update(current, completed=step)
             )
-            runs.append(done)
-            estimate = _estimate(left[number:], runs)
-            bar.update(overall, advance=1, estimate=estimate)
-            console.print(f"{name}: {_result(done)}; {estimate}", highlight=False, soft_wrap=True)
+            bar.advance(overall)
+            _print(console, f"{name}: {_result(done)}")
 
 
 @app.command()
-def tune(
-    task: Tasks = None,
-    threads: Threads = None,
-    data_dir: DataDir = None,
-    output: Output = RESULTS,
-) -> None:
+def tune(context: typer.Context, task: Tasks = None) -> None:
     """Try learning rates for the dense network; the best one goes into tasks.py."""
-    use_threads(threads)
-    folder, console = resolve_data_dir(data_dir), Console()
-
-    def print_trial(trial: Trial) -> None:
-        score = f"loss {trial.loss:.4f}, accuracy {trial.accuracy:.2f} %"
-        console.print(f"{trial.task} lr {trial.lr:g} seed {trial.seed}: {score}", highlight=False)
-
+    folders: _Folders = context.obj
+    path, console = folders.results / "tuning.csv", Console()
     for name in task or TASKS:
-        best = tuning.tune(TASKS[name], output / "tuning.csv", folder, print_trial)
+        for trial in tuning.tune(TASKS[name], path, folders.data):
+            score = f"loss {trial.loss:.4f}, accuracy {trial.accuracy:.2f} %"
+            _print(console, f"{name} lr {trial.lr:g} seed {trial.seed}: {score}")
+        best = tuning.best_rate(TASKS[name], tables.read(path, tuning.Trial))
         used = f"{TASKS[name].optimizer.lr:g} is used"
         console.print(f"{name}: {'none' if best is None else f'{best:g}'} is best, {used}")
 
 
 @app.command()
 def time(
+    context: typer.Context,
     task: Tasks = None,
     scheme: Schemes = None,
     ratio: Ratios = None,
@@ -107,93 +131,60 @@ def time(
         int | None,
         typer.Option(min=4, help="Of every cell that is not timed yet. [default: 10 or 32]"),
     ] = None,
-    threads: Threads = None,
-    data_dir: DataDir = None,
-    output: Output = RESULTS,
 ) -> None:
     """Time training steps, in turns with dense ones, on a machine that does nothing else."""
-    use_threads(threads)
-    folder, console, path = resolve_data_dir(data_dir), Console(), output / "seconds.csv"
-    left = [cell for cell in wanted(task, scheme, ratio).cells() if cell.has_own_steps]
-    for cell in left:
-        times = tables.read(path, StepTime)
-        if step_times.is_timed(cell, times):
-            continue
-        one = step_times.measure(cell, folder, rounds)
-        step_times.add(path, one)
-        name = f"{cell.task} {cell.scheme} {cell.ratio}"
-        share = f"{one.share:.3f} of dense ({one.share_q1:.3f} to {one.share_q3:.3f})"
-        console.print(f"{name}: {one.ms:.1f} ms, {share}", highlight=False, soft_wrap=True)
+    folders: _Folders = context.obj
+    path, console = folders.results / "seconds.csv", Console()
+    for cell in running.wanted(task, scheme, ratio):
+        if cell.has_own_steps and not step_times.is_timed(cell, tables.read(path, StepTime)):
+            one = step_times.measure(cell, folders.data, rounds)
+            step_times.add(path, one)
+            share = f"{one.share:.3f} of dense ({one.share_q1:.3f} to {one.share_q3:.3f})"
+            _print(console, f"{' '.join(cell)}: {one.ms:.1f} ms, {share}")
 
 
 @app.command("crossterms")
-def cross_terms(
-    task: Tasks = None,
-    ratio: Ratios = None,
-    threads: Threads = None,
-    data_dir: DataDir = None,
-    output: Output = RESULTS,
-) -> None:
+def cross_terms(context: typer.Context, task: Tasks = None, ratio: Ratios = None) -> None:
     """Sum weight gradients on frozen weights, beside the dense ones; MLP and GPT by default."""
-    use_threads(threads)
-    folder, console = resolve_data_dir(data_dir), Console()
+    folders: _Folders = context.obj
+    path, console = folders.results / "crossterms.csv", Console()
     for name in task or crossterms.TASKS:
         for one in ratio or crossterms.RATIOS:
-            on_layer = partial(_print, console, f"{name} {one}:")
-            crossterms.run(name, one, output / "crossterms.csv", folder, on_layer)
+            for layer in crossterms.run(name, one, path, folders.data):
+                _print(console, f"{name} {one}: {layer}")
 
 
 @app.command("noise")
-def noise_of_a_step(
-    task: Tasks = None,
-    ratio: Ratios = None,
-    threads: Threads = None,
-    data_dir: DataDir = None,
-    output: Output = RESULTS,
-) -> None:
+def noise_of_a_step(context: typer.Context, task: Tasks = None, ratio: Ratios = None) -> None:
     """How noisy single weight gradients are, with a subspace of either side and without."""
-    use_threads(threads)
-    folder, console = resolve_data_dir(data_dir), Console()
+    folders: _Folders = context.obj
+    path, console = folders.results / "noise.csv", Console()
     for name in task or noise.NAMES:
         for step in noise.STEPS:
             for one in ratio or (RATIO,):
-                lines = noise.run(name, step, value_of(one), output / "noise.csv", folder)
-                for line in lines:
+                for line in noise.run(name, step, value_of(one), path, folders.data):
                     where = f"{line.side}, rank {line.rank}, {line.k} rows"
                     what = f"{line.variance:.3g} (batch {line.own:.3g})"
                     _print(console, f"{name} step {step} {line.layer}: {where}: {what}")
 
 
 @app.command()
-def report(output: Output = RESULTS) -> None:
+def report(context: typer.Context) -> None:
     """Write quality.md, quality.html and their pictures from what has been run so far."""
     require_extra("bench", "matplotlib", "scipy", "jinja2")
     from memaop_triton.bench.studies.quality.report import write
 
-    say_written(Console(), *write(output))
+    say_written(Console(), *write(context.obj.results))
 
 
-def _print(console: Console, *words: str) -> None:
-    console.print(*words, highlight=False)
+def _print(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def _result(run: Run) -> str:
     if run.diverged_at:
         return f"diverged at step {run.diverged_at}, {run.seconds:.0f} s"
     return f"loss {run.loss:.4f}, accuracy {run.accuracy:.2f} %, {run.seconds:.0f} s"
-
-
-def _estimate(left: list[running.Job], runs: list[Run]) -> str:
-    seconds = running.remaining_seconds(left, runs)
-    if seconds is None:
-        unseen = {job.cell.task for job in left} - {run.task for run in runs}
-        known = [job for job in left if job.cell.task not in unseen]
-        seconds = running.remaining_seconds(known, runs) or 0.0
-        more = f" and {', '.join(sorted(unseen))}, not timed yet"
-    else:
-        more = ""
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{len(left)} left: {f'{hours} h ' if hours else ''}{minutes} min{more}"
 
 
 def main() -> None:

@@ -11,12 +11,11 @@ With `randk` the ages are known beforehand, and so is the inflation; see `predic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from memaop_triton import MemAOPConfig
 from memaop_triton.backward.weight_grad import weight_grad
@@ -32,7 +31,7 @@ METHODS = tuple(
     for memory in ("residual", "signed", "none")
     for selection in ("randk", "topk")
 )
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
+BATCHES = 64
 DRAWS = 4
 TRAINED = 100  # steps before the weights are frozen
 _MOST_ROWS = 512
@@ -51,10 +50,7 @@ class CrossTerms(NamedTuple):
         batches: T.
         norm: ‖S‖/‖D‖.
         cosine: Between S and D.
-        error: ‖S − D‖/‖D‖.
         cross: ‖C‖/‖D‖ with C the cross terms of the slots selected so far; NaN without a memory.
-        unexplained: ‖S − (D − R + C)‖/‖D‖, where R is what the memory still holds back, and C and R
-            are summed from the batches by the ages of the slots; NaN but for `residual`.
         predicted: ‖S‖/‖D‖ by `predicted_ratio`; NaN but for `randk` with a memory.
     """
 
@@ -67,139 +63,65 @@ class CrossTerms(NamedTuple):
     batches: int
     norm: float
     cosine: float
-    error: float
     cross: float
-    unexplained: float
     predicted: float
 
 
-def run(
-    task: str,
-    ratio: str,
-    path: Path,
-    data_dir: Path | None,
-    progress: Callable[[str], None] = lambda layer: None,
-) -> None:
-    """All methods on all hidden layers of a task, written into the file at `path`."""
-    one = tasks.TASKS[task]
-    captured = capture(one, data.load(one, data_dir), TRAINED, BATCHES[-1], _MOST_ROWS)
+def run(task: str, ratio: str, path: Path, data_dir: Path | None) -> Iterator[str]:
+    """All methods on all hidden layers of a task, written into the file at `path` at the end.
+
+    Yields:
+        The name of each layer that is done.
+    """
+    one, share = tasks.TASKS[task], value_of(ratio)
+    captured = capture(one, data.load(one, data_dir), TRAINED, BATCHES, _MOST_ROWS)
     lines: list[CrossTerms] = []
     for layer, batches in captured.items():
         for selection, memory in METHODS:
-            method = (selection, memory, value_of(ratio))
-            predicted = predictions(batches, *method)
-            for draw in range(draws(selection, memory)):
-                lines += compare(task, layer, batches, *method, draw, predicted)
-        progress(layer)
-    tables.update(path, lines, lambda line: (line.task, line.ratio), lambda line: line[:2])
+            predicted = math.nan
+            if selection == "randk" and memory != "none":
+                predicted = predicted_ratio(batches, share, signed=memory == "signed")
+            config = MemAOPConfig(ratio=share, selection=selection, memory=memory)
+            draws_something = selection == "randk" or memory == "signed"
+            for draw in range(DRAWS if draws_something else 1):
+                method = (selection, memory, share, draw, BATCHES)
+                measured = compare(batches, config, draw)
+                lines.append(CrossTerms(task, layer, *method, *measured, predicted))
+        yield layer
+    tables.update(path, CrossTerms, lines, lambda line: (line.task, -line.ratio))
 
 
-def draws(selection: str, memory: str) -> int:
-    """How often a method is run: once if it draws nothing."""
-    return DRAWS if selection == "randk" or memory == "signed" else 1
+class Compared(NamedTuple):
+    """S beside D, as in `CrossTerms`."""
+
+    norm: float
+    cosine: float
+    cross: float
 
 
-def compare(
-    task: str,
-    layer: str,
-    batches: Sequence[Rows],
-    selection: str,
-    memory: str,
-    ratio: float,
-    draw: int = 0,
-    predicted: Mapping[int, float] | None = None,
-) -> Iterator[CrossTerms]:
-    """One method on the batches of one layer, a line for every T of `BATCHES` that there are.
-
-    `predicted` is what `predictions` gives, for a method that it knows.
-    """
-    config = MemAOPConfig(ratio=ratio, selection=selection, memory=memory)
-    kept = new_memory(config, batches[0].x.shape[1], batches[0].g.shape[1])
+def compare(batches: Sequence[Rows], config: MemAOPConfig, draw: int = 0) -> Compared:
+    """One method on all batches of one layer."""
+    memory = new_memory(config, batches[0].x.shape[1], batches[0].g.shape[1])
     generator = torch.Generator().manual_seed(draw)
-    slots = _Slots(batches)
-    dense = torch.zeros_like(slots.cross)
-    returned = torch.zeros_like(dense)
+    emptied = torch.zeros(len(batches[0].x), dtype=torch.int64)  # by which batch, for every slot
+    dense = torch.zeros(batches[0].g.shape[1], batches[0].x.shape[1], dtype=torch.float64)
+    returned, held_back = torch.zeros_like(dense), torch.zeros_like(dense)
     for number, (x, g) in enumerate(batches, start=1):
-        returned += weight_grad(x, g, config, kept, generator=generator)
+        returned += weight_grad(x, g, config, memory, generator=generator)
         dense += (g.t() @ x).double()
-        if isinstance(kept, ResidualMemory):
-            assert kept.filled is not None
-            slots.empty(number, ~kept.filled, pairing=memory == "residual")
-        if number in BATCHES:
-            cross = unexplained = math.nan
-            size = dense.norm()
-            if isinstance(kept, ResidualMemory):
-                own = dense - slots.pending(number)
-                cross = float((returned - own).norm() / size)
-                if memory == "residual":
-                    unexplained = float((returned - own - slots.cross).norm() / size)
-            yield CrossTerms(
-                task,
-                layer,
-                selection,
-                memory,
-                ratio,
-                draw,
-                number,
-                float(returned.norm() / size),
-                float((returned * dense).sum() / (returned.norm() * size)),
-                float((returned - dense).norm() / size),
-                cross,
-                unexplained,
-                math.nan if predicted is None else predicted[number],
-            )
-
-
-class _Slots:
-    """What a memory that adds up rows holds back and pairs, summed from the batches themselves."""
-
-    def __init__(self, batches: Sequence[Rows]) -> None:
-        x, g = batches[0]
-        self._batches = batches
-        self._emptied = torch.zeros(len(x), dtype=torch.int64)  # the batch that emptied a slot
-        self.cross = torch.zeros(g.shape[1], x.shape[1], dtype=torch.float64)
-
-    def empty(self, number: int, emptied: Tensor, *, pairing: bool) -> None:
-        """Note which slots batch `number` emptied ([M], bool).
-
-        With `pairing` their cross terms are added to `cross`: those of every two batches that a
-        slot lived through, in both orders.
-        """
-        if pairing:
-            self._pair(number, emptied)
-        self._emptied[emptied] = number
-
-    def _pair(self, number: int, emptied: Tensor) -> None:
-        slots = emptied.nonzero().flatten()
-        slots = slots[self._emptied[slots].argsort()]  # longest lives first
-        born = self._emptied[slots]
-        sum_x, sum_g = (torch.zeros_like(a[slots].double()) for a in self._batches[0])
-        for before in range(int(born[0]), number):
-            alive = int((born <= before).sum())
-            x, g = (a[slots[:alive]].double() for a in self._batches[before])
-            self.cross += g.t() @ sum_x[:alive] + sum_g[:alive].t() @ x
-            sum_x[:alive] += x
-            sum_g[:alive] += g
-
-    def pending(self, number: int) -> Tensor:
-        """Σ g xᵀ over all rows of the first `number` batches that were not returned yet."""
-        total = torch.zeros_like(self.cross)
-        for before in range(int(self._emptied.min()), number):
-            x, g = self._batches[before]
-            held = self._emptied <= before
-            total += (g[held].t() @ x[held]).double()
-        return total
-
-
-def predictions(
-    batches: Sequence[Rows], selection: str, memory: str, ratio: float
-) -> dict[int, float] | None:
-    """`predicted_ratio` by T, `None` for a method about which it says nothing."""
-    if selection != "randk" or memory == "none":
-        return None
-    signed = memory == "signed"
-    counts = [count for count in BATCHES if count <= len(batches)]
-    return {count: predicted_ratio(batches[:count], ratio, signed=signed) for count in counts}
+        if isinstance(memory, ResidualMemory):
+            assert memory.filled is not None
+            emptied[~memory.filled] = number
+    for number, (x, g) in enumerate(batches, start=1):
+        held = emptied < number
+        held_back += (g[held].t() @ x[held]).double()
+    has_rows = isinstance(memory, ResidualMemory)
+    size = dense.norm()
+    return Compared(
+        float(returned.norm() / size),
+        float((returned * dense).sum() / (returned.norm() * size)),
+        float((returned - (dense - held_back)).norm() / size) if has_rows else math.nan,
+    )
 
 
 def predicted_ratio(batches: Sequence[Rows], ratio: float, *, signed: bool) -> float:

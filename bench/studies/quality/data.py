@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,44 +38,29 @@ class Batch(NamedTuple):
     y: Tensor
 
 
-class Data(Protocol):
-    """A data set: batches to train on and a part held out to judge by."""
-
-    @property
-    def held_out(self) -> Batch:
-        """All that a run is judged by."""
-        ...
-
-    @property
-    def sample(self) -> Batch:
-        """A fixed part of `held_out`, for curves."""
-        ...
-
-    def batches(self, size: int, steps: int, generator: torch.Generator) -> Iterator[Batch]:
-        """`steps` batches of `size`."""
-        ...
-
-    def for_tuning(self) -> Data:
-        """The training part alone, cut in two."""
-        ...
-
-
 @dataclass(frozen=True)
 class ImageData:
-    """Images, in shuffled passes; a batch may hold the end of one and the start of the next."""
+    """Batches of images to train on, and images held out to judge by.
+
+    Images come in shuffled passes; a batch may hold the end of one and the start of the next.
+
+    Attributes:
+        train: All that batches are made of.
+        held_out: All that a run is judged by.
+    """
 
     train: Batch
     held_out: Batch
 
     @property
     def sample(self) -> Batch:
-        """2,000 of the held-out images, always the same."""
+        """2,000 of the held-out images, always the same, for curves."""
         order = torch.randperm(len(self.held_out.y), generator=torch.Generator().manual_seed(0))
         chosen = order[:_SAMPLE_IMAGES]
         return Batch(self.held_out.x[chosen], self.held_out.y[chosen])
 
     def batches(self, size: int, steps: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Batches of `size` images."""
+        """`steps` batches of `size` images."""
         left = torch.empty(0, dtype=torch.int64)
         for _ in range(steps):
             if len(left) < size:
@@ -113,13 +98,13 @@ class TextData:
 
     @property
     def sample(self) -> Batch:
-        """64 of them, evenly spread."""
+        """64 of them, evenly spread, for curves."""
         x, y = self.held_out
         chosen = torch.linspace(0, len(x) - 1, min(len(x), _SAMPLE_SEQUENCES)).long()
         return Batch(x[chosen], y[chosen])
 
     def batches(self, size: int, steps: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Batches of `size` sequences."""
+        """`steps` batches of `size` sequences."""
         along = torch.arange(self.context)
         for _ in range(steps):
             last = len(self.train) - self.context
@@ -130,6 +115,9 @@ class TextData:
         """As much of the training text's end held out as is of the whole text."""
         cut = len(self.train) - len(self.rest)
         return TextData(self.train[:cut], self.train[cut:], self.context)
+
+
+Data = ImageData | TextData
 
 
 def load(task: Task, data_dir: Path | None) -> Data:

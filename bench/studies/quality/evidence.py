@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from memaop_triton.bench.report import text
-from memaop_triton.bench.report.document import NOTHING, Block, Chart, Section, Table
+from memaop_triton.bench.report.document import NOTHING, Block, Section, Table
 from memaop_triton.bench.report.document import Cell as Entry
-from memaop_triton.bench.studies.quality import plots
 from memaop_triton.bench.studies.quality.crossterms import CrossTerms
 from memaop_triton.bench.studies.quality.noise import Noise
-from memaop_triton.bench.studies.quality.results import Results, root_mean_square
+from memaop_triton.bench.studies.quality.results import Results
 from memaop_triton.bench.studies.quality.sections import number
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.tuning import best_rate
@@ -28,31 +27,24 @@ def cross_terms_section(results: Results) -> Section:
         "S is the sum of the weight gradients that a method returns over T batches on frozen "
         "weights, D that of the dense ones. A slot selected at age a adds a(a − 1) products that "
         "pair rows of different batches. With the paper's memory these have the mean ḡx̄ᵀ and "
-        "inflate S the more the smaller K/M is; random signs leave them no mean. *cross* is their "
-        "norm over D's, *unexplained* what is left of S − D once they and the rows still held back "
-        "are taken away, summed from the batches by the slots' ages. *predicted* is ‖S‖/‖D‖ from "
-        "K/M, T and the moments of X and G alone.".replace("*", "`"),
+        "inflate S the more the smaller K/M is; random signs leave them no mean. `cross` is the "
+        "norm, over D's, of what S has beyond the products of the rows returned so far. "
+        "`predicted` is ‖S‖/‖D‖ from K/M, T and the moments of X and G alone.",
     ]
-    for task, ratio in dict.fromkeys((one.task, one.ratio) for one in lines):
-        last = max(one.batches for one in lines if (one.task, one.ratio) == (task, ratio))
-        mine = [one for one in lines if (one.task, one.ratio, one.batches) == (task, ratio, last)]
-        name = f"{TASKS[task].title}, r = {text.ratio(ratio)}, T = {last}"
+    for task, ratio, batches in dict.fromkeys((one.task, one.ratio, one.batches) for one in lines):
+        mine = [one for one in lines if (one.task, one.ratio) == (task, ratio)]
+        name = f"{TASKS[task].title}, r = {text.ratio(ratio)}, T = {batches}"
         blocks.append(_cross_terms_table(mine, f"{name}: mean over layers, least and most below."))
-        figure = plots.cross_terms(results, task, ratio)
-        file = f"{task}-crossterms-{round(1 / ratio)}.svg"
-        title_of_chart = f"{name}: a line per layer; dashed what was predicted"
-        blocks.append(Chart(title_of_chart, figure, columns=1, file=file))
     return Section("cross-terms", title, blocks)
 
 
 def _cross_terms_table(lines: Sequence[CrossTerms], caption: str) -> Table:
-    columns = ("norm", "predicted", "cosine", "error", "cross", "unexplained")
     rows = []
     for method in dict.fromkeys((one.selection, one.memory) for one in lines):
         mine = [one for one in lines if (one.selection, one.memory) == method]
-        entries = [_over_layers(mine, column) for column in columns]
-        rows.append((Entry(" + ".join(method)), *entries))
-    head = ("method", "‖S‖/‖D‖", "predicted", "cosine", "‖S−D‖/‖D‖", "cross", "unexplained")
+        columns = (_over_layers(mine, name) for name in ("norm", "predicted", "cosine", "cross"))
+        rows.append((Entry(" + ".join(method)), *columns))
+    head = ("method", "‖S‖/‖D‖", "predicted", "cosine", "cross")
     return Table(head, tuple(rows), caption=caption)
 
 
@@ -60,8 +52,9 @@ def _over_layers(lines: Sequence[CrossTerms], column: str) -> Entry:
     by_layer: dict[str, list[float]] = {}
     for one in lines:
         by_layer.setdefault(one.layer, []).append(getattr(one, column))
-    average = fmean if column == "cosine" else root_mean_square
-    values = [average(one) for one in by_layer.values()]
+    # Norms of independent draws add up by their squares.
+    mean = fmean if column == "cosine" else lambda values: math.sqrt(fmean(v * v for v in values))
+    values = [mean(one) for one in by_layer.values()]
     if math.isnan(values[0]):
         return NOTHING
     return Entry(f"{fmean(values):.3g}", f"{min(values):.3g} to {max(values):.3g}")
@@ -109,7 +102,7 @@ def tuning_section(results: Results) -> Section:
         best = best_rate(task, trials)
         for lr in sorted({one.lr for one in trials}):
             mine = [one for one in trials if one.lr == lr]
-            value = fmean(one.accuracy if task.metric == "accuracy" else one.loss for one in mine)
+            value = fmean(getattr(one, task.metric) for one in mine)
             used = "used" if lr == task.optimizer.lr else ""
             tone = "best" if lr == best else ""
             shown = number(task, value) if math.isfinite(value) else "diverged"

@@ -28,25 +28,21 @@ class Flops(NamedTuple):
     backward: float
 
 
-class _Passes(NamedTuple):
-    linear: int  # of the linear layers' forward pass, which equals that of dense weight gradients
-    backward: int
-
-
 def count(task: Task, config: MemAOPConfig | None, batch: Batch) -> Flops:
     """Count one step on `batch`; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        dense = _passes(task, None, batch)
+        linear, dense = _passes(task, None, batch)
         if config is None:
-            return Flops(1.0, 1e-9 * dense.backward)
-        backward = _passes(task, config, batch).backward
+            return Flops(1.0, 1e-9 * dense)
+        _, backward = _passes(task, config, batch)
         # What is done to the input gradient does not change what the weight gradients take.
         exact = dataclasses.replace(config, grad_input="exact")
-        saved = dense.backward - _passes(task, exact, batch).backward
-    return Flops(1 - saved / dense.linear, 1e-9 * backward)
+        _, with_exact_dx = _passes(task, exact, batch)
+    return Flops(1 - (dense - with_exact_dx) / linear, 1e-9 * backward)
 
 
-def _passes(task: Task, config: MemAOPConfig | None, batch: Batch) -> _Passes:
+def _passes(task: Task, config: MemAOPConfig | None, batch: Batch) -> tuple[int, int]:
+    """FLOPs of the linear layers' forward pass, as many as of dense dW, and of the backward."""
     model = Trainer(task, config, seed=0).model
     # The counter does not know the CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH):
@@ -56,4 +52,4 @@ def _passes(task: Task, config: MemAOPConfig | None, batch: Batch) -> _Passes:
             loss.backward()
     counts = forward.get_flop_counts()["Global"]
     linear = sum(counts.get(op, 0) for op in (torch.ops.aten.addmm, torch.ops.aten.mm))
-    return _Passes(linear, backward.get_total_flops())
+    return linear, backward.get_total_flops()

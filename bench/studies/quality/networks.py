@@ -1,13 +1,13 @@
-"""The networks of the study, each described by a frozen dataclass that builds it.
+"""The networks of the study, each described by a frozen dataclass that builds it with new weights.
 
-What is drawn comes from the global generator. Every network ends in a layer `head`.
+The dataclass's `repr` says all that determines a network. What is drawn comes from the global
+generator. Every network ends in a layer `head`.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,6 @@ from memaop_triton.bench.suites.models import TransformerBlock
 
 _HEAD_COLUMNS = 64  # of one attention head
 _STD = 0.02
-
-
-class Network(Protocol):
-    """Sizes of a network; the `repr` says all that determines it."""
-
-    def build(self) -> nn.Module:
-        """A network with new weights."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -70,6 +62,9 @@ class Vit:
     def build(self) -> nn.Module:
         """[B, side²] pixels to [B, classes]."""
         return _Vit(self)
+
+
+Network = Mlp | Gpt | Vit
 
 
 def _blocks(width: int, depth: int, *, causal: bool) -> nn.Sequential:

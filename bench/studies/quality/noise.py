@@ -71,12 +71,7 @@ def run(name: str, step: int, budget: float, path: Path, data_dir: Path | None) 
         for found in measure(before, after, budget):
             lines.append(Noise(name, step, layer, m, n, p, budget, *found))
     order = list(TASKS)
-    tables.update(
-        path,
-        lines,
-        lambda line: (line.task, line.step, line.budget),
-        lambda line: (order.index(line.task), line.step),
-    )
+    tables.update(path, Noise, lines, lambda line: (order.index(line.task), line.step, line.budget))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Charts of a task and of the cross terms."""
+"""Charts of a task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from memaop_triton.bench.report import text
 from memaop_triton.bench.report.figures import INK, colour, new_figure, styled
-from memaop_triton.bench.studies.quality.results import Results, root_mean_square
+from memaop_triton.bench.studies.quality.results import Results
 from memaop_triton.bench.studies.quality.schemes import (
     DENSE,
     RATIO,
@@ -136,36 +136,6 @@ def trade_off(results: Results, task: Task) -> Figure:
     return figure
 
 
-@styled
-def cross_terms(results: Results, task: str, ratio: float) -> Figure:
-    """‖sum of returned gradients‖ over dense's, against the batches summed, layer by layer."""
-    lines = [one for one in results.cross_terms if (one.task, one.ratio) == (task, ratio)]
-    methods = sorted({(one.selection, one.memory) for one in lines})
-    figure, panels = _figure(len(methods), 300, sharey=True)
-    for panel, method in zip(panels, methods, strict=True):
-        for layer in sorted({one.layer for one in lines}):
-            mine = [x for x in lines if (x.selection, x.memory) == method and x.layer == layer]
-            counts = sorted({one.batches for one in mine})
-            for attribute, style, tint in (
-                ("norm", "-", colour("default")),
-                ("predicted", "--", colour("topk-residual")),
-            ):
-                values = [
-                    root_mean_square([getattr(one, attribute) for one in mine if one.batches == t])
-                    for t in counts
-                ]
-                panel.plot(counts, values, style, color=tint)
-        panel.set_title(" + ".join(method), fontsize=12)
-        panel.axhline(1, color=INK, linewidth=0.8)
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log", base=2)
-        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        panel.set_xlabel("batches")
-    panels[0].set_ylabel("norm, dense = 1")
-    return figure
-
-
 def _figure(panels: int, height: float, *, sharey: bool = False) -> tuple[Figure, Sequence[Axes]]:
     figure = new_figure(1040, height)
     figure.set_layout_engine("constrained")
@@ -184,8 +154,6 @@ def _line(name: str) -> dict[str, Any]:
 def _limit(panel: Any, task: Task) -> None:
     """Leave room for what is near dense; who falls far behind leaves the picture."""
     values = [value for line in panel.lines for value in line.get_ydata()]
-    if not values:
-        return
     best = max(values) if task.metric == "accuracy" else min(values)
     if task.metric == "accuracy":
         panel.set_ylim(max(min(values), best - 25) - 0.5, best + 0.5)

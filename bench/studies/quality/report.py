@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from memaop_triton.bench.report import text, writing
-from memaop_triton.bench.report.document import Document
+from memaop_triton.bench.report.document import Bullets, Document, Section
 from memaop_triton.bench.studies.quality import evidence, results, sections
 from memaop_triton.bench.studies.quality.results import Results
-from memaop_triton.bench.studies.quality.running import Wanted
+from memaop_triton.bench.studies.quality.running import SEEDS
 from memaop_triton.bench.studies.quality.schemes import cells
 from memaop_triton.bench.studies.quality.tasks import TASKS
 
@@ -38,6 +38,7 @@ def document(found: Results) -> Document:
         ("diverged", str(sum(run.diverged_at > 0 for run in runs))),
         ("step times", found.machine or "not measured yet"),
     ]
+    reading = Bullets(sections.READING, shown=len(sections.READING))
     return Document(
         "Study",
         TITLE,
@@ -47,7 +48,7 @@ def document(found: Results) -> Document:
         (
             sections.overview_section(found),
             sections.equal_time_section(found),
-            sections.reading_section(),
+            Section("reading", "How to read this", [reading]),
             *(sections.task_section(found, task) for task in TASKS.values()),
             evidence.noise_section(found),
             evidence.cross_terms_section(found),
@@ -59,15 +60,14 @@ def document(found: Results) -> Document:
 
 def _missing(found: Results) -> Iterator[str]:
     """What has not been run or timed, in words."""
-    seeds = Wanted().seeds
     gaps = []
     for name in TASKS:
         every = cells(name)
-        short = sum(len(found.runs.get(cell, {})) < seeds for cell in every)
+        short = sum(len(found.runs.get(cell, {})) < SEEDS for cell in every)
         if short:
             gaps.append(f"{name} {short} of {len(every)}")
     if gaps:
-        yield f"Cells with fewer than {seeds} runs: {', '.join(gaps)}."
+        yield f"Cells with fewer than {SEEDS} runs: {', '.join(gaps)}."
     untimed = sum(
         cell not in found.times for name in TASKS for cell in cells(name) if cell.has_own_steps
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
@@ -43,14 +42,14 @@ class Results:
         stale: Runs that were left out.
     """
 
-    runs: dict[Cell, dict[int, Run]] = field(default_factory=dict)
-    curves: dict[Cell, dict[int, list[CurvePoint]]] = field(default_factory=dict)
-    times: dict[Cell, StepTime] = field(default_factory=dict)
-    machine: str = ""
-    trials: list[Trial] = field(default_factory=list)
-    cross_terms: list[CrossTerms] = field(default_factory=list)
-    noise: list[Noise] = field(default_factory=list)
-    stale: int = 0
+    runs: dict[Cell, dict[int, Run]]
+    curves: dict[Cell, dict[int, list[CurvePoint]]]
+    times: dict[Cell, StepTime]
+    machine: str
+    trials: list[Trial]
+    cross_terms: list[CrossTerms]
+    noise: list[Noise]
+    stale: int
 
     def metrics(self, cell: Cell) -> dict[int, float]:
         """What counts in the cell's task, by seed; without the runs that diverged."""
@@ -108,10 +107,9 @@ class Results:
 
     def mean_curve(self, cell: Cell) -> list[tuple[int, float]]:
         """(step, metric) as far as all seeds of the cell have come."""
-        index = "accuracy" if TASKS[cell.task].metric == "accuracy" else "loss"
         curves = list(self.curves.get(cell, {}).values())
         return [
-            (points[0].step, fmean(getattr(point, index) for point in points))
+            (points[0].step, fmean(getattr(point, TASKS[cell.task].metric) for point in points))
             for points in zip(*curves, strict=False)
         ]
 
@@ -126,24 +124,18 @@ def load(folder: Path) -> Results:
     runs: dict[Cell, dict[int, Run]] = defaultdict(dict)
     for run in store.runs():
         runs[run.cell][run.seed] = run
-    curves: dict[Cell, dict[int, list[CurvePoint]]] = defaultdict(dict)
-    for (task, scheme, ratio, seed), points in store.curves().items():
-        curves[Cell(task, scheme, ratio)][seed] = points
-    times = [one for one in tables.read(folder / "seconds.csv", StepTime) if one.is_current]
+    times = [
+        one for one in tables.read(folder / "seconds.csv", StepTime) if one.cell.has_code(one.code)
+    ]
     machines = [(one.cpu, one.threads) for one in times]
     most = max(machines, key=machines.count, default=None)
     return Results(
         dict(runs),
-        dict(curves),
+        store.curves(),
         {one.cell: one for one in times if (one.cpu, one.threads) == most},
         "" if most is None else f"{most[0]}, {most[1]} threads",
         tables.read(folder / "tuning.csv", Trial),
         tables.read(folder / "crossterms.csv", CrossTerms),
         tables.read(folder / "noise.csv", Noise),
-        len(store.stale()),
+        store.stale(),
     )
-
-
-def root_mean_square(values: list[float]) -> float:
-    """The mean that norms of independent draws have."""
-    return math.sqrt(fmean(value * value for value in values))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,9 @@ from memaop_triton.bench.studies.quality.flops import Flops
 from memaop_triton.bench.studies.quality.schemes import DENSE, Cell, cells
 from memaop_triton.bench.studies.quality.store import Run, Store
 from memaop_triton.bench.studies.quality.tasks import TASKS
-from memaop_triton.bench.studies.quality.training import Outcome, train
+from memaop_triton.bench.studies.quality.training import train
+
+SEEDS = 3  # of every cell, if no other number is asked for
 
 
 class Job(NamedTuple):
@@ -23,62 +24,51 @@ class Job(NamedTuple):
     seed: int
 
 
-class Wanted(NamedTuple):
-    """Which runs are wanted; dense comes along with whatever is compared with it.
+def wanted(
+    tasks: Collection[str] | None = None,
+    schemes: Collection[str] | None = None,
+    ratios: Collection[str] | None = None,
+) -> list[Cell]:
+    """The cells of these tasks, schemes and ratios, of all where none are named.
 
-    Attributes:
-        tasks: Names; all if empty.
-        schemes: Names; all if empty.
-        ratios: As in `"1/8"`; all if empty.
-        seeds: Runs of every cell, from seed 0.
+    Dense comes along with whatever is compared with it: task by task, dense first, then by
+    importance.
     """
-
-    tasks: Sequence[str] = ()
-    schemes: Sequence[str] = ()
-    ratios: Sequence[str] = ()
-    seeds: int = 3
-
-    def cells(self) -> list[Cell]:
-        """Task by task, dense first, then by importance."""
-        chosen = [cell for name in self.tasks or TASKS for cell in cells(name)]
-        return [cell for cell in chosen if cell.scheme == DENSE or self._takes(cell)]
-
-    def jobs(self) -> list[Job]:
-        """All seeds of a cell together."""
-        return [Job(cell, seed) for cell in self.cells() for seed in range(self.seeds)]
-
-    def _takes(self, cell: Cell) -> bool:
-        return (not self.schemes or cell.scheme in self.schemes) and (
-            not self.ratios or cell.ratio in self.ratios
-        )
+    return [
+        cell
+        for name in tasks or TASKS
+        for cell in cells(name)
+        if cell.scheme == DENSE
+        or ((not schemes or cell.scheme in schemes) and (not ratios or cell.ratio in ratios))
+    ]
 
 
-def pending(jobs: Iterable[Job], runs: Iterable[Run]) -> list[Job]:
-    """The jobs that no run has done."""
+def pending(cells: Iterable[Cell], seeds: int, runs: Iterable[Run]) -> list[Job]:
+    """What no run has done, all seeds of a cell together."""
     done = {Job(run.cell, run.seed) for run in runs}
+    jobs = [Job(cell, seed) for cell in cells for seed in range(seeds)]
     return [job for job in jobs if job not in done]
 
 
 def do(
     job: Job, store: Store, data_dir: Path | None, progress: Callable[[int], None] = lambda _: None
-) -> tuple[Run, Outcome]:
+) -> Run:
     """Train, count, and keep the result."""
-    task, config = job.cell.problem, job.cell.config
-    source = data.load(task, data_dir)
-    counted = _flops(job.cell, data_dir)
-    allocated = job.cell.allocated
-    outcome = train(task, config, job.seed, source, progress, allocated=allocated)
+    cell, seed = job
+    source = data.load(cell.problem, data_dir)
+    counted = _flops(cell, data_dir)
+    outcome = train(cell.problem, cell.config, seed, source, progress, allocated=cell.allocated)
     run = Run(
-        *job.cell,
-        job.seed,
-        job.cell.code,
+        *cell,
+        seed,
+        cell.code,
         *outcome.score,
         outcome.diverged_at,
         *counted,
         outcome.seconds,
     )
     store.add(run, outcome)
-    return run, outcome
+    return run
 
 
 @functools.cache
@@ -88,23 +78,3 @@ def _flops(cell: Cell, data_dir: Path | None) -> Flops:
     counted = flops.count(task, cell.config, batch)
     share = task.batch / TASKS[cell.task].batch
     return counted._replace(weight_grads=share * counted.weight_grads)
-
-
-def remaining_seconds(jobs: Iterable[Job], runs: Iterable[Run]) -> float | None:
-    """What the jobs should take, by runs of the same scheme, or else of the same task.
-
-    `None` if there is a task of which no run has been done.
-    """
-    by_scheme: dict[tuple[str, str], list[float]] = {}
-    by_task: dict[str, list[float]] = {}
-    for run in runs:
-        by_scheme.setdefault((run.task, run.scheme), []).append(run.seconds)
-        by_task.setdefault(run.task, []).append(run.seconds)
-    total = 0.0
-    for job in jobs:
-        cell = job.cell
-        known = by_scheme.get((cell.task, cell.scheme)) or by_task.get(cell.task)
-        if known is None:
-            return None
-        total += statistics.median(known)
-    return total

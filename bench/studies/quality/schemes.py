@@ -36,22 +36,21 @@ class Scheme:
         name: Key on the command line and in files.
         label: For readers.
         make: From a ratio to the configuration; `None` for dense.
-        cheapens_both: Whether dX is sampled or projected too.
         allocates: Whether the ratio is a budget that `allocate_` spreads over the layers.
     """
 
     name: str
     label: str
-    make: Callable[[float], MemAOPConfig] | None
-    cheapens_both: bool = False
+    make: Callable[[float], MemAOPConfig] | None = None
     allocates: bool = False
 
-    def config(self, ratio: str) -> MemAOPConfig | None:
-        """The configuration at a ratio like `"1/8"`."""
-        return None if self.make is None else self.make(value_of(ratio))
+    @property
+    def cheapens_both(self) -> bool:
+        """Whether dX is sampled or projected too."""
+        return self.make is not None and self.make(1 / 8).grad_input_name != "exact"
 
 
-def _of(
+def _rows(
     selection: str, memory: Subspace | Rows | str, grad_input: str = "exact"
 ) -> Callable[[float], MemAOPConfig]:
     return lambda ratio: MemAOPConfig(
@@ -59,65 +58,61 @@ def _of(
     )
 
 
-def _within(share: float, **settings: Any) -> Callable[[float], MemAOPConfig]:
-    return lambda ratio: MemAOPConfig(budget=share * ratio, **settings)
+def _budget(grad_input: str = "exact") -> Callable[[float], MemAOPConfig]:
+    """The default at the ratio of all weight gradients of the network.
+
+    A tenth less than that, which pays for the output layer that stays dense.
+    """
+    return lambda ratio: MemAOPConfig(budget=0.9 * ratio, grad_input=grad_input)
 
 
-# In the order in which they are run and shown. A budget is cut by a tenth, which pays for the
-# output layer that stays dense: the ratio is then that of all weight gradients of the network.
-_TABLE: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
-    ("budget", "default in a budget", _within(0.9)),
-    ("subspace", "priority + subspace", _of("priority", "subspace")),
-    ("priority", "priority", _of("priority", "none")),
-    ("topk-residual", "topk + residual (paper)", _of("topk", "residual")),
-    ("topk-signed", "topk + signed", _of("topk", "signed")),
-    ("topk", "topk", _of("topk", "none")),
-    ("randk-residual", "randk + residual (paper)", _of("randk", "residual")),
-    ("weightedk-residual", "weightedk + residual (paper)", _of("weightedk", "residual")),
-    ("randk-signed", "randk + signed", _of("randk", "signed")),
-    ("topk-signed-half", "topk + signed, decay ½", _of("topk", Rows(signed=True, decay=0.5))),
-    ("randk-rescaled", "randk, rescaled", _of("uniform", "none")),
-    ("crs", "crs", _of("crs", "none")),
-    ("bernoulli", "bernoulli", _of("bernoulli", "none")),
-    ("wta", "wta", _of("wta", "none")),
-)
-_TABLE_OF_ALLOCATED: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
-    ("budget-allocated", "default in a budget, allocated", _within(0.9)),
-    ("priority-allocated", "priority, allocated", _of("priority", "none")),
-)
-_PROJECTED = _within(0.9, grad_input="projected")
-_TABLE_OF_BOTH: tuple[tuple[str, str, Callable[[float], MemAOPConfig]], ...] = (
-    (
-        "budget-both",
-        "default in a budget, dX sampled",
-        _within(0.9, grad_input="sampled"),
-    ),
-    (
-        "subspace-both",
-        "priority + subspace, dX sampled",
-        _of("priority", "subspace", grad_input="sampled"),
-    ),
-    (
-        "priority-both",
-        "priority, dX sampled",
-        _of("priority", "none", grad_input="sampled"),
-    ),
-    ("budget-projected", "default in a budget, dX projected", _PROJECTED),
-)
+_BEST_OF_BOTH = "budget-projected-allocated"
+# In the order in which they are run and shown.
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme(DENSE, "dense", None),
-        Scheme(SHORTER, "dense, fewer steps", None),
-        Scheme(SMALLER, "dense, smaller batch", None),
-        *(Scheme(*line) for line in _TABLE),
-        *(Scheme(*line, allocates=True) for line in _TABLE_OF_ALLOCATED),
-        *(Scheme(*line, cheapens_both=True) for line in _TABLE_OF_BOTH),
+        Scheme(DENSE, "dense"),
+        Scheme(SHORTER, "dense, fewer steps"),
+        Scheme(SMALLER, "dense, smaller batch"),
+        Scheme("budget", "default in a budget", _budget()),
+        Scheme("subspace", "priority + subspace", _rows("priority", "subspace")),
+        Scheme("priority", "priority", _rows("priority", "none")),
+        Scheme("topk-residual", "topk + residual (paper)", _rows("topk", "residual")),
+        Scheme("topk-signed", "topk + signed", _rows("topk", "signed")),
+        Scheme("topk", "topk", _rows("topk", "none")),
+        Scheme("randk-residual", "randk + residual (paper)", _rows("randk", "residual")),
         Scheme(
-            "budget-projected-allocated",
+            "weightedk-residual", "weightedk + residual (paper)", _rows("weightedk", "residual")
+        ),
+        Scheme("randk-signed", "randk + signed", _rows("randk", "signed")),
+        Scheme(
+            "topk-signed-half",
+            "topk + signed, decay ½",
+            _rows("topk", Rows(signed=True, decay=0.5)),
+        ),
+        Scheme("randk-rescaled", "randk, rescaled", _rows("uniform", "none")),
+        Scheme("crs", "crs", _rows("crs", "none")),
+        Scheme("bernoulli", "bernoulli", _rows("bernoulli", "none")),
+        Scheme("wta", "wta", _rows("wta", "none")),
+        Scheme("budget-allocated", "default in a budget, allocated", _budget(), allocates=True),
+        Scheme(
+            "priority-allocated",
+            "priority, allocated",
+            _rows("priority", "none"),
+            allocates=True,
+        ),
+        Scheme("budget-both", "default in a budget, dX sampled", _budget("sampled")),
+        Scheme(
+            "subspace-both",
+            "priority + subspace, dX sampled",
+            _rows("priority", "subspace", "sampled"),
+        ),
+        Scheme("priority-both", "priority, dX sampled", _rows("priority", "none", "sampled")),
+        Scheme("budget-projected", "default in a budget, dX projected", _budget("projected")),
+        Scheme(
+            _BEST_OF_BOTH,
             "default in a budget, allocated, dX projected",
-            _PROJECTED,
-            cheapens_both=True,
+            _budget("projected"),
             allocates=True,
         ),
     )
@@ -127,7 +122,6 @@ SCHEMES = {
 # others to one; those of a quarter of an hour repeat the comparisons that matter, and those with
 # larger batches ask from which size on a cheaper step pays.
 _MEDIUM = ("fashion", "vit", "gpt-128")
-_BEST_OF_BOTH = "budget-projected-allocated"
 _MAIN = ("budget", "budget-allocated", "priority", "topk-residual", "topk-signed", _BEST_OF_BOTH)
 _AT_EQUAL_TIME = ("1/8", "1/4", "1/2")
 _BOTH = {
@@ -164,11 +158,6 @@ class Cell(NamedTuple):
     ratio: str
 
     @property
-    def is_known(self) -> bool:
-        """Whether its names stand for something."""
-        return self.task in TASKS and self.scheme in SCHEMES
-
-    @property
     def place(self) -> tuple[tuple[int, str], ...]:
         """Sorts cells as their names stand in the tables, unknown ones last."""
         tables = (list(TASKS), list(SCHEMES), [WHOLE, *ALL_RATIOS])
@@ -195,7 +184,8 @@ class Cell(NamedTuple):
     @property
     def config(self) -> MemAOPConfig | None:
         """What its layers are converted with."""
-        return SCHEMES[self.scheme].config(self.ratio)
+        make = SCHEMES[self.scheme].make
+        return None if make is None else make(value_of(self.ratio))
 
     @property
     def dense(self) -> Cell:
@@ -206,6 +196,10 @@ class Cell(NamedTuple):
     def code(self) -> str:
         """Short hash of all that determines the result of a seed."""
         return code_of(self.problem, self.config, self.allocated)
+
+    def has_code(self, code: str) -> bool:
+        """Whether a result of that code is of what the names stand for now."""
+        return self.task in TASKS and self.scheme in SCHEMES and self.code == code
 
     @property
     def allocated(self) -> float | None:
@@ -224,24 +218,22 @@ def value_of(ratio: str) -> float:
 
 def cells(task: str) -> list[Cell]:
     """All cells of a task, dense first, then by importance."""
-    return [Cell(task, DENSE, WHOLE), *(Cell(task, s, r) for s, r in _sampled(task))]
+    others = _FEW_CELLS.get(task) or {name: _ratios(task, name) for name in SCHEMES}
+    return [
+        Cell(task, DENSE, WHOLE),
+        *(Cell(task, name, ratio) for name, ratios in others.items() for ratio in ratios),
+    ]
 
 
-def _sampled(task: str) -> Iterator[tuple[str, str]]:
-    """Schemes and ratios beside dense."""
-    if task in _FEW_CELLS:
-        few = _FEW_CELLS[task].items()
-        yield from ((name, ratio) for name, ratios in few for ratio in ratios)
-        return
-    for name, scheme in SCHEMES.items():
-        if name == DENSE or (name in DENSE_SHARES and task not in _MEDIUM):
-            continue
-        if name in DENSE_SHARES:
-            yield from ((name, ratio) for ratio in DENSE_SHARES[name])
-        elif task not in _MEDIUM or name in _MAIN:
-            yield from ((name, ratio) for ratio in RATIOS)
-        else:
-            yield name, RATIO_OF_BOTH if scheme.cheapens_both else RATIO
+def _ratios(task: str, scheme: str) -> tuple[str, ...]:
+    """Those of a scheme in a task that has no table of its own."""
+    if scheme == DENSE:
+        return ()
+    if scheme in DENSE_SHARES:
+        return DENSE_SHARES[scheme] if task in _MEDIUM else ()
+    if task not in _MEDIUM or scheme in _MAIN:
+        return RATIOS
+    return (RATIO_OF_BOTH if SCHEMES[scheme].cheapens_both else RATIO,)
 
 
 def code_of(task: Task, config: MemAOPConfig | None, allocated: float | None = None) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from statistics import fmean, stdev
+from typing import TypeVar
 
 from memaop_triton.bench.report import text
-from memaop_triton.bench.report.document import NOTHING, Block, Bullets, Chart, Section, Table
+from memaop_triton.bench.report.document import NOTHING, Block, Chart, Section, Table
 from memaop_triton.bench.report.document import Cell as Entry
 from memaop_triton.bench.studies.quality import plots
 from memaop_triton.bench.studies.quality.results import Results
@@ -26,6 +26,8 @@ from memaop_triton.bench.studies.quality.schemes import (
 )
 from memaop_triton.bench.studies.quality.statistics import Difference
 from memaop_triton.bench.studies.quality.tasks import TASKS, Task
+
+R = TypeVar("R")
 
 READING = (
     "Runs of a task with the same seed start from the same weights and see the same batches, but "
@@ -49,54 +51,47 @@ READING = (
 
 def overview_section(results: Results) -> Section:
     """All schemes on all tasks, those with a cheaper dX too at a ratio of their own."""
-    units = "Accuracy in points, more is better; loss of the GPTs in nats, less is better."
-    only = [name for name, one in SCHEMES.items() if one.make and not one.cheapens_both]
-    both = [name for name, one in SCHEMES.items() if one.cheapens_both]
+
+    def table(cheapens_both: bool, ratio: str, caption: str) -> Table | str:
+        names = [
+            name for name, one in SCHEMES.items() if one.make and one.cheapens_both == cheapens_both
+        ]
+        return _table(
+            _labelled(names),
+            list(TASKS),
+            lambda name, task: _difference(results, Cell(task, name, ratio)),
+            caption,
+        )
+
     blocks: list[Block] = [
-        units,
-        _overview(results, only, RATIO, f"Difference to dense at r = {RATIO}"),
-        _overview(
-            results, both, RATIO_OF_BOTH, f"dX cheaper too: difference to dense at {RATIO_OF_BOTH}"
-        ),
+        "Accuracy in points, more is better; loss of the GPTs in nats, less is better.",
+        table(False, RATIO, f"Difference to dense at r = {RATIO}"),
+        table(True, RATIO_OF_BOTH, f"dX cheaper too: difference to dense at {RATIO_OF_BOTH}"),
     ]
     return Section("overview", "At a glance", blocks)
 
 
 def equal_time_section(results: Results) -> Section:
     """Where a cheaper step buys more than it loses."""
-    title = "At equal time"
-    tables = [
-        table
-        for kind, how in ((SHORTER, "fewer steps"), (SMALLER, "a smaller batch"))
-        if (table := _equal_time_table(results, kind, how)) is not None
-    ]
-    if not tables:
-        return Section("equal-time", title, ["Not measured yet."])
+    timed = sorted(results.times, key=lambda cell: cell.place[1:])
+    rows = {f"{SCHEMES[cell.scheme].label}, {cell.ratio}": cell[1:] for cell in timed}
+
+    def table(kind: str, how: str) -> Table | str:
+        return _table(
+            rows,
+            list(TASKS),
+            lambda row, task: _at_equal_time(results, Cell(task, *row), kind),
+            f"Difference to dense with {how} after the same seconds; below, a step's time over "
+            "dense's.",
+        )
+
     how = (
         "Dense was trained with fewer steps too, its learning rate coming down by then, and with "
         "fewer rows in as many steps; what it reaches in the time that a scheme takes is "
         "interpolated between these runs."
     )
-    return Section("equal-time", title, [how, *tables])
-
-
-def _equal_time_table(results: Results, kind: str, how: str) -> Table | None:
-    known = [cell for cell in results.times if results.at_equal_time(cell, kind) is not None]
-    if not known:
-        return None
-    columns = [task for task in TASKS if any(cell.task == task for cell in known)]
-    rows = []
-    for scheme, ratio in dict.fromkeys(cell[1:] for cell in sorted(known, key=_at)):
-        row = (_at_equal_time(results, Cell(task, scheme, ratio), kind) for task in columns)
-        rows.append((Entry(f"{SCHEMES[scheme].label}, {ratio}"), *row))
-    caption = (
-        f"Difference to dense with {how} after the same seconds; below, a step's time over dense's."
-    )
-    return Table(("scheme", *columns), tuple(rows), caption=caption)
-
-
-def _at(cell: Cell) -> tuple[tuple[int, str], ...]:
-    return cell.place[1:]
+    blocks: list[Block] = [how, table(SHORTER, "fewer steps"), table(SMALLER, "a smaller batch")]
+    return Section("equal-time", "At equal time", blocks)
 
 
 def _at_equal_time(results: Results, cell: Cell, kind: str) -> Entry:
@@ -108,29 +103,29 @@ def _at_equal_time(results: Results, cell: Cell, kind: str) -> Entry:
     return _entry(TASKS[cell.task], difference, f"{time.share:.2f}× time")
 
 
-def _overview(results: Results, names: Sequence[str], ratio: str, caption: str) -> Table | str:
-    rows = [
-        (
-            Entry(SCHEMES[name].label),
-            *(_difference(results, Cell(task, name, ratio)) for task in TASKS),
-        )
-        for name in names
-    ]
-    return _table_of_known(("scheme", *TASKS), rows, caption)
+def _labelled(schemes: Iterable[str]) -> dict[str, str]:
+    return {SCHEMES[name].label: name for name in schemes}
 
 
-def _table_of_known(
-    head: Sequence[str], rows: Sequence[tuple[Entry, ...]], caption: str
+def _table(
+    rows: Mapping[str, R],
+    columns: Sequence[str],
+    entry: Callable[[R, str], Entry],
+    caption: str,
 ) -> Table | str:
-    """Without rows and columns that are still empty; the first column names the rows."""
-    rows = [row for row in rows if any(one != NOTHING for one in row[1:])]
-    if not rows:
+    """A table without rows and columns that are still empty."""
+    every = [
+        (Entry(label), *(entry(row, column) for column in columns)) for label, row in rows.items()
+    ]
+    known = [row for row in every if any(one.text != NOTHING.text for one in row[1:])]
+    if not known:
         return f"{caption.rstrip('.')}: not run yet."
-    kept = [at for at, column in enumerate(zip(*rows, strict=True))
-            if at == 0 or any(one != NOTHING for one in column)]  # fmt: skip
+    head = ("scheme", *columns)
+    kept = [at for at, column in enumerate(zip(*known, strict=True))
+            if at == 0 or any(one.text != NOTHING.text for one in column)]  # fmt: skip
     return Table(
         tuple(head[at] for at in kept),
-        tuple(tuple(row[at] for at in kept) for row in rows),
+        tuple(tuple(row[at] for at in kept) for row in known),
         caption=caption,
     )
 
@@ -148,18 +143,26 @@ def task_section(results: Results, task: Task) -> Section:
         f"{text.count(len(values), 'seed')}, {text.count(task.steps, 'step')}, learning rate "
         f"{task.optimizer.lr:g}."
     ]
-    if any(cell in results.runs for cell in cells(task.name) if cell != dense):
+    others = [cell for cell in cells(task.name) if cell != dense]
+    if any(cell in results.runs for cell in others):
+        rows = _labelled(cell.scheme for cell in others)
+        best = _best(results, others)
+
+        def difference(name: str, ratio: str) -> Entry:
+            cell = Cell(task.name, name, ratio)
+            entry = _difference(results, cell)
+            return replace(entry, tone="best") if cell in best else entry
+
+        def cost(name: str, ratio: str) -> Entry:
+            return _cost(results, Cell(task.name, name, ratio))
+
         what = "accuracy, points" if task.metric == "accuracy" else "validation loss, nats"
         blocks += [
+            _table(rows, ALL_RATIOS, difference, f"Difference to dense in {what}."),
             _table(
-                task,
-                partial(_difference, results),
-                f"Difference to dense in {what}.",
-                best=_best(results, task),
-            ),
-            _table(
-                task,
-                partial(_cost, results),
+                rows,
+                ALL_RATIOS,
+                cost,
                 "FLOPs of the weight gradients over dense's; time of a step over dense's.",
             ),
             Chart(
@@ -176,22 +179,6 @@ def task_section(results: Results, task: Task) -> Section:
             ),
         ]
     return Section(task.name, task.title, blocks)
-
-
-def _table(
-    task: Task, entry: Callable[[Cell], Entry], caption: str, *, best: Sequence[Cell] = ()
-) -> Table | str:
-    every = [cell for cell in cells(task.name) if cell.scheme != DENSE]
-    ratios = [ratio for ratio in ALL_RATIOS if any(cell.ratio == ratio for cell in every)]
-    rows = []
-    for name in dict.fromkeys(cell.scheme for cell in every):
-        row = [entry(Cell(task.name, name, ratio)) for ratio in ratios]
-        marked = [
-            replace(one, tone="best") if Cell(task.name, name, ratio) in best else one
-            for one, ratio in zip(row, ratios, strict=True)
-        ]
-        rows.append((Entry(SCHEMES[name].label), *marked))
-    return _table_of_known(("scheme", *ratios), rows, caption)
 
 
 def _difference(results: Results, cell: Cell) -> Entry:
@@ -227,14 +214,14 @@ def _cost(results: Results, cell: Cell) -> Entry:
     return Entry(flops, times)
 
 
-def _best(results: Results, task: Task) -> list[Cell]:
-    """The scheme with the best mean at every ratio."""
+def _best(results: Results, cells: Iterable[Cell]) -> list[Cell]:
+    """The scheme with the best mean at every ratio of a task, dense ones aside."""
     found: dict[str, tuple[float, Cell]] = {}
-    for cell in cells(task.name):
+    for cell in cells:
         difference = results.difference(cell)
         if cell.config is None or difference is None:
             continue
-        gain = task.sign * difference.mean
+        gain = TASKS[cell.task].sign * difference.mean
         if cell.ratio not in found or gain > found[cell.ratio][0]:
             found[cell.ratio] = gain, cell
     return [cell for _, cell in found.values()]
@@ -243,8 +230,3 @@ def _best(results: Results, task: Task) -> list[Cell]:
 def number(task: Task, value: float, *, signed: bool = False) -> str:
     digits = 2 if task.metric == "accuracy" else 4
     return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
-
-
-def reading_section() -> Section:
-    """How the numbers were made."""
-    return Section("reading", "How to read this", [Bullets(READING, shown=len(READING))])

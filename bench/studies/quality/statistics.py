@@ -27,19 +27,9 @@ class Difference:
     better: int
 
     @property
-    def low(self) -> float:
-        """Lower end of the interval."""
-        return self.mean - self.half_width
-
-    @property
-    def high(self) -> float:
-        """Upper end of the interval."""
-        return self.mean + self.half_width
-
-    @property
     def is_clear(self) -> bool:
         """Whether zero lies outside the interval."""
-        return self.low > 0 or self.high < 0
+        return abs(self.mean) > self.half_width
 
 
 def paired(scheme: Mapping[int, float], dense: Mapping[int, float], sign: int) -> Difference | None:
@@ -53,12 +43,11 @@ def paired(scheme: Mapping[int, float], dense: Mapping[int, float], sign: int) -
     differences = [scheme[seed] - dense[seed] for seed in sorted(scheme.keys() & dense.keys())]
     if not differences:
         return None
-    gains = [sign * one for one in differences]
     return Difference(
         fmean(differences),
         half_width(differences),
         len(differences),
-        sum(one > 0 for one in gains),
+        sum(sign * one > 0 for one in differences),
     )
 
 

@@ -66,29 +66,18 @@ class StepTime(NamedTuple):
     @property
     def cell(self) -> Cell:
         """What it is a time of."""
-        return Cell(self.task, self.scheme, self.ratio)
-
-    @property
-    def is_current(self) -> bool:
-        """Whether it is of what its names stand for now."""
-        return self.cell.is_known and self.code == self.cell.code
+        return Cell(*self[:3])
 
 
 def is_timed(cell: Cell, times: Sequence[StepTime]) -> bool:
     """Whether one of the times is of this cell, machine and number of threads."""
-    here = (processor_name(), torch.get_num_threads())
-    return any(
-        one.cell == cell and one.is_current and (one.cpu, one.threads) == here for one in times
-    )
+    here = (cell.code, processor_name(), torch.get_num_threads())
+    return any(one.cell == cell and (one.code, one.cpu, one.threads) == here for one in times)
 
 
 def add(path: Path, time: StepTime) -> None:
     """Write a time into the file, in place of one of the same cell, machine and threads."""
-
-    def key(one: StepTime) -> tuple[object, ...]:
-        return (*one.cell, one.cpu, one.threads)
-
-    tables.update(path, [time], key, lambda one: (*one.cell.place, key(one)))
+    tables.update(path, StepTime, [time], lambda one: (*one.cell.place, one.cpu, one.threads))
 
 
 def measure(cell: Cell, data_dir: Path | None, rounds: int | None = None) -> StepTime:
@@ -111,18 +100,14 @@ def measure(cell: Cell, data_dir: Path | None, rounds: int | None = None) -> Ste
         for is_dense in order.sample((True, False), 2):
             rows = task.batch if is_dense else own.batch
             some = Batch(batch.x[:rows], batch.y[:rows])
-            seconds[is_dense].append(_seconds(trainers[is_dense], some))
+            start = clock.perf_counter()
+            trainers[is_dense].step(some)
+            seconds[is_dense].append(clock.perf_counter() - start)
     dense, ours = (_means(seconds[kind][warm_up:], period) for kind in (True, False))
     shares = [one / other for one, other in zip(ours, dense, strict=True)]
     values = (*_quartiles(dense, 1e3), *_quartiles(ours, 1e3), *_quartiles(shares))
     here = (processor_name(), torch.get_num_threads())
     return StepTime(*cell, cell.code, *here, rounds, *values)
-
-
-def _seconds(trainer: Trainer, batch: Batch) -> float:
-    start = clock.perf_counter()
-    trainer.step(batch)
-    return clock.perf_counter() - start
 
 
 def _means(seconds: Sequence[float], period: int) -> list[float]:

@@ -1,15 +1,13 @@
 """Runs and their curves on disk: `runs.csv` and `curves.csv`.
 
-The curve is written first and the run's line last, each by replacing the file, so a process that is
-killed loses the run it was at and nothing else. Several processes may write.
+The curve is written first and the run's line last, so a process that is killed loses the run it was
+at and nothing else. Several processes may write.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
-
-from filelock import FileLock
 
 from memaop_triton.bench.studies.quality import tables
 from memaop_triton.bench.studies.quality.schemes import Cell
@@ -51,12 +49,18 @@ class Run(NamedTuple):
     @property
     def cell(self) -> Cell:
         """What it is a run of."""
-        return Cell(self.task, self.scheme, self.ratio)
+        return Cell(*self[:3])
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is of what its names stand for now."""
+        return self.cell.has_code(self.code)
 
     @property
     def metric(self) -> float:
         """The value that the task is judged by."""
-        return self.accuracy if TASKS[self.task].metric == "accuracy" else self.loss
+        value: float = getattr(self, TASKS[self.task].metric)
+        return value
 
 
 class CurvePoint(NamedTuple):
@@ -72,9 +76,6 @@ class CurvePoint(NamedTuple):
     accuracy: float
 
 
-Key = tuple[str, str, str, int]
-
-
 class Store:
     """The results in a folder.
 
@@ -88,44 +89,30 @@ class Store:
 
     def runs(self) -> list[Run]:
         """All runs whose task and configuration are still what they were."""
-        return [run for run in self._all() if is_current(run)]
+        return [run for run in tables.read(self._runs, Run) if run.is_current]
 
-    def stale(self) -> list[Run]:
-        """The others: their cells are run again."""
-        return [run for run in self._all() if not is_current(run)]
+    def stale(self) -> int:
+        """How many others there are: their cells are run again."""
+        return sum(not run.is_current for run in tables.read(self._runs, Run))
 
-    def curves(self) -> dict[Key, list[CurvePoint]]:
+    def curves(self) -> dict[Cell, dict[int, list[CurvePoint]]]:
         """Points of every run of `runs`, in order. Points without a run do not count."""
-        found: dict[Key, list[CurvePoint]] = {_key(run): [] for run in self.runs()}
-        codes = {_key(run): run.code for run in self.runs()}
+        runs = self.runs()
+        found: dict[Cell, dict[int, list[CurvePoint]]] = {run.cell: {} for run in runs}
+        by_run: dict[tuple[object, ...], list[CurvePoint]] = {}
+        for run in runs:
+            by_run[run[:5]] = found[run.cell][run.seed] = []
         for point in tables.read(self._curves, CurvePoint):
-            if codes.get(_key(point)) == point.code:
-                found[_key(point)].append(point)
+            by_run.get(point[:5], []).append(point)
         return found
 
     def add(self, run: Run, outcome: Outcome) -> None:
         """Keep a run, in place of one with the same task, scheme, ratio and seed."""
-        key = _key(run)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock"):
-            points = [p for p in tables.read(self._curves, CurvePoint) if _key(p) != key]
-            points += [CurvePoint(*key, run.code, *point) for point in outcome.curve]
-            points.sort(key=lambda point: (*_order(point), point.step))
-            tables.write(self._curves, CurvePoint, points)
-            tables.update(self._runs, [run], _key, _order)
-
-    def _all(self) -> list[Run]:
-        return tables.read(self._runs, Run)
+        points = [CurvePoint(*run[:5], *point) for point in outcome.curve]
+        tables.update(self._curves, CurvePoint, points, _key)
+        tables.update(self._runs, Run, [run], _key)
 
 
-def is_current(run: Run) -> bool:
-    """Whether a run is of what its names stand for now."""
-    return run.cell.is_known and run.code == run.cell.code
-
-
-def _key(row: Run | CurvePoint) -> Key:
-    return row.task, row.scheme, row.ratio, row.seed
-
-
-def _order(row: Run | CurvePoint) -> tuple[object, ...]:
-    return (*Cell(row.task, row.scheme, row.ratio).place, row.seed)
+def _key(row: Run | CurvePoint) -> tuple[object, ...]:
+    """The same for the same task, scheme, ratio and seed, in the order of their tables."""
+    return (*Cell(*row[:3]).place, row.seed)

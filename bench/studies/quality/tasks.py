@@ -77,7 +77,7 @@ class Task:
         optimizer: How.
         batch: Images, or sequences of the network's context.
         steps: Length of a run.
-        metric: What counts: accuracy in %, or loss.
+        metric: What counts: accuracy in %, or loss; the name of the field in a `Score`.
         left_dense: Layers that no scheme converts. The output layer: it has few columns, so that
             scoring its rows costs as much as its gradient.
     """
@@ -106,6 +106,12 @@ def _transformer(lr: float) -> Optimizer:
     return Optimizer("adamw", lr, (0.9, 0.99), 0.1, warmup=0.1, floor=0.1, clip=1.0)
 
 
+def _mnist(optimizer: Optimizer) -> Task:
+    name, title = f"mnist-{optimizer.kind}", "MNIST, MLP 784-256-256-10, "
+    title += "SGD" if optimizer.kind == "sgd" else "Adam"
+    return Task(name, title, "mnist", _SMALL, optimizer, 256, _epochs(4, 256), "accuracy")
+
+
 def _fashion(name: str, batch: int, epochs: float, lr: float) -> Task:
     title = "Fashion-MNIST, MLP 784-1024-1024-10, Adam"
     title += f", {batch:,} images a step" if batch != 256 else ""
@@ -129,26 +135,8 @@ def _gpt(name: str, network: Gpt, steps: int, lr: float, batch: int = 16) -> Tas
 TASKS = {
     task.name: task
     for task in (
-        Task(
-            "mnist-sgd",
-            "MNIST, MLP 784-256-256-10, SGD",
-            "mnist",
-            _SMALL,
-            Optimizer("sgd", 0.8, floor=0.0),
-            256,
-            _epochs(4, 256),
-            "accuracy",
-        ),
-        Task(
-            "mnist-adam",
-            "MNIST, MLP 784-256-256-10, Adam",
-            "mnist",
-            _SMALL,
-            Optimizer("adam", 8e-3, floor=0.0),
-            256,
-            _epochs(4, 256),
-            "accuracy",
-        ),
+        _mnist(Optimizer("sgd", 0.8, floor=0.0)),
+        _mnist(Optimizer("adam", 8e-3, floor=0.0)),
         _fashion("fashion", 256, 4, 2e-3),
         _gpt("gpt-128", Gpt(128, 4), 600, 4e-3),
         _vit("vit", 128, 1.25, 5e-4),

@@ -167,8 +167,9 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 def evaluate(model: nn.Module, batch: Batch) -> Score:
     """Loss and accuracy on any number of images or sequences."""
     loss = correct = 0.0
+    rows = max(1, _NUMBERS // batch.x[0].numel())
     with evaluating(model):
-        for x, y in _parts(batch):
+        for x, y in zip(batch.x.split(rows), batch.y.split(rows), strict=True):
             logits = model(x).flatten(0, -2)
             loss += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
             correct += (logits.argmax(1) == y.flatten()).sum().item()
@@ -184,8 +185,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train()
-
-
-def _parts(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, _NUMBERS // batch.x[0].numel())
-    yield from zip(batch.x.split(rows), batch.y.split(rows), strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,26 +50,19 @@ def with_rate(task: Task, lr: float) -> Task:
     return dataclasses.replace(task, optimizer=dataclasses.replace(task.optimizer, lr=lr))
 
 
-def tune(
-    task: Task,
-    path: Path,
-    data_dir: Path | None,
-    on_trial: Callable[[Trial], None] = lambda _: None,
-) -> float | None:
-    """Try the learning rates that `path` does not hold yet; the best one of all."""
+def tune(task: Task, path: Path, data_dir: Path | None) -> Iterator[Trial]:
+    """Try the learning rates that `path` does not hold yet, and write them there."""
     source = data.load(task, data_dir).for_tuning()
+    known = {(one.code, one.seed) for one in tables.read(path, Trial)}
     for candidate in candidates(task):
+        code = code_of(candidate, None)
         for seed in range(FEW_SEEDS if task.name in LONG_TASKS else SEEDS):
-            trials = tables.read(path, Trial)
-            code = code_of(candidate, None)
-            if any(one.code == code and one.seed == seed for one in trials):
-                continue
-            score = train(candidate, None, seed, source).score
-            trial = Trial(task.name, candidate.optimizer.lr, seed, code, *score)
-            # A trial of another code stays: its line says of what it is.
-            tables.update(path, [trial], lambda one: one, lambda one: one[:3])
-            on_trial(trial)
-    return best_rate(task, tables.read(path, Trial))
+            if (code, seed) not in known:
+                score = train(candidate, None, seed, source).score
+                trial = Trial(task.name, candidate.optimizer.lr, seed, code, *score)
+                # A trial of another code stays: its line says of what it is.
+                tables.update(path, Trial, [trial], lambda one: one[:4])
+                yield trial
 
 
 def best_rate(task: Task, trials: Iterable[Trial]) -> float | None:
@@ -77,8 +70,7 @@ def best_rate(task: Task, trials: Iterable[Trial]) -> float | None:
     results: dict[float, list[float]] = {}
     for trial in trials:
         if trial.task == task.name and trial.code == code_of(with_rate(task, trial.lr), None):
-            value = trial.accuracy if task.metric == "accuracy" else trial.loss
-            results.setdefault(trial.lr, []).append(task.sign * value)
+            results.setdefault(trial.lr, []).append(task.sign * getattr(trial, task.metric))
     means = {lr: statistics.fmean(values) for lr, values in results.items()}
     finite = [lr for lr in means if math.isfinite(means[lr])]
     return max(finite, key=lambda lr: means[lr], default=None)

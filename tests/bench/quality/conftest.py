@@ -1,19 +1,23 @@
 import pytest
 
+from memaop_triton.bench.studies.quality import data
 from memaop_triton.bench.studies.quality.store import Store
-from memaop_triton.bench.studies.quality.tasks import TASKS
 from tests.bench.quality import tiny
 
 
 @pytest.fixture
 def task(monkeypatch):
     """The tiny task, as the only one there is."""
-    for name in list(TASKS):
-        monkeypatch.delitem(TASKS, name)
-    monkeypatch.setitem(TASKS, "tiny", tiny.TASK)
+    tiny.be_the_only_task(monkeypatch)
     return tiny.TASK
 
 
 @pytest.fixture
 def store(task, tmp_path):
     return Store(tmp_path / "quality")
+
+
+@pytest.fixture(scope="session")
+def source():
+    """The data of the tiny task."""
+    return data.load(tiny.TASK, None)

@@ -1,4 +1,4 @@
-"""The cross terms of the row memory: summed by ages, and predicted from moments."""
+"""The cross terms of the row memory: by definition, and predicted from moments."""
 
 import math
 from statistics import fmean
@@ -6,94 +6,85 @@ from statistics import fmean
 import pytest
 import torch
 
-from memaop_triton.bench.studies.quality import crossterms, data
+from memaop_triton import MemAOPConfig
+from memaop_triton.bench.studies.quality import crossterms, tables
 from memaop_triton.bench.studies.quality.capture import Rows, capture
-from memaop_triton.bench.studies.quality.crossterms import compare, predicted_ratio
+from memaop_triton.bench.studies.quality.crossterms import CrossTerms, predicted_ratio
 from tests.bench.quality import tiny
 
 ROWS = 64
 
 
-@pytest.fixture(scope="module")
-def batches():
-    """Independent rows whose means are not zero, x and g related."""
-    generator = torch.Generator().manual_seed(0)
+def made(seed, related, shift_x, shift_g):
+    """32 batches of independent rows, g a function of x or not."""
+    generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(12, 6, generator=generator)
     found = []
     for _ in range(32):
-        x = torch.randn(ROWS, 12, generator=generator) + 0.7
-        g = x @ mix * 0.3 + torch.randn(ROWS, 6, generator=generator) + 0.2
+        x = torch.randn(ROWS, 12, generator=generator) + shift_x
+        g = related * x @ mix + torch.randn(ROWS, 6, generator=generator) + shift_g
         found.append(Rows(x, g))
     return found
 
 
-def last(batches, selection, memory, draw=0, ratio=1 / 8):
-    method = (selection, memory, ratio)
-    predicted = crossterms.predictions(batches, *method)
-    *_, line = compare("tiny", "layer", batches, *method, draw, predicted)
-    return line
+RELATED, UNRELATED = (0, 0.3, 0.7, 0.2), (1, 0.0, 2.0, 0.0)
 
 
-@pytest.mark.parametrize("selection", ["randk", "topk"])
-def test_cross_terms_explain_all_that_the_papers_memory_adds(batches, selection):
-    lines = list(compare("tiny", "layer", batches, selection, "residual", 1 / 8))
-    assert [line.batches for line in lines] == [1, 2, 4, 8, 16, 32]
-    assert all(line.unexplained < 1e-5 for line in lines)
-    assert lines[0].cross < 1e-6  # nothing to pair with yet
-    assert lines[-1].cross > 1
+@pytest.fixture(scope="module")
+def batches():
+    return made(*RELATED)
+
+
+def compare(batches, selection, memory, draw=0, ratio=1 / 8):
+    config = MemAOPConfig(ratio=ratio, selection=selection, memory=memory)
+    return crossterms.compare(batches, config, draw)
 
 
 def test_cross_terms_of_one_slot_by_hand():
-    x, g = torch.tensor([[2.0], [3.0], [5.0]]), torch.tensor([[7.0], [11.0], [13.0]])
-    rows = [Rows(a[None], b[None]) for a, b in zip(x, g, strict=True)]
-    slots = crossterms._Slots(rows)
-    slots.empty(2, torch.tensor([True]), pairing=True)
-    assert slots.cross.item() == 7 * 3 + 11 * 2
-    assert slots.pending(3).item() == 13 * 5
-    slots.empty(3, torch.tensor([True]), pairing=True)
-    assert slots.cross.item() == 7 * 3 + 11 * 2
-    assert slots.pending(3).item() == 0
-
-
-@pytest.mark.parametrize("ratio", [1 / 2, 1 / 8])
-@pytest.mark.parametrize("memory", ["residual", "signed"])
-def test_prediction_holds_for_independent_rows(batches, memory, ratio):
-    lines = [last(batches, "randk", memory, draw, ratio) for draw in range(12)]
-    measured = math.sqrt(fmean(line.norm**2 for line in lines))
-    assert measured == pytest.approx(lines[0].predicted, rel=0.08)
-
-
-def test_prediction_holds_where_only_scatter_is_left():
-    generator = torch.Generator().manual_seed(1)
-    shapes = [(ROWS, 12), (ROWS, 24)]
-    batches = [
-        Rows(*(torch.randn(shape, generator=generator) for shape in shapes)) for _ in range(32)
+    # The first row is selected twice, the second one, three batches old, at last.
+    rows = [
+        Rows(torch.tensor([[9.0], [a]]), torch.tensor([[9.0], [b]])) for a, b in ((2, 7), (3, 5))
     ]
-    batches = [Rows(x + 2, g) for x, g in batches]
-    lines = [last(batches, "randk", "residual", draw) for draw in range(12)]
-    measured = math.sqrt(fmean(line.norm**2 for line in lines))
-    assert measured == pytest.approx(lines[0].predicted, rel=0.12)
+    rows.append(Rows(torch.tensor([[1.0], [40.0]]), torch.tensor([[1.0], [50.0]])))
+    found = compare(rows, "topk", "residual", ratio=1 / 2)
+    returned = 81 + 81 + (2 + 3 + 40) * (7 + 5 + 50)
+    dense = 81 + 81 + 1 + 2 * 7 + 3 * 5 + 40 * 50
+    cross = 2 * (5 + 50) + 3 * (7 + 50) + 40 * (7 + 5)
+    assert found == pytest.approx((returned / dense, 1, cross / dense))
+
+
+def test_the_first_batch_has_nothing_to_pair_with(batches):
+    for selection in ("randk", "topk"):
+        assert compare(batches[:1], selection, "residual").cross < 1e-6
+        assert compare(batches, selection, "residual").cross > 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "memory", "ratio", "within"),
+    [(RELATED, memory, r, 0.08) for memory in ("residual", "signed") for r in (1 / 2, 1 / 8)]
+    + [(UNRELATED, "residual", 1 / 8, 0.12)],  # only scatter is left
+)
+def test_prediction_holds_for_independent_rows(rows, memory, ratio, within):
+    batches = made(*rows)
+    norms = [compare(batches, "randk", memory, draw, ratio).norm for draw in range(12)]
+    predicted = predicted_ratio(batches, ratio, signed=memory == "signed")
+    assert math.sqrt(fmean(norm**2 for norm in norms)) == pytest.approx(predicted, rel=within)
 
 
 def test_residual_inflates_and_signed_does_not(batches):
-    assert last(batches, "randk", "residual").norm > 3
-    norms = [last(batches, "randk", "signed", draw).norm for draw in range(12)]
+    assert compare(batches, "randk", "residual").norm > 3
+    norms = [compare(batches, "randk", "signed", draw).norm for draw in range(12)]
     assert 0.7 < fmean(norms) < 1.3
 
 
-def test_what_has_no_prediction_says_so(batches):
-    none, topk = last(batches, "randk", "none"), last(batches, "topk", "signed")
-    assert all(map(math.isnan, (none.cross, none.unexplained, none.predicted, topk.predicted)))
-    assert not math.isnan(topk.cross)
+def test_without_memory_there_are_no_cross_terms(batches):
+    none = compare(batches, "randk", "none")
+    assert math.isnan(none.cross)
     assert none.norm == pytest.approx(1 / 8, rel=0.3)
-
-
-def test_without_memory_of_the_past_there_is_nothing_to_predict(batches):
     assert predicted_ratio(batches, 1.0, signed=False) == pytest.approx(1, rel=1e-5)
 
 
-def test_rows_are_those_of_the_frozen_network():
-    source = data.load(tiny.TASK, None)
+def test_rows_are_those_of_the_frozen_network(source):
     found = capture(tiny.TASK, source, steps=3, batches=2)
     assert {name: [(*r.x.shape, *r.g.shape) for r in rows] for name, rows in found.items()} == {
         "hidden1": [(64, 64, 64, 24)] * 2,
@@ -108,11 +99,12 @@ def test_rows_are_those_of_the_frozen_network():
 
 
 def test_lines_of_another_ratio_stay(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(crossterms, "BATCHES", (1, 2))
+    monkeypatch.setattr(crossterms, "BATCHES", 2)
     path = tmp_path / "crossterms.csv"
     for ratio in ("1/8", "1/2", "1/8"):
-        crossterms.run("tiny", ratio, path, None)
-    lines = crossterms.tables.read(path, crossterms.CrossTerms)
-    runs = sum(crossterms.draws(*method) for method in crossterms.METHODS)
-    assert len(lines) == 2 * 2 * runs * 2  # ratios, layers, T
-    assert {line.ratio for line in lines} == {1 / 8, 1 / 2}
+        assert list(crossterms.run("tiny", ratio, path, None)) == ["hidden1", "hidden2"]
+    lines = tables.read(path, CrossTerms)
+    methods = 3 * crossterms.DRAWS + crossterms.DRAWS + 2  # topk alone draws nothing
+    assert [line.ratio for line in lines] == [1 / 2] * 2 * methods + [1 / 8] * 2 * methods
+    predicted = {line[2:4] for line in lines if not math.isnan(line.predicted)}
+    assert predicted == {("randk", "residual"), ("randk", "signed")}

@@ -7,32 +7,28 @@ import pytest
 from memaop_triton.bench.studies.quality.statistics import half_width, paired
 
 
-def test_three_pairs():
+@pytest.mark.parametrize(
+    ("scheme", "dense", "sign", "mean", "pairs", "better"),
+    [
+        ((11.0, 22.0, 33.0), (10.0, 20.0, 30.0), 1, 2, 3, 3),
+        ((1.0, 1.01, 0.99), (2.0, 2.0, 2.0), -1, -1, 3, 3),  # less loss is better
+        ((1.0, 5.0), (1.5, 4.0, -9.0), 1, 0.25, 2, 1),  # pairs are by seed
+        ((1.0,), (1.0,), 1, 0, 1, 0),  # a tie is neither
+    ],
+)
+def test_pairs(scheme, dense, sign, mean, pairs, better):
+    difference = paired(dict(enumerate(scheme)), dict(enumerate(dense)), sign)
+    assert difference.mean == pytest.approx(mean)
+    assert (difference.pairs, difference.better) == (pairs, better)
+
+
+def test_a_clear_difference_is_wider_than_its_interval():
     # Differences 1, 2, 3: mean 2, standard deviation 1, t(0.975, 2) = 4.302653.
-    difference = paired({0: 11.0, 1: 22.0, 2: 33.0}, {0: 10.0, 1: 20.0, 2: 30.0}, sign=1)
-    assert difference.mean == 2
+    difference = paired({0: 1.0, 1: 2.0, 2: 3.0, 7: 99.0}, dict.fromkeys(range(3), 0.0), sign=1)
     assert difference.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
-    assert (difference.pairs, difference.better) == (3, 3)
-    assert difference.low < 0 < difference.high
     assert not difference.is_clear
-
-
-def test_pairs_are_by_seed_and_others_are_left_out():
-    difference = paired({1: 5.0, 0: 1.0, 7: 99.0}, {0: 1.5, 1: 4.0, 3: -9.0}, sign=1)
-    assert difference.mean == pytest.approx((-0.5 + 1) / 2)
-    assert (difference.pairs, difference.better) == (2, 1)
-
-
-def test_less_loss_is_better():
-    difference = paired({0: 1.0, 1: 1.01, 2: 0.99}, {0: 2.0, 1: 2.0, 2: 2.0}, sign=-1)
-    assert difference.mean == pytest.approx(-1)
-    assert difference.better == 3
-    assert difference.is_clear
-
-
-def test_a_tie_is_neither():
-    difference = paired({0: 1.0}, {0: 1.0}, sign=1)
-    assert difference.better == 0
+    for shift in (-6.0, 2.0):
+        assert paired({0: 1.0, 1: 2.0, 2: 3.0}, dict.fromkeys(range(3), -shift), 1).is_clear
 
 
 def test_a_single_pair_has_no_interval():

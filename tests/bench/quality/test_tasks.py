@@ -11,7 +11,7 @@ import torch
 from memaop_triton.bench.studies.quality import data
 from memaop_triton.bench.studies.quality.data import Batch, ImageData, TextData
 from memaop_triton.bench.studies.quality.networks import Gpt, Vit
-from memaop_triton.bench.studies.quality.schemes import RATIOS, SCHEMES, cells, value_of
+from memaop_triton.bench.studies.quality.schemes import SCHEMES, Cell, cells, value_of
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.training import Seeds, Trainer, evaluate
 from memaop_triton.experiments.data import load_text
@@ -29,7 +29,7 @@ needs_data = pytest.mark.skipif(not DATA_DIR, reason="MEMAOP_TRITON_DATA_DIR is 
 def test_two_steps_on_real_data(name, scheme):
     task = dataclasses.replace(TASKS[name], batch=4)
     source = data.load(task, Path(DATA_DIR))
-    trainer = Trainer(task, SCHEMES[scheme].config("1/8"), 0)
+    trainer = Trainer(task, Cell(name, scheme, "1/8").config, 0)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     generator = torch.Generator().manual_seed(0)
     losses = [trainer.step(batch) for batch in source.batches(4, 2, generator)]
@@ -42,13 +42,8 @@ def test_two_steps_on_real_data(name, scheme):
     assert sorted(converted) == ([] if scheme == "dense" else sorted(set(linear) - {"head"}))
     x, y = source.sample
     assert math.isfinite(evaluate(trainer.model, Batch(x[:2], y[:2])).loss)
-
-
-@needs_data
-def test_held_out_text_is_large_enough():
-    source = data.load(TASKS["gpt-128"], Path(DATA_DIR))
-    assert source.held_out.y.numel() > 50_000
-    assert source.sample.y.numel() == 64 * 128
+    assert source.held_out.y.numel() >= (50_000 if task.metric == "loss" else 10_000)
+    assert y.numel() in (2_000, 64 * 128)
 
 
 def test_text_targets_are_the_next_characters():
@@ -115,14 +110,13 @@ def test_every_cell_has_a_configuration_of_its_own(task):
             assert share == pytest.approx(value_of(cell.ratio))
             assert SCHEMES[cell.scheme].cheapens_both == (config.grad_input_name != "exact")
             assert configs.setdefault((config, cell.allocated), cell) is cell
-    assert [value_of(ratio) for ratio in RATIOS] == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 
 def test_seeds_are_independent():
     assert len({number for seed in range(50) for number in Seeds.of(seed)}) == 150
 
 
-def test_text_is_read_or_its_source_is_named(tmp_path):
+def test_text_is_read_or_it_is_said_what_is_wrong(tmp_path):
     with pytest.raises(DataError, match=r"input\.txt.*--data-dir"):
         load_text("tinyshakespeare")
     with pytest.raises(DataError, match=r"no file tinyshakespeare\.txt.*input\.txt"):
@@ -132,11 +126,6 @@ def test_text_is_read_or_its_source_is_named(tmp_path):
         load_text("tinyshakespeare", tmp_path)
     (tmp_path / "tinyshakespeare.txt").write_text("Before we proceed", encoding="utf-8")
     assert load_text("tinyshakespeare", tmp_path) == "Before we proceed"
-    codes = data.load(dataclasses.replace(TASKS["gpt-128"]), tmp_path)
-    assert codes.train.max() < 65
-
-
-def test_a_text_of_too_many_characters_is_refused(tmp_path):
     text = "".join(map(chr, range(200, 300)))
     (tmp_path / "tinyshakespeare.txt").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=r"100 different characters.*takes 65"):

@@ -3,10 +3,9 @@
 Run as a script it is the command line of the study with that task alone.
 """
 
-import dataclasses
 import sys
 
-from memaop_triton.bench.studies.quality import commands
+from memaop_triton.bench.studies.quality import commands, tuning
 from memaop_triton.bench.studies.quality.networks import Mlp
 from memaop_triton.bench.studies.quality.schemes import Cell
 from memaop_triton.bench.studies.quality.store import Run
@@ -25,8 +24,14 @@ TASK = Task(
 )
 
 
+def be_the_only_task(monkeypatch):
+    for name in list(TASKS):
+        monkeypatch.delitem(TASKS, name)
+    monkeypatch.setitem(TASKS, "tiny", TASK)
+
+
 def with_lr(lr):
-    return dataclasses.replace(TASK, optimizer=dataclasses.replace(TASK.optimizer, lr=lr))
+    return tuning.with_rate(TASK, lr)
 
 
 def outcome(accuracy=90.0, loss=0.3, diverged_at=0):
@@ -42,6 +47,11 @@ def run(scheme="dense", ratio="1", seed=0, *, task="tiny", code=None, weight_gra
         *cell, seed, code or cell.code, *result.score, result.diverged_at, *counted, result.seconds
     )
     return row, result
+
+
+def trial(lr, accuracy, seed=0):
+    code = tuning.code_of(with_lr(lr), None)
+    return tuning.Trial("tiny", lr, seed, code, 100 - accuracy, accuracy)
 
 
 if __name__ == "__main__":
