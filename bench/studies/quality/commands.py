@@ -19,7 +19,6 @@ from memaop_triton.bench.studies.quality import (
     tuning,
 )
 from memaop_triton.bench.studies.quality.options import (
-    DataDir,
     Output,
     Ratios,
     Schemes,
@@ -34,9 +33,8 @@ from memaop_triton.bench.studies.quality.step_times import StepTime
 from memaop_triton.bench.studies.quality.store import RESULTS, Run, Store
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.tuning import Trial
-from memaop_triton.commands.common import progress, say_written
+from memaop_triton.commands.common import DataDir, progress, say_written
 from memaop_triton.errors import CommandError, require_extra
-from memaop_triton.experiments.data import resolve_data_dir
 
 app = typer.Typer(
     add_completion=False,
@@ -57,7 +55,7 @@ def run(
 ) -> None:
     """Train what has not been trained yet; it may be stopped and started again at any time."""
     use_threads(threads)
-    folder, store, console = resolve_data_dir(data_dir), Store(output), Console()
+    store, console = Store(output), Console()
     jobs = wanted(task, scheme, ratio, seeds).jobs()
     runs = store.runs()
     left = running.pending(jobs, runs)
@@ -69,7 +67,7 @@ def run(
             name = f"{job.cell.task} {job.cell.scheme} {job.cell.ratio} seed {job.seed}"
             bar.reset(current, description=name, total=job.cell.problem.steps)
             done, _ = running.do(
-                job, store, folder, lambda step: bar.update(current, completed=step)
+                job, store, data_dir, lambda step: bar.update(current, completed=step)
             )
             runs.append(done)
             estimate = _estimate(left[number:], runs)
@@ -86,14 +84,14 @@ def tune(
 ) -> None:
     """Try learning rates for the dense network; the best one goes into tasks.py."""
     use_threads(threads)
-    folder, console = resolve_data_dir(data_dir), Console()
+    console = Console()
 
     def print_trial(trial: Trial) -> None:
         score = f"loss {trial.loss:.4f}, accuracy {trial.accuracy:.2f} %"
         console.print(f"{trial.task} lr {trial.lr:g} seed {trial.seed}: {score}", highlight=False)
 
     for name in task or TASKS:
-        best = tuning.tune(TASKS[name], output / "tuning.csv", folder, print_trial)
+        best = tuning.tune(TASKS[name], output / "tuning.csv", data_dir, print_trial)
         used = f"{TASKS[name].optimizer.lr:g} is used"
         console.print(f"{name}: {'none' if best is None else f'{best:g}'} is best, {used}")
 
@@ -113,13 +111,13 @@ def time(
 ) -> None:
     """Time training steps, in turns with dense ones, on a machine that does nothing else."""
     use_threads(threads)
-    folder, console, path = resolve_data_dir(data_dir), Console(), output / "seconds.csv"
+    console, path = Console(), output / "seconds.csv"
     left = [cell for cell in wanted(task, scheme, ratio).cells() if cell.has_own_steps]
     for cell in left:
         times = tables.read(path, StepTime)
         if step_times.is_timed(cell, times):
             continue
-        one = step_times.measure(cell, folder, rounds)
+        one = step_times.measure(cell, data_dir, rounds)
         step_times.add(path, one)
         name = f"{cell.task} {cell.scheme} {cell.ratio}"
         share = f"{one.share:.3f} of dense ({one.share_q1:.3f} to {one.share_q3:.3f})"
@@ -136,11 +134,11 @@ def cross_terms(
 ) -> None:
     """Sum weight gradients on frozen weights, beside the dense ones; MLP and GPT by default."""
     use_threads(threads)
-    folder, console = resolve_data_dir(data_dir), Console()
+    console = Console()
     for name in task or crossterms.TASKS:
         for one in ratio or crossterms.RATIOS:
             on_layer = partial(_print, console, f"{name} {one}:")
-            crossterms.run(name, one, output / "crossterms.csv", folder, on_layer)
+            crossterms.run(name, one, output / "crossterms.csv", data_dir, on_layer)
 
 
 @app.command("noise")
@@ -153,11 +151,11 @@ def noise_of_a_step(
 ) -> None:
     """How noisy single weight gradients are, with a subspace of either side and without."""
     use_threads(threads)
-    folder, console = resolve_data_dir(data_dir), Console()
+    console = Console()
     for name in task or noise.NAMES:
         for step in noise.STEPS:
             for one in ratio or (RATIO,):
-                lines = noise.run(name, step, value_of(one), output / "noise.csv", folder)
+                lines = noise.run(name, step, value_of(one), output / "noise.csv", data_dir)
                 for line in lines:
                     where = f"{line.side}, rank {line.rank}, {line.k} rows"
                     what = f"{line.variance:.3g} (batch {line.own:.3g})"

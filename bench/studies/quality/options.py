@@ -37,10 +37,6 @@ SeedCount = Annotated[int, typer.Option("--seeds", min=1, help="Runs of every ce
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of PyTorch; its own choice if not given.")
 ]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(help="Directory of the data files; default: $MEMAOP_TRITON_DATA_DIR."),
-]
 Output = Annotated[Path, typer.Option(help="Folder of the results.")]
 
 
