@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from memaop_triton.config import MemAOPConfig, Subspace
 from memaop_triton.errors import CommandError
+from memaop_triton.experiments.data import DATA_DIR_VARIABLE
 
 
 def positive(value: float | None) -> float | None:
@@ -54,7 +55,7 @@ def write_json(path: Path, content: Any) -> None:
 DataDir = Annotated[
     Path | None,
     typer.Option(
-        envvar="MEMAOP_TRITON_DATA_DIR",
+        envvar=DATA_DIR_VARIABLE,
         exists=True,
         file_okay=False,
         help="Directory of the data files; without it they are downloaded.",
@@ -89,7 +90,7 @@ def say_written(console: Console, *paths: Path | None) -> None:
 
 
 def config_of(rank: int | None, *, memory: str, **settings: Any) -> MemAOPConfig:
-    """The configuration that options ask for.
+    """The configuration that these options describe.
 
     Raises:
         CommandError: They contradict each other, or one is out of range.

@@ -58,7 +58,7 @@ def table(results: list[SchemeResult], settings: Settings) -> Table:
 
 
 def explanation() -> str:
-    """Two lines below the table: what it means, and what was measured."""
+    """Two lines below the table: how to read it, and how it was measured."""
     return (
         "A scheme is worth having where it reaches dense's accuracy at a speed (dense time / its "
         f"time) above 1; the head of {CLASSES} outputs is dense in all, scoring costs more there.\n"

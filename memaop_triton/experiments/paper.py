@@ -52,7 +52,7 @@ class Experiment:
         batch_size: M. A last batch that is shorter is skipped.
         ks: The numbers of rows K.
         epochs: The paper's number of epochs.
-        runs: Runs of every scheme, unless told otherwise.
+        runs: Default number of runs of every scheme.
     """
 
     name: str
