@@ -37,13 +37,9 @@ MAX_LINES = 400
 
 
 class Import(NamedTuple):
-    """One import statement.
+    """One import statement; a lazy one is within a function, so that it does not run on import.
 
-    Attributes:
-        source: The importing module.
-        target: The imported module, or the package where `from package import name` names no file.
-        line: Where it stands in `source`.
-        is_lazy: Within a function, so that it does not run when `source` is imported.
+    `target` is the imported module, or the package where `from package import name` names no file.
     """
 
     source: str
