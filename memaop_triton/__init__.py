@@ -3,7 +3,7 @@
 The weight gradient of a linear layer is a sum of outer products, one per row of the batch. The
 layers of this package compute a few of them and may keep the others for later steps (Mem-AOP-GD,
 arXiv 2110.09164), which makes the backward pass cheaper. `convert_` converts the linear layers of a
-model; `MemAOPConfig` says how many rows are computed, how they are chosen and what is remembered.
+model; `MemAOPConfig` sets how many rows are computed, how they are chosen and what is kept.
 """
 
 from pathlib import Path as _Path

@@ -20,6 +20,7 @@ from rich.progress import (
 
 from memaop_triton.config import MemAOPConfig, Subspace
 from memaop_triton.errors import CommandError
+from memaop_triton.experiments.data import DATA_DIR_VARIABLE
 
 
 def positive(value: float | None) -> float | None:
@@ -36,16 +37,21 @@ def ratio_in_range(value: float) -> float:
     return value
 
 
-def require_file(option: str, path: Path) -> None:
-    """Make the folder of a file that is to be written; refuse a path where no file can be."""
-    if path.is_dir():
-        raise CommandError(f"{option}={path} is a directory: name a file in it.")
+def _make_folder(folder: Path) -> Path:
+    """Make a folder for results before they are computed."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CommandError(
-            f"{option}={path} cannot be written: {error.strerror}. Name another place."
+        raise typer.BadParameter(
+            f"{folder} cannot be written: {error.strerror}. Name another place."
         ) from None
+    return folder
+
+
+def _make_parent(path: Path | None) -> Path | None:
+    if path is not None:
+        _make_folder(path.parent)
+    return path
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -53,8 +59,20 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-Output = Annotated[Path, typer.Option(help="Directory for the figure.")]
-JsonPath = Annotated[Path | None, typer.Option("--json", help="File for the numbers.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        envvar=DATA_DIR_VARIABLE,
+        exists=True,
+        file_okay=False,
+        help="Directory of the data files; without it they are downloaded.",
+    ),
+]
+Output = Annotated[Path, typer.Option(callback=_make_folder, help="Directory for the figure.")]
+JsonPath = Annotated[
+    Path | None,
+    typer.Option("--json", dir_okay=False, callback=_make_parent, help="File for the numbers."),
+]
 
 
 def progress(console: Console, extra: ProgressColumn) -> Progress:
@@ -79,7 +97,7 @@ def say_written(console: Console, *paths: Path | None) -> None:
 
 
 def config_of(rank: int | None, *, memory: str, **settings: Any) -> MemAOPConfig:
-    """The configuration that options ask for.
+    """The configuration that these options describe.
 
     Raises:
         CommandError: They contradict each other, or one is out of range.

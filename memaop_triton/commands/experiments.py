@@ -2,87 +2,43 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import TextColumn
 
 from memaop_triton.commands.common import (
+    DataDir,
     JsonPath,
     Output,
     positive,
     progress,
     ratio_in_range,
-    require_file,
     say_written,
     write_json,
 )
 from memaop_triton.errors import require_extra
 
 
-class Dataset(StrEnum):
-    """What the demo can train on."""
-
-    DIGITS = "digits"
-    MNIST = "mnist"
-    FASHION_MNIST = "fashion_mnist"
-
-
-class Paper(StrEnum):
-    """An experiment of the paper."""
-
-    ENERGY = "energy"
-    MNIST = "mnist"
-
-
-class Optimizer(StrEnum):
-    """What the demo can train with."""
-
-    SGD = "sgd"
-    ADAM = "adam"
-
-
-# Batch size, epochs, seeds: about a minute on two cores for digits, several for the others.
-_DEMO_DEFAULTS = {
-    Dataset.DIGITS: (1024, 30, 3),
-    Dataset.MNIST: (1024, 3, 3),
-    Dataset.FASHION_MNIST: (1024, 3, 3),
-}
-
-
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        help="Directory of the data files; default: $MEMAOP_TRITON_DATA_DIR, or download."
-    ),
-]
-
-
-def _figure(output: Path, name: str, json_path: Path | None) -> Path:
-    """The figure's path, once it is known that the results can be written."""
-    figure = output / f"{name}.png"
-    require_file("--output", figure)
-    if json_path is not None:
-        require_file("--json", json_path)
-    return figure
-
-
 def demo(
-    dataset: Annotated[Dataset, typer.Option(help="What to train on.")] = Dataset.DIGITS,
+    dataset: Annotated[
+        Literal["digits", "mnist", "fashion_mnist"], typer.Option(help="What to train on.")
+    ] = "digits",
     data_dir: DataDir = None,
     ratio: Annotated[
         float, typer.Option(callback=ratio_in_range, help="K/M, rows computed.")
     ] = 0.125,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Repetitions; default: by data set.")
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 3,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Default: 30 for digits, 3 for the others.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Default: by data set.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: by data set.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="M, rows of a batch.")] = 1024,
     width: Annotated[int, typer.Option(min=1, help="Units in each hidden layer.")] = 1024,
-    optimizer: Annotated[Optimizer, typer.Option(help="What updates the weights.")] = Optimizer.SGD,
+    optimizer: Annotated[
+        Literal["sgd", "adam"], typer.Option(help="What updates the weights.")
+    ] = "sgd",
     lr: Annotated[
         float | None, typer.Option(callback=positive, help="Learning rate; default: by optimizer.")
     ] = None,
@@ -90,6 +46,7 @@ def demo(
     json_path: JsonPath = None,
 ) -> None:
     """Train a network densely and with sampled weight gradients, side by side."""
+    require_extra("demo", "sklearn", "matplotlib")
     from memaop_triton.experiments import data, demo_report
     from memaop_triton.experiments.demo import (
         LEARNING_RATES,
@@ -99,20 +56,12 @@ def demo(
         total_steps,
     )
 
-    require_extra("demo", "sklearn", "matplotlib")
-    figure = _figure(output, f"demo_{dataset}_{optimizer}", json_path)
-    default_batch, default_epochs, default_seeds = _DEMO_DEFAULTS[dataset]
-    seeds = seeds or default_seeds
+    # About a minute on two cores for digits, several for the others.
+    epochs = epochs or (30 if dataset == "digits" else 3)
     settings = Settings(
-        ratio,
-        seeds,
-        epochs or default_epochs,
-        batch_size or default_batch,
-        width,
-        LEARNING_RATES[optimizer] if lr is None else lr,
-        str(optimizer),
+        dataset, ratio, seeds, epochs, batch_size, width, optimizer, lr or LEARNING_RATES[optimizer]
     )
-    images = data.load_images(dataset, data.resolve_data_dir(data_dir))
+    images = data.load_images(dataset, data_dir)
     console = Console()
     steps = seeds * total_steps(settings, images)
     with progress(console, TextColumn("test accuracy {task.fields[accuracy]}")) as bar:
@@ -127,17 +76,19 @@ def demo(
                 rows[key], completed=done, accuracy=f"{100 * accuracy:.1f} %"
             ),
         )
-    console.print(demo_report.table(results, settings, dataset))
+    console.print(demo_report.table(results, settings))
     console.print(demo_report.explanation())
-    demo_report.save_figure(figure, results, settings, dataset)
+    figure = output / f"demo_{dataset}_{optimizer}.png"
+    demo_report.save_figure(figure, results, settings)
     if json_path is not None:
-        write_json(json_path, demo_report.as_json(results, settings, dataset))
+        write_json(json_path, demo_report.as_json(results, settings))
     say_written(console, figure, json_path)
 
 
 def reproduce(
     experiment: Annotated[
-        Paper, typer.Argument(help="energy: figure 3, a regression. mnist: figure 4.")
+        Literal["energy", "mnist"],
+        typer.Argument(help="energy: figure 3, a regression. mnist: figure 4."),
     ],
     runs: Annotated[
         int | None, typer.Option(min=1, help="Of each of 19 schemes; default: 10 energy, 3 mnist.")
@@ -150,14 +101,12 @@ def reproduce(
     json_path: JsonPath = None,
 ) -> None:
     """Repeat an experiment of arXiv 2110.09164 by its authors' protocol, beside their numbers."""
-    from memaop_triton.experiments import data, paper, paper_report
-
     require_extra("demo", "matplotlib")
-    figure = _figure(output, f"reproduce_{experiment}", json_path)
+    from memaop_triton.experiments import paper, paper_report
+
     setup = paper.EXPERIMENTS[experiment]
-    directory = data.resolve_data_dir(data_dir)
-    paper.load_problem(setup.name, directory)
-    tasks = paper.make_tasks(setup, runs or setup.runs, epochs or setup.epochs, seed, directory)
+    paper.load_problem(experiment, data_dir)
+    tasks = paper.make_tasks(setup, runs or setup.runs, epochs or setup.epochs, seed, data_dir)
     console = Console()
     outcomes = []
     with progress(console, TextColumn("{task.fields[last]}")) as bar:
@@ -168,6 +117,7 @@ def reproduce(
             bar.update(row, advance=1, last=last)
     summaries = paper_report.summarise(setup, outcomes)
     console.print(paper_report.table(setup, summaries))
+    figure = output / f"reproduce_{experiment}.png"
     paper_report.save_figure(figure, setup, summaries)
     if json_path is not None:
         write_json(json_path, paper_report.as_json(setup, seed, summaries))

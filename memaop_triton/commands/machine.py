@@ -5,13 +5,11 @@ from __future__ import annotations
 import typer
 
 from memaop_triton.commands import machine_facts
-from memaop_triton.commands.common import JsonPath, require_file, write_json
+from memaop_triton.commands.common import JsonPath, write_json
 
 
 def env(json_path: JsonPath = None) -> None:
     """What this machine is, which implementation runs on it, and why: for a bug report."""
-    if json_path is not None:
-        require_file("--json", json_path)
     report = machine_facts.describe()
     typer.echo(as_text(report))
     if json_path is not None:

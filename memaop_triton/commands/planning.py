@@ -15,7 +15,6 @@ from memaop_triton.commands.common import (
     config_of,
     positive,
     ratio_in_range,
-    require_file,
     say_written,
     write_json,
 )
@@ -83,8 +82,6 @@ def plan(
         raise CommandError("give --model, or at least one --shape, and not both.")
     if (model is None) != (not inputs):
         raise CommandError("--model and --input belong together: the model is called with them.")
-    if json_path is not None:
-        require_file("--json", json_path)
     config = config_of(rank, ratio=ratio, selection=selection, memory=memory, grad_input=grad_input)
     if model is None:
         result = _of_shapes(shapes or [], config, dtype, device, budget)

@@ -8,9 +8,7 @@ OpenML if neither is set.
 from __future__ import annotations
 
 import importlib.util
-import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,20 +17,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from memaop_triton.errors import require_extra
-from memaop_triton.experiments.errors import DataError
+from memaop_triton.errors import CommandError, require_extra
 
 DATA_DIR_VARIABLE = "MEMAOP_TRITON_DATA_DIR"
 CLASSES = 10
 
 _OPENML_NAMES = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST"}
 _ENERGY_SHAPE = (768, 10)
+_WITHOUT_FILES = f"without --data-dir and {DATA_DIR_VARIABLE} it comes from OpenML"
 _TEXT_SOURCES = {
     "tinyshakespeare": (
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
     )
 }
-_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+class DataError(CommandError):
+    """A data set is missing or is not what it should be."""
 
 
 class Images(NamedTuple):
@@ -51,25 +52,6 @@ class Images(NamedTuple):
     y_test: Tensor
 
 
-def resolve_data_dir(data_dir: Path | None) -> Path | None:
-    """`data_dir`, or what `MEMAOP_TRITON_DATA_DIR` names, or `None` if neither is set.
-
-    Raises:
-        DataError: The directory does not exist.
-    """
-    source = "--data-dir"
-    if data_dir is None:
-        value = os.environ.get(DATA_DIR_VARIABLE)
-        if not value:
-            return None
-        source, data_dir = DATA_DIR_VARIABLE, Path(value)
-    if not data_dir.is_dir():
-        raise DataError(
-            f"{source}={data_dir} is not a directory: name the one that holds the data."
-        )
-    return data_dir
-
-
 def load_images(name: str, data_dir: Path | None = None) -> Images:
     """The data set `"digits"`, `"mnist"` or `"fashion_mnist"`.
 
@@ -84,9 +66,7 @@ def load_images(name: str, data_dir: Path | None = None) -> Images:
     """
     if name == "digits":
         return _digits()
-    if data_dir is None:
-        return _fetch_images(name)
-    return _read_images(data_dir / f"{name}.npz")
+    return _fetch_images(name) if data_dir is None else _read_images(data_dir, name)
 
 
 def load_energy(data_dir: Path | None = None) -> npt.NDArray[np.float64]:
@@ -102,7 +82,7 @@ def load_energy(data_dir: Path | None = None) -> npt.NDArray[np.float64]:
     if data_dir is None:
         table, source = _fetch_energy(), "OpenML's data set 1472"
     else:
-        path = _existing(data_dir / "energy_efficiency.csv")
+        path = _existing(data_dir, "energy_efficiency.csv", _WITHOUT_FILES)
         source = str(path)
         try:
             table = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
@@ -129,9 +109,7 @@ def load_text(name: str, data_dir: Path | None = None) -> str:
             f"{name}.txt is not downloaded by itself: {source}; put it into a directory and name "
             f"that with --data-dir or {DATA_DIR_VARIABLE}."
         )
-    path = data_dir / f"{name}.txt"
-    if not path.is_file():
-        raise DataError(f"--data-dir={data_dir} has no file {path.name}: {source}.")
+    path = _existing(data_dir, f"{name}.txt", source)
     try:
         return path.read_text(encoding="utf-8")
     except ValueError as error:
@@ -160,24 +138,25 @@ def _images(x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Images:
     return Images(rows(x_train), labels(y_train), rows(x_test), labels(y_test))
 
 
-def _existing(path: Path) -> Path:
+def _existing(data_dir: Path, name: str, where_from: str) -> Path:
+    path = data_dir / name
     if not path.is_file():
         raise DataError(
-            f"--data-dir={path.parent} has no file {path.name}: put it there, or name the "
-            f"directory that holds it. Without --data-dir and {DATA_DIR_VARIABLE} it comes from "
-            "OpenML."
+            f"--data-dir={data_dir} has no file {name}: put it there, or name the directory that "
+            f"holds it; {where_from}."
         )
     return path
 
 
-def _read_images(path: Path) -> Images:
-    _existing(path)
+def _read_images(data_dir: Path, name: str) -> Images:
+    path = _existing(data_dir, f"{name}.npz", _WITHOUT_FILES)
     try:
         with np.load(path) as archive:
-            arrays = [archive[name] for name in _ARRAYS]
+            x_train, y_train, x_test, y_test = (archive[field] for field in Images._fields)
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not an archive of {', '.join(_ARRAYS)}: {error}") from None
-    x_train, y_train, x_test, y_test = arrays
+        raise DataError(
+            f"{path} is not an archive of {', '.join(Images._fields)}: {error}"
+        ) from None
     for x, y in ((x_train, y_train), (x_test, y_test)):
         if x.dtype != np.uint8 or x.ndim < 2 or y.shape != (len(x),) or y.max() >= CLASSES:
             raise DataError(
@@ -211,10 +190,9 @@ def _fetch_openml(what: str, **query: Any) -> Any:
     require_extra("demo", "sklearn")
     from sklearn.datasets import fetch_openml
 
-    fetch: Callable[..., Any] = fetch_openml
     parser = "liac-arff" if importlib.util.find_spec("pandas") is None else "pandas"
     try:
-        return fetch(as_frame=False, parser=parser, **query)
+        return fetch_openml(as_frame=False, parser=parser, **query)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(

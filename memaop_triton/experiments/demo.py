@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from memaop_triton import MemAOPConfig, MemAOPLinear, attach_optimizer, convert_
 from memaop_triton.backward.weight_grad import weight_grad
+from memaop_triton.errors import CommandError
 from memaop_triton.experiments.data import CLASSES, Images
-from memaop_triton.experiments.errors import ExperimentError
 from memaop_triton.flops import weight_grad_flops
 from memaop_triton.memory.subspace import SubspaceMemory
 
@@ -59,28 +59,14 @@ class Settings:
     `optimizer` is a key of `OPTIMIZERS`, `lr` its constant learning rate.
     """
 
+    dataset: str
     ratio: float
     seeds: int
     epochs: int
     batch_size: int
     width: int
+    optimizer: str
     lr: float
-    optimizer: str = "sgd"
-
-
-@dataclasses.dataclass
-class Curve:
-    """One seed of one scheme: a point per evaluation.
-
-    Attributes:
-        steps: Steps taken.
-        loss: Mean training loss since the last point.
-        accuracy: Test accuracy, in [0, 1].
-    """
-
-    steps: list[int] = dataclasses.field(default_factory=list)
-    loss: list[float] = dataclasses.field(default_factory=list)
-    accuracy: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -89,7 +75,9 @@ class SchemeResult:
 
     Attributes:
         scheme: The scheme.
-        curves: One per seed.
+        steps: Steps taken before each evaluation.
+        losses: [seeds, evaluations], the mean training loss since the last evaluation.
+        accuracies: [seeds, evaluations], the test accuracy in [0, 1].
         step_seconds: Every training step's time.
         gradient_seconds: Time of all converted layers' weight gradients, once per round.
         gradient_flops: Operations of the same gradients in one step, beside dense's.
@@ -97,16 +85,13 @@ class SchemeResult:
     """
 
     scheme: Scheme
-    curves: list[Curve] = dataclasses.field(default_factory=list)
+    steps: list[int]
+    losses: list[list[float]] = dataclasses.field(default_factory=list)
+    accuracies: list[list[float]] = dataclasses.field(default_factory=list)
     step_seconds: list[float] = dataclasses.field(default_factory=list)
     gradient_seconds: list[float] = dataclasses.field(default_factory=list)
     gradient_flops: float = 1.0
     memory_bytes: int = 0
-
-    @property
-    def accuracies(self) -> list[float]:
-        """Final test accuracy of every seed."""
-        return [curve.accuracy[-1] for curve in self.curves]
 
     @property
     def step_median(self) -> float:
@@ -165,11 +150,11 @@ def total_steps(settings: Settings, data: Images) -> int:
     """Training steps of one seed.
 
     Raises:
-        ExperimentError: A batch is larger than the training set.
+        CommandError: A batch is larger than the training set.
     """
     rows = len(data.x_train)
     if settings.batch_size > rows:
-        raise ExperimentError(
+        raise CommandError(
             f"--batch-size={settings.batch_size} exceeds the {rows} training images: take fewer."
         )
     return settings.epochs * rows // settings.batch_size
@@ -181,19 +166,21 @@ def run_demo(
     """Train every scheme with every seed; the results are in the order of `schemes`.
 
     Raises:
-        ExperimentError: The settings do not fit the data.
+        CommandError: The settings do not fit the data.
     """
-    total_steps(settings, data)
+    steps = total_steps(settings, data)
+    every = max(1, steps // _EVALUATIONS)
+    evaluations = [*range(every, steps, every), steps]
     data = standardise(data)
-    results = [SchemeResult(scheme) for scheme in schemes(settings.ratio)]
+    results = [SchemeResult(scheme, evaluations) for scheme in schemes(settings.ratio)]
     for seed in range(settings.seeds):
         torch.manual_seed(seed)
         base = build_model(data.x_train.shape[1], settings.width)
         runners = [_Runner(result, base, settings) for result in results]
-        _train(runners, settings, data, seed, progress)
-    _time_gradients(runners, data, settings.batch_size)
+        _train(runners, settings.batch_size, data, seed, progress)
     for runner in runners:
         runner.measure_cost(settings.batch_size)
+    _time_gradients(runners, data, settings.batch_size)
     return results
 
 
@@ -209,8 +196,8 @@ class _Runner:
             # With ten outputs, scoring the rows costs more than the gradient itself.
             convert_(self.model, result.scheme.config, overrides={HEAD: None})
             attach_optimizer(self.model, self.optimizer)
-        self.curve = Curve()
-        result.curves.append(self.curve)
+        result.losses.append([])
+        result.accuracies.append([])
         self._losses: list[float] = []
 
     def step(self, x: Tensor, y: Tensor) -> None:
@@ -219,19 +206,16 @@ class _Runner:
         loss = nn.functional.cross_entropy(self.model(x), y)
         loss.backward()
         self.optimizer.step()
-        value = loss.item()
-        elapsed = time.perf_counter() - start
-        self._losses.append(value)
-        self.result.step_seconds.append(elapsed)
+        self._losses.append(loss.item())
+        self.result.step_seconds.append(time.perf_counter() - start)
 
     @torch.no_grad()
-    def evaluate(self, steps: int, data: Images) -> float:
+    def evaluate(self, data: Images) -> float:
         parts = zip(data.x_test.split(1000), data.y_test.split(1000), strict=True)
         correct = sum(int((self.model(x).argmax(1) == y).sum()) for x, y in parts)
         accuracy = correct / len(data.y_test)
-        self.curve.steps.append(steps)
-        self.curve.loss.append(statistics.fmean(self._losses))
-        self.curve.accuracy.append(accuracy)
+        self.result.losses[-1].append(statistics.fmean(self._losses))
+        self.result.accuracies[-1].append(accuracy)
         self._losses.clear()
         return accuracy
 
@@ -262,21 +246,18 @@ def _batches(rows: int, batch: int, steps: int, generator: torch.Generator) -> I
         left = left[batch:]
 
 
-def _train(
-    runners: list[_Runner], settings: Settings, data: Images, seed: int, progress: Progress
-) -> None:
+def _train(runners: list[_Runner], batch: int, data: Images, seed: int, progress: Progress) -> None:
     generator = torch.Generator().manual_seed(seed)
-    steps = total_steps(settings, data)
-    every = max(1, steps // _EVALUATIONS)
-    batches = _batches(len(data.x_train), settings.batch_size, steps, generator)
+    evaluations = runners[0].result.steps
+    steps = evaluations[-1]
+    batches = _batches(len(data.x_train), batch, steps, generator)
     for number, rows in enumerate(batches, start=1):
         x, y = data.x_train[rows], data.y_train[rows]
         for index in torch.randperm(len(runners), generator=generator).tolist():
             runners[index].step(x, y)
-        if number % every == 0 or number == steps:
+        if number in evaluations:
             for runner in runners:
-                accuracy = runner.evaluate(number, data)
-                progress(runner.result.scheme.key, seed * steps + number, accuracy)
+                progress(runner.result.scheme.key, seed * steps + number, runner.evaluate(data))
 
 
 def _gradient_calls(model: nn.Sequential, x: Tensor, y: Tensor) -> list[Callable[[], Tensor]]:
@@ -293,8 +274,7 @@ def _gradient_calls(model: nn.Sequential, x: Tensor, y: Tensor) -> list[Callable
     for layer, rows, output in passed[:-1]:
         assert output.grad is not None
         if isinstance(layer, MemAOPLinear):
-            memory = copy.deepcopy(layer.memory)
-            call = functools.partial(weight_grad, rows, output.grad, layer.config, memory)
+            call = functools.partial(weight_grad, rows, output.grad, layer.config, layer.memory)
         else:
             call = functools.partial(torch.mm, output.grad.t(), rows)
         calls.append(call)

@@ -52,7 +52,7 @@ class Experiment:
         batch_size: M. A last batch that is shorter is skipped.
         ks: The numbers of rows K.
         epochs: The paper's number of epochs.
-        runs: Runs of every scheme, unless told otherwise.
+        runs: Default number of runs of every scheme.
     """
 
     name: str
@@ -95,24 +95,20 @@ class Problem(NamedTuple):
     accuracy_over: int | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """One run of one scheme."""
 
-    experiment: str
+    experiment: Experiment
     scheme: Scheme
-    run: int
     epochs: int
     seed: int
     data_dir: Path | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Validation loss, and accuracy in [0, 1] where there is one, after every epoch of a run."""
 
     scheme: Scheme
-    run: int
     losses: list[float]
     accuracies: list[float]
 
@@ -165,22 +161,19 @@ def make_tasks(
     experiment: Experiment, runs: int, epochs: int, seed: int, data_dir: Path | None
 ) -> list[Task]:
     """`runs` runs of every scheme, each with an independent seed derived from `seed`."""
+
+    def seed_of(number: int, run: int) -> int:
+        return int(np.random.SeedSequence(seed, spawn_key=(number, run)).generate_state(1)[0])
+
     return [
-        Task(
-            experiment.name,
-            scheme,
-            run,
-            epochs,
-            int(np.random.SeedSequence(seed, spawn_key=(number, run)).generate_state(1)[0]),
-            data_dir,
-        )
+        Task(experiment, scheme, epochs, seed_of(number, run), data_dir)
         for run in range(runs)
         for number, scheme in enumerate(experiment.schemes())
     ]
 
 
 def run_tasks(tasks: Iterable[Task], jobs: int) -> Iterator[Outcome]:
-    """Run the tasks in `jobs` processes of one thread each; outcomes come as they finish.
+    """Run the tasks in `jobs` processes of one thread each; the outcomes are in their order.
 
     With one job everything runs in this process.
     """
@@ -188,24 +181,19 @@ def run_tasks(tasks: Iterable[Task], jobs: int) -> Iterator[Outcome]:
         yield from map(run_task, tasks)
         return
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context)
-    try:
-        futures = [pool.submit(run_task, task) for task in tasks]
-        for future in concurrent.futures.as_completed(futures):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        yield from pool.map(run_task, tasks)
 
 
 def run_task(task: Task) -> Outcome:
     """Train one network from its seed, on one thread, leaving the global generator as it was."""
-    problem = load_problem(task.experiment, task.data_dir)
+    problem = load_problem(task.experiment.name, task.data_dir)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(task.seed)
-            return _train(task, problem, EXPERIMENTS[task.experiment].batch_size)
+            return _train(task, problem)
     finally:
         torch.set_num_threads(threads)
 
@@ -222,14 +210,15 @@ def build_model(problem: Problem) -> tuple[nn.Sequential, nn.Module]:
     return nn.Sequential(nn.Linear(features, CLASSES), nn.Softmax(1)), nn.CrossEntropyLoss()
 
 
-def _train(task: Task, problem: Problem, batch: int) -> Outcome:
+def _train(task: Task, problem: Problem) -> Outcome:
     model, criterion = build_model(problem)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     if task.scheme.k is not None:
         selection, memory, k = task.scheme
         convert_(model, MemAOPConfig.paper(k=k, selection=selection, memory=memory))
         attach_optimizer(model, optimizer)
-    outcome = Outcome(task.scheme, task.run, [], [])
+    outcome = Outcome(task.scheme, [], [])
+    batch = task.experiment.batch_size
     for _ in range(task.epochs):
         for rows in torch.randperm(len(problem.x_train)).split(batch):
             if len(rows) < batch:
@@ -237,14 +226,10 @@ def _train(task: Task, problem: Problem, batch: int) -> Outcome:
             optimizer.zero_grad()
             criterion(model(problem.x_train[rows]), problem.y_train[rows]).backward()
             optimizer.step()
-        _validate(model, criterion, problem, outcome)
+        with torch.no_grad():
+            output = model(problem.x_val)
+            outcome.losses.append(criterion(output, problem.y_val).item())
+        if problem.accuracy_over is not None:
+            correct = int((output.argmax(1) == problem.y_val).sum())
+            outcome.accuracies.append(correct / problem.accuracy_over)
     return outcome
-
-
-@torch.no_grad()
-def _validate(model: nn.Module, criterion: nn.Module, problem: Problem, outcome: Outcome) -> None:
-    output = model(problem.x_val)
-    outcome.losses.append(criterion(output, problem.y_val).item())
-    if problem.accuracy_over is not None:
-        correct = int((output.argmax(1) == problem.y_val).sum())
-        outcome.accuracies.append(correct / problem.accuracy_over)

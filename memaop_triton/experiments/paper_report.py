@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.table import Table
 
 from memaop_triton.experiments.numbers import Value, finite, mean_sd, plus_minus
@@ -46,11 +49,6 @@ class Summary:
     published: Value | None
 
     @property
-    def runs(self) -> int:
-        """Number of runs."""
-        return len(self.losses)
-
-    @property
     def final(self) -> Value:
         """Mean and sample standard deviation of the final loss."""
         return mean_sd(self.losses[:, -1])
@@ -58,20 +56,18 @@ class Summary:
     @property
     def z(self) -> float | None:
         """Difference to the authors' mean in standard errors; `None` if either is unknown."""
-        if self.published is None or self.runs < 2:
+        runs = len(self.losses)
+        if self.published is None or runs < 2:
             return None
-        variance = self.final.sd**2 / self.runs + self.published.sd**2 / RUNS
+        variance = self.final.sd**2 / runs + self.published.sd**2 / RUNS
         return (self.final.mean - self.published.mean) / math.sqrt(variance)
 
 
-def summarise(experiment: Experiment, outcomes: Iterable[Outcome]) -> list[Summary]:
+def summarise(experiment: Experiment, outcomes: list[Outcome]) -> list[Summary]:
     """One summary per scheme, in the experiment's order."""
-    by_scheme: dict[Scheme, list[Outcome]] = {scheme: [] for scheme in experiment.schemes()}
-    for outcome in outcomes:
-        by_scheme[outcome.scheme].append(outcome)
     summaries = []
-    for scheme, found in by_scheme.items():
-        found.sort(key=lambda outcome: outcome.run)
+    for scheme in experiment.schemes():
+        found = [outcome for outcome in outcomes if outcome.scheme == scheme]
         losses = np.array([outcome.losses for outcome in found])
         accuracies = np.array([outcome.accuracies for outcome in found])
         comparable = experiment.name == "energy" and losses.shape[1] == EPOCHS
@@ -83,36 +79,31 @@ def summarise(experiment: Experiment, outcomes: Iterable[Outcome]) -> list[Summa
 def table(experiment: Experiment, summaries: list[Summary]) -> Table:
     """Final loss of every scheme, beside the authors' where there is one."""
     runs, epochs = summaries[0].losses.shape
-    compare = any(summary.published for summary in summaries)
     result = Table(title=f"{experiment.name}: mean ± sd, runs: {runs}, epochs: {epochs}")
     result.add_column("K", justify="right")
     result.add_column("scheme")
-    result.add_column("validation loss", justify="right")
-    if compare:
-        result.add_column(f"paper, {RUNS} runs", justify="right")
-        result.add_column("Δ / s.e.", justify="right")
+    titles = ["validation loss"]
+    if summaries[0].published is not None:
+        titles += [f"paper, {RUNS} runs", "Δ / s.e."]
     if experiment.name == "mnist":
-        result.add_column("accuracy %", justify="right")
-    previous: int | None = None
-    for summary in summaries:
-        if summary.scheme.k != previous:
-            result.add_section()
-            previous = summary.scheme.k
-        result.add_row(*_cells(experiment, summary, compare))
+        titles.append("accuracy %")
+    for title in titles:
+        result.add_column(title, justify="right")
+    for k, group in itertools.groupby(summaries, key=lambda summary: summary.scheme.k):
+        result.add_section()
+        for summary in group:
+            rows = experiment.batch_size if k is None else k
+            result.add_row(str(rows), summary.scheme.label, *_numbers(summary))
     return result
 
 
-def _cells(experiment: Experiment, summary: Summary, compare: bool) -> list[str]:
-    k = summary.scheme.k
-    cells = [str(experiment.batch_size if k is None else k), summary.scheme.label]
-    cells.append(plus_minus(summary.final, 3))
-    if compare:
-        z = summary.z
-        cells.append("–" if summary.published is None else plus_minus(summary.published, 3))
-        cells.append("–" if z is None else f"{z:+.1f}")
-    if experiment.name == "mnist":
-        cells.append(plus_minus(mean_sd(100 * summary.accuracies[:, -1]), 2))
-    return cells
+def _numbers(summary: Summary) -> Iterator[str]:
+    yield plus_minus(summary.final, 3)
+    if summary.published is not None:
+        yield plus_minus(summary.published, 3)
+        yield "–" if summary.z is None else f"{summary.z:+.1f}"
+    if summary.accuracies.size:
+        yield plus_minus(mean_sd(100 * summary.accuracies[:, -1]), 2)
 
 
 def as_json(experiment: Experiment, seed: int, summaries: list[Summary]) -> dict[str, Any]:
@@ -145,39 +136,34 @@ def _value_json(value: Value) -> dict[str, float | None]:
 
 def save_figure(path: Path, experiment: Experiment, summaries: list[Summary]) -> None:
     """Draw validation loss against epoch, a panel per K; circles are the authors' final losses."""
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     panels = figure.subplots(1, len(experiment.ks), sharey=True)
     for panel, k in zip(panels, experiment.ks, strict=True):
         for summary in summaries:
             if summary.scheme.k in (k, None):
                 _draw(panel, summary)
-        panel.set_title(f"K = {k} of M = {experiment.batch_size}")
-        panel.set_xlabel("epoch")
+        panel.set(title=f"K = {k} of M = {experiment.batch_size}", xlabel="epoch")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3, which="both", linewidth=0.5)
         if experiment.name == "energy":
             panel.set_yscale("log")
     panels[0].set_ylabel("validation loss")
     handles, labels = panels[0].get_legend_handles_labels()
-    if any(summary.published for summary in summaries):
+    if summaries[0].published is not None:
         handles.append(Line2D([], [], color="grey", linestyle="none", **_CIRCLE))
         labels.append("the authors' final loss")
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    runs = summaries[0].runs
+    runs = len(summaries[0].losses)
     figure.suptitle(f"{experiment.name}: mean over {runs} run{'s' if runs > 1 else ''}")
     figure.savefig(path, dpi=130)
 
 
 def _draw(panel: Any, summary: Summary) -> None:
-    colour = _COLOURS[summary.scheme.label]
+    label = summary.scheme.label
+    colour = _COLOURS[label]
     losses = summary.losses.mean(0)
     epochs = np.arange(1, len(losses) + 1)
     marker = "o" if len(losses) == 1 else None
-    panel.plot(
-        epochs, losses, color=colour, linewidth=1.6, marker=marker, label=summary.scheme.label
-    )
+    panel.plot(epochs, losses, color=colour, linewidth=1.6, marker=marker, label=label)
     if summary.published is not None:
         panel.plot(epochs[-1], summary.published.mean, color=colour, **_CIRCLE)

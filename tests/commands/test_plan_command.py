@@ -136,7 +136,7 @@ def test_shapes(measured, capsys):
         (["--shape", "8x8x8", "--device", "toaster"], "--device='toaster' cannot be used"),
         (["--shape", "8x8x8", "--memory", "residual"], "memory='residual' with the unbiased"),
         (["--shape", "8x8x8", "--selection", "topp"], "Did you mean 'topk'?"),
-        (["--shape", "8x8x8", "--json", "."], "--json=. is a directory"),
+        (["--shape", "8x8x8", "--json", "."], "'.' is a directory"),
         (["--model", "plan_models", "--input", "8"], "is not MODULE:FUNCTION"),
         (["--model", "plan_modells:mlp", "--input", "8"], "no module 'plan_modells'"),
         (["--model", "plan_needs:f", "--input", "8"], "imports 'a_package_that_is_missing'"),

@@ -24,9 +24,8 @@ from memaop_triton.bench.studies.quality.schemes import ALL_RATIOS, RATIO, SCHEM
 from memaop_triton.bench.studies.quality.step_times import StepTime
 from memaop_triton.bench.studies.quality.store import RESULTS, Run, Store
 from memaop_triton.bench.studies.quality.tasks import TASKS
-from memaop_triton.commands.common import progress, say_written
+from memaop_triton.commands.common import DataDir, progress, say_written
 from memaop_triton.errors import CommandError, check_name, require_extra
-from memaop_triton.experiments.data import resolve_data_dir
 
 app = typer.Typer(
     add_completion=False,
@@ -48,15 +47,12 @@ def _root(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of PyTorch; its own choice if not given.")
     ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Directory of the data files; default: $MEMAOP_TRITON_DATA_DIR."),
-    ] = None,
+    data_dir: DataDir = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
-    context.obj = _Folders(resolve_data_dir(data_dir), output)
+    context.obj = _Folders(data_dir, output)
 
 
 def _one_of(option: str, allowed: Iterable[str]) -> typer.models.OptionInfo:

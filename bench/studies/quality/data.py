@@ -17,8 +17,7 @@ from torch import Tensor
 
 from memaop_triton.bench.studies.quality.networks import Gpt
 from memaop_triton.bench.studies.quality.tasks import Task
-from memaop_triton.experiments.data import load_images, load_text
-from memaop_triton.experiments.errors import DataError
+from memaop_triton.experiments.data import DataError, load_images, load_text
 
 _TUNING_IMAGES = 10_000
 _SAMPLE_IMAGES = 2_000

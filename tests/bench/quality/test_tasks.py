@@ -14,8 +14,7 @@ from memaop_triton.bench.studies.quality.networks import Gpt, Vit
 from memaop_triton.bench.studies.quality.schemes import SCHEMES, Cell, cells, value_of
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.training import Seeds, Trainer, evaluate
-from memaop_triton.experiments.data import load_text
-from memaop_triton.experiments.errors import DataError
+from memaop_triton.experiments.data import DataError, load_text
 from memaop_triton.nn.linear import MemAOPLinear
 
 DENSE = ("dense", "dense-shorter", "dense-smaller")
