@@ -120,12 +120,11 @@ def _of_model(
     device: str | None,
     budget: float,
 ) -> Plan:
-    specs = [loading.parse_input(text) for text in inputs]
     wanted = None if device is None else _checked_device(device)
     model = loading.load_model(reference)
     model.to(device=wanted, dtype=None if dtype is None else getattr(torch, dtype))
     first = next(model.parameters(), torch.empty(0))
-    example_inputs = loading.make_inputs(specs, first.dtype, first.device)
+    example_inputs = loading.make_inputs(inputs, first.dtype, first.device)
     try:
         return planning.plan(model, config, example_inputs=example_inputs, time_budget=budget)
     except (ValueError, TypeError) as error:

@@ -138,10 +138,13 @@ def test_shapes(measured, capsys):
         (["--shape", "8x8x8", "--selection", "topp"], "Did you mean 'topk'?"),
         (["--shape", "8x8x8", "--json", "."], "--json=. is a directory"),
         (["--model", "plan_models", "--input", "8"], "is not MODULE:FUNCTION"),
-        (["--model", "plan_modells:mlp", "--input", "8"], "no module 'plan_modells'"),
-        (["--model", "plan_needs:f", "--input", "8"], "imports 'a_package_that_is_missing'"),
-        (["--model", "plan_models:mpl", "--input", "8"], "plan_models has no 'mpl'"),
-        (["--model", "plan_models:number", "--input", "8"], "not int"),
+        (["--model", "plan_modells:mlp", "--input", "8"], "No module named 'plan_modells'"),
+        (
+            ["--model", "plan_needs:f", "--input", "8"],
+            "No module named 'a_package_that_is_missing'",
+        ),
+        (["--model", "plan_models:mpl", "--input", "8"], "'plan_models' has no attribute 'mpl'"),
+        (["--model", "plan_models:number", "--input", "8"], "3 is not a callable object"),
         (["--model", "plan_models:with_argument", "--input", "8"], "argument: 'width'"),
         (["--model", "plan_models:nothing", "--input", "8"], "returned NoneType"),
         (["--model", "plan_models:mlp", "--input", "4x9"], "fails on these inputs: RuntimeError"),
@@ -173,7 +176,7 @@ def test_what_can_be_named(models, name):
 
 def test_values_of_inputs():
     def made(text):
-        return loading.parse_input(text).make(torch.bfloat16, torch.device("cpu"))
+        return loading.make_inputs([text], torch.bfloat16, torch.device("cpu"))[0]
 
     numbers = made("50x40")
     assert numbers.dtype == torch.bfloat16
