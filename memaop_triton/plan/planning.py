@@ -83,12 +83,12 @@ def plan_chosen(
 ) -> Plan:
     """`plan` for layers that are already chosen."""
     layers = {name: layer for name, (layer, _) in chosen.items()}
-    observed = observe(model, layers, example_inputs, loss_fn)
+    uses, seconds = observe(model, layers, example_inputs, loss_fn)
     wanted = [
-        _Layer(name, layer.in_features, layer.out_features, config, observed.uses[name])
+        _Layer(name, layer.in_features, layer.out_features, config, uses[name])
         for name, (layer, config) in chosen.items()
     ]
-    return _planned(wanted, observed.seconds, time_budget)
+    return _planned(wanted, seconds, time_budget)
 
 
 def plan_shapes(
@@ -144,7 +144,9 @@ def _planned(layers: list[_Layer], step_seconds: float | None, time_budget: floa
             left = max(0.0, end - time.perf_counter())
             measured[case] = measure(*case, left / (len(cases) - number))
     rows = tuple(
-        _unmeasured(layer, note) if (note := notes[layer.name]) else _judged(layer, measured)
+        _row(layer, Verdict.LEAVE_DENSE, note=note)
+        if (note := notes[layer.name])
+        else _judged(layer, measured)
         for layer in layers
     )
     return Plan(rows, step_seconds, ", ".join(sorted(map(_device_name, devices))))
@@ -174,10 +176,6 @@ def _nothing_to_gain(layer: _Layer) -> str:
     ):
         return "K = M"
     return ""
-
-
-def _unmeasured(layer: _Layer, note: str) -> LayerPlan:
-    return _row(layer, Verdict.LEAVE_DENSE, note=note)
 
 
 def _judged(layer: _Layer, measured: Mapping[tuple[Use, MemAOPConfig], Measurement]) -> LayerPlan:

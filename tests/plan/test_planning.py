@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 def uses_of(model, inputs, loss_fn=None):
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    return observe(model, layers, inputs, loss_fn).uses
+    return observe(model, layers, inputs, loss_fn)[0]
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_compiled_model_is_seen_without_compiling_it():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     compiled = torch.compile(model, backend=lambda *_: pytest.fail("compiled"))
     layers = {"0": model[0]}
-    assert observe(compiled, layers, torch.randn(3, 4)).uses["0"].total() == 1
+    assert observe(compiled, layers, torch.randn(3, 4))[0]["0"].total() == 1
 
 
 @dataclass
