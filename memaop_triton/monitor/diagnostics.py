@@ -134,25 +134,20 @@ def diagnostics_table(layers: Mapping[str, LayerDiagnostics], starving: float) -
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
-    headings = ("K of M", "captured", "eff. rows", "sampling / batch variance", "memory")
-    for heading in headings:
+    for heading in ("K of M", "captured", "eff. rows", "sampling / batch variance", "memory"):
         table.add_column(heading, justify="right")
     for name, layer in layers.items():
+        noise = layer.relative_variance
         table.add_row(
             name or "(the model)",
             f"{layer.k} of {layer.rows}",
             f"{layer.captured:.1%}",
             f"{layer.effective_sample_size:.4g}",
-            _noise(layer),
+            "biased" if math.isnan(noise) else f"{noise:.3g}",
             _memory(layer),
             style="red" if layer.complaint(starving) else None,
         )
     return table
-
-
-def _noise(layer: LayerDiagnostics) -> str:
-    value = layer.relative_variance
-    return "biased" if math.isnan(value) else f"{value:.3g}"
 
 
 def _memory(layer: LayerDiagnostics) -> str:

@@ -85,7 +85,7 @@ def test_observes_every_so_many_passes_and_both_uses_of_a_layer():
         due = []
         for x in batches(101):
             layer(layer(x)).sum().backward()
-            due.append(watch._watched[""].observer.is_due)
+            due.append(watch._watched[""][1].is_due)
         assert watch.read()[""].observations == pytest.approx(202 / 10, abs=1)
     # The second use of every forward pass is the first of its backward pass.
     assert sum(due) == pytest.approx(101 / 10, abs=1)
@@ -96,7 +96,7 @@ def test_observes_every_so_many_passes_and_both_uses_of_a_layer():
 def test_a_captured_step_is_observed_whenever_it_is_replayed(monkeypatch):
     layer = MemAOPLinear(N, P, config=MemAOPConfig.paper(ratio=1 / 4))
     with monitor(layer, every=100) as watch:
-        observer = watch._watched[""].observer
+        observer = watch._watched[""][1]
         layer(batches(1)[0]).sum().backward()
         layer(batches(1)[0]).sum().backward()
         assert watch.read()[""].observations == 1
@@ -348,11 +348,11 @@ def test_the_live_table_is_drawn_at_most_every_second(monkeypatch):
         reads = []
         read = watch.read
         monkeypatch.setattr(watch, "read", lambda: reads.append(now[0]) or read())
-        with watch.live(console) as live:
+        with watch.live(console) as refresh:
             for _ in range(10):
                 train(model, batches(1))
                 now[0] += 0.3
-                live.refresh()
+                refresh()
         assert reads == pytest.approx([0.0, 1.2, 2.4, 3.0])
     text = console.export_text()
     assert "16 of 64" in text
