@@ -6,7 +6,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from checks import converted, seed, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -17,6 +16,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from memaop_triton.backward.shards import ProcessShards
+from tests.distributed.checks import converted, seed, whole
 
 ROWS = 20
 

@@ -3,13 +3,6 @@
 import itertools
 
 import torch
-from checks import batch, everywhere, same_everywhere, seed, whole
-from tensor_parallel_cases import (
-    ROWS,
-    Recording,
-    columns,
-    parallel,
-)
 from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
@@ -18,6 +11,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 from memaop_triton.config import ROW_MEMORIES, SELECTIONS, UNBIASED_SELECTIONS
+from tests.distributed.checks import batch, everywhere, same_everywhere, seed, whole
+from tests.distributed.tensor_parallel_cases import ROWS, Recording, columns, parallel
 from tests.schemes import flat_config
 
 
@@ -33,7 +28,7 @@ def schemes():
     yield {"selection": "priority", "memory": "subspace", "grad_input": "projected"}
 
 
-def check_input_grad(layer, dx, g_here, by_row, agreed):
+def assert_input_grad(layer, dx, g_here, by_row, agreed):
     """dX of a layer with a subspace: each process splits the columns of G that it has."""
     q = layer.memory.basis_for_input_grad(g_here)
     rest = g_here - g_here @ q @ q.T
@@ -45,7 +40,7 @@ def check_input_grad(layer, dx, g_here, by_row, agreed):
     torch.testing.assert_close(agreed.scores[1], want.sqrt())
 
 
-def every_selection_and_memory_adds_up_what_it_selected():
+def check_every_selection_and_memory_adds_up_what_it_selected():
     """Weights, rows and memories against the definition, each process drawing for itself."""
     for scheme, style in itertools.product(schemes(), (ColwiseParallel, RowwiseParallel)):
         config = flat_config(k=6, rank=2, refresh_every=99, **scheme)
@@ -99,7 +94,7 @@ def every_selection_and_memory_adds_up_what_it_selected():
                 want = (x.norm(dim=1) * g.norm(dim=1)).square()
             torch.testing.assert_close(dw, expected)
             if is_split:
-                check_input_grad(layer, leaf.grad, g_here, by_row, agreed)
+                assert_input_grad(layer, leaf.grad, g_here, by_row, agreed)
             elif config.grad_input_name == "sampled":
                 # Scored by G alone, of which a layer divided by rows of X has two copies.
                 want = g.norm(dim=1).square() * (2 if by_row else 1)

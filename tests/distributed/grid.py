@@ -1,13 +1,9 @@
-"""Run by `test_grid.py` in four processes, two by two: both ways to divide a model, together."""
+"""Four processes, two by two: both ways to divide a model, together."""
 
 import copy
 import functools
 
-import checks
-import fsdp_checks
 import torch
-from checks import PAPER, batch, converted, everywhere, mlp, same_everywhere, whole
-from tensor_parallel_worker import Recording, plan, step
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -15,8 +11,16 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from memaop_triton import MemAOPConfig, load_memory_state_dict, memory_state_dict
-
-ROWS = 20
+from tests.distributed.checks import (
+    PAPER,
+    batch,
+    converted,
+    everywhere,
+    mlp,
+    same_everywhere,
+    whole,
+)
+from tests.distributed.tensor_parallel_cases import ROWS, Recording, plan, step
 
 
 @functools.cache
@@ -29,7 +33,7 @@ def part_of_batch(number):
     return batch(ROWS, 12, step=100 * mesh().get_local_rank("dp") + number)
 
 
-def each_group_shares_its_own_selection():
+def check_each_group_shares_its_own_selection():
     config = MemAOPConfig(k=6, memory="none")
     model = converted(parallelize_module(mlp(), mesh()["tp"], plan()), config)
     with Recording() as agreed:
@@ -41,7 +45,7 @@ def each_group_shares_its_own_selection():
         assert not same_everywhere(indices, mesh().get_group("dp"))
 
 
-def each_group_trains_like_an_undivided_model():
+def check_each_group_trains_like_an_undivided_model():
     model = converted(parallelize_module(mlp(), mesh()["tp"], plan()))
     reference = converted(mlp())
     for number in range(3):
@@ -51,7 +55,7 @@ def each_group_trains_like_an_undivided_model():
             torch.testing.assert_close(whole(mine.grad), theirs.grad)
 
 
-def fully_sharded_over_the_groups():
+def check_fully_sharded_over_the_groups():
     """The mean over the two batches, of layers that are divided within each pair."""
     trained = []
     for reshard in (True, False):
@@ -74,7 +78,7 @@ def fully_sharded_over_the_groups():
         assert torch.equal(memory["x"], state[name]["x"])
 
 
-def weights_placed_on_both_dimensions():
+def check_weights_placed_on_both_dimensions():
     """Replicated over one dimension of the mesh, where the rows are divided, as DTensors do it."""
     for divided in (0, 1):
         for number in range(2):
@@ -105,22 +109,3 @@ def weights_placed_on_both_dimensions():
                     best = (rows.norm(dim=1) * outer.norm(dim=1)).topk(4).indices
                     expected += outer[best].T @ rows[best]
             torch.testing.assert_close(whole(layer.weight.grad), expected)
-
-
-def hybrid_gradients_are_the_means_of_single_processes():
-    fsdp_checks.gradients_are_the_means_of_single_processes(mesh())
-
-
-def hybrid_memories_are_saved_and_continue():
-    fsdp_checks.memories_are_saved_and_continue(mesh())
-
-
-if __name__ == "__main__":
-    checks.run(
-        each_group_shares_its_own_selection,
-        each_group_trains_like_an_undivided_model,
-        weights_placed_on_both_dimensions,
-        fully_sharded_over_the_groups,
-        hybrid_gradients_are_the_means_of_single_processes,
-        hybrid_memories_are_saved_and_continue,
-    )
