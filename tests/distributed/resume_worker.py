@@ -32,7 +32,7 @@ from memaop_triton import (
 )
 from memaop_triton.distributed.checkpoint import load_memory, memory_entries
 from tests.distributed.checks import case, leave
-from tests.schemes import LEGAL, flat_config, label
+from tests.schemes import flat_config
 
 SAVED_AT = 5
 STEPS = 9
@@ -43,7 +43,10 @@ RESIDUAL = {"selection": "topk", "memory": "residual"}
 
 
 def cases():
-    """What is trained, by name: the first is the one that is killed."""
+    """What is trained, by name: the first is the one that is killed.
+
+    That every scheme goes on within a process is in `tests/nn/test_state.py`.
+    """
     special = {
         "killed": SIGNED,
         "residual": RESIDUAL | {"decay": 0.5},
@@ -57,15 +60,14 @@ def cases():
         "no memory": {"selection": "crs", "memory": "none", "grad_input": "sampled"},
         "projected": PRIORITY | {"grad_input": "projected"},
     }
-    if dist.is_initialized():  # what follows is the same in every process by itself
+    if dist.is_initialized():  # a compiler that takes seconds is tried in one process
         return special
-    compiled = {
+    return special | {
         "inductor": PRIORITY | {"compiled": "inductor"},
         "inductor rows": SIGNED | {"compiled": "inductor"},
         "signed compiled": SIGNED | {"compiled": "aot_eager"},
         "no memory compiled": {"memory": "none", "compiled": "aot_eager"},
     }
-    return special | compiled | {label(scheme): scheme for scheme in LEGAL}
 
 
 class Run:
