@@ -87,7 +87,14 @@ def plan(
         require_file("--json", json_path)
     config = config_of(rank, ratio=ratio, selection=selection, memory=memory, grad_input=grad_input)
     if model is None:
-        result = _of_shapes(shapes or [], config, dtype, device, budget)
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        result = planning.plan_shapes(
+            [loading.parse_shape("--shape", text) for text in shapes or []],
+            config,
+            dtype=getattr(torch, dtype or Dtype.FLOAT32),
+            device=_checked_device(device or default),
+            time_budget=budget,
+        )
     else:
         result = _of_model(model, inputs or [], config, dtype, device, budget)
     console = Console()
@@ -96,20 +103,6 @@ def plan(
     if json_path is not None:
         write_json(json_path, result.to_dict())
     say_written(console, json_path)
-
-
-def _of_shapes(
-    shapes: list[str], config: MemAOPConfig, dtype: Dtype | None, device: str | None, budget: float
-) -> Plan:
-    sizes = [loading.parse_shape("--shape", text) for text in shapes]
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    return planning.plan_shapes(
-        sizes,
-        config,
-        dtype=getattr(torch, dtype or Dtype.FLOAT32),
-        device=_checked_device(device or default),
-        time_budget=budget,
-    )
 
 
 def _of_model(

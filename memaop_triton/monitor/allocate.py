@@ -98,10 +98,7 @@ def allocate_(
     for name, layer in layers.items():
         # How often a layer runs in a step, relative to the one that runs most often.
         uses = diagnostics[name].observations / most_uses
-        options[name] = [
-            dataclasses.replace(option, cost=uses * option.cost, variance=uses * option.variance)
-            for option in _options(layer, diagnostics[name], ratios)
-        ]
+        options[name] = _options(layer, diagnostics[name], ratios, uses)
         available += budget * uses * _dense_flops(layer, diagnostics[name].rows)
     chosen = best_options(options, available)
     for name, option in chosen.items():
@@ -178,17 +175,18 @@ def _slope(before: Option, after: Option) -> float:
 
 
 def _options(
-    layer: MemAOPLinear, seen: LayerDiagnostics, ratios: Sequence[float] | None
+    layer: MemAOPLinear, seen: LayerDiagnostics, ratios: Sequence[float] | None, uses: float
 ) -> list[Option]:
-    """What a layer may get, with its FLOPs and variance in one use."""
+    """What a layer may get, with its FLOPs and variance in as many uses."""
     if layer.config.budget is None:
-        shares = sorted(set(map(float, ratios or DEFAULT_RATIOS)))
-        configs = [layer.config.with_ratio(share) for share in shares]
+        shares, with_share = set(ratios or DEFAULT_RATIOS), layer.config.with_ratio
     else:
-        shares = sorted(set(map(float, ratios or DEFAULT_BUDGETS)) - {1.0})
-        configs = [layer.config.with_budget(share) for share in shares]
-    outcomes = [_outcome(layer, seen, config) for config in configs]
-    return [Option(share, *one) for share, one in zip(shares, outcomes, strict=True)]
+        shares, with_share = set(ratios or DEFAULT_BUDGETS) - {1.0}, layer.config.with_budget
+    options = []
+    for share in sorted(map(float, shares)):
+        flops, variance = _outcome(layer, seen, with_share(share))
+        options.append(Option(share, uses * flops, uses * variance))
+    return options
 
 
 def _outcome(

@@ -51,7 +51,6 @@ class LayerDiagnostics:
         score_square_sum: Σ s².
         outside_subspace: Share of Σ‖x_m‖² outside the subspace, or of Σ‖g_m‖² if it is one of G;
             `None` without one.
-        steps_since_refresh: Of the subspace; `None` without one.
         memory_norm: √(Σ s² of what a row memory holds / Σ s² of the batch's own rows), norms of
             outer products; `None` without one.
         staleness: Mean number of passes since a slot was emptied; `None` without a row memory.
@@ -72,7 +71,6 @@ class LayerDiagnostics:
     score_sum: float
     score_square_sum: float
     outside_subspace: float | None = None
-    steps_since_refresh: int | None = None
     memory_norm: float | None = None
     staleness: float | None = None
 

@@ -166,7 +166,6 @@ def _diagnostics(state: LayerState, observer: LayerObserver) -> LayerDiagnostics
     optional: dict[str, Any] = {}
     if isinstance(memory, SubspaceMemory):
         optional["outside_subspace"] = _fraction(mean.outside_square_sum, mean.input_square_sum)
-        optional["steps_since_refresh"] = memory.step % memory.refresh_every
     if config.row_memory is not None:
         own, ages = mean.batch_square_sum, observer.ages
         optional["memory_norm"] = math.sqrt(mean.remembered_square_sum / own) if own else 0.0

@@ -4,7 +4,6 @@ import copy
 import functools
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -20,7 +19,7 @@ from tests.distributed.checks import (
     same_everywhere,
     whole,
 )
-from tests.distributed.tensor_parallel_cases import ROWS, Recording, plan, step
+from tests.distributed.tensor_parallel_cases import ROWS, linear, placed, plan, recording, step
 
 
 @functools.cache
@@ -36,7 +35,7 @@ def part_of_batch(number):
 def check_each_group_shares_its_own_selection():
     config = MemAOPConfig(k=6, memory="none")
     model = converted(parallelize_module(mlp(), mesh()["tp"], plan()), config)
-    with Recording() as agreed:
+    with recording() as agreed:
         step(model, part_of_batch(0))
     assert len(agreed.selections) == 2
     for indices, weights in agreed.selections:
@@ -82,30 +81,29 @@ def check_weights_placed_on_both_dimensions():
     """Replicated over one dimension of the mesh, where the rows are divided, as DTensors do it."""
     for divided in (0, 1):
         for number in range(2):
-            torch.manual_seed(0)
-            layer = nn.Linear(12, 8, dtype=torch.float64)
-            dense = copy.deepcopy(layer)
-            for name, parameter in list(layer.named_parameters()):
-                across = Shard(divided) if parameter.dim() > divided else Replicate()
-                placed = distribute_tensor(parameter.detach(), mesh(), [Replicate(), across])
-                layer.register_parameter(name, nn.Parameter(placed))
+            dense = linear()
+
+            def across(parameter, dim=divided):
+                return [Replicate(), Shard(dim) if parameter.dim() > dim else Replicate()]
+
+            layer = placed(dense, mesh(), across)
             config = PAPER if number == 0 else MemAOPConfig(k=ROWS, memory="none")
             converted(layer, config)
             x, g = batch(ROWS, 12).requires_grad_(), batch(ROWS, 8)
-            placed = distribute_tensor(x.detach(), mesh(), [Shard(0), Replicate()])
-            placed.requires_grad_()
-            y = layer(placed)
+            rows = distribute_tensor(x.detach(), mesh(), [Shard(0), Replicate()])
+            rows.requires_grad_()
+            y = layer(rows)
             dense(x).backward(g)
             torch.testing.assert_close(whole(y), dense(x))
             y.backward(distribute_tensor(g, mesh(), [Shard(0), Replicate()]))
-            torch.testing.assert_close(whole(placed.grad), x.grad)
+            torch.testing.assert_close(whole(rows.grad), x.grad)
             torch.testing.assert_close(whole(layer.bias.grad), g.sum(0))
             assert layer.weight.grad.placements == layer.weight.placements
             expected = dense.weight.grad
             if number == 0:
                 # The four largest rows of each half.
                 expected = torch.zeros_like(expected)
-                for rows, outer in zip(x.detach().chunk(2), g.chunk(2), strict=True):
-                    best = (rows.norm(dim=1) * outer.norm(dim=1)).topk(4).indices
-                    expected += outer[best].T @ rows[best]
+                for part, outer in zip(x.detach().chunk(2), g.chunk(2), strict=True):
+                    best = (part.norm(dim=1) * outer.norm(dim=1)).topk(4).indices
+                    expected += outer[best].T @ part[best]
             torch.testing.assert_close(whole(layer.weight.grad), expected)

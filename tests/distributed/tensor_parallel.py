@@ -31,23 +31,25 @@ from tests.distributed.checks import (
     everywhere,
     mlp,
     same_everywhere,
-    seed,
     whole,
 )
 from tests.distributed.tensor_parallel_cases import (
     ROWS,
-    Recording,
     assert_same_gradients,
     columns,
     dtensor_plan,
     gathered_plan,
+    linear,
     mesh,
     parallel,
+    placed,
     plan,
     rank,
+    recording,
     sequence_plan,
     single,
     step,
+    times_drawn,
 )
 from tests.schemes import flat_config
 
@@ -147,15 +149,12 @@ def check_blocks_cut_short_have_one_size_for_all():
         for number in range(12):
             x, g = batch(ROWS, 12, step=number), batch(ROWS, 8, step=99)
             layer.zero_grad()
-            with Recording() as agreed:
+            with recording() as agreed:
                 layer(x).backward(g)
-            indices, weights = agreed.selections[0]
-            inside = indices < ROWS
-            total = torch.zeros(ROWS, 1, dtype=x.dtype).index_add_(
-                0, indices[inside], weights[inside][:, None]
-            )
+            (selection,) = agreed.selections
+            total = times_drawn(selection)
             torch.testing.assert_close(whole(layer.weight.grad), (total * g).T @ x)
-            counts.add(int(inside.sum()))
+            counts.add(int((selection.indices < ROWS).sum()))
         assert counts == {4, 16}
 
 
@@ -219,21 +218,15 @@ def check_non_finite_part_of_a_row_shows_and_leaves_no_trace():
 
 def check_replicated_weight_works_like_an_ordinary_one():
     def replicated(config):
-        torch.manual_seed(0)
-        layer = nn.Linear(12, 8, dtype=torch.float64)
-        dense = copy.deepcopy(layer)
-        for name, parameter in list(layer.named_parameters()):
-            placed = distribute_tensor(parameter.detach(), mesh(), [Replicate()])
-            layer.register_parameter(name, nn.Parameter(placed))
-        seed()
-        return converted(layer, config), dense
+        dense = linear()
+        return converted(placed(dense, mesh(), lambda _: [Replicate()]), config), dense
 
     for placement, k in itertools.product((Replicate(), Shard(0)), (ROWS, 5)):
         for grad_input in ("exact", "sampled"):
             layer, dense = replicated(MemAOPConfig(k=k, memory="none", grad_input=grad_input))
             x, g = batch(ROWS, 12).requires_grad_(), batch(ROWS, 8)
-            placed = distribute_tensor(x.detach(), mesh(), [placement]).requires_grad_()
-            y = layer(placed)
+            rows = distribute_tensor(x.detach(), mesh(), [placement]).requires_grad_()
+            y = layer(rows)
             assert y.placements == (placement,)
             y.backward(distribute_tensor(g, mesh(), [placement]))
             for parameter in layer.parameters():
@@ -245,8 +238,8 @@ def check_replicated_weight_works_like_an_ordinary_one():
             if k == ROWS:
                 torch.testing.assert_close(whole(layer.weight.grad), dense.weight.grad)
             if k == ROWS or grad_input == "exact":
-                torch.testing.assert_close(whole(placed.grad), x.grad)
-            assert same_everywhere(whole(placed.grad))
+                torch.testing.assert_close(whole(rows.grad), x.grad)
+            assert same_everywhere(whole(rows.grad))
     # The mean of two estimates: each process's own rows are in it.
     layer, dense = replicated(MemAOPConfig(k=1, memory="none"))
     x, g = batch(ROWS, 12), batch(ROWS, 8)
@@ -312,16 +305,10 @@ def check_what_cannot_be_divided_is_refused():
         ):
             layer(x[:, :1])
     both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))
-    layer = nn.Linear(12, 8, dtype=torch.float64)
-    for name, parameter in list(layer.named_parameters()):
-        divided = distribute_tensor(
-            parameter.detach(), both, [Shard(0), Shard(parameter.dim() - 1)]
-        )
-        layer.register_parameter(name, nn.Parameter(divided))
-    converted(layer)
-    placed = distribute_tensor(x, both, [Replicate(), Replicate()])
+    layer = converted(placed(linear(), both, lambda p: [Shard(0), Shard(p.dim() - 1)]))
+    rows = distribute_tensor(x, both, [Replicate(), Replicate()])
     with pytest.raises(ValueError, match=r"Shard\(dim=0\), Shard\(dim=1\).*along one dimension"):
-        layer(placed)
+        layer(rows)
     layer, _ = single(ColwiseParallel, MemAOPConfig(budget=1 / 2, memory="none"))
     with pytest.raises(ValueError, match=r"budget=0\.5 would buy.*give ratio and rank"):
         layer(x)
@@ -329,4 +316,4 @@ def check_what_cannot_be_divided_is_refused():
     with pytest.raises(TypeError, match=r"x is a plain tensor.*Shard\(dim=0\)"):
         layer.forward(x)
     with pytest.raises(ValueError, match=r"x is on.*same mesh"):
-        layer.forward(placed)
+        layer.forward(rows)

@@ -182,12 +182,10 @@ def test_outside_of_the_subspace():
     layer = MemAOPLinear(N, P, config=config)
     directions = torch.linalg.qr(torch.randn(N, 3)).Q.T
     with monitor(layer, every=1, smoothing=0) as watch:
-        for step in range(8):
+        for _ in range(8):
             x = torch.randn(64, 3) @ directions
             layer(x).sum().backward()
-            inside = watch.read()[""]
-            assert inside.steps_since_refresh == (step + 1) % 5
-        assert inside.outside_subspace < 1e-6
+        assert watch.read()[""].outside_subspace < 1e-6
         basis = layer.memory.basis
         x = torch.randn(64, N)
         layer(x).square().sum().backward()
