@@ -178,13 +178,12 @@ def _options(
     layer: MemAOPLinear, seen: LayerDiagnostics, ratios: Sequence[float] | None, uses: float
 ) -> list[Option]:
     """What a layer may get, with its FLOPs and variance in as many uses."""
-    if layer.config.budget is None:
-        shares, with_share = set(ratios or DEFAULT_RATIOS), layer.config.with_ratio
-    else:
-        shares, with_share = set(ratios or DEFAULT_BUDGETS) - {1.0}, layer.config.with_budget
+    has_budget = layer.config.budget is not None
+    shares = set(map(float, ratios or (DEFAULT_BUDGETS if has_budget else DEFAULT_RATIOS)))
     options = []
-    for share in sorted(map(float, shares)):
-        flops, variance = _outcome(layer, seen, with_share(share))
+    for share in sorted(shares - {1.0} if has_budget else shares):
+        config = layer.config.with_budget(share) if has_budget else layer.config.with_ratio(share)
+        flops, variance = _outcome(layer, seen, config)
         options.append(Option(share, uses * flops, uses * variance))
     return options
 
