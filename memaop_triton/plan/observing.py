@@ -69,7 +69,8 @@ def run_backward(
     """Run a model forward and backward; the arguments and errors are those of `observe`."""
     arguments, keywords = _call_arguments(example_inputs)
     output = model(*arguments, **keywords)
-    torch.autograd.backward(*_losses(output, loss_fn))
+    losses = _losses(output, loss_fn)
+    torch.autograd.backward(losses, [torch.ones_like(t) for t in losses])
 
 
 @contextlib.contextmanager
@@ -205,24 +206,22 @@ def _call_arguments(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, 
     )
 
 
-def _losses(
-    output: object, loss_fn: Callable[[Any], Tensor] | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What to differentiate, and its gradient."""
+def _losses(output: object, loss_fn: Callable[[Any], Tensor] | None) -> list[Tensor]:
+    """What to differentiate."""
     if loss_fn is not None:
         loss = loss_fn(output)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(
                 f"loss_fn must return a tensor of one element that requires a gradient, got {loss}."
             )
-        return [loss], [torch.ones_like(loss)]
+        return [loss]
     losses = [t for t in _tensors(output) if t.is_floating_point() and t.requires_grad]
     if not losses:
         raise ValueError(
             "example_inputs lead to no floating-point tensor that requires a gradient in the "
             f"model's output, a {type(output).__name__}: pass loss_fn, which makes a scalar of it."
         )
-    return losses, [torch.ones_like(t) for t in losses]
+    return losses
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from memaop_triton.monitor.estimates import (
 )
 from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.reference import weight_grad_reference
-from memaop_triton.selection import Selection, select_rows
+from memaop_triton.selection import Selection
 from tests.schemes import flat_config
 
 M, N, P, K = 40, 16, 5, 10
@@ -179,19 +179,6 @@ def test_rows_drawn_twice_count_once():
     assert contributions.tolist() == [0, 2, 0, 8]
     assert float(effective_sample_size(contributions)) == pytest.approx(100 / 68)
     assert float(effective_sample_size(torch.zeros(3))) == 0
-
-
-def test_effective_sample_size_of_equal_contributions_is_their_number():
-    scores = torch.rand(64).double() + 1
-    for policy in ("priority", "bernoulli"):
-        selection = select_rows(scores, 16, policy)
-        drawn = int((selection.weights > 0).sum())
-        size = float(effective_sample_size(contributions_of(selection, scores)))
-        assert size == pytest.approx(drawn)
-    one_dominates = scores.clone()
-    one_dominates[5] = 1e6
-    selection = select_rows(one_dominates, 16, "priority")
-    assert float(effective_sample_size(contributions_of(selection, one_dominates))) < 1.1
 
 
 def test_names_beyond_the_last_row_add_nothing_to_the_variance():
