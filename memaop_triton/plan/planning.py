@@ -22,8 +22,7 @@ from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.nn.layer_choice import Chosen, Filter, choose_layers, quoted
 from memaop_triton.plan.layer_timing import Measurement, Use, measure
 from memaop_triton.plan.observing import generators_restored, observe
-from memaop_triton.plan.result import LayerPlan, Plan, Verdict
-from memaop_triton.plan.timing import Spread
+from memaop_triton.plan.result import LayerPlan, Plan, Spread, Verdict
 
 TIME_BUDGET = 10.0
 #: A smaller gain does not count: with other contents of the caches it may be a loss.
@@ -184,10 +183,11 @@ def _judged(layer: _Layer, measured: Mapping[tuple[Use, MemAOPConfig], Measureme
     # A measurement may have fewer rounds than another.
     dense = [sum(t) for t in zip(*([n * s for s in m.dense] for n, m in found), strict=False)]
     ours = [sum(t) for t in zip(*([n * s for s in m.ours] for n, m in found), strict=False)]
-    speedup = Spread.of([d / o for d, o in zip(dense, ours, strict=True)])
-    if speedup.q1 > LEAST_GAIN:
+    ratios = [d / o for d, o in zip(dense, ours, strict=True)]
+    q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
+    if q1 > LEAST_GAIN:
         verdict = Verdict.CONVERT
-    elif speedup.q3 <= LEAST_GAIN:
+    elif q3 <= LEAST_GAIN:
         verdict = Verdict.LEAVE_DENSE
     else:
         verdict = Verdict.TOO_CLOSE
@@ -196,7 +196,7 @@ def _judged(layer: _Layer, measured: Mapping[tuple[Use, MemAOPConfig], Measureme
         verdict,
         dense_seconds=statistics.median(dense),
         ours_seconds=statistics.median(ours),
-        speedup=speedup,
+        speedup=Spread(median, q1, q3),
         memory_bytes=max(m.memory_bytes for _, m in found),
     )
 

@@ -6,16 +6,23 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.plan.timing import Spread
 from memaop_triton.units import human_bytes, milliseconds
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+class Spread(NamedTuple):
+    """Median and quartiles."""
+
+    median: float
+    q1: float
+    q3: float
 
 
 class Verdict(StrEnum):
