@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import operator
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,61 +21,7 @@ _INPUT = re.compile(
     r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:x\d+)*)(?::(?P<dtype>\w+)(?::(?P<bound>\d+))?)?"
 )
 _INTEGERS = ("int32", "int64")
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-
-class InputSpec(NamedTuple):
-    """A random tensor for the model's forward pass.
-
-    Attributes:
-        name: Keyword argument that takes it, or "" for the next positional one.
-        sizes: Its shape.
-        dtype: `None` for the dtype that the model computes in.
-        bound: Integers are below it.
-    """
-
-    name: str
-    sizes: tuple[int, ...]
-    dtype: torch.dtype | None
-    bound: int
-
-    def make(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Random values: normal ones, integers from 0 up to the bound, or true and false."""
-        wanted = self.dtype or dtype
-        if wanted == torch.bool:
-            return torch.rand(self.sizes, device=device) < 0.5
-        if self.bound:
-            return torch.randint(self.bound, self.sizes, dtype=wanted, device=device)
-        return torch.randn(self.sizes, dtype=wanted, device=device)
-
-
-def parse_input(text: str) -> InputSpec:
-    """`32x512x1024`, `32x512:int64:50257` (integers below 50257), `mask=32x512:bool`.
-
-    Raises:
-        CommandError: The text has another form.
-    """
-    found = _INPUT.fullmatch(text)
-    if found is None:
-        raise CommandError(
-            f"--input={text!r} is not {INPUT_FORMAT}, for example 32x512x1024 or "
-            "input_ids=32x512:int64:50257."
-        )
-    dtype, bound = found["dtype"], int(found["bound"] or 0)
-    if dtype not in (None, "bool", *_INTEGERS, *_FLOATS):
-        known = ", ".join((*_FLOATS, *_INTEGERS, "bool"))
-        raise CommandError(f"--input={text!r}: {dtype!r} is not one of {known}.")
-    if (dtype in _INTEGERS) != (bound > 0):
-        raise CommandError(
-            f"--input={text!r}: integers, and nothing else, need a bound above 0, as in "
-            "32x512:int64:50257 for integers below 50257."
-        )
-    return InputSpec(found["name"] or "", parse_sizes(found["sizes"]), _dtype(dtype), bound)
-
-
-def parse_sizes(text: str) -> tuple[int, ...]:
-    """`32x512` as (32, 512)."""
-    return tuple(map(int, text.split("x")))
+_DTYPES = ("float16", "bfloat16", "float32", "float64", *_INTEGERS, "bool")
 
 
 def parse_shape(option: str, text: str) -> tuple[int, int, int]:
@@ -85,26 +32,59 @@ def parse_shape(option: str, text: str) -> tuple[int, int, int]:
     """
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
         raise CommandError(f"{option}={text!r} is not MxNxP, for example 8192x1024x1024.")
-    m, n, p = parse_sizes(text)
+    m, n, p = map(int, text.split("x"))
     return m, n, p
 
 
 def make_inputs(
-    specs: Iterable[InputSpec], dtype: torch.dtype, device: torch.device
+    texts: Iterable[str], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...] | dict[str, Tensor]:
-    """Example inputs: a tuple, or a dictionary if they are named.
+    """Random example inputs: a tuple, or a dictionary if they are named.
+
+    Args:
+        texts: `32x512x1024` (normal numbers), `32x512:int64:50257` (integers from 0 up to, and
+            without, the bound), `mask=32x512:bool`.
+        dtype: Of normal numbers whose text names none.
+        device: Of all of them.
 
     Raises:
-        CommandError: Some are named and others are not, or a name comes twice.
+        CommandError: A text has another form, some are named and others are not, or a name comes
+            twice.
     """
-    specs = list(specs)
-    names = [spec.name for spec in specs]
-    tensors = [spec.make(dtype, device) for spec in specs]
+    inputs = [_make_input(text, dtype, device) for text in texts]
+    names = [name for name, _ in inputs]
     if not any(names):
-        return tuple(tensors)
+        return tuple(tensor for _, tensor in inputs)
     if not all(names) or len(set(names)) < len(names):
         raise CommandError("--input: give each a name of its own (NAME=SIZES), or none of them.")
-    return dict(zip(names, tensors, strict=True))
+    return dict(inputs)
+
+
+def _make_input(text: str, default: torch.dtype, device: torch.device) -> tuple[str, Tensor]:
+    """The name, "" without one, and the tensor."""
+    found = _INPUT.fullmatch(text)
+    if found is None:
+        raise CommandError(
+            f"--input={text!r} is not {INPUT_FORMAT}, for example 32x512x1024 or "
+            "input_ids=32x512:int64:50257."
+        )
+    kind, bound = found["dtype"], int(found["bound"] or 0)
+    if kind not in (None, *_DTYPES):
+        raise CommandError(f"--input={text!r}: {kind!r} is not one of {', '.join(_DTYPES)}.")
+    if (kind in _INTEGERS) != (bound > 0):
+        raise CommandError(
+            f"--input={text!r}: integers, and nothing else, need a bound above 0, as in "
+            "32x512:int64:50257 for integers below 50257."
+        )
+    sizes = tuple(map(int, found["sizes"].split("x")))
+    dtype = default if kind is None else getattr(torch, kind)
+    if dtype == torch.bool:
+        tensor = torch.rand(sizes, device=device) < 0.5
+    elif bound:
+        tensor = torch.randint(bound, sizes, dtype=dtype, device=device)
+    else:
+        tensor = torch.randn(sizes, dtype=dtype, device=device)
+    return found["name"] or "", tensor
 
 
 def load_model(reference: str) -> nn.Module:
@@ -121,45 +101,29 @@ def load_model(reference: str) -> nn.Module:
         raise CommandError(
             f"{where} is not MODULE:FUNCTION, for example mypackage.models:make_model."
         )
-    target: Any = _import(module_name, where)
-    for part in attribute.split("."):
-        if not hasattr(target, part):
-            raise CommandError(f"{where}: {getattr(target, '__name__', target)} has no {part!r}.")
-        target = getattr(target, part)
-    if isinstance(target, nn.Module):
-        return target
-    if not callable(target):
-        raise CommandError(f"{where} must be a function or class, not {type(target).__name__}.")
-    try:
-        inspect.signature(target).bind()
-    except TypeError as error:
-        raise CommandError(
-            f"{where} must be callable without arguments ({error}): name a function that is."
-        ) from None
-    except ValueError:  # a callable without a signature
-        pass
-    model = target()
-    if not isinstance(model, nn.Module):
-        raise CommandError(f"{where} returned {type(model).__name__}, not a torch.nn.Module.")
-    return model
-
-
-def _import(name: str, where: str) -> Any:
     # A console script has its own folder on the path, not the user's.
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if name == missing or name.startswith(f"{missing}."):
-            where += f": no module {missing!r}, neither installed nor in the current folder."
-        else:
-            where += f" imports {missing!r}, which is not installed."
-        raise CommandError(where) from None
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    dtype: torch.dtype | None = None if name is None else getattr(torch, name)
-    return dtype
+        raise CommandError(
+            f"{where}: {error}, neither installed nor in the current folder."
+        ) from None
+    try:
+        target: Any = operator.attrgetter(attribute)(module)
+    except AttributeError as error:
+        raise CommandError(f"{where}: {error}.") from None
+    if isinstance(target, nn.Module):
+        return target
+    try:
+        inspect.signature(target).bind()
+    except (TypeError, ValueError) as error:
+        raise CommandError(
+            f"{where} must be callable without arguments ({error}): name a function that is."
+        ) from None
+    model = target()
+    if not isinstance(model, nn.Module):
+        raise CommandError(f"{where} returned {type(model).__name__}, not a torch.nn.Module.")
+    return model

@@ -84,7 +84,14 @@ def plan(
         raise CommandError("--model and --input belong together: the model is called with them.")
     config = config_of(rank, ratio=ratio, selection=selection, memory=memory, grad_input=grad_input)
     if model is None:
-        result = _of_shapes(shapes or [], config, dtype, device, budget)
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        result = planning.plan_shapes(
+            [loading.parse_shape("--shape", text) for text in shapes or []],
+            config,
+            dtype=getattr(torch, dtype or Dtype.FLOAT32),
+            device=_checked_device(device or default),
+            time_budget=budget,
+        )
     else:
         result = _of_model(model, inputs or [], config, dtype, device, budget)
     console = Console()
@@ -95,20 +102,6 @@ def plan(
     say_written(console, json_path)
 
 
-def _of_shapes(
-    shapes: list[str], config: MemAOPConfig, dtype: Dtype | None, device: str | None, budget: float
-) -> Plan:
-    sizes = [loading.parse_shape("--shape", text) for text in shapes]
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    return planning.plan_shapes(
-        sizes,
-        config,
-        dtype=getattr(torch, dtype or Dtype.FLOAT32),
-        device=_checked_device(device or default),
-        time_budget=budget,
-    )
-
-
 def _of_model(
     reference: str,
     inputs: list[str],
@@ -117,12 +110,11 @@ def _of_model(
     device: str | None,
     budget: float,
 ) -> Plan:
-    specs = [loading.parse_input(text) for text in inputs]
     wanted = None if device is None else _checked_device(device)
     model = loading.load_model(reference)
     model.to(device=wanted, dtype=None if dtype is None else getattr(torch, dtype))
     first = next(model.parameters(), torch.empty(0))
-    example_inputs = loading.make_inputs(specs, first.dtype, first.device)
+    example_inputs = loading.make_inputs(inputs, first.dtype, first.device)
     try:
         return planning.plan(model, config, example_inputs=example_inputs, time_budget=budget)
     except (ValueError, TypeError) as error:

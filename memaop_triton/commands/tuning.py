@@ -74,7 +74,6 @@ def tune(
         grad_input=grad_input,
     )
     sizes = [loading.parse_shape("--shapes", text) for text in shapes or ()]
-    specs = [loading.parse_input(text) for text in inputs or ()]
     net = None if model is None else loading.load_model(model)
     device = _gpu()
     from memaop_triton.commands.tuning_report import ProgressBars, table
@@ -88,7 +87,7 @@ def tune(
                 for m, n, p in sizes:
                     _step_of_layers(m, n, p, config, device, getattr(torch, dtype or "bfloat16"))
             else:
-                _step_of_model(net, specs, config, device, dtype, autocast)
+                _step_of_model(net, inputs or [], config, device, dtype, autocast)
     if not observer.outcomes:
         raise CommandError("no Triton kernel ran, so none was tuned: are all rows computed?")
     console.print(table(observer.outcomes))
@@ -128,7 +127,7 @@ def _step_of_layers(
 
 def _step_of_model(
     model: nn.Module,
-    specs: list[loading.InputSpec],
+    texts: list[str],
     config: MemAOPConfig,
     device: torch.device,
     dtype: Dtype | None,
@@ -137,7 +136,7 @@ def _step_of_model(
     chosen: torch.dtype | None = getattr(torch, dtype) if dtype else None
     model = model.to(device) if autocast else model.to(device, chosen)
     own = next((a.dtype for a in model.parameters() if a.is_floating_point()), torch.float32)
-    inputs = loading.make_inputs(specs, own, device)
+    inputs = loading.make_inputs(texts, own, device)
     try:
         with torch.autocast(device.type, chosen or torch.bfloat16, enabled=autocast):
             for one in _with_both_sides(config):

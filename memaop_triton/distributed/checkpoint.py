@@ -1,9 +1,8 @@
 """Distributed checkpoints of the memories, through `torch.distributed.checkpoint` (DCP).
 
 Each rank has memories of its own, so each has entries of its own in the checkpoint: DCP takes equal
-keys for copies of one value. `save_memory` and `load_memory` keep the memories in a checkpoint by
-themselves. To have one checkpoint of everything, complete or not there at all, put the entries
-beside model and optimizer, and load the memories by themselves::
+keys for copies of one value. To have one checkpoint of everything, complete or not there at all,
+put the entries beside model and optimizer, and load the memories by themselves::
 
     state = {"model": ..., "optimizer": ...}
     dcp.save(state | memory_entries(model), checkpoint_id=folder)
@@ -21,18 +20,16 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+from torch.distributed.checkpoint.storage import StorageReader
 
 from memaop_triton.nn.state import (
     check_memory_state_dict,
@@ -44,34 +41,6 @@ from memaop_triton.nn.state import (
 _ROOT = "memaop_memory"
 
 
-def save_memory(
-    model: nn.Module,
-    checkpoint_id: str | os.PathLike[str] | None = None,
-    *,
-    storage_writer: StorageWriter | None = None,
-    process_group: dist.ProcessGroup | None = None,
-) -> None:
-    """Save the memories of every rank as a checkpoint of their own; all ranks call it.
-
-    Args:
-        model: Has converted layers. The same on all ranks; the rows remembered may differ.
-        checkpoint_id: Folder of the checkpoint, or what `storage_writer` takes it for.
-        storage_writer: As for `dcp.save`.
-        process_group: The ranks that save; all of them if `None`. Without an initialised process
-            group this process counts as the only one.
-
-    Raises:
-        CheckpointException: A rank could not write. Raised on all ranks.
-    """
-    with _quiet_alone():
-        state_dict_saver.save(
-            memory_entries(model, process_group),
-            checkpoint_id=checkpoint_id,
-            storage_writer=storage_writer,
-            process_group=process_group,
-        )
-
-
 def memory_entries(
     model: nn.Module, process_group: dist.ProcessGroup | None = None
 ) -> dict[str, Tensor | str]:
@@ -81,7 +50,7 @@ def memory_entries(
     to the top level of the dictionary, where `load_memory` looks for them.
 
     Args:
-        model: Has converted layers.
+        model: Has converted layers. The same on all ranks; the rows remembered may differ.
         process_group: As for `dcp.save`.
     """
     place = _place(_rank_and_size(process_group)[0])
@@ -107,10 +76,10 @@ def load_memory(
 ) -> None:
     """Put the memories that each rank saved back into its model; all ranks call it.
 
-    The checkpoint comes from `save_memory`, or from a `dcp.save` with `memory_entries`. If another
-    number of ranks saved it, no process has the rows that it had: all memories start empty then, as
-    after `reset_memory`, and a warning says so. Each rank reads its own entries, into CPU memory;
-    the next step moves them to its device.
+    The checkpoint comes from a `dcp.save` with `memory_entries`. If another number of ranks saved
+    it, no process has the rows that it had: all memories start empty then, as after `reset_memory`,
+    and a warning says so. Each rank reads its own entries, into CPU memory; the next step moves
+    them to its device.
 
     Args:
         model: Has the converted layers of the model that was saved, under the same names.
@@ -187,8 +156,8 @@ def _saved_size(metadata: Metadata) -> int:
     size = sum(pattern.fullmatch(key) is not None for key in metadata.state_dict_metadata)
     if size == 0:
         raise ValueError(
-            "the checkpoint holds no memories: save it with save_memory(model, ...), or with "
-            "memory_entries(model) at the top level of what dcp.save gets."
+            "the checkpoint holds no memories: save it with memory_entries(model) at the top level "
+            "of what dcp.save gets."
         )
     return size
 
@@ -200,7 +169,9 @@ def _read(reader: StorageReader, metadata: Metadata, rank: int) -> dict[str, dic
     for key, saved in metadata.state_dict_metadata.items():
         if key.startswith(f"{place}.") and isinstance(saved, TensorStorageMetadata):
             entries[key] = torch.empty(saved.size, dtype=saved.properties.dtype)
-    with _quiet_alone():
+    with warnings.catch_warnings():
+        # Of DCP, that a single process loads: here that is intended.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
         # Every rank by itself: the keys differ, and `_raise_together` follows.
         state_dict_loader.load(entries, storage_reader=reader, no_dist=True)
     state: dict[str, dict[str, Any]] = json.loads(entries.pop(place))
@@ -224,11 +195,3 @@ def _raise_together(failure: BaseException | None, group: dist.ProcessGroup | No
                     raise kind(f"rank {rank}: {message}")
     if failure is not None:
         raise failure
-
-
-@contextmanager
-def _quiet_alone() -> Iterator[None]:
-    """Without DCP's remark that a single process saves or loads: here that is intended."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-        yield

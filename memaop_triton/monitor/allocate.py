@@ -98,10 +98,7 @@ def allocate_(
     for name, layer in layers.items():
         # How often a layer runs in a step, relative to the one that runs most often.
         uses = diagnostics[name].observations / most_uses
-        options[name] = [
-            dataclasses.replace(option, cost=uses * option.cost, variance=uses * option.variance)
-            for option in _options(layer, diagnostics[name], ratios)
-        ]
+        options[name] = _options(layer, diagnostics[name], ratios, uses)
         available += budget * uses * _dense_flops(layer, diagnostics[name].rows)
     chosen = best_options(options, available)
     for name, option in chosen.items():
@@ -178,17 +175,17 @@ def _slope(before: Option, after: Option) -> float:
 
 
 def _options(
-    layer: MemAOPLinear, seen: LayerDiagnostics, ratios: Sequence[float] | None
+    layer: MemAOPLinear, seen: LayerDiagnostics, ratios: Sequence[float] | None, uses: float
 ) -> list[Option]:
-    """What a layer may get, with its FLOPs and variance in one use."""
-    if layer.config.budget is None:
-        shares = sorted(set(map(float, ratios or DEFAULT_RATIOS)))
-        configs = [layer.config.with_ratio(share) for share in shares]
-    else:
-        shares = sorted(set(map(float, ratios or DEFAULT_BUDGETS)) - {1.0})
-        configs = [layer.config.with_budget(share) for share in shares]
-    outcomes = [_outcome(layer, seen, config) for config in configs]
-    return [Option(share, *one) for share, one in zip(shares, outcomes, strict=True)]
+    """What a layer may get, with its FLOPs and variance in as many uses."""
+    has_budget = layer.config.budget is not None
+    shares = set(map(float, ratios or (DEFAULT_BUDGETS if has_budget else DEFAULT_RATIOS)))
+    options = []
+    for share in sorted(shares - {1.0} if has_budget else shares):
+        config = layer.config.with_budget(share) if has_budget else layer.config.with_ratio(share)
+        flops, variance = _outcome(layer, seen, config)
+        options.append(Option(share, uses * flops, uses * variance))
+    return options
 
 
 def _outcome(

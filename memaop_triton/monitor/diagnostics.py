@@ -51,7 +51,6 @@ class LayerDiagnostics:
         score_square_sum: Σ s².
         outside_subspace: Share of Σ‖x_m‖² outside the subspace, or of Σ‖g_m‖² if it is one of G;
             `None` without one.
-        steps_since_refresh: Of the subspace; `None` without one.
         memory_norm: √(Σ s² of what a row memory holds / Σ s² of the batch's own rows), norms of
             outer products; `None` without one.
         staleness: Mean number of passes since a slot was emptied; `None` without a row memory.
@@ -72,7 +71,6 @@ class LayerDiagnostics:
     score_sum: float
     score_square_sum: float
     outside_subspace: float | None = None
-    steps_since_refresh: int | None = None
     memory_norm: float | None = None
     staleness: float | None = None
 
@@ -134,25 +132,20 @@ def diagnostics_table(layers: Mapping[str, LayerDiagnostics], starving: float) -
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
-    headings = ("K of M", "captured", "eff. rows", "sampling / batch variance", "memory")
-    for heading in headings:
+    for heading in ("K of M", "captured", "eff. rows", "sampling / batch variance", "memory"):
         table.add_column(heading, justify="right")
     for name, layer in layers.items():
+        noise = layer.relative_variance
         table.add_row(
             name or "(the model)",
             f"{layer.k} of {layer.rows}",
             f"{layer.captured:.1%}",
             f"{layer.effective_sample_size:.4g}",
-            _noise(layer),
+            "biased" if math.isnan(noise) else f"{noise:.3g}",
             _memory(layer),
             style="red" if layer.complaint(starving) else None,
         )
     return table
-
-
-def _noise(layer: LayerDiagnostics) -> str:
-    value = layer.relative_variance
-    return "biased" if math.isnan(value) else f"{value:.3g}"
 
 
 def _memory(layer: LayerDiagnostics) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -16,11 +16,10 @@ from memaop_triton.monitor.diagnostics import LayerDiagnostics, diagnostics_tabl
 from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.nn.layer_choice import converted_layers
-from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.nn.layer_state import LayerState
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.live import Live
     from rich.table import Table
 
 _SECONDS_BETWEEN_REFRESHES = 1.0
@@ -78,18 +77,18 @@ class Monitor:
         self.starving = starving
         self._patience = 1 / (1 - smoothing)
         self._warned: set[str] = set()
-        self._watched: dict[str, _Watched] = {}
+        self._watched: dict[str, tuple[LayerState, LayerObserver]] = {}
         for name, layer in layers.items():
             observer = LayerObserver(every, smoothing, layer.layer_state.handle.device)
             layer.layer_state.observer = observer
-            self._watched[name] = _Watched(layer, observer)
+            self._watched[name] = layer.layer_state, observer
 
     def read(self) -> dict[str, LayerDiagnostics]:
         """Diagnostics by qualified name of every layer that was observed.
 
         Synchronises with the layers' devices, and warns of layers that compute too few rows.
         """
-        read = {name: watched.read() for name, watched in self._watched.items()}
+        read = {name: _diagnostics(*watched) for name, watched in self._watched.items()}
         result = {name: layer for name, layer in read.items() if layer is not None}
         for name, layer in result.items():
             complaint = layer.complaint(self.starving)
@@ -115,27 +114,38 @@ class Monitor:
         return diagnostics_table(self.read(), self.starving)
 
     @contextlib.contextmanager
-    def live(self, console: Console | None = None) -> Iterator[LiveTable]:
-        """A table that stays in place on the terminal; call its `refresh` in every step.
+    def live(self, console: Console | None = None) -> Iterator[Callable[[], None]]:
+        """A table that stays in place on the terminal; gives the function to call in every step.
 
-        `refresh` draws it, not a thread, so that no synchronisation falls into the middle of a
-        step.
+        That function draws it, at most once a second, and not a thread, so that no synchronisation
+        falls into the middle of a step.
 
         Args:
             console: Of rich; the standard output if `None`.
         """
         from rich.live import Live
 
+        drawn_at = -math.inf
+
+        def draw() -> None:
+            nonlocal drawn_at
+            display.update(self.table(), refresh=True)
+            drawn_at = time.monotonic()
+
+        def refresh() -> None:
+            if time.monotonic() - drawn_at >= _SECONDS_BETWEEN_REFRESHES:
+                draw()
+
         with Live(console=console, auto_refresh=False) as display:
-            table = LiveTable(self, display)
-            table.refresh()
-            yield table
-            table.draw()
+            draw()
+            yield refresh
+            draw()
 
     def close(self) -> None:
         """Stop watching. Nothing happens the second time."""
-        for watched in self._watched.values():
-            watched.stop()
+        for state, observer in self._watched.values():
+            if state.observer is observer:
+                state.observer = None
 
     def __enter__(self) -> Monitor:
         return self
@@ -144,73 +154,41 @@ class Monitor:
         self.close()
 
 
-class LiveTable:
-    """The table of `Monitor.live`."""
-
-    def __init__(self, source: Monitor, display: Live) -> None:
-        self._source = source
-        self._display = display
-        self._last = -math.inf
-
-    def refresh(self) -> None:
-        """Draw the table again, unless it was drawn less than a second ago."""
-        if time.monotonic() - self._last >= _SECONDS_BETWEEN_REFRESHES:
-            self.draw()
-
-    def draw(self) -> None:
-        """Draw the table again."""
-        self._display.update(self._source.table(), refresh=True)
-        self._last = time.monotonic()
-
-
-class _Watched:
-    """A layer and its observer."""
-
-    def __init__(self, layer: MemAOPLinear, observer: LayerObserver) -> None:
-        self.state = layer.layer_state
-        self.observer = observer
-
-    def stop(self) -> None:
-        if self.state.observer is self.observer:
-            self.state.observer = None
-
-    def read(self) -> LayerDiagnostics | None:
-        sums, counts = self.observer.read()
-        *weighted, weight = sums.tolist()
-        observations, skipped, nonfinite_rows = counts.tolist()
-        if not observations:
-            return None
-        mean = Figures(*(value / weight for value in weighted))
-        config, memory = self.state.config, self.state.memory
-        optional: dict[str, Any] = {}
-        if isinstance(memory, SubspaceMemory):
-            optional["outside_subspace"] = _fraction(mean.outside_square_sum, mean.input_square_sum)
-            optional["steps_since_refresh"] = memory.step % memory.refresh_every
-        if config.row_memory is not None:
-            own = mean.batch_square_sum
-            optional["memory_norm"] = math.sqrt(mean.remembered_square_sum / own) if own else 0.0
-            ages = self.observer.ages
-            optional["staleness"] = 0.0 if ages is None else float(ages.double().mean())
-        is_sampled = self.observer.k < self.observer.rows
-        is_biased = is_sampled and not config.is_unbiased
-        dropped = max(0.0, mean.score_sum - mean.computed_score_sum)
-        return LayerDiagnostics(
-            rows=self.observer.rows,
-            k=self.observer.k,
-            observations=observations,
-            skipped=skipped,
-            nonfinite_rows=nonfinite_rows,
-            captured=_fraction(mean.computed_score_sum, mean.score_sum),
-            effective_sample_size=mean.effective_sample_size,
-            nonzero_rows=mean.nonzero_rows,
-            sampling_variance=math.nan if is_biased else max(0.0, mean.sampling_variance),
-            dropped_bound=dropped**2 if is_biased else math.nan,
-            gradient_square=math.nan if is_biased else max(0.0, mean.gradient_square),
-            batch_variance=max(0.0, mean.batch_variance),
-            score_sum=mean.score_sum,
-            score_square_sum=mean.score_square_sum,
-            **optional,
-        )
+def _diagnostics(state: LayerState, observer: LayerObserver) -> LayerDiagnostics | None:
+    """What was observed of a layer, `None` if nothing was."""
+    sums, counts = observer.read()
+    *weighted, weight = sums.tolist()
+    observations, skipped, nonfinite_rows = counts.tolist()
+    if not observations:
+        return None
+    mean = Figures(*(value / weight for value in weighted))
+    config, memory = state.config, state.memory
+    optional: dict[str, Any] = {}
+    if isinstance(memory, SubspaceMemory):
+        optional["outside_subspace"] = _fraction(mean.outside_square_sum, mean.input_square_sum)
+    if config.row_memory is not None:
+        own, ages = mean.batch_square_sum, observer.ages
+        optional["memory_norm"] = math.sqrt(mean.remembered_square_sum / own) if own else 0.0
+        optional["staleness"] = 0.0 if ages is None else float(ages.double().mean())
+    is_biased = observer.k < observer.rows and not config.is_unbiased
+    dropped = max(0.0, mean.score_sum - mean.computed_score_sum)
+    return LayerDiagnostics(
+        rows=observer.rows,
+        k=observer.k,
+        observations=observations,
+        skipped=skipped,
+        nonfinite_rows=nonfinite_rows,
+        captured=_fraction(mean.computed_score_sum, mean.score_sum),
+        effective_sample_size=mean.effective_sample_size,
+        nonzero_rows=mean.nonzero_rows,
+        sampling_variance=math.nan if is_biased else max(0.0, mean.sampling_variance),
+        dropped_bound=dropped**2 if is_biased else math.nan,
+        gradient_square=math.nan if is_biased else max(0.0, mean.gradient_square),
+        batch_variance=max(0.0, mean.batch_variance),
+        score_sum=mean.score_sum,
+        score_square_sum=mean.score_square_sum,
+        **optional,
+    )
 
 
 def _fraction(part: float, whole: float) -> float:

@@ -11,7 +11,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,32 +25,23 @@ from memaop_triton.plan.layer_timing import Use
 from memaop_triton.plan.timing import elapsed
 
 
-class Observation(NamedTuple):
-    """What a step of a model does.
-
-    Attributes:
-        uses: For every layer its uses and how often each occurs, by the layer's name.
-        seconds: Of a forward and backward pass of the whole model.
-    """
-
-    uses: dict[str, Counter[Use]]
-    seconds: float
-
-
 def observe(
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
     example_inputs: object,
     loss_fn: Callable[[Any], Tensor] | None = None,
-) -> Observation:
+) -> tuple[dict[str, Counter[Use]], float]:
     """Run a training step twice, without the update: once to observe, once for the time.
 
     Args:
         model: In training mode; one in evaluation mode is put in training mode for this.
         layers: The layers to observe, by name.
-        example_inputs: A tensor, a tuple of arguments, or a dictionary of keyword arguments.
-        loss_fn: From the model's output to a scalar; by default the sum of all floating-point
-            tensors in the output, also those in tuples, dictionaries and dataclasses.
+        example_inputs: As for `plan`.
+        loss_fn: As for `plan`.
+
+    Returns:
+        For every layer its uses and how often each occurs, by the layer's name; and the seconds of
+        a forward and backward pass of the whole model.
 
     Raises:
         TypeError: `example_inputs` is of another type.
@@ -62,11 +53,14 @@ def observe(
         run_backward(model, example_inputs, loss_fn)
 
     with untouched(model, example_inputs):
-        with _watching(layers, uses):
+        with contextlib.ExitStack() as stack:
+            for name, layer in layers.items():
+                hook = _counting(name, uses[name])
+                stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
             step()
         model.zero_grad()
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        return Observation(uses, elapsed(step, device))
+        return uses, elapsed(step, device)
 
 
 def run_backward(
@@ -75,7 +69,8 @@ def run_backward(
     """Run a model forward and backward; the arguments and errors are those of `observe`."""
     arguments, keywords = _call_arguments(example_inputs)
     output = model(*arguments, **keywords)
-    torch.autograd.backward(*_losses(output, loss_fn))
+    losses = _losses(output, loss_fn)
+    torch.autograd.backward(losses, [torch.ones_like(t) for t in losses])
 
 
 @contextlib.contextmanager
@@ -101,7 +96,8 @@ def untouched(model: nn.Module, inputs: object = None) -> Iterator[None]:
     copies = [t.detach().clone() for t in tensors]
     leaves = [*model.parameters(), *(t for t in _tensors(inputs) if t.is_leaf)]
     gradients = [(t, t.requires_grad, t.grad) for t in leaves]
-    followers = [(hooks, dict(hooks)) for t in leaves if (hooks := _after_gradient(t))]
+    # The hooks that run once a gradient has been accumulated.
+    followers = [(h, dict(h)) for t in leaves if (h := t._post_accumulate_grad_hooks)]
     try:
         if not model.training:
             model.train()
@@ -163,27 +159,13 @@ def _is_expanded(a: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(a.stride(), a.shape, strict=True))
 
 
-def _after_gradient(leaf: Tensor) -> dict[int, Any] | None:
-    """The hooks that run once a gradient has been accumulated, if there are any."""
-    hooks: dict[int, Any] | None = leaf._post_accumulate_grad_hooks
-    return hooks
-
-
-@contextlib.contextmanager
-def _watching(layers: Mapping[str, nn.Linear], uses: Mapping[str, Counter[Use]]) -> Iterator[None]:
-    """Count in `uses` which gradients the backward pass computes in each layer.
+def _counting(name: str, uses: Counter[Use]) -> Callable[..., None]:
+    """A forward hook that counts in `uses` which gradients the backward pass computes in a layer.
 
     Counted in the backward pass, because a forward pass may have none (a frozen part), or run twice
     (activation checkpointing).
     """
-    with contextlib.ExitStack() as stack:
-        for name, layer in layers.items():
-            hook = _forward_hook(name, uses[name])
-            stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
-        yield
 
-
-def _forward_hook(name: str, uses: Counter[Use]) -> Callable[..., None]:
     def hook(
         layer: nn.Linear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
     ) -> None:
@@ -224,24 +206,22 @@ def _call_arguments(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, 
     )
 
 
-def _losses(
-    output: object, loss_fn: Callable[[Any], Tensor] | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What to differentiate, and its gradient."""
+def _losses(output: object, loss_fn: Callable[[Any], Tensor] | None) -> list[Tensor]:
+    """What to differentiate."""
     if loss_fn is not None:
         loss = loss_fn(output)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(
                 f"loss_fn must return a tensor of one element that requires a gradient, got {loss}."
             )
-        return [loss], [torch.ones_like(loss)]
+        return [loss]
     losses = [t for t in _tensors(output) if t.is_floating_point() and t.requires_grad]
     if not losses:
         raise ValueError(
             "example_inputs lead to no floating-point tensor that requires a gradient in the "
             f"model's output, a {type(output).__name__}: pass loss_fn, which makes a scalar of it."
         )
-    return losses, [torch.ones_like(t) for t in losses]
+    return losses
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

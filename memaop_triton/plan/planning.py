@@ -22,8 +22,7 @@ from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.nn.layer_choice import Chosen, Filter, choose_layers, quoted
 from memaop_triton.plan.layer_timing import Measurement, Use, measure
 from memaop_triton.plan.observing import generators_restored, observe
-from memaop_triton.plan.result import LayerPlan, Plan, Verdict
-from memaop_triton.plan.timing import Spread
+from memaop_triton.plan.result import LayerPlan, Plan, Spread, Verdict
 
 TIME_BUDGET = 10.0
 #: A smaller gain does not count: with other contents of the caches it may be a loss.
@@ -83,12 +82,12 @@ def plan_chosen(
 ) -> Plan:
     """`plan` for layers that are already chosen."""
     layers = {name: layer for name, (layer, _) in chosen.items()}
-    observed = observe(model, layers, example_inputs, loss_fn)
+    uses, seconds = observe(model, layers, example_inputs, loss_fn)
     wanted = [
-        _Layer(name, layer.in_features, layer.out_features, config, observed.uses[name])
+        _Layer(name, layer.in_features, layer.out_features, config, uses[name])
         for name, (layer, config) in chosen.items()
     ]
-    return _planned(wanted, observed.seconds, time_budget)
+    return _planned(wanted, seconds, time_budget)
 
 
 def plan_shapes(
@@ -144,7 +143,9 @@ def _planned(layers: list[_Layer], step_seconds: float | None, time_budget: floa
             left = max(0.0, end - time.perf_counter())
             measured[case] = measure(*case, left / (len(cases) - number))
     rows = tuple(
-        _unmeasured(layer, note) if (note := notes[layer.name]) else _judged(layer, measured)
+        _row(layer, Verdict.LEAVE_DENSE, note=note)
+        if (note := notes[layer.name])
+        else _judged(layer, measured)
         for layer in layers
     )
     return Plan(rows, step_seconds, ", ".join(sorted(map(_device_name, devices))))
@@ -176,20 +177,17 @@ def _nothing_to_gain(layer: _Layer) -> str:
     return ""
 
 
-def _unmeasured(layer: _Layer, note: str) -> LayerPlan:
-    return _row(layer, Verdict.LEAVE_DENSE, note=note)
-
-
 def _judged(layer: _Layer, measured: Mapping[tuple[Use, MemAOPConfig], Measurement]) -> LayerPlan:
     """The verdict on a layer; with several uses in a step, on all of them together."""
     found = [(count, measured[use, layer.config]) for use, count in layer.uses.items()]
     # A measurement may have fewer rounds than another.
     dense = [sum(t) for t in zip(*([n * s for s in m.dense] for n, m in found), strict=False)]
     ours = [sum(t) for t in zip(*([n * s for s in m.ours] for n, m in found), strict=False)]
-    speedup = Spread.of([d / o for d, o in zip(dense, ours, strict=True)])
-    if speedup.q1 > LEAST_GAIN:
+    ratios = [d / o for d, o in zip(dense, ours, strict=True)]
+    q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
+    if q1 > LEAST_GAIN:
         verdict = Verdict.CONVERT
-    elif speedup.q3 <= LEAST_GAIN:
+    elif q3 <= LEAST_GAIN:
         verdict = Verdict.LEAVE_DENSE
     else:
         verdict = Verdict.TOO_CLOSE
@@ -198,7 +196,7 @@ def _judged(layer: _Layer, measured: Mapping[tuple[Use, MemAOPConfig], Measureme
         verdict,
         dense_seconds=statistics.median(dense),
         ours_seconds=statistics.median(ours),
-        speedup=speedup,
+        speedup=Spread(median, q1, q3),
         memory_bytes=max(m.memory_bytes for _, m in found),
     )
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.plan.timing import Spread
 from memaop_triton.units import human_bytes, milliseconds
 
 if TYPE_CHECKING:
-    from rich.console import ConsoleRenderable, RichCast
     from rich.table import Table
+
+
+class Spread(NamedTuple):
+    """Median and quartiles."""
+
+    median: float
+    q1: float
+    q3: float
 
 
 class Verdict(StrEnum):
@@ -87,7 +92,6 @@ class LayerPlan:
             "grad_input": self.config.grad_input_name,
             "grad_input_settings": _settings(self.config.grad_input),
         }
-        content["verdict"] = str(self.verdict)
         return content
 
 
@@ -134,17 +138,13 @@ class Plan:
             "layers": [row.to_dict() for row in self.layers],
         }
 
-    def __rich__(self) -> ConsoleRenderable | RichCast | str:
-        from rich.console import Group
-
-        return Group(self._table(), self.summary())
-
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), width=1000, color_system=None)
-        console.print(self)
-        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        console = Console(width=1000, color_system=None)
+        with console.capture() as printed:
+            console.print(self._table(), self.summary(), sep="\n")
+        lines = printed.get().splitlines()
         return "\n".join(line.rstrip() for line in lines).strip("\n")
 
     def summary(self) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -16,20 +14,6 @@ SHORTEST_SECONDS = 2e-3
 MOST_REPEATS = 500
 FEWEST_ROUNDS = 3
 MOST_ROUNDS = 25
-
-
-class Spread(NamedTuple):
-    """Median and quartiles."""
-
-    median: float
-    q1: float
-    q3: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least two values."""
-        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, q1, q3)
 
 
 def elapsed(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:

@@ -1,8 +1,17 @@
-"""What the scripts of this folder share; each runs in every process of a group."""
+"""Runs checks in every process of a group, and has what they share.
+
+    python -m torch.distributed.run --standalone --nproc-per-node=2 -m tests.distributed.checks ddp
+
+runs the functions `check_…` of `ddp.py` in two processes; there may be more files.
+"""
 
 import contextlib
+import importlib
 import os
 import sys
+import tempfile
+import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,14 +22,21 @@ from memaop_triton import MemAOPConfig, convert_
 PAPER = MemAOPConfig.paper(k=4)
 
 
-def run(*checks):
-    """Every check in turn. A process that fails ends, and the launcher ends the others."""
+def run(files):
+    """Run the checks of some files. A process that fails ends, and the launcher ends the others."""
+    warnings.simplefilter("error")
+    # PyTorch's own: on its hooks and compilers, on what DCP does with `requires_grad`.
+    warnings.filterwarnings("ignore", module="torch")
+    torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for check in checks:
-        torch.manual_seed(100 + dist.get_rank())
-        check()
-        if dist.get_rank() == 0:
-            print("passed", check.__name__, flush=True)
+    for file in files:
+        module = importlib.import_module(f"tests.distributed.{file}")
+        for name, check in list(vars(module).items()):
+            if name.startswith("check_") and check.__module__ == module.__name__:
+                seed()
+                check()
+                if dist.get_rank() == 0:
+                    print("passed", file, name, flush=True)
     leave()
 
 
@@ -39,9 +55,26 @@ def leave():
     os._exit(0)
 
 
+@contextlib.contextmanager
+def case(name):
+    """An assertion that fails inside says in which case of a table it did."""
+    try:
+        yield
+    except AssertionError as error:
+        error.add_note(f"in the case of {name}")
+        raise
+
+
 def seed():
     """From now on this process draws what no other one draws."""
     torch.manual_seed(100 + int(os.environ["RANK"]))
+
+
+def shared_folder():
+    """A new folder, the same one in every process."""
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    return Path(folder[0])
 
 
 def mlp(dtype=torch.float64, bias=True, sizes=(12, 8, 6), model_seed=0):
@@ -82,22 +115,5 @@ def whole(a):
     return a.full_tensor() if hasattr(a, "full_tensor") else a
 
 
-def raises(kind, *words):
-    """As `pytest.raises`, for a message that has all these words."""
-    return _Raises(kind, words)
-
-
-class _Raises:
-    def __init__(self, kind, words):
-        self.kind, self.words = kind, words
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        assert kind is not None, f"no {self.kind.__name__}"
-        if not issubclass(kind, self.kind):
-            return False
-        missing = [word for word in self.words if word not in str(error)]
-        assert not missing, f"{missing} not in {error}"
-        return True
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -1,15 +1,16 @@
 """Divided layers, their undivided originals, and what the shards of a layer agree on."""
 
+import contextlib
 import copy
 import functools
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from checks import converted, seed, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -17,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from memaop_triton.backward.shards import ProcessShards
+from tests.distributed.checks import converted, seed, whole
 
 ROWS = 20
 
@@ -84,28 +86,45 @@ def step(model, x, scale=1.0):
     return y
 
 
-def single(style, config, out_features=8, in_features=12, on=None, **layouts):
-    """A divided layer that takes and gives whole activations, and its undivided original."""
+def linear(out_features=8, in_features=12):
+    """A layer, the same one in every process, which from then on draws for itself."""
     torch.manual_seed(0)
-    plain = nn.Linear(in_features, out_features, dtype=torch.float64)
+    layer = nn.Linear(in_features, out_features, dtype=torch.float64)
     seed()
-    layouts = {"input_layouts": Replicate(), "output_layouts": Replicate()} | layouts
-    layer = parallelize_module(copy.deepcopy(plain), on or mesh(), style(**layouts))
+    return layer
+
+
+def single(style, config, out_features=8, in_features=12, on=None):
+    """A divided layer that takes and gives whole activations, and its undivided original."""
+    plain = linear(out_features, in_features)
+    whole_activations = style(input_layouts=Replicate(), output_layouts=Replicate())
+    layer = parallelize_module(copy.deepcopy(plain), on or mesh(), whole_activations)
     return converted(layer, config), plain
 
 
-class Recording:
-    """What the shards agree on while this is active."""
+def placed(layer, on, placements):
+    """`layer` with parameters that lie on a mesh where `placements(parameter)` says."""
+    layer = copy.deepcopy(layer)
+    for name, parameter in list(layer.named_parameters()):
+        part = distribute_tensor(parameter.detach(), on, placements(parameter))
+        layer.register_parameter(name, nn.Parameter(part))
+    return layer
 
-    def __init__(self):
-        self.scores, self.selections = [], []
-        self.patches = [
-            self.recording("all_reduce_scores", self.scores),
-            self.recording("broadcast_selection", self.selections),
-        ]
 
-    @staticmethod
-    def recording(name, results):
+def times_drawn(selection, rows=ROWS):
+    """Σ w over the draws of each row, [rows, 1]; what lies beyond the last counts for nothing."""
+    indices, weights = selection
+    inside = indices < rows
+    total = torch.zeros(rows, 1, dtype=torch.float64)
+    return total.index_add_(0, indices[inside], weights[inside][:, None])
+
+
+@contextlib.contextmanager
+def recording():
+    """What the shards agree on inside."""
+    agreed = SimpleNamespace(scores=[], selections=[])
+
+    def recorded(name, results):
         original = getattr(ProcessShards, name)
 
         def method(shards, value):
@@ -114,11 +133,6 @@ class Recording:
 
         return mock.patch.object(ProcessShards, name, method)
 
-    def __enter__(self):
-        for patch in self.patches:
-            patch.start()
-        return self
-
-    def __exit__(self, *error):
-        for patch in self.patches:
-            patch.stop()
+    scores = recorded("all_reduce_scores", agreed.scores)
+    with scores, recorded("broadcast_selection", agreed.selections):
+        yield agreed

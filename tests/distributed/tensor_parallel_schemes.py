@@ -3,58 +3,50 @@
 import itertools
 
 import torch
-from checks import batch, everywhere, same_everywhere, seed, whole
-from tensor_parallel_cases import (
-    ROWS,
-    Recording,
-    columns,
-    parallel,
-)
-from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
 )
 
-from memaop_triton.config import ROW_MEMORIES, SELECTIONS, UNBIASED_SELECTIONS
-from tests.schemes import flat_config
+from memaop_triton.config import UNBIASED_SELECTIONS
+from tests.distributed.checks import batch, everywhere, same_everywhere, whole
+from tests.distributed.tensor_parallel_cases import (
+    ROWS,
+    columns,
+    linear,
+    parallel,
+    recording,
+    times_drawn,
+)
+from tests.schemes import LEGAL, flat_config
+
+SCHEMES = [
+    *LEGAL,
+    *(s | {"grad_input": "sampled"} for s in LEGAL if s["selection"] in UNBIASED_SELECTIONS),
+    {"selection": "priority", "memory": "subspace", "grad_input": "projected"},
+]
 
 
-def schemes():
-    for selection, memory in itertools.product(
-        SELECTIONS, ("none", "residual", "signed", "subspace")
-    ):
-        unbiased = selection in UNBIASED_SELECTIONS
-        if memory not in ROW_MEMORIES or not unbiased:
-            yield {"selection": selection, "memory": memory}
-        if unbiased and memory not in ROW_MEMORIES:
-            yield {"selection": selection, "memory": memory, "grad_input": "sampled"}
-    yield {"selection": "priority", "memory": "subspace", "grad_input": "projected"}
-
-
-def check_input_grad(layer, dx, g_here, by_row, agreed):
+def assert_input_grad(layer, dx, g_here, by_row, agreed):
     """dX of a layer with a subspace: each process splits the columns of G that it has."""
     q = layer.memory.basis_for_input_grad(g_here)
     rest = g_here - g_here @ q @ q.T
-    indices, weights = agreed.selections[1]
-    total = torch.zeros(ROWS, 1, dtype=torch.float64).index_add_(0, indices, weights[:, None])
+    total = times_drawn(agreed.selections[1])
     parts = everywhere((g_here - rest + total * rest) @ layer.weight.to_local())
     torch.testing.assert_close(dx, torch.cat(list(parts), 1) if by_row else parts.sum(0))
     want = everywhere(rest.square().sum(1)).sum(0)
     torch.testing.assert_close(agreed.scores[1], want.sqrt())
 
 
-def every_selection_and_memory_adds_up_what_it_selected():
+def check_every_selection_and_memory_adds_up_what_it_selected():
     """Weights, rows and memories against the definition, each process drawing for itself."""
-    for scheme, style in itertools.product(schemes(), (ColwiseParallel, RowwiseParallel)):
+    for scheme, style in itertools.product(SCHEMES, (ColwiseParallel, RowwiseParallel)):
         config = flat_config(k=6, rank=2, refresh_every=99, **scheme)
         by_row = style is RowwiseParallel
         layouts = {"": style(input_layouts=Replicate(), output_layouts=Replicate())}
-        torch.manual_seed(0)
-        plain = nn.Linear(12, 8, dtype=torch.float64)
+        plain = linear()
         layer = parallel(plain, config, layouts, True)
-        seed()
         for number in range(3):
             x, g = batch(ROWS, 12, step=number), batch(ROWS, 8, step=50 + number)
             x_here, g_here = (columns(x), g) if by_row else (x, columns(g))
@@ -62,7 +54,7 @@ def every_selection_and_memory_adds_up_what_it_selected():
             before = None if filled is None else (layer.memory.x.clone(), filled.clone())
             layer.zero_grad()
             leaf = x.clone().requires_grad_()
-            with Recording() as agreed:
+            with recording() as agreed:
                 layer(leaf).backward(g)
             memory = layer.memory
             is_split = config.grad_input_name == "sampled" and config.memory_name == "subspace"
@@ -71,11 +63,8 @@ def every_selection_and_memory_adds_up_what_it_selected():
                 assert same_everywhere(weights)
                 assert indices.dtype == torch.int64
             assert len(agreed.selections) == len(agreed.scores) == (2 if is_split else 1)
-            indices, weights = agreed.selections[0]
-            scores = agreed.scores[0]
-            total = torch.zeros(ROWS, 1, dtype=torch.float64).index_add_(
-                0, indices, weights[:, None]
-            )
+            indices, scores = agreed.selections[0].indices, agreed.scores[0]
+            total = times_drawn(agreed.selections[0])
             dw = layer.weight.grad.to_local()
             if config.row_memory:
                 expected = memory.g[indices].T @ memory.x[indices]
@@ -99,7 +88,7 @@ def every_selection_and_memory_adds_up_what_it_selected():
                 want = (x.norm(dim=1) * g.norm(dim=1)).square()
             torch.testing.assert_close(dw, expected)
             if is_split:
-                check_input_grad(layer, leaf.grad, g_here, by_row, agreed)
+                assert_input_grad(layer, leaf.grad, g_here, by_row, agreed)
             elif config.grad_input_name == "sampled":
                 # Scored by G alone, of which a layer divided by rows of X has two copies.
                 want = g.norm(dim=1).square() * (2 if by_row else 1)

@@ -75,43 +75,36 @@ def test_is_the_optimum_where_steps_use_the_budget_up():
         assert total(chosen.values(), "variance") == pytest.approx(total(best, "variance"))
 
 
-def test_options_that_gain_nothing_are_not_bought():
-    a = [Option(0.1, 1.0, 0.0), Option(1.0, 10.0, 0.0)]
-    b = [Option(0.1, 1.0, 5.0), Option(0.5, 5.0, 6.0), Option(1.0, 10.0, 0.0)]
-    chosen = best_options({"a": a, "b": b}, 100.0)
-    assert chosen == {"a": a[0], "b": b[2]}
-    # Not even where the dear one does not fit.
-    assert best_options({"a": a, "b": b}, 8.0) == {"a": a[0], "b": b[0]}
+FREE = [Option(0.1, 1.0, 0.0), Option(1.0, 10.0, 0.0)]
+STEEP = [Option(0.1, 1.0, 100.0), Option(1.0, 50.0, 0.0)]
+HIDDEN = [Option(0.1, 1.0, 10.0), Option(0.2, 2.0, 9.9), Option(0.3, 3.0, 0.0)]
+BULGING = [Option(0.1, 1.0, 10.0), Option(0.5, 3.0, 9.0), Option(1.0, 10.0, 0.0)]
+RISING = [Option(0.1, 1.0, 5.0), Option(0.5, 5.0, 6.0), Option(1.0, 10.0, 0.0)]
+FLAT = [Option(0.1, 1.0, 5.0), Option(0.5, 5.0, 3.0), Option(1.0, 10.0, 2.5)]
+EQUAL = [Option(0.1, 1.0, 2.0), Option(0.5, 5.0, 0.0)]
 
 
-def test_what_is_left_over_goes_to_a_step_that_fits():
-    # The steepest step does not fit, the second of the other hull does.
-    a = [Option(0.1, 1.0, 100.0), Option(1.0, 50.0, 0.0)]
-    b = [Option(0.1, 1.0, 5.0), Option(0.5, 5.0, 3.0), Option(1.0, 10.0, 2.5)]
-    assert best_options({"a": a, "b": b}, 12.0) == {"a": a[0], "b": b[2]}
-
-
-def test_an_option_off_the_hull_is_taken_where_nothing_else_fits():
-    a = [Option(0.1, 1.0, 10.0), Option(0.5, 3.0, 9.0), Option(1.0, 10.0, 0.0)]
-    assert best_options({"a": a}, 4.0) == {"a": a[1]}
-    assert best_options({"a": a}, 10.0) == {"a": a[2]}
-
-
-def test_a_poor_step_does_not_hide_the_good_one_behind_it():
-    a = [Option(0.1, 1.0, 10.0), Option(0.2, 2.0, 9.9), Option(0.3, 3.0, 0.0)]
-    b = [Option(0.1, 1.0, 10.0), Option(0.3, 3.0, 8.0)]
-    assert best_options({"a": a, "b": b}, 4.0) == {"a": a[2], "b": b[0]}
-
-
-def test_equal_layers_are_served_in_order():
-    options = {name: [Option(0.1, 1.0, 2.0), Option(0.5, 5.0, 0.0)] for name in "abc"}
-    chosen = best_options(options, 11.0)
-    assert [chosen[name].share for name in "abc"] == [0.5, 0.5, 0.1]
-
-
-def test_too_small_a_budget_says_what_would_do():
-    with pytest.raises(ValueError, match=r"budget of 1 FLOPs is below the 2 that"):
-        best_options({"a": [Option(0.1, 2.0, 1.0)]}, 1.0)
+@pytest.mark.parametrize(
+    ("options", "budget", "chosen"),
+    [
+        # What gains nothing is not bought, not even where the dear option does not fit.
+        ((FREE, RISING), 100.0, (0, 2)),
+        ((FREE, RISING), 8.0, (0, 0)),
+        # The steepest step does not fit, the second of the other hull does.
+        ((STEEP, FLAT), 12.0, (0, 2)),
+        # An option off the hull is taken where nothing else fits.
+        ((BULGING,), 4.0, (1,)),
+        ((BULGING,), 10.0, (2,)),
+        # A poor step does not hide the good one behind it.
+        ((HIDDEN, [Option(0.1, 1.0, 10.0), Option(0.3, 3.0, 8.0)]), 4.0, (2, 0)),
+        # Equal layers are served in order.
+        ((EQUAL, EQUAL, EQUAL), 11.0, (1, 1, 0)),
+    ],
+)
+def test_what_a_budget_buys(options, budget, chosen):
+    named = {str(number): choices for number, choices in enumerate(options)}
+    wanted = [choices[place] for choices, place in zip(options, chosen, strict=True)]
+    assert list(best_options(named, budget).values()) == wanted
 
 
 class Net(nn.Module):

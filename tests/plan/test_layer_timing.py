@@ -1,7 +1,6 @@
 """How the backward pass of a layer is timed."""
 
 import itertools
-import statistics
 
 import pytest
 import torch
@@ -126,9 +125,3 @@ def test_what_is_timed_is_what_is_wanted(monkeypatch, needs, dtype):
     # With K = M both are exact: the two sides are timed on the same operands.
     for dense, ours in zip(*results[0], strict=True):
         torch.testing.assert_close(ours, dense)
-
-
-def test_quartiles_of_few_rounds():
-    spread = timing.Spread.of([1.0, 2.0, 4.0])
-    assert spread == (2.0, 1.5, 3.0)
-    assert statistics.median([1.0, 2.0, 4.0]) == spread.median

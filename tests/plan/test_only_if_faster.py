@@ -35,12 +35,20 @@ def converted(model):
     return [name for name, module in model.named_modules() if isinstance(module, MemAOPLinear)]
 
 
-def test_the_losers_stay_dense_and_are_named(faster, caplog, recwarn):
+@pytest.mark.parametrize(
+    ("outputs", "names", "messages"),
+    [
+        ({16}, ["0", "2"], ["left dense, because conversion makes them no faster: 3"]),
+        ({16, 3}, ["0", "2", "3"], []),
+    ],
+)
+def test_the_losers_stay_dense_and_are_named(faster, caplog, recwarn, outputs, names, messages):
+    faster |= outputs
     model = net()
     with caplog.at_level(logging.INFO, "memaop_triton.convert"):
         assert convert_(model, only_if_faster=True, example_inputs=X) is model
-    assert converted(model) == ["0", "2"]
-    assert caplog.messages == ["left dense, because conversion makes them no faster: 3"]
+    assert converted(model) == names
+    assert caplog.messages == messages
     assert not recwarn.list
 
 
@@ -56,14 +64,6 @@ def test_each_layer_keeps_its_configuration(faster):
     )
     assert converted(model) == ["2"]
     assert model[2].config == other
-
-
-def test_where_all_get_faster_nothing_is_said(faster, caplog):
-    faster.add(3)
-    with caplog.at_level(logging.INFO, "memaop_triton.convert"):
-        model = convert_(net(), only_if_faster=True, example_inputs=X)
-    assert converted(model) == ["0", "2", "3"]
-    assert not caplog.messages
 
 
 def test_where_none_gets_faster_a_warning_says_so(faster):

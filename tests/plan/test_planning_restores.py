@@ -47,10 +47,6 @@ class Busy(nn.Module):
         raise KeyError("backward")
 
 
-def _hooks_of(parameter):
-    return [h for h in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks) if h]
-
-
 def fingerprint(model):
     """Everything of a model that a training step might change, in numbers that can be compared."""
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
@@ -131,7 +127,6 @@ def test_a_planned_model_is_what_it_was(quick, prepare, failure):
     model = Busy()
     prepare(model)
     model.failure, model.modes = failure, []
-    before = fingerprint(model)
     arguments = {
         "example_inputs": torch.randn(6, 4),
         "filter_fn": lambda module, name: type(module) is nn.Linear,

@@ -1,19 +1,14 @@
 """Trains small nets, saves everything half-way, and goes on from there in another process.
 
-Run as a script, by itself or by torchrun: `resume_worker.py {whole,killed,resumed} FOLDER`. Each
-net of `cases` trains for `STEPS` steps.
+Run as a script, by itself or by torchrun: `resume_worker.py {killed,resumed} FOLDER`.
 
-whole     Trains without saving.
-killed    Saves after `SAVED_AT` steps and goes on. When all nets are through, the first one is
-          trained again for `LONG` steps and saved after every few, until somebody kills the
+killed    Trains each net of `cases` for `SAVED_AT` steps and saves it. When all are through, the
+          first one is trained for `LONG` steps and saved after every few, until somebody kills the
           process.
-resumed   Trains from the last checkpoint on.
-
-`whole` and `resumed` write what came out to FOLDER: `check_outcome` compares it.
+resumed   Trains each net from its last checkpoint on to `STEPS` steps, and compares it with one
+          that was never interrupted.
 """
 
-import functools
-import itertools
 import os
 import re
 import signal
@@ -36,8 +31,8 @@ from memaop_triton import (
     memory_state_dict,
 )
 from memaop_triton.distributed.checkpoint import load_memory, memory_entries
-from tests.distributed.checks import leave
-from tests.schemes import LEGAL, flat_config, label
+from tests.distributed.checks import case, leave
+from tests.schemes import flat_config
 
 SAVED_AT = 5
 STEPS = 9
@@ -48,31 +43,31 @@ RESIDUAL = {"selection": "topk", "memory": "residual"}
 
 
 def cases():
-    """What is trained, by name: the first is the one that is killed."""
+    """What is trained, by name: the first is the one that is killed.
+
+    That every scheme goes on within a process is in `tests/nn/test_state.py`.
+    """
     special = {
         "killed": SIGNED,
+        "residual": RESIDUAL | {"decay": 0.5},
         "adam": PRIORITY | {"optimizer": "adam"},
         "adam rows": SIGNED | {"optimizer": "adam"},
-        "sampled": PRIORITY | {"grad_input": "sampled"},
-        "projected": PRIORITY | {"grad_input": "projected"},
-        "sampled crs": {"selection": "crs", "memory": "none", "grad_input": "sampled"},
         "sampled compiled": PRIORITY | {"grad_input": "sampled", "compiled": "aot_eager"},
+        "rows compiled": RESIDUAL | {"compiled": "aot_eager"},
         "half": SIGNED | {"dtype": torch.bfloat16},
-        "decay": RESIDUAL | {"decay": 0.5},
         "overflow": PRIORITY | {"overflow": True},
         "overflow rows": RESIDUAL | {"overflow": True},
+        "no memory": {"selection": "crs", "memory": "none", "grad_input": "sampled"},
+        "projected": PRIORITY | {"grad_input": "projected"},
+    }
+    if dist.is_initialized():  # a compiler that takes seconds is tried in one process
+        return special
+    return special | {
         "inductor": PRIORITY | {"compiled": "inductor"},
         "inductor rows": SIGNED | {"compiled": "inductor"},
+        "signed compiled": SIGNED | {"compiled": "aot_eager"},
+        "no memory compiled": {"memory": "none", "compiled": "aot_eager"},
     }
-    for scheme in LEGAL:
-        special[label(scheme)] = scheme
-        special[f"{label(scheme)} compiled"] = scheme | {"compiled": "aot_eager"}
-    return special
-
-
-def cases_of_ranks():
-    """Those for several processes: a compiler that takes seconds was tried in one."""
-    return {name: scheme for name, scheme in cases().items() if "inductor" not in name}
 
 
 class Run:
@@ -102,8 +97,10 @@ class Run:
         self.step = 0
         self.losses = {}
 
-    def attach(self):
+    def train(self, until):
         attach_optimizer(self.net, self.optimizer)
+        while self.step < until:
+            self.train_step()
 
     def train_step(self):
         """One step on data that the step's number determines; each rank has its own."""
@@ -124,14 +121,14 @@ class Run:
         self.losses[self.step] = loss.detach()
         self.step += 1
 
-    def outcome(self):
+    def state(self):
         return {
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "memory": memory_state_dict(self.net),
             "random": torch.get_rng_state(),
-            "losses": {step: loss for step, loss in self.losses.items() if step >= SAVED_AT},
+            "step": self.step,
         }
 
     def save(self, path):
@@ -142,17 +139,9 @@ class Run:
             if self.rank == 0:
                 temporary.rename(path.with_name(f"{path.name}.{self.step}"))
             dist.barrier()
-            return
-        state = {
-            "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "memory": memory_state_dict(self.net),
-            "random": torch.get_rng_state(),
-            "step": self.step,
-        }
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        else:
+            torch.save(self.state(), temporary)
+            temporary.replace(path)
 
     def load(self, path):
         if dist.is_initialized():
@@ -186,29 +175,18 @@ class Run:
         }
 
 
-def whole(name, scheme, folder, seed):
+def killed(name, scheme, folder, seed):
     run = Run(scheme, seed)
-    run.attach()
-    while run.step < (LONG if name == "killed" else STEPS):
-        run.train_step()
-    return run.outcome()
-
-
-def interrupted(name, scheme, folder, seed):
-    run = Run(scheme, seed)
-    run.attach()
-    while run.step < STEPS:
-        if run.step == SAVED_AT:
-            run.save(folder / name)
-        run.train_step()
+    run.train(SAVED_AT)
+    run.save(folder / name)
 
 
 def until_killed(scheme, folder, seed):
     run = Run(scheme, seed)
-    run.attach()
+    run.train(SAVED_AT)
     while run.step < LONG:
         # The last steps are never saved: something is left to do however late the kill comes.
-        if run.step % 4 == 1 and SAVED_AT <= run.step < LONG - 5:
+        if run.step % 4 == 1 and SAVED_AT < run.step < LONG - 5:
             run.save(folder / "killed")
         run.train_step()
         print(f"pid {os.getpid()} step {run.step}", flush=True)
@@ -217,31 +195,21 @@ def until_killed(scheme, folder, seed):
 
 
 def resumed(name, scheme, folder, seed):
+    """Fail unless the resumed run did further steps, and ended as the whole one to the bit."""
+    steps = LONG if name == "killed" else STEPS
     # Other weights and draws than those of the run it continues.
     run = Run(scheme, seed + 50)
     run.load(folder / name)
-    run.attach()
-    started_at = run.step
-    while run.step < (LONG if name == "killed" else STEPS):
-        run.train_step()
-    return run.outcome() | {"started at": started_at}
+    assert SAVED_AT <= run.step < steps
+    run.train(steps)
+    outcome = run.state()
+    whole = Run(scheme, seed)
+    whole.train(steps)
+    assert differences(whole.state(), outcome) == []
+    assert differences({s: whole.losses[s] for s in run.losses}, run.losses) == []
 
 
-def check_outcome(folder, name, rank=0):
-    """Fail unless the resumed run did further steps, and ended as the whole one to the bit."""
-    expected, outcome = (dict(_read(folder / f"{m}.{rank}")[name]) for m in ("whole", "resumed"))
-    started_at = outcome.pop("started at")
-    assert SAVED_AT <= started_at <= max(outcome["losses"])
-    expected["losses"] = {s: loss for s, loss in expected["losses"].items() if s >= started_at}
-    assert differences(expected, outcome) == []
-
-
-@functools.cache
-def _read(path):
-    return torch.load(path, weights_only=True)
-
-
-def wait_for_step(output, step, processes=1):
+def wait_for_step(output, step, processes):
     """Read the output of `killed` until all its processes are at `step`; their ids."""
     text, there = "", {}
     for line in output:
@@ -255,28 +223,17 @@ def wait_for_step(output, step, processes=1):
 
 def differences(one, other, path=""):
     """Where two nested outcomes differ in a bit, NaN being equal to itself."""
-    if isinstance(one, torch.Tensor):
-        same = (
-            isinstance(other, torch.Tensor)
-            and one.dtype == other.dtype
-            and one.shape == other.shape
-            and torch.equal(
-                one.contiguous().flatten().view(torch.uint8),
-                other.contiguous().flatten().view(torch.uint8),
-            )
-        )
-        return [] if same else [path]
-    if isinstance(one, dict):
-        if not isinstance(other, dict) or one.keys() != other.keys():
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        one, other = dict(enumerate(one)), dict(enumerate(other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        if one.keys() != other.keys():
             return [f"{path} (keys)"]
-        pairs = [(f"{path}/{key}", one[key], other[key]) for key in one]
-    elif isinstance(one, list | tuple):
-        if len(one) != len(other):
-            return [f"{path} (length)"]
-        pairs = [(f"{path}/{i}", a, b) for i, (a, b) in enumerate(zip(one, other, strict=True))]
-    else:
-        return [] if one == other or (one != one and other != other) else [path]
-    return list(itertools.chain(*(differences(a, b, at) for at, a, b in pairs)))
+        return [d for key in one for d in differences(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        same = one.dtype == other.dtype and one.shape == other.shape
+        bits = (a.contiguous().flatten().view(torch.uint8) for a in (one, other))
+        return [] if same and torch.equal(*bits) else [path]
+    return [] if one == other or (one != one and other != other) else [path]
 
 
 def main(mode, folder):
@@ -286,18 +243,11 @@ def main(mode, folder):
     warnings.filterwarnings("ignore", module=r"torch\.")
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    todo = cases_of_ranks() if dist.is_initialized() else cases()
-    done = {}
-    for seed, (name, scheme) in enumerate(todo.items()):
-        if mode == "killed":
-            if name != "killed":
-                interrupted(name, scheme, folder, seed)
-        else:
-            done[name] = {"whole": whole, "resumed": resumed}[mode](name, scheme, folder, seed)
+    for seed, (name, scheme) in enumerate(cases().items()):
+        with case(name):
+            {"killed": killed, "resumed": resumed}[mode](name, scheme, folder, seed)
     if mode == "killed":
-        until_killed(todo["killed"], folder, 0)
-    torch.save(done, folder / f"{mode}.{rank}")
+        until_killed(cases()["killed"], folder, 0)
     if dist.is_initialized():
         leave()
 

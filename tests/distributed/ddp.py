@@ -1,14 +1,19 @@
-"""Run by `test_ddp.py` in two processes, each with its batch of a data-parallel model."""
+"""Data-parallel models, each process with a batch of its own."""
 
 import copy
 
-import checks
 import torch
-from checks import PAPER, converted
-from fsdp_checks import assert_trains_like_single_processes, blocks, linears, own_batch
 from torch.nn.parallel import DistributedDataParallel
 
 from memaop_triton import MemAOPConfig, MemAOPLinear, memory_state_dict, revert_
+from tests.distributed import checks
+from tests.distributed.checks import PAPER, converted
+from tests.distributed.fsdp import (
+    assert_trains_like_single_processes,
+    blocks,
+    linears,
+    own_batch,
+)
 
 
 def wrapped(config=PAPER, convert_first=True, **options):
@@ -18,14 +23,14 @@ def wrapped(config=PAPER, convert_first=True, **options):
     return converted(DistributedDataParallel(model, **options), config)
 
 
-def gradients_are_the_means_of_single_processes():
+def check_gradients_are_the_means_of_single_processes():
     for convert_first in (True, False):
         for options in ({}, {"static_graph": True}, {"gradient_as_bucket_view": True}):
             ours = wrapped(convert_first=convert_first, **options)
             assert_trains_like_single_processes(ours, converted(blocks()))
 
 
-def memory_is_not_synchronised():
+def check_memory_is_not_synchronised():
     """Neither when the model is wrapped nor by the broadcast of buffers before a forward pass."""
     model = blocks()
     model.register_buffer("counter", torch.zeros(1))
@@ -40,7 +45,7 @@ def memory_is_not_synchronised():
         assert not checks.same_everywhere(layer.memory.x)
 
 
-def every_process_draws_for_itself():
+def check_every_process_draws_for_itself():
     """Unlike shards of one layer: that the processes' rows differ is what the mean gains from."""
     ours = wrapped(MemAOPConfig(k=1, memory="none"))
     x = checks.batch(20, 12)
@@ -49,16 +54,7 @@ def every_process_draws_for_itself():
     assert not checks.same_everywhere(linears(ours)[0].weight.grad)
 
 
-def reverts_inside_the_wrapper():
+def check_reverts_inside_the_wrapper():
     ours = revert_(wrapped())
     assert not any(isinstance(layer, MemAOPLinear) for layer in linears(ours))
     assert_trains_like_single_processes(converted(ours), converted(blocks()), steps=1)
-
-
-if __name__ == "__main__":
-    checks.run(
-        gradients_are_the_means_of_single_processes,
-        memory_is_not_synchronised,
-        every_process_draws_for_itself,
-        reverts_inside_the_wrapper,
-    )

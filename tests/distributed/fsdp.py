@@ -1,13 +1,13 @@
-"""What FSDP is held to, on any mesh."""
+"""Fully sharded models: over two processes, or over two of four (HSDP)."""
 
 import copy
+import functools
 import itertools
 
-import checks
 import torch
 import torch.distributed as dist
-from checks import PAPER, batch, converted, everywhere, mlp, whole
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from memaop_triton import (
@@ -17,8 +17,19 @@ from memaop_triton import (
     memory_state_dict,
     revert_,
 )
+from tests.distributed import checks
+from tests.distributed.checks import PAPER, batch, converted, everywhere, mlp, whole
 
 ROWS = 20
+
+
+@functools.cache
+def mesh():
+    """All processes in a row, or two by two."""
+    world = dist.get_world_size()
+    if world < 4:
+        return init_device_mesh("cpu", (world,))
+    return init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
 
 
 def blocks(dtype=torch.float64):
@@ -32,14 +43,14 @@ def linears(model):
     return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
-def sharded(model, mesh, convert_first=True, by_layer=False, config=PAPER, **options):
+def sharded(model, convert_first=True, by_layer=False, config=PAPER, **options):
     """`model` with its blocks, or each layer, and the root fully sharded."""
     model = copy.deepcopy(model)
     if convert_first:
         converted(model, config)
     for module in linears(model) if by_layer else model:
-        fully_shard(module, mesh=mesh, **options)
-    fully_shard(model, mesh=mesh, **options)
+        fully_shard(module, mesh=mesh(), **options)
+    fully_shard(model, mesh=mesh(), **options)
     return model if convert_first else converted(model, config)
 
 
@@ -81,17 +92,17 @@ def assert_same_memory(mine, theirs):
     assert not checks.same_everywhere(mine["x"])
 
 
-def gradients_are_the_means_of_single_processes(mesh):
+def check_gradients_are_the_means_of_single_processes():
     for convert_first, by_layer, reshard in itertools.product((True, False), repeat=3):
-        ours = sharded(blocks(), mesh, convert_first, by_layer, reshard_after_forward=reshard)
+        ours = sharded(blocks(), convert_first, by_layer, reshard_after_forward=reshard)
         assert all(isinstance(layer, MemAOPLinear) for layer in linears(ours))
         assert all(isinstance(layer, FSDPModule) is by_layer for layer in linears(ours))
         assert_trains_like_single_processes(ours, converted(blocks()))
 
 
-def mixed_precision_computes_in_the_parameters_dtype(mesh):
+def check_mixed_precision_computes_in_the_parameters_dtype():
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    ours = sharded(blocks(torch.float32), mesh, mp_policy=policy)
+    ours = sharded(blocks(torch.float32), mp_policy=policy)
     reference = converted(blocks(torch.float32).bfloat16())
     x = own_batch(0, torch.float32)
     ours(x).square().mean().backward()
@@ -103,8 +114,8 @@ def mixed_precision_computes_in_the_parameters_dtype(mesh):
         assert layer.memory.x.dtype == torch.bfloat16
 
 
-def memories_are_saved_and_continue(mesh):
-    first, second = (sharded(blocks(), mesh, by_layer=by_layer) for by_layer in (False, True))
+def check_memories_are_saved_and_continue():
+    first, second = (sharded(blocks(), by_layer=by_layer) for by_layer in (False, True))
     for step in range(2):
         first(own_batch(step)).square().mean().backward()
     state = copy.deepcopy(memory_state_dict(first))
@@ -118,9 +129,9 @@ def memories_are_saved_and_continue(mesh):
     assert list(first.state_dict()) == list(blocks().state_dict())
 
 
-def revert_gives_the_dense_model_back(mesh):
+def check_revert_gives_the_dense_model_back():
     for convert_first, by_layer in itertools.product((True, False), repeat=2):
-        ours, dense = revert_(sharded(blocks(), mesh, convert_first, by_layer)), blocks()
+        ours, dense = revert_(sharded(blocks(), convert_first, by_layer)), blocks()
         kinds = {type(layer) for layer in linears(ours)}
         assert len(kinds) == 1
         assert not any(issubclass(kind, MemAOPLinear) for kind in kinds)

@@ -1,22 +1,25 @@
-"""Run by `test_grid.py` in four processes, two by two: both ways to divide a model, together."""
+"""Four processes, two by two: both ways to divide a model, together."""
 
 import copy
 import functools
 
-import checks
-import fsdp_checks
 import torch
-from checks import PAPER, batch, converted, everywhere, mlp, same_everywhere, whole
-from tensor_parallel_worker import Recording, plan, step
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from memaop_triton import MemAOPConfig, load_memory_state_dict, memory_state_dict
-
-ROWS = 20
+from tests.distributed.checks import (
+    PAPER,
+    batch,
+    converted,
+    everywhere,
+    mlp,
+    same_everywhere,
+    whole,
+)
+from tests.distributed.tensor_parallel_cases import ROWS, linear, placed, plan, recording, step
 
 
 @functools.cache
@@ -29,10 +32,10 @@ def part_of_batch(number):
     return batch(ROWS, 12, step=100 * mesh().get_local_rank("dp") + number)
 
 
-def each_group_shares_its_own_selection():
+def check_each_group_shares_its_own_selection():
     config = MemAOPConfig(k=6, memory="none")
     model = converted(parallelize_module(mlp(), mesh()["tp"], plan()), config)
-    with Recording() as agreed:
+    with recording() as agreed:
         step(model, part_of_batch(0))
     assert len(agreed.selections) == 2
     for indices, weights in agreed.selections:
@@ -41,7 +44,7 @@ def each_group_shares_its_own_selection():
         assert not same_everywhere(indices, mesh().get_group("dp"))
 
 
-def each_group_trains_like_an_undivided_model():
+def check_each_group_trains_like_an_undivided_model():
     model = converted(parallelize_module(mlp(), mesh()["tp"], plan()))
     reference = converted(mlp())
     for number in range(3):
@@ -51,7 +54,7 @@ def each_group_trains_like_an_undivided_model():
             torch.testing.assert_close(whole(mine.grad), theirs.grad)
 
 
-def fully_sharded_over_the_groups():
+def check_fully_sharded_over_the_groups():
     """The mean over the two batches, of layers that are divided within each pair."""
     trained = []
     for reshard in (True, False):
@@ -74,53 +77,33 @@ def fully_sharded_over_the_groups():
         assert torch.equal(memory["x"], state[name]["x"])
 
 
-def weights_placed_on_both_dimensions():
+def check_weights_placed_on_both_dimensions():
     """Replicated over one dimension of the mesh, where the rows are divided, as DTensors do it."""
     for divided in (0, 1):
         for number in range(2):
-            torch.manual_seed(0)
-            layer = nn.Linear(12, 8, dtype=torch.float64)
-            dense = copy.deepcopy(layer)
-            for name, parameter in list(layer.named_parameters()):
-                across = Shard(divided) if parameter.dim() > divided else Replicate()
-                placed = distribute_tensor(parameter.detach(), mesh(), [Replicate(), across])
-                layer.register_parameter(name, nn.Parameter(placed))
+            dense = linear()
+
+            def across(parameter, dim=divided):
+                return [Replicate(), Shard(dim) if parameter.dim() > dim else Replicate()]
+
+            layer = placed(dense, mesh(), across)
             config = PAPER if number == 0 else MemAOPConfig(k=ROWS, memory="none")
             converted(layer, config)
             x, g = batch(ROWS, 12).requires_grad_(), batch(ROWS, 8)
-            placed = distribute_tensor(x.detach(), mesh(), [Shard(0), Replicate()])
-            placed.requires_grad_()
-            y = layer(placed)
+            rows = distribute_tensor(x.detach(), mesh(), [Shard(0), Replicate()])
+            rows.requires_grad_()
+            y = layer(rows)
             dense(x).backward(g)
             torch.testing.assert_close(whole(y), dense(x))
             y.backward(distribute_tensor(g, mesh(), [Shard(0), Replicate()]))
-            torch.testing.assert_close(whole(placed.grad), x.grad)
+            torch.testing.assert_close(whole(rows.grad), x.grad)
             torch.testing.assert_close(whole(layer.bias.grad), g.sum(0))
             assert layer.weight.grad.placements == layer.weight.placements
             expected = dense.weight.grad
             if number == 0:
                 # The four largest rows of each half.
                 expected = torch.zeros_like(expected)
-                for rows, outer in zip(x.detach().chunk(2), g.chunk(2), strict=True):
-                    best = (rows.norm(dim=1) * outer.norm(dim=1)).topk(4).indices
-                    expected += outer[best].T @ rows[best]
+                for part, outer in zip(x.detach().chunk(2), g.chunk(2), strict=True):
+                    best = (part.norm(dim=1) * outer.norm(dim=1)).topk(4).indices
+                    expected += outer[best].T @ part[best]
             torch.testing.assert_close(whole(layer.weight.grad), expected)
-
-
-def hybrid_gradients_are_the_means_of_single_processes():
-    fsdp_checks.gradients_are_the_means_of_single_processes(mesh())
-
-
-def hybrid_memories_are_saved_and_continue():
-    fsdp_checks.memories_are_saved_and_continue(mesh())
-
-
-if __name__ == "__main__":
-    checks.run(
-        each_group_shares_its_own_selection,
-        each_group_trains_like_an_undivided_model,
-        weights_placed_on_both_dimensions,
-        fully_sharded_over_the_groups,
-        hybrid_gradients_are_the_means_of_single_processes,
-        hybrid_memories_are_saved_and_continue,
-    )

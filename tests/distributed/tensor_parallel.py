@@ -1,27 +1,10 @@
-"""Run by `test_tensor_parallel.py` in two processes that share the layers of a model."""
+"""Two processes that share the layers of a model."""
 
 import copy
 import itertools
 
-import checks
+import pytest
 import torch
-from checks import PAPER, batch, converted, everywhere, mlp, raises, same_everywhere, seed, whole
-from tensor_parallel_cases import (
-    ROWS,
-    Recording,
-    assert_same_gradients,
-    columns,
-    dtensor_plan,
-    gathered_plan,
-    mesh,
-    parallel,
-    plan,
-    rank,
-    sequence_plan,
-    single,
-    step,
-)
-from tensor_parallel_schemes import every_selection_and_memory_adds_up_what_it_selected
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -41,10 +24,37 @@ from memaop_triton import (
 )
 from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.selection import Selection
+from tests.distributed.checks import (
+    PAPER,
+    batch,
+    converted,
+    everywhere,
+    mlp,
+    same_everywhere,
+    whole,
+)
+from tests.distributed.tensor_parallel_cases import (
+    ROWS,
+    assert_same_gradients,
+    columns,
+    dtensor_plan,
+    gathered_plan,
+    linear,
+    mesh,
+    parallel,
+    placed,
+    plan,
+    rank,
+    recording,
+    sequence_plan,
+    single,
+    step,
+    times_drawn,
+)
 from tests.schemes import flat_config
 
 
-def training_equals_that_of_an_undivided_model():
+def check_training_equals_that_of_an_undivided_model():
     for layouts, convert_first, bias in itertools.product(
         (plan, dtensor_plan, gathered_plan, sequence_plan), (True, False), (True, False)
     ):
@@ -81,25 +91,29 @@ def training_equals_that_of_an_undivided_model():
             torch.testing.assert_close(have.g, columns(want.g) if g_part else want.g)
 
 
-def half_precision_and_all_rows_give_the_dense_gradient():
-    for dtype, memory in itertools.product(
-        (torch.float32, torch.float64, torch.bfloat16, torch.float16), ("none", "subspace")
-    ):
+def check_all_rows_give_the_dense_gradient_in_half_precision_and_under_autocast_too():
+    dtypes = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    for dtype, memory, autocast in itertools.product(dtypes, ("none", "subspace"), (False, True)):
+        if autocast and dtype != torch.float32:
+            continue
         model = mlp(dtype)
         ours = parallel(model, MemAOPConfig(k=ROWS, memory=memory), plan(), True)
         dense = parallelize_module(copy.deepcopy(model), mesh(), plan())
         x = batch(ROWS, 12, dtype=dtype) / 8
         for trained in (dense, ours):
-            step(trained, x, 1 / 16)
-        eps = torch.finfo(dtype).eps
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = trained(x)
+            assert y.dtype == (torch.bfloat16 if autocast else dtype)
+            (y.double().square().sum() / 16).backward()
+        tolerance = 0.05 if autocast else 16 * torch.finfo(dtype).eps
         for mine, theirs in zip(ours.parameters(), dense.parameters(), strict=True):
             assert mine.grad.dtype == dtype
             torch.testing.assert_close(
-                whole(mine.grad), whole(theirs.grad), rtol=16 * eps, atol=16 * eps
+                whole(mine.grad), whole(theirs.grad), rtol=tolerance, atol=tolerance
             )
 
 
-def half_precision_selects_the_rows_of_an_undivided_model():
+def check_half_precision_selects_the_rows_of_an_undivided_model():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model = mlp(dtype)
         config = MemAOPConfig(k=4, selection="topk", memory="none")
@@ -113,22 +127,7 @@ def half_precision_selects_the_rows_of_an_undivided_model():
         assert_same_gradients(ours[2:], reference[2:], rtol=32 * eps, atol=32 * eps)
 
 
-def autocast_casts_the_parts():
-    model = mlp(torch.float32)
-    ours = parallel(model, MemAOPConfig(k=ROWS, memory="none"), plan(), True)
-    dense = parallelize_module(copy.deepcopy(model), mesh(), plan())
-    x = batch(ROWS, 12, dtype=torch.float32) / 8
-    for trained in (dense, ours):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = trained(x)
-        assert y.dtype == torch.bfloat16
-        y.float().square().sum().backward()
-    for mine, theirs in zip(ours.parameters(), dense.parameters(), strict=True):
-        assert mine.grad.dtype == torch.float32
-        torch.testing.assert_close(whole(mine.grad), whole(theirs.grad), rtol=0.05, atol=0.05)
-
-
-def shards_lose_no_digit():
+def check_shards_lose_no_digit():
     shards = ProcessShards(mesh().get_group())
     scores = torch.tensor([3e30, 4e-30, 0.0, torch.inf])
     expected = torch.tensor([2.0]).sqrt() * scores
@@ -141,7 +140,7 @@ def shards_lose_no_digit():
     assert torch.equal(shared.weights, sent)
 
 
-def blocks_cut_short_have_one_size_for_all():
+def check_blocks_cut_short_have_one_size_for_all():
     """The last block holds 4 rows of 16, and whether it is drawn differs between processes."""
     config = MemAOPConfig(k=16, block_rows=16, memory="none")
     for style in (ColwiseParallel, RowwiseParallel):
@@ -150,19 +149,16 @@ def blocks_cut_short_have_one_size_for_all():
         for number in range(12):
             x, g = batch(ROWS, 12, step=number), batch(ROWS, 8, step=99)
             layer.zero_grad()
-            with Recording() as agreed:
+            with recording() as agreed:
                 layer(x).backward(g)
-            indices, weights = agreed.selections[0]
-            inside = indices < ROWS
-            total = torch.zeros(ROWS, 1, dtype=x.dtype).index_add_(
-                0, indices[inside], weights[inside][:, None]
-            )
+            (selection,) = agreed.selections
+            total = times_drawn(selection)
             torch.testing.assert_close(whole(layer.weight.grad), (total * g).T @ x)
-            counts.add(int(inside.sum()))
+            counts.add(int((selection.indices < ROWS).sum()))
         assert counts == {4, 16}
 
 
-def saved_memories_continue_before_the_first_step():
+def check_saved_memories_continue_before_the_first_step():
     for memory in ("residual", "subspace"):
         selection = "topk"
         config = flat_config(k=4, rank=2, selection=selection, memory=memory)
@@ -181,11 +177,11 @@ def saved_memories_continue_before_the_first_step():
         step(second, batch(ROWS, 12))
         assert second[2].memory.nbytes > 0
         undivided = converted(mlp(), config)
-        with raises(ValueError, "layer '0'"):
+        with pytest.raises(ValueError, match="layer '0'"):
             load_memory_state_dict(undivided, state)
 
 
-def optimizer_stays_attached_when_the_memory_is_made_anew():
+def check_optimizer_stays_attached_when_the_memory_is_made_anew():
     model = converted(mlp())
     attached = torch.optim.SGD(model.parameters(), lr=0.25)
     attach_optimizer(model, attached)
@@ -195,7 +191,7 @@ def optimizer_stays_attached_when_the_memory_is_made_anew():
     assert model[0].memory.learning_rate == 0.25
 
 
-def uneven_parts_are_exact_too():
+def check_uneven_parts_are_exact_too():
     config = MemAOPConfig.paper(k=4)
     for style in (ColwiseParallel, RowwiseParallel):
         layer, plain = single(style, config, out_features=7, in_features=9)
@@ -208,7 +204,7 @@ def uneven_parts_are_exact_too():
             assert_same_gradients(layer, reference)
 
 
-def non_finite_part_of_a_row_shows_and_leaves_no_trace():
+def check_non_finite_part_of_a_row_shows_and_leaves_no_trace():
     layer, _ = single(RowwiseParallel, PAPER)
     x = batch(ROWS, 12)
     x[5, 0] = torch.inf
@@ -220,23 +216,17 @@ def non_finite_part_of_a_row_shows_and_leaves_no_trace():
     assert whole(layer.weight.grad).isfinite().all()
 
 
-def replicated_weight_works_like_an_ordinary_one():
+def check_replicated_weight_works_like_an_ordinary_one():
     def replicated(config):
-        torch.manual_seed(0)
-        layer = nn.Linear(12, 8, dtype=torch.float64)
-        dense = copy.deepcopy(layer)
-        for name, parameter in list(layer.named_parameters()):
-            placed = distribute_tensor(parameter.detach(), mesh(), [Replicate()])
-            layer.register_parameter(name, nn.Parameter(placed))
-        seed()
-        return converted(layer, config), dense
+        dense = linear()
+        return converted(placed(dense, mesh(), lambda _: [Replicate()]), config), dense
 
     for placement, k in itertools.product((Replicate(), Shard(0)), (ROWS, 5)):
         for grad_input in ("exact", "sampled"):
             layer, dense = replicated(MemAOPConfig(k=k, memory="none", grad_input=grad_input))
             x, g = batch(ROWS, 12).requires_grad_(), batch(ROWS, 8)
-            placed = distribute_tensor(x.detach(), mesh(), [placement]).requires_grad_()
-            y = layer(placed)
+            rows = distribute_tensor(x.detach(), mesh(), [placement]).requires_grad_()
+            y = layer(rows)
             assert y.placements == (placement,)
             y.backward(distribute_tensor(g, mesh(), [placement]))
             for parameter in layer.parameters():
@@ -248,8 +238,8 @@ def replicated_weight_works_like_an_ordinary_one():
             if k == ROWS:
                 torch.testing.assert_close(whole(layer.weight.grad), dense.weight.grad)
             if k == ROWS or grad_input == "exact":
-                torch.testing.assert_close(whole(placed.grad), x.grad)
-            assert same_everywhere(whole(placed.grad))
+                torch.testing.assert_close(whole(rows.grad), x.grad)
+            assert same_everywhere(whole(rows.grad))
     # The mean of two estimates: each process's own rows are in it.
     layer, dense = replicated(MemAOPConfig(k=1, memory="none"))
     x, g = batch(ROWS, 12), batch(ROWS, 8)
@@ -259,7 +249,7 @@ def replicated_weight_works_like_an_ordinary_one():
     assert torch.linalg.matrix_rank(whole(layer.weight.grad)) == 2
 
 
-def mesh_of_one_process_changes_nothing():
+def check_mesh_of_one_process_changes_nothing():
     alone = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))["tp"]
     for style in (ColwiseParallel, RowwiseParallel):
         layer, plain = single(style, PAPER, on=alone)
@@ -274,7 +264,7 @@ def mesh_of_one_process_changes_nothing():
         assert not same_everywhere(whole(layer.weight.grad))
 
 
-def exact_in_eval_mode_and_without_gradients():
+def check_exact_in_eval_mode_and_without_gradients():
     dense, ours = mlp(), parallel(mlp(), PAPER, plan(), True)
     x = batch(ROWS, 12)
     with torch.no_grad():
@@ -286,7 +276,7 @@ def exact_in_eval_mode_and_without_gradients():
     assert ours[0].memory.nbytes == 0
 
 
-def frozen_parameters_get_no_gradient():
+def check_frozen_parameters_get_no_gradient():
     layer, _ = single(ColwiseParallel, MemAOPConfig(k=4, memory="none", grad_input="sampled"))
     layer.weight.requires_grad_(False)
     x, g = batch(ROWS, 12).requires_grad_(), batch(ROWS, 8)
@@ -297,7 +287,7 @@ def frozen_parameters_get_no_gradient():
     assert (x.grad.norm(dim=1) > 0).sum() <= 4
 
 
-def reverts_to_the_dense_layer():
+def check_reverts_to_the_dense_layer():
     ours, dense = revert_(parallel(mlp(), PAPER, plan(), True)), mlp()
     x = batch(ROWS, 12)
     for trained in (dense, ours):
@@ -306,54 +296,24 @@ def reverts_to_the_dense_layer():
     assert_same_gradients(ours, dense)
 
 
-def what_cannot_be_divided_is_refused():
+def check_what_cannot_be_divided_is_refused():
     x = batch(ROWS, 12)
     for style in (ColwiseParallel, RowwiseParallel):
         layer, _ = single(style, PAPER, out_features=1, in_features=1)
-        with raises(ValueError, "(1, 1)", "Shard(dim=", "without any", "fewer processes"):
+        with pytest.raises(
+            ValueError, match=r"\(1, 1\).*Shard\(dim=.*without any.*fewer processes"
+        ):
             layer(x[:, :1])
     both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))
-    layer = nn.Linear(12, 8, dtype=torch.float64)
-    for name, parameter in list(layer.named_parameters()):
-        divided = distribute_tensor(
-            parameter.detach(), both, [Shard(0), Shard(parameter.dim() - 1)]
-        )
-        layer.register_parameter(name, nn.Parameter(divided))
-    converted(layer)
-    placed = distribute_tensor(x, both, [Replicate(), Replicate()])
-    with raises(ValueError, "Shard(dim=0), Shard(dim=1)", "along one dimension", "Colwise"):
-        layer(placed)
+    layer = converted(placed(linear(), both, lambda p: [Shard(0), Shard(p.dim() - 1)]))
+    rows = distribute_tensor(x, both, [Replicate(), Replicate()])
+    with pytest.raises(ValueError, match=r"Shard\(dim=0\), Shard\(dim=1\).*along one dimension"):
+        layer(rows)
     layer, _ = single(ColwiseParallel, MemAOPConfig(budget=1 / 2, memory="none"))
-    with raises(ValueError, "budget=0.5 would buy", "give ratio and rank"):
+    with pytest.raises(ValueError, match=r"budget=0\.5 would buy.*give ratio and rank"):
         layer(x)
     layer, _ = single(ColwiseParallel, PAPER)
-    with raises(TypeError, "x is a plain tensor", "Shard(dim=0)"):
+    with pytest.raises(TypeError, match=r"x is a plain tensor.*Shard\(dim=0\)"):
         layer.forward(x)
-    with raises(ValueError, "x is on", "same mesh"):
-        layer.forward(placed)
-
-
-def main():
-    checks.run(
-        training_equals_that_of_an_undivided_model,
-        half_precision_and_all_rows_give_the_dense_gradient,
-        half_precision_selects_the_rows_of_an_undivided_model,
-        autocast_casts_the_parts,
-        every_selection_and_memory_adds_up_what_it_selected,
-        shards_lose_no_digit,
-        blocks_cut_short_have_one_size_for_all,
-        saved_memories_continue_before_the_first_step,
-        optimizer_stays_attached_when_the_memory_is_made_anew,
-        uneven_parts_are_exact_too,
-        non_finite_part_of_a_row_shows_and_leaves_no_trace,
-        replicated_weight_works_like_an_ordinary_one,
-        mesh_of_one_process_changes_nothing,
-        exact_in_eval_mode_and_without_gradients,
-        frozen_parameters_get_no_gradient,
-        reverts_to_the_dense_layer,
-        what_cannot_be_divided_is_refused,
-    )
-
-
-if __name__ == "__main__":
-    main()
+    with pytest.raises(ValueError, match=r"x is on.*same mesh"):
+        layer.forward(rows)
