@@ -17,7 +17,7 @@ from memaop_triton.kernels.tuning.config import GemmConfig, Problem
 GPU = cache.Gpu("Fake GPU (1)", "sm_90", 132)
 KERNEL = "gather_gemm"
 PATH = cache.path_of(cache.folder(), GPU, KERNEL)
-SHAPES, KILLS = 100, 30
+SHAPES, KILLS = 60, 30
 
 
 def write(numbers):
