@@ -86,32 +86,15 @@ class Chip:
 # Shares: 700 of 989 TFLOP/s and 3.0 of 3.35 TB/s on the H100, where SemiAnalysis reports 720
 # TFLOP/s ("MI300X vs H100 vs H200 Benchmark Part 1: Training", 2024). The same article has 620 of
 # 1,307 for the MI300X, where copies reach some 4.3 of 5.3 TB/s.
-def _instinct(
-    name: str, processors: int, clock: float, half: float, tf32: float, single: float, memory: float
-) -> Chip:
-    return Chip(
-        name,
-        processors,
-        clock,
-        half,
-        tf32,
-        single,
-        bandwidth=memory,
-        cache=256,
-        cache_bandwidth=17.2,
-        matrix_share=0.475,
-        memory_share=0.8,
-    )
-
-
 A100 = Chip("A100 SXM", 108, 1.41, 312.0, 156.0, 19.5, None, 2.039, 40, 7.2, device="A100-SXM4-80")
 RTX_3090_TI = Chip("RTX 3090 Ti", 84, 1.86, 80.0, 40.0, 40.0, None, 1.008, 6, 2.5)
 RTX_4090 = Chip("RTX 4090", 128, 2.52, 165.2, 82.6, 82.6, None, 1.008, 72, 5.2)
 H100 = Chip("H100 SXM", 132, 1.83, 989.4, 494.7, 66.9, 1.98, 3.35, 50, 9.4, device="H100 80GB HBM3")
 B200 = Chip("B200", 148, 1.86, 2250.0, 1125.0, 75.0, 1.98, 8.0, 126, 10.6)
 RTX_5090 = Chip("RTX 5090", 170, 2.41, 209.5, 104.8, 104.8, None, 1.792, 96, 6.6)
-MI300X = _instinct("MI300X", 304, 2.1, 1307.4, 653.7, 163.4, 5.3)
-MI355X = _instinct("MI355X", 256, 2.4, 2516.6, 157.3, 157.3, 8.0)
+MI300X = Chip("MI300X", 304, 2.1, 1307.4, 653.7, 163.4, None, 5.3, 256, 17.2, 0.475, 0.8)
+MI350X = Chip("MI350X", 256, 2.2, 2306.9, 144.2, 144.2, None, 8.0, 256, 17.2, 0.475, 0.8)
+MI355X = replace(MI350X, name="MI355X", clock=2.4, half=2516.6, tf32=157.3, single=157.3)
 
 CHIPS = (
     A100,
@@ -122,20 +105,15 @@ CHIPS = (
     RTX_5090,
     MI300X,
     MI355X,
-    Chip("A100 40GB", 108, 1.41, 312.0, 156.0, 19.5, None, 1.555, 40, 7.2, device="A100-SXM4-40"),
-    Chip("A100 PCIe", 108, 1.41, 312.0, 156.0, 19.5, None, 1.935, 40, 7.2, device="A100 80GB PCIe"),
+    replace(A100, name="A100 40GB", bandwidth=1.555, device="A100-SXM4-40"),
+    replace(A100, name="A100 PCIe", bandwidth=1.935, device="A100 80GB PCIe"),
     Chip("L40S", 142, 2.52, 362.1, 183.0, 91.6, None, 0.864, 96, 5.7),
     Chip("H100 PCIe", 114, 1.755, 756.0, 378.0, 51.2, 1.755, 2.0, 50, 9.0),
     Chip("H100 NVL", 132, 1.83, 835.0, 417.5, 60.0, 1.785, 3.9, 50, 9.4),
-    Chip("H200", 132, 1.83, 989.4, 494.7, 66.9, 1.98, 4.8, 50, 9.4),
-    _instinct("MI325X", 304, 2.1, 1307.4, 653.7, 163.4, 6.0),
-    _instinct("MI350X", 256, 2.2, 2306.9, 144.2, 144.2, 8.0),
+    replace(H100, name="H200", bandwidth=4.8, device=None),
+    replace(MI300X, name="MI325X", bandwidth=6.0),
+    MI350X,
 )
-
-
-def chip_named(device: str) -> Chip | None:
-    """The product that a driver calls `device`, if it is listed."""
-    return next((chip for chip in CHIPS if (chip.device or chip.name) in device), None)
 
 
 def with_processors(chip: Chip, count: int) -> Chip:
@@ -266,7 +244,8 @@ def find(device: torch.device) -> Target | None:
         target = _relative_of(properties)
     if target is None:
         return None
-    chip = chip_named(properties.name) or target.chip
+    listed = (chip for chip in CHIPS if (chip.device or chip.name) in properties.name)
+    chip = next(listed, target.chip)
     return replace(target, chip=with_processors(chip, properties.multi_processor_count))
 
 

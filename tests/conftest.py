@@ -63,7 +63,7 @@ def fake_gpu(monkeypatch, tmp_path):
         gpu=cache.Gpu("Fake GPU (1)", "8.0", 108), timed=[], milliseconds=lambda config: 1.0
     )
 
-    def time_candidate(call, device, best_ms):
+    def time_candidate(call, device):
         call()
         gpu.timed.append(call.keywords["config"])
         return gpu.milliseconds(gpu.timed[-1])

@@ -5,8 +5,8 @@
 
 A process reads a file when it first needs it, and again when it adds to it; it does not see what
 other processes add in between. An entry of other kernel sources is dropped. An entry of another
-Triton version is stale. For a file that cannot be used or written there is one warning, and the
-heuristic chooses.
+Triton version is stale: it stays for those who have that one. For a file that cannot be used or
+written there is one warning, and the heuristic chooses.
 
 Several processes may share a file, so it is always replaced as a whole: lock, read again, merge,
 write a temporary file, rename. A reader takes no lock and sees the file before or after, and a
@@ -23,24 +23,24 @@ import os
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
 
+from memaop_triton.kernels import targets
 from memaop_triton.kernels.env import cache_folder
-from memaop_triton.kernels.tuning.config import KERNELS, Config, Problem, config_type
+from memaop_triton.kernels.tuning.config import Config, GemmConfig, Problem, RowConfig
 
-SCHEMA = 2
+SCHEMA = 3
 LOCK_SECONDS = 5.0
 SHIPPED = Path(__file__).parents[1] / "configs"
 _PROGRAMS = Path(__file__).parents[1] / "gpu"
 
-# The files whose text decides what a kernel's programs do.
+# Every kernel, and the files whose text decides what its programs do.
 _COMMON = ("primitives.py", "launch.py")
 SOURCES = {
     "row_scores": ("score.py", *_COMMON),
@@ -58,7 +58,7 @@ class Gpu:
 
     Attributes:
         name: As its driver spells it.
-        capability: "9.0" or "gfx942".
+        capability: "sm_90" or "gfx942".
         processors: Streaming multiprocessors (compute units): parts of a GPU have fewer.
     """
 
@@ -68,7 +68,7 @@ class Gpu:
 
     @property
     def slug(self) -> str:
-        """All of it as a folder: "nvidia-h100-80gb-hbm3-9-0-132"."""
+        """All of it as a folder: "nvidia-h100-80gb-hbm3-sm-90-132"."""
         text = f"{self.name} {self.capability} {self.processors}".lower()
         return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
 
@@ -85,7 +85,6 @@ class Entry:
             that one does not run.
         source: Hash of the kernel's source files.
         triton: Version of Triton that compiled it.
-        torch: Version of PyTorch.
         tuned: When: UTC, ISO 8601, to the second.
     """
 
@@ -95,7 +94,6 @@ class Entry:
     heuristic_milliseconds: float | None
     source: str
     triton: str
-    torch: str
     tuned: str
 
     @property
@@ -114,16 +112,14 @@ class ConfigFile:
 
 
 @dataclass(frozen=True)
-class Found:
-    """An entry that can be used.
+class Choice:
+    """The configuration of a problem's launches.
 
     Attributes:
-        is_stale: Whether another Triton compiled it.
-        origin: "cache" or "shipped".
+        origin: "cache", "shipped", "tuned" or "heuristic".
     """
 
     config: Config
-    is_stale: bool
     origin: str
 
 
@@ -133,10 +129,7 @@ def gpu_of(device: torch.device) -> Gpu | None:
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
-    capability = f"{properties.major}.{properties.minor}"
-    if torch.version.hip:
-        capability = properties.gcnArchName.split(":")[0]
-    return Gpu(properties.name, capability, properties.multi_processor_count)
+    return Gpu(properties.name, targets.name_of(device), properties.multi_processor_count)
 
 
 def folder() -> Path:
@@ -179,36 +172,8 @@ def entry_for(
         heuristic_milliseconds=heuristic_milliseconds,
         source=source_hash(problem.kernel),
         triton=triton_version(),
-        torch=torch.__version__,
         tuned=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def to_json(file: ConfigFile) -> dict[str, Any]:
-    """The contents of a file, for JSON."""
-    return {"schema": SCHEMA, **asdict(file)}
-
-
-def parse(content: Any) -> ConfigFile:
-    """The contents of a file, from what `to_json` returned.
-
-    Raises:
-        ValueError: It is not that, or of another schema.
-    """
-    try:
-        schema, kernel = content["schema"], content["kernel"]
-        if schema != SCHEMA or kernel not in KERNELS:
-            raise ValueError(f"schema {schema} of {kernel!r}, this version reads schema {SCHEMA}")
-        entries = [_entry(config_type(kernel), one) for one in content["entries"]]
-        return ConfigFile(Gpu(**content["gpu"]), kernel, tuple(entries))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"no tuned configurations ({error!r})") from error
-
-
-def _entry(kind: Callable[..., Config], fields: dict[str, Any]) -> Entry:
-    if not all(isinstance(value, int) for value in fields["config"].values()):
-        raise TypeError(f"config={fields['config']}")
-    return Entry(**fields | {"config": kind(**fields["config"])})
 
 
 def read(path: Path) -> ConfigFile | None:
@@ -216,27 +181,30 @@ def read(path: Path) -> ConfigFile | None:
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It is not JSON, or `parse` refuses it.
+        ValueError: It is not what `merge_into` writes, or of another schema.
     """
     try:
-        text = path.read_bytes()
+        content = json.loads(path.read_bytes())
+        schema, kernel = content["schema"], content["kernel"]
+        if schema != SCHEMA or kernel not in SOURCES:
+            raise ValueError(f"schema {schema} of {kernel!r}, this version reads schema {SCHEMA}")
+        kind = GemmConfig if kernel.endswith("_gemm") else RowConfig
+        entries = (Entry(**one | {"config": kind(**one["config"])}) for one in content["entries"])
+        return ConfigFile(Gpu(**content["gpu"]), kernel, tuple(entries))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return parse(json.loads(text))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no tuned configurations ({error!r})") from error
 
 
-def find(gpu: Gpu, problem: Problem) -> Found | None:
-    """The user's entry for a problem, else a shipped one, else a stale one of either."""
-    found = [
-        (entry.triton == triton_version(), origin == "cache", entry.tuned, entry.config, origin)
-        for origin, root in (("shipped", SHIPPED), ("cache", folder()))
-        for entry in _entries(path_of(root, gpu, problem.kernel))
-        if (entry.problem, entry.source) == (problem.key, source_hash(problem.kernel))
-    ]
-    if not found:
-        return None
-    is_fresh, _, _, config, origin = max(found, key=lambda one: one[:3])
-    return Found(config, not is_fresh, origin)
+def find(gpu: Gpu, problem: Problem) -> Choice | None:
+    """The user's entry for a problem, else a shipped one."""
+    wanted = problem.key, source_hash(problem.kernel), triton_version()
+    for origin, root in (("cache", folder()), ("shipped", SHIPPED)):
+        for entry in _entries(path_of(root, gpu, problem.kernel)):
+            if entry.identity == wanted:
+                return Choice(entry.config, origin)
+    return None
 
 
 def add(gpu: Gpu, kernel: str, entry: Entry) -> None:
@@ -315,7 +283,7 @@ def merge_into(path: Path, new: ConfigFile, timeout: float = LOCK_SECONDS) -> tu
         )
         for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
             left.unlink(missing_ok=True)
-        content = to_json(ConfigFile(new.gpu, new.kernel, entries))
+        content = {"schema": SCHEMA, **asdict(ConfigFile(new.gpu, new.kernel, entries))}
         replace_file(path, json.dumps(content, indent=1))
     return entries
 

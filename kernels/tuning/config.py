@@ -14,24 +14,7 @@ import torch
 
 from memaop_triton.kernels.targets import Target
 
-KERNELS = (
-    "row_scores",
-    "accumulate_and_score",
-    "project",
-    "transposed_mm",
-    "gather_gemm",
-    "residual_gemm",
-)
 KIB = 1 << 10
-FLAGS = (
-    "blocks",
-    "norms",
-    "signed",
-    "sums",
-    "uneven",
-    "unscored",
-    "weighted",
-)
 
 
 @dataclass(frozen=True)
@@ -86,11 +69,6 @@ class RowConfig:
 Config = GemmConfig | RowConfig
 
 
-def config_type(kernel: str) -> type[GemmConfig] | type[RowConfig]:
-    """What a kernel, one of `KERNELS`, is configured by."""
-    return GemmConfig if kernel.endswith("_gemm") else RowConfig
-
-
 def in_words(config: Config) -> str:
     """The fields of a configuration in one line: "block_n=128 block_p=64 ..."."""
     return " ".join(f"{name}={int(value)}" for name, value in asdict(config).items())
@@ -101,7 +79,7 @@ class Problem:
     """One launch of a kernel, as far as its configuration depends on it.
 
     Attributes:
-        kernel: One of `KERNELS`.
+        kernel: "gather_gemm", "project", ...: one of `cache.SOURCES`.
         dtype: Of X and G.
         rows: M, number of rows of X and G.
         k: Number of rows that are multiplied; M for a pass over all rows.
@@ -175,14 +153,7 @@ problem_of = functools.lru_cache(maxsize=4096)(Problem)
 
 @functools.cache
 def flags(**wanted: bool) -> tuple[str, ...]:
-    """The flags that are wanted, as `Problem` has them: `flags(sums=True, norms=False)`.
-
-    Raises:
-        ValueError: One of them is not in `FLAGS`.
-    """
-    for name in wanted:
-        if name not in FLAGS:
-            raise ValueError(f"flag {name!r} is not one of {', '.join(FLAGS)}.")
+    """The flags that are wanted, as `Problem` has them: `flags(sums=True, norms=False)`."""
     return tuple(sorted(name for name, is_wanted in wanted.items() if is_wanted))
 
 

@@ -146,13 +146,7 @@ _TILES_HALF = (
 )
 # 99 KiB per program: shallower steps instead of narrower tiles. The first one in two pieces would
 # spill on sm_86 and sm_89.
-_TILES_SMALL_SHARED = (
-    GemmConfig(128, 128, 32, 8, 3),
-    GemmConfig(128, 64, 64, 4, 3, tiles_n=2),
-    GemmConfig(64, 64, 64, 4, 3),
-    GemmConfig(32, 64, 64, 4, 3),
-    GemmConfig(16, 64, 64, 4, 3),
-)
+_TILES_SMALL_SHARED = (GemmConfig(128, 128, 32, 8, 3), *_TILES_HALF[1:])
 _TILES_AMD = (
     GemmConfig(128, 128, 64, 8, 2),
     GemmConfig(128, 64, 64, 4, 2),

@@ -23,23 +23,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import os
-import statistics
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed
 from triton.errors import TritonError
+from triton.testing import do_bench
 
 from memaop_triton.kernels import targets
-from memaop_triton.kernels.targets import Target
 from memaop_triton.kernels.tuning import cache, defaults, search
+from memaop_triton.kernels.tuning.cache import Choice, Entry
 from memaop_triton.kernels.tuning.config import Config, GemmConfig, Problem, RowConfig, in_words
 
 _log = logging.getLogger("memaop_triton")
@@ -52,71 +50,16 @@ MODES = ("off", "first-use", "force")
 FIRST_USE_CANDIDATES = 8
 # Gains below this are noise: the heuristic's configuration stays.
 LEAST_GAIN = 0.02
-# Timed calls: at first, at least, at most; for how many milliseconds; and how much slower than the
-# best one that is not repeated further may be.
-FIRST, LEAST, MOST = 3, 7, 50
-BUDGET_MS = 30.0
-GIVE_UP = 1.5
+BUDGET_MS = 30  # of timed calls, for each configuration
 
 # Launches something in the configuration `config=...`, on memory that it may overwrite.
 Call = Callable[..., object]
 _C = TypeVar("_C", GemmConfig, RowConfig)
 
-
-@dataclass(frozen=True)
-class Choice:
-    """The configuration of a problem's launches.
-
-    Attributes:
-        origin: "cache", "shipped", "tuned" or "heuristic".
-    """
-
-    config: Config
-    origin: str
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """The outcome for one problem.
-
-    Attributes:
-        config: The best configuration.
-        milliseconds: Its time.
-        heuristic_milliseconds: That of the heuristic's configuration, `None` if it
-            does not run.
-        timed: Number of configurations that ran.
-        skipped: Number of those that do not: too large for the GPU, or not compiled.
-    """
-
-    config: Config
-    milliseconds: float
-    heuristic_milliseconds: float | None
-    timed: int
-    skipped: int
-
-
-class Observer:
-    """Called while a problem is tuned, by the thread that tunes; logs a line per problem."""
-
-    def begin(self, problem: Problem, count: int) -> None:
-        """`count` configurations of a problem are going to be timed."""
-
-    def timed(self, config: Config, milliseconds: float | None) -> None:
-        """One of them was; `None` if it does not run."""
-
-    def end(self, problem: Problem, tuned: Tuned | None) -> None:
-        """All of them were; `None` if none runs."""
-        name = f"{problem.kernel} {problem.key}"
-        if tuned is None:
-            _log.info("no configuration of %s runs", name)
-            return
-        before = "does not run"
-        if tuned.heuristic_milliseconds is not None:
-            before = f"{tuned.heuristic_milliseconds:.4g} ms"
-        _log.info(
-            "tuned %s: %.4g ms (heuristic %s), the best of %d configurations (%d skipped): %s",
-            *(name, tuned.milliseconds, before, tuned.timed, tuned.skipped, in_words(tuned.config)),
-        )
+# Hands out the candidates for a problem one by one, each when the one before has been timed.
+Walk = Callable[[Problem, list[Config]], Iterable[Config]]
+# A problem that was tuned, and its entry; `None` if no configuration of it runs.
+Outcome = tuple[Problem, Entry | None]
 
 
 # Which configuration a launch gets. --------------------------------------------------------------
@@ -137,9 +80,8 @@ def choose(
     Raises:
         ValueError: `MEMAOP_TRITON_AUTOTUNE` holds none of its values.
     """
-    choice = _by_launch.get((problem, device))
-    if choice is None:
-        choice = _choose(problem, device, make_benchmark_call)
+    bucket = _bucket_of(problem)
+    choice = _choices.get((bucket, device)) or _choose(bucket, device, make_benchmark_call)
     return cast(_C, choice.config)
 
 
@@ -156,56 +98,52 @@ def mode() -> str:
 
 
 @contextlib.contextmanager
-def forced(observer: Observer) -> Iterator[None]:
-    """Inside, tune every problem at its first launch, and call `observer`."""
+def forced(walk: Walk) -> Iterator[list[Outcome]]:
+    """Inside, tune every problem at its first launch; yields the outcomes so far."""
     global _forced
-    before, _forced = _forced, observer
+    outcomes: list[Outcome] = []
+    _forced = walk, outcomes
     forget()
     try:
-        yield
+        yield outcomes
     finally:
-        _forced = before
+        _forced = None
 
 
 def choices() -> dict[tuple[Problem, torch.device], Choice]:
     """The choices of this process so far, by problem (bucketed) and device."""
-    return dict(_by_bucket)
+    return dict(_choices)
 
 
 def forget() -> None:
     """Forget all choices, and read the files again when they are next needed."""
     with _lock:
-        _by_launch.clear()
-        _by_bucket.clear()
+        _choices.clear()
         cache.forget()
 
 
 _lock = threading.RLock()  # the backward passes of two GPUs run in two threads
-_by_launch: dict[tuple[Problem, torch.device], Choice] = {}
-_by_bucket: dict[tuple[Problem, torch.device], Choice] = {}
-_MOST_LAUNCHES = 4096
-_forced: Observer | None = None
+_choices: dict[tuple[Problem, torch.device], Choice] = {}
+_forced: tuple[Walk, list[Outcome]] | None = None
+# Every launch asks for its bucket; a cached one takes a fifth of a microsecond.
+_bucket_of = functools.lru_cache(maxsize=4096)(Problem.bucketed)
 
 
 def _choose(
-    launch: Problem, device: torch.device, make_benchmark_call: Callable[[], Call]
+    problem: Problem, device: torch.device, make_benchmark_call: Callable[[], Call]
 ) -> Choice:
-    problem, target = launch.bucketed(), targets.current(device)
+    target = targets.current(device)
     gpu = cache.gpu_of(device)
     if gpu is None:  # the interpreter has time, and in tests may be any target
         return Choice(defaults.heuristic(problem, target), "heuristic")
     with _lock:
-        choice = _by_bucket.get((problem, device))
+        choice = _choices.get((problem, device))
         if choice is None:
             choice = _decide(problem, device, gpu, make_benchmark_call)
             if choice is None:
                 choice = Choice(defaults.heuristic(problem, target), "heuristic")
-            if targets.is_capturing(device):  # decided again outside of the capture
-                return choice
-            _by_bucket[problem, device] = choice
-        if len(_by_launch) >= _MOST_LAUNCHES:
-            _by_launch.clear()
-        _by_launch[launch, device] = choice
+            if not targets.is_capturing(device):  # decided again outside of the capture
+                _choices[problem, device] = choice
     return choice
 
 
@@ -216,20 +154,13 @@ def _decide(
     make_benchmark_call: Callable[[], Call],
 ) -> Choice | None:
     """The choice by files or tuning; `None` if the heuristic is to choose."""
-    wanted, found = mode(), cache.find(gpu, problem)
-    kept = None if found is None else Choice(found.config, found.origin)
-    is_fresh = found is not None and not found.is_stale
-    if is_fresh and wanted != "force":
+    wanted, kept = mode(), cache.find(gpu, problem)
+    if kept is not None and wanted != "force":
         return kept
-    if targets.is_capturing(device) or _is_distributed():
-        # No other launch may happen now, and all ranks must run the same configuration.
-        return kept if is_fresh else None
-    if wanted != "off":
-        return _tune(problem, device, gpu, make_benchmark_call, everything=wanted == "force")
-    # Another Triton compiled it, so it may not compile here.
-    if kept is not None and _runs(kept.config, make_benchmark_call):
+    # In a capture no other launch may happen, and all ranks must run the same configuration.
+    if wanted == "off" or targets.is_capturing(device) or _is_distributed():
         return kept
-    return None
+    return _tune(problem, device, gpu, make_benchmark_call, everything=wanted == "force")
 
 
 def _is_distributed() -> bool:
@@ -239,13 +170,6 @@ def _is_distributed() -> bool:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size() > 1
     return os.environ.get("WORLD_SIZE", "1") != "1"
-
-
-def _runs(config: Config, make_benchmark_call: Callable[[], Call]) -> bool:
-    with ignore_unlaunchable(), torch.no_grad():
-        make_benchmark_call()(config=config)
-        return True
-    return False
 
 
 def _tune(
@@ -261,12 +185,17 @@ def _tune(
     except torch.OutOfMemoryError:
         _warn_of_memory()
         return None
-    most = None if everything else FIRST_USE_CANDIDATES
-    tuned = tune(problem, targets.current(device), device, call, _forced or Observer(), most)
+    walk, outcomes = _forced or (lambda _, configs: configs, [])
+    target = targets.current(device)
+    heuristic = defaults.heuristic(problem, target)
+    tried = list(dict.fromkeys((heuristic, *search.candidates(problem, target))))
+    if not everything:
+        tried = tried[:FIRST_USE_CANDIDATES]
+    tuned = _best(problem, device, call, heuristic, walk(problem, tried))
+    outcomes.append((problem, tuned))
     if tuned is None:
         return None
-    times = tuned.milliseconds, tuned.heuristic_milliseconds
-    cache.add(gpu, problem.kernel, cache.entry_for(problem, tuned.config, *times))
+    cache.add(gpu, problem.kernel, tuned)
     return Choice(tuned.config, "tuned")
 
 
@@ -283,101 +212,40 @@ def _warn_of_memory() -> None:
 # The search. -------------------------------------------------------------------------------------
 
 
-def tune(
-    problem: Problem,
-    target: Target,
-    device: torch.device,
-    call: Call,
-    observer: Observer,
-    most: int | None = None,
-) -> Tuned | None:
-    """Time the candidates for a problem.
-
-    Args:
-        problem: What is tuned.
-        target: What `device` is.
-        device: Where.
-        call: Launches it in the configuration `config=...`.
-        observer: Called at every step.
-        most: Try the heuristic's configuration and the first of the others, so many in all.
-
-    Returns:
-        The outcome, or `None` if no candidate runs.
-    """
-    heuristic = defaults.heuristic(problem, target)
-    tried = list(dict.fromkeys((heuristic, *search.candidates(problem, target))))[:most]
-    observer.begin(problem, len(tried))
+def _best(
+    problem: Problem, device: torch.device, call: Call, heuristic: Config, tried: Iterable[Config]
+) -> Entry | None:
+    """The best configuration with the times, logged in a line; `None` if none runs."""
     times: dict[Config, float] = {}
     for config in tried:
-        with ignore_unlaunchable():
-            best_ms = min(times.values(), default=math.inf)
-            times[config] = time_candidate(partial(call, config=config), device, best_ms)
-        observer.timed(config, times.get(config))
-    tuned = None
-    if times:
-        best = min(times, key=times.__getitem__)
-        before = times.get(heuristic)
-        if before is not None and times[best] > (1 - LEAST_GAIN) * before:
-            best = heuristic
-        tuned = Tuned(best, times[best], before, len(times), len(tried) - len(times))
-    observer.end(problem, tuned)
-    return tuned
+        try:
+            times[config] = time_candidate(partial(call, config=config), device)
+        except (TritonError, torch.OutOfMemoryError):
+            pass  # too large, or does not compile
+        except RuntimeError as error:
+            # A pass of the compiler fails with the type that also stands for a broken GPU.
+            if type(error) is not RuntimeError or "PassManager::run failed" not in str(error):
+                raise
+    name = f"{problem.kernel} {problem.key}"
+    if not times:
+        _log.info("no configuration of %s runs", name)
+        return None
+    best = min(times, key=times.__getitem__)
+    before = times.get(heuristic)
+    if before is not None and times[best] > (1 - LEAST_GAIN) * before:
+        best = heuristic
+    _log.info(
+        "tuned %s: %.4g ms (heuristic %s), the best of %d configurations that run: %s",
+        name,
+        times[best],
+        "does not run" if before is None else f"{before:.4g} ms",
+        len(times),
+        in_words(best),
+    )
+    return cache.entry_for(problem, best, times[best], before)
 
 
-@contextlib.contextmanager
-def ignore_unlaunchable() -> Iterator[None]:
-    """Leave the block at errors of a configuration that is too large or does not compile."""
-    try:
-        yield
-    except (TritonError, torch.OutOfMemoryError):
-        pass
-    except RuntimeError as error:
-        # A pass of the compiler fails with the type that also stands for a broken GPU.
-        if type(error) is not RuntimeError or "PassManager::run failed" not in str(error):
-            raise
-
-
-def time_candidate(
-    call: Callable[[], object], device: torch.device, best_ms: float = math.inf
-) -> float:
-    """Median milliseconds of `call` on the current stream, by events, after one call to warm up.
-
-    With cold caches, which is how training finds them: before each call a buffer larger than the
-    second-level cache is overwritten. That also keeps the GPU busy while the call is being
-    launched, so that what the host needs for it does not count. A call is repeated for 30 ms, 7 to
-    50 times.
-
-    Args:
-        call: Launches what is timed.
-        device: A GPU.
-        best_ms: Time of the best so far. A call that takes half as long again three times in a row
-            is not repeated further.
-    """
+def time_candidate(call: Callable[[], object], device: torch.device) -> float:
+    """Median milliseconds of `call` with cold caches, which is how training finds them."""
     with torch.cuda.device(device):
-        call()
-        torch.cuda.synchronize()  # what else the GPU was doing is not timed along
-        flush = torch.empty(_flush_bytes(device), dtype=torch.uint8, device=device)
-        times = _cold_times(call, flush, FIRST)
-        if min(times) > GIVE_UP * best_ms:
-            return statistics.median(times)
-        repetitions = BUDGET_MS / max(statistics.median(times), 1e-3)
-        times = _cold_times(call, flush, max(LEAST, min(MOST, int(repetitions))))
-        return statistics.median(times)
-
-
-def _flush_bytes(device: torch.device) -> int:
-    """Several times the second-level cache; at 3 TB/s the least takes 43 microseconds."""
-    return max(128 << 20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
-
-
-def _cold_times(call: Callable[[], object], flush: torch.Tensor, repetitions: int) -> list[float]:
-    marks = []
-    for _ in range(repetitions):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        marks.append((start, end))
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in marks]
+        return float(do_bench(call, warmup=3, rep=BUDGET_MS, return_mode="median"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated
 
@@ -12,6 +13,8 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import TextColumn
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from memaop_triton.commands import loading
@@ -19,6 +22,8 @@ from memaop_triton.commands.common import config_of, progress, ratio_in_range, s
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.convert import convert_
 from memaop_triton.errors import CommandError
+from memaop_triton.kernels.tuning.cache import Entry
+from memaop_triton.kernels.tuning.config import Config, Problem, in_words
 from memaop_triton.plan.observing import run_backward
 
 
@@ -76,21 +81,23 @@ def tune(
     sizes = [loading.parse_shape("--shapes", text) for text in shapes or ()]
     net = None if model is None else loading.load_model(model)
     device = _gpu()
-    from memaop_triton.commands.tuning_report import ProgressBars, table
     from memaop_triton.kernels.tuning import cache, tuner
 
     console = Console()
-    with progress(console, TextColumn("{task.fields[last]}")) as bars:
-        observer = ProgressBars(bars)
-        with tuner.forced(observer):
+    with progress(console, TextColumn("")) as bars:
+
+        def walk(problem: Problem, configs: list[Config]) -> Iterable[Config]:
+            return bars.track(configs, description=f"{problem.kernel} {problem.key}")
+
+        with tuner.forced(walk) as outcomes:
             if net is None:
                 for m, n, p in sizes:
                     _step_of_layers(m, n, p, config, device, getattr(torch, dtype or "bfloat16"))
             else:
                 _step_of_model(net, inputs or [], config, device, dtype, autocast)
-    if not observer.outcomes:
+    if not outcomes:
         raise CommandError("no Triton kernel ran, so none was tuned: are all rows computed?")
-    console.print(table(observer.outcomes))
+    console.print(_table(outcomes))
     gpu = cache.gpu_of(device)
     assert gpu is not None
     say_written(console, cache.folder() / gpu.slug)
@@ -103,6 +110,26 @@ def _gpu() -> torch.device:
             "is False."
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _table(outcomes: list[tuple[Problem, Entry | None]]) -> Table:
+    """A line per problem: the heuristic's time, the best, and the configuration that has it."""
+    made = Table("kernel", "problem")
+    for title in ("heuristic ms", "best ms", "gain"):
+        made.add_column(title, justify="right")
+    made.add_column("configuration")
+    for problem, tuned in outcomes:
+        words = ["–", "–", "–", "none runs"]
+        if tuned is not None:
+            before = tuned.heuristic_milliseconds
+            words = [
+                "–" if before is None else f"{before:.4f}",
+                f"{tuned.milliseconds:.4f}",
+                "–" if before is None else f"{before / tuned.milliseconds:.2f}×",
+                in_words(tuned.config),
+            ]
+        made.add_row(*(Text(word) for word in (problem.kernel, problem.key, *words)))
+    return made
 
 
 def _with_both_sides(config: MemAOPConfig) -> list[MemAOPConfig]:

@@ -1,7 +1,7 @@
 """GPUs that are listed, their relatives, and those that are left to PyTorch."""
 
+import contextlib
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import torch
 from memaop_triton import dispatch
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.targets import TARGETS
+from memaop_triton.kernels.tuning.cache import Gpu, gpu_of
 from memaop_triton.kernels.tuning.config import GemmConfig, Problem
 from memaop_triton.kernels.tuning.cost_model import count_work
 from tests.test_dispatch import OnGpu
@@ -54,6 +55,7 @@ def test_a_listed_gpu_has_the_limits_of_the_list(plug_in, name):
     assert found.processors == 48
     assert found.chip.cache == listed.chip.cache
     assert targets.current(DEVICE) is found
+    assert gpu_of.__wrapped__(DEVICE) == Gpu("Some GPU", name, 48)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +105,20 @@ def test_another_gpu_is_left_to_pytorch_which_is_said(plug_in, monkeypatch, whic
         dispatch.runs_triton(rows)
 
 
-def test_a_driver_names_its_chip():
-    assert targets.chip_named("NVIDIA H100 80GB HBM3").name == "H100 SXM"
-    assert targets.chip_named("NVIDIA H100 PCIe").name == "H100 PCIe"
-    assert targets.chip_named("NVIDIA A100-SXM4-40GB").bandwidth == 1.555
-    assert targets.chip_named("AMD Instinct MI300X").processors == 304
-    assert targets.chip_named("GeForce GT 710") is None
+@pytest.mark.parametrize(
+    ("driver", "chip", "bandwidth"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100 SXM", 3.35),
+        ("NVIDIA H100 PCIe", "H100 PCIe", 2.0),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB", 1.555),
+        ("AMD Instinct MI300X", "MI300X", 5.3),
+        ("GeForce GT 710", "H100 SXM", 3.35),
+    ],
+)
+def test_a_driver_names_its_chip(plug_in, driver, chip, bandwidth):
+    plug_in(9, name=driver)
+    found = targets.find(DEVICE).chip
+    assert (found.name, found.bandwidth) == (chip, bandwidth)
 
 
 def test_a_smaller_chip_of_a_make_does_less():
@@ -119,29 +129,17 @@ def test_a_smaller_chip_of_a_make_does_less():
     assert half.bandwidth == h100.bandwidth
 
 
-def test_rates_are_those_of_the_matrix_units():
-    rates = [TARGETS[t].chip.rate("half") for t in ("sm_80", "sm_90", "sm_100", "gfx942")]
-    assert rates == [2048, 4096, 8192, 2048]
-
-
 def test_a_capture_is_asked_for_on_the_devices_own_stream(monkeypatch):
-    class Guard:
-        current: ClassVar = []
+    second, current = torch.device("cuda", 1), []
 
-        def __init__(self, device):
-            self.device = device
+    @contextlib.contextmanager
+    def on(device):
+        current.append(device)
+        yield
+        current.pop()
 
-        def __enter__(self):
-            self.current.append(self.device)
-
-        def __exit__(self, *_):
-            self.current.pop()
-
-    monkeypatch.setattr(torch.cuda, "device", Guard)
-    second = torch.device("cuda", 1)
-    monkeypatch.setattr(
-        torch.cuda, "is_current_stream_capturing", lambda: Guard.current[-1] == second
-    )
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current == [second])
     assert targets.is_capturing(second)
     assert not targets.is_capturing(DEVICE)
     assert not targets.is_capturing(torch.device("cpu"))

@@ -1,9 +1,9 @@
 """The files of tuned configurations: shared, broken, stale, out of reach, and killed writers."""
 
-import ast
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -14,11 +14,11 @@ import torch
 from filelock import FileLock
 
 from memaop_triton.kernels.tuning import cache as config_cache
-from memaop_triton.kernels.tuning.cache import ConfigFile, Gpu
-from memaop_triton.kernels.tuning.config import KERNELS, GemmConfig, Problem, RowConfig
+from memaop_triton.kernels.tuning.cache import Choice, ConfigFile, Gpu
+from memaop_triton.kernels.tuning.config import GemmConfig, Problem, RowConfig
 
 ROOT = Path(__file__).resolve().parents[3]
-GPU = Gpu("Fake GPU (1)", "9.0", 132)
+GPU = Gpu("Fake GPU (1)", "sm_90", 132)
 CONFIG = GemmConfig(128, 64, 64, 4, 3, split_k=6)
 OTHER = GemmConfig(64, 64, 32, 4, 3)
 PROBLEM = Problem("gather_gemm", torch.bfloat16, 4096, 512, 1024, 768, flags=("weighted",))
@@ -30,7 +30,7 @@ def cache(monkeypatch, tmp_path):
     """The file of the problem's kernel, in an empty cache."""
     monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
     config_cache.forget()
-    yield tmp_path / "configs" / "fake-gpu-1-9-0-132" / "gather_gemm.json"
+    yield tmp_path / "configs" / "fake-gpu-1-sm-90-132" / "gather_gemm.json"
     config_cache.forget()
 
 
@@ -55,48 +55,25 @@ def held(path):
     return config_cache.read(path).entries
 
 
-def run(mode, tmp_path):
-    environ = dict(
-        os.environ,
-        MEMAOP_TRITON_CACHE_DIR=str(tmp_path),
-        MEMAOP_TRITON_AUTOTUNE="first-use",
-        PYTHONPATH=str(ROOT),
-    )
-    command = [sys.executable, "-m", "tests.kernels.tuning.cache_worker", mode]
+def test_writers_at_once_lose_no_entry_and_killed_ones_leave_a_file_that_loads(tmp_path):
+    environ = dict(os.environ, MEMAOP_TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-m", "tests.kernels.tuning.cache_worker"]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
-def test_two_processes_lose_no_entry(cache, tmp_path):
-    run("tune", tmp_path)
-    assert len({one.problem for one in held(cache)}) == len(held(cache)) == 100
-
-
-def test_a_writer_that_is_killed_leaves_a_file_that_loads(cache, tmp_path):
-    # How many writes come through before a kill depends on the machine; none lost is what counts.
-    assert int(run("kill", tmp_path)) > 0
-    assert held(cache)
-
-
-def test_an_entry_comes_back_as_it_was(cache):
+def test_an_entry_comes_back_as_it_was_from_the_file_of_its_kernel(cache):
+    rows = replace(PROBLEM, kernel="row_scores", flags=())
     assert found() is None
     kept = [entry(), entry(OTHER, SECOND, heuristic_milliseconds=None)]
     for one in kept:
         config_cache.add(GPU, "gather_gemm", one)
+    add(RowConfig(8, 256, 4), rows)
     for _ in range(2):
-        one = config_cache.find(GPU, PROBLEM)
-        assert (one.config, one.is_stale, one.origin) == (CONFIG, False, "cache")
+        assert config_cache.find(GPU, PROBLEM) == Choice(CONFIG, "cache")
+        assert found(rows) == RowConfig(8, 256, 4)
         config_cache.forget()
     assert config_cache.read(cache) == ConfigFile(GPU, "gather_gemm", tuple(kept))
-
-
-def test_kernels_have_files_of_their_own(cache):
-    rows = replace(PROBLEM, kernel="row_scores", flags=())
-    add()
-    add(RowConfig(8, 256, 4), rows)
-    config_cache.forget()
-    assert (found(), found(rows)) == (CONFIG, RowConfig(8, 256, 4))
 
 
 def test_everything_that_a_problem_is_made_of_is_in_its_key():
@@ -142,51 +119,36 @@ def test_entries_of_other_kernel_sources_are_dropped(cache, monkeypatch):
     assert len(held(cache)) == 1
 
 
-def test_another_triton_makes_an_entry_stale(cache):
+def test_an_entry_of_another_triton_stays_and_is_not_used(cache):
     add(OTHER, triton="1.0")
-    one = config_cache.find(GPU, PROBLEM)
-    assert (one.config, one.is_stale) == (OTHER, True)
-    add(tuned="2020-01-01T00:00:00+00:00")
-    assert found() == CONFIG, "that of this Triton, although it is older"
+    assert found() is None
+    add()
+    config_cache.forget()
+    assert found() == CONFIG
     assert len(held(cache)) == 2
 
 
-def test_a_stale_entry_of_the_user_comes_after_a_fresh_one_that_is_shipped(
-    cache, monkeypatch, tmp_path
-):
+def test_the_users_entry_comes_before_one_that_is_shipped(cache, monkeypatch, tmp_path):
     monkeypatch.setattr(config_cache, "SHIPPED", tmp_path / "shipped")
-    add(OTHER, triton="1.0")
     by_another_process(config_cache.path_of(tmp_path / "shipped", GPU, "gather_gemm"), entry())
-    assert config_cache.find(GPU, PROBLEM).origin == "shipped"
+    assert config_cache.find(GPU, PROBLEM) == Choice(CONFIG, "shipped")
     add(OTHER)
-    assert config_cache.find(GPU, PROBLEM).origin == "cache"
+    assert config_cache.find(GPU, PROBLEM) == Choice(OTHER, "cache")
 
 
-def changed(**changes):
-    """What a file says, with other fields in its entry."""
-
-    def write(content):
-        one = content["entries"][0] | changes
-        return json.dumps(content | {"entries": [{k: v for k, v in one.items() if v is not ...}]})
-
-    return write
+def without_time(content):
+    del content["entries"][0]["milliseconds"]
+    return json.dumps(content)
 
 
-CONFIG_FIELDS = {field.name: getattr(CONFIG, field.name) for field in fields(CONFIG)}
 BROKEN = {
-    "empty": lambda content: "",
     "cut off": lambda content: json.dumps(content)[:-9],
     "no object": lambda content: "[]",
-    "no text": lambda content: b"\xff\xfe\x00",
+    "no text": lambda content: "\ud800",
     "another schema": lambda content: json.dumps(content | {"schema": 99}),
-    "without a schema": lambda content: json.dumps({"entries": []}),
     "unknown kernel": lambda content: json.dumps(content | {"kernel": "../../x"}),
     "entries": lambda content: json.dumps(content | {"entries": 5}),
-    "no time": changed(milliseconds=...),
-    "unknown field": changed(evil=1),
-    "no configuration": changed(config=None),
-    "unknown configuration": changed(config=CONFIG_FIELDS | {"evil": 1}),
-    "text in a configuration": changed(config=CONFIG_FIELDS | {"num_warps": "4"}),
+    "no time": without_time,
 }
 
 
@@ -194,7 +156,7 @@ BROKEN = {
 def test_a_broken_file_is_warned_of_once_and_replaced(cache, how):
     add(OTHER)
     text = BROKEN[how](json.loads(cache.read_text()))
-    cache.write_bytes(text.encode() if isinstance(text, str) else text)
+    cache.write_text(text, errors="surrogatepass")
     config_cache.forget()
     with pytest.warns(RuntimeWarning, match=r"gather_gemm\.json are not used") as told:
         assert found() is None
@@ -299,41 +261,34 @@ def test_the_umask_decides_who_can_read(cache):
     assert cache.stat().st_mode & 0o777 == 0o640
 
 
-def test_names_of_gpus_make_safe_folders():
-    names = ["NVIDIA H100 80GB HBM3", "../../etc", "..", "", "Ω"]
-    slugs = [Gpu(name, "9.0", 132).slug for name in names]
-    assert slugs == [f"{name}9-0-132" for name in ("nvidia-h100-80gb-hbm3-", "etc-", "", "", "")]
+def test_kinds_of_gpus_have_safe_folders_of_their_own():
+    kinds = [("../../NVIDIA H100", "sm_90", 132), ("NVIDIA H200", "sm_90", 132)]
+    kinds += [("NVIDIA H100", "sm_90", 114), ("NVIDIA H100", "sm_80", 132)]
+    slugs = [Gpu(*kind).slug for kind in kinds]
+    assert slugs[0] == "nvidia-h100-sm-90-132"
+    assert len(set(slugs)) == 4
 
 
 def test_a_key_of_a_hash_is_made_of_every_file_that_its_kernel_is_made_of():
-    def imported(name):
-        tree = ast.parse((ROOT / "kernels" / "gpu" / name).read_text())
-        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        for node in nodes:
-            prefix, _, module = (node.module or "").rpartition(".")
-            if node.module == "memaop_triton.kernels.gpu":
-                yield from (f"{alias.name}.py" for alias in node.names)
-            elif prefix == "memaop_triton.kernels.gpu":
-                yield f"{module}.py"
-
-    programs = {
-        path.name
-        for path in (ROOT / "kernels" / "gpu").glob("*.py")
-        if "@triton.jit" in path.read_text() or path.name == "launch.py"
-    }
-    for kernel in KERNELS:
-        listed = config_cache.SOURCES[kernel]
+    folder = ROOT / "kernels" / "gpu"
+    texts = {path.name: path.read_text() for path in folder.glob("*.py")}
+    programs = {name for name, text in texts.items() if "@triton.jit" in text} | {"launch.py"}
+    for kernel, listed in config_cache.SOURCES.items():
+        imported = {
+            f"{name}.py"
+            for file in listed
+            for name in re.findall(
+                r"^from memaop_triton\.kernels\.gpu[. ](?:import )?(\w+)", texts[file], re.M
+            )
+        }
         # The products of a projection are multiplied by the gather GEMM, which has its own file.
-        wanted = {n for f in listed for n in imported(f) if n in programs} - {"gather_gemm.py"}
-        assert wanted <= set(listed), kernel
+        assert (imported & programs) - {"gather_gemm.py"} <= set(listed), kernel
 
 
 def test_a_hash_changes_with_the_text_of_its_kernel(monkeypatch, tmp_path):
     for name in config_cache.SOURCES["gather_gemm"]:
         (tmp_path / name).write_text("1")
     monkeypatch.setattr(config_cache, "_PROGRAMS", tmp_path)
-    compute = config_cache.source_hash.__wrapped__
-    before = compute("gather_gemm")
-    assert compute("gather_gemm") == before
+    before = config_cache.source_hash.__wrapped__("gather_gemm")
     (tmp_path / "primitives.py").write_text("2")
-    assert compute("gather_gemm") != before
+    assert config_cache.source_hash.__wrapped__("gather_gemm") != before

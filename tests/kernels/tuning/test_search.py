@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,11 +13,10 @@ from bench.microscope.compiling import compile_call
 from bench.microscope.reading import read
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
-from memaop_triton.kernels.gpu.subspace import project
 from memaop_triton.kernels.targets import TARGETS
 from memaop_triton.kernels.tuning import defaults
+from memaop_triton.kernels.tuning.cache import SOURCES
 from memaop_triton.kernels.tuning.config import (
-    KERNELS,
     GemmConfig,
     Problem,
     RowConfig,
@@ -62,13 +62,6 @@ def problems(sizes):
                 )
 
 
-def whole(config):
-    """The tile, whatever its split."""
-    if isinstance(config, GemmConfig):
-        return replace(config, split_k=1)
-    return replace(config, split=1)
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_heuristic_ships_what_was_compiled_and_fits(target):
     target, seen = TARGETS[target], set()
@@ -76,10 +69,11 @@ def test_the_heuristic_ships_what_was_compiled_and_fits(target):
         if problem.precision == "tf32" and not target.has_tf32:
             continue
         config = defaults.heuristic(problem, target)
-        assert whole(config) in defaults.tiles(problem, target), problem
+        split = "split_k" if isinstance(config, GemmConfig) else "split"
+        assert replace(config, **{split: 1}) in defaults.tiles(problem, target), problem
         assert occupancy(problem, config, target) >= 1, problem
         seen.add(problem.kernel)
-    assert seen == set(KERNELS)
+    assert seen == SOURCES.keys()
 
 
 @pytest.mark.parametrize(
@@ -100,17 +94,15 @@ def test_choices_on_an_h100(sizes, tile, split):
     assert ((config.block_n, config.block_p), config.split_k) == (tile, split)
 
 
-def some(target):
-    """A problem of every kernel, type and size."""
-    of_default_rank = [p for p in problems([SIZES[0], SIZES[4]]) if p.rank in (0, 16)]
-    chosen = {(p.kernel, p.dtype, p.precision, p.rows): p for p in of_default_rank}
-    return [p for p in chosen.values() if p.precision == "ieee" or target.has_tf32]
-
-
 @pytest.mark.parametrize("target", ["sm_90", "sm_100", "gfx942"])
 def test_candidates(target):
     target = TARGETS[target]
-    for problem in some(target):
+    of_default_rank = [p for p in problems([SIZES[0], SIZES[4]]) if p.rank in (0, 16)]
+    # One of every kernel, type and size.
+    chosen = {(p.kernel, p.dtype, p.precision, p.rows): p for p in of_default_rank}
+    for problem in chosen.values():
+        if problem.precision == "tf32" and not target.has_tf32:
+            continue
         found = candidates(problem, target)
         assert defaults.heuristic(problem, target) in found, problem
         assert 1 <= len(found) <= 40
@@ -143,37 +135,31 @@ def check_valid(problem, config, target):
 
 # A sample, compiled. -----------------------------------------------------------------------------
 
-COMPILED = [
-    ("sm_90", "gather_gemm", "ieee", HALF, 0),
-    ("sm_90", "gather_gemm", "tf32", SINGLE, 3),
-    ("sm_80", "gather_gemm", "ieee", HALF, 1),
-    ("gfx942", "gather_gemm", "ieee", HALF, 0),
-    ("sm_100", "gather_gemm", "ieee", SINGLE, 0),
-    ("sm_100", "residual_gemm", "ieee", SINGLE, 0),
-    ("sm_100", "project", "ieee", HALF, 0),
-]
 
-
-@pytest.mark.parametrize(("target", "kernel", "precision", "dtype", "number"), COMPILED)
+@pytest.mark.parametrize(
+    ("target", "kernel", "precision", "dtype", "number"),
+    [
+        ("sm_90", "gather_gemm", "ieee", HALF, 0),
+        ("sm_90", "gather_gemm", "tf32", SINGLE, 3),
+        ("sm_80", "gather_gemm", "ieee", HALF, 1),
+        ("gfx942", "gather_gemm", "ieee", HALF, 0),
+        ("sm_100", "gather_gemm", "ieee", SINGLE, 0),
+        ("sm_100", "residual_gemm", "ieee", SINGLE, 0),
+    ],
+)
 def test_a_candidate_compiles_and_fits_as_estimated(target, kernel, precision, dtype, number):
-    target, m, k, n, p = TARGETS[target], 16384, 2048, 4096, 4096
-    weights = torch.empty(k, device="meta")
-    if kernel == "project":
-        problem = Problem(kernel, dtype, m, m, n, 0, rank=16, precision=precision)
-        x, basis = empty(m, n, dtype=dtype), empty(n, 16, dtype=dtype)
-        call = lambda config: project(x, basis, 64.0, config=config)  # noqa: E731
-    elif kernel == "gather_gemm":
-        problem = Problem(kernel, dtype, m, k, n, p, precision=precision, flags=("weighted",))
-        call = lambda config: gather_gemm(**operands(dtype), weights=weights, config=config)  # noqa: E731
+    target, given = TARGETS[target], operands(dtype)
+    problem = Problem(kernel, dtype, 16384, 2048, 4096, 4096, precision=precision)
+    if kernel == "gather_gemm":
+        problem = replace(problem, flags=("weighted",))
+        launch = partial(gather_gemm, **given, weights=torch.empty(2048, device="meta"))
     else:
-        problem = Problem(kernel, dtype, m, k, n, p, stored=dtype, precision=precision)
+        problem = replace(problem, stored=dtype)
         rest = scalars() | {"lost": empty(1, dtype=SINGLE)}
-        call = lambda config: residual_gemm(  # noqa: E731
-            memory_of(dtype), **operands(dtype), **rest, config=config
-        )
+        launch = partial(residual_gemm, memory_of(dtype), **given, **rest)
     config = candidates(problem, target)[number]
     with float32_products(precision):
-        (compiled, *_) = compile_call(lambda: call(config), target)
+        (compiled, *_) = compile_call(partial(launch, config=config), target)
     counts = read(compiled)
     assert counts.shared <= shared_memory(problem, config, target)
     assert counts.shared <= target.shared_memory

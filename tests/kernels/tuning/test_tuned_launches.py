@@ -1,5 +1,7 @@
-"""Tuning the launches themselves: on copies, by a clock that finds cold caches."""
+"""Tuning the launches themselves: on copies, with cold caches."""
 
+import contextlib
+import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -124,8 +126,8 @@ def test_row_memories_are_tuned_as_they_are_in_the_middle_of_training(name, fake
     given, seen = operands(), []
     time_candidate = tuner.time_candidate
 
-    def looking(call, device, best):
-        time_candidate(call, device, best)
+    def looking(call, device):
+        time_candidate(call, device)
         seen.append(call.args[0][2].all().item())
         return 1.0
 
@@ -135,59 +137,20 @@ def test_row_memories_are_tuned_as_they_are_in_the_middle_of_training(name, fake
     assert seen == [True]
 
 
-@pytest.mark.parametrize(
-    ("milliseconds", "best", "batches"),
-    [
-        ([0.1] * 3 + [0.2] * 60, 1.0, [tuner.FIRST, tuner.MOST]),
-        ([2.0] * 60, 1.9, [tuner.FIRST, 15]),
-        ([100.0] * 60, 100.0, [tuner.FIRST, tuner.LEAST]),
-        ([2.0, 9.0, 2.0], 1.0, [tuner.FIRST]),
-    ],
-)
-def test_repetitions_follow_the_time_of_a_call(monkeypatch, milliseconds, best, batches):
-    times, taken = list(milliseconds), []
+def test_a_candidate_is_timed_on_its_device(monkeypatch):
+    times, devices = [0.5, 0.25, 9.0], []
 
-    def cold(call, flush, repetitions):
-        taken.append(repetitions)
-        assert flush.numel() == 1 << 20
-        return [times.pop(0) for _ in range(repetitions)]
+    @contextlib.contextmanager
+    def on(device):
+        devices.append(device)
+        yield
+        devices.pop()
 
-    class Guard:
-        def __init__(self, device):
-            assert device == DEVICE
+    def bench(call, *, return_mode, **_):
+        assert devices == [DEVICE]
+        call()
+        return statistics.median(times) if return_mode == "median" else None
 
-        def __enter__(self):
-            warm.append("device")
-
-        def __exit__(self, *_):
-            warm.append("left")
-
-    warm = []
-    monkeypatch.setattr(tuner, "_cold_times", cold)
-    monkeypatch.setattr(tuner, "_flush_bytes", lambda device: 1 << 20)
-    monkeypatch.setattr(torch.cuda, "device", Guard)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: warm.append("synchronize"))
-    median = tuner.time_candidate(lambda: warm.append("call"), DEVICE, best)
-    assert median == milliseconds[-1]
-    assert taken == batches
-    assert warm == ["device", "call", "synchronize", "left"]
-
-
-def test_every_timed_call_finds_the_cache_overwritten(monkeypatch):
-    log = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            log.append("mark")
-
-        def elapsed_time(self, end):
-            return 1.5
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
-    flush = SimpleNamespace(zero_=lambda: log.append("flush"))
-    assert tuner._cold_times(lambda: log.append("call"), flush, 2) == [1.5, 1.5]
-    assert log == ["flush", "mark", "call", "mark"] * 2 + ["wait"]
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(tuner, "do_bench", bench)
+    assert tuner.time_candidate(lambda: times.append(0.75), DEVICE) == 0.625

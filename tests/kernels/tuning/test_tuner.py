@@ -13,7 +13,7 @@ from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.kernels.gpu.score import row_scores
 from memaop_triton.kernels.tuning import cache, defaults, search, tuner
-from memaop_triton.kernels.tuning.config import GemmConfig, Problem, RowConfig, flags
+from memaop_triton.kernels.tuning.config import GemmConfig, Problem, RowConfig
 from tests.traffic import interpreted
 
 PROBLEM = Problem("gather_gemm", torch.float16, 1000, 800, 256, 256)
@@ -29,16 +29,12 @@ def _few_are_tried(monkeypatch):
     monkeypatch.setattr(tuner, "FIRST_USE_CANDIDATES", 4)
 
 
-def launched(config):
-    """Stands for a launch that runs in every configuration."""
-
-
 def too_large(config):
     """One that runs in none."""
     raise OutOfResources(300_000, 232_448, "shared memory")
 
 
-def choose(problem=PROBLEM, device=DEVICE, run=launched):
+def choose(problem=PROBLEM, device=DEVICE, run=lambda config: None):
     return tuner.choose(problem, device, lambda: partial(run), GemmConfig)
 
 
@@ -55,12 +51,11 @@ def best(fake_gpu):
 
 @pytest.fixture
 def keep(fake_gpu):
-    """Writes an entry for the problem into a folder of files, as another process would."""
+    """Writes an entry for the problem into the cache, as another process would."""
 
-    def write(config, root=None, **changes):
+    def write(config):
         entry = cache.entry_for(PROBLEM.bucketed(), config, 0.5, 1.0)
-        file = cache.ConfigFile(fake_gpu.gpu, PROBLEM.kernel, (replace(entry, **changes),))
-        cache.merge_into(cache.path_of(root or cache.folder(), file.gpu, file.kernel), file)
+        cache.add(fake_gpu.gpu, PROBLEM.kernel, entry)
         tuner.forget()
 
     return write
@@ -78,26 +73,12 @@ def test_the_best_is_found_once_and_kept(fake_gpu, best):
     assert len(fake_gpu.timed) == tuner.FIRST_USE_CANDIDATES
 
 
-def test_a_problem_that_was_met_costs_a_lookup(fake_gpu, monkeypatch):
-    first = choose()
-    monkeypatch.setattr(tuner, "_choose", lambda *_: pytest.fail("chosen again"))
-    assert choose() is first
-
-
 def test_batches_of_like_size_share_an_outcome(fake_gpu, best):
     for rows, k in ((1000, 800), (1024, 1000), (999, 513)):
         assert choose(replace(PROBLEM, rows=rows, k=k)) == best
     assert len(fake_gpu.timed) == tuner.FIRST_USE_CANDIDATES
     choose(replace(PROBLEM, rows=1025))
     assert len(fake_gpu.timed) == 2 * tuner.FIRST_USE_CANDIDATES
-
-
-def test_many_sizes_of_batches_are_not_all_remembered(fake_gpu, monkeypatch):
-    monkeypatch.setattr(tuner, "_MOST_LAUNCHES", 10)
-    for rows in range(900, 940):
-        choose(replace(PROBLEM, rows=rows))
-    assert len(tuner._by_launch) <= 10
-    assert len(tuner.choices()) == 1
 
 
 def test_a_configuration_that_is_given_is_taken(fake_gpu, monkeypatch):
@@ -108,23 +89,10 @@ def test_a_configuration_that_is_given_is_taken(fake_gpu, monkeypatch):
         row_scores(x, g, config=RowConfig(16, 16, 4))
 
 
-def test_shipped_files_serve_after_the_users_own(fake_gpu, keep, monkeypatch, tmp_path):
-    monkeypatch.setattr(cache, "SHIPPED", tmp_path / "shipped")
-    keep(OTHERS[0], tmp_path / "shipped")
-    assert choose() == OTHERS[0]
-    assert origin() == "shipped"
-    keep(OTHERS[1])
-    assert choose() == OTHERS[1]
-    assert origin() == "cache"
-    assert not fake_gpu.timed
-
-
-def test_off(fake_gpu, keep, monkeypatch):
+def test_off(fake_gpu, monkeypatch):
     monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
     assert choose() == HEURISTIC
     assert origin() == "heuristic"
-    keep(OTHERS[1])
-    assert choose() == OTHERS[1]
     assert not fake_gpu.timed
 
 
@@ -140,24 +108,41 @@ def test_force_tunes_anew_once_per_process_and_tries_everything(fake_gpu, keep, 
     assert choose() == best
 
 
-def test_inside_forced_everything_is_tuned_anew_whatever_the_environment_says(
-    fake_gpu, best, monkeypatch
-):
-    class Heard(tuner.Observer):
-        calls = ()
+def capture(monkeypatch):
+    monkeypatch.setattr(targets, "is_capturing", lambda device: True)
 
-        def begin(self, problem, count):
-            self.calls += (("begin", problem, count),)
 
-        def end(self, problem, tuned):
-            self.calls += (("end", tuned.config),)
+def launch_two(monkeypatch):
+    """What torchrun sets for the first of two processes, before they have met."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
 
+
+def initialise_two(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+
+def never(config):
+    pytest.fail("launched")
+
+
+@pytest.mark.parametrize("begin", [lambda patch: None, launch_two, initialise_two])
+def test_a_command_that_was_asked_to_tune_does_so_everywhere(fake_gpu, best, monkeypatch, begin):
+    begin(monkeypatch)
     monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
     assert choose() == HEURISTIC
-    heard = Heard()
-    with tuner.forced(heard):
+    walked = []
+
+    def walk(problem, configs):
+        walked.append((problem, *configs))
+        return iter(configs)
+
+    with tuner.forced(walk) as outcomes:
         assert choose() == best
-    assert heard.calls == (("begin", PROBLEM.bucketed(), 1 + len(OTHERS)), ("end", best))
+    assert walked == [(PROBLEM.bucketed(), HEURISTIC, *OTHERS)]
+    assert [(problem, entry.config) for problem, entry in outcomes] == [(PROBLEM.bucketed(), best)]
     assert tuner.mode() == "off"
 
 
@@ -169,37 +154,12 @@ def test_an_unknown_mode_names_the_known_ones(fake_gpu, monkeypatch):
     assert tuner.mode() == "first-use"
 
 
-def test_nothing_is_tuned_on_a_cpu(fake_gpu, monkeypatch):
-    monkeypatch.setattr(cache, "gpu_of", lambda device: None)
+def test_nothing_is_tuned_on_a_cpu(monkeypatch):
     monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "force")
-    assert choose(run=lambda config: pytest.fail("launched")) == HEURISTIC
+    assert choose(run=never) == HEURISTIC
 
 
-def capture(monkeypatch):
-    monkeypatch.setattr(targets, "is_capturing", lambda device: True)
-
-
-def launch_two(monkeypatch, rank=0):
-    """What torchrun sets in a run of two processes, before they have met."""
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-
-
-def initialise_two(monkeypatch, rank=0):
-    distributed = torch.distributed
-    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "get_rank", lambda: rank)
-    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-
-
-TOGETHER = [partial(where, rank=rank) for where in (launch_two, initialise_two) for rank in (0, 1)]
-
-
-def never(config):
-    pytest.fail("launched")
-
-
-@pytest.mark.parametrize("begin", [capture, *TOGETHER])
+@pytest.mark.parametrize("begin", [capture, launch_two, initialise_two])
 @pytest.mark.parametrize("mode", ["first-use", "force", "off"])
 def test_in_a_capture_and_on_every_rank_files_and_the_heuristic_serve(
     fake_gpu, best, keep, monkeypatch, begin, mode
@@ -207,8 +167,6 @@ def test_in_a_capture_and_on_every_rank_files_and_the_heuristic_serve(
     monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", mode)
     with monkeypatch.context() as patch:
         begin(patch)
-        assert choose(run=never) == HEURISTIC
-        keep(OTHERS[1], triton="1.0")  # it might not compile: on one rank, or in the capture
         assert choose(run=never) == HEURISTIC
         keep(OTHERS[1])
         assert choose(run=never) == OTHERS[1]
@@ -224,30 +182,6 @@ def test_what_a_capture_chose_is_chosen_anew_after_it(fake_gpu, best, monkeypatc
     with monkeypatch.context() as patch:
         capture(patch)
         assert choose() == best
-
-
-@pytest.mark.parametrize("begin", TOGETHER)
-def test_a_command_that_was_asked_to_tune_does_so_on_a_rank_too(fake_gpu, best, monkeypatch, begin):
-    begin(monkeypatch)
-    with tuner.forced(tuner.Observer()):
-        assert choose() == best
-
-
-def test_a_stale_entry_is_tuned_anew_where_that_is_allowed(fake_gpu, best, keep, monkeypatch):
-    keep(OTHERS[1], triton="1.0")
-    assert choose() == best
-    tuner.forget()
-    monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
-    assert choose() == best  # the stale one is still in the file
-
-
-def test_a_stale_entry_serves_where_nothing_is_tuned_if_it_runs(fake_gpu, keep, monkeypatch):
-    keep(OTHERS[1], triton="1.0")
-    monkeypatch.setenv("MEMAOP_TRITON_AUTOTUNE", "off")
-    ran = []
-    assert choose(run=lambda config: ran.append(config)) == OTHERS[1] == ran[0]
-    tuner.forget()
-    assert choose(run=too_large) == HEURISTIC
 
 
 @pytest.mark.parametrize(
@@ -267,12 +201,12 @@ def test_candidates_that_do_not_run_are_passed_over(fake_gpu, best, error):
 
     assert choose(run=some) == best
     assert len(fake_gpu.timed) == tuner.FIRST_USE_CANDIDATES - 2
-    (entry,) = cache.read(path(fake_gpu)).entries
+    (entry,) = kept(fake_gpu).entries
     assert entry.heuristic_milliseconds is None
 
 
-def path(fake_gpu):
-    return cache.path_of(cache.folder(), fake_gpu.gpu, PROBLEM.kernel)
+def kept(fake_gpu):
+    return cache.read(cache.path_of(cache.folder(), fake_gpu.gpu, PROBLEM.kernel))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +223,7 @@ def test_other_errors_are_not_hidden(fake_gpu, error):
 def test_where_no_candidate_runs_the_heuristic_serves(fake_gpu):
     for run in (too_large, never):
         assert choose(run=run) == HEURISTIC
-    assert not path(fake_gpu).exists()
+    assert kept(fake_gpu) is None
 
 
 def test_without_memory_for_the_copies_the_heuristic_serves_and_it_is_said_once(fake_gpu):
@@ -310,21 +244,6 @@ def test_a_gain_within_the_noise_is_none(fake_gpu):
     assert choose() == HEURISTIC
 
 
-@pytest.mark.parametrize(
-    "other",
-    [("Fake GPU (2)", "8.0", 108), ("Fake GPU (1)", "9.0", 108), ("Fake GPU (1)", "8.0", 54)],
-)
-def test_gpus_of_two_kinds_have_files_of_their_own(fake_gpu, monkeypatch, other):
-    kinds = [fake_gpu.gpu, cache.Gpu(*other)]
-    monkeypatch.setattr(cache, "gpu_of", lambda device: kinds[device.index])
-    for index in range(2):
-        fake_gpu.milliseconds = lambda config, i=index: 0.5 if config == OTHERS[i] else 1.0
-        assert choose(device=torch.device("cpu", index)) == OTHERS[index]
-    tuner.forget()
-    for index in range(2):
-        assert choose(device=torch.device("cpu", index)) == OTHERS[index]
-
-
 def test_first_use_tells_one_line(fake_gpu, best, caplog):
     with caplog.at_level(logging.INFO, "memaop_triton"):
         choose()
@@ -332,9 +251,3 @@ def test_first_use_tells_one_line(fake_gpu, best, caplog):
     (record,) = [r for r in caplog.records if r.name == "memaop_triton"]
     for words in (f"gather_gemm {PROBLEM.bucketed().key}", "0.5 ms (heuristic 1 ms)", "block_n="):
         assert words in record.getMessage()
-
-
-def test_flags_are_known_and_in_order():
-    assert flags(weighted=True, blocks=True, sums=False) == ("blocks", "weighted")
-    with pytest.raises(ValueError, match="flag 'wieghted' is not one of blocks"):
-        flags(wieghted=True)
