@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from memaop_triton import dispatch
-from memaop_triton.backward.executors import executor_for
-from memaop_triton.backward.step import Operands, Shards
+from memaop_triton.backward.shards import ProcessShards
+from memaop_triton.backward.step import Operands, rows_and_weights
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.dispatch import runs_triton
 from memaop_triton.flops import input_grad_flops, projected_input_grad_flops
-from memaop_triton.kernels.cpu.torch_ops import basis_scale
+from memaop_triton.kernels.cpu.torch_ops import basis_scale, sampled_rows_mm
 from memaop_triton.memory.kinds import Memory, SubspaceMemory, rows_to_compute
-from memaop_triton.selection import Selection
+from memaop_triton.selection import Selection, within
 
 
 def select_for_both(
@@ -39,7 +39,7 @@ def select_for_both(
     config: MemAOPConfig,
     k: int,
     generator: torch.Generator | None = None,
-    shards: Shards | None = None,
+    shards: ProcessShards | None = None,
 ) -> Selection:
     """Rows for the input gradient and the weight gradient alike, by the norms of G's rows alone.
 
@@ -59,7 +59,11 @@ def select_for_both(
 
 
 def sampled_input_grad(
-    g: Tensor, weight: Tensor, selection: Selection, config: MemAOPConfig
+    g: Tensor,
+    weight: Tensor,
+    selection: Selection,
+    config: MemAOPConfig,
+    projection: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The selected rows of dX = G W, weighted, zeros elsewhere: [M, N].
 
@@ -68,9 +72,11 @@ def sampled_input_grad(
         weight: W, [P, N].
         selection: Rows and weights.
         config: That they were selected by.
+        projection: E [P, q] and Z [M, q], as `sampled_rows_mm` takes them.
     """
-    dx: Tensor = executor_for(g).sampled_input_grad(g, weight, selection, config)
-    return dx
+    if runs_triton(g):  # of a fixed size, as they were selected
+        return sampled_rows_mm(g, weight, *within(selection, g.shape[0]), projection)
+    return sampled_rows_mm(g, weight, *rows_and_weights(selection, config), projection)
 
 
 def input_grad_with_subspace(
@@ -79,7 +85,7 @@ def input_grad_with_subspace(
     config: MemAOPConfig,
     memory: SubspaceMemory,
     generator: torch.Generator | None = None,
-    shards: Shards | None = None,
+    shards: ProcessShards | None = None,
     *,
     is_alone: bool = False,
 ) -> Tensor:
@@ -99,16 +105,12 @@ def input_grad_with_subspace(
     basis = memory.basis_for_input_grad(g, generator)
     k = config.num_rows(g.shape[0], weight.shape[1], g.shape[1], memory.cost_of_input_grad)
     if basis.shape[1] == 0:
-        scores = dispatch.row_norms(g)
-        return sampled_input_grad(
-            g, weight, _choose(scores, g, config, k, generator, shards), config
-        )
+        selection = _choose(dispatch.row_norms(g), g, config, k, generator, shards)
+        return sampled_input_grad(g, weight, selection, config)
     z, rest = dispatch.project_rows(g, basis)
     selection = _choose(rest, g, config, k, generator, shards)
     expand = basis * basis_scale(g.shape[1])
-    dx: Tensor = executor_for(g, rank=basis.shape[1]).sampled_input_grad(
-        g, weight, selection, config, (expand, z)
-    )
+    dx = sampled_input_grad(g, weight, selection, config, (expand, z))
     memory.end_input_grad(g, z, is_alone=is_alone)
     return dx
 
@@ -161,7 +163,7 @@ def _choose(
     config: MemAOPConfig,
     k: int,
     generator: torch.Generator | None,
-    shards: Shards | None,
+    shards: ProcessShards | None,
 ) -> Selection:
     operands = Operands(g, g, config, k, generator=generator, shards=shards)
     whole = operands.scores_of_whole_rows(scores)
