@@ -72,13 +72,9 @@ _OF_A_KIND = {
         f"{_MATRIX} {_MATRIX} {_MATRIX} {_MATRIX} p {_MATRIX} l f p ppp pp pp pp llll iiii",
     ),
 }
-_OF_NUMBERS = {
-    "largest": ("v", "pp ll p"),
-    "priority": ("v", "ppp ll pp"),
-}
 SIGNATURES = {
     **{f"{name}_{kind}": types for name, types in _OF_A_KIND.items() for kind in KINDS},
-    **{f"{name}_{kind}": types for name, types in _OF_NUMBERS.items() for kind in ("f32", "f64")},
+    **{f"choose_{kind}": ("v", "ppp ll pp") for kind in ("f32", "f64")},
 }
 
 
