@@ -38,7 +38,6 @@ def select_for_both(
     g: Tensor,
     config: MemAOPConfig,
     k: int,
-    generator: torch.Generator | None = None,
     shards: ProcessShards | None = None,
 ) -> Selection:
     """Rows for the input gradient and the weight gradient alike, by the norms of G's rows alone.
@@ -48,14 +47,13 @@ def select_for_both(
         g: [M, P].
         config: With an unbiased selection.
         k: How many.
-        generator: Source of the draws.
         shards: The processes that hold other columns of X or G.
     """
     scores = dispatch.row_norms(g)
     if x is not None:
         # Nothing else of this path reads all of X, where a row that is not finite must show.
         scores = scores.masked_fill(~dispatch.row_norms(x).isfinite(), torch.inf)
-    return _choose(scores, g, config, k, generator, shards)
+    return _choose(scores, g, config, k, shards)
 
 
 def sampled_input_grad(
@@ -84,7 +82,6 @@ def input_grad_with_subspace(
     weight: Tensor,
     config: MemAOPConfig,
     memory: SubspaceMemory,
-    generator: torch.Generator | None = None,
     shards: ProcessShards | None = None,
     *,
     is_alone: bool = False,
@@ -98,17 +95,16 @@ def input_grad_with_subspace(
         weight: W, [P, N].
         config: With an unbiased selection.
         memory: Of the layer, one with a basis of the gradients' side; it is brought up to date.
-        generator: Source of the draws.
         shards: The processes that hold other columns of X or G.
         is_alone: The weight is frozen, and no step of dW precedes.
     """
-    basis = memory.basis_for_input_grad(g, generator)
+    basis = memory.basis_for_input_grad(g)
     k = config.num_rows(g.shape[0], weight.shape[1], g.shape[1], memory.cost_of_input_grad)
     if basis.shape[1] == 0:
-        selection = _choose(dispatch.row_norms(g), g, config, k, generator, shards)
+        selection = _choose(dispatch.row_norms(g), g, config, k, shards)
         return sampled_input_grad(g, weight, selection, config)
     z, rest = dispatch.project_rows(g, basis)
-    selection = _choose(rest, g, config, k, generator, shards)
+    selection = _choose(rest, g, config, k, shards)
     expand = basis * basis_scale(g.shape[1])
     dx = sampled_input_grad(g, weight, selection, config, (expand, z))
     memory.end_input_grad(g, z, is_alone=is_alone)
@@ -120,7 +116,6 @@ def projected_input_grad(
     weight: Tensor,
     config: MemAOPConfig,
     memory: SubspaceMemory,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
     """dX = G (W Q) Qᵀ with the memory's basis Q of dX's rows, which it brings up to date: [M, N].
 
@@ -132,13 +127,12 @@ def projected_input_grad(
         weight: W, [P, N].
         config: With `grad_input="projected"`.
         memory: Of the layer.
-        generator: Source of the first basis.
     """
     sizes = g.shape[0], weight.shape[1], g.shape[1]
     rank = config.projection_rank(*sizes)
     if _projected_flops(config, *sizes) >= 2 * math.prod(sizes):
         return g @ weight
-    return memory.projection.input_grad(g, weight, rank, generator)
+    return memory.projection.input_grad(g, weight, rank)
 
 
 def _projected_flops(config: MemAOPConfig, m: int, n: int, p: int) -> int:
@@ -162,9 +156,8 @@ def _choose(
     g: Tensor,
     config: MemAOPConfig,
     k: int,
-    generator: torch.Generator | None,
     shards: ProcessShards | None,
 ) -> Selection:
-    operands = Operands(g, g, config, k, generator=generator, shards=shards)
+    operands = Operands(g, g, config, k, shards=shards)
     whole = operands.scores_of_whole_rows(scores)
     return operands.select(whole, cut_short=not runs_triton(g))

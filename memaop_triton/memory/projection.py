@@ -30,8 +30,7 @@ class GradProjection:
 
     def __init__(self, features: int, refresh_every: int) -> None:
         self.features = features
-        self.refresh_every = refresh_every
-        self._clock = RefreshClock(refresh_every)
+        self.clock = RefreshClock(refresh_every)
         self.reset()
 
     def reset(self) -> None:
@@ -39,11 +38,7 @@ class GradProjection:
         self._basis = Basis(self.features, 0)
         # Whether Q is random still: bool, on the device of Q.
         self._is_random = torch.ones((), dtype=torch.bool)
-        self._clock.step = 0
-
-    def set_refresh_interval(self, refresh_every: int) -> None:
-        """Refresh every so many steps from now on."""
-        self._clock.refresh_every = refresh_every
+        self.clock.step = 0
 
     @property
     def nbytes(self) -> int:
@@ -55,16 +50,13 @@ class GradProjection:
         """Q, [N, rank]; `None` before the first step."""
         return self._basis.q
 
-    def input_grad(
-        self, g: Tensor, weight: Tensor, rank: int, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def input_grad(self, g: Tensor, weight: Tensor, rank: int) -> Tensor:
         """dX = G (W Q) Qᵀ, [M, N]; a step, and a refresh where it is due.
 
         Args:
             g: [M, P].
             weight: W, [P, N].
             rank: Columns of Q to use. A basis that has fewer grows.
-            generator: Source of the first basis.
         """
         basis = self._basis
         if rank > basis.rank:
@@ -72,12 +64,12 @@ class GradProjection:
         if basis.q is None:
             few = basis.thinned(g)
             self._is_random = torch.ones((), dtype=torch.bool, device=g.device)
-            self._iterate(few, few @ (weight @ basis.begin(g, generator)), weight, True)
+            self._iterate(few, few @ (weight @ basis.begin(g)), weight, True)
         scale = basis_scale(self.features)  # a power of two, which keeps half precision in range
         q = basis.columns(g, rank)
         z = g @ (weight @ (q / scale))
         dx = z @ (scale * q).t()
-        self._clock.count(g.device)
+        self.clock.count(g.device)
         due = self._is_due(g.device)
         if due is not False:  # writes into Q
             few = basis.thinned(g)
@@ -87,9 +79,9 @@ class GradProjection:
         return dx
 
     def _is_due(self, device: torch.device) -> Tensor | bool:
-        due = self._clock.is_due(device)
+        due = self.clock.is_due(device)
         # A first batch of zeros, or one that is not finite, has left it to the next.
-        if due is False and self._clock.host_step < self.refresh_every:
+        if due is False and self.clock.host_step < self.clock.refresh_every:
             due = bool(self._is_random) if device.type == "cpu" else self._is_random.to(device)
         return due
 
@@ -102,14 +94,14 @@ class GradProjection:
 
     def move(self, device: torch.device) -> None:
         """Follow the rows to another device."""
-        self._clock.move(device)
+        self.clock.move(device)
         self._basis.move(device)
 
     def state_dict(self) -> dict[str, Any]:
         """Contents for a checkpoint, under names of their own; empty before the first step."""
         if self.basis is None:
             return {}
-        step, is_random = self._clock.step, bool(self._is_random)
+        step, is_random = self.clock.step, bool(self._is_random)
         return {"projection": self.basis, "projection_step": step, "projection_random": is_random}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
@@ -126,5 +118,5 @@ class GradProjection:
         if "projection" in state:
             q = by_column(state["projection"].clone())
             self._basis.q, self._basis.rank = q, q.shape[1]
-            self._clock.step = state["projection_step"]
+            self.clock.step = state["projection_step"]
             self._is_random = torch.tensor(state["projection_random"], device=q.device)

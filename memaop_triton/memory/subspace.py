@@ -207,7 +207,7 @@ class SubspaceMemory:
         return SubspaceCost(choice.rank, self._length(choice.side), self.refresh_every, kept)
 
     def _cost_of_input_grad(self, choice: Choice) -> SubspaceCost:
-        return SubspaceCost(choice.rank, self.out_features, self.refresh_every, 0)
+        return self._cost(choice)._replace(kept=0)
 
     def _rows_beside(
         self, config: MemAOPConfig, cost: Callable[[Choice], SubspaceCost], choice: Choice
@@ -220,7 +220,7 @@ class SubspaceMemory:
     def set_refresh_interval(self, refresh_every: int) -> None:
         """Refresh every so many steps from now on; ranks and rows stay those of `refresh_every`."""
         self._clock.refresh_every = refresh_every
-        self.projection.set_refresh_interval(refresh_every)
+        self.projection.clock.refresh_every = refresh_every
 
     def begin_step(
         self, x: Tensor, g: Tensor, config: MemAOPConfig, generator: torch.Generator | None = None
@@ -268,7 +268,7 @@ class SubspaceMemory:
         """Q on the device and in the dtype of `a`, the X or G of `side`."""
         return self.bases[self.side].of(a, self.rank)
 
-    def basis_for_input_grad(self, g: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def basis_for_input_grad(self, g: Tensor) -> Tensor:
         """Q of the gradients' side, [P, rank], in the dtype of `g` ([M, P]).
 
         [P, 0] if this memory keeps none.
@@ -278,7 +278,7 @@ class SubspaceMemory:
         """
         if "grad" not in self.bases or self.choice.max_rank == 0:
             return g.new_empty((g.shape[1], 0))
-        return self.bases["grad"].of(g, self.choice.input_grad_rank, generator)
+        return self.bases["grad"].of(g, self.choice.input_grad_rank)
 
     def end_input_grad(self, g: Tensor, z: Tensor, *, is_alone: bool) -> None:
         """Refresh Q of the gradients' side when it is due, unless dW does so.
