@@ -2,6 +2,8 @@
 
 #include "passes.h"
 
+#if !IS_WIDENED /* scores are numbers: those of widened rows are chosen by the functions for f32 */
+
 enum { BITS = 8 * sizeof(number), DIGIT = 11 };
 
 /* The bits of a non-negative number or infinity, which are ordered like the numbers. */
@@ -76,3 +78,5 @@ void NUMBER_NAME(choose)(const number *scores, const number *uniform, key *keys,
         weights[t] = score > 0 ? (weight > 1 ? weight : 1) : 0;
     }
 }
+
+#endif

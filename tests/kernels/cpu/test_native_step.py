@@ -263,15 +263,3 @@ def test_processes_that_share_a_layer_select_together(memory, calls):
     weight_and_bias_grad(*operands, config, new_memory(config, 64, 80), shards=shards)
     assert calls == []
     assert shards.asked == 1
-
-
-def test_the_first_step_has_the_rows_of_the_rank_it_chose(selections):
-    config = MemAOPConfig(budget=0.3)
-    memory = new_memory(config, 128, 128)
-    x, g = torch.randn(512, 128), torch.randn(512, 128)
-    for _ in range(2):
-        weight_and_bias_grad(x, g, config, memory)
-    first, second = (one.indices.numel() for one in selections)
-    # Rows without a structure: a subspace is not worth its cost.
-    assert memory.rank == 0
-    assert first == second == config.num_rows(512, 128, 128, memory.cost)

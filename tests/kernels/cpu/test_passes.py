@@ -196,31 +196,23 @@ def test_what_the_c_code_cannot_address_is_left_to_pytorch():
 
 @pytest.mark.parametrize("memory", ["none", "residual", "signed", "subspace"])
 def test_a_step_is_the_same_without_the_compiled_passes(plain, memory):
+    """Also after one with more rows that are not finite than it selects."""
     selection = "topk" if memory in ("residual", "signed") else "priority"
     config = flat_config(k=20, rank=4, selection=selection, memory=memory)
     x, g = torch.randn(200, 32), torch.randn(200, 48)
+    spoilt = x.clone()
+    spoilt[:30] = torch.inf
 
     def steps():
         torch.manual_seed(3)
         state = new_memory(config, 32, 48)
+        weight_grad(spoilt, g, config, state)
         return torch.stack([weight_grad(x, g, config, state) for _ in range(3)])
 
     compiled = steps()
+    assert compiled.isfinite().all()
     plain()
     torch.testing.assert_close(compiled, steps(), rtol=1e-3, atol=1e-2)
-
-
-@pytest.mark.parametrize("memory", ["residual", "signed"])
-def test_rows_that_are_not_finite_leave_no_trace_in_plain_pytorch(plain, memory):
-    plain()
-    config = MemAOPConfig(k=2, selection="topk", memory=memory)
-    state = new_memory(config, 16, 8)
-    x, g = torch.randn(20, 16), torch.randn(20, 8)
-    spoilt = x.clone()
-    spoilt[:5] = torch.inf
-    weight_grad(spoilt, g, config, state)
-    assert weight_grad(x, g, config, state).isfinite().all()
-    assert state.x.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
