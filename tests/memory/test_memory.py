@@ -5,14 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from memaop_triton import (
-    MemAOPConfig,
-    ResidualMemory,
-    Subspace,
-    SubspaceMemory,
-    memaop_linear,
-    new_memory,
-)
+from memaop_triton import MemAOPConfig, Subspace, memaop_linear, new_memory
 from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.kernels import targets
 from tests.pairwise import pairwise
@@ -21,21 +14,6 @@ from tests.schemes import LEGAL, UNBIASED, flat_config
 
 def operands(rows, inputs=12, outputs=5, dtype=torch.float64):
     return torch.randn(rows, inputs, dtype=dtype), torch.randn(rows, outputs, dtype=dtype)
-
-
-@pytest.mark.parametrize(
-    ("config", "kind"),
-    [
-        (MemAOPConfig(), SubspaceMemory),
-        (MemAOPConfig.paper(), ResidualMemory),
-        (MemAOPConfig(memory="none"), type(None)),
-    ],
-)
-def test_new_memory_makes_what_the_configuration_names(config, kind):
-    memory = new_memory(config, 40, 30)
-    assert type(memory) is kind
-    if memory is not None:
-        assert memory.nbytes == 0
 
 
 def test_subspace_memory_holds_an_orthonormal_basis_whatever_the_batch():
