@@ -11,6 +11,7 @@ from tests.compiled import needs_compiler
 from tests.pairwise import pairwise
 from tests.schemes import flat_config
 
+pytestmark = needs_compiler
 DTYPES = library.DTYPES
 CPU = torch.device("cpu")
 FENCE = 64
@@ -55,13 +56,13 @@ def one_by_one(monkeypatch):
     return lambda: monkeypatch.setattr(native_step, "run", lambda *_, **__: None)
 
 
-def gradients(config, shape, dtype, *, steps=3, watched=False, spoil=lambda x, g: None):
-    """What some steps of one layer compute and keep, in a flat list of tensors."""
+def gradients(config, shape, dtype, *, watched=False, spoil=lambda x, g: None):
+    """What three steps of one layer compute and keep, in a flat list of tensors."""
     rows, n, p = shape
     torch.manual_seed(1)
     memory, found = new_memory(config, n, p), []
     observer = LayerObserver(2, 0.5, CPU) if watched else None
-    for _ in range(steps):
+    for _ in range(3):
         factors = [] if watched else None
         x, g = torch.randn(rows, n).to(dtype), torch.randn(rows, p).to(dtype)
         spoil(x, g)
@@ -96,7 +97,6 @@ def same(calls, one_by_one):
     return check
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ("shape", "side", "rank", "count", "dtype"),
     pairwise(
@@ -109,7 +109,6 @@ def test_with_a_subspace(shape, side, rank, count, dtype, own_gemm, same, thread
     same(config, shape, dtype)
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ("scheme", "shape", "count", "dtype"),
     pairwise(
@@ -127,7 +126,6 @@ def test_without_a_subspace(scheme, shape, count, dtype, own_gemm, same, threads
     same(config, shape, dtype, watched=memory != "none")
 
 
-@needs_compiler
 def test_all_rows_of_a_memory(calls, one_by_one):
     config = MemAOPConfig(k=60, selection="topk", memory="residual")
 
@@ -145,7 +143,6 @@ def test_all_rows_of_a_memory(calls, one_by_one):
     agree(found, both())
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ("selection", "memory", "dtype", "is_own"),
     pairwise(["priority", "topk"], ["none", "subspace"], DTYPES, [True, False]),
@@ -158,7 +155,6 @@ def test_what_is_watched_and_where_pytorch_multiplies(
     same(config, (200, 64, 80), dtype, watched=True)
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ("value", "memory", "dtype"),
     pairwise([torch.nan, torch.inf], ["none", "residual", "subspace"], DTYPES),
@@ -176,7 +172,6 @@ def test_rows_that_are_not_finite_show(value, memory, dtype, own_gemm, calls, sa
         assert step.scores.isinf().nonzero().flatten().tolist() == [3, 50]
 
 
-@needs_compiler
 def test_rows_with_room_between_them_and_a_basis_of_any_layout(own_gemm, generator):
     wide = torch.randn(100, 96)
     a, b = wide[:, :64], torch.randn(120, 32)[20:]
@@ -198,7 +193,6 @@ def added(rows=9, p=64, dtype=torch.float32):
     return native_step.Added(torch.randn(rows, 64), torch.randn(9, p), torch.ones(9, dtype=dtype))
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ("a", "b", "other"),
     [
@@ -225,7 +219,6 @@ def test_what_the_passes_do_not_take_is_left_alone(a, b, other):
     assert run(a, b, other) is None
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -241,7 +234,6 @@ def test_other_selections_and_storage_go_their_own_way(change, expected, calls):
     assert len(calls) == expected
 
 
-@needs_compiler
 @pytest.mark.parametrize("memory", ["none", "residual", "subspace"])
 def test_processes_that_share_a_layer_select_together(memory, calls):
     class Shards:
