@@ -78,17 +78,13 @@ def select_rows(
     rows = scores.numel()
     if k >= rows:
         return Selection(torch.arange(rows, device=scores.device), torch.ones_like(scores))
-    if policy == "priority":
-        uniform = _from_zero(scores, rows, generator)
-        chosen = native.priority(scores, uniform, k)
+    uniform = _from_zero(scores, rows, generator) if policy == "priority" else None
+    if policy in ("priority", "topk"):
+        chosen = native.choose(scores, k, uniform)
         if chosen is not None:
             return Selection(*chosen)
-    if policy == "topk":
-        largest = native.largest(scores, k)
-        if largest is not None:
-            return Selection(largest, torch.ones(k, dtype=scores.dtype))
     scores = scores.nan_to_num(nan=math.inf, posinf=math.inf)
-    if policy == "priority":
+    if uniform is not None:
         indices, weights = _priority(scores, 1 - uniform, k)
     else:
         indices, weights = _POLICIES[policy](scores, k, generator)

@@ -67,14 +67,14 @@ def test_operands_of_weight_grad_of_a_wrong_dtype():
 @pytest.mark.parametrize(
     ("config", "memory", "message"),
     [
-        (MemAOPConfig(), None, "memory is None, but config.memory='subspace' needs a Subspace"),
-        (PLAIN, ResidualMemory(12, 5), "memory is a ResidualMemory, but .*'none' needs None"),
+        (MemAOPConfig(), None, "memory is of kind 'none', but config.memory='subspace'"),
+        (PLAIN, ResidualMemory(12, 5), "of kind 'residual', but .*='none'"),
         (
             MemAOPConfig.paper(),
             SubspaceMemory(12, 8, 2),
-            "is a SubspaceMemory, .* needs a Residual",
+            "of kind 'subspace', but .*='residual'",
         ),
-        (MemAOPConfig.paper(), ResidualMemory(12, 5, signed=True), "memory.signed=True, but"),
+        (MemAOPConfig.paper(), ResidualMemory(12, 5, signed=True), "of kind 'signed', but"),
         (MemAOPConfig.paper(), ResidualMemory(11, 5), "rows of 11 inputs, but x has rows of 12"),
         (MemAOPConfig(), SubspaceMemory(11, 8, 2), "rows of 11 inputs, but x has rows of 12"),
         (MemAOPConfig.paper(), ResidualMemory(12, 4), "4 outputs"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -29,17 +30,9 @@ _FOLDER = Path(__file__).parent / "csrc"
 HEADERS = tuple(_FOLDER / name for name in ("lanes.h", "passes.h"))
 #: How matrices of rows may be stored, and the flag that compiles a file for these.
 KINDS = {"f32": "-DKIND_F32", "f64": "-DKIND_F64", "bf16": "-DKIND_BF16"}
-#: Every file and the kinds it is compiled for.
-SOURCES = {
-    _FOLDER / f"{name}.c": kinds
-    for name, kinds in (
-        ("rows", tuple(KINDS)),
-        ("projection", tuple(KINDS)),
-        ("gather_gemm", tuple(KINDS)),
-        ("step", tuple(KINDS)),
-        ("selection", ("f32", "f64")),
-    )
-}
+SOURCES = tuple(
+    _FOLDER / f"{name}.c" for name in ("rows", "projection", "gather_gemm", "selection", "step")
+)
 # Not -march=native: machines with different processors may share a cache directory.
 VECTOR_FLAGS = {
     "AVX512": [
@@ -72,13 +65,9 @@ _OF_A_KIND = {
         f"{_MATRIX} {_MATRIX} {_MATRIX} {_MATRIX} p {_MATRIX} l f p ppp pp pp pp llll iiii",
     ),
 }
-_OF_NUMBERS = {
-    "largest": ("v", "pp ll p"),
-    "priority": ("v", "ppp ll pp"),
-}
 SIGNATURES = {
     **{f"{name}_{kind}": types for name, types in _OF_A_KIND.items() for kind in KINDS},
-    **{f"{name}_{kind}": types for name, types in _OF_NUMBERS.items() for kind in ("f32", "f64")},
+    **{f"choose_{kind}": ("v", "ppp ll pp") for kind in ("f32", "f64")},
 }
 
 
@@ -121,7 +110,7 @@ def find_recipe() -> Recipe:
     flags = FLAGS + VECTOR_FLAGS.get(vectors, [])
     version = run([*compiler.split(), "--version"])
     texts = [source.read_text() for source in (*HEADERS, *SOURCES)]
-    functions = repr((list(SOURCES.values()), KINDS, SIGNATURES))
+    functions = repr((KINDS, SIGNATURES))
     made_from = "\0".join([*texts, version, platform.machine(), *flags, *LINK_FLAGS, functions])
     name = f"rows-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     return Recipe(compiler, version, vectors, flags, cache_folder("native") / name)
@@ -165,9 +154,8 @@ def _compile(compiler: str, flags: list[str], folder: Path) -> Path:
         run([*compiler.split(), *flags, KINDS[kind], "-c", str(source), "-o", str(made)])
         return made
 
-    pairs = [(source, kind) for source, kinds in SOURCES.items() for kind in kinds]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(made_of, *zip(*pairs, strict=True)))
+        objects = list(pool.map(made_of, *zip(*itertools.product(SOURCES, KINDS), strict=True)))
     linked = folder / "rows.so"
     run([*compiler.split(), *LINK_FLAGS, *map(str, objects), "-o", str(linked), "-lm"])
     return linked

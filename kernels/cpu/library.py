@@ -33,31 +33,33 @@ _NUMBERS_OF_A_THREAD = 1 << 17
 _MULTIPLICATIONS_OF_A_THREAD = 1 << 21
 
 
-class Kind(NamedTuple):
-    """A dtype of rows as the C code names it, and the dtype that it computes with."""
-
-    suffix: str
-    number: torch.dtype
-
-    def function(self, library: ctypes.CDLL, name: str) -> Any:
-        """The function of this name for rows of this kind."""
-        return getattr(library, f"{name}_{self.suffix}")
-
-
-KINDS = {
-    torch.float32: Kind("f32", torch.float32),
-    torch.float64: Kind("f64", torch.float64),
-    torch.bfloat16: Kind("bf16", torch.float32),
+# How the C code names a dtype of rows, and the dtype that it computes with.
+_KINDS = {
+    torch.float32: ("f32", torch.float32),
+    torch.float64: ("f64", torch.float64),
+    torch.bfloat16: ("bf16", torch.float32),
 }
 #: Dtypes of rows that the C code takes.
-DTYPES = tuple(KINDS)
+DTYPES = tuple(_KINDS)
 
 _kept = threading.local()
 
 
-def room_for(kind: Kind, numbers: int) -> Tensor:
+class Code(NamedTuple):
+    """The compiled functions for rows of one dtype, and the dtype that they compute with."""
+
+    library: ctypes.CDLL
+    suffix: str
+    number: torch.dtype
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call the function of this name."""
+        return getattr(self.library, f"{name}_{self.suffix}")(*arguments)
+
+
+def room_for(number: torch.dtype, count: int) -> Tensor:
     """Work memory aligned to 64 bytes, valid until the same thread calls this again."""
-    count = numbers * kind.number.itemsize
+    count *= number.itemsize
     room: Tensor | None = getattr(_kept, "room", None)
     if room is None or room.numel() < count + 64:
         room = torch.empty(count + 64, dtype=torch.uint8, device="cpu")
@@ -95,28 +97,31 @@ def obstacle() -> str:
     """
     if env.backend() == "torch":
         return "MEMAOP_TRITON_BACKEND='torch' leaves them out"
-    try:
-        build.load()
-    except (build.BuildError, OSError) as error:
-        return str(error)
-    return ""
+    found = _compiled()
+    return found if isinstance(found, str) else ""
 
 
-def library_for(*operands: Tensor) -> ctypes.CDLL | None:
-    """The compiled code, or `None` if there is none or it does not take these tensors."""
-    return _library() if all(map(is_plain, operands)) else None
+def code_for(*operands: Tensor) -> Code | None:
+    """The code for the dtype of the first; `None` if there is none or it does not take these."""
+    library = _library() if all(map(is_plain, operands)) else None
+    return None if library is None else Code(library, *_KINDS[operands[0].dtype])
 
 
 def is_plain(a: Tensor) -> bool:
     """Whether a pointer and a row stride describe `a` completely."""
     if type(a) not in (Tensor, torch.nn.Parameter) or a.layout != torch.strided or not a.is_cpu:
         return False
-    if a.dtype not in KINDS or a.stride(-1) != 1 or a.is_neg():
+    if a.dtype not in _KINDS or a.stride(-1) != 1 or a.is_neg():
         return False
     try:
         return a.numel() == 0 or a.data_ptr() != 0
     except RuntimeError:  # a wrapper of torch.func
         return False
+
+
+def address(a: Tensor | None) -> int | None:
+    """Where the numbers of `a` are; a null pointer for `None`."""
+    return None if a is None else a.data_ptr()
 
 
 def matrix(a: Tensor) -> tuple[int, int]:
@@ -138,13 +143,15 @@ def gemm_threads(rows: int, n: int, p: int) -> int:
 
 
 def _library() -> ctypes.CDLL | None:
-    return None if env.backend() == "torch" else _compiled()
+    found = "" if env.backend() == "torch" else _compiled()
+    return None if isinstance(found, str) else found
 
 
 @functools.cache
-def _compiled() -> ctypes.CDLL | None:
+def _compiled() -> ctypes.CDLL | str:
+    """The code, or why it is not compiled here."""
     try:
         return build.load()
     except (build.BuildError, OSError) as error:
         _log.info("row passes run in plain PyTorch: %s", error)
-        return None
+        return str(error)

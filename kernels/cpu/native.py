@@ -1,7 +1,7 @@
 """Calls into the C code beside this file, one pass or product each.
 
 Every function returns `None` when it does not apply (no compiler, another system, a dtype or layout
-that the C code does not take); `cpu.py` then does the same in plain PyTorch.
+that the C code does not take); `torch_ops` then does the same in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memaop_triton.kernels.cpu import library as library_of_c
+from memaop_triton.kernels.cpu import library
 from memaop_triton.kernels.cpu.library import (
-    KINDS,
     LANES,
+    address,
+    code_for,
     gemm_threads,
-    library_for,
     matrix,
     room_for,
     sizes_of,
@@ -25,25 +25,23 @@ _MAX_RANK = 1024
 
 def row_norms(a: Tensor) -> Tensor | None:
     """Euclidean norm of every row of `a` ([M, N]), or `None` if this does not apply."""
-    library = library_for(a)
-    if library is None:
+    code = code_for(a)
+    if code is None:
         return None
-    kind = KINDS[a.dtype]
-    norms = torch.empty(a.shape[0], dtype=kind.number, device=a.device)
-    kind.function(library, "row_norms")(*matrix(a), norms.data_ptr(), *sizes_of(a))
+    norms = a.new_empty(a.shape[0], dtype=code.number)
+    code.call("row_norms", *matrix(a), norms.data_ptr(), *sizes_of(a))
     return norms
 
 
 def accumulate_and_score(memory: Tensor, rows: Tensor, carry: Tensor) -> Tensor | None:
     """`memory` ← carry·memory + rows in place; the norms of its rows, or `None` (nothing done)."""
     same = memory.dtype == rows.dtype and memory.shape == rows.shape
-    library = library_for(memory, rows, carry) if same else None
-    if library is None or carry.dtype != KINDS[memory.dtype].number:
+    code = code_for(memory, rows, carry) if same else None
+    if code is None or carry.dtype != code.number:
         return None
     norms = torch.empty_like(carry)
     pointers = carry.data_ptr(), norms.data_ptr()
-    accumulate = KINDS[memory.dtype].function(library, "accumulate")
-    accumulate(*matrix(memory), *matrix(rows), *pointers, *sizes_of(memory))
+    code.call("accumulate", *matrix(memory), *matrix(rows), *pointers, *sizes_of(memory))
     return norms
 
 
@@ -55,16 +53,16 @@ def project(x: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor] | N
     """
     groups = -(-basis.shape[1] // LANES)
     wanted = x.dtype == basis.dtype and groups in range(1, 5) and x.shape[1] >= LANES
-    library = library_for(x) if wanted else None
-    if library is None:
+    code = code_for(x) if wanted else None
+    if code is None:
         return None
-    kind = KINDS[x.dtype]
-    padded = x.new_zeros((x.shape[1], groups * LANES), dtype=kind.number)
+    padded = x.new_zeros((x.shape[1], groups * LANES), dtype=code.number)
     padded[:, : basis.shape[1]] = basis  # of any layout: QR leaves it transposed
-    z = x.new_empty((x.shape[0], groups * LANES), dtype=kind.number)
-    norms = x.new_empty(x.shape[0], dtype=kind.number)
+    z = x.new_empty((x.shape[0], groups * LANES), dtype=code.number)
+    norms = x.new_empty(x.shape[0], dtype=code.number)
     *size, threads = sizes_of(x)
-    kind.function(library, "project")(
+    code.call(
+        "project",
         *(*matrix(x), padded.data_ptr(), z.data_ptr(), norms.data_ptr()),
         *(scale, *size, groups, threads),
     )
@@ -80,62 +78,46 @@ def transposed_mm(
     of `a`) with the sum of the rows of `a`.
     """
     wanted = z.dtype == a.dtype and z.shape[1] in range(4, 65, 4) and a.shape[1] >= LANES
-    library = library_for(z, a) if wanted else None
-    if library is None:
+    code = code_for(z, a) if wanted else None
+    if code is None:
         return None
-    kind = KINDS[a.dtype]
-    z = z.to(kind.number).contiguous()
+    z = z.to(code.number).contiguous()
     rank, columns = z.shape[1], a.shape[1]
     *size, threads = sizes_of(a, rank)
-    product = a.new_empty((rank, columns), dtype=kind.number)
-    exact_sums = None if sums is None else sums.to(kind.number)
-    room = room_for(kind, kind.function(library, "product_room")(rank, columns, threads))
-    kind.function(library, "transposed_product")(
+    product = a.new_empty((rank, columns), dtype=code.number)
+    exact_sums = None if sums is None else sums.to(code.number)
+    room = room_for(code.number, code.call("product_room", rank, columns, threads))
+    code.call(
+        "transposed_product",
         *(*matrix(z), rank, *matrix(a), product.data_ptr(), room.data_ptr()),
-        *(None if out is None else out.data_ptr() for out in (norms, exact_sums)),
-        *(*size, threads),
+        *(address(norms), address(exact_sums), *size, threads),
     )
     if sums is not None and exact_sums is not None:
         sums.copy_(exact_sums)
     return product
 
 
-def priority(scores: Tensor, uniform: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """Priority sampling: `k` rows, ascending, and their weights; or `None`.
+def choose(scores: Tensor, k: int, uniform: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+    """`k` rows, ascending, and their weights; or `None`.
+
+    By priority sampling, or without `uniform` those with the largest scores, of equal ones the
+    first, with weight 1.
 
     Args:
         scores: [M] float32 or float64, non-negative; NaN counts as infinity.
-        uniform: [M] in the same dtype, in [0, 1): one less the divisor of each score.
         k: From 1 to M − 1.
+        uniform: [M] in the same dtype, in [0, 1): one less the divisor of each score.
     """
-    if uniform.dtype != scores.dtype or uniform.shape != scores.shape:
+    code = code_for(scores) if scores.dtype in (torch.float32, torch.float64) else None
+    if code is None:
         return None
-    return _choose("priority", k, scores, uniform)
-
-
-def largest(scores: Tensor, k: int) -> Tensor | None:
-    """The `k` rows with the largest scores, ascending, or `None`; NaN is infinity.
-
-    Of rows with equal scores the first ones are taken. `scores` is [M] in float32 or float64, and
-    `k` from 1 to M − 1.
-    """
-    chosen = _choose("largest", k, scores)
-    return None if chosen is None else chosen[0]
-
-
-def _choose(name: str, k: int, *scores: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Indices and weights; a function that takes scores alone gives no weights."""
-    dtype = scores[0].dtype
-    library = library_for(*scores) if dtype in (torch.float32, torch.float64) else None
-    if library is None:
-        return None
-    keys = torch.empty_like(scores[0])
-    indices = keys.new_empty(k, dtype=torch.int64)
-    weights = keys.new_empty(k if len(scores) > 1 else 0)
-    results = (indices, weights) if len(scores) > 1 else (indices,)
-    given = (a.data_ptr() for a in (*scores, keys))
-    choose = KINDS[dtype].function(library, name)
-    choose(*given, keys.numel(), k, *(a.data_ptr() for a in results))
+    keys = torch.empty_like(scores)
+    indices, weights = keys.new_empty(k, dtype=torch.int64), keys.new_ones(k)
+    code.call(
+        "choose",
+        *(scores.data_ptr(), address(uniform), keys.data_ptr(), keys.numel(), k),
+        *(indices.data_ptr(), weights.data_ptr()),
+    )
     return indices, weights
 
 
@@ -156,32 +138,31 @@ def gather_gemm(
     # For a result smaller than a tile a GEMM has no advantage.
     wanted = x.dtype == g.dtype and min(x.shape[1], g.shape[1]) >= LANES
     rank = 0 if projection is None else projection[1].shape[1]
-    library = None
-    if wanted and rank <= _MAX_RANK and library_of_c.prefers_own_gemm(x.dtype):
+    code = None
+    if wanted and rank <= _MAX_RANK and library.prefers_own_gemm(x.dtype):
         others = [] if weights is None else [weights]
         others += [] if projection is None else projection[1:]
-        library = library_for(x, g, *others)
-    if library is None:
+        code = code_for(x, g, *others)
+    if code is None:
         return None
-    kind = KINDS[x.dtype]
     (rows, n), p, k = x.shape, g.shape[1], indices.numel()
-    out = x.new_empty((n, p) if transposed else (p, n), dtype=kind.number)
+    out = x.new_empty((n, p) if transposed else (p, n), dtype=code.number)
     if k + rank == 0:
         return out.zero_().to(x.dtype)
     indices = indices.contiguous()
-    weights = None if weights is None else weights.to(kind.number).contiguous()
+    weights = None if weights is None else weights.to(code.number).contiguous()
     inside: tuple[int | None, ...] = (None, 0, None, 0, None)
     if projection is not None:
         expand, z, zg = projection
         # Rows whose distance is a power of two would compete for a few sets of the cache.
         by_row = out.new_empty((rank, n + LANES))[:, :n].copy_(expand.t())
-        z, zg = (a.to(kind.number).contiguous() for a in (z, zg))
+        z, zg = (a.to(code.number).contiguous() for a in (z, zg))
         inside = (*matrix(z), *matrix(by_row), zg.data_ptr())
     threads = gemm_threads(k + rank, n, p)
-    panels = room_for(kind, kind.function(library, "panel_size")(n, p, threads))
-    failed = kind.function(library, "gather_gemm")(
-        *(*matrix(x), *matrix(g), indices.data_ptr()),
-        *(None if weights is None else weights.data_ptr(), *inside),
+    panels = room_for(code.number, code.call("panel_size", n, p, threads))
+    failed = code.call(
+        "gather_gemm",
+        *(*matrix(x), *matrix(g), indices.data_ptr(), address(weights), *inside),
         *(out.data_ptr(), panels.data_ptr(), rows, k, n, p, rank, transposed, threads),
     )
     if failed:

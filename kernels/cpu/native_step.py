@@ -12,18 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memaop_triton.kernels.cpu import library as library_of_c
+from memaop_triton.kernels.cpu import library
 from memaop_triton.kernels.cpu.library import (
-    KINDS,
     LANES,
+    address,
+    code_for,
     gemm_threads,
     is_plain,
-    library_for,
     matrix,
     room_for,
     sizes_of,
 )
-from memaop_triton.kernels.cpu.torch_ops import basis_scale
+from memaop_triton.kernels.cpu.torch_ops import basis_scale, score_dtype
 
 
 class Added(NamedTuple):
@@ -90,11 +90,10 @@ def run(
         transposed: Return the transposed product.
         generator: Source of the draws, which are those of `selection.select_rows`.
     """
-    library = library_for(a, b, *(added or ())) if _fits(a, b, basis, added) else None
-    if library is None:
+    code = code_for(a, b, *(added or ())) if _fits(a, b, basis, added) else None
+    if code is None:
         return None
-    kind = KINDS[a.dtype]
-    new = functools.partial(a.new_empty, dtype=kind.number)
+    new = functools.partial(a.new_empty, dtype=code.number)
     (rows, n), p = a.shape, b.shape[1]
     rank = 0 if basis is None else basis.shape[1]
     z, zb = new((rows, -(-rank // LANES) * LANES)), new((rank, p))
@@ -103,21 +102,23 @@ def run(
     indices = a.new_empty(k, dtype=torch.int64)
     uniform = None
     if draw:
-        uniform = torch.rand(rows, dtype=kind.number, device=a.device, generator=generator)
+        uniform = torch.rand(rows, dtype=code.number, device=a.device, generator=generator)
     weights = new(k) if draw else rest.new_ones(k)
-    multiplies = library_of_c.prefers_own_gemm(a.dtype)
+    multiplies = library.prefers_own_gemm(a.dtype)
     product = new((n, p) if transposed else (p, n)) if multiplies else None
     b_threads = sizes_of(b, rank)[-1]
     product_threads = gemm_threads(k + rank, n, p) if multiplies else 0
-    room_of = kind.function(library, "step_room")
-    room = room_for(kind, room_of(rows, n, p, rank, b_threads, product_threads))
-    kind.function(library, "step")(
-        *(*matrix(a), *matrix(b), *_addresses_of(added)),
+    numbers = code.call("step_room", rows, n, p, rank, b_threads, product_threads)
+    room = room_for(code.number, numbers)
+    in_and_out = uniform, z, zb, column_sums, rest, scores, indices, weights, product, room
+    new_rows: tuple[int | None, ...] = (None, 0, None, 0, None)
+    if added is not None:
+        new_rows = (*matrix(added.a), *matrix(added.b), added.carry.data_ptr())
+    code.call(
+        "step",
+        *(*matrix(a), *matrix(b), *new_rows),
         *((None, 0) if basis is None else matrix(basis.t())),
-        *(rank, basis_scale(n)),
-        *map(
-            _address, (uniform, z, zb, column_sums, rest, scores, indices, weights, product, room)
-        ),
+        *(rank, basis_scale(n), *map(address, in_and_out)),
         *(rows, k, n, p, transposed, sizes_of(a)[-1], b_threads, product_threads),
     )
     return Step(
@@ -132,26 +133,16 @@ def run(
     )
 
 
-def _address(a: Tensor | None) -> int | None:
-    return None if a is None else a.data_ptr()
-
-
-def _addresses_of(added: Added | None) -> tuple[int | None, ...]:
-    if added is None:
-        return None, 0, None, 0, None
-    return *matrix(added.a), *matrix(added.b), added.carry.data_ptr()
-
-
 def _fits(a: Tensor, b: Tensor, basis: Tensor | None, added: Added | None) -> bool:
     n, p = a.shape[1], b.shape[1]
     if a.dtype != b.dtype or min(n, p) < LANES:
         return False
     if added is not None:
         shapes = added.a.shape, added.b.shape, added.carry.shape
-        if basis is not None or a.dtype not in KINDS or shapes != (a.shape, b.shape, a.shape[:1]):
+        if basis is not None or shapes != (a.shape, b.shape, a.shape[:1]):
             return False
         dtypes = added.a.dtype, added.b.dtype, added.carry.dtype
-        return dtypes == (a.dtype, a.dtype, KINDS[a.dtype].number)
+        return dtypes == (a.dtype, a.dtype, score_dtype(a.dtype))
     if basis is None:
         return True
     return basis.shape[1] in range(4, 65, 4) and basis.dtype == a.dtype and is_plain(basis.t())

@@ -1,5 +1,7 @@
 """Row scores, gather GEMM, memory update and projection for CPU tensors, in plain PyTorch.
 
+Where the C code takes the operands, it computes instead (`native`).
+
 Shapes: X is [M, N], G is [M, P]. What bounds these on a CPU is memory traffic outside the GEMM, so
 a pass over rows works in chunks that stay in a core's cache between the operations on them, and
 nothing of size M·N is allocated.
@@ -122,12 +124,14 @@ def gather_gemm(
     # A panel of rows is multiplied while it is in the cache, and memory for one panel is enough.
     # Half precision would round the sum at every panel, so there all rows make one.
     panel = _PANEL_ROWS if x.dtype == score_dtype(x.dtype) else max(1, rows)
-    buffers = _panel_buffers(x, g, min(panel, rows), projection)
+    room = _room_for(x, g, min(panel, rows), projection)
     dw = x.new_empty((x.shape[1], g.shape[1]) if transposed else (g.shape[1], x.shape[1]))
     for start in range(0, max(1, rows), panel):
         end = min(start + panel, rows)
         part = weights if weights is None else weights[start:end]
-        gx, gg = _fill_panel(buffers, x, g, indices[start:end], part, projection, end == rows)
+        gx, gg = selected_rows(
+            x, g, indices[start:end], part, projection, is_last=end == rows, room=room
+        )
         left, right = (gx, gg) if transposed else (gg, gx)
         dw.addmm_(left.t(), right, beta=0 if start == 0 else 1)
     return dw
@@ -139,40 +143,31 @@ def selected_rows(
     indices: Tensor,
     weights: Tensor | None = None,
     projection: Projection | None = None,
+    *,
+    is_last: bool = True,
+    room: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The two factors of `gather_gemm`'s product, [K, N] and [K, P]; K + q rows with a projection.
 
     The arguments are those of `gather_gemm`, on any device.
+
+    Args:
+        is_last: Whether the projection's rows follow.
+        room: What is written into; of at least as many rows.
     """
-    buffers = _panel_buffers(x, g, indices.numel(), projection)
-    return _fill_panel(buffers, x, g, indices, weights, projection, True)
-
-
-def _panel_buffers(
-    x: Tensor, g: Tensor, rows: int, projection: Projection | None
-) -> tuple[Tensor, Tensor]:
-    rank = 0 if projection is None else projection.expand.shape[1]
-    return x.new_empty((rows + rank, x.shape[1])), g.new_empty((rows + rank, g.shape[1]))
-
-
-def _fill_panel(
-    buffers: tuple[Tensor, Tensor],
-    x: Tensor,
-    g: Tensor,
-    chosen: Tensor,
-    weights: Tensor | None,
-    projection: Projection | None,
-    is_last: bool,
-) -> tuple[Tensor, Tensor]:
-    """The rows `chosen`, weighted and without their projection, which comes after the last ones."""
-    gx, gg = buffers
-    n = chosen.numel()
-    torch.index_select(x, 0, chosen, out=gx[:n])
-    torch.index_select(g, 0, chosen, out=gg[:n])
+    n = indices.numel()
+    gx, gg = _room_for(x, g, n, projection) if room is None else room
+    torch.index_select(x, 0, indices, out=gx[:n])
+    torch.index_select(g, 0, indices, out=gg[:n])
     if projection is not None:
-        gx[:n].addmm_(projection.z.index_select(0, chosen), projection.expand.t(), alpha=-1)
-    if weights is not None:
-        _scale_rows(gx[:n], gg[:n], weights)
+        gx[:n].addmm_(projection.z.index_select(0, indices), projection.expand.t(), alpha=-1)
+    if weights is not None and g.dtype == torch.float16:
+        # A weighted gradient may leave float16's range where the outer product does not.
+        root = weights.sqrt().unsqueeze(1)
+        gg[:n].mul_(root)
+        gx[:n].mul_(root)
+    elif weights is not None:
+        gg[:n].mul_(weights.unsqueeze(1))
     if projection is not None and is_last:
         rank = projection.expand.shape[1]
         gx[n : n + rank].copy_(projection.expand.t())
@@ -181,14 +176,11 @@ def _fill_panel(
     return gx[:n], gg[:n]
 
 
-def _scale_rows(x: Tensor, g: Tensor, weights: Tensor) -> None:
-    if g.dtype == torch.float16:
-        # A weighted gradient may leave float16's range where the outer product does not.
-        root = weights.sqrt().unsqueeze(1)
-        g.mul_(root)
-        x.mul_(root)
-    else:
-        g.mul_(weights.unsqueeze(1))
+def _room_for(
+    x: Tensor, g: Tensor, rows: int, projection: Projection | None
+) -> tuple[Tensor, Tensor]:
+    rank = 0 if projection is None else projection.expand.shape[1]
+    return x.new_empty((rows + rank, x.shape[1])), g.new_empty((rows + rank, g.shape[1]))
 
 
 def project_rows(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,15 +197,13 @@ def project_rows(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     scale = basis_scale(x.shape[1])
     shrunk = basis / scale
     both = native.project(x, shrunk, scale)
-    return _project_in_chunks(x, shrunk, scale) if both is None else both
-
-
-def _project_in_chunks(x: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    if both is not None:
+        return both
     z = x.new_empty((x.shape[0], basis.shape[1]))
     norms = x.new_empty(x.shape[0], dtype=score_dtype(x.dtype))
     step = 2 * _chunk_rows(x)
     for chunk, z_out, out in zip(*(a.split(step) for a in (x, z, norms)), strict=True):
-        torch.mm(chunk, basis, out=z_out)
+        torch.mm(chunk, shrunk, out=z_out)
         out.copy_(row_norms(chunk))
     squared = norms.square()
     rest = squared - (scale * row_norms(z)).square()
@@ -300,13 +290,6 @@ def sampled_rows_mm(
         product = rows.mul_(weights.unsqueeze(1)) @ weight
     if g.device.type == "cpu":
         return dx.index_add_(0, indices, product)
-    return _add_in_order(dx, indices, product)
-
-
-def _add_in_order(total: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-    """Add `rows` to the rows `indices` of `total`; one that is named repeatedly, in one order.
-
-    On a GPU `index_add_` adds by atomics, in any order, so that sums of three differ from run to
-    run. `index_put_` sorts the indices first, without a host synchronisation.
-    """
-    return total.index_put_((indices,), rows, accumulate=True)
+    # On a GPU `index_add_` adds by atomics, in any order, so that sums of three differ from run to
+    # run. `index_put_` sorts the indices first, without a host synchronisation.
+    return dx.index_put_((indices,), product, accumulate=True)

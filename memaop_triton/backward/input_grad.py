@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from memaop_triton import dispatch
-from memaop_triton.backward.executors import executor_for
-from memaop_triton.backward.step import Operands, Shards
+from memaop_triton.backward.shards import ProcessShards
+from memaop_triton.backward.step import Operands, rows_and_weights
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.dispatch import runs_triton
 from memaop_triton.flops import input_grad_flops, projected_input_grad_flops
-from memaop_triton.kernels.cpu.torch_ops import basis_scale
+from memaop_triton.kernels.cpu.torch_ops import basis_scale, sampled_rows_mm
 from memaop_triton.memory.kinds import Memory, SubspaceMemory, rows_to_compute
-from memaop_triton.selection import Selection
+from memaop_triton.selection import Selection, within
 
 
 def select_for_both(
@@ -38,8 +38,7 @@ def select_for_both(
     g: Tensor,
     config: MemAOPConfig,
     k: int,
-    generator: torch.Generator | None = None,
-    shards: Shards | None = None,
+    shards: ProcessShards | None = None,
 ) -> Selection:
     """Rows for the input gradient and the weight gradient alike, by the norms of G's rows alone.
 
@@ -48,18 +47,21 @@ def select_for_both(
         g: [M, P].
         config: With an unbiased selection.
         k: How many.
-        generator: Source of the draws.
         shards: The processes that hold other columns of X or G.
     """
     scores = dispatch.row_norms(g)
     if x is not None:
         # Nothing else of this path reads all of X, where a row that is not finite must show.
         scores = scores.masked_fill(~dispatch.row_norms(x).isfinite(), torch.inf)
-    return _choose(scores, g, config, k, generator, shards)
+    return _choose(scores, g, config, k, shards)
 
 
 def sampled_input_grad(
-    g: Tensor, weight: Tensor, selection: Selection, config: MemAOPConfig
+    g: Tensor,
+    weight: Tensor,
+    selection: Selection,
+    config: MemAOPConfig,
+    projection: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The selected rows of dX = G W, weighted, zeros elsewhere: [M, N].
 
@@ -68,9 +70,11 @@ def sampled_input_grad(
         weight: W, [P, N].
         selection: Rows and weights.
         config: That they were selected by.
+        projection: E [P, q] and Z [M, q], as `sampled_rows_mm` takes them.
     """
-    dx: Tensor = executor_for(g).sampled_input_grad(g, weight, selection, config)
-    return dx
+    if runs_triton(g):  # of a fixed size, as they were selected
+        return sampled_rows_mm(g, weight, *within(selection, g.shape[0]), projection)
+    return sampled_rows_mm(g, weight, *rows_and_weights(selection, config), projection)
 
 
 def input_grad_with_subspace(
@@ -78,8 +82,7 @@ def input_grad_with_subspace(
     weight: Tensor,
     config: MemAOPConfig,
     memory: SubspaceMemory,
-    generator: torch.Generator | None = None,
-    shards: Shards | None = None,
+    shards: ProcessShards | None = None,
     *,
     is_alone: bool = False,
 ) -> Tensor:
@@ -92,23 +95,18 @@ def input_grad_with_subspace(
         weight: W, [P, N].
         config: With an unbiased selection.
         memory: Of the layer, one with a basis of the gradients' side; it is brought up to date.
-        generator: Source of the draws.
         shards: The processes that hold other columns of X or G.
         is_alone: The weight is frozen, and no step of dW precedes.
     """
-    basis = memory.basis_for_input_grad(g, generator)
+    basis = memory.basis_for_input_grad(g)
     k = config.num_rows(g.shape[0], weight.shape[1], g.shape[1], memory.cost_of_input_grad)
     if basis.shape[1] == 0:
-        scores = dispatch.row_norms(g)
-        return sampled_input_grad(
-            g, weight, _choose(scores, g, config, k, generator, shards), config
-        )
+        selection = _choose(dispatch.row_norms(g), g, config, k, shards)
+        return sampled_input_grad(g, weight, selection, config)
     z, rest = dispatch.project_rows(g, basis)
-    selection = _choose(rest, g, config, k, generator, shards)
+    selection = _choose(rest, g, config, k, shards)
     expand = basis * basis_scale(g.shape[1])
-    dx: Tensor = executor_for(g, rank=basis.shape[1]).sampled_input_grad(
-        g, weight, selection, config, (expand, z)
-    )
+    dx = sampled_input_grad(g, weight, selection, config, (expand, z))
     memory.end_input_grad(g, z, is_alone=is_alone)
     return dx
 
@@ -118,7 +116,6 @@ def projected_input_grad(
     weight: Tensor,
     config: MemAOPConfig,
     memory: SubspaceMemory,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
     """dX = G (W Q) Qᵀ with the memory's basis Q of dX's rows, which it brings up to date: [M, N].
 
@@ -130,13 +127,12 @@ def projected_input_grad(
         weight: W, [P, N].
         config: With `grad_input="projected"`.
         memory: Of the layer.
-        generator: Source of the first basis.
     """
     sizes = g.shape[0], weight.shape[1], g.shape[1]
     rank = config.projection_rank(*sizes)
     if _projected_flops(config, *sizes) >= 2 * math.prod(sizes):
         return g @ weight
-    return memory.projection.input_grad(g, weight, rank, generator)
+    return memory.projection.input_grad(g, weight, rank)
 
 
 def _projected_flops(config: MemAOPConfig, m: int, n: int, p: int) -> int:
@@ -160,9 +156,8 @@ def _choose(
     g: Tensor,
     config: MemAOPConfig,
     k: int,
-    generator: torch.Generator | None,
-    shards: Shards | None,
+    shards: ProcessShards | None,
 ) -> Selection:
-    operands = Operands(g, g, config, k, generator=generator, shards=shards)
+    operands = Operands(g, g, config, k, shards=shards)
     whole = operands.scores_of_whole_rows(scores)
     return operands.select(whole, cut_short=not runs_triton(g))

@@ -1,7 +1,6 @@
 """What a step of the backward pass works on, and what it hands over: the data that all rooms share.
 
-Rooms above collect factors, observe a step, or divide it among processes. They pass an object that
-has the methods of one of the protocols below.
+Rooms above that observe a step pass an object that has the methods of the protocol below.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels.cpu.torch_ops import Projection, selected_rows
 from memaop_triton.memory.kinds import Memory
-from memaop_triton.selection import Selection, cut, select, within
+from memaop_triton.selection import Selection, cut, is_weighted, select, within
 
 
 class Gradients(NamedTuple):
@@ -47,16 +47,20 @@ class ProjectedRows(NamedTuple):
     features: int
 
 
-class Shards(Protocol):
-    """The processes that hold other columns of the same rows of X or G."""
+def rows_and_weights(
+    selection: Selection, config: MemAOPConfig, *, drop: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """What a product needs of a selection: no weights that are all 1, no rows of weight 0.
 
-    def all_reduce_scores(self, scores: Tensor) -> Tensor:
-        """Scores of whole rows, [M], from those of the parts that the processes have."""
-        ...
-
-    def broadcast_selection(self, selection: Selection) -> Selection:
-        """The selection of the group's first process, in all of them."""
-        ...
+    Rows of weight 0 stay unless `drop`: their number is known on the device only.
+    """
+    indices, weights = selection
+    if not is_weighted(config.selection):
+        return indices, None
+    if drop and config.selection == "bernoulli":
+        drawn = weights > 0
+        indices, weights = indices[drawn], weights[drawn]
+    return indices, weights
 
 
 class Observer(Protocol):
@@ -117,7 +121,7 @@ class Operands(NamedTuple):
     k: int
     bias_grad: bool = False
     generator: torch.Generator | None = None
-    shards: Shards | None = None
+    shards: ProcessShards | None = None
     factors: list[Factors] | None = None
     observer: Observer | None = None
 

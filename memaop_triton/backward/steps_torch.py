@@ -1,6 +1,6 @@
 """One step of each memory, on any device, in plain PyTorch or C: score, select, multiply, remember.
 
-`steps_triton` holds the same functions for the Triton kernels; `executors` says which of the two
+`steps_triton` holds the same functions for the Triton kernels; `weight_grad` says which of the two
 takes a tensor. They take operands that have been checked, with K < M unless a row memory is
 involved.
 """
@@ -10,12 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memaop_triton.backward.step import Gradients, Operands, ProjectedRows
-from memaop_triton.config import MemAOPConfig
+from memaop_triton.backward.step import Gradients, Operands, ProjectedRows, rows_and_weights
 from memaop_triton.kernels.cpu import native_step
 from memaop_triton.kernels.cpu import torch_ops as kernels
 from memaop_triton.memory.kinds import ResidualMemory, SubspaceMemory
-from memaop_triton.selection import Selection, is_weighted
+from memaop_triton.selection import Selection
 
 
 def without_memory(operands: Operands, selection: Selection | None) -> Gradients:
@@ -31,7 +30,7 @@ def without_memory(operands: Operands, selection: Selection | None) -> Gradients
             selection = operands.select(operands.scores_of_whole_rows(scores))
     operands.collect_factors(x, g, selection)
     if dw is None:
-        dw = kernels.gather_gemm(x, g, *_rows_and_weights(selection, config))
+        dw = kernels.gather_gemm(x, g, *rows_and_weights(selection, config))
     operands.observe(selection, dw, scores)
     return Gradients(dw, operands.sum_rows())
 
@@ -46,7 +45,8 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     memory.carry_slots_after(rows, factor)
     carry = filled.to(kernels.score_dtype(mx.dtype)) * factor
     if memory.signed:
-        carry *= memory.draw_signs(rows, carry, operands.generator)
+        signs = torch.empty_like(carry).bernoulli_(0.5, generator=operands.generator)
+        carry *= signs.mul_(2).sub_(1)
     step = _in_one_call(operands, mx, mg, added=native_step.Added(x, g, carry))
     if step is not None:
         scores, selection, dw = step.scores, Selection(step.indices, step.weights), step.product
@@ -79,14 +79,8 @@ def with_subspace(
     if selection is None:
         step = _in_one_call(operands, a, b, basis, sums=wants_sums, transposed=a is g)
     if step is not None:
-        rest, scores, z, zb, db, dw = (
-            step.rest,
-            step.scores,
-            step.z,
-            step.zb,
-            step.sums,
-            step.product,
-        )
+        rest, scores, z, zb = step.rest, step.scores, step.z, step.zb
+        db, dw = step.sums, step.product
         selection = Selection(step.indices, step.weights)
     else:
         z, rest = kernels.project_rows(a, basis)
@@ -98,23 +92,12 @@ def with_subspace(
         projection = kernels.Projection(basis * kernels.basis_scale(a.shape[1]), z, zb)
         operands.collect_factors(a, b, selection, projection, exchanged=a is g)
     if dw is None:
-        rows = _rows_and_weights(selection, config)
+        rows = rows_and_weights(selection, config)
         dw = kernels.gather_gemm(a, b, *rows, projection, transposed=a is g)
     projected = ProjectedRows(rest, z, zb, a.shape[1]) if operands.is_observed else None
     operands.observe(selection, dw, scores, projected)
     memory.end_step(a, z)
     return Gradients(dw, operands.sum_rows() if db is None else db)
-
-
-def sampled_input_grad(
-    g: Tensor,
-    weight: Tensor,
-    selection: Selection,
-    config: MemAOPConfig,
-    projection: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Rows of G W at the selection, weighted, as `kernels.cpu.sampled_rows_mm` has it: [M, N]."""
-    return kernels.sampled_rows_mm(g, weight, *_rows_and_weights(selection, config), projection)
 
 
 def _in_one_call(
@@ -146,17 +129,6 @@ def _in_one_call(
         transposed=transposed,
         generator=operands.generator,
     )
-
-
-def _rows_and_weights(selection: Selection, config: MemAOPConfig) -> tuple[Tensor, Tensor | None]:
-    """What the GEMM needs of a selection: no weights that are all 1, no rows of weight 0."""
-    indices, weights = selection
-    if not is_weighted(config.selection):
-        return indices, None
-    if config.selection == "bernoulli":
-        drawn = weights > 0
-        indices, weights = indices[drawn], weights[drawn]
-    return indices, weights
 
 
 def _scores(x_norms: Tensor, g_norms: Tensor) -> Tensor:

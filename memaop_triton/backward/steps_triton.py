@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memaop_triton.backward.step import Gradients, Operands, ProjectedRows
+from memaop_triton.backward.step import Gradients, Operands, ProjectedRows, rows_and_weights
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels import targets
-from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale, sampled_rows_mm
+from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale
 from memaop_triton.kernels.gpu import residual_gemm, score, subspace
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.memory.kinds import ResidualMemory, SubspaceMemory
-from memaop_triton.selection import Selection, is_weighted, within
+from memaop_triton.selection import Selection
 
 
 def without_memory(operands: Operands, selection: Selection | None) -> Gradients:
@@ -32,7 +32,7 @@ def without_memory(operands: Operands, selection: Selection | None) -> Gradients
         selection = operands.select(operands.scores_of_whole_rows(scores), cut_short=False)
     else:
         db = operands.sum_rows()
-    indices, weights = _rows_and_weights(selection, config)
+    indices, weights = rows_and_weights(selection, config, drop=False)
     operands.collect_factors(x, g, selection)
     dw = gather_gemm(
         x, g, indices, weights, block_rows=config.block_rows, is_padded=_is_padded(config)
@@ -57,7 +57,9 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
         carry = factor.to(x.device, torch.float32).reshape(1)
     else:
         carry = torch.full((1,), factor, dtype=torch.float32, device=x.device)
-    update = _Update(slots, carry, memory.draw_seed(x.device, operands.generator), memory.signed)
+    # A draw like any other: a run resumed with the generator's state repeats it.
+    seed = torch.randint(1 << 62, (1,), device=x.device, generator=operands.generator)
+    update = _Update(slots, carry, seed, memory.signed)
     if config.selection == "randk" and operands.factors is None:
         return _with_unscored_rows(operands, update)
     return _with_scored_rows(operands, update)
@@ -170,7 +172,7 @@ def with_subspace(
     )
     if selection is None:
         selection = operands.select(operands.scores_of_whole_rows(scores), cut_short=False)
-    indices, weights = _rows_and_weights(selection, config)
+    indices, weights = rows_and_weights(selection, config, drop=False)
     if operands.factors is not None:
         zb = subspace.transposed_mm(z, b).t()
         projection = Projection(basis * scale, z, zb)
@@ -197,17 +199,6 @@ def with_subspace(
     return Gradients(dw, db)
 
 
-def sampled_input_grad(
-    g: Tensor,
-    weight: Tensor,
-    selection: Selection,
-    config: MemAOPConfig,
-    projection: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Rows of G W at the selection, weighted, as `kernels.cpu.sampled_rows_mm` has it: [M, N]."""
-    return sampled_rows_mm(g, weight, *within(selection, g.shape[0]), projection)
-
-
 def _precision(x: Tensor, stored: Tensor) -> str | None:
     """For a float32 memory of half-precision rows tf32, which is as exact as the rows are."""
     from_half = x.dtype != torch.float32 and stored.dtype == torch.float32
@@ -217,8 +208,3 @@ def _precision(x: Tensor, stored: Tensor) -> str | None:
 def _is_padded(config: MemAOPConfig) -> bool:
     """Whether a selection names many rows of weight 0, to have a fixed size."""
     return config.selection == "bernoulli"
-
-
-def _rows_and_weights(selection: Selection, config: MemAOPConfig) -> tuple[Tensor, Tensor | None]:
-    weighted = is_weighted(config.selection)
-    return selection.indices, selection.weights if weighted else None

@@ -6,12 +6,16 @@ configuration names, in plain PyTorch and C (`steps_torch`) or in Triton (`steps
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from memaop_triton.backward.executors import executor_for
-from memaop_triton.backward.step import Factors, Gradients, Observer, Operands, Shards
+from memaop_triton.backward import steps_torch
+from memaop_triton.backward.shards import ProcessShards
+from memaop_triton.backward.step import Factors, Gradients, Observer, Operands
 from memaop_triton.config import MemAOPConfig
+from memaop_triton.dispatch import runs_triton
 from memaop_triton.memory.kinds import (
     Memory,
     ResidualMemory,
@@ -64,7 +68,7 @@ def weight_and_bias_grad(
     bias_grad: bool = True,
     selection: Selection | None = None,
     generator: torch.Generator | None = None,
-    shards: Shards | None = None,
+    shards: ProcessShards | None = None,
     factors: list[Factors] | None = None,
     observer: Observer | None = None,
 ) -> Gradients:
@@ -92,7 +96,7 @@ def weight_and_bias_grad(
         if (memory.side, memory.rank) != choice:
             k = rows_to_compute(config, memory, rows, n, p)
     operands = Operands(x, g, config, k, bias_grad, generator, shards, factors, observer)
-    step = executor_for(x, memory)
+    step = _steps_for(x, memory)
     result: Gradients
     # Nothing was ever left over: all rows of this batch are all there is, and no slots are made.
     is_untouched = isinstance(memory, ResidualMemory) and k == rows and memory.rows == 0
@@ -109,6 +113,17 @@ def weight_and_bias_grad(
         if isinstance(memory, SubspaceMemory):
             memory.end_step(x, x[:, :0])
     return result
+
+
+def _steps_for(x: Tensor, memory: Memory | None) -> ModuleType:
+    """`steps_torch`, or `steps_triton`, which is imported only where it is used."""
+    rank = memory.rank if isinstance(memory, SubspaceMemory) else 0
+    memory_dtype = memory.dtype if isinstance(memory, ResidualMemory) else None
+    if not runs_triton(x, rank=rank, memory_dtype=memory_dtype):
+        return steps_torch
+    from memaop_triton.backward import steps_triton
+
+    return steps_triton
 
 
 def _check_operands(x: Tensor, g: Tensor) -> None:

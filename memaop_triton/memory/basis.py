@@ -44,6 +44,7 @@ class Basis:
 
     def begin(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Start from random columns, on the device of `like`; they come in its dtype."""
+        check_not_capturing(like.device, "the basis of a subspace")
         dtype = torch.promote_types(like.dtype, torch.float32)
         shape = (self.features, self.rank)
         start = torch.randn(shape, dtype=dtype, device=like.device, generator=generator)
@@ -104,6 +105,7 @@ class Basis:
     def resize(self, rank: int) -> None:
         """Keep the first `rank` columns, or add random ones, which the next iterations turn."""
         if self.q is not None and rank > self.rank:
+            check_not_capturing(self.q.device, "a larger basis")
             shape = (self.features, rank - self.rank)
             more = torch.randn(shape, dtype=self.q.dtype, device=self.q.device)
             self.q = by_column(torch.linalg.qr(torch.cat([self.q, more], 1)).Q)

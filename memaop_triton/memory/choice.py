@@ -190,13 +190,7 @@ def score_sums(bases: Mapping[str, Basis], ranks: list[int], x: Tensor, g: Tenso
     """Σs and Σs² over the rows of a batch for every side and rank: [sides · ranks, 2].
 
     With a basis of G's side, those of dX follow, whose scores are the norms of what it leaves of G:
-    [ranks, 2] more.
-
-    Args:
-        bases: By side.
-        ranks: To choose from.
-        x: [M, N].
-        g: [M, P].
+    [ranks, 2] more. The batch is x [M, N] and g [M, P].
     """
     sums = []
     for side, basis in bases.items():

@@ -6,8 +6,6 @@ has its own), follows its layer across devices, and stays out of the layer's `st
 
 from __future__ import annotations
 
-from types import NoneType
-
 from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.memory.residual import ResidualMemory
 from memaop_triton.memory.subspace import MANY_ROWS, SubspaceMemory
@@ -24,31 +22,20 @@ __all__ = [
 Memory = ResidualMemory | SubspaceMemory
 
 
-def _memory_class(config: MemAOPConfig) -> type[Memory] | type[None]:
-    if config.row_memory is not None:
-        return ResidualMemory
-    return NoneType if config.subspace is None else SubspaceMemory
-
-
 def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Memory | None:
     """The empty memory that `config` asks for in a layer of this size; `None` for `"none"`."""
-    if config.row_memory is not None:
-        rows = config.row_memory
+    rows, subspace = config.row_memory, config.subspace
+    if rows is not None:
         return ResidualMemory(
             in_features, out_features, signed=rows.signed, decay=rows.decay, dtype=rows.dtype
         )
-    if config.subspace is None:
+    if subspace is None:
         return None
-    subspace = config.subspace
     rank = None
     if subspace.rank is not None:
         rank = config.rank_for(MANY_ROWS, in_features, out_features)
     memory = SubspaceMemory(
-        in_features,
-        out_features,
-        rank,
-        side=subspace.side,
-        refresh_every=subspace.refresh_every,
+        in_features, out_features, rank, side=subspace.side, refresh_every=subspace.refresh_every
     )
     memory.follow_budget(config, MANY_ROWS)
     return memory
@@ -59,19 +46,11 @@ def check_memory(
 ) -> None:
     """Raise `ValueError` unless `memory` is of the kind that `config` asks for, and fits."""
     check_config(config)
-    wanted = _memory_class(config)
-    if wanted is not type(memory):
-        have = "None" if memory is None else f"a {type(memory).__name__}"
-        need = "None" if memory is not None and wanted is NoneType else f"a {wanted.__name__}"
+    kind = "none" if memory is None else memory.kind
+    if kind != config.memory_name:
         raise ValueError(
-            f"memory is {have}, but config.memory={config.memory_name!r} needs {need}: pass "
+            f"memory is of kind {kind!r}, but config.memory={config.memory_name!r}: pass "
             "memory=new_memory(config, in_features, out_features), made once and kept."
-        )
-    rows = config.row_memory
-    if isinstance(memory, ResidualMemory) and rows is not None and memory.signed != rows.signed:
-        raise ValueError(
-            f"memory.signed={memory.signed}, but config.memory={config.memory_name!r}: make it "
-            "with new_memory(config, in_features, out_features)."
         )
     if memory is not None and memory.in_features != in_features:
         raise ValueError(
@@ -87,7 +66,8 @@ def rows_to_compute(
     config: MemAOPConfig, memory: Memory | None, rows: int, in_features: int, out_features: int
 ) -> int:
     """K of a batch of `rows` rows in a layer of this size, beside what its memory costs."""
+    subspace = None
     if isinstance(memory, SubspaceMemory):
         memory.follow_budget(config, rows)
-    subspace = memory.cost if isinstance(memory, SubspaceMemory) else None
+        subspace = memory.cost
     return config.num_rows(rows, in_features, out_features, subspace)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from memaop_triton.kernels.cpu.torch_ops import basis_scale
 from memaop_triton.memory.basis import Basis, by_column
-from memaop_triton.memory.capture import check_not_capturing
 from memaop_triton.memory.refresh_clock import RefreshClock
 from memaop_triton.memory.saved_state import check_shape
 
@@ -31,48 +30,46 @@ class GradProjection:
 
     def __init__(self, features: int, refresh_every: int) -> None:
         self.features = features
-        self.refresh_every = refresh_every
-        self._clock = RefreshClock(refresh_every)
+        self.clock = RefreshClock(refresh_every)
         self.reset()
 
     def reset(self) -> None:
         """Forget the basis; the next step starts a new one."""
-        self._basis: Basis | None = None
+        self._basis = Basis(self.features, 0)
         # Whether Q is random still: bool, on the device of Q.
         self._is_random = torch.ones((), dtype=torch.bool)
-        self._clock.step = 0
-
-    def set_refresh_interval(self, refresh_every: int) -> None:
-        """Refresh every so many steps from now on."""
-        self._clock.refresh_every = refresh_every
+        self.clock.step = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return 0 if self._basis is None else self._basis.nbytes
+        return self._basis.nbytes
 
     @property
     def basis(self) -> Tensor | None:
         """Q, [N, rank]; `None` before the first step."""
-        return None if self._basis is None else self._basis.q
+        return self._basis.q
 
-    def input_grad(
-        self, g: Tensor, weight: Tensor, rank: int, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def input_grad(self, g: Tensor, weight: Tensor, rank: int) -> Tensor:
         """dX = G (W Q) Qᵀ, [M, N]; a step, and a refresh where it is due.
 
         Args:
             g: [M, P].
             weight: W, [P, N].
             rank: Columns of Q to use. A basis that has fewer grows.
-            generator: Source of the first basis.
         """
-        basis = self._basis_of(g, weight, rank, generator)
+        basis = self._basis
+        if rank > basis.rank:
+            basis.resize(rank)
+        if basis.q is None:
+            few = basis.thinned(g)
+            self._is_random = torch.ones((), dtype=torch.bool, device=g.device)
+            self._iterate(few, few @ (weight @ basis.begin(g)), weight, True)
         scale = basis_scale(self.features)  # a power of two, which keeps half precision in range
         q = basis.columns(g, rank)
         z = g @ (weight @ (q / scale))
         dx = z @ (scale * q).t()
-        self._clock.count(g.device)
+        self.clock.count(g.device)
         due = self._is_due(g.device)
         if due is not False:  # writes into Q
             few = basis.thinned(g)
@@ -81,29 +78,14 @@ class GradProjection:
             self._iterate(few, z, weight, due)
         return dx
 
-    def _basis_of(
-        self, g: Tensor, weight: Tensor, rank: int, generator: torch.Generator | None
-    ) -> Basis:
-        if self._basis is None or rank > self._basis.rank:
-            check_not_capturing(g.device, "the basis of a projected input gradient")
-        if self._basis is None:
-            self._basis = basis = Basis(self.features, rank)
-            few = basis.thinned(g)
-            self._is_random = torch.ones((), dtype=torch.bool, device=g.device)
-            self._iterate(few, few @ (weight @ basis.begin(g, generator)), weight, True)
-        elif rank > self._basis.rank:
-            self._basis.resize(rank)
-        return self._basis
-
     def _is_due(self, device: torch.device) -> Tensor | bool:
-        due = self._clock.is_due(device)
+        due = self.clock.is_due(device)
         # A first batch of zeros, or one that is not finite, has left it to the next.
-        if due is False and self._clock.host_step < self.refresh_every:
+        if due is False and self.clock.host_step < self.clock.refresh_every:
             due = bool(self._is_random) if device.type == "cpu" else self._is_random.to(device)
         return due
 
     def _iterate(self, g: Tensor, z: Tensor, weight: Tensor, is_due: Tensor | bool) -> None:
-        assert self._basis is not None
         g, z, w = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (g, z, weight))
         # By a power of two, so that gradients of any size stay in range.
         z = torch.ldexp(z, -torch.frexp(z.abs().amax()).exponent)
@@ -112,15 +94,14 @@ class GradProjection:
 
     def move(self, device: torch.device) -> None:
         """Follow the rows to another device."""
-        self._clock.move(device)
-        if self._basis is not None:
-            self._basis.move(device)
+        self.clock.move(device)
+        self._basis.move(device)
 
     def state_dict(self) -> dict[str, Any]:
         """Contents for a checkpoint, under names of their own; empty before the first step."""
         if self.basis is None:
             return {}
-        step, is_random = self._clock.step, bool(self._is_random)
+        step, is_random = self.clock.step, bool(self._is_random)
         return {"projection": self.basis, "projection_step": step, "projection_random": is_random}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
@@ -136,7 +117,6 @@ class GradProjection:
         self.reset()
         if "projection" in state:
             q = by_column(state["projection"].clone())
-            self._basis = Basis(self.features, q.shape[1])
-            self._basis.q = q
-            self._clock.step = state["projection_step"]
+            self._basis.q, self._basis.rank = q, q.shape[1]
+            self.clock.step = state["projection_step"]
             self._is_random = torch.tensor(state["projection_random"], device=q.device)

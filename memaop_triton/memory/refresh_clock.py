@@ -15,33 +15,31 @@ class RefreshClock:
 
     Args:
         refresh_every: Steps between two refreshes.
+
+    Attributes:
+        host_step: Steps taken, without those that a device has replayed.
     """
 
     def __init__(self, refresh_every: int) -> None:
         self.refresh_every = refresh_every
-        self._step = 0
+        self.host_step = 0
         self._on_device: Tensor | None = None
 
     @property
     def step(self) -> int:
         """Number of steps taken."""
-        return self._step if self._on_device is None else int(self._on_device)
+        return self.host_step if self._on_device is None else int(self._on_device)
 
     @step.setter
     def step(self, step: int) -> None:
-        self._step, self._on_device = step, None
-
-    @property
-    def host_step(self) -> int:
-        """The same without asking a device, which may have replayed more of them."""
-        return self._step
+        self.host_step, self._on_device = step, None
 
     def count(self, device: torch.device) -> None:
         """Count a step whose rows are on `device`."""
         if device.type == "cuda" and self._on_device is None:
             check_not_capturing(device, "the count of a memory's steps")
-            self._on_device = torch.full((1,), self._step, device=device)
-        self._step += 1
+            self._on_device = torch.full((1,), self.host_step, device=device)
+        self.host_step += 1
         if self._on_device is not None:
             self._on_device += 1
 
@@ -53,7 +51,7 @@ class RefreshClock:
         """
         if self._on_device is not None and targets.is_capturing(device):
             return self._on_device % self.refresh_every == 0
-        return self._step % self.refresh_every == 0
+        return self.host_step % self.refresh_every == 0
 
     def refresh(self, basis: Basis, a: Tensor, z: Tensor) -> None:
         """Let `basis` iterate on the rows `a` and z ∝ A Q, if that is due."""

@@ -40,8 +40,6 @@ class ResidualMemory:
         layer_states: By configuration, of a memory that is given to `memaop_linear`; not read here.
     """
 
-    kind = "residual"
-
     def __init__(
         self,
         in_features: int,
@@ -67,6 +65,11 @@ class ResidualMemory:
         self._scaler: weakref.ref[torch.amp.GradScaler] | None = None
 
     @property
+    def kind(self) -> str:
+        """`"signed"` or `"residual"`, as the configuration names it."""
+        return "signed" if self.signed else "residual"
+
+    @property
     def rows(self) -> int:
         """Number of slots."""
         return 0 if self.x is None else self.x.shape[0]
@@ -79,19 +82,17 @@ class ResidualMemory:
     def slots(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first `rows` slots `(x, g, filled)` on the device of `like`, made if missing."""
         dtype = self.dtype or like.dtype
-        if (
-            self.rows < rows
-            or self.x is None
-            or (self.x.dtype, self.x.device) != (dtype, like.device)
-        ):
-            check_not_capturing(like.device, f"{rows} slots of a row memory")
+        made = f"{rows} slots of a row memory"
         if self.x is None or self.g is None or self.filled is None:
+            check_not_capturing(like.device, made)
             self.x = like.new_zeros((rows, self.in_features), dtype=dtype)
             self.g = like.new_zeros((rows, self.out_features), dtype=dtype)
             self.filled = like.new_zeros(rows, dtype=torch.bool)
         elif self.x.dtype != dtype or self.x.device != like.device:
+            check_not_capturing(like.device, made)
             self._move(like.device, dtype)
         if self.rows < rows:
+            check_not_capturing(like.device, made)
             self.x, self.g, self.filled = (
                 torch.cat([old, old.new_zeros((rows - old.shape[0], *old.shape[1:]))])
                 for old in (self.x, self.g, self.filled)
@@ -185,28 +186,15 @@ class ResidualMemory:
         if scale is None or self.g is None:
             return
         scale = scale.detach().reshape(1)
-        if self._last_scale is None:
+        if self._last_scale is None or self._last_scale.device != self.g.device:
             check_not_capturing(self.g.device, "the last loss scale of a row memory")
+        if self._last_scale is None:
             self._last_scale = scale.to(self.g.device, copy=True)
             return
-        if self._last_scale.device != self.g.device:
-            check_not_capturing(self.g.device, "the last loss scale of a row memory")
         scale = scale.to(self.g.device)
         self._last_scale = self._last_scale.to(self.g.device)
         rescale_(self.g, scale / self._last_scale)
         self._last_scale.copy_(scale)
-
-    def draw_signs(self, rows: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-        """σ: ±1 for each of `rows` rows, in the dtype and on the device of `like`."""
-        signs = torch.empty(rows, dtype=like.dtype, device=like.device)
-        return signs.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
-
-    def draw_seed(self, device: torch.device, generator: torch.Generator | None) -> Tensor:
-        """Where the signs and the rounding of a step on a GPU start from: int64 [1] on `device`.
-
-        A draw like any other: a run resumed with the generator's state repeats it.
-        """
-        return torch.randint(1 << 62, (1,), device=device, generator=generator)
 
     def fit(self, config: MemAOPConfig, in_features: int, out_features: int) -> None:
         """Become a memory for rows of these lengths, empty and attached as before, if it is not."""
@@ -221,7 +209,7 @@ class ResidualMemory:
 
     def state_dict(self) -> dict[str, Any]:
         """Contents for a checkpoint. The tensors are the memory's own, not copies."""
-        state: dict[str, Any] = {"kind": self.kind, "signed": self.signed}
+        state: dict[str, Any] = {"kind": self.kind}
         if self.x is not None:
             self._clear_unfilled()
             state |= {"x": self.x, "g": self.g, "filled": self.filled}
@@ -247,11 +235,7 @@ class ResidualMemory:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise `ValueError` if `state` cannot be loaded into this memory."""
-        check_fields(self.kind, state, "signed")
-        if state["signed"] != self.signed:
-            raise ValueError(
-                f"signed={state['signed']} in the state, {self.signed} in this memory."
-            )
+        check_fields(self.kind, state)
         if "x" in state:
             check_fields(self.kind, state, "g", "filled")
             rows = state["x"].shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,6 @@ from memaop_triton.errors import check_name
 from memaop_triton.flops import REFRESHES_PER_CHOICE, SubspaceCost
 from memaop_triton.kernels import targets
 from memaop_triton.memory.basis import Basis, by_column
-from memaop_triton.memory.capture import check_not_capturing
 from memaop_triton.memory.choice import Choice, SubspaceChoice
 from memaop_triton.memory.projection import GradProjection
 from memaop_triton.memory.refresh_clock import RefreshClock
@@ -66,9 +66,6 @@ class SubspaceMemory:
 
     kind = "subspace"
 
-    bases: dict[str, Basis]
-    choice: SubspaceChoice
-
     def __init__(
         self,
         in_features: int,
@@ -86,9 +83,10 @@ class SubspaceMemory:
         self.refresh_every = refresh_every
         self.projection = GradProjection(in_features, refresh_every)
         self.layer_states: dict[MemAOPConfig, Any] = {}
-        self._sides = ("input", "grad") if side == "auto" else (side,)
-        self._is_rank_open = rank is None
         self._clock = RefreshClock(refresh_every)
+        self._side_setting = side
+        sides = ("input", "grad") if side == "auto" else (side,)
+        self.choice = SubspaceChoice(sides, 0, is_rank_open=rank is None)
         self.set_rank(0 if rank is None else rank)
 
     def set_rank(self, rank: int) -> None:
@@ -97,8 +95,9 @@ class SubspaceMemory:
         Raises:
             ValueError: It does not fit the rows.
         """
-        least = 0 if self._is_rank_open else min(1, *map(self._length, self._sides))
-        for side in self._sides:
+        sides, is_rank_open = self.choice.sides, self.choice.is_rank_open
+        least = 0 if is_rank_open else min(1, *map(self._length, sides))
+        for side in sides:
             length = self._length(side)
             if not least <= rank <= length:
                 name = "in_features" if side == "input" else "out_features"
@@ -106,11 +105,8 @@ class SubspaceMemory:
                     f"rank={rank} does not fit rows of {name}={length}: it must be from 1 to "
                     f"{length}."
                 )
-        self._start(rank)
-
-    def _start(self, rank: int) -> None:
-        self.bases = {side: Basis(self._length(side), rank) for side in self._sides}
-        self.choice = SubspaceChoice(self._sides, rank, self._is_rank_open)
+        self.bases = {side: Basis(self._length(side), rank) for side in sides}
+        self.choice = SubspaceChoice(sides, rank, is_rank_open=is_rank_open)
         self._clock.step = 0
 
     def _length(self, side: str) -> int:
@@ -118,10 +114,10 @@ class SubspaceMemory:
 
     def follow_budget(self, config: MemAOPConfig, rows: int) -> None:
         """Leave the rank open where a budget does; before the first step, fit it to `rows` rows."""
-        if config.leaves_rank_open != self._is_rank_open:
-            self._is_rank_open = self.choice.is_rank_open = config.leaves_rank_open
+        if config.leaves_rank_open != self.choice.is_rank_open:
+            self.choice.is_rank_open = config.leaves_rank_open
             self.choice.forget()  # what was measured belongs to other ranks
-        if self._is_rank_open and all(basis.q is None for basis in self.bases.values()):
+        if self.choice.is_rank_open and all(basis.q is None for basis in self.bases.values()):
             max_rank = config.rank_for(rows, self.in_features, self.out_features)
             if max_rank != self.choice.max_rank:
                 self.set_rank(max_rank)
@@ -132,7 +128,7 @@ class SubspaceMemory:
         What is kept of the bases is kept; new dimensions start at random.
         """
         measured = self.choice.measured
-        if measured is None or not self._is_rank_open:
+        if measured is None or not self.choice.is_rank_open:
             return
         max_rank = config.rank_for(measured.rows, self.in_features, self.out_features)
         if max_rank == 0:
@@ -148,7 +144,7 @@ class SubspaceMemory:
         rank = max(1, self.rank)
         for basis in self.bases.values():
             basis.resize(rank)
-        self._is_rank_open = self.choice.is_rank_open = False
+        self.choice.is_rank_open = False
         self.choice.cut_to(rank)
         self.choice.rank = self.choice.input_grad_rank = rank
         return rank
@@ -162,7 +158,7 @@ class SubspaceMemory:
         """
         if self.choice.measured is None:
             return None
-        rows_of = self._rows_of(config, self._cost)
+        rows_of = functools.partial(self._rows_beside, config, self._cost)
         variance = self.choice.variances(rows_of)
         best = min(variance, key=lambda choice: variance[choice])
         return variance[best], rows_of(best), self._cost(best)
@@ -207,28 +203,24 @@ class SubspaceMemory:
     def _cost(self, choice: Choice) -> SubspaceCost:
         kept = 0
         if self.choice.is_open:
-            kept = self.choice.max_rank * sum(map(self._length, self._sides))
+            kept = self.choice.max_rank * sum(map(self._length, self.choice.sides))
         return SubspaceCost(choice.rank, self._length(choice.side), self.refresh_every, kept)
 
     def _cost_of_input_grad(self, choice: Choice) -> SubspaceCost:
-        return SubspaceCost(choice.rank, self.out_features, self.refresh_every, 0)
+        return self._cost(choice)._replace(kept=0)
 
-    def _rows_of(
-        self, config: MemAOPConfig, cost: Callable[[Choice], SubspaceCost]
-    ) -> Callable[[Choice], int]:
+    def _rows_beside(
+        self, config: MemAOPConfig, cost: Callable[[Choice], SubspaceCost], choice: Choice
+    ) -> int:
         """K that `config` leaves beside a choice, for the rows that were measured last."""
-
-        def rows_of(choice: Choice) -> int:
-            assert self.choice.measured is not None
-            rows = self.choice.measured.rows
-            return config.num_rows(rows, self.in_features, self.out_features, cost(choice))
-
-        return rows_of
+        assert self.choice.measured is not None
+        rows = self.choice.measured.rows
+        return config.num_rows(rows, self.in_features, self.out_features, cost(choice))
 
     def set_refresh_interval(self, refresh_every: int) -> None:
         """Refresh every so many steps from now on; ranks and rows stay those of `refresh_every`."""
         self._clock.refresh_every = refresh_every
-        self.projection.set_refresh_interval(refresh_every)
+        self.projection.clock.refresh_every = refresh_every
 
     def begin_step(
         self, x: Tensor, g: Tensor, config: MemAOPConfig, generator: torch.Generator | None = None
@@ -248,7 +240,6 @@ class SubspaceMemory:
             return
         is_first = self.basis is None
         if is_first:
-            check_not_capturing(x.device, "the bases of a subspace memory")
             for side, basis in self.bases.items():
                 basis.of(x if side == "input" else g, self.choice.max_rank, generator)
         if not self.choice.is_open or targets.is_capturing(x.device):
@@ -269,14 +260,15 @@ class SubspaceMemory:
 
     def _choose(self, config: MemAOPConfig) -> None:
         self.choice.choose(
-            self._rows_of(config, self._cost), self._rows_of(config, self._cost_of_input_grad)
+            functools.partial(self._rows_beside, config, self._cost),
+            functools.partial(self._rows_beside, config, self._cost_of_input_grad),
         )
 
     def basis_of(self, a: Tensor) -> Tensor:
         """Q on the device and in the dtype of `a`, the X or G of `side`."""
         return self.bases[self.side].of(a, self.rank)
 
-    def basis_for_input_grad(self, g: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def basis_for_input_grad(self, g: Tensor) -> Tensor:
         """Q of the gradients' side, [P, rank], in the dtype of `g` ([M, P]).
 
         [P, 0] if this memory keeps none.
@@ -286,9 +278,7 @@ class SubspaceMemory:
         """
         if "grad" not in self.bases or self.choice.max_rank == 0:
             return g.new_empty((g.shape[1], 0))
-        if self.bases["grad"].q is None:
-            check_not_capturing(g.device, "the basis of a sampled input gradient")
-        return self.bases["grad"].of(g, self.choice.input_grad_rank, generator)
+        return self.bases["grad"].of(g, self.choice.input_grad_rank)
 
     def end_input_grad(self, g: Tensor, z: Tensor, *, is_alone: bool) -> None:
         """Refresh Q of the gradients' side when it is due, unless dW does so.
@@ -321,13 +311,8 @@ class SubspaceMemory:
 
     def reset(self) -> None:
         """Forget the bases; the next step starts new ones."""
-        self._start(self.choice.max_rank)
+        self.set_rank(self.choice.max_rank)
         self.projection.reset()
-
-    @property
-    def _side_setting(self) -> str:
-        """The `side` that this memory was made with."""
-        return "auto" if len(self._sides) > 1 else self._sides[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Contents for a checkpoint. The tensors are the memory's own, not copies."""
@@ -356,13 +341,14 @@ class SubspaceMemory:
         check_fields(self.kind, state, "step", "sides", "side", "rank", "input_grad_rank")
         max_rank = self._max_rank_of(state)
         for name in ("rank", "input_grad_rank"):
-            if state[name] > max_rank or (state[name] < max_rank and not self._is_rank_open):
+            is_open = self.choice.is_rank_open
+            if state[name] > max_rank or (state[name] < max_rank and not is_open):
                 raise ValueError(f"{name}={state[name]} in the state, {max_rank} in this memory.")
         if state["sides"] != self._side_setting:
             raise ValueError(
                 f"side={state['sides']!r} in the state, {self._side_setting!r} in this memory."
             )
-        for side in self._sides:
+        for side in self.bases:
             if side in state:
                 check_shape(side, state[side], (self._length(side), max_rank))
         if "projection" in state:
@@ -371,8 +357,8 @@ class SubspaceMemory:
 
     def _max_rank_of(self, state: Mapping[str, Any]) -> int:
         """The columns of a saved memory's bases, if the rank is open; else those of this one."""
-        held = [state[side] for side in self._sides if side in state]
-        if self._is_rank_open and held:
+        held = [state[side] for side in self.bases if side in state]
+        if self.choice.is_rank_open and held:
             return int(held[0].shape[-1])
         return self.choice.max_rank
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memaop_triton.backward.step import Factors, Observer, Shards
+from memaop_triton.backward.shards import ProcessShards
+from memaop_triton.backward.step import Factors, Observer
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.memory import kinds
 from memaop_triton.memory.kinds import Memory
@@ -55,7 +56,7 @@ class LayerState:
             not watched.
     """
 
-    shards: Shards | None = None
+    shards: ProcessShards | None = None
     factors: list[Factors] | None = None
     on_weight_grad: Callable[[Tensor], None] | None = None
     observer: Observer | None = None

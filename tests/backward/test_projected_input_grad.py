@@ -1,14 +1,16 @@
-"""dX = G (W Q) Qᵀ: every row's part in a subspace, nothing drawn."""
+"""dX = G (W Q) Qᵀ: every row's part in a subspace, nothing drawn; what it costs."""
 
 import copy
 import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from memaop_triton import MemAOPConfig, MemAOPLinear, Subspace, new_memory
-from memaop_triton.backward.input_grad import projected_input_grad
+from memaop_triton import MemAOPConfig, MemAOPLinear, Projected, Subspace, new_memory
+from memaop_triton.backward.input_grad import flops_of_input_grad, projected_input_grad
 from memaop_triton.backward.weight_grad import weight_grad
+from memaop_triton.flops import projected_input_grad_flops, projection_rank_within
 from tests.schemes import flat_config
 
 M, N, P = 512, 64, 96
@@ -48,30 +50,14 @@ def inside(layer, g):
 
 @pytest.mark.parametrize("settings", [{"rank": 4}, {"budget": 1 / 4}, {"grad_input_budget": 0.2}])
 def test_it_is_the_gradient_of_the_rows_in_the_subspace(settings):
-    torch.manual_seed(0)
     layer, g = layer_of(refresh_every=99, **settings), low_rank(2, noise=0.5)
     dx = input_grad(layer, g)
     torch.testing.assert_close(dx, inside(layer, g), rtol=1e-4, atol=1e-4)
     assert (dx - g @ layer.weight).norm() > 0.05 * dx.norm()
 
 
-def test_a_step_that_refreshes_uses_one_subspace_throughout():
-    torch.manual_seed(0)
-    layer = layer_of(rank=4, refresh_every=1)
-    for _ in range(3):
-        q = layer.memory.projection.basis
-        before = None if q is None else q.clone()
-        g = torch.randn(M, P)
-        dx = input_grad(layer, g)
-        if before is not None:
-            expected = g @ layer.weight @ before @ before.T
-            torch.testing.assert_close(dx, expected, rtol=1e-4, atol=1e-4)
-            assert not torch.allclose(before, layer.memory.projection.basis, atol=1e-2)
-
-
 def test_it_keeps_most_of_dx_not_of_g():
     """Where W takes most of G's energy away, that does not matter."""
-    torch.manual_seed(0)
     layer = layer_of(rank=4, refresh_every=1)
     kept, hidden = torch.randn(3, P), torch.randn(40, P)
     with torch.no_grad():
@@ -83,14 +69,7 @@ def test_it_keeps_most_of_dx_not_of_g():
     assert (dx - g @ layer.weight).norm() < 0.02 * dx.norm()
 
 
-def test_rows_of_few_dimensions_lose_nothing():
-    torch.manual_seed(0)
-    layer, g = layer_of(rank=4), low_rank(4)
-    torch.testing.assert_close(input_grad(layer, g), g @ layer.weight, rtol=1e-3, atol=1e-3)
-
-
 def test_the_subspace_follows_the_rows():
-    torch.manual_seed(0)
     layer = layer_of(rank=4, refresh_every=2)
     input_grad(layer, torch.randn(M, P))
     assert error_in_a_plane(layer, steps=8) < 1e-4
@@ -119,7 +98,6 @@ def test_the_weight_gradient_is_what_it_is_without(ratio):
 
 
 def test_a_frozen_weight_has_it_too():
-    torch.manual_seed(0)
     layer = layer_of(rank=4, refresh_every=2)
     layer.weight.requires_grad_(False)
     for _ in range(5):
@@ -129,14 +107,13 @@ def test_a_frozen_weight_has_it_too():
     assert layer.memory.basis is None  # of dW
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_dtypes(dtype):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rows_of_few_dimensions_lose_nothing(dtype):
     layer, g = layer_of(dtype, rank=4), low_rank(3).to(dtype)
     dx, exact = input_grad(layer, g), g @ layer.weight
     assert dx.dtype == dtype
     assert layer.memory.projection.basis.dtype == torch.promote_types(dtype, torch.float32)
-    assert (dx - exact).norm() < (0.02 if dtype == torch.bfloat16 else 1e-6) * exact.norm()
+    assert (dx - exact).norm() < (0.02 if dtype == torch.bfloat16 else 1e-5) * exact.norm()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -165,19 +142,18 @@ def test_all_rows_are_exact():
 
 def test_batches_of_all_sizes_share_a_basis():
     """A small batch takes the leading columns, a larger one makes more."""
-    torch.manual_seed(0)
     layer, ranks = layer_of(grad_input_budget=0.6, refresh_every=2), []
     w = layer.weight.detach()
     for rows in (64, 64, 512, 64, 2048, 64, 2048):
         g = torch.randn(rows, 5) @ torch.randn(5, P)
         before = layer.memory.projection.basis
-        before = None if before is None else before.clone()
+        before = torch.empty(N, 0) if before is None else before.clone()
         dx = input_grad(layer, g)
         rank = layer.config.projection_rank(rows, N, P)
         held = layer.memory.projection.basis
         ranks.append((rank, held.shape[1]))
         torch.testing.assert_close(held.T @ held, torch.eye(held.shape[1]), atol=1e-5, rtol=0)
-        if before is not None and rank <= before.shape[1]:
+        if rank <= before.shape[1]:  # also where this step has refreshed it
             q = before[:, :rank]
             torch.testing.assert_close(dx, g @ w @ q @ q.T, rtol=1e-3, atol=1e-3)
     used, kept = zip(*ranks, strict=True)
@@ -187,7 +163,6 @@ def test_batches_of_all_sizes_share_a_basis():
 
 @pytest.mark.parametrize("first", [0.0, float("inf"), float("nan")])
 def test_a_first_batch_that_says_nothing_leaves_it_to_the_next(first):
-    torch.manual_seed(0)
     layer, bad = layer_of(rank=4), torch.zeros(M, P)
     bad[5] = first
     input_grad(layer, bad)
@@ -197,18 +172,16 @@ def test_a_first_batch_that_says_nothing_leaves_it_to_the_next(first):
 @pytest.mark.parametrize("scale", [0.0, 1e-24, 1e20])
 def test_gradients_of_any_size_keep_the_subspace(scale):
     """Zeros at a refresh do not wipe it, and it is found from the tiniest and the largest."""
-    torch.manual_seed(0)
     layer, plane = layer_of(rank=4, refresh_every=1), torch.randn(3, P)
-    if scale == 0:
+    if scale:
+        assert error_in_a_plane(layer, steps=2, plane=scale * plane) < 1e-3
+    else:
         error_in_a_plane(layer, steps=2, plane=plane)
         input_grad(layer, torch.zeros(M, P))
         assert error_in_a_plane(layer, steps=1, plane=plane) < 1e-3
-    else:
-        assert error_in_a_plane(layer, steps=2, plane=scale * plane) < 1e-3
 
 
 def test_columns_of_the_weight_that_are_zero_do_not_matter():
-    torch.manual_seed(0)
     layer = layer_of(rank=4, refresh_every=1)
     with torch.no_grad():
         layer.weight[:, :8] = 0
@@ -217,13 +190,8 @@ def test_columns_of_the_weight_that_are_zero_do_not_matter():
 
 
 def test_half_precision_reaches_as_far_as_dense():
-    torch.manual_seed(0)
-    layer = MemAOPLinear(
-        4096,
-        64,
-        config=MemAOPConfig(grad_input="projected", memory=Subspace(rank=4)),
-        dtype=torch.float16,
-    )
+    config = MemAOPConfig(grad_input="projected", memory=Subspace(rank=4))
+    layer = MemAOPLinear(4096, 64, config=config, dtype=torch.float16)
     column = torch.ones(256, 1, dtype=torch.float16)
     g = column @ torch.full((1, 64), 800.0, dtype=torch.float16)
     with torch.no_grad():
@@ -254,39 +222,32 @@ def test_a_checkpoint_resumes_to_the_bit(settings):
     second.memory.load_state_dict(copy.deepcopy(first.memory.state_dict()))
     assert second.memory.nbytes == first.memory.nbytes
     for g in batches[4:]:
-        torch.manual_seed(0)
-        x = torch.randn(M, N, requires_grad=True)
         results = []
         for layer in (first, second):
-            x.grad = None
             torch.manual_seed(1)
-            layer(x).backward(g)
-            results.append(x.grad)
+            results.append(input_grad(layer, g))
         assert torch.equal(*results)
     first.memory.reset()
     assert first.memory.nbytes == 0
     assert "projection" not in first.memory.state_dict()
 
 
-def test_a_state_of_another_width_is_refused():
+def test_a_state_that_does_not_fit_is_refused():
     layer = layer_of(rank=4)
     input_grad(layer, torch.randn(M, P))
-    state = layer.memory.state_dict() | {"projection": torch.eye(N + 1, 4)}
-    with pytest.raises(ValueError, match=rf"projection has shape \({N + 1}, 4\).*\({N}, 4\)"):
-        layer.memory.load_state_dict(state)
     good = layer.memory.state_dict()
     for broken, message in (
-        ({"projection": torch.ones(N)}, "projection has shape"),
-        ({"projection": torch.ones(N, N + 1)}, f"{N + 1} columns for rows of {N}"),
-        ({"projection": torch.ones(N, 0)}, "0 columns"),
+        (torch.eye(N + 1, 4), rf"projection has shape \({N + 1}, 4\).*\({N}, 4\)"),
+        (torch.ones(N), "projection has shape"),
+        (torch.ones(N, N + 1), f"{N + 1} columns for rows of {N}"),
+        (torch.ones(N, 0), "0 columns"),
     ):
         with pytest.raises(ValueError, match=message):
-            layer.memory.load_state_dict(good | broken)
+            layer.memory.load_state_dict(good | {"projection": broken})
     with pytest.raises(ValueError, match="state lacks projection_step"):
         layer.memory.load_state_dict({k: v for k, v in good.items() if k != "projection_step"})
     # Of a memory that projected nothing.
-    plain = {key: value for key, value in state.items() if not key.startswith("projection")}
-    layer.memory.load_state_dict(plain)
+    layer.memory.load_state_dict({k: v for k, v in good.items() if "projection" not in k})
     assert layer.memory.projection.basis is None
 
 
@@ -321,3 +282,77 @@ def test_weight_gradients_do_not_need_it():
     memory = new_memory(config, N, P)
     assert weight_grad(torch.randn(M, N), torch.randn(M, P), config, memory).shape == (P, N)
     assert memory.projection.basis is None
+
+
+@pytest.mark.parametrize("budget", [1 / 16, 1 / 4, 1 / 2])
+def test_both_halves_stay_within_their_budgets(budget):
+    layer = layer_of(budget=budget)
+    x = torch.randn(M, N, requires_grad=True)
+    for _ in range(2):
+        with FlopCounterMode(display=False) as forward:
+            y = layer(x)
+        with FlopCounterMode(display=False) as backward:
+            y.backward(torch.randn(M, P))
+    assert forward.get_total_flops() == DENSE
+    assert 0.8 * 2 * budget * DENSE < backward.get_total_flops() <= 2 * budget * DENSE
+
+
+def test_the_rank_is_the_largest_that_the_budget_pays_for():
+    for budget in (0.04, 0.1, 0.3, 0.7, 0.999):
+        rank = projection_rank_within(budget, M, N, P, 8)
+        assert projected_input_grad_flops(M, N, P, rank, 8) <= budget * DENSE
+        assert projected_input_grad_flops(M, N, P, rank + 4, 8) > budget * DENSE or rank == N
+    assert projection_rank_within(1e-6, M, N, P, 8) == 1
+    assert projection_rank_within(0.9, 10**6, 6, 10**4, 8) == 4
+
+
+def test_flops_are_those_of_the_three_products_and_the_refreshes():
+    config = MemAOPConfig(memory=Subspace(rank=4, refresh_every=10), grad_input="projected")
+    memory = new_memory(config, N, P)
+    # A power iteration on all of the 512 rows and W, and QR.
+    refresh = 2 * 4 * P * (M + N) + 4 * 4 * 4 * N
+    expected = 2 * 4 * (M * P + P * N + M * N) + refresh / 10
+    assert flops_of_input_grad(config, memory, M, N, P) == round(expected)
+    assert flops_of_input_grad(config, memory, 2, N, P) == 2 * 2 * N * P  # dense
+
+
+def test_a_budget_of_its_own():
+    given = MemAOPConfig(budget=1 / 8, grad_input=Projected(1 / 2))
+    shared = MemAOPConfig(budget=1 / 8, grad_input="projected")
+    ranks = [config.projection_rank(M, N, P) for config in (given, shared)]
+    assert ranks[0] > 3 * ranks[1]
+    with_ratio = MemAOPConfig(ratio=1 / 8, grad_input=Projected(1 / 2))
+    assert with_ratio.projection_rank(M, N, P) == ranks[0]
+    for settings in ({}, {"budget": 1 / 2}):
+        config = MemAOPConfig(memory=Subspace(rank=9), grad_input="projected", **settings)
+        assert config.projection_rank(M, N, P) == 9
+    assert MemAOPConfig(grad_input="projected").projection_rank(M, 40, P) == 10  # a quarter
+
+
+def test_another_budget_of_dw_leaves_dx_as_it_is():
+    for settings in ({"budget": 1 / 4}, {"ratio": 1 / 4, "rank": 6}):
+        layer = layer_of(**settings)
+        rank = layer.config.projection_rank(M, N, P)
+        input_grad(layer, torch.randn(M, P))
+        q = layer.memory.projection.basis.clone()
+        for change, share in ((layer.set_budget_, 1 / 64), (layer.set_ratio_, 1 / 2)):
+            change(share)
+            assert layer.config.projection_rank(M, N, P) == rank
+            input_grad(layer, torch.randn(M, P))
+            assert torch.equal(layer.memory.projection.basis, q)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory": "none"}, "needs memory='subspace'.*not 'none'"),
+        ({"selection": "topk", "memory": "residual"}, "needs memory='subspace'.*not 'residual'"),
+        ({"grad_input_budget": 1.0}, "budget=1 is what dense costs: use grad_input='exact'"),
+        ({"grad_input_budget": 1.5}, r"budget=1\.5 must be in \(0, 1\]"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        flat_config(**{"grad_input": "projected"} | settings)
+    with pytest.raises(TypeError, match="budget must be a number"):
+        MemAOPConfig(grad_input=Projected("all"))

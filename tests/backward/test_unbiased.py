@@ -27,22 +27,19 @@ def warmed_up(config, steps, x, g):
     return memory
 
 
-@pytest.mark.parametrize("block_rows", [1, 16])
-def test_mean_weight_grad_is_dense_without_memory(unbiased, block_rows, batch, mean_agrees):
-    config = MemAOPConfig(k=10, memory="none", block_rows=block_rows, **unbiased)
-    x, g = batch
-    mean_agrees([weight_grad(x, g, config) for _ in range(600)], g.T @ x)
-
-
-# `steps`: the first step, the first basis, one that was refreshed.
+# Steps before: the first step has the first basis, the fifth one that was refreshed.
 @pytest.mark.parametrize(
-    ("unbiased", "steps", "block_rows"), pairwise(UNBIASED, [0, 1, 4], [1, 16])
+    ("unbiased", "memory", "block_rows"),
+    pairwise(UNBIASED, [("none", 0), *(("subspace", steps) for steps in (0, 1, 4))], [1, 16]),
 )
-def test_mean_weight_grad_is_dense_with_subspace(unbiased, block_rows, steps, batch, mean_agrees):
-    config = flat_config(k=10, rank=4, refresh_every=2, block_rows=block_rows, **unbiased)
+def test_mean_weight_grad_is_dense(unbiased, block_rows, memory, batch, mean_agrees):
+    kind, steps = memory
+    config = flat_config(
+        k=10, memory=kind, rank=4, refresh_every=2, block_rows=block_rows, **unbiased
+    )
     x, g = batch
-    memory = warmed_up(config, steps, x, g)
-    draws = [weight_grad(x, g, config, copy.deepcopy(memory)) for _ in range(400)]
+    kept = warmed_up(config, steps, x, g)
+    draws = [weight_grad(x, g, config, copy.deepcopy(kept)) for _ in range(400)]
     mean_agrees(draws, g.T @ x)
 
 

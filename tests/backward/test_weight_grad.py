@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from memaop_triton import MemAOPConfig, Rows, Subspace, new_memory
-from memaop_triton.backward.weight_grad import weight_grad
+from memaop_triton.backward.weight_grad import weight_and_bias_grad, weight_grad
 from memaop_triton.reference import weight_grad_reference
 from memaop_triton.selection import Selection
 from tests.pairwise import pairwise
@@ -20,23 +20,17 @@ def dequantized(*tensors):
     return tuple(None if t is None else t.double() for t in tensors)
 
 
+SIDES = [{"selection": "priority", "memory": "subspace", "side": s} for s in ("input", "grad")]
+
+
 @pytest.mark.parametrize(
     ("scheme", "shape", "budget"),
-    pairwise(LEGAL, SHAPES, [{"k": 1}, {"ratio": 1 / 3}, {"ratio": 1.0}]),
+    pairwise(LEGAL + SIDES, SHAPES, [{"k": 1}, {"ratio": 1 / 3}, {"ratio": 1.0}]),
 )
 def test_steps_equal_the_reference(scheme, shape, budget, generator):
+    """And their factors multiply to them, and the operands are not changed."""
     config = flat_config(rank=4, refresh_every=2, **budget, **scheme)
-    equal_the_reference(config, *shape, generator)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("side", ["input", "grad"])
-def test_steps_of_a_given_side_equal_the_reference(shape, side, generator):
-    config = MemAOPConfig(memory=Subspace(rank=4, side=side, refresh_every=2), ratio=1 / 3)
-    equal_the_reference(config, *shape, generator)
-
-
-def equal_the_reference(config, rows, inputs, outputs, generator):
+    rows, inputs, outputs = shape
     memory = new_memory(config, inputs, outputs)
     ours, theirs = generator(1), generator(1)
     slots = None
@@ -52,9 +46,15 @@ def equal_the_reference(config, rows, inputs, outputs, generator):
         expected = weight_grad_reference(
             x, g, config, memory=slots, basis=basis, side=side, generator=theirs
         )
-        slots = expected.memory
-        dw = weight_grad(x, g, config, memory, generator=ours)
+        slots, before, factors = expected.memory, (x.clone(), g.clone()), []
+        dw, db = weight_and_bias_grad(x, g, config, memory, generator=ours, factors=factors)
         torch.testing.assert_close(dw, expected.weight_grad, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(db, g.sum(0))
+        assert len(factors) == 1 or config.num_rows(rows) == rows
+        for pair in factors:
+            torch.testing.assert_close(pair.g.T @ pair.x, dw)
+        assert torch.equal(x, before[0])
+        assert torch.equal(g, before[1])
         if config.row_memory and memory.rows == 0:
             # All rows were computed, and none was ever left: nothing is made, no sign is drawn.
             assert config.num_rows(rows) == rows
@@ -97,10 +97,10 @@ def plain(x, g, selection, slots=None, basis=None, side="input"):
 def test_rounding_error_is_at_most_twice_that_of_torch(scheme, shape, dtype, k, selections):
     config = flat_config(k=k, rank=4, selection=scheme[0], memory=scheme[1])
     memory = new_memory(config, *shape[1:])
-    exact_slots = torch_slots = None
+    slots = {torch.float64: None, dtype: None}
     if config.row_memory:
-        exact_slots = tuple(torch.zeros(shape[0], n, dtype=torch.float64) for n in shape[1:])
-        torch_slots = tuple(slot.to(dtype) for slot in exact_slots)
+        for kept in slots:
+            slots[kept] = tuple(torch.zeros(shape[0], n, dtype=kept) for n in shape[1:])
     for _ in range(3):
         x, g = operands(*shape, dtype)
         selections.clear()
@@ -111,24 +111,13 @@ def test_rounding_error_is_at_most_twice_that_of_torch(scheme, shape, dtype, k, 
         basis = None
         if config.memory_name == "subspace" and selections:
             basis = memory.basis.to(dtype)
-        exact, exact_slots = plain(
-            *dequantized(x, g),
-            Selection(selection.indices, selection.weights.double()),
-            exact_slots if config.row_memory else None,
-            *dequantized(basis),
-            getattr(memory, "side", "input"),
-        )
-        torchs, torch_slots = plain(
-            x,
-            g,
-            selection,
-            torch_slots if config.row_memory else None,
-            basis,
-            getattr(memory, "side", "input"),
-        )
+        side, results = getattr(memory, "side", "input"), {}
+        for kept, (a, b, q) in ((torch.float64, dequantized(x, g, basis)), (dtype, (x, g, basis))):
+            results[kept], after = plain(a, b, selection, slots[kept], q, side)
+            slots[kept] = after if config.row_memory else None
+        exact, torchs = results[torch.float64], results[dtype].double()
         tiny = torch.finfo(dtype).eps * exact.abs().max()
-        error = (dw.double() - exact).abs().max()
-        assert error <= 2 * (torchs.double() - exact).abs().max() + tiny
+        assert (dw.double() - exact).abs().max() <= 2 * (torchs - exact).abs().max() + tiny
 
 
 def test_float16_gradient_that_dense_can_hold_does_not_overflow():
@@ -228,33 +217,17 @@ def test_memory_dtype_is_the_storage_and_not_the_result(dtype, stored):
         torch.testing.assert_close(dw.double(), expected.weight_grad, rtol=8 * eps, atol=16 * eps)
 
 
-def test_bernoulli_that_draws_no_row_gives_zeros():
-    config = MemAOPConfig(k=1, selection="bernoulli", memory="none")
+@pytest.mark.parametrize("memory", ["none", "subspace"])
+def test_bernoulli_that_draws_no_row_has_the_part_in_the_subspace_alone(memory):
+    config = flat_config(k=1, selection="bernoulli", memory=memory, rank=3, side="input")
+    memory = new_memory(config, 12, 5)
     x, g = operands(17, 12, 5)
+    basis = torch.zeros(12, 1, dtype=torch.float64)
+    if memory is not None:
+        memory.begin_step(x, g, config)
+        basis = memory.basis.clone()
     selection = Selection(torch.arange(5), torch.zeros(5, dtype=torch.float64))
     poison = torch.full((5, 12), torch.nan, dtype=torch.float64)
     del poison
-    assert torch.equal(
-        weight_grad(x, g, config, selection=selection), torch.zeros(5, 12, dtype=torch.float64)
-    )
-
-
-def test_bernoulli_that_draws_no_row_keeps_the_part_in_the_subspace():
-    config = MemAOPConfig(k=1, selection="bernoulli", memory=Subspace(rank=3, side="input"))
-    memory = new_memory(config, 12, 5)
-    x, g = operands(17, 12, 5)
-    memory.begin_step(x, g, config)
-    basis = memory.basis.clone()
-    selection = Selection(torch.arange(5), torch.zeros(5, dtype=torch.float64))
     dw = weight_grad(x, g, config, memory, selection=selection)
     torch.testing.assert_close(dw, g.T @ (x @ basis) @ basis.T)
-
-
-def test_operands_are_not_changed(scheme):
-    config = flat_config(k=3, rank=2, **scheme)
-    memory = new_memory(config, 12, 5)
-    x, g = operands(17, 12, 5, torch.float32)
-    x_before, g_before = x.clone(), g.clone()
-    weight_grad(x, g, config, memory)
-    assert torch.equal(x, x_before)
-    assert torch.equal(g, g_before)

@@ -10,9 +10,9 @@ from memaop_triton.nn.state import load_memory_state_dict
 from tests.schemes import flat_config
 
 SCHEMES = {
-    "subspace": ({}, "the bases of a subspace memory"),
-    "sampled dX": ({"grad_input": "sampled"}, "the bases of a subspace memory"),
-    "projected dX": ({"grad_input": "projected", "side": "input"}, "the bases of a subspace"),
+    "subspace": ({}, "the basis of a subspace"),
+    "sampled dX": ({"grad_input": "sampled"}, "the basis of a subspace"),
+    "projected dX": ({"grad_input": "projected", "side": "input"}, "the basis of a subspace"),
     "rows": ({"selection": "topk", "memory": "residual"}, "32 slots of a row memory"),
 }
 
@@ -63,32 +63,42 @@ def test_after_a_step_there_is_nothing_to_make(layer_and_message, capturing):
     step(layer)
 
 
-def test_a_longer_batch_would_make_slots(capturing):
-    layer = MemAOPLinear(16, 12, config=flat_config(selection="topk", memory="residual"))
-    step(layer, rows=8)
-    capturing()
-    step(layer, rows=8)
-    with pytest.raises(RuntimeError, match="9 slots of a row memory"):
-        step(layer, rows=9)
-
-
-def test_a_learning_rate_on_the_device_is_known_before(capturing):
+@pytest.fixture
+def row_layer():
     layer = MemAOPLinear(16, 12, config=flat_config(selection="topk", memory="residual"))
     step(layer)
-    optimizer = torch.optim.SGD(layer.parameters(), torch.tensor(0.1))
-    attach_optimizer(layer, optimizer)
+    return layer
+
+
+def test_a_longer_batch_would_make_slots(row_layer, capturing):
+    capturing()
+    step(row_layer)
+    with pytest.raises(RuntimeError, match="33 slots of a row memory"):
+        step(row_layer, rows=33)
+
+
+def test_a_learning_rate_on_the_device_is_known_before(row_layer, capturing):
+    optimizer = torch.optim.SGD(row_layer.parameters(), torch.tensor(0.1))
+    attach_optimizer(row_layer, optimizer)
     capturing()
     with pytest.raises(RuntimeError, match="the last learning rate"):
-        step(layer)
+        step(row_layer)
 
 
-def test_a_monitor_has_seen_the_slots_before(capturing):
-    layer = MemAOPLinear(16, 12, config=flat_config(selection="topk", memory="residual"))
-    step(layer)
-    with monitor(layer, every=1):
+def test_a_monitor_has_seen_the_slots_before(row_layer, capturing):
+    with monitor(row_layer, every=1):
         capturing()
         with pytest.raises(RuntimeError, match="the ages of a memory's slots"):
-            step(layer)
+            step(row_layer)
+
+
+def test_a_larger_batch_would_make_columns_of_a_projection(capturing):
+    config = flat_config(grad_input="projected", grad_input_budget=0.6)
+    layer = MemAOPLinear(16, 12, config=config)
+    step(layer, rows=64)
+    capturing()
+    with pytest.raises(RuntimeError, match="a larger basis"):
+        step(layer, rows=2048)
 
 
 def test_numbers_arrive_on_the_stream_of_their_device(monkeypatch):

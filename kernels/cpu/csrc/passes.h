@@ -33,9 +33,8 @@ void NAME(transposed_product)(const number *z, long ldz, long z_columns, const s
                               long rows, long columns, int threads);
 
 /* selection.c */
-void NUMBER_NAME(largest)(const number *scores, key *keys, long count, long k, int64_t *indices);
-void NUMBER_NAME(priority)(const number *scores, const number *uniform, key *keys, long count, long k,
-                           int64_t *indices, number *weights);
+void NUMBER_NAME(choose)(const number *scores, const number *uniform, key *keys, long count, long k,
+                         int64_t *indices, number *weights);
 
 /* gather_gemm.c */
 long NAME(panel_size)(long n, long p, int threads);

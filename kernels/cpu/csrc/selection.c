@@ -2,6 +2,8 @@
 
 #include "passes.h"
 
+#if !IS_WIDENED /* scores are numbers: those of widened rows are chosen by the functions for f32 */
+
 enum { BITS = 8 * sizeof(number), DIGIT = 11 };
 
 /* The bits of a non-negative number or infinity, which are ordered like the numbers. */
@@ -45,20 +47,19 @@ static void take(const key *keys, long count, long k, key least, int64_t *indice
             indices[taken++] = i;
 }
 
-/* The k rows with the largest scores, ascending. NaN counts as infinity.
- * scores, keys [count], 0 < k < count; indices [k]. */
-void NUMBER_NAME(largest)(const number *scores, key *keys, long count, long k, int64_t *indices) {
-    for (long i = 0; i < count; i++)
-        keys[i] = bits_of(is_finite(scores[i]) ? scores[i] : INFINITY);
-    take(keys, count, k, ranked_key(keys, count, k - 1), indices);
-}
-
 /* Priority sampling: the k rows with the largest scores[i] / (1 - uniform[i]), ascending, each with its
  * weight max(1, t / score) for t the next largest key, or 0 for a score of 0. NaN counts as infinity;
- * beside infinite scores the finite ones count as 0, and the infinite ones as 1.
+ * beside infinite scores the finite ones count as 0, and the infinite ones as 1. If `uniform` is null,
+ * the k rows with the largest scores, and the weights are left alone.
  * scores, uniform, keys [count], uniform in [0, 1), 0 < k < count; indices, weights [k]. */
-void NUMBER_NAME(priority)(const number *scores, const number *uniform, key *keys, long count, long k,
-                           int64_t *indices, number *weights) {
+void NUMBER_NAME(choose)(const number *scores, const number *uniform, key *keys, long count, long k,
+                         int64_t *indices, number *weights) {
+    if (uniform == NULL) {
+        for (long i = 0; i < count; i++)
+            keys[i] = bits_of(is_finite(scores[i]) ? scores[i] : INFINITY);
+        take(keys, count, k, ranked_key(keys, count, k - 1), indices);
+        return;
+    }
     int infinite = 0;
     for (long i = 0; i < count; i++)
         infinite |= !is_finite(scores[i]);
@@ -77,3 +78,5 @@ void NUMBER_NAME(priority)(const number *scores, const number *uniform, key *key
         weights[t] = score > 0 ? (weight > 1 ? weight : 1) : 0;
     }
 }
+
+#endif

@@ -103,10 +103,7 @@ void NAME(step)(stored *a, long lda, stored *b, long ldb, const stored *added_a,
         const number score = rest[i] * scores[i];
         scores[i] = score <= LARGEST ? score : INFINITY;
     }
-    if (uniform != NULL)
-        NUMBER_NAME(priority)(scores, uniform, keys, rows, k, indices, weights);
-    else
-        NUMBER_NAME(largest)(scores, keys, rows, k, indices);
+    NUMBER_NAME(choose)(scores, uniform, keys, rows, k, indices, weights);
     if (out != NULL)
         NAME(gather_gemm)(a, lda, b, ldb, indices, uniform == NULL ? NULL : weights, z, ldz, expand,
                           n + PAD, zg, out, shared, rows, k, n, p, rank, transposed, gemm_threads);

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, Rows, Subspace, new_memory
+from memaop_triton import MemAOPConfig, Subspace, new_memory
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.kernels.cpu import library, native, native_step
 from memaop_triton.monitor.observer import LayerObserver
-from tests.compiled import KINDS, needs_compiler
+from tests.compiled import needs_compiler
 from tests.pairwise import pairwise
 from tests.schemes import flat_config
 
-DTYPES = [dtype for dtype, _ in KINDS]
+pytestmark = needs_compiler
+DTYPES = library.DTYPES
 CPU = torch.device("cpu")
 FENCE = 64
-SHAPES = [(2, 16, 16), (300, 50, 33), (700, 128, 96)]
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +22,8 @@ def _rooms_have_a_fence(monkeypatch):
     """Every room is exactly as large as it was asked for, and nothing behind it is written to."""
     fences = []
 
-    def room_for(kind, numbers):
-        size = numbers * kind.number.itemsize
+    def room_for(number, count):
+        size = count * number.itemsize
         whole = torch.full((size + FENCE + 64,), 123, dtype=torch.uint8)
         room = whole[-whole.data_ptr() % 64 :]
         fences.append(room[size : size + FENCE])
@@ -34,12 +34,6 @@ def _rooms_have_a_fence(monkeypatch):
     yield
     for fence in fences:
         assert (fence == 123).all()
-
-
-@pytest.fixture
-def own_gemm(monkeypatch):
-    """The GEMM of `gather_gemm.c`, whether it is the faster one on this machine or not."""
-    monkeypatch.setattr(library, "prefers_own_gemm", lambda dtype: True)
 
 
 @pytest.fixture
@@ -62,13 +56,13 @@ def one_by_one(monkeypatch):
     return lambda: monkeypatch.setattr(native_step, "run", lambda *_, **__: None)
 
 
-def gradients(config, shape, dtype, *, steps=3, watched=False, spoil=lambda x, g: None):
-    """What some steps of one layer compute and keep, in a flat list of tensors."""
+def gradients(config, shape, dtype, *, watched=False, spoil=lambda x, g: None):
+    """What three steps of one layer compute and keep, in a flat list of tensors."""
     rows, n, p = shape
     torch.manual_seed(1)
     memory, found = new_memory(config, n, p), []
     observer = LayerObserver(2, 0.5, CPU) if watched else None
-    for _ in range(steps):
+    for _ in range(3):
         factors = [] if watched else None
         x, g = torch.randn(rows, n).to(dtype), torch.randn(rows, p).to(dtype)
         spoil(x, g)
@@ -93,75 +87,55 @@ def agree(first, second):
 def same(calls, one_by_one):
     """Fails unless the single call was made in every step, and changed nothing."""
 
-    def check(config, shape, dtype, threads=1, **how):
-        torch.set_num_threads(threads)
-        try:
-            found = gradients(config, shape, dtype, **how)
-            assert len(calls) == 3
-            one_by_one()
-            agree(found, gradients(config, shape, dtype, **how))
-        finally:
-            torch.set_num_threads(1)
+    def check(config, shape, dtype, **how):
+        found = gradients(config, shape, dtype, **how)
+        assert len(calls) == 3
+        one_by_one()
+        agree(found, gradients(config, shape, dtype, **how))
+        return found
 
     return check
 
 
-@needs_compiler
 @pytest.mark.parametrize(
-    ("shape", "side", "rank", "threads", "dtype"),
+    ("shape", "side", "rank", "count", "dtype"),
     pairwise(
         [(60, 272, 256), (513, 256, 272)], ["input", "grad"], [4, 16, 20, 64], [1, 2, 3], DTYPES
     ),
 )
-def test_with_a_subspace(shape, side, rank, threads, dtype, own_gemm, same):
+def test_with_a_subspace(shape, side, rank, count, dtype, own_gemm, same, threads):
     config = MemAOPConfig(ratio=0.2, memory=Subspace(rank=rank, side=side, refresh_every=2))
-    same(config, shape, dtype, threads)
+    threads(count)
+    same(config, shape, dtype)
 
 
-@needs_compiler
 @pytest.mark.parametrize(
-    ("shape", "selection", "threads", "dtype"),
-    pairwise(SHAPES, ["priority", "topk"], [1, 3], DTYPES),
+    ("scheme", "shape", "count", "dtype"),
+    pairwise(
+        [("priority", "none"), ("topk", "none"), ("topk", "residual"), ("topk", "signed")],
+        [(2, 16, 16), (300, 50, 33), (700, 128, 96)],
+        [1, 3],
+        DTYPES,
+    ),
 )
-def test_without_memory(shape, selection, threads, dtype, own_gemm, same):
-    config = MemAOPConfig(k=max(1, shape[0] // 9), selection=selection, memory="none")
-    same(config, shape, dtype, threads)
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("shape", "memory", "threads", "dtype"),
-    pairwise(SHAPES, ["residual", "signed"], [1, 3], DTYPES),
-)
-def test_with_a_memory_of_rows(shape, memory, threads, dtype, own_gemm, same):
+def test_without_a_subspace(scheme, shape, count, dtype, own_gemm, same, threads):
+    selection, memory = scheme
     k = max(1, shape[0] // 9)
-    config = flat_config(k=k, selection="topk", memory=memory, decay=0.9)
-    same(config, shape, dtype, threads, watched=True)
+    threads(count)
+    config = flat_config(k=k, selection=selection, memory=memory, decay=0.9)
+    same(config, shape, dtype, watched=memory != "none")
 
 
-@needs_compiler
-def test_a_memory_that_is_not_stored_like_its_rows_goes_its_own_way(calls):
-    for dtype, expected in ((torch.float32, 3), (torch.bfloat16, 0)):
-        config = MemAOPConfig(k=5, selection="topk", memory=Rows(dtype=dtype))
-        gradients(config, (60, 32, 48), torch.float32)
-        assert len(calls) == expected
-        calls.clear()
-
-
-@needs_compiler
 def test_all_rows_of_a_memory(calls, one_by_one):
     config = MemAOPConfig(k=60, selection="topk", memory="residual")
 
     def both():
         torch.manual_seed(0)
-        memory = new_memory(config, 32, 48)
-        sizes = 90, 60  # the second batch is computed whole, with what is left of the first
-        return [
-            weight_and_bias_grad(
-                torch.randn(rows, 32), torch.randn(rows, 48), config, memory
-            ).weight
-            for rows in sizes
-        ]
+        memory, found = new_memory(config, 32, 48), []
+        for rows in (90, 60):  # the second batch is computed whole, with what the first has left
+            x, g = torch.randn(rows, 32), torch.randn(rows, 48)
+            found.append(weight_and_bias_grad(x, g, config, memory).weight)
+        return found
 
     found = both()
     assert len(calls) == 1
@@ -169,46 +143,35 @@ def test_all_rows_of_a_memory(calls, one_by_one):
     agree(found, both())
 
 
-@needs_compiler
 @pytest.mark.parametrize(
-    ("selection", "memory", "dtype"), pairwise(["priority", "topk"], ["none", "subspace"], DTYPES)
+    ("selection", "memory", "dtype", "is_own"),
+    pairwise(["priority", "topk"], ["none", "subspace"], DTYPES, [True, False]),
 )
-def test_what_is_watched_and_collected(selection, memory, dtype, own_gemm, same):
+def test_what_is_watched_and_where_pytorch_multiplies(
+    selection, memory, dtype, is_own, monkeypatch, same
+):
+    monkeypatch.setattr(library, "prefers_own_gemm", lambda dtype: is_own)
     config = flat_config(ratio=0.2, rank=8, selection=selection, memory=memory)
     same(config, (200, 64, 80), dtype, watched=True)
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("memory", ["none", "subspace"])
-def test_where_pytorch_multiplies(memory, dtype, monkeypatch, same):
-    monkeypatch.setattr(library, "prefers_own_gemm", lambda dtype: False)
-    config = flat_config(ratio=0.2, rank=8, memory=memory)
-    same(config, (200, 64, 80), dtype)
-
-
-@needs_compiler
 @pytest.mark.parametrize(
     ("value", "memory", "dtype"),
     pairwise([torch.nan, torch.inf], ["none", "residual", "subspace"], DTYPES),
 )
-def test_rows_that_are_not_finite_show(value, memory, dtype, own_gemm, calls, one_by_one):
+def test_rows_that_are_not_finite_show(value, memory, dtype, own_gemm, calls, same):
     def spoil(x, g):
         x[[3, 50], 7] = value
         g[3] = 0
 
     selection = "topk" if memory == "residual" else "priority"
     config = flat_config(k=20, rank=8, selection=selection, memory=memory, side="input")
-    found = gradients(config, (200, 64, 80), dtype, spoil=spoil)
+    found = same(config, (200, 64, 80), dtype, spoil=spoil)
     assert not found[0].isfinite().all()
-    assert len(calls) == 3
     for step in calls:
         assert step.scores.isinf().nonzero().flatten().tolist() == [3, 50]
-    one_by_one()
-    agree(found, gradients(config, (200, 64, 80), dtype, spoil=spoil))
 
 
-@needs_compiler
 def test_rows_with_room_between_them_and_a_basis_of_any_layout(own_gemm, generator):
     wide = torch.randn(100, 96)
     a, b = wide[:, :64], torch.randn(120, 32)[20:]
@@ -230,7 +193,6 @@ def added(rows=9, p=64, dtype=torch.float32):
     return native_step.Added(torch.randn(rows, 64), torch.randn(9, p), torch.ones(9, dtype=dtype))
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ("a", "b", "other"),
     [
@@ -257,22 +219,21 @@ def test_what_the_passes_do_not_take_is_left_alone(a, b, other):
     assert run(a, b, other) is None
 
 
-@needs_compiler
-def test_the_switch_leaves_it_out(monkeypatch):
-    a = torch.randn(9, 64)
-    assert native_step.run(a, a, 3) is not None
-    monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "torch")
-    assert native_step.run(a, a, 3) is None
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, 3),
+        ({"block_rows": 16}, 0),
+        ({"selection": "bernoulli"}, 0),
+        ({"selection": "topk", "memory": "residual", "dtype": torch.float32}, 3),
+        ({"selection": "topk", "memory": "residual", "dtype": torch.bfloat16}, 0),
+    ],
+)
+def test_other_selections_and_storage_go_their_own_way(change, expected, calls):
+    gradients(flat_config(**{"k": 32, "rank": 8} | change), (200, 64, 80), torch.float32)
+    assert len(calls) == expected
 
 
-@needs_compiler
-@pytest.mark.parametrize("change", [{}, {"block_rows": 16}, {"selection": "bernoulli"}])
-def test_other_selections_go_their_own_way(change, calls):
-    gradients(flat_config(k=32, rank=8, **change), (200, 64, 80), torch.float32)
-    assert len(calls) == (0 if change else 3)
-
-
-@needs_compiler
 @pytest.mark.parametrize("memory", ["none", "residual", "subspace"])
 def test_processes_that_share_a_layer_select_together(memory, calls):
     class Shards:
@@ -294,15 +255,3 @@ def test_processes_that_share_a_layer_select_together(memory, calls):
     weight_and_bias_grad(*operands, config, new_memory(config, 64, 80), shards=shards)
     assert calls == []
     assert shards.asked == 1
-
-
-def test_the_first_step_has_the_rows_of_the_rank_it_chose(selections):
-    config = MemAOPConfig(budget=0.3)
-    memory = new_memory(config, 128, 128)
-    x, g = torch.randn(512, 128), torch.randn(512, 128)
-    for _ in range(2):
-        weight_and_bias_grad(x, g, config, memory)
-    first, second = (one.indices.numel() for one in selections)
-    # Rows without a structure: a subspace is not worth its cost.
-    assert memory.rank == 0
-    assert first == second == config.num_rows(512, 128, 128, memory.cost)
