@@ -183,10 +183,10 @@ def _options(
     """What a layer may get, with its FLOPs and variance in one use."""
     if layer.config.budget is None:
         shares = sorted(set(map(float, ratios or DEFAULT_RATIOS)))
-        configs = [layer.config.with_ratio(share) for share in shares]
+        configs = [layer.config.spending(ratio=share) for share in shares]
     else:
         shares = sorted(set(map(float, ratios or DEFAULT_BUDGETS)) - {1.0})
-        configs = [layer.config.with_budget(share) for share in shares]
+        configs = [layer.config.spending(budget=share) for share in shares]
     outcomes = [_outcome(layer, seen, config) for config in configs]
     return [Option(share, *one) for share, one in zip(shares, outcomes, strict=True)]
 

@@ -154,7 +154,7 @@ def test_another_configuration_leaves_a_compiled_backward_pass_its_state():
     compiled = torch.compile(own_linear, backend="aot_eager")
     compiled(X, weight, config, memory).backward()
     loss = compiled(X, weight, config, memory)
-    own_linear(X, weight, config.with_ratio(1 / 2), memory).backward()
+    own_linear(X, weight, config.spending(ratio=1 / 2), memory).backward()
     loss.backward()
     assert memory.step == 3
     for k in range(2 * layer_state._MAX_STATES_OF_A_MEMORY):
