@@ -55,15 +55,12 @@ def test_opcheck_sampled_backward(memory, grad_input, weight_grad, bias_grad):
 
 
 @pytest.mark.parametrize("name", ["weight_grad", "sampled_backward"])
-def test_only_the_order_is_declared_to_be_written(name):
-    arguments = getattr(ops, name).default._schema.arguments
+def test_only_the_order_is_written_and_operators_run_between_the_graphs_of_a_compiler(name):
+    operator = getattr(ops, name).default
+    arguments = operator._schema.arguments
     written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
     assert written == ["order"]
-
-
-@pytest.mark.parametrize("name", ["weight_grad", "sampled_backward"])
-def test_operators_run_between_the_graphs_of_a_compiler(name):
-    assert torch.Tag.cudagraph_unsafe in getattr(ops, name).default.tags
+    assert torch.Tag.cudagraph_unsafe in operator.tags
 
 
 def test_a_copy_has_a_handle_of_its_own():
