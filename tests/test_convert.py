@@ -61,6 +61,8 @@ def test_converted_model_is_the_same_and_reverts_to_what_it_was(train_step):
     convert_(model, OTHER)
     train_step(model, x)
     assert model.head.memory.rows == 9
+    assert list(model.state_dict()) == list(state)
+    assert not list(model.buffers())
 
 
 def test_optimizer_and_hooks_from_before_go_on_working(train_step):

@@ -35,13 +35,7 @@ from memaop_triton.nn.layer_state import LayerState
 class _Along(NamedTuple):
     """How a layer's operands lie along one dimension of the mesh.
 
-    Attributes:
-        x: Placement of the input that a process works on.
-        y: Of the output.
-        dx: Of the input gradient as the processes compute it.
-        dw: Of the weight gradient as they compute it.
-        b: Of the bias.
-        db: Of the bias gradient as they compute it.
+    `x` and `b` are what a process works on, the gradients `dx`, `dw` and `db` what it computes.
     """
 
     x: Placement

@@ -128,16 +128,6 @@ def test_evaluation_is_exact_and_leaves_the_memory_alone():
     assert layer.memory.step == 1
 
 
-def test_state_dict_is_that_of_the_dense_layer(train_step):
-    dense, layer = pair()
-    train_step(layer, torch.randn(17, 12))
-    assert layer.state_dict().keys() == dense.state_dict().keys()
-    assert list(layer.buffers()) == []
-    assert layer.state_dict()["weight"].data_ptr() == layer.weight.data_ptr()
-    dense.load_state_dict(layer.state_dict())
-    layer.load_state_dict(dense.state_dict())
-
-
 def test_from_linear_shares_parameters_hooks_and_mode():
     dense = nn.Linear(12, 5).eval()
     calls = []
