@@ -35,12 +35,9 @@ _MAX_STATES_OF_A_MEMORY = 16
 class LayerState:
     """Configuration and memory of one layer.
 
-    Args:
+    Attributes:
         config: What the backward pass computes.
         memory: What is remembered between steps, `None` for `memory="none"`.
-
-    Attributes:
-        config: As given.
         handle: [number, 0], uint8: what stands for this object in a graph.
         order: [1], uint8, one per device: every operator that draws random numbers or changes a
             memory declares that it writes to this tensor, which keeps such operators in the order
@@ -107,12 +104,7 @@ class _StateOfMemory(LayerState):
 def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Memory | None:
     """The empty memory that `config` asks for, to be given to `memaop_linear` in every step.
 
-    `None` for `memory="none"`.
-
-    Args:
-        config: What the backward pass computes.
-        in_features: N, length of a row of X.
-        out_features: P, length of a row of G.
+    It fits a weight of shape [out_features, in_features]. `None` for `memory="none"`.
     """
     memory = kinds.new_memory(config, in_features, out_features)
     if memory is not None:

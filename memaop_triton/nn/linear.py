@@ -28,18 +28,7 @@ class MemAOPLinear(nn.Linear):
     layer (`torch.jit.script`) is a dense one. Call `reset_memory` on a copy that is not trained, or
     it holds a copy of the memory too.
 
-    Args:
-        in_features: N.
-        out_features: P.
-        bias: Whether to add a learned bias.
-        config: What the backward pass computes; `MemAOPConfig()` if `None`.
-        device: Of the parameters.
-        dtype: Of the parameters.
-
-    Attributes:
-        config: The configuration.
-        memory: This layer's memory, `None` for `memory="none"`. Not a buffer: it is saved by
-            `memory_state_dict`, follows `.to()`, and is never synchronised between processes.
+    The arguments are those of `nn.Linear`, and `config`: `MemAOPConfig()` if `None`.
     """
 
     #: What `revert_` turns the layer back into.
@@ -123,7 +112,9 @@ class MemAOPLinear(nn.Linear):
     def memory(self) -> Memory | None:
         """What is remembered between steps, `None` for `memory="none"`.
 
-        Where the weight is divided by tensor parallelism, one for the columns of this process.
+        Not a buffer: it is saved by `memory_state_dict`, follows `.to()`, and is never synchronised
+        between processes. Where the weight is divided by tensor parallelism, one for the columns of
+        this process.
         """
         weight = self._parameters.get("weight")
         # What `fully_shard` divides is whole again by the time a layer works with it.

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from memaop_triton.commands import cli
-from memaop_triton.errors import MissingExtraError, require_extra
+from memaop_triton.errors import CommandError, require_extra
 from memaop_triton.experiments import data, demo, paper, paper_report, published
 from memaop_triton.experiments.errors import DataError, ExperimentError
 from memaop_triton.experiments.numbers import Value
@@ -99,7 +99,7 @@ def test_output_that_cannot_be_written(capsys, tmp_path):
 @pytest.mark.parametrize("module", ["sklearn", "matplotlib"])
 def test_missing_extra_says_what_to_install(module, capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, module, None)
-    with pytest.raises(MissingExtraError, match=module):
+    with pytest.raises(CommandError, match=module):
         require_extra("demo", module)
     line = error_of(capsys, "demo", "--output", str(tmp_path))
     assert "pip install 'memaop-triton[demo]'" in line
