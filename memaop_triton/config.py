@@ -158,7 +158,6 @@ _GRAD_INPUTS: dict[str, Sampled | Projected | None] = {
 }
 MEMORIES = tuple(_MEMORIES)
 ROW_MEMORIES = ("residual", "signed")
-GRAD_INPUTS = tuple(_GRAD_INPUTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,15 +318,8 @@ class MemAOPConfig:
         """Steps after which the work of a step repeats: those between two refreshes, or 1."""
         return 1 if self.subspace is None else self.subspace.refresh_every
 
-    def with_ratio(self, ratio: float) -> MemAOPConfig:
-        """The same with this share of the rows. A projected dX keeps its budget."""
-        return self._spending(ratio=ratio)
-
-    def with_budget(self, budget: float) -> MemAOPConfig:
-        """The same with this share of dense's operations. A projected dX keeps its budget."""
-        return self._spending(budget=budget)
-
-    def _spending(self, *, ratio: float | None = None, budget: float | None = None) -> MemAOPConfig:
+    def spending(self, *, ratio: float | None = None, budget: float | None = None) -> MemAOPConfig:
+        """The same with this `ratio` or `budget` instead. A projected dX keeps its budget."""
         grad_input = self.grad_input
         if self.projected is not None:
             grad_input = Projected(self.budget_of_projection)
@@ -361,12 +353,9 @@ class MemAOPConfig:
         return min(rows, max(1, blocks) * self.block_rows)
 
     def rank_for(self, rows: int, in_features: int, out_features: int) -> int:
-        """Rank of the subspace in a layer of this size, with batches of `rows` rows.
-
-        Raises:
-            ValueError: The memory is no subspace.
-        """
-        subspace = self._needed_subspace()
+        """Rank of the subspace in a layer of this size, with batches of `rows` rows."""
+        subspace = self.subspace
+        assert subspace is not None
         lengths = {"input": (in_features,), "grad": (out_features,)}
         shortest = min(lengths.get(subspace.side, (in_features, out_features)))
         rank = subspace.rank
@@ -380,7 +369,8 @@ class MemAOPConfig:
 
     def projection_rank(self, rows: int, in_features: int, out_features: int) -> int:
         """Dimension of a projected dX's subspace, with batches of `rows` rows."""
-        subspace, budget = self._needed_subspace(), self.budget_of_projection
+        subspace, budget = self.subspace, self.budget_of_projection
+        assert subspace is not None
         if budget is None:
             assert subspace.rank is not None
             return max(1, min(subspace.rank, min(in_features, out_features) // 4))
@@ -393,8 +383,3 @@ class MemAOPConfig:
         if self.projected is None:
             return None
         return self.projected.budget or (self.budget if self.leaves_rank_open else None)
-
-    def _needed_subspace(self) -> Subspace:
-        if self.subspace is None:
-            raise ValueError(f"memory={self.memory_name!r} has no subspace.")
-        return self.subspace

@@ -11,19 +11,15 @@ class CommandError(Exception):
     """A command cannot run; the message names the argument at fault and what would do."""
 
 
-class MissingExtraError(CommandError):
-    """A package of an extra is not installed."""
-
-
 def require_extra(extra: str, *modules: str) -> None:
-    """Raise `MissingExtraError` unless every one of the top-level `modules` is installed."""
+    """Raise `CommandError` unless every one of the top-level `modules` is installed."""
     for module in modules:
         try:
             found = importlib.util.find_spec(module) is not None
         except ValueError:  # blocked: its entry in sys.modules is None
             found = False
         if not found:
-            raise MissingExtraError(
+            raise CommandError(
                 f"{module} is not installed: pip install 'memaop-triton[{extra}]' installs it."
             )
 

@@ -71,12 +71,7 @@ def projected_input_grad_flops(m: int, n: int, p: int, rank: int, refresh_every:
 def projection_rank_within(budget: float, m: int, n: int, p: int, refresh_every: int) -> int:
     """The largest rank of a projected dX within a budget, at least 1 and at most `n`.
 
-    Args:
-        budget: Operations, as a fraction of dense's 2 M N P.
-        m: M.
-        n: N.
-        p: P.
-        refresh_every: Steps between two refreshes.
+    The budget is a fraction of dense's 2 M N P operations, here and below.
     """
 
     def costs_too_much(rank: int) -> bool:
@@ -117,13 +112,7 @@ def rank_within(
 ) -> int:
     """The largest rank that leaves enough of a budget for rows, 0 if none does.
 
-    Args:
-        budget: Operations, as a fraction of dense's 2 M N P.
-        m: M.
-        n: N.
-        p: P.
-        refresh_every: Steps between two refreshes.
-        both_sides: Whether X and G both have a basis.
+    With `both_sides` X and G both have a basis, of which the memory chooses one.
     """
     longer = max(n, p)
     one = SubspaceCost(1, longer, refresh_every, n + p if both_sides else longer)

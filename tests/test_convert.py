@@ -38,8 +38,10 @@ def configs(model):
     }
 
 
-def test_model_keeps_its_objects_parameters_names_and_state():
+def test_converted_model_is_the_same_and_reverts_to_what_it_was(train_step):
     model = Net()
+    x = torch.randn(9, 8)
+    before, attributes = model(x), set(model.head.__dict__)
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     state = copy.deepcopy(model.state_dict())
     assert convert_(model, CONFIG) is model
@@ -49,10 +51,18 @@ def test_model_keeps_its_objects_parameters_names_and_state():
     model.load_state_dict(state)
     assert set(configs(model).values()) == {CONFIG}
     assert all(type(m) is MemAOPLinear for m in modules.values() if isinstance(m, nn.Linear))
+    assert torch.equal(model(x), before)
 
+    assert revert_(model) is model
+    assert type(model.head) is nn.Linear
+    assert set(model.head.__dict__) == attributes
+    assert torch.equal(model(x), before)
 
-def test_default_configuration_is_the_default():
-    assert convert_(nn.Linear(8, 2)).config == MemAOPConfig()
+    convert_(model, OTHER)
+    train_step(model, x)
+    assert model.head.memory.rows == 9
+    assert list(model.state_dict()) == list(state)
+    assert not list(model.buffers())
 
 
 def test_optimizer_and_hooks_from_before_go_on_working(train_step):
@@ -67,22 +77,6 @@ def test_optimizer_and_hooks_from_before_go_on_working(train_step):
     train_step(model, torch.randn(9, 8), optimizer=optimizer)
     assert calls == ["pre", "forward", "grad"]
     assert not torch.equal(model.head.weight, before)
-
-
-def test_converted_model_computes_the_same_and_reverts_to_what_it_was(train_step):
-    model = Net()
-    x = torch.randn(9, 8)
-    before, attributes = model(x), set(model.head.__dict__)
-    convert_(model, CONFIG)
-    assert torch.equal(model(x), before)
-    assert revert_(model) is model
-    assert type(model.head) is nn.Linear
-    assert set(model.head.__dict__) == attributes
-    assert torch.equal(model(x), before)
-    convert_(model, OTHER)
-    assert model.head.config == OTHER
-    train_step(model, x)
-    assert model.head.memory.rows == 9
 
 
 def test_filter_chooses_layers_by_module_and_name():
@@ -117,18 +111,13 @@ def test_override_that_matches_nothing_suggests_the_nearest_and_converts_nothing
     assert set(configs(model).values()) == {None}
 
 
-def test_override_of_a_layer_called_config():
-    model = nn.ModuleDict({"config": nn.Linear(8, 2), "head": nn.Linear(8, 2)})
-    convert_(model, CONFIG, overrides={"config": None})
-    assert configs(model) == {"config": None, "head": CONFIG}
-
-
 def test_tied_module_is_converted_once_under_either_name():
-    model = nn.ModuleDict({"a": nn.Linear(8, 8)})
+    # "config" as a layer's name is no attribute of a layer.
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "config": nn.Linear(8, 2)})
     model["b"] = model["a"]
-    convert_(model, CONFIG, overrides={"b": OTHER})
+    convert_(model, overrides={"b": OTHER})
     assert model["a"] is model["b"]
-    assert model["a"].config == OTHER
+    assert configs(model) == {"a": OTHER, "config": MemAOPConfig()}
     revert_(model)
     assert type(model["a"]) is nn.Linear
 
@@ -150,24 +139,6 @@ def test_model_that_is_itself_a_linear_layer():
     assert type(revert_(layer)) is nn.Linear
 
 
-@pytest.mark.parametrize(
-    ("model", "arguments", "message"),
-    [
-        (nn.ReLU(), {}, r"no layer to convert: 0 nn\.Linear in ReLU"),
-        (nn.Linear(8, 2), {"filter_fn": lambda *_: False}, "1 nn.Linear in Linear, 0 taken"),
-        (nn.Linear(8, 2), {"overrides": {"*": None}}, "1 taken by the filter, none left after"),
-    ],
-)
-def test_nothing_to_convert(model, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        convert_(model, CONFIG, **arguments)
-
-
-def test_nothing_to_revert():
-    with pytest.raises(ValueError, match="no converted layer to revert: Net"):
-        revert_(Net())
-
-
 def test_converting_twice_names_the_layers_and_changes_nothing():
     model = Net()
     convert_(model, CONFIG, overrides={"blocks.*": None})
@@ -180,16 +151,32 @@ def test_converting_twice_names_the_layers_and_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("convert", "error", "message"),
     [
-        ((torch.zeros(3),), "model must be a torch.nn.Module, got Tensor"),
-        ((nn.Linear(8, 2), {"k": 1}), "config must be a MemAOPConfig, got {'k': 1}"),
+        (lambda m: convert_(nn.ReLU()), ValueError, r"no layer to convert: 0 nn\.Linear in ReLU"),
         (
-            (nn.Linear(8, 2), None, None, {"*": 3}),
+            lambda m: convert_(m, filter_fn=lambda *_: False),
+            ValueError,
+            r"5 nn\.Lin.* in Net, 0 ta",
+        ),
+        (
+            lambda m: convert_(m, overrides={"*": None}),
+            ValueError,
+            "5 taken by .*, none left after",
+        ),
+        (lambda m: revert_(m), ValueError, "no converted layer to revert: Net"),
+        (lambda m: convert_(torch.zeros(3)), TypeError, "must be a torch.nn.Module, got Tensor"),
+        (lambda m: convert_(m, {"k": 1}), TypeError, "config must be a MemAOPConfig, got {'k': 1}"),
+        (lambda m: convert_(m, overrides=[3]), TypeError, r"overrides must map .*got \[3\]"),
+        (
+            lambda m: convert_(m, overrides={"*": 3}),
+            TypeError,
             r"overrides\['\*'\] must be a MemAOPConfig or None, got 3",
         ),
     ],
 )
-def test_arguments_of_the_wrong_type(arguments, message):
-    with pytest.raises(TypeError, match=message):
-        convert_(*arguments)
+def test_what_cannot_be_converted_or_reverted(convert, error, message):
+    model = Net()
+    with pytest.raises(error, match=message):
+        convert(model)
+    assert set(configs(model).values()) == {None}

@@ -14,7 +14,6 @@ from memaop_triton.flops import (
     rows_within,
     weight_grad_flops,
 )
-from tests.schemes import flat_config
 
 SHAPES = [(256, 784, 256), (2048, 512, 2048), (2048, 2048, 512), (128, 128, 128), (4096, 64, 96)]
 BUDGETS = [1 / 2, 1 / 4, 1 / 8]
@@ -117,24 +116,3 @@ def test_a_budget_below_one_row_still_computes_one():
     config = MemAOPConfig(budget=1e-4, memory="none")
     assert config.num_rows(64, 8, 8) == 1
     assert MemAOPConfig(budget=1e-4, memory="none", block_rows=16).num_rows(64, 8, 8) == 16
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"budget": 1.0}, "budget=1 is what dense costs"),
-        ({"budget": 0.0}, r"budget=0.0 must be in \(0, 1\]"),
-        ({"budget": 1.5}, r"budget=1.5 must be in \(0, 1\]"),
-        ({"budget": 1 / 8, "ratio": 1 / 8}, "ratio=0.125 and budget=0.125 say the same thing"),
-        ({"budget": 1 / 8, "k": 8}, "k=8 and budget=0.125 say the same thing"),
-        ({"side": "gard"}, "side='gard' is not one of .* Did you mean 'grad'"),
-    ],
-)
-def test_settings_that_make_no_sense(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        flat_config(**arguments)
-
-
-def test_a_budget_is_a_number():
-    with pytest.raises(TypeError, match=r"budget must be a number .* got '1/8'"):
-        MemAOPConfig(budget="1/8")

@@ -35,13 +35,11 @@ class Launch:
 
     Attributes:
         kernel: Name of the kernel.
-        grid: Its programs along each axis.
         read: Distinct bytes loaded, by the first parameter that the memory was passed as.
-        written: Distinct bytes stored, likewise. Atomic updates count as both.
+        written: Distinct bytes stored, likewise.
     """
 
     kernel: str
-    grid: tuple[int, ...]
     read: dict[str, int] = field(default_factory=dict)
     written: dict[str, int] = field(default_factory=dict)
 
@@ -97,8 +95,7 @@ def counted() -> Iterator[list[Launch]]:
                 memory = _Memory(interpreter._interpreter, meter)
                 patch_launch(interpreter, "_interpreter", memory)
                 execute(executor, *args, **kwargs)
-            grid = executor.grid(given) if callable(executor.grid) else executor.grid
-            launches.append(Launch(meter.kernel, tuple(grid), *meter.totals()))
+            launches.append(Launch(meter.kernel, *meter.totals()))
 
         patch(interpreter.GridExecutor, "__call__", counting)
         yield launches
@@ -153,22 +150,19 @@ class _Meter:
         tensor = getattr(value, "base", value)  # of a TensorDescriptor
         if not isinstance(tensor, torch.Tensor):
             return
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name} is on {tensor.device}; traffic is counted on the CPU only")
         storage = tensor.untyped_storage()
         marks = np.zeros((2, storage.nbytes()), dtype=bool)
         self.buffers[name] = (storage.data_ptr(), marks[0], marks[1])
 
-    def mark(self, pointers: np.ndarray, mask: Any, size: int, kinds: tuple[int, ...]) -> None:
-        """Note an access of `size` bytes at each pointer under the mask; 1 reads, 2 writes."""
+    def mark(self, pointers: np.ndarray, mask: Any, size: int, kind: int) -> None:
+        """Note an access of `size` bytes at each pointer under the mask; 0 reads, 1 writes."""
         live = np.broadcast_to(mask, pointers.shape)
         left = pointers[live].astype(np.int64)
         for start, *marks in self.buffers.values():
             offsets = left - start
             inside = (offsets >= 0) & (offsets + size <= marks[0].size)
             touched = (offsets[inside][:, None] + np.arange(size)).ravel()
-            for kind in kinds:
-                marks[kind - 1][touched] = True
+            marks[kind][touched] = True
             left = left[~inside]
         if left.size:
             raise OutOfBoundsError(
@@ -183,23 +177,15 @@ class _Meter:
 
 
 class _Memory:
-    """The interpreter's four ways to memory, each marked first."""
+    """The interpreter's ways to memory, each marked first; no kernel has atomic updates."""
 
     def __init__(self, real: Any, meter: _Meter) -> None:
         self._real, self._mark = real, meter.mark
 
     def load(self, pointers: Any, mask: Any, other: Any, dtype: Any) -> Any:
-        self._mark(pointers, mask, np.dtype(dtype).itemsize, (1,))
+        self._mark(pointers, mask, np.dtype(dtype).itemsize, 0)
         return self._real.load(pointers, mask, other, dtype)
 
     def store(self, pointers: Any, value: Any, mask: Any) -> Any:
-        self._mark(pointers, mask, value.dtype.itemsize, (2,))
+        self._mark(pointers, mask, value.dtype.itemsize, 1)
         return self._real.store(pointers, value, mask)
-
-    def atomic_rmw(self, op: Any, pointers: Any, value: Any, mask: Any, order: Any) -> Any:
-        self._mark(pointers, mask, value.dtype.itemsize, (1, 2))
-        return self._real.atomic_rmw(op, pointers, value, mask, order)
-
-    def atomic_cas(self, pointers: Any, expected: Any, value: Any, order: Any) -> Any:
-        self._mark(pointers, True, value.dtype.itemsize, (1, 2))
-        return self._real.atomic_cas(pointers, expected, value, order)

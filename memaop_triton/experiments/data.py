@@ -62,7 +62,7 @@ def load_images(name: str, data_dir: Path | None = None) -> Images:
 
     Raises:
         DataError: The file is missing or not as described, or the download failed.
-        MissingExtraError: scikit-learn is needed and not installed.
+        CommandError: scikit-learn is needed and not installed.
     """
     if name == "digits":
         return _digits()
@@ -77,7 +77,7 @@ def load_energy(data_dir: Path | None = None) -> npt.NDArray[np.float64]:
 
     Raises:
         DataError: The file is missing or not as described, or the download failed.
-        MissingExtraError: scikit-learn is needed and not installed.
+        CommandError: scikit-learn is needed and not installed.
     """
     if data_dir is None:
         table, source = _fetch_energy(), "OpenML's data set 1472"

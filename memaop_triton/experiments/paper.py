@@ -152,7 +152,7 @@ def load_problem(name: str, data_dir: Path | None) -> Problem:
 
     Raises:
         DataError: The data is missing.
-        MissingExtraError: scikit-learn is needed to fetch it and not installed.
+        CommandError: scikit-learn is needed to fetch it and not installed.
     """
     return prepare_mnist(data_dir) if name == "mnist" else prepare_energy(load_energy(data_dir))
 

@@ -182,8 +182,8 @@ def _options(
     shares = set(map(float, ratios or (DEFAULT_BUDGETS if has_budget else DEFAULT_RATIOS)))
     options = []
     for share in sorted(shares - {1.0} if has_budget else shares):
-        config = layer.config.with_budget(share) if has_budget else layer.config.with_ratio(share)
-        flops, variance = _outcome(layer, seen, config)
+        spent = {"budget": share} if has_budget else {"ratio": share}
+        flops, variance = _outcome(layer, seen, layer.config.spending(**spent))
         options.append(Option(share, uses * flops, uses * variance))
     return options
 

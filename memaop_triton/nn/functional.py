@@ -93,15 +93,6 @@ _BATCHED = (
     "torch.autograd.grad(is_grads_batched=True): call .eval() on the layer, which makes its "
     "gradients exact, or revert_ it."
 )
-_BATCHED_KEYS: tuple[Any, ...] = tuple(
-    map(torch._C._parse_dispatch_key, ("Batched", "FuncTorchBatched"))
-)
-
-
-def _is_batched(a: Tensor) -> bool:
-    """Whether `a` stands for many tensors, as within `vmap`."""
-    keys = torch._C._dispatch_keys(a)
-    return any(keys.has(key) for key in _BATCHED_KEYS)
 
 
 def _wanted_gradients(ctx: Any) -> tuple[bool, bool, bool]:
@@ -131,8 +122,11 @@ def _is_delivered(node: Any) -> bool:
 def _backward(
     ctx: Any, grad_output: Tensor, x: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if not torch.compiler.is_compiling() and _is_batched(grad_output):
-        raise RuntimeError(_BATCHED)
+    if not torch.compiler.is_compiling():
+        # `torch.autograd.grad(is_grads_batched=True)` hands in many gradients as one tensor.
+        batching = torch._C._functorch
+        if batching.is_batchedtensor(grad_output) or batching.is_legacy_batchedtensor(grad_output):
+            raise RuntimeError(_BATCHED)
     wants_x, wants_weight, wants_bias = _wanted_gradients(ctx)
     g = _as_rows(grad_output)
     rows = _as_rows(x) if x is not None and wants_weight else g.new_empty(0)

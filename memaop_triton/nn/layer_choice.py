@@ -47,26 +47,20 @@ def choose_layers(
             )
 
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if filter_fn is None:
-        taken = {
-            n: m
-            for n, m in linears.items()
-            if class_below_fsdp(type(m)) is nn.Linear or _is_converted(m)
-        }
-    else:
-        taken = {n: m for n, m in linears.items() if filter_fn(m, n)}
-    twice = [quoted(name) for name, module in taken.items() if _is_converted(module)]
+    is_taken = _is_plain_or_converted if filter_fn is None else filter_fn
+    taken = {n: m for n, m in linears.items() if is_taken(m, n)}
+    twice = [quoted(name) for name, module in taken.items() if isinstance(module, MemAOPLinear)]
     if twice:
         raise ValueError(
             f"model is converted already: {', '.join(twice)}. Call revert_(model) first, or leave "
             "these layers out with filter_fn."
         )
     chosen = _apply_overrides(model, taken, config, overrides)
-    others = {n: m for n, m in linears.items() if n not in taken and not _is_converted(m)}
+    others = [f"{quoted(n)} ({type(m).__name__})" for n, m in linears.items() if n not in taken]
     if filter_fn is None and others:
-        named = ", ".join(f"{quoted(n)} ({type(m).__name__})" for n, m in others.items())
         warnings.warn(
-            f"left as they are, being subclasses of nn.Linear: {named}. A filter_fn can take them.",
+            f"left as they are, being subclasses of nn.Linear: {', '.join(others)}. "
+            "A filter_fn can take them.",
             stacklevel=3,
         )
     if not chosen:
@@ -101,8 +95,8 @@ def quoted(name: str) -> str:
     return repr(name) if name else "the model itself"
 
 
-def _is_converted(module: nn.Module) -> bool:
-    return isinstance(module, MemAOPLinear)
+def _is_plain_or_converted(module: nn.Module, _: str) -> bool:
+    return class_below_fsdp(type(module)) is nn.Linear or isinstance(module, MemAOPLinear)
 
 
 def _apply_overrides(

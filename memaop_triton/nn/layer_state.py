@@ -27,7 +27,6 @@ from memaop_triton.memory.kinds import Memory
 # Sizes that no other dimension of a graph is likely to have: it would take the two for one.
 _numbers = itertools.count(10_000_019)
 _states: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
-_order_on: dict[torch.device, Tensor] = {}
 # Configurations without a memory that `memaop_linear` is called with in turn, on each device.
 _MAX_STATES_WITHOUT_MEMORY = 256
 # Configurations that one memory is used with in turn.
@@ -37,12 +36,9 @@ _MAX_STATES_OF_A_MEMORY = 16
 class LayerState:
     """Configuration and memory of one layer.
 
-    Args:
+    Attributes:
         config: What the backward pass computes.
         memory: What is remembered between steps, `None` for `memory="none"`.
-
-    Attributes:
-        config: As given.
         handle: [number, 0], uint8: what stands for this object in a graph.
         order: [1], uint8, one per device: every operator that draws random numbers or changes a
             memory declares that it writes to this tensor, which keeps such operators in the order
@@ -56,6 +52,7 @@ class LayerState:
             not watched.
     """
 
+    memory: Memory | None
     shards: ProcessShards | None = None
     factors: list[Factors] | None = None
     on_weight_grad: Callable[[Tensor], None] | None = None
@@ -63,22 +60,11 @@ class LayerState:
 
     def __init__(self, config: MemAOPConfig, memory: Memory | None) -> None:
         self.config = config
-        self._hold(memory)
-        self._register(torch.device("cpu"))
-
-    @property
-    def memory(self) -> Memory | None:
-        """What is remembered between steps."""
-        return self._memory
-
-    def _hold(self, memory: Memory | None) -> None:
-        self._memory = memory
-
-    def _register(self, device: torch.device) -> None:
+        self.memory = memory
         number = next(_numbers)
         _states[number] = self
-        self.handle = torch.empty((number, 0), dtype=torch.uint8, device=device)
-        self.order = _order(device)
+        self.handle = torch.empty((number, 0), dtype=torch.uint8, device="cpu")
+        self.order = _order(self.handle.device)
 
     def move(self, device: torch.device) -> None:
         """Put the handle on a device: a graph of that device's operators then has no other."""
@@ -97,14 +83,10 @@ class LayerState:
             self.memory.convert(fn)
         self.move(fn(self.handle.new_empty(0)).device)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "memory": self.memory}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.config = state["config"]
-        self._hold(state["memory"])
-        # A file may be read where its device does not exist: the layer moves the handle back.
-        self._register(torch.device("cpu"))
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The handle of a copy is on the CPU until its layer moves it, because a file may be read
+        # where the device does not exist.
+        return type(self), (self.config, self.memory)
 
 
 class _StateOfMemory(LayerState):
@@ -112,22 +94,18 @@ class _StateOfMemory(LayerState):
 
     @property
     def memory(self) -> Memory | None:
-        return self._memory_ref()
+        return self._memory()
 
-    def _hold(self, memory: Memory | None) -> None:
+    @memory.setter
+    def memory(self, memory: Memory | None) -> None:
         assert memory is not None
-        self._memory_ref = weakref.ref(memory)
+        self._memory = weakref.ref(memory)
 
 
 def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Memory | None:
     """The empty memory that `config` asks for, to be given to `memaop_linear` in every step.
 
-    `None` for `memory="none"`.
-
-    Args:
-        config: What the backward pass computes.
-        in_features: N, length of a row of X.
-        out_features: P, length of a row of G.
+    It fits a weight of shape [out_features, in_features]. `None` for `memory="none"`.
     """
     memory = kinds.new_memory(config, in_features, out_features)
     if memory is not None:
@@ -158,17 +136,12 @@ def _state_without_memory(config: MemAOPConfig, device: torch.device) -> LayerSt
     return state
 
 
-def find(handle: Tensor) -> LayerState:
-    """The state that a handle stands for.
+def find(number: int) -> LayerState:
+    """The state whose handle has this first size.
 
     Raises:
         RuntimeError: Its layer or memory no longer exists.
     """
-    return find_by_number(handle.shape[0])
-
-
-def find_by_number(number: int) -> LayerState:
-    """As `find`, by the number that is the handle's first size."""
     state = _states.get(number)
     if state is None:
         raise RuntimeError(
@@ -178,7 +151,6 @@ def find_by_number(number: int) -> LayerState:
     return state
 
 
+@functools.cache
 def _order(device: torch.device) -> Tensor:
-    if device not in _order_on:
-        _order_on[device] = torch.zeros(1, dtype=torch.uint8, device=device)
-    return _order_on[device]
+    return torch.zeros(1, dtype=torch.uint8, device=device)

@@ -28,18 +28,7 @@ class MemAOPLinear(nn.Linear):
     layer (`torch.jit.script`) is a dense one. Call `reset_memory` on a copy that is not trained, or
     it holds a copy of the memory too.
 
-    Args:
-        in_features: N.
-        out_features: P.
-        bias: Whether to add a learned bias.
-        config: What the backward pass computes; `MemAOPConfig()` if `None`.
-        device: Of the parameters.
-        dtype: Of the parameters.
-
-    Attributes:
-        config: The configuration.
-        memory: This layer's memory, `None` for `memory="none"`. Not a buffer: it is saved by
-            `memory_state_dict`, follows `.to()`, and is never synchronised between processes.
+    The arguments are those of `nn.Linear`, and `config`: `MemAOPConfig()` if `None`.
     """
 
     #: What `revert_` turns the layer back into.
@@ -76,12 +65,8 @@ class MemAOPLinear(nn.Linear):
         # Shallow, one level deeper than copy.copy: the dictionaries of parameters and hooks are
         # copied, what they hold is shared.
         twin = type(linear).__new__(type(linear))
-        twin.__dict__.update(
-            {
-                name: value.copy() if isinstance(value, dict) else value
-                for name, value in linear.__dict__.items()
-            }
-        )
+        for name, value in vars(linear).items():
+            vars(twin)[name] = value.copy() if isinstance(value, dict) else value
         return cls.adopt_(twin, config)
 
     @staticmethod
@@ -127,7 +112,9 @@ class MemAOPLinear(nn.Linear):
     def memory(self) -> Memory | None:
         """What is remembered between steps, `None` for `memory="none"`.
 
-        Where the weight is divided by tensor parallelism, one for the columns of this process.
+        Not a buffer: it is saved by `memory_state_dict`, follows `.to()`, and is never synchronised
+        between processes. Where the weight is divided by tensor parallelism, one for the columns of
+        this process.
         """
         weight = self._parameters.get("weight")
         # What `fully_shard` divides is whole again by the time a layer works with it.
@@ -151,7 +138,7 @@ class MemAOPLinear(nn.Linear):
             ValueError: `ratio` is out of range.
             TypeError: `ratio` is not a number.
         """
-        config = self.config.with_ratio(ratio)
+        config = self.config.spending(ratio=ratio)
         if self.config.leaves_rank_open and isinstance(self.memory, SubspaceMemory):
             assert config.subspace is not None
             kept = dataclasses.replace(config.subspace, rank=self.memory.keep_rank())
@@ -170,19 +157,17 @@ class MemAOPLinear(nn.Linear):
             ValueError: `budget` is out of range.
             TypeError: `budget` is not a number.
         """
-        self.layer_state.config = self.config.with_budget(budget)
+        self.layer_state.config = self.config.spending(budget=budget)
         if isinstance(self.memory, SubspaceMemory):
             self.memory.change_budget(self.config)
-
-    def _parameter_device(self) -> torch.device:
-        # Not `self.weight`: a parametrised one would be computed.
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def _set_config(self, config: MemAOPConfig) -> None:
         check_config(config)
         memory = new_memory(config, self.in_features, self.out_features)
         self.layer_state = LayerState(config, memory)
-        self.layer_state.move(self._parameter_device())
+        # Not `self.weight`: a parametrised one would be computed.
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        self.layer_state.move(device)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
@@ -287,14 +272,13 @@ def _class_for(dense_class: type[nn.Linear]) -> type[MemAOPLinear]:
     """The `MemAOPLinear` that keeps everything of `dense_class` but the forward pass."""
     if dense_class not in _classes:
         below = class_below_fsdp(dense_class)
+        new_class: type[MemAOPLinear]
         if below is not dense_class:
             new_class = _with_fsdp_of(dense_class, _class_for(below))
-            new_class.dense_class = dense_class
-            _classes[dense_class] = new_class
-            return new_class
-        name = f"MemAOP{dense_class.__name__}"
-        bases = (MemAOPLinear, dense_class)
-        _classes[dense_class] = type(name, bases, {"dense_class": dense_class})
+        else:
+            new_class = type(f"MemAOP{dense_class.__name__}", (MemAOPLinear, dense_class), {})
+        new_class.dense_class = dense_class
+        _classes[dense_class] = new_class
     return _classes[dense_class]
 
 

@@ -37,26 +37,12 @@ _TAGS = (
     torch.Tag.cudagraph_unsafe,
 )
 
-torch.library.define(
-    "memaop_triton::weight_grad",
-    "(Tensor x, Tensor g, Tensor handle, Tensor(a!) order, *, bool bias_grad)"
-    " -> (Tensor dw, Tensor db)",
-    tags=_TAGS,
-)
-torch.library.define(
-    "memaop_triton::sampled_backward",
-    "(Tensor x, Tensor g, Tensor weight, Tensor handle, Tensor(a!) order, *, bool weight_grad, "
-    "bool bias_grad, bool is_frozen) -> (Tensor dx, Tensor dw, Tensor db)",
-    tags=_TAGS,
-)
 
-
-@torch.library.impl("memaop_triton::weight_grad", "CompositeExplicitAutograd")
 def _weight_grad(
     x: Tensor, g: Tensor, handle: Tensor, order: Tensor, *, bias_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """dW [P, N] and db [P] from x [M, N] and g [M, P], as the state of `handle` says."""
-    state = layer_state.find(handle)
+    state = layer_state.find(handle.shape[0])
     dw, db = _gradients(state, x, g, bias_grad)
     return dw, g.new_empty(0) if db is None else db
 
@@ -80,13 +66,10 @@ def _gradients(
     return gradients
 
 
-def _weight_grad_fake(
-    x: Tensor, g: Tensor, handle: Tensor, order: Tensor, *, bias_grad: bool
-) -> tuple[Tensor, Tensor]:
+def _weight_grad_fake(x: Tensor, g: Tensor, *_: Any, bias_grad: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty((g.shape[1], x.shape[1])), g.new_empty(g.shape[1] if bias_grad else 0)
 
 
-@torch.library.impl("memaop_triton::sampled_backward", "CompositeExplicitAutograd")
 def _sampled_backward(
     x: Tensor,
     g: Tensor,
@@ -104,7 +87,7 @@ def _sampled_backward(
     shape [0] if no weight gradient is wanted. Of a weight that is frozen no step of dW counts for
     the memory, so that of dX does.
     """
-    state = layer_state.find(handle)
+    state = layer_state.find(handle.shape[0])
     config, memory = state.config, state.memory
     selection = dx = None
     is_empty = g.numel() == 0 or weight.numel() == 0
@@ -132,23 +115,21 @@ def _sampled_backward(
 
 
 def _sampled_backward_fake(
-    x: Tensor,
-    g: Tensor,
-    weight: Tensor,
-    handle: Tensor,
-    order: Tensor,
-    *,
-    weight_grad: bool,
-    bias_grad: bool,
-    is_frozen: bool,
+    x: Tensor, g: Tensor, weight: Tensor, *_: Any, weight_grad: bool, bias_grad: bool, **__: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = g.new_empty((g.shape[0], weight.shape[1]))
     dw = x.new_empty((g.shape[1], x.shape[1]) if weight_grad else 0)
     return dx, dw, g.new_empty(g.shape[1] if bias_grad else 0)
 
 
-torch.library.register_fake("memaop_triton::weight_grad", _weight_grad_fake)
-torch.library.register_fake("memaop_triton::sampled_backward", _sampled_backward_fake)
+for _name, _compute, _fake in (
+    ("memaop_triton::weight_grad", _weight_grad, _weight_grad_fake),
+    ("memaop_triton::sampled_backward", _sampled_backward, _sampled_backward_fake),
+):
+    _schema = torch.library.infer_schema(_compute, mutates_args=("order",))
+    torch.library.define(_name, _schema, tags=_TAGS)
+    torch.library.impl(_name, "CompositeExplicitAutograd", _compute)
+    torch.library.register_fake(_name, _fake)
 
 
 # What `FlopCounterMode` reports: products of matrices, as for PyTorch's own operators.
@@ -156,9 +137,13 @@ torch.library.register_fake("memaop_triton::sampled_backward", _sampled_backward
 
 @register_flop_formula(torch.ops.memaop_triton.weight_grad)
 def _flops_of_weight_grad(
-    x: torch.Size, g: torch.Size, handle: torch.Size, *_: Any, **settings: Any
+    x: torch.Size, g: torch.Size, handle: torch.Size, *_: Any, **__: Any
 ) -> int:
-    return _weight_grad_flops(x[0], x[1], g[1], handle)
+    (m, n), p = x, g[1]
+    state = layer_state.find(handle[0])
+    k = rows_to_compute(state.config, state.memory, m, n, p)
+    subspace = state.memory.cost if isinstance(state.memory, SubspaceMemory) else None
+    return weight_grad_flops(m, n, p, k, subspace)
 
 
 @register_flop_formula(torch.ops.memaop_triton.sampled_backward)
@@ -169,16 +154,9 @@ def _flops_of_sampled_backward(
     handle: torch.Size,
     *_: Any,
     weight_grad: bool,
-    **settings: Any,
+    **__: Any,
 ) -> int:
     (m, p), n = g, weight[1]
-    state = layer_state.find_by_number(handle[0])
+    state = layer_state.find(handle[0])
     dx = flops_of_input_grad(state.config, state.memory, m, n, p)
-    return dx + (_weight_grad_flops(m, n, p, handle) if weight_grad else 0)
-
-
-def _weight_grad_flops(m: int, n: int, p: int, handle_shape: torch.Size) -> int:
-    state = layer_state.find_by_number(handle_shape[0])
-    k = rows_to_compute(state.config, state.memory, m, n, p)
-    subspace = state.memory.cost if isinstance(state.memory, SubspaceMemory) else None
-    return weight_grad_flops(m, n, p, k, subspace)
+    return dx + (_flops_of_weight_grad(x, g, handle) if weight_grad else 0)

@@ -21,7 +21,7 @@ This module loads `torch.distributed.tensor`; it is imported where a weight is a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -35,13 +35,7 @@ from memaop_triton.nn.layer_state import LayerState
 class _Along(NamedTuple):
     """How a layer's operands lie along one dimension of the mesh.
 
-    Attributes:
-        x: Placement of the input that a process works on.
-        y: Of the output.
-        dx: Of the input gradient as the processes compute it.
-        dw: Of the weight gradient as they compute it.
-        b: Of the bias.
-        db: Of the bias gradient as they compute it.
+    `x` and `b` are what a process works on, the gradients `dx`, `dw` and `db` what it computes.
     """
 
     x: Placement
@@ -50,18 +44,6 @@ class _Along(NamedTuple):
     dw: Placement
     b: Placement
     db: Placement
-
-
-class _Once(torch.autograd.Function):
-    """A bias that is added once to a sum over processes: zeros in all but one of them."""
-
-    @staticmethod
-    def forward(ctx: Any, bias: Tensor, is_here: bool) -> Tensor:
-        return bias.view_as(bias) if is_here else torch.zeros_like(bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
 
 
 def local_sizes(weight: Tensor) -> tuple[int, int]:
@@ -119,8 +101,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) ->
         b_part = _part(bias, [a.db for a in along])
     if divided is not None:
         state.shards = ProcessShards(mesh.get_group(divided))
-        if b_part is not None and along[divided].y.is_partial():
-            b_part = cast(Tensor, _Once.apply(b_part, mesh.get_local_rank(divided) == 0))
+        is_sum = along[divided].y.is_partial()
+        if b_part is not None and is_sum and mesh.get_local_rank(divided) != 0:
+            # Added once to a sum over processes: here zeros, with the gradient of a bias.
+            b_part = b_part - b_part.detach()
     state.fit(w_part.shape[1], w_part.shape[0])
     y = linear_of_state(x_part, w_part, b_part, state)
     shape = torch.Size((*x.shape[:-1], weight.shape[0]))

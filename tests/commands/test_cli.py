@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from memaop_triton.commands import cli
-from memaop_triton.errors import CommandError
+from memaop_triton.errors import CommandError, require_extra
 from memaop_triton.experiments import data, demo, paper, paper_report, published
 from memaop_triton.experiments.data import DataError
 from memaop_triton.experiments.numbers import Value
@@ -84,6 +84,8 @@ def test_environment_variable_names_the_data(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize("module", ["sklearn", "matplotlib"])
 def test_missing_extra_says_what_to_install(module, capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(CommandError, match=module):
+        require_extra("demo", module)
     line = error_of(capsys, "demo", "--output", str(tmp_path))
     assert f"{module} is not installed: pip install 'memaop-triton[demo]'" in line
 

@@ -92,7 +92,9 @@ def check_other_models_are_refused():
             *converted("residual")[::2], nn.ReLU()
         ),
         "memory of layer '2': g has shape": converted("residual", outputs=3),
-        "memory of layer '0': signed=False in the state": converted("signed"),
+        "memory of layer '0': state is of a 'residual' memory, this one is 'signed'": converted(
+            "signed"
+        ),
         "memory of layer '0': state is of a 'residual' memory": converted("subspace"),
         "unknown ['0', '2']": converted("none"),
     }

@@ -262,7 +262,7 @@ def test_what_was_measured_is_saved():
     loaded = copy.deepcopy(memory)
     loaded.reset()
     loaded.load_state_dict(memory.state_dict())
-    config = model[1].config.with_budget(1 / 2)
+    config = model[1].config.spending(budget=1 / 2)
     assert loaded.least_variance(config) == memory.least_variance(config)
     assert loaded.least_variance(config)[0] < memory.least_variance(model[1].config)[0]
 

@@ -77,9 +77,9 @@ class Functional(nn.Module):
         return memaop_linear(x, self.weight, None, self.config, self.memory)
 
 
-def train(call, model, rows=(24,) * 5, *, autocast=False, optimizer=torch.optim.SGD):
+def train(call, model, rows=(24,) * 5, *, autocast=False):
     """Losses, parameters and memories of a few steps with a learning rate that changes."""
-    opt = optimizer(model.parameters(), lr=0.1)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
     with contextlib.suppress(ValueError):  # a model without converted layers
         attach_optimizer(model, opt)
     torch.manual_seed(1)
@@ -121,7 +121,7 @@ def test_equals_eager_bit_for_bit_with_changing_batches(schemes):
     configs = [flat_config(ratio=1 / 4, refresh_every=2, **scheme) for scheme in schemes]
     eager, compiled = both(branches(configs), "aot_eager", rows=(24, 24, 40, 16, 24, 64))
     exactly(compiled, eager)
-    # One graph for the first shape, one for all others.
+    # One graph for the first shape, one for all others, whatever rates, signs and bases are.
     assert counters["stats"]["unique_graphs"] == 2
 
 
@@ -140,10 +140,12 @@ def test_equals_eager_under_inductor():
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("grad_input", ["sampled", "projected"])
-def test_approximate_input_gradient(grad_input):
+@pytest.mark.parametrize(
+    ("grad_input", "autocast"), [("sampled", False), ("projected", False), ("exact", True)]
+)
+def test_approximate_input_gradient_and_autocast(grad_input, autocast):
     config = MemAOPConfig(ratio=1 / 4, grad_input=grad_input)
-    exactly(*both(convert_(Branches(), config), "aot_eager"))
+    exactly(*both(convert_(Branches(), config), "aot_eager", autocast=autocast))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -155,25 +157,10 @@ def test_layer_used_twice_and_checkpointed(memory, backend):
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
-def test_autocast():
-    model = convert_(Branches(), MemAOPConfig(ratio=1 / 4))
-    exactly(*both(model, "aot_eager", autocast=True))
-
-
 def test_functional_form():
     model = Functional()
     eager, compiled = both(model, "aot_eager")
     exactly(compiled, eager)
-    assert counters["stats"]["unique_graphs"] == 1
-
-
-@pytest.mark.parametrize("memory", ["signed", "subspace"])
-def test_rates_signs_and_refreshes_do_not_recompile(memory):
-    selection = "topk" if memory == "signed" else "priority"
-    config = flat_config(ratio=1 / 4, selection=selection, memory=memory, refresh_every=3)
-    model = convert_(Branches(), config)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        train(torch.compile(model, fullgraph=True, backend="aot_eager"), model, rows=(24,) * 12)
     assert counters["stats"]["unique_graphs"] == 1
 
 

@@ -58,11 +58,9 @@ def test_conversion_of_dtype_takes_the_memory_along(memory_scheme, dtype, train_
 def test_memory_dtype_stays_through_conversions(train_step):
     config = MemAOPConfig(k=3, selection="topk", memory=Rows(dtype=torch.float32))
     layer = MemAOPLinear(12, 5, config=config)
-    train_step(layer, torch.randn(17, 12))
-    layer.to(torch.bfloat16)
-    assert layer.memory.x.dtype == torch.float32
-    train_step(layer, torch.randn(17, 12).bfloat16())
-    assert layer.memory.x.dtype == torch.float32
+    for dtype in (torch.float32, torch.bfloat16):
+        train_step(layer.to(dtype), torch.randn(17, 12, dtype=dtype))
+        assert layer.memory.x.dtype == torch.float32
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["backward-inside", "backward-outside"])
@@ -130,7 +128,6 @@ def test_float16_subspace_of_large_rows_is_finite(size):
 
 def test_autocast_leaves_float64_alone_like_nn_linear():
     dense = nn.Linear(12, 5, dtype=torch.float64)
-    layer = MemAOPLinear.from_linear(dense)
     x = torch.randn(17, 12, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(x), dense(x))
+        assert torch.equal(MemAOPLinear.from_linear(dense)(x), dense(x))

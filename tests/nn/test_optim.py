@@ -16,6 +16,13 @@ def two_layers():
     return convert_(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), PAPER)
 
 
+def attached(model, lr=0.4):
+    """An optimizer of all parameters, which the memories of `model` follow."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    attach_optimizer(model, optimizer)
+    return optimizer
+
+
 def test_every_layer_follows_the_group_of_its_weight():
     model = two_layers()
     groups = [
@@ -37,8 +44,7 @@ def test_every_layer_follows_the_group_of_its_weight():
 
 def test_carried_rows_are_rescaled_by_the_root_of_the_rates():
     layer = convert_(nn.Linear(6, 5), MemAOPConfig.paper(k=1, memory=Rows(decay=0.5)))
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.4)
-    attach_optimizer(layer, optimizer)
+    optimizer = attached(layer)
     layer(torch.randn(9, 6)).square().sum().backward()
     before, filled = layer.memory.x.clone(), layer.memory.filled.clone()
     optimizer.param_groups[0]["lr"] = 0.1
@@ -50,8 +56,7 @@ def test_carried_rows_are_rescaled_by_the_root_of_the_rates():
 
 def test_memory_rests_while_the_rate_is_zero(contents, same):
     layer = convert_(nn.Linear(6, 5), PAPER)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.4)
-    attach_optimizer(layer, optimizer)
+    optimizer = attached(layer)
     layer(torch.randn(9, 6)).sum().backward()
     before = contents(layer.memory)
     optimizer.param_groups[0]["lr"] = 0.0
@@ -62,8 +67,7 @@ def test_memory_rests_while_the_rate_is_zero(contents, same):
 
 def test_copies_and_lost_optimizers_are_not_attached():
     model = two_layers()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.4)
-    attach_optimizer(model, optimizer)
+    optimizer = attached(model)
     assert copy.deepcopy(model)[0].memory.learning_rate is None
     del optimizer
     gc.collect()
@@ -71,15 +75,11 @@ def test_copies_and_lost_optimizers_are_not_attached():
     model(torch.randn(9, 6)).sum().backward()
 
 
-def test_layers_without_row_memory_need_no_optimizer():
-    model = convert_(nn.Sequential(nn.Linear(6, 5)), MemAOPConfig())
-    attach_optimizer(model, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1))
-
-
-def test_model_that_is_not_converted():
-    model = nn.Linear(6, 5)
+def test_a_model_without_a_row_memory_needs_no_optimizer_and_one_without_a_layer_is_refused():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
+    attach_optimizer(convert_(nn.Sequential(nn.Linear(6, 5))), optimizer)
     with pytest.raises(ValueError, match="no converted layer: call convert_"):
-        attach_optimizer(model, torch.optim.SGD(model.parameters(), lr=1))
+        attach_optimizer(nn.Linear(6, 5), optimizer)
 
 
 def test_optimizer_without_the_weight_names_the_layer():
@@ -91,25 +91,18 @@ def test_optimizer_without_the_weight_names_the_layer():
     attach_optimizer(model, optimizer)
 
 
-def test_parametrised_weight_follows_the_parameters_it_is_made_of():
-    layer = parametrizations.weight_norm(nn.Linear(6, 5))
-    convert_(layer, PAPER, filter_fn=lambda module, name: True)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.4)
-    attach_optimizer(layer, optimizer)
-    assert layer.memory.learning_rate == 0.4
-
-
-def test_pruned_weight_follows_the_parameter_it_is_made_of():
-    layer = convert_(prune.l1_unstructured(nn.Linear(6, 5), "weight", amount=3), PAPER)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.4)
-    attach_optimizer(layer, optimizer)
-    assert layer.memory.learning_rate == 0.4
+@pytest.mark.parametrize(
+    "wrap", [parametrizations.weight_norm, lambda one: prune.l1_unstructured(one, "weight", 3)]
+)
+def test_a_computed_weight_follows_the_parameters_it_is_made_of(wrap):
+    layer = convert_(wrap(nn.Linear(6, 5)), PAPER, filter_fn=lambda module, name: True)
+    optimizer = attached(layer)
+    assert layer.memory.learning_rate == optimizer.param_groups[0]["lr"] == 0.4
 
 
 def test_slots_beyond_a_shorter_batch_are_rescaled_too():
     model = convert_(nn.Sequential(nn.Linear(6, 4)), MemAOPConfig.paper(k=2))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.4)
-    attach_optimizer(model, optimizer)
+    optimizer = attached(model)
     model(torch.randn(9, 6)).square().sum().backward()
     memory = model[0].memory
     x, g, filled = memory.x[5:].clone(), memory.g[5:].clone(), memory.filled[5:].clone()

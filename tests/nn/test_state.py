@@ -14,6 +14,10 @@ from memaop_triton import (
 )
 from tests.schemes import flat_config
 
+ROWS = {"selection": "topk", "memory": "residual"}
+SIGNED = {"selection": "topk", "memory": "signed"}
+SUBSPACE = {"selection": "priority", "memory": "subspace"}
+
 
 def converted(scheme):
     torch.manual_seed(1)
@@ -21,19 +25,23 @@ def converted(scheme):
     return convert_(model, flat_config(k=3, rank=2, refresh_every=3, **scheme))
 
 
-def steps(model, optimizer, scheduler, count, seed):
-    draws = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        optimizer.zero_grad()
-        model(torch.randn(17, 12, generator=draws)).square().mean().backward()
-        optimizer.step()
-        scheduler.step()
+class Training:
+    """A converted model with its optimizer and schedule."""
 
+    def __init__(self, scheme):
+        self.model = converted(scheme)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        attach_optimizer(self.model, self.optimizer)
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
 
-def trainer(model):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    attach_optimizer(model, optimizer)
-    return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+    def run(self, steps, seed):
+        draws = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            self.model(torch.randn(17, 12, generator=draws)).square().mean().backward()
+            self.optimizer.step()
+            self.scheduler.step()
+        return self
 
 
 def through_a_file(state):
@@ -44,131 +52,96 @@ def through_a_file(state):
 
 
 def test_resumed_run_equals_the_uninterrupted_run_bit_for_bit(scheme):
-    model = converted(scheme)
-    optimizer, scheduler = trainer(model)
-    steps(model, optimizer, scheduler, 4, seed=5)
+    whole = Training(scheme).run(4, seed=5)
     saved = through_a_file(
         {
-            "model": model.state_dict(),
-            "memory": memory_state_dict(model),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
+            "model": whole.model.state_dict(),
+            "memory": memory_state_dict(whole.model),
+            "optimizer": whole.optimizer.state_dict(),
+            "scheduler": whole.scheduler.state_dict(),
             "rng": torch.get_rng_state(),
         }
     )
-    steps(model, optimizer, scheduler, 5, seed=6)
+    whole.run(5, seed=6)
 
-    resumed = converted(scheme)
-    optimizer, scheduler = trainer(resumed)
-    steps(resumed, optimizer, scheduler, 1, seed=99)
-    resumed.load_state_dict(saved["model"])
-    load_memory_state_dict(resumed, saved["memory"])
-    optimizer.load_state_dict(saved["optimizer"])
-    scheduler.load_state_dict(saved["scheduler"])
+    resumed = Training(scheme).run(1, seed=99)
+    resumed.model.load_state_dict(saved["model"])
+    load_memory_state_dict(resumed.model, saved["memory"])
+    resumed.optimizer.load_state_dict(saved["optimizer"])
+    resumed.scheduler.load_state_dict(saved["scheduler"])
     torch.set_rng_state(saved["rng"])
-    steps(resumed, optimizer, scheduler, 5, seed=6)
-    for ours, theirs in zip(resumed.parameters(), model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    resumed.run(5, seed=6)
+    assert all(map(torch.equal, resumed.model.parameters(), whole.model.parameters()))
 
 
-def test_memory_before_the_first_step_can_be_saved_and_loaded(scheme):
-    model, other = converted(scheme), converted(scheme)
-    optimizer, scheduler = trainer(other)
-    steps(other, optimizer, scheduler, 2, seed=5)
-    load_memory_state_dict(other, through_a_file(memory_state_dict(model)))
-    assert all(m.nbytes == 0 for m in (layer.memory for layer in other[::2]) if m is not None)
+def test_memory_before_the_first_step_is_saved_loaded_and_reset_to(scheme):
+    state = through_a_file(memory_state_dict(converted(scheme)))
+    for empty in (lambda model: load_memory_state_dict(model, state), reset_memory):
+        model = Training(scheme).run(2, seed=5).model
+        empty(model)
+        assert memory_state_dict(model) == state
+        assert all(layer.memory is None or layer.memory.nbytes == 0 for layer in model[::2])
 
 
 def test_loaded_memory_is_a_copy():
-    model, other = (converted({"selection": "topk", "memory": "residual"}) for _ in range(2))
-    optimizer, scheduler = trainer(model)
-    steps(model, optimizer, scheduler, 2, seed=5)
-    load_memory_state_dict(other, memory_state_dict(model))
+    training, other = Training(ROWS).run(2, seed=5), converted(ROWS)
+    load_memory_state_dict(other, memory_state_dict(training.model))
     before = other[0].memory.x.clone()
-    steps(model, optimizer, scheduler, 1, seed=5)
+    training.run(1, seed=5)
     assert torch.equal(other[0].memory.x, before)
 
 
 def test_loaded_basis_is_laid_out_as_it_was():
     """Products are rounded by the layout, which not every checkpoint keeps."""
-    model, other = (converted(saved("subspace")) for _ in range(2))
-    state = memory_state_dict(filled(saved("subspace"), model))
+    model, other = Training(SUBSPACE).run(1, seed=5).model, converted(SUBSPACE)
     state = {
         name: memory | {side: memory[side].contiguous() for side in ("input", "grad")}
-        for name, memory in state.items()
+        for name, memory in memory_state_dict(model).items()
     }
     load_memory_state_dict(other, state)
     for ours, theirs in zip(other[::2], model[::2], strict=True):
         assert ours.memory.basis.stride() == theirs.memory.basis.stride()
 
 
-def test_reset_memory_forgets_every_layer(scheme):
-    model = converted(scheme)
-    optimizer, scheduler = trainer(model)
-    steps(model, optimizer, scheduler, 2, seed=5)
-    reset_memory(model)
-    assert memory_state_dict(model) == memory_state_dict(converted(scheme))
-    assert all(layer.memory is None or layer.memory.nbytes == 0 for layer in model[::2])
+def misshapen(field):
+    def change(state):
+        old = state["2"][field]
+        new = torch.zeros(*old.shape[:-1], 9, dtype=old.dtype)
+        return state | {"2": state["2"] | {field: new}}
+
+    return change
 
 
-def filled(scheme, model=None):
-    model = converted(scheme) if model is None else model
-    model(torch.randn(17, 12)).sum().backward()
-    return model
-
-
-def saved(memory):
-    return {"selection": "topk" if memory != "subspace" else "priority", "memory": memory}
+def without(field):
+    return lambda state: state | {"2": {n: v for n, v in state["2"].items() if n != field}}
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("saved", "loaded", "change", "message"),
     [
-        ("signed", r"memory of layer '0': state is of a 'signed' memory, this one is 'resid"),
-        ("subspace", r"memory of layer '0': state is of a 'subspace' memory, this one is 'resid"),
+        (SIGNED, ROWS, dict, "layer '0': state is of a 'signed' memory, this one is 'resid"),
+        (SUBSPACE, ROWS, dict, "layer '0': state is of a 'subspace' memory, this one is 'resid"),
+        (ROWS, ROWS, misshapen("x"), r"layer '2': x has shape \(17, 9\), .* needs \(17, 8\)"),
+        (ROWS, ROWS, misshapen("g"), r"layer '2': g has shape \(17, 9\), .* needs \(17, 8\)"),
+        (ROWS, ROWS, misshapen("filled"), r"layer '2': filled has shape \(9,\), .* \(17,\)"),
+        (SUBSPACE, SUBSPACE, misshapen("input"), r"layer '2': input has shape \(8, 9\), .* \(8, 2"),
+        (ROWS, ROWS, without("g"), "layer '2'.* lacks g:"),
+        (ROWS, ROWS, without("filled"), "layer '2'.* lacks filled:"),
+        (SUBSPACE, SUBSPACE, without("step"), "layer '2'.* lacks step:"),
+        (
+            ROWS,
+            ROWS,
+            lambda state: {name.replace("2", "9"): m for name, m in state.items()},
+            r"state does not fit.*missing \['2'\], unknown \['9'\]",
+        ),
     ],
 )
-def test_memory_of_another_kind_names_the_layer(other, message):
-    state = memory_state_dict(filled(saved(other)))
-    with pytest.raises(ValueError, match=message):
-        load_memory_state_dict(converted(saved("residual")), state)
-
-
-@pytest.mark.parametrize(
-    ("memory", "field", "message"),
-    [
-        ("residual", "x", r"memory of layer '2': x has shape \(17, 9\), .* needs \(17, 8\)"),
-        ("residual", "g", r"memory of layer '2': g has shape \(17, 9\), .* needs \(17, 8\)"),
-        ("residual", "filled", r"memory of layer '2': filled has shape \(9,\), .* needs \(17,\)"),
-        ("subspace", "input", r"memory of layer '2': input has shape \(8, 9\), .* needs \(8, 2\)"),
-    ],
-)
-def test_memory_of_another_shape_names_the_layer_and_changes_nothing(memory, field, message):
-    state = memory_state_dict(filled(saved(memory)))
-    old = state["2"][field]
-    state["2"] = state["2"] | {field: torch.zeros(*old.shape[:-1], 9, dtype=old.dtype)}
-    model = converted(saved(memory))
+def test_state_that_does_not_fit_is_named_and_changes_nothing(saved, loaded, change, message):
+    state = change(memory_state_dict(Training(saved).run(1, seed=5).model))
+    model = converted(loaded)
     with pytest.raises(ValueError, match=message):
         load_memory_state_dict(model, state)
     assert model[0].memory.nbytes == 0
-
-
-@pytest.mark.parametrize(
-    ("memory", "field"),
-    [("residual", "g"), ("residual", "filled"), ("subspace", "step")],
-)
-def test_incomplete_memory_names_the_layer_and_the_missing_field(memory, field):
-    state = memory_state_dict(filled(saved(memory)))
-    state["2"] = {name: value for name, value in state["2"].items() if name != field}
-    with pytest.raises(ValueError, match=f"memory of layer '2'.*{field}"):
-        load_memory_state_dict(converted(saved(memory)), state)
-
-
-def test_state_of_other_layers_names_them():
-    state = memory_state_dict(filled(saved("residual")))
-    state["9"] = state.pop("2")
-    with pytest.raises(ValueError, match=r"state does not fit.*missing \['2'\], unknown \['9'\]"):
-        load_memory_state_dict(converted(saved("residual")), state)
 
 
 def test_layers_without_memory_are_not_in_the_state():

@@ -28,6 +28,8 @@ def test_symbolic_trace_keeps_the_layer_as_a_call():
     assert calls == ["0", "1", "2"]
     traced(X).sum().backward()
     assert net[0].memory.step == 1
+    of_a_layer = torch.fx.symbolic_trace(net[0])  # its forward pass
+    torch.testing.assert_close(of_a_layer(X), net[0](X))
 
 
 class Gated(nn.Linear):
@@ -127,12 +129,6 @@ def test_states_without_a_memory_are_one_per_device():
     assert (cpu.handle.device.type, meta.handle.device.type) == ("cpu", "meta")
 
 
-def test_a_layer_traced_by_itself_is_its_forward_pass():
-    layer = model()[0]
-    traced = torch.fx.symbolic_trace(layer)
-    torch.testing.assert_close(traced(X), layer(X))
-
-
 def own_linear(x, weight, config, memory):
     return memaop_linear(x, weight, None, config, memory).square().sum()
 
@@ -154,7 +150,7 @@ def test_another_configuration_leaves_a_compiled_backward_pass_its_state():
     compiled = torch.compile(own_linear, backend="aot_eager")
     compiled(X, weight, config, memory).backward()
     loss = compiled(X, weight, config, memory)
-    own_linear(X, weight, config.with_ratio(1 / 2), memory).backward()
+    own_linear(X, weight, config.spending(ratio=1 / 2), memory).backward()
     loss.backward()
     assert memory.step == 3
     for k in range(2 * layer_state._MAX_STATES_OF_A_MEMORY):

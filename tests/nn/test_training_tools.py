@@ -1,11 +1,8 @@
 """What a training script already uses goes on working: optimizers, hooks, torch.func, schedules."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from memaop_triton import MemAOPConfig, attach_optimizer, convert_
@@ -138,21 +135,3 @@ def test_gradients_with_a_graph_of_a_checkpointed_layer():
     (dx,) = torch.autograd.grad(loss, x, create_graph=True)
     expected = torch.autograd.grad(layer.eval()(x).square().sum(), x)[0]
     torch.testing.assert_close(dx.detach(), expected)
-
-
-@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.orthogonal])
-@pytest.mark.parametrize("wrap_first", [True, False])
-def test_parametrised_weights_get_the_same_gradients(wrap, wrap_first):
-    torch.manual_seed(0)
-    layer = nn.Linear(20, 8)
-    dense = wrap(copy.deepcopy(layer))
-    if wrap_first:
-        ours = convert_(wrap(layer), EXACT, filter_fn=lambda module, name: True)
-    else:
-        ours = wrap(convert_(layer, EXACT))
-    ours.load_state_dict(dense.state_dict())
-    x = torch.randn(48, 20)
-    for one in (dense, ours):
-        one(x).square().mean().backward()
-    for p, q in zip(dense.parameters(), ours.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad)

@@ -124,7 +124,7 @@ def load(task: Task, data_dir: Path | None) -> Data:
 
     Raises:
         DataError: The data is missing or is not what it should be.
-        MissingExtraError: scikit-learn is needed to fetch it and not installed.
+        CommandError: scikit-learn is needed to fetch it and not installed.
     """
     if not isinstance(task.network, Gpt):
         return _images(task.data, data_dir)
