@@ -23,7 +23,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = re.compile(r"(HMMA|HGMMA|UTC[A-Z]*MMA|QGMMA|QMMA|OMMA|DMMA|IMMA|IGMMA)\b")
 COPY = re.compile(r"(LDGSTS|LDG|UTMALDG|UBLKCP)\b")
 OTHER = re.compile(r"(LDSM|LDS|STS|STSM|HMUL2|HFMA2|HADD2|FMUL|FFMA|LDL|STL|SYNCS|BAR|LDTM|STTM)\b")
-LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?(.*?)\s*;")
+# nvdisasm 12.8, that of Triton 3.6, writes when an instruction waits behind it: "&req={0} ?trans6".
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?(.*?)(?:\s+[&?].*)?\s*;")
 TARGET = re.compile(r"\b0x[0-9a-f]+$")
 
 

@@ -47,6 +47,12 @@ def test_retries_behind_the_loop_are_left_out():
     assert found == ["SYNCS.TRYWAIT", "BRA", "HMMA.16816", "BRA"]
 
 
+def test_notes_behind_an_instruction_are_no_part_of_it():
+    notes = "     &req={4,0}  &wr=0x0 ?trans6"
+    found = loop_of(".L_1:", f"LDG.E.128 R0, R1{notes}", f"BRA.U !UP0, .L_1{notes}", "EXIT")
+    assert found == ["LDG.E.128", "BRA.U"]
+
+
 def test_the_loop_counts_though_as_many_products_stand_before_it():
     found = loop_of("UTCHMMA gdesc", ".L_1:", "UTCHMMA gdesc", "BRA.U UP0, .L_1", "EXIT")
     assert found == ["UTCHMMA", "BRA.U"]
