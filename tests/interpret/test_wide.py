@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from memaop_triton.bench.suites.plain_gemm import pointer_gemm
+from memaop_triton.bench.suites.plain_gemm import plain_gemm
 from memaop_triton.kernels.gpu import launch, subspace
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm, gather_gemm_kernel
 from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
@@ -79,8 +79,14 @@ def test_passes_over_rows(by_columns, wide):
     as_good_as(product, a.T.float() @ z.float(), a.T.double() @ z.double())
 
 
-def test_update(wide):
-    x, memory = wide(33), (wide(33), wide(33), torch.ones(ROWS, dtype=torch.bool))
+@pytest.mark.parametrize("which", ["operands", "memory"])
+def test_update(which, wide):
+    x, *slots = wide(33), wide(33), wide(33)
+    if which == "memory":
+        x = x.contiguous()
+    else:
+        slots = [m.contiguous() for m in slots]
+    memory = (*slots, torch.ones(ROWS, dtype=torch.bool))
     exact = [m.double() + x.double() for m in memory[:2]]
     one, seed = torch.ones(1), torch.ones(1, dtype=torch.int64)
     indices = torch.arange(ROWS)
@@ -179,4 +185,4 @@ def test_strides_beyond_32_bits(tmp_path):
 def test_steps_of_the_plain_gemm(tmp_path):
     rows, stride = 20, 1 << 28
     x = sparse(tmp_path / "rows", rows, 33, stride)
-    check_products(pointer_gemm(x, x, tile=(16, 16, 16)), x, x, torch.arange(rows))
+    check_products(plain_gemm(x, x, config=SMALL), x, x, torch.arange(rows))
