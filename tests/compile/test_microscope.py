@@ -4,17 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from bench.microscope.compiling import compile_call, compile_launch, record
 from bench.microscope.reading import read
 from bench.microscope.report import table
 from memaop_triton.bench.suites.plain_gemm import plain_gemm
 from memaop_triton.kernels import targets
-from memaop_triton.kernels.gpu import launch as launching
+from memaop_triton.kernels.gpu.score import row_norms
 from memaop_triton.kernels.targets import TARGETS
-from memaop_triton.kernels.tuning.config import GemmConfig
+from memaop_triton.kernels.tuning.config import GemmConfig, RowConfig
 
 MATRIX = {
     "sm_80": "HMMA.16816.F32.BF16",
@@ -36,34 +34,21 @@ def compiled(target, **options):
     return only
 
 
-@triton.jit
-def norm_kernel(x, out, N, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, N, BLOCK):
-        value = tl.load(x + row * N + start + tl.arange(0, BLOCK)).to(tl.float32)
-        total += value * value
-    tl.store(out + row, tl.sum(total))
-
-
-def norms(x):
-    out = torch.empty(x.shape[0])
-    launching.launch(norm_kernel, (x.shape[0],), x=x, out=out, N=x.shape[1], BLOCK=2048)
-    return out
+def norms(*shape):
+    return row_norms(torch.empty(shape), config=RowConfig(8, 256, 4, 2))
 
 
 def test_a_recorded_launch_does_not_run():
-    x = torch.ones(4, 4096)
-    (launch,) = record(lambda: norms(x), TARGETS["sm_90"])
-    assert launch.name == "norm_kernel"
-    assert launch.grid == (4,)
-    assert launch.arguments["x"] is x
-    assert (launch.arguments["N"], launch.arguments["BLOCK"]) == (4096, 2048)
-    assert (launch.num_warps, launch.num_stages) == (4, 3)
+    (launch,) = record(lambda: norms(20, 4096), TARGETS["sm_90"])
+    assert launch.name == "score_kernel"
+    assert launch.grid == (3,)
+    assert launch.arguments["x_ptr"].shape == (20, 4096)
+    assert (launch.arguments["N"], launch.arguments["BLOCK_C"]) == (4096, 256)
+    assert (launch.num_warps, launch.num_stages) == (4, 2)
 
 
 def test_an_empty_grid_is_no_launch():
-    assert record(lambda: norms(torch.empty(0, 4096)), TARGETS["sm_90"]) == []
+    assert record(lambda: norms(0, 4096), TARGETS["sm_90"]) == []
 
 
 def test_launchers_see_the_target():
@@ -74,8 +59,8 @@ def test_launchers_see_the_target():
 
 
 def test_divisibility_is_what_a_launch_would_find():
-    (even,) = compile_call(lambda: norms(torch.empty(4, 4096)), TARGETS["sm_90"])
-    (odd,) = compile_call(lambda: norms(torch.empty(4, 4097)), TARGETS["sm_90"])
+    (even,) = compile_call(lambda: norms(20, 4096), TARGETS["sm_90"])
+    (odd,) = compile_call(lambda: norms(20, 4097), TARGETS["sm_90"])
     assert "%N: i32 {tt.divisibility = 16 : i32}" in even.asm["ttir"]
     assert "%N: i32 {tt.divisibility" not in odd.asm["ttir"]
 
@@ -119,7 +104,7 @@ def test_too_few_registers_spill(target, limit):
 
 @pytest.mark.parametrize(("target", "copy"), [("sm_90", "LDG.128"), ("gfx942", "buffer_load.128")])
 def test_a_kernel_without_products_has_a_loop_that_loads(target, copy):
-    (kernel,) = compile_call(lambda: norms(torch.empty(16, 1 << 14)), TARGETS[target])
+    (kernel,) = compile_call(lambda: norms(16, 1 << 14), TARGETS[target])
     loop = read(kernel).loop
     assert not loop.matrix
     assert loop.copies[copy] == loop.copies.total() > 0
