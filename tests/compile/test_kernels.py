@@ -1,12 +1,14 @@
 """What the compiler makes of every kernel in every shipped configuration, on every target."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
 import torch
 import triton
 
+from bench.microscope.awkward import far
 from bench.microscope.building import REPORTED, by_name
 from bench.microscope.compiling import compile_call
 from bench.microscope.counts import copy_bits
@@ -16,6 +18,7 @@ from bench.microscope.kernel_report import keys as reported
 from bench.microscope.reading import read
 from bench.microscope.report import faults
 from bench.microscope.shipped import cases, row_tiles
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.kernels.targets import TARGETS
 from memaop_triton.kernels.tuning import defaults
 
@@ -88,6 +91,15 @@ def test_half_precision_operands_are_copied_16_bytes_at_a_time(key, built):
     moved = [width * built[0].threads for width in loop.wide_streams]
     sums = {sum(some) for n in range(len(moved)) for some in itertools.combinations(moved, n + 1)}
     assert sums & {case.step_bytes, case.step_bytes + case.side_bytes}
+
+
+def test_columns_of_unit_stride_beside_far_rows_compile():
+    """A stride of 1 is a constant to the compiler, whatever the other operand's is."""
+    x = torch.empty_strided((1 << 20, 4096), (1, 1 << 20), dtype=torch.bfloat16, device="meta")
+    (tile, *_) = defaults.gemm_tiles(TARGETS["sm_90"], torch.bfloat16, "ieee", aligned=False)
+    call = functools.partial(gather_gemm, **far() | {"x": x}, config=tile)
+    (kernel,) = compile_call(call, TARGETS["sm_90"])
+    assert read(kernel).spills == 0
 
 
 @keys(lambda case: case.by_descriptor)

@@ -1,11 +1,11 @@
 """The subspace memory's products, against their formulas in float64."""
 
-import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
 
+from bench.microscope.cases import float32_products
 from memaop_triton.kernels.gpu import launch, subspace
 from memaop_triton.kernels.tuning.config import RowConfig
 from tests.judging import LAYOUTS, SMALL, as_good_as, drawn_blocks, operands
@@ -47,10 +47,10 @@ def test_special_rows(dtype):
 @pytest.mark.parametrize(
     ("dtype", "allowed", "formed", "epsilon"),
     [
-        (torch.float32, "highest", "ieee", 2**-23),
-        (torch.float32, "high", "tf32", 2**-10),
-        (torch.float16, "high", "ieee", 2**-10),
-        (torch.bfloat16, "high", "ieee", 2**-7),
+        (torch.float32, "ieee", "ieee", 2**-23),
+        (torch.float32, "tf32", "tf32", 2**-10),
+        (torch.float16, "tf32", "ieee", 2**-10),
+        (torch.bfloat16, "tf32", "ieee", 2**-7),
     ],
 )
 def test_the_rest_drowns_in_the_rounding_of_its_product(
@@ -63,16 +63,6 @@ def test_the_rest_drowns_in_the_rounding_of_its_product(
         subspace.project(torch.ones(8, 32, dtype=dtype), torch.ones(32, 4, dtype=dtype), 4.0)
     (launched,) = given
     assert (launched["PRECISION"], launched["epsilon"]) == (formed, epsilon)
-
-
-@contextlib.contextmanager
-def float32_products(allowed):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(allowed)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("split", [1, 2, 3])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.microscope.cases import float32_products
 from memaop_triton.kernels.gpu import subspace
 from tests.kernel_checks import (
     TILE,
@@ -47,14 +48,10 @@ def test_the_whole_gradient(dtype):
 
 def test_tf32_when_torch_allows_it():
     x, (q, _) = torch.randn(20, 40, device="cuda"), new_basis(40, 5, torch.float32, "cuda")
-    exact, before = x.double() @ q.double(), torch.get_float32_matmul_precision()
-    errors = {}
-    try:
-        for allowed in ("highest", "high"):
-            torch.set_float32_matmul_precision(allowed)
+    exact, errors = x.double() @ q.double(), {}
+    for allowed in ("ieee", "tf32"):
+        with float32_products(allowed):
             z, _ = subspace.project(x, q, 1.0, config=TILE)
-            errors[allowed] = (z - exact).abs().max().item()
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert errors["highest"] < 1e-6
-    assert 1e-5 < errors["high"] < 1e-2
+        errors[allowed] = (z - exact).abs().max().item()
+    assert errors["ieee"] < 1e-6
+    assert 1e-5 < errors["tf32"] < 1e-2
