@@ -6,6 +6,8 @@ the way the gathering kernels do it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -99,7 +101,7 @@ def plain_gemm(
     (K, P), N, target = g.shape, x.shape[1], targets.current(g.device)
     block_p, block_n, block_k = config.block_p, config.block_n, config.block_k
     out = torch.empty((P, N), dtype=g.dtype, device=g.device)
-    common = {
+    common: dict[str, Any] = {
         "weights": None if weights is None else factors(weights, target, g.dtype)[0],
         "K": K, "P": P, "N": N,
         "BLOCK_P": block_p, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": 8,
