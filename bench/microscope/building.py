@@ -96,4 +96,5 @@ class Builder:
     def loop(self, key: Key) -> int:
         """Instructions in the inner loop of a case's own kernel."""
         counted = self[key][0].counts.loop
-        return counted.instructions if counted else 0
+        assert counted, f"{key}: no loop was found"
+        return counted.instructions
