@@ -58,12 +58,12 @@ def hottest(
     loops = find_loops(code, labels)
     for kind, size in ((matrix, matrix), (load, re.compile(""))):
         having = [loop for loop in loops if count(loop, kind)]
-        innermost = [a for a in having if not any(b != a and _holds(a, b) for b in having)]
+        innermost = [
+            a
+            for a in having
+            if not any(a != b and a.start <= b.start and b.stop <= a.stop for b in having)
+        ]
         if innermost:
             best = max(innermost, key=lambda loop: (count(loop, size), count(loop, load)))
             return code[best.start : best.stop]
     return []
-
-
-def _holds(outer: range, inner: range) -> bool:
-    return outer.start <= inner.start and inner.stop <= outer.stop

@@ -19,8 +19,6 @@ def read(compiled: Compiled) -> Counts:
 
 def read_all(compiled: Sequence[Compiled]) -> list[Counts]:
     """The same for several kernels that were compiled for one target."""
-    if not compiled:
-        return []
     vendor = nvidia if compiled[0].target.backend == "cuda" else amd
     counts = []
     for one, (code, labels) in zip(compiled, vendor.listings(compiled), strict=True):
