@@ -24,6 +24,9 @@ from memaop_triton.kernels.tuning import defaults
 
 HALF = (torch.bfloat16, torch.float16)
 UNITS = {"sm_90": "HGMMA", "sm_100": "UTC"}
+# From 3.9 on the weighted gathering loops are longer: by up to 63 instructions, where 3.6 and 3.7
+# add up to 57 and 49, beside plain loops that differ by ten at most.
+NEWER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 def keys(wanted):
@@ -115,7 +118,7 @@ def test_blocks_are_copied_as_whole_tiles(built):
         ("rows", False, 26),
         ("blocks of rows", False, 8),
         # Beside plain GEMMs that multiply by weights as well.
-        ("rows", True, 58),
+        ("rows", True, 64 if NEWER else 58),
         ("blocks of rows", True, 44),
     ],
 )
