@@ -48,11 +48,6 @@ class Chip:
     memory_share: float = 0.9
     device: str | None = None
 
-    @property
-    def memory_bytes(self) -> float:
-        """Bytes from memory per cycle and processor, when all of them read."""
-        return 1e3 * self.bandwidth / (self.processors * self.clock)
-
     def rate(self, kind: str) -> int:
         """FLOPs per cycle of one processor; `kind`: "half", "tf32" or "single"."""
         clock = (self.single_clock if kind == "single" else None) or self.clock

@@ -11,11 +11,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 
 from bench.microscope.awkward import awkward_cases
-from bench.microscope.bound import Bound, bound
 from bench.microscope.cases import Case, float32_products
 from bench.microscope.compiling import Compiled, compile_call
 from bench.microscope.counts import Counts
-from bench.microscope.plain import plain_cases
+from bench.microscope.gathering import pairs
 from bench.microscope.reading import read_all
 from bench.microscope.shipped import cases
 from memaop_triton.kernels.targets import TARGETS
@@ -29,37 +28,20 @@ Key = tuple[str, str]  # names of a target and of a case
 
 @dataclass(frozen=True)
 class Built:
-    """One kernel of a case.
-
-    Attributes:
-        kernel: Its own name.
-        target: The name of the target.
-        num_warps: Warps per program.
-        num_stages: Depth of the software pipeline.
-        threads: Threads per program.
-        counts: What was counted.
-        bound: What limits the loop, if there is one.
-    """
+    """One kernel of a case: its own name, how it was launched, and what was counted in it."""
 
     kernel: str
-    target: str
     num_warps: int
     num_stages: int
     threads: int
     counts: Counts
-    bound: Bound | None
-
-    @property
-    def loop(self) -> float:
-        """Instructions per iteration of the inner loop; 0 without a loop."""
-        return self.counts.loop.per_iteration if self.counts.loop else 0.0
 
 
 @functools.cache
 def by_name(target: str) -> dict[str, Case]:
     """Everything that is compiled for a target: cases, awkward ones, and plain GEMMs."""
     every = TARGETS[target]
-    found = [*cases(every), *awkward_cases(every), *plain_cases(every)]
+    found = [*cases(every), *awkward_cases(every), *(pair.plain for pair in pairs(every))]
     return {case.name: case for case in found}
 
 
@@ -72,29 +54,12 @@ def build(target: str, names: Iterable[str]) -> dict[str, list[Built]]:
             compiled[name] = compile_call(case.call, TARGETS[target])
 
     counts = iter(read_all(list(itertools.chain(*compiled.values()))))
-    return {
-        name: [
-            Built(
-                kernel=one.launch.name,
-                target=target,
-                num_warps=one.launch.num_warps,
-                num_stages=one.launch.num_stages,
-                threads=one.threads,
-                counts=(read := next(counts)),
-                bound=_bound(one, read, by_name(target)[name] if one is kernels[0] else None),
-            )
-            for one in kernels
-        ]
-        for name, kernels in compiled.items()
-    }
+    return {name: [_built(one, next(counts)) for one in ones] for name, ones in compiled.items()}
 
 
-def _bound(compiled: Compiled, counts: Counts, case: Case | None) -> Bound | None:
-    """The bound of a case's own kernel, or of one launched behind it, of which less is known."""
-    if case is None:
-        return bound(compiled, counts, from_memory=True)
-    moved = case.step_bytes + case.side_bytes
-    return bound(compiled, counts, moved, from_memory=case.from_memory)
+def _built(compiled: Compiled, counts: Counts) -> Built:
+    launch = compiled.launch
+    return Built(launch.name, launch.num_warps, launch.num_stages, compiled.threads, counts)
 
 
 class Builder:
@@ -127,3 +92,9 @@ class Builder:
         """The kernels of a case, once they are there."""
         self.start([key])
         return self._futures[key].result()[key[1]]
+
+    def loop(self, key: Key) -> int:
+        """Instructions in the inner loop of a case's own kernel."""
+        counted = self[key][0].counts.loop
+        assert counted, f"{key}: no loop was found"
+        return counted.instructions

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memaop_triton.kernels.targets import Target
-from memaop_triton.kernels.tuning import defaults
 from memaop_triton.kernels.tuning.config import GemmConfig, RowConfig
 
 M, N, P, K = 16384, 4096, 4096, 2048
@@ -41,7 +39,6 @@ class Case:
         precision: "tf32" or "ieee" for float32 operands that are multiplied.
         step_bytes: Bytes of large matrices that a program reads per step of its loop.
         side_bytes: Bytes of Q or Z that it reads besides, or that it writes.
-        from_memory: Whether it reads everything once, so that no cache helps.
         product_rows: The result's extent on the side where a matrix unit wants 64 at least.
         by_descriptor: Whether tiles are copied by descriptor.
         shown: Whether the report has a line for it.
@@ -56,7 +53,6 @@ class Case:
     product_rows: int = 0
     by_descriptor: bool = False
     side_bytes: int = 0
-    from_memory: bool = False
     shown: bool = True
 
     @property
@@ -111,8 +107,3 @@ def float32_products(precision: str) -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = before
-
-
-def compared_tiles(target: Target) -> list[GemmConfig]:
-    """The tiles in which gathering is compared with not gathering: the smallest do not matter."""
-    return [t for t in defaults.gemm_tiles(target, torch.bfloat16, "ieee") if t.block_n >= 64]

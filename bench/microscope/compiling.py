@@ -43,7 +43,6 @@ class Compiled:
         target: For which instruction set.
         asm: Every stage by Triton's name: "ttgir", "ptx", "cubin" or "amdgcn", "hsaco".
         shared: Bytes of shared memory per program.
-        tensor_memory: Columns of tensor memory per program; 0 where there is none.
         threads: Threads per program, those included that Triton's warp specialisation adds.
     """
 
@@ -51,7 +50,6 @@ class Compiled:
     target: Target
     asm: dict[str, Any]
     shared: int
-    tensor_memory: int
     threads: int
 
 
@@ -109,7 +107,6 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
         target=target,
         asm=dict(built.asm),
         shared=int(meta.shared),
-        tensor_memory=int(getattr(meta, "tmem_size", None) or 0),
         threads=int(meta.num_warps) * target.warp_size,
     )
 

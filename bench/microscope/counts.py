@@ -18,22 +18,12 @@ class LoopCounts:
             descriptor (TMA) have no width: "UTMALDG".
         streams: The copies apart by what they read, as far as the instructions tell: by buffer
             (AMD), by mnemonic and bits (NVIDIA).
-        others: Other instructions of interest: shared-memory traffic, packed arithmetic.
-        iterations: Iterations of the loop in Triton's GPU dialect that one of this loop does, where
-            that is known; more than 1 if the assembler unrolled.
     """
 
     instructions: int
     matrix: Counter[str]
     copies: Counter[str]
     streams: tuple[Counter[str], ...]
-    others: Counter[str]
-    iterations: float = 1.0
-
-    @property
-    def per_iteration(self) -> float:
-        """Instructions per iteration of the loop in Triton's GPU dialect."""
-        return self.instructions / self.iterations
 
     @property
     def wide_copies(self) -> int:
@@ -46,11 +36,6 @@ class LoopCounts:
         bits = [[copy_bits(name) for name in stream.elements()] for stream in self.streams]
         return [sum(widths) // 8 for widths in bits if min(widths) >= 128]
 
-    @property
-    def all_copies(self) -> int:
-        """Copies of any width."""
-        return self.copies.total()
-
 
 @dataclass(frozen=True)
 class Counts:
@@ -58,27 +43,23 @@ class Counts:
 
     Attributes:
         registers: Vector registers per thread, AMD's accumulation registers included.
-        accumulators: AMD's accumulation registers alone.
-        scalars: AMD's scalar registers per wavefront.
         spills: Instructions (NVIDIA) or vector registers (AMD) that spill.
-        scalar_spills: AMD's scalar registers that are kept in lanes of vector registers.
         stack: Bytes of local memory (scratch) per thread.
         shared: Bytes of shared memory per program.
-        tensor_memory: Columns of tensor memory per program.
         matrix: Matrix instructions of the whole kernel by mnemonic.
         loop: The inner loop, if there is any.
+        accumulators: AMD's accumulation registers alone.
+        scalar_spills: AMD's scalar registers that are kept in lanes of vector registers.
     """
 
     registers: int
-    accumulators: int
-    scalars: int
     spills: int
-    scalar_spills: int
     stack: int
     shared: int
-    tensor_memory: int
     matrix: Counter[str]
     loop: LoopCounts | None
+    accumulators: int = 0
+    scalar_spills: int = 0
 
 
 def tally(names: Iterable[str | None]) -> Counter[str]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from bench.microscope.building import Builder
-from bench.microscope.cases import SHORT, compared_tiles
+from bench.microscope.cases import SHORT, Case, K, N, P, empty
+from memaop_triton.bench.suites.plain_gemm import plain_gemm
 from memaop_triton.kernels.targets import Target
-from memaop_triton.kernels.tuning.config import GemmConfig
+from memaop_triton.kernels.tuning import defaults
 
-WAYS = (
-    ("rows", "gather rows", "plain by pointers"),
-    ("blocks of rows", "gather blocks", "plain by descriptors"),
-)
+HALF = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -22,38 +20,39 @@ class Pair:
     """Two cases of one target that differ in gathering only.
 
     Attributes:
-        tile: The tile of both.
         way: "rows" or "blocks of rows".
         weighted: Whether rows of G are multiplied by weights in both.
         gathering: The name of the gathering case.
-        plain: The name of the other.
+        plain: The other case.
     """
 
-    tile: GemmConfig
     way: str
     weighted: bool
     gathering: str
-    plain: str
-
-    def loops(self, builder: Builder, target: str) -> tuple[float, float]:
-        """Instructions per iteration of the gathering loop and of the plain one."""
-        return builder[target, self.gathering][0].loop, builder[target, self.plain][0].loop
+    plain: Case
 
 
 def pairs(target: Target) -> list[Pair]:
-    """All pairs of a target, in bfloat16."""
+    """All pairs of a target, in bfloat16; the smallest tiles do not matter."""
+    given = {"x": empty(K, N, dtype=HALF), "g": empty(K, P, dtype=HALF)}
+    ways = {"rows": ("gather rows", "plain by pointers")}
+    if target.has_tensor_copies:
+        ways["blocks of rows"] = ("gather blocks", "plain by descriptors")
     found = []
-    for way, gathering, plain in WAYS[: 2 if target.has_tensor_copies else 1]:
+    for way, (gathering, title) in ways.items():
         for weighted in (False, True):
-            for tile in compared_tiles(target):
-                name = f"{tile.block_p}x{tile.block_n}x{tile.block_k}, {SHORT[torch.bfloat16]}"
-                found.append(
-                    Pair(
-                        tile,
-                        way,
-                        weighted,
-                        gathering + ", weighted + C" * weighted + f", {name}",
-                        plain + ", weighted" * weighted + f", {name}",
-                    )
+            weights = empty(K, dtype=torch.float32) if weighted else None
+            for tile in defaults.gemm_tiles(target, HALF, "ieee"):
+                if tile.block_n < 64:
+                    continue
+                call = partial(
+                    plain_gemm,
+                    **given,
+                    weights=weights,
+                    by_descriptor=way != "rows",
+                    config=tile,
                 )
+                plain = Case(title + ", weighted" * weighted, tile, call, HALF)
+                name = gathering + ", weighted + C" * weighted
+                found.append(Pair(way, weighted, f"{name}, {plain.tile}, {SHORT[HALF]}", plain))
     return found

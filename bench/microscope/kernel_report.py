@@ -13,10 +13,9 @@ import triton
 from rich.console import Console
 from rich.progress import track
 
-from bench.microscope.bound import CHIPS
 from bench.microscope.building import REPORTED, Builder, Key, by_name
 from bench.microscope.gathering import pairs
-from bench.microscope.report import faults, lines, table, target_table
+from bench.microscope.report import faults, table, target_table
 from bench.microscope.shipped import cases
 from memaop_triton.kernels.targets import TARGETS
 
@@ -26,8 +25,7 @@ INTRODUCTION = """\
 
 Written by `make kernel-report`; a test compares it with the code. Compiled by Triton {version},
 for GPUs that were not there. **Nothing on this page was timed.** Registers, shared memory and
-instructions are read from the machine code; cycles are predictions from these counts and the
-vendors' peak rates, and leave out latency, cache misses, bank conflicts and clocks.
+instructions are read from the machine code.
 
 {verdict}
 
@@ -48,16 +46,12 @@ A program runs its loop once per step. One line is one kernel with one tile.
 - *16-byte copies*: of the loop's copies from global memory, those of 16 bytes per thread or of
   whole tiles. The others fetch row numbers, weights and flags.
 - *loop*: instructions per step, as one warp issues them.
-- *tensor*, *issue*, *bytes*: cycles that a step takes one SM (compute unit) at least: by FLOPs at
-  the peak rate, by issue slots (4 a cycle), by bytes: from the L2 cache (64 a cycle) for the GEMMs,
-  from memory (its bandwidth shared by all) for passes that read everything once.
-- *limited by*: the largest of the three.
 """
 GATHERING = """\
 ## What gathering costs
 
 The loop of the gather GEMM beside that of a plain Triton GEMM of the same tile, warps and stages
-that reads its rows in order (`bench/microscope/plain.py`), in bfloat16: instructions per step.
+that reads its rows in order (`bench/suites/plain_gemm.py`), in bfloat16: instructions per step.
 Single rows are compared with a GEMM by pointers, blocks with one by tensor descriptors (TMA),
 weighted ones with GEMMs that multiply the rows of G by weights as well. Where the matrix units or
 the L2 cache limit a loop, issue slots are left over: a ratio above 1 is not yet a slower loop.
@@ -76,9 +70,9 @@ def page(builder: Builder) -> str:
         limit = TARGETS[target].shared_memory >> 10
         found = [case for case in cases(TARGETS[target]) if case.shown]
         parts += [
-            f"\n## {target}: {CHIPS[target].name}\n",
+            f"\n## {target}: {TARGETS[target].chip.name}\n",
             f"Shared memory: at most {limit} KiB per program.\n",
-            target_table(line for c in found for line in lines(c, builder[target, c.name])),
+            target_table((case, builder[target, case.name]) for case in found),
         ]
     return "\n".join(parts) + "\n"
 
@@ -110,10 +104,10 @@ def _gathering(builder: Builder) -> str:
     body: dict[tuple[str, ...], list[str]] = {}
     for target in REPORTED:
         for pair in pairs(TARGETS[target]):
-            loop, plain = pair.loops(builder, target)
-            tile = f"{pair.tile.block_p}x{pair.tile.block_n}x{pair.tile.block_k}"
-            numbers = body.setdefault((target, pair.way, tile), [])
-            numbers += [f"{plain:.0f}", f"{loop:.0f}", f"{loop / plain:.2f}"]
+            loop = builder.loop((target, pair.gathering))
+            plain = builder.loop((target, pair.plain.name))
+            numbers = body.setdefault((target, pair.way, pair.plain.tile), [])
+            numbers += [f"{plain}", f"{loop}", f"{loop / plain:.2f}"]
     weighted = ("weighted plain", "weighted gather", "ratio")
     return table((*head, *weighted), ((*key, *numbers) for key, numbers in body.items()))
 

@@ -8,27 +8,24 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import triton
 
-from bench.microscope import dots
 from bench.microscope.compiling import Compiled
-from bench.microscope.counts import Counts, LoopCounts, tally
-from bench.microscope.loops import Instruction, Loop, find_loops, hottest
+from bench.microscope.loops import Instruction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = re.compile(r"(HMMA|HGMMA|UTC[A-Z]*MMA|QGMMA|QMMA|OMMA|DMMA|IMMA|IGMMA)\b")
 COPY = re.compile(r"(LDGSTS|LDG|UTMALDG|UBLKCP)\b")
-OTHER = re.compile(r"(LDSM|LDS|STS|STSM|HMUL2|HFMA2|HADD2|FMUL|FFMA|LDL|STL|SYNCS|BAR|LDTM|STTM)\b")
-LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?(.*?)\s*;")
+# nvdisasm 12.8, that of Triton 3.6, writes when an instruction waits behind it: "&req={0} ?trans6".
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?)(?:\s+[&?].*)?\s*;")
 TARGET = re.compile(r"\b0x[0-9a-f]+$")
 
 
-def read_all(compiled: Sequence[Compiled]) -> list[Counts]:
-    """Count what is in the cubins of kernels that were compiled for one target.
+def listings(compiled: Sequence[Compiled]) -> list[tuple[list[Instruction], dict[str, int]]]:
+    """The instructions and labels of kernels that were compiled for one target.
 
     Together, because the disassembler takes a third of a second to start.
     """
@@ -36,26 +33,15 @@ def read_all(compiled: Sequence[Compiled]) -> list[Counts]:
     arch = int(compiled[0].target.arch)
     version = f"SM{arch}a" if arch >= 90 else f"SM{arch}"
     sass = _run(b"".join(codes), "nvdisasm", "-ndf", "--binary", version)
-    listings = parse(sass, [len(code) for code in codes])
-    return [_counts(one, *listing) for one, listing in zip(compiled, listings, strict=True)]
+    return parse(sass, [len(code) for code in codes])
 
 
-def _counts(compiled: Compiled, code: list[Instruction], labels: dict[str, int]) -> Counts:
+def resources(compiled: Compiled, code: list[Instruction]) -> dict[str, int]:
+    """Registers, stack, and instructions that spill."""
     usage = _run(compiled.asm["cubin"], "cuobjdump", "--dump-resource-usage")
     used = {key: int(n) for key, n in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    loop = hottest(find_loops(code, labels, drop_detours=True), MATRIX, COPY)
-    return Counts(
-        registers=used["REG"],
-        accumulators=0,
-        scalars=0,
-        spills=sum(bool(re.match(r"(STL|LDL)\b", i.mnemonic)) for i in code),
-        scalar_spills=0,
-        stack=used["STACK"],
-        shared=compiled.shared,
-        tensor_memory=compiled.tensor_memory,
-        matrix=tally(i.mnemonic for i in code if MATRIX.match(i.mnemonic)),
-        loop=_count(loop, compiled) if loop else None,
-    )
+    spills = sum(bool(re.match(r"(STL|LDL)\b", i.mnemonic)) for i in code)
+    return {"registers": used["REG"], "spills": spills, "stack": used["STACK"]}
 
 
 def machine_code(cubin: bytes) -> bytes:
@@ -83,51 +69,33 @@ def parse(sass: str, sizes: Sequence[int]) -> list[tuple[list[Instruction], dict
     cuts = [bisect.bisect_left(addresses, end) for end in itertools.accumulate(sizes)]
     kernels = []
     for first, last in itertools.pairwise([0, *cuts]):
-        code = [_instruction(line[2], line[3]) for line in found[first:last]]
+        code = [_instruction(line[2]) for line in found[first:last]]
         places = {hex(address): i for i, address in enumerate(addresses[first:last])}
         kernels.append((code, {i.jump: places[i.jump] for i in code if i.jump}))
     return kernels
 
 
-def _instruction(guard: str | None, text: str) -> Instruction:
-    mnemonic, _, operands = text.partition(" ")
+def _instruction(text: str) -> Instruction:
+    mnemonic = text.partition(" ")[0]
     target = TARGET.search(text) if re.match(r"(BRA|JMP)\b", mnemonic) else None
-    leaves = re.match(r"(BRA|JMP|EXIT|RET|BRX|JMX)\b", mnemonic) is not None
-    plain = guard is None and (target is None or operands.strip() == target[0])
-    return Instruction(text, mnemonic, target[0] if target else None, not (leaves and plain))
+    return Instruction(text, mnemonic, target[0] if target else None)
 
 
-def _count(loop: Loop, compiled: Compiled) -> LoopCounts:
-    matrix = tally(i.mnemonic for i in loop.body if MATRIX.match(i.mnemonic))
-    copies = tally(_copy(i.mnemonic) for i in loop.body)
-    return LoopCounts(
-        instructions=len(loop.body),
-        matrix=matrix,
-        copies=copies,
-        streams=tuple(Counter({name: n}) for name, n in copies.items()),
-        others=tally(m[1] for i in loop.body if (m := OTHER.match(i.mnemonic))),
-        iterations=dots.iterations(compiled.asm["ttgir"], _depth, matrix),
-    )
-
-
-def _copy(mnemonic: str) -> str | None:
-    kind = COPY.match(mnemonic)
+def copy_of(instruction: Instruction) -> str | None:
+    """The copy's kind and bits per thread; those by descriptor have none."""
+    kind = COPY.match(instruction.mnemonic)
     if kind is None or kind[1] in ("UTMALDG", "UBLKCP"):
         return kind and kind[1]
-    parts = mnemonic.split(".")
+    parts = instruction.mnemonic.split(".")
     for part, bits in {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8}.items():
         if part in parts:
             return f"{kind[1]}.{bits}"
     return f"{kind[1]}.32"
 
 
-def _depth(mnemonic: str, bits: int) -> int:
-    """The K of one matrix instruction, whose operands have `bits` bits."""
-    if shape := re.search(r"\d+x\d+x(\d+)", mnemonic):
-        return int(shape[1])
-    if shape := re.match(r"HMMA\.168(\d+)", mnemonic):
-        return int(shape[1])
-    return 256 // bits
+def stream_of(instruction: Instruction) -> str:
+    """What tells the copies of one matrix from those of another: their kind and bits alone."""
+    return str(copy_of(instruction))
 
 
 def _run(binary: bytes, tool: str, *options: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from bench.microscope.building import Built
 from bench.microscope.cases import SHORT, Case
@@ -22,32 +21,11 @@ HEAD = (
     "matrix instructions",
     "16-byte copies",
     "loop",
-    "tensor",
-    "issue",
-    "bytes",
-    "limited by",
 )
 LEFT = (
-    *("target", "kernel", "type", "tile", "matrix instructions", "limited by", "gathers"),
+    *("target", "kernel", "type", "tile", "matrix instructions", "gathers"),
     *("PREDICTED", "PREDICTED, M x N x P", "setting", "GEMM limited by", "chip"),
 )
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a target's table."""
-
-    title: str
-    kind: str
-    tile: str
-    built: Built
-
-
-def lines(case: Case, built: Sequence[Built]) -> list[Line]:
-    """The lines of a case: its own kernel, and those launched behind it under their names."""
-    kind = SHORT[case.precision if case.dtype.itemsize == 4 else case.dtype]
-    rest = [Line(one.kernel.removesuffix("_kernel"), "fp32", "", one) for one in built[1:]]
-    return [Line(case.title, kind, case.tile, built[0]), *rest]
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -56,10 +34,17 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "\n".join([_line(head), rule, *map(_line, body)])
 
 
-def target_table(found: Iterable[Line]) -> str:
-    """The table of a target; kernels that several cases launch after their own have one line."""
-    once = {(line.title, line.kind, line.tile): line for line in found}
-    return table(HEAD, map(_cells, once.values()))
+def target_table(found: Iterable[tuple[Case, Sequence[Built]]]) -> str:
+    """The table of a target: each case's own kernel, and those launched behind it by their names.
+
+    A kernel that several cases launch behind their own has one line.
+    """
+    once = {}
+    for case, (own, *behind) in found:
+        kind = SHORT[case.precision if case.dtype.itemsize == 4 else case.dtype]
+        once[case.title, kind, case.tile] = own
+        once |= {(one.kernel.removesuffix("_kernel"), "fp32", ""): one for one in behind}
+    return table(HEAD, ((*line, *_cells(built)) for line, built in once.items()))
 
 
 def faults(target: str, name: str, built: Built, *, spare: int = 0) -> list[str]:
@@ -76,24 +61,18 @@ def faults(target: str, name: str, built: Built, *, spare: int = 0) -> list[str]
     return [f"{target}, {name}, {built.kernel}: {what}" for what, wrong in found.items() if wrong]
 
 
-def _cells(line: Line) -> tuple[str, ...]:
-    built, counts = line.built, line.built.counts
-    warps, stages = f"{built.num_warps}", f"{built.num_stages}"
-    shared = f"{counts.shared / 1024:.4g}"
-    head = (line.title, line.kind, line.tile, warps, stages, _registers(counts), shared)
-    loop, limits = counts.loop, built.bound
-    if loop is None or limits is None:
-        return (*head, *("",) * (len(HEAD) - len(head)))
-    return (
-        *head,
-        _matrix(loop.matrix),
-        f"{loop.wide_copies} of {loop.all_copies}",
-        f"{built.loop:.0f}",
-        f"{limits.tensor:.0f}" if limits.tensor else "",
-        f"{limits.issue:.0f}",
-        f"{limits.bytes:.0f}",
-        limits.limited_by,
+def _cells(built: Built) -> tuple[str, ...]:
+    counts, loop = built.counts, built.counts.loop
+    head = (
+        f"{built.num_warps}",
+        f"{built.num_stages}",
+        _registers(counts),
+        f"{counts.shared / 1024:.4g}",
     )
+    if loop is None:
+        return (*head, "", "", "")
+    copies = f"{loop.wide_copies} of {loop.copies.total()}"
+    return (*head, _matrix(loop.matrix), copies, f"{loop.instructions}")
 
 
 def _registers(counts: Counts) -> str:

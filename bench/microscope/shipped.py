@@ -154,7 +154,6 @@ def _subspace(dtype: torch.dtype, precision: str) -> Iterator[Case]:
                 tile.block_m * tile.block_c * dtype.itemsize,
                 extent,
                 side_bytes=along * padded_rank(rank) * dtype.itemsize,
-                from_memory=True,
                 shown=tile in (tall[0], wide[0]) or (dtype == torch.bfloat16 and rank == RANK),
             )
 
@@ -193,6 +192,5 @@ def _row_passes(target: Target) -> Iterator[Case]:
                     dtype,
                     step_bytes=size * (dtype.itemsize + kept),
                     side_bytes=size * kept,
-                    from_memory=True,
                     shown=tile in usual,
                 )

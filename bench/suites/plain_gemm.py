@@ -6,6 +6,8 @@ the way the gathering kernels do it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,18 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch as launching
 from memaop_triton.kernels.gpu.gather_gemm import factors
-from memaop_triton.kernels.gpu.primitives import precision, weighted
-
-
-@triton.jit
-def _tile(p_tiles, n_tiles, GROUP: tl.constexpr):
-    """The program's tile: `GROUP` rows of tiles are walked column by column, for the L2 cache."""
-    program = tl.program_id(0)
-    per_group = GROUP * n_tiles
-    first = program // per_group * GROUP
-    height = tl.minimum(p_tiles - first, GROUP)
-    inside = program % per_group
-    return first + inside % height, inside // height
+from memaop_triton.kernels.gpu.primitives import precision, tile_of_program, weighted
+from memaop_triton.kernels.tuning.config import GemmConfig
 
 
 @triton.jit
@@ -37,7 +29,7 @@ def pointer_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of dW. Loading G transposed and X as it lies takes the fewest instructions."""
-    tile_p, tile_n = _tile(tl.cdiv(P, BLOCK_P), tl.cdiv(N, BLOCK_N), GROUP)
+    tile_p, tile_n = tile_of_program(N, P, BLOCK_N, BLOCK_P, GROUP)
     p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -83,7 +75,7 @@ def descriptor_kernel(
     WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of dW, its operands copied by descriptor."""
-    tile_p, tile_n = _tile(tl.cdiv(P, BLOCK_P), tl.cdiv(N, BLOCK_N), GROUP)
+    tile_p, tile_n = tile_of_program(N, P, BLOCK_N, BLOCK_P, GROUP)
     p = tile_p * BLOCK_P
     n = tile_n * BLOCK_N
     total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
@@ -97,65 +89,42 @@ def descriptor_kernel(
     out.store([p, n], total.to(out.dtype))
 
 
-def pointer_gemm(
+def plain_gemm(
     g: Tensor,
     x: Tensor,
     weights: Tensor | None = None,
     *,
-    tile: tuple[int, int, int] = (128, 128, 64),
-    num_warps: int = 4,
-    num_stages: int = 3,
+    config: GemmConfig,
+    by_descriptor: bool = False,
 ) -> Tensor:
-    """dW by pointers; `weights` is [K] float32, `tile` is (BLOCK_P, BLOCK_N, BLOCK_K)."""
-    (K, P), N = g.shape, x.shape[1]
-    block_p, block_n, block_k = tile
+    """dW; `weights` is [K] float32. By descriptor, K is a multiple of the tile's."""
+    (K, P), N, target = g.shape, x.shape[1], targets.current(g.device)
+    block_p, block_n, block_k = config.block_p, config.block_n, config.block_k
     out = torch.empty((P, N), dtype=g.dtype, device=g.device)
-    launching.launch(
-        pointer_kernel,
-        (triton.cdiv(P, block_p) * triton.cdiv(N, block_n),),
-        g=g, x=x, weights=_factors(weights, g), out=out,
-        K=K, P=P, N=N,
-        g_stride=g.stride(0), x_stride=x.stride(0), out_stride=out.stride(0),
-        BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=8,
-        EVEN_P=P % block_p == 0, EVEN_N=N % block_n == 0, EVEN_K=K % block_k == 0,
-        WEIGHTED=weights is not None,
-        PRECISION=precision(targets.current(g.device), g.dtype),
-        num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "weights": None if weights is None else factors(weights, target, g.dtype)[0],
+        "K": K, "P": P, "N": N,
+        "BLOCK_P": block_p, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": 8,
+        "WEIGHTED": weights is not None, "PRECISION": precision(target, g.dtype),
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+    grid = (triton.cdiv(P, block_p) * triton.cdiv(N, block_n),)
+    if by_descriptor:
+        launching.launch(
+            descriptor_kernel,
+            grid,
+            g=TensorDescriptor.from_tensor(g, [block_k, block_p]),
+            x=TensorDescriptor.from_tensor(x, [block_k, block_n]),
+            out=TensorDescriptor.from_tensor(out, [block_p, block_n]),
+            **common,
+        )
+    else:
+        launching.launch(
+            pointer_kernel,
+            grid,
+            g=g, x=x, out=out,
+            g_stride=g.stride(0), x_stride=x.stride(0), out_stride=out.stride(0),
+            EVEN_P=P % block_p == 0, EVEN_N=N % block_n == 0, EVEN_K=K % block_k == 0,
+            **common,
+        )  # fmt: skip
     return out
-
-
-def descriptor_gemm(
-    g: Tensor,
-    x: Tensor,
-    weights: Tensor | None = None,
-    *,
-    tile: tuple[int, int, int] = (128, 128, 64),
-    num_warps: int = 4,
-    num_stages: int = 3,
-) -> Tensor:
-    """dW by tensor descriptors; arguments as above, K a multiple of BLOCK_K."""
-    (K, P), N = g.shape, x.shape[1]
-    block_p, block_n, block_k = tile
-    out = torch.empty((P, N), dtype=g.dtype, device=g.device)
-    launching.launch(
-        descriptor_kernel,
-        (triton.cdiv(P, block_p) * triton.cdiv(N, block_n),),
-        g=TensorDescriptor.from_tensor(g, [block_k, block_p]),
-        x=TensorDescriptor.from_tensor(x, [block_k, block_n]),
-        weights=_factors(weights, g),
-        out=TensorDescriptor.from_tensor(out, [block_p, block_n]),
-        K=K, P=P, N=N,
-        BLOCK_P=block_p, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=8,
-        WEIGHTED=weights is not None,
-        PRECISION=precision(targets.current(g.device), g.dtype),
-        num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
-    return out
-
-
-def _factors(weights: Tensor | None, g: Tensor) -> Tensor | None:
-    """The weights as the gathering kernels take them."""
-    if weights is None:
-        return None
-    return factors(weights, targets.current(g.device), g.dtype)[0]

@@ -178,7 +178,7 @@ def test_gpu_kernel(compare, problem, kernel):
 )
 def test_gpu_gather_gemm_tiles(compare, problem, weighted):
     """The gather GEMM with each of its large tiles, beside GEMMs of rows that lie together."""
-    from memaop_triton.bench.suites.plain_gemm import pointer_gemm
+    from memaop_triton.bench.suites.plain_gemm import plain_gemm
     from memaop_triton.kernels.gpu.gather_gemm import gather_gemm as by_triton
 
     x, g = problem.operands()
@@ -202,14 +202,7 @@ def test_gpu_gather_gemm_tiles(compare, problem, weighted):
                 f"plain {name}",
                 "baseline",
                 f"plain Triton GEMM of K rows that lie together, tile {name}",
-                lambda: pointer_gemm(
-                    few_g,
-                    few_x,
-                    weights,
-                    tile=(tile.block_p, tile.block_n, tile.block_k),
-                    num_warps=tile.num_warps,
-                    num_stages=tile.num_stages,
-                ),
+                lambda: plain_gemm(few_g, few_x, weights, config=tile),
             ),
         ]
 

@@ -1,12 +1,14 @@
 """What the compiler makes of every kernel in every shipped configuration, on every target."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
 import torch
 import triton
 
+from bench.microscope.awkward import far
 from bench.microscope.building import REPORTED, by_name
 from bench.microscope.compiling import compile_call
 from bench.microscope.counts import copy_bits
@@ -16,18 +18,24 @@ from bench.microscope.kernel_report import keys as reported
 from bench.microscope.reading import read
 from bench.microscope.report import faults
 from bench.microscope.shipped import cases, row_tiles
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.kernels.targets import TARGETS
 from memaop_triton.kernels.tuning import defaults
 
 HALF = (torch.bfloat16, torch.float16)
-NVIDIA = [target for target in REPORTED if TARGETS[target].backend == "cuda"]
 UNITS = {"sm_90": "HGMMA", "sm_100": "UTC"}
+# From 3.9 on the weighted gathering loops are longer: by up to 63 instructions, where 3.6 and 3.7
+# add up to 57 and 49, beside plain loops that differ by ten at most.
+NEWER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
-def keys(wanted, targets=REPORTED):
+def keys(wanted):
     """Parametrises a test with the keys of the cases that are wanted."""
     found = [
-        (target, case.name) for target in targets for case in cases(TARGETS[target]) if wanted(case)
+        (target, case.name)
+        for target in REPORTED
+        for case in cases(TARGETS[target])
+        if wanted(case)
     ]
     return pytest.mark.parametrize("key", found, ids="-".join)
 
@@ -37,15 +45,15 @@ def case_of(key):
     return by_name(target)[name]
 
 
-def is_half_product(case):
-    return case.dtype in HALF and case.product_rows > 0
+def is_usual(case):
+    return case.dtype == torch.bfloat16 and case.title == "gather rows, weighted + C"
 
 
 everything = [
     (target, name)
-    for target in REPORTED
-    for name in by_name(target)
-    if not name.startswith("plain")
+    for target in TARGETS
+    for name, case in by_name(target).items()
+    if not name.startswith("plain") and (target in REPORTED or is_usual(case))
 ]
 
 
@@ -63,47 +71,17 @@ def test_the_committed_report_is_what_would_be_written_now(builder):
     assert page(builder) == PAGE.read_text(encoding="utf-8"), "run `make kernel-report`"
 
 
-@pytest.mark.parametrize("target", sorted(set(TARGETS) - set(REPORTED)))
-def test_gather_gemms_fit_the_targets_without_a_table(target):
-    wanted = [
-        case
-        for case in cases(TARGETS[target])
-        if case.dtype == torch.bfloat16 and case.title == "gather rows, weighted + C"
-    ]
-    assert wanted
-    for case in wanted:
-        for kernel in compile_call(case.call, TARGETS[target]):
-            counts = read(kernel)
-            assert (counts.spills, counts.stack) == (0, 0), case.name
-            assert counts.shared <= TARGETS[target].shared_memory, case.name
-
-
-@keys(lambda case: is_half_product(case) and case.product_rows >= 64, UNITS)
-def test_products_of_large_tiles_take_the_newest_instructions(key, built):
-    matrix = built[0].counts.matrix
-    assert matrix
-    assert all(name.startswith(UNITS[key[0]]) for name in matrix)
-
-
-@keys(lambda case: is_half_product(case) and case.product_rows < 64, UNITS)
-def test_products_of_few_rows_take_the_instructions_of_a_warp(built):
-    assert built[0].counts.matrix
-    assert all(name.startswith("HMMA") for name in built[0].counts.matrix)
-
-
-@keys(
-    lambda case: case.product_rows > 0,
-    [target for target in REPORTED if target not in UNITS],
-)
-def test_products_elsewhere_take_matrix_instructions(key, built):
+@keys(lambda case: case.product_rows > 0)
+def test_products_take_the_newest_instructions_unless_they_are_exact(key, built):
     target, case = TARGETS[key[0]], case_of(key)
-    exact = case.dtype == torch.float32 and case.precision == "ieee"
-    assert bool(built[0].counts.matrix) != (exact and target.backend == "cuda")
-
-
-@keys(lambda case: case.dtype == torch.float32 and case.precision == "ieee", NVIDIA)
-def test_exact_products_take_no_matrix_instruction(built):
-    assert all(not one.counts.matrix for one in built)
+    names = list(built[0].counts.matrix)
+    if case.dtype == torch.float32 and case.precision == "ieee" and target.backend == "cuda":
+        assert not any(one.counts.matrix for one in built)
+        return
+    assert names
+    if case.dtype in HALF and target.name in UNITS:
+        unit = UNITS[target.name] if case.product_rows >= 64 else "HMMA"
+        assert all(name.startswith(unit) for name in names)
 
 
 @keys(lambda case: case.dtype in HALF and case.step_bytes > 0 and not case.by_descriptor)
@@ -113,9 +91,18 @@ def test_half_precision_operands_are_copied_16_bytes_at_a_time(key, built):
     What else is copied, row numbers, weights and flags, is narrower or stands in other streams.
     """
     case, loop = case_of(key), built[0].counts.loop
-    moved = [width * built[0].threads / loop.iterations for width in loop.wide_streams]
+    moved = [width * built[0].threads for width in loop.wide_streams]
     sums = {sum(some) for n in range(len(moved)) for some in itertools.combinations(moved, n + 1)}
     assert sums & {case.step_bytes, case.step_bytes + case.side_bytes}
+
+
+def test_columns_of_unit_stride_beside_far_rows_compile():
+    """A stride of 1 is a constant to the compiler, whatever the other operand's is."""
+    x = torch.empty_strided((1 << 20, 4096), (1, 1 << 20), dtype=torch.bfloat16, device="meta")
+    (tile, *_) = defaults.gemm_tiles(TARGETS["sm_90"], torch.bfloat16, "ieee", aligned=False)
+    call = functools.partial(gather_gemm, **far() | {"x": x}, config=tile)
+    (kernel,) = compile_call(call, TARGETS["sm_90"])
+    assert read(kernel).spills == 0
 
 
 @keys(lambda case: case.by_descriptor)
@@ -128,21 +115,23 @@ def test_blocks_are_copied_as_whole_tiles(built):
 @pytest.mark.parametrize(
     ("way", "weighted", "limit"),
     [
-        ("rows", False, 1.27),
-        ("blocks of rows", False, 1.15),
+        ("rows", False, 26),
+        ("blocks of rows", False, 8),
         # Beside plain GEMMs that multiply by weights as well.
-        ("rows", True, 1.45),
-        ("blocks of rows", True, 1.35),
+        ("rows", True, 64 if NEWER else 58),
+        ("blocks of rows", True, 44),
     ],
 )
 def test_gathering_adds_few_instructions(builder, way, weighted, limit):
-    ratios = {}
-    for pair in pairs(TARGETS["sm_90"]):
-        if (pair.way, pair.weighted) == (way, weighted):
-            loop, plain = pair.loops(builder, "sm_90")
-            ratios[pair.gathering] = loop / plain
-    assert ratios
-    assert {name: ratio for name, ratio in ratios.items() if ratio > limit} == {}
+    """Not in proportion: Triton 3.6 writes the plain loop in 6 or 7 instructions fewer than 3.7."""
+    added = {
+        pair.gathering: builder.loop(("sm_90", pair.gathering))
+        - builder.loop(("sm_90", pair.plain.name))
+        for pair in pairs(TARGETS["sm_90"])
+        if (pair.way, pair.weighted) == (way, weighted)
+    }
+    assert added
+    assert {name: count for name, count in added.items() if count > limit} == {}
 
 
 @pytest.mark.parametrize("sums", [False, True])

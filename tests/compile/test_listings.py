@@ -5,7 +5,7 @@ import re
 import pytest
 
 from bench.microscope import amd, nvidia
-from bench.microscope.loops import find_loops, hottest
+from bench.microscope.loops import hottest
 
 
 def sass(*lines):
@@ -23,11 +23,7 @@ def sass(*lines):
 def loop_of(*lines):
     listing = sass(*lines)
     ((code, labels),) = nvidia.parse(listing, [16 * len(lines)])
-    return [i.mnemonic for i in inner(find_loops(code, labels, drop_detours=True)).body]
-
-
-def inner(loops):
-    return hottest(loops, nvidia.MATRIX, nvidia.COPY)
+    return [i.mnemonic for i in hottest(code, labels, nvidia.MATRIX, nvidia.COPY)]
 
 
 def test_retries_behind_the_loop_are_left_out():
@@ -45,6 +41,12 @@ def test_retries_behind_the_loop_are_left_out():
         "BRA .L_3",
     )
     assert found == ["SYNCS.TRYWAIT", "BRA", "HMMA.16816", "BRA"]
+
+
+def test_notes_behind_an_instruction_are_no_part_of_it():
+    notes = "     &req={4,0}  &wr=0x0 ?trans6"
+    found = loop_of(".L_1:", f"LDG.E.128 R0, R1{notes}", f"BRA.U !UP0, .L_1{notes}", "EXIT")
+    assert found == ["LDG.E.128", "BRA.U"]
 
 
 def test_the_loop_counts_though_as_many_products_stand_before_it():
@@ -78,8 +80,8 @@ def test_kernels_one_behind_the_other_are_told_apart():
 def test_amd_loops_are_found_by_their_labels():
     text = "\ts_mov_b32 s0, 0\n.LBB0_1: ; %loop\n\tv_mfma_f32_32x32x8_bf16 v0, v1 ; 1\n\t.loc 1 2\n"
     code, labels = amd.parse(text + "\ts_cbranch_scc1 .LBB0_1\n; %bb.2:\n\ts_endpgm\n")
-    (loop,) = find_loops(code, labels)
-    assert [i.mnemonic for i in loop.body] == ["v_mfma_f32_32x32x8_bf16", "s_cbranch_scc1"]
+    loop = hottest(code, labels, amd.MATRIX, amd.COPY)
+    assert [i.mnemonic for i in loop] == ["v_mfma_f32_32x32x8_bf16", "s_cbranch_scc1"]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_amd_loops_are_found_by_their_labels():
     ],
 )
 def test_amd_copies_by_kind_and_width(instruction, name):
-    assert amd._copy(amd._instruction(instruction)) == name
+    assert amd.copy_of(amd._instruction(instruction)) == name
 
 
 @pytest.mark.parametrize(
@@ -109,4 +111,4 @@ def test_amd_copies_by_kind_and_width(instruction, name):
     ],
 )
 def test_nvidia_copies_by_kind_and_width(mnemonic, name):
-    assert nvidia._copy(mnemonic) == name
+    assert nvidia.copy_of(nvidia._instruction(mnemonic)) == name

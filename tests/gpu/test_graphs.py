@@ -16,12 +16,6 @@ from memaop_triton import (
 )
 from tests.schemes import flat_config
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"
-    ),
-]
 ROWS, WARM_UP = 512, 3
 
 
@@ -38,16 +32,19 @@ def batches(count):
     ]
 
 
+def warm_up(model):
+    for x in batches(WARM_UP):
+        backward(model, x)
+
+
+def backward(call, x):
+    call(x).float().square().mean().backward()
+
+
 def tensors(model):
-    """What the memories hold, on the CPU."""
+    """What the memories hold."""
     states = memory_state_dict(model).values()
-    return [torch.as_tensor(v).cpu() for s in states for v in s.values() if not isinstance(v, str)]
-
-
-def addresses(model):
-    """Where the memories lie."""
-    states = memory_state_dict(model).values()
-    return [v.data_ptr() for s in states for v in s.values() if isinstance(v, torch.Tensor)]
+    return [v for s in states for v in s.values() if isinstance(v, torch.Tensor)]
 
 
 def configuration(memory):
@@ -74,7 +71,7 @@ def test_graphed_callables_equal_eager_steps(memory):
         for call, model in ((eager, eager), (replay, graphed)):
             torch.cuda.manual_seed(5)
             model.zero_grad()
-            call(x.clone().requires_grad_()).float().square().mean().backward()
+            backward(call, x.clone().requires_grad_())
             gradients.append([p.grad.clone() for p in model.parameters()])
         if config.selection == "topk":
             torch.testing.assert_close(gradients[1], gradients[0], rtol=0.02, atol=1e-4)
@@ -88,13 +85,12 @@ def test_graphed_callables_equal_eager_steps(memory):
 def test_a_replayed_step_keeps_its_addresses(memory):
     model = net(configuration(memory))
     sample = batches(1)[0].requires_grad_()
-    for x in batches(WARM_UP):
-        model(x).float().square().mean().backward()
-    before = addresses(model)
+    warm_up(model)
+    before = [t.data_ptr() for t in tensors(model)]
     replay = torch.cuda.make_graphed_callables(model, (sample,))
     for x in batches(5):
-        replay(x.requires_grad_()).float().square().mean().backward()
-    assert addresses(model) == before
+        backward(replay, x.requires_grad_())
+    assert [t.data_ptr() for t in tensors(model)] == before
     assert all(t.isfinite().all() for t in tensors(model))
 
 
@@ -103,12 +99,11 @@ def test_a_monitor_counts_replays(memory):
     model = net(configuration(memory))
     with monitor(model, every=100, starving=1e9) as watch:
         sample = batches(1)[0].requires_grad_()
-        for x in batches(WARM_UP):
-            model(x).float().square().mean().backward()
+        warm_up(model)
         replay = torch.cuda.make_graphed_callables(model, (sample,))
         before = watch.read()["0"]
         for x in batches(5):
-            replay(x.requires_grad_()).float().square().mean().backward()
+            backward(replay, x.requires_grad_())
         after = watch.read()["0"]
     assert after.observations == before.observations + 5
     assert after.skipped == 0
@@ -147,7 +142,7 @@ def test_rates_in_a_tensor_are_followed_by_a_replay():
     memory = model[0].memory
     held = memory.x[memory.filled].float().norm()
     rate.mul_(1e-6)
-    replay(torch.zeros_like(sample).requires_grad_()).float().square().mean().backward()
+    backward(replay, torch.zeros_like(sample).requires_grad_())
     # √(η_prev/η_now) = 1000, for the rows that were not selected.
     assert memory.x[memory.filled].float().norm() > 100 * held / 4
 

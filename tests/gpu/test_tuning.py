@@ -9,12 +9,6 @@ from memaop_triton.commands import cli
 from memaop_triton.kernels.tuning import cache, tuner
 from tests.schemes import flat_config
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"
-    ),
-]
 SETTINGS = {
     "none": {"selection": "priority", "memory": "none"},
     "residual": {"selection": "topk", "memory": "residual"},

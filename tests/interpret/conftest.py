@@ -26,3 +26,11 @@ def _poisoned():
 def tensor_copies(monkeypatch):
     """Launchers choose as for a GPU that copies tiles by descriptor."""
     monkeypatch.setattr(targets, "current", lambda device: targets.TARGETS["sm_90"])
+
+
+@pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
+def by_descriptor(request):
+    """Whether blocks of rows are copied by descriptor."""
+    if request.param:
+        request.getfixturevalue("tensor_copies")
+    return request.param

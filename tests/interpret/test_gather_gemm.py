@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from memaop_triton.bench.suites.plain_gemm import plain_gemm
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
@@ -17,9 +18,9 @@ from tests.judging import (
     operands,
     outer_products,
 )
+from tests.kernel_checks import check_blocks, check_gather, check_gather_correction, check_padding
 from tests.pairwise import pairwise
 
-DTYPES = (torch.float16, torch.float32)
 # M, N, P, K
 SHAPES = [
     (1, 1, 1, 1),
@@ -38,30 +39,21 @@ CONFIGS = {
     "three-parts": replace(SMALL, split_k=3),
     "chosen": None,
 }
-
-
 KINDS = [(torch.float16, False), (torch.float16, True), (torch.float32, True)]
 
 
 @pytest.mark.parametrize(("shape", "config", "kind"), pairwise(SHAPES, CONFIGS, KINDS))
 def test_shapes(shape, config, kind):
     dtype, weighted = kind
-    rows, n, p, k = shape
-    x, g = operands(rows, n, p, dtype)
-    indices = drawn_rows(rows, k, torch.int32 if weighted else torch.int64)
-    weights = 4 * torch.rand(k) if weighted else None
-    result = gather_gemm(x, g, indices, weights, config=CONFIGS[config])
-    assert result.dtype == dtype
-    check_products(result, x, g, indices, weights)
+    index = torch.int32 if weighted else torch.int64
+    check_gather(shape, dtype, index=index, weighted=weighted, config=CONFIGS[config])
 
 
-@pytest.mark.parametrize("config", [SMALL, CONFIGS["columns-first"], CONFIGS["two-tiles"]])
+@pytest.mark.parametrize("config", ["rows-first", "columns-first", "two-tiles"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("columns", [(33, 17), (48, 32)], ids=["odd", "even"])
 def test_strides(layout, columns, config):
-    x, g = operands(50, *columns, torch.float16, layout)
-    indices = drawn_rows(50, 37)
-    check_products(gather_gemm(x, g, indices, config=config), x, g, indices)
+    check_gather((50, *columns, 37), torch.float16, layout, config=CONFIGS[config])
 
 
 def test_operands_of_different_strides():
@@ -71,55 +63,30 @@ def test_operands_of_different_strides():
     check_products(gather_gemm(x, g, indices, config=SMALL), x, g, indices)
 
 
-@pytest.mark.parametrize("by_descriptor", [False, True])
-def test_one_row_repeated(by_descriptor, request):
-    if by_descriptor:
-        request.getfixturevalue("tensor_copies")
+def test_one_row_repeated(by_descriptor):
     x = torch.randn(1, 32).half().expand(40, 32)
     g = torch.randn(1, 16).half().expand(40, 16)
     indices = drawn_blocks([0, 2], 16)
     check_products(gather_gemm(x, g, indices, block_rows=16, config=SMALL), x, g, indices)
 
 
-def test_rows_that_are_not_selected_are_not_read():
-    x, g = operands(40, 33, 17, torch.float32)
-    indices = drawn_rows(40, 21)
-    others = torch.ones(40, dtype=torch.bool).index_fill(0, indices, False)
-    x[others], g[others] = torch.nan, torch.inf
-    check_products(gather_gemm(x, g, indices, config=SMALL), x, g, indices)
-
-
 @pytest.mark.parametrize(
     ("config", "block_rows", "by_descriptor"),
     [(name, 1, False) for name in CONFIGS]
     + [("three-parts", 16, False), ("three-parts", 16, True), ("chosen", 64, True)],
+    indirect=["by_descriptor"],
 )
-def test_padding_is_not_read(config, block_rows, by_descriptor, request, traffic):
-    if by_descriptor:
-        request.getfixturevalue("tensor_copies")
-    x, g = operands(70 * block_rows - 5, 48, 32, torch.float16)
-    indices = drawn_blocks(sorted(torch.randperm(70)[:45].tolist()), block_rows)
-    weights = (1 + torch.rand(45)).where(torch.rand(45) < 0.6, 0).repeat_interleave(block_rows)
-    unused = torch.ones(len(x), dtype=torch.bool)
-    unused[indices[(weights > 0) & (indices < len(x))]] = False
-    x[unused], g[unused] = torch.nan, torch.inf
-    result = gather_gemm(
-        x, g, indices, weights, block_rows=block_rows, is_padded=True, config=CONFIGS[config]
-    )
-    drawn = weights > 0
-    check_products(result, x, g, indices[drawn], weights[drawn])
+def test_padding_is_not_read(config, block_rows, by_descriptor, traffic):
+    wanted = check_padding(70, block_rows, torch.float16, CONFIGS[config])
     read = traffic[0].read
     name = "desc" if by_descriptor else "ptr"
-    wanted = int((~unused).sum())
     assert (read[f"x_{name}"], read[f"g_{name}"]) == (2 * 48 * wanted, 2 * 32 * wanted)
 
 
 @pytest.mark.parametrize("ratio", [1, 4, 8, 100, 1000])
-@pytest.mark.parametrize("by_descriptor", [False, True])
-def test_weights_leave_float16_its_range(ratio, by_descriptor, request):
+@pytest.mark.usefixtures("by_descriptor")
+def test_weights_leave_float16_its_range(ratio):
     """Rows may be as large as the range allows, or by a root less if weights differ or are huge."""
-    if by_descriptor:
-        request.getfixturevalue("tensor_copies")
     x, g = operands(64, 48, 32, torch.float16)
     x, g = (x / 1e4).half(), (g / g.abs().max() * 6e4).half()
     indices = torch.arange(64)
@@ -134,7 +101,7 @@ def test_weights_leave_float16_its_range(ratio, by_descriptor, request):
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("largest", [1e-3, 1.0, 3000.0, 1e6])
 @pytest.mark.parametrize("split", [1, 2])
 def test_range_of_weights(dtype, largest, split):
@@ -152,8 +119,7 @@ def test_range_of_weights(dtype, largest, split):
     )
 
 
-@pytest.mark.parametrize("named", [True, False], ids=["named", "left-out"])
-@pytest.mark.parametrize("by_descriptor", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("is_named", [True, False], ids=["named", "left-out"])
 @pytest.mark.parametrize(
     ("rows", "block_rows", "blocks"),
     [
@@ -165,19 +131,12 @@ def test_range_of_weights(dtype, largest, split):
         (5, 16, [0]),
     ],
 )
-def test_blocks(rows, block_rows, blocks, by_descriptor, named, request, traffic):
-    if by_descriptor:
-        request.getfixturevalue("tensor_copies")
-    x, g = operands(rows, 40, 24, torch.float16)
-    indices = drawn_blocks(blocks, block_rows)
-    weights = torch.rand(len(blocks)).repeat_interleave(block_rows)
-    if not named:
-        inside = indices < rows
-        indices, weights = indices[inside], weights[inside]
-    for w, split in ((None, 1), (weights, 2)):
-        config = replace(SMALL, block_k=32, split_k=split)
-        result = gather_gemm(x, g, indices, w, block_rows=block_rows, config=config)
-        check_products(result, x, g, indices, w)
+def test_blocks(rows, block_rows, blocks, by_descriptor, is_named, traffic):
+    for weighted, split in ((False, 1), (True, 2)):
+        check_blocks(
+            rows, block_rows, blocks, torch.float16,
+            weighted=weighted, split=split, is_named=is_named,
+        )  # fmt: skip
     kernel = "block_gemm_kernel" if by_descriptor else "gather_gemm_kernel"
     assert traffic[0].kernel == kernel
 
@@ -191,39 +150,20 @@ def test_blocks_that_no_descriptor_can_describe(columns, tensor_copies, traffic)
     assert traffic[0].kernel == "gather_gemm_kernel"
 
 
-@pytest.mark.parametrize("split", [1, 2, 3])
-@pytest.mark.parametrize("by_descriptor", [False, True], ids=["pointers", "descriptors"])
-def test_into_a_tensor_of_another_dtype(split, by_descriptor, request):
-    if by_descriptor:
-        request.getfixturevalue("tensor_copies")
-    x, g = operands(80, 48, 32, torch.float16)
-    indices, out = drawn_blocks([0, 1, 4], 16), torch.full((32, 48), torch.nan)
-    config = replace(SMALL, split_k=split)
-    assert gather_gemm(x, g, indices, block_rows=16, out=out, config=config) is out
-    check_products(out, x, g, indices)
-
-
 @pytest.mark.parametrize(
-    ("rank", "way", "kind"),
+    ("rank", "way", "dtype", "by_descriptor"),
     pairwise(
         [1, 5, 16, 17, 64],
         [(1, 1), (3, 1), (2, 2)],
-        [(torch.float16, False), (torch.float16, True), (torch.float32, False)],
+        [torch.float16, torch.float32],
+        [False, True],
     ),
+    indirect=["by_descriptor"],
 )
-def test_correction(rank, way, kind, request):
-    (split, tiles), (dtype, by_descriptor) = way, kind
-    if by_descriptor:
-        request.getfixturevalue("tensor_copies")
-    x, g = operands(70, 40, 24, dtype)
-    c, e = torch.randn(24, rank), torch.randn(40, rank).to(dtype)
-    indices = drawn_blocks([0, 2, 4], 16)
-    weights = (8 * torch.rand(3)).repeat_interleave(16) if split > 1 else None
-    result = gather_gemm(
-        x, g, indices, weights, block_rows=16, correction=(c, e), out=torch.empty(24, 40),
-        config=replace(SMALL, split_k=split, tiles_n=tiles),
-    )  # fmt: skip
-    check_products(result, x, g, indices, weights, plus=c.double() @ e.double().T)
+def test_correction(rank, way, dtype, by_descriptor):
+    split, tiles = way
+    config = replace(SMALL, split_k=split, tiles_n=tiles)
+    check_gather_correction(rank, dtype, weighted=split > 1, config=config)
 
 
 def test_a_correction_alone():
@@ -262,3 +202,13 @@ def test_what_is_not_finite_reaches_the_result(bad):
     assert not result[:, 3].isfinite().any()
     assert result[:, :3].isfinite().all()
     assert result[:, 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(32, 32, 32), (37, 17, 33)])
+def test_the_plain_gemm_that_gathering_is_compared_with(shape, weighted, dtype):
+    rows, n, p = shape
+    x, g = operands(rows, n, p, dtype)
+    weights = torch.rand(rows) if weighted else None
+    check_products(plain_gemm(g, x, weights, config=SMALL), x, g, torch.arange(rows), weights)

@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from memaop_triton.bench.suites.plain_gemm import pointer_gemm
+from memaop_triton.bench.suites.plain_gemm import plain_gemm
 from memaop_triton.kernels.gpu import launch, subspace
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm, gather_gemm_kernel
 from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
@@ -44,23 +44,18 @@ def _uncounted(monkeypatch):
     monkeypatch.setattr(traffic._Meter, "_add", add)
 
 
-def sparse(path, rows, columns, stride, by_columns=False):
-    """[rows, columns] of normal numbers, `stride` elements from row to row or column to column."""
-    lines, line = (columns, rows) if by_columns else (rows, columns)
-    with path.open("w+b") as file:
-        file.truncate(2 * ((lines - 1) * stride + line))  # to holes, which take no room on the disk
-        whole = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.float16)
-    strides = (1, stride) if by_columns else (stride, 1)
-    return whole.as_strided((rows, columns), strides).copy_(torch.randn(rows, columns))
-
-
 @pytest.fixture
 def wide(tmp_path):
-    """Makes [3, columns] of normal numbers, 2³⁰ elements from row to row or column to column."""
+    """Makes [rows, columns] of normal numbers, with `stride` elements from row to row (column)."""
 
-    def make(columns, by_columns=False):
-        path = tmp_path / str(len(list(tmp_path.iterdir())))
-        return sparse(path, ROWS, columns, STRIDE, by_columns)
+    def make(columns, by_columns=False, *, rows=ROWS, stride=STRIDE):
+        lines, line = (columns, rows) if by_columns else (rows, columns)
+        with (tmp_path / str(len(list(tmp_path.iterdir())))).open("w+b") as file:
+            # To holes, which take no room on the disk.
+            file.truncate(2 * ((lines - 1) * stride + line))
+            whole = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.float16)
+        strides = (1, stride) if by_columns else (stride, 1)
+        return whole.as_strided((rows, columns), strides).copy_(torch.randn(rows, columns))
 
     return make
 
@@ -79,8 +74,14 @@ def test_passes_over_rows(by_columns, wide):
     as_good_as(product, a.T.float() @ z.float(), a.T.double() @ z.double())
 
 
-def test_update(wide):
-    x, memory = wide(33), (wide(33), wide(33), torch.ones(ROWS, dtype=torch.bool))
+@pytest.mark.parametrize("which", ["operands", "memory"])
+def test_update(which, wide):
+    x, *slots = wide(33), wide(33), wide(33)
+    if which == "memory":
+        x = x.contiguous()
+    else:
+        slots = [m.contiguous() for m in slots]
+    memory = (*slots, torch.ones(ROWS, dtype=torch.bool))
     exact = [m.double() + x.double() for m in memory[:2]]
     one, seed = torch.ones(1), torch.ones(1, dtype=torch.int64)
     indices = torch.arange(ROWS)
@@ -115,10 +116,10 @@ class TestLongMatrices:
 
     RANK = 16
 
-    def test_projection(self, tmp_path):
+    def test_projection(self, wide):
         count, stride = 33, 1 << 26
-        x, q = torch.randn(count, count).half(), sparse(tmp_path / "q", count, self.RANK, stride)
-        z = sparse(tmp_path / "z", count, self.RANK, stride).fill_(torch.nan)
+        x, q = torch.randn(count, count).half(), wide(self.RANK, rows=count, stride=stride)
+        z = wide(self.RANK, rows=count, stride=stride).fill_(torch.nan)
         launch.launch(
             subspace.project_kernel,
             (3,),
@@ -128,10 +129,10 @@ class TestLongMatrices:
         )  # fmt: skip
         as_good_as(z, x @ q, x.double() @ q.double())
 
-    def test_transposed_product(self, tmp_path):
+    def test_transposed_product(self, wide):
         count, stride = 33, 1 << 26
-        a, z = torch.randn(count, count).half(), sparse(tmp_path / "z", count, self.RANK, stride)
-        parts = sparse(tmp_path / "parts", count, self.RANK, stride).fill_(torch.nan)
+        a, z = torch.randn(count, count).half(), wide(self.RANK, rows=count, stride=stride)
+        parts = wide(self.RANK, rows=count, stride=stride).fill_(torch.nan)
         launch.launch(
             subspace.transposed_kernel,
             (3, 1),
@@ -170,13 +171,12 @@ def test_long_matrices_are_told_from_others(rows, tensor_copies, monkeypatch):
     assert project["WIDE"] == transposed["WIDE"] == (rows * 16 >= 1 << 31)
 
 
-def test_strides_beyond_32_bits(tmp_path):
-    x = sparse(tmp_path / "rows", ROWS, 33, (1 << 32) + 16)
+def test_strides_beyond_32_bits(wide):
+    x = wide(33, stride=(1 << 32) + 16)
     indices = torch.arange(ROWS)
     check_products(gather_gemm(x, x, indices, config=SMALL), x, x, indices)
 
 
-def test_steps_of_the_plain_gemm(tmp_path):
-    rows, stride = 20, 1 << 28
-    x = sparse(tmp_path / "rows", rows, 33, stride)
-    check_products(pointer_gemm(x, x, tile=(16, 16, 16)), x, x, torch.arange(rows))
+def test_steps_of_the_plain_gemm(wide):
+    x = wide(33, rows=20, stride=1 << 28)
+    check_products(plain_gemm(x, x, config=SMALL), x, x, torch.arange(20))

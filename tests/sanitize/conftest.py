@@ -13,7 +13,6 @@ from triton.runtime import driver
 
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.tuning import cache, tuner
-from tests import judging
 
 
 class Gpu:
@@ -60,54 +59,3 @@ def _forget_the_gpu():
     targets.find.cache_clear()
     cache.gpu_of.cache_clear()
     tuner.forget()
-
-
-@pytest.fixture
-def normal():
-    """Makes normal numbers in a tensor that ends where its memory ends, or in a part of one.
-
-    Bounds are those of the memory, so `padded` surrounds the numbers with NaN: a kernel that reads
-    too far is given away by its result. With `transposed` the columns are contiguous.
-    """
-
-    def make(*shape, dtype=torch.float32, padded=False, transposed=False):
-        numbers = torch.randn(*shape, device="cuda").to(dtype)
-        if transposed:
-            numbers = numbers.mT.contiguous().mT
-        if padded:
-            numbers = torch.nn.functional.pad(numbers, (8, 8, 1, 1), value=torch.nan)
-            numbers = numbers[1:-1, 8:-8]
-        return numbers
-
-    return make
-
-
-@pytest.fixture
-def far():
-    """A tensor of rows as if it were the end of one with `first` rows more before it.
-
-    Only the rows from `first` on may be touched. With enough of them every offset exceeds 32 bits,
-    and a kernel that computes one in 32 bits is stopped out of bounds.
-    """
-
-    class Far(torch.Tensor):
-        @property
-        def shape(self):
-            return self.whole_shape
-
-        def data_ptr(self):
-            return self.start
-
-    def move(rows, first):
-        moved = rows.as_subclass(Far)
-        moved.whole_shape = torch.Size((first + rows.shape[0], *rows.shape[1:]))
-        moved.start = rows.data_ptr() - first * rows.stride(0) * rows.element_size()
-        return moved
-
-    return move
-
-
-@pytest.fixture
-def as_good_as():
-    """`tests.judging.as_good_as`."""
-    return judging.as_good_as

@@ -3,97 +3,46 @@
 import pytest
 import torch
 
-from memaop_triton.kernels.gpu.score import accumulate_and_score, accumulate_rest, row_scores
-from memaop_triton.kernels.tuning.config import RowConfig
-from tests.judging import as_good_as, laid_out, operands
+from memaop_triton.kernels.gpu.rescale import rescale_
+from memaop_triton.kernels.gpu.score import accumulate_and_score
+from tests.kernel_checks import (
+    TILE,
+    check_rows_that_are_not_finite,
+    check_update,
+    check_update_of_the_rest,
+    scalar,
+)
 
 pytestmark = pytest.mark.parametrize("gpu", [80], indirect=True, ids=["sm_80"])
-TILE = RowConfig(8, 16, 4)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def cuda(value, dtype=torch.float32):
-    return torch.tensor([value], dtype=dtype, device="cuda")
-
-
-def seeded(number):
-    return cuda(number, torch.int64)
-
-
-def norms(a, dtype=torch.float64):
-    return torch.linalg.vector_norm(a.to(dtype), dim=1)
 
 
 @pytest.mark.parametrize("layout", ["plain", "transposed", "padded"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scores(dtype, layout):
-    x, g = operands(21, 33, 17, dtype, layout, device="cuda")
-    x[3, 2], g[5, 16], x[6], g[6, 0] = torch.nan, -torch.inf, 0.0, torch.inf
-    scores, _ = row_scores(x, g, config=TILE)
-    good = torch.ones(21, dtype=torch.bool).index_fill(0, torch.tensor([3, 5, 6]), False)
-    assert (scores[~good] == torch.inf).all()
-    f32 = torch.float32
-    as_good_as(scores[good], (norms(x, f32) * norms(g, f32))[good], (norms(x) * norms(g))[good])
-
-
-def test_column_sums():
-    x, g = operands(21, 33, 17, torch.bfloat16, device="cuda")
-    _, sums = row_scores(x, g, bias_grad=True, config=TILE)
-    as_good_as(sums, g.sum(0), g.double().sum(0))
-
-
-def new_memory(rows, n, p, dtype):
-    filled = torch.arange(rows, device="cuda") % 2 == 0
-    halves = operands(rows, n, p, dtype, "padded", device="cuda")
-    for half in halves:
-        half[~filled] = torch.nan
-    return (*halves, filled)
+def test_rows_that_are_not_finite(dtype, layout):
+    check_rows_that_are_not_finite(dtype, layout, device="cuda")
 
 
 @pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("memory_dtype", DTYPES)
+@pytest.mark.parametrize("stored", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_update(dtype, memory_dtype, signed):
-    """Each |element| is off by one rounding at most, and the scores are those of what is stored."""
-    x, g = operands(21, 33, 17, dtype, device="cuda")
-    memory = new_memory(21, 33, 17, memory_dtype)
-    old = [torch.where(memory[2][:, None], m.double(), 0.0) for m in memory[:2]]
-    scores, sums = accumulate_and_score(
-        memory, x, g, cuda(0.75), seeded(5), signed=signed, bias_grad=True, config=TILE
-    )
-    unit = torch.finfo(memory_dtype).eps
-    flipped = []
-    for m, before, a in zip(memory, old, (x, g), strict=False):
-        plus, minus = a.double() + 0.75 * before, a.double() - 0.75 * before
-        close = [(m.double() - right).abs() <= unit * right.abs() + 1e-6 for right in (plus, minus)]
-        assert (close[0].all(1) | close[1].all(1)).all()
-        flipped.append(~close[0].all(1))
-    assert torch.equal(*flipped)
-    assert bool(flipped[0].any()) == signed
-    assert memory[2].all()
-    mx, mg, _ = memory
-    as_good_as(scores, norms(mx, torch.float32) * norms(mg, torch.float32), norms(mx) * norms(mg))
-    as_good_as(sums, g.sum(0), g.double().sum(0))
+def test_update(dtype, stored, signed):
+    check_update((21, 33, 17), dtype, stored, signed=signed, device="cuda")
 
 
 @pytest.mark.parametrize("bias_grad", [False, True])
 def test_update_of_the_rest(bias_grad):
-    x, g = operands(21, 33, 17, torch.bfloat16, device="cuda")
-    taken = torch.arange(21, device="cuda") % 3 == 0
-    x[3, 5], g[6, 2] = torch.nan, torch.inf  # both taken
-    memory, lost = new_memory(21, 33, 17, torch.bfloat16), cuda(0.0)
-    before = [m.clone() for m in memory]
-    options = {"bias_grad": bias_grad, "config": TILE}
-    accumulate_rest(memory, x, g, cuda(0.75), seeded(5), taken, lost, **options)
-    assert lost == 0
-    for m, old in zip(memory[:2], before, strict=False):
-        torch.testing.assert_close(m[taken], old[taken], rtol=0, atol=0, equal_nan=True)
-        assert m[~taken].isfinite().all()
-    assert torch.equal(memory[2], before[2] | ~taken)
-    g[7, 16] = torch.nan
-    accumulate_rest(memory, x, g, cuda(0.75), seeded(5), taken, lost, **options)
-    assert lost.isnan()
-    assert not memory[2][7]
+    dtype = torch.bfloat16
+    check_update_of_the_rest(dtype, dtype, bias_grad=bias_grad, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1.0, 0.5, 4.0])
+def test_rescaling_by_powers_of_two_is_exact(dtype, factor):
+    m = torch.randn(21, 33, device="cuda").to(dtype)
+    expected = m.clone() * factor
+    rescale_(m, scalar(factor, "cuda"), config=TILE)
+    assert torch.equal(m, expected)
 
 
 def rounded(value, seeds, rows=8):
@@ -103,7 +52,8 @@ def rounded(value, seeds, rows=8):
         memory = tuple(torch.empty(rows, value.shape[1], device="cuda").bfloat16() for _ in "xg")
         flags = torch.zeros(rows, dtype=torch.bool, device="cuda")
         x = value.expand(rows, -1)
-        accumulate_and_score((*memory, flags), x, x, cuda(1.0), seeded(seed), config=TILE)
+        numbers = scalar(1.0, "cuda"), scalar(seed, "cuda")
+        accumulate_and_score((*memory, flags), x, x, *numbers, config=TILE)
         results += memory
     return torch.stack(results).float()
 
@@ -147,14 +97,3 @@ def test_what_is_not_finite_keeps_its_kind():
     assert results[..., [0, 3, 4]].isnan().all()
     assert (results[..., 1] == torch.inf).all()
     assert (results[..., 2] == -torch.inf).all()
-
-
-def test_memory_around_the_slots_is_left_alone():
-    whole = laid_out(torch.zeros(21, 33, device="cuda"), "plain")
-    part = whole[3:12, 4:21]
-    memory = (part, torch.zeros(9, 9, device="cuda"), torch.ones(9, device="cuda").bool())
-    x, g = operands(9, 17, 9, torch.bfloat16, device="cuda")
-    accumulate_and_score(memory, x, g, cuda(1.0), seeded(5), config=TILE)
-    assert torch.equal(part, x.float())
-    part.zero_()
-    assert (whole == 0).all()

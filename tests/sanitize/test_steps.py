@@ -5,6 +5,7 @@ import torch
 
 from memaop_triton import MemAOPConfig, Subspace, convert_, new_memory
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
+from tests.judging import operands
 from tests.schemes import flat_config
 
 SETTINGS = {
@@ -19,12 +20,12 @@ SETTINGS = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_steps(setting, dtype, normal):
+def test_steps(setting, dtype):
     m, n, p = 150, 72, 88
     config = flat_config(ratio=1 / 2, rank=8, refresh_every=2, **SETTINGS[setting])
     memory = new_memory(config, n, p)
     for _ in range(3):
-        x, g = normal(m, n, dtype=dtype), normal(m, p, dtype=dtype)
+        x, g = operands(m, n, p, dtype, device="cuda")
         dw, db = weight_and_bias_grad(x, g, config, memory)
         assert dw.dtype == db.dtype == dtype
         assert dw.isfinite().all()
@@ -36,13 +37,13 @@ def test_steps(setting, dtype, normal):
         assert (db.double() - g.double().sum(0)).abs().max() < 0.15
 
 
-def test_a_layer_trains(normal):
+def test_a_layer_trains():
     torch.manual_seed(0)
     layer = convert_(
         torch.nn.Linear(24, 16).bfloat16(), MemAOPConfig(ratio=1 / 4, memory=Subspace(rank=4))
     )
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
-    x, target = normal(128, 24, dtype=torch.bfloat16), normal(128, 16, dtype=torch.bfloat16)
+    x, target = operands(128, 24, 16, torch.bfloat16, device="cuda")
     target = x[:, :16] * 2 + 0.1 * target
     losses = []
     for _ in range(12):

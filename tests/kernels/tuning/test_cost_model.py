@@ -83,8 +83,8 @@ def reported():
         if heading := re.match(r"## (\w+): ", line):
             target = TARGETS[heading[1]]
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if target and len(cells) == 14 and re.match(r"\d+x", cells[2]):
-            title, kind, tile, warps, stages, registers, shared, _, _, loop = cells[:10]
+        if target and len(cells) == 10 and re.match(r"\d+x", cells[2]):
+            title, kind, tile, warps, stages, registers, shared, _, _, loop = cells
             sides = [int(side) for side in tile.split("x")]
             found = read_case(title, kind, sides, int(warps), int(stages), target)
             if found:
