@@ -3,7 +3,7 @@
 import pytest
 
 from memaop_triton.bench.report.data import load
-from memaop_triton.bench.report.findings import Miss, Reason, by_place, findings
+from memaop_triton.bench.report.findings import findings
 from tests.bench.report import made
 
 
@@ -58,19 +58,23 @@ def test_a_wanted_speedup_that_is_missed_says_what_the_limit_allows(written, win
     assert "`priority` 8.00×, wanted 9.00× – the limit measured in this run is 8.42×" in markdown
 
 
-def test_one_line_per_place_and_cause_with_the_worst_of_each_method():
-    small, bound = Reason("small layer: 5 µs", "small"), Reason("bound by memory", "memory")
-    found = [
-        Miss("here", "topk", "0.1×", 9, small),
-        Miss("here", "default", "0.2×", 8, Reason("small layer: 6 µs", "small")),
-        Miss("there", "topk", "0.3×", 7, bound),
-        Miss("here", "topk", "0.4×", 6, small),
-        Miss("here", "priority", "0.5×", 5, bound),
-    ]
-    assert [[(one.method, one.what) for one in group] for group in by_place(found)] == [
-        [("topk", "0.1×"), ("default", "0.2×")],
-        [("topk", "0.3×")],
-        [("priority", "0.5×")],
+def test_one_line_per_place_with_the_worst_of_each_method(written, winning):
+    """A call that was timed in two sweeps is listed once; what another cause holds, apart."""
+    slow = {
+        name: made.method(name, "ours", ms, 80.0)
+        for name, ms in (("priority", 200.0), ("topk", 400.0))
+    }
+    winning["methods"] |= slow
+    again = winning | {"kind": "sweep_ratio", "methods": winning["methods"] | {
+        "priority": made.method("priority", "ours", 160.0, 80.0),
+        "topk-residual": made.method("topk-residual", "ours", 81.0, 80.0),
+    }}  # fmt: skip
+    _, markdown = written([winning, again])
+    listed = markdown.split("slower than dense")[1].split("###")[0]
+    lines = [line for line in listed.splitlines() if line.startswith("- ")]
+    assert [line.partition(" – ")[0] for line in lines] == [
+        "- 8192×1024×1024, r = 1/8: `topk` 0.20×, `priority` 0.40×",
+        "- 8192×1024×1024, r = 1/8: `topk-residual` 0.99× (quartiles reach 1)",
     ]
 
 
