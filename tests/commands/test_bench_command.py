@@ -7,11 +7,10 @@ import sys
 import pytest
 
 from memaop_triton.bench import run
+from memaop_triton.bench.report.data import load
 from memaop_triton.commands import cli
 
-KINDS = {"machine", "kernel", "dw", "layer", "step", "sweep_rows", "sweep_ratio", "sweep_width"}
-METHOD = {"role", "label", "ms", "q1", "q3", "speedup", "peak_bytes", "rounds", "calls"}
-CASE = {"kind", "title", "m", "n", "p", "k", "ratio", "dtype", "device", "block_rows", "model"}
+KINDS = {"kernel", "dw", "layer", "step", "sweep_rows", "sweep_ratio", "sweep_width", "overhead"}
 
 
 def error_of(capsys, *arguments):
@@ -23,53 +22,45 @@ def error_of(capsys, *arguments):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The results of the smoke suite, where they lie, and what was told on the way."""
-    folder = tmp_path_factory.mktemp("smoke")
+    """The file of results of the smoke suite, and what was told on the way."""
+    path = tmp_path_factory.mktemp("smoke") / "smoke.json"
     told = []
-    outcome = run.run_suite(
-        "smoke", folder / "smoke.json", threads=1, on_progress=lambda *now: told.append(now)
-    )
+    outcome = run.run_suite("smoke", path, threads=1, on_progress=lambda *now: told.append(now))
     assert not outcome.failed
-    return json.loads((folder / "smoke.json").read_text()), outcome.log, told
+    return path, told
 
 
-def test_results_have_what_the_report_reads(smoke):
-    infos = [benchmark["extra_info"] for benchmark in smoke[0]["benchmarks"]]
-    assert {info["kind"] for info in infos} == KINDS | {"overhead"}
-    for info in infos:
-        if info["kind"] == "machine":
-            continue
-        assert set(info) >= CASE, info["title"]
-        assert 1 <= info["k"] <= info["m"]
-        roles = [method["role"] for method in info["methods"].values()]
+def test_results_are_what_the_report_reads(smoke):
+    found = load(smoke[0])
+    assert found.machine.threads == 1
+    assert {case.kind for case in found.cases} == KINDS
+    for case in found.cases:
+        assert 1 <= case.k <= case.m
+        roles = [method.role for method in case.methods.values()]
         assert roles.count("dense") == 1
         assert "ours" in roles
         assert roles.count("limit") <= 1
-        for method in info["methods"].values():
-            assert set(method) >= METHOD
-            assert 0 < method["q1"] <= method["ms"] <= method["q3"]
-            assert method["peak_bytes"] >= 0
-            speedup = method["speedup"]
-            assert 0 < speedup["q1"] <= speedup["median"] <= speedup["q3"]
+        for method in case.methods.values():
+            assert method.peak_bytes >= 0
+            for spread in (method.ms, method.speedup):
+                assert 0 < spread.q1 <= spread.median <= spread.q3
 
 
-def test_results_do_not_name_the_machine(smoke):
-    assert "node" not in smoke[0]["machine_info"]
-    assert {"project", "branch"}.isdisjoint(smoke[0]["commit_info"])
-
-
-def test_results_name_the_commit_of_a_checkout(smoke):
+def test_results_name_the_commit_of_a_checkout_and_not_the_machine(smoke):
+    content = json.loads(smoke[0].read_text())
+    assert "node" not in content["machine_info"]
+    assert {"project", "branch"}.isdisjoint(content["commit_info"])
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=run.FOLDER, capture_output=True, text=True
     )
     if commit.returncode:
         pytest.skip("not a git checkout")
-    assert smoke[0]["commit_info"]["id"] == commit.stdout.strip()
+    assert content["commit_info"]["id"] == commit.stdout.strip()
 
 
 def test_progress_counts_every_benchmark(smoke):
-    results, _, told = smoke
-    names = [benchmark["name"] for benchmark in results["benchmarks"]]
+    path, told = smoke
+    names = [benchmark["name"] for benchmark in json.loads(path.read_text())["benchmarks"]]
     assert told == [(done, len(names), name) for done, name in enumerate(names, 1)]
 
 

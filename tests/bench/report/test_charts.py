@@ -55,7 +55,7 @@ def test_marks_lie_under_the_roofs_by_what_they_took(saved):
 
 def test_a_bar_is_as_long_as_its_speedup(saved):
     speeds = {"default": 1.5, "priority": 3.0}
-    run = load(saved([made.step("layer", 100.0, speeds, {"default": 2.0})]))
+    run = load(saved([made.step("MLP", speeds, {"default": 2.0})]))
     figure = charts.bars(run.cases)
     widths = {tip.split(":")[0]: bar.get_width() for tip, bar in tips(figure).items()}
     assert widths == pytest.approx(speeds)
@@ -114,6 +114,6 @@ def test_the_readers_own_settings_change_nothing():
 
 
 def test_names_in_the_file_are_no_formulas(saved):
-    case = made.step("layer 1", 10.0, {"default": 1.3}, {}) | {"title": "cost $x^2$ & <b>"}
+    case = made.step("cost $x^2$ & <b>", {"default": 1.3})
     picture = figures.svg(charts.bars(load(saved([case])).cases), "bars")
     assert ">cost $x^2$ &amp; &lt;b&gt;</text>" in picture

@@ -43,25 +43,26 @@ def test_too_few_sizes_have_no_exponent(written):
 
 
 def test_map_tells_measured_from_interpolated(saved):
-    cases = load(saved(made.every_case())).cases
-    found = break_even([case for case in cases if case.model is None], "default", 1 / 8)
-    assert [one.m for one in found] == sorted(2**i for i in range(6, 18) for _ in range(6))
-    measured = {(one.m, one.width): one.speedup for one in found if one.measured}
-    expected = {
-        (c.m, c.n): c.methods["default"].speedup.median
-        for c in cases
-        if c.n == c.p and c.ratio == 1 / 8 and c.kind not in ("layer", "step", "kernel")
-    }
-    assert measured == expected
-    between = [one for one in found if not one.measured and math.isfinite(one.speedup)]
-    assert len(between) > 10
-    # The made-up machine's own speed-up, without the noise.
-    for one in between:
-        dense = 2e3 * one.m * one.width**2 / (made.GFLOPS * 1e9)
-        passed = 8e3 * one.m * one.width / (made.READ_GBS * 1e9)
-        true = (dense + 0.004) / ((1.5 * passed + dense / 8) * 1.06 + 0.045)
-        assert one.speedup == pytest.approx(true, rel=0.5), one
-    assert math.isnan(next(one.speedup for one in found if (one.m, one.width) == (2**17, 64)))
+    def speedup(m, n, ratio):
+        return 0.2 * (m / 64) ** 0.3 * (n / 64) ** 0.7 * ratio**-0.5
+
+    corners = [(m, n, r) for m in (64, 1024) for n in (64, 512) for r in (1 / 4, 1 / 16)]
+    records = []
+    for m, n, ratio in [*corners, (256, 128, 1 / 8)]:
+        records.append(made.weight_grad("sweep_ratio", m, n, n, ratio))
+        spread = dict.fromkeys(("median", "q1", "q3"), speedup(m, n, ratio))
+        records[-1]["methods"]["default"]["speedup"] = spread
+    other = made.weight_grad("dw", 128, 64, 128, 1 / 8)  # N is not P
+    cases = load(saved([*records, other])).cases
+    found = break_even(cases, "default", 1 / 8)
+    assert [(one.m, one.width) for one in found] == [
+        (m, n) for m in (64, 128, 256, 512, 1024) for n in (64, 128, 256, 512)
+    ]
+    assert [(one.m, one.width) for one in found if one.measured] == [(256, 128)]
+    for one in found:
+        assert one.speedup == pytest.approx(speedup(one.m, one.width, 1 / 8)), one
+    outside = break_even(cases, "default", 1 / 32)
+    assert all(math.isnan(one.speedup) for one in outside)
 
 
 def test_map_of_calls_in_one_plane_has_measured_cells_only(saved):
