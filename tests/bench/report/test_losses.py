@@ -130,3 +130,18 @@ def test_overhead_and_growth_are_checked(saved):
     assert [one.method for one in found["an overhead above 100\N{NO-BREAK SPACE}µs"]] == ["topk"]
     (growing,) = found["a time that grows faster than M"]
     assert (growing.method, growing.what) == ("priority", "M^1.20")
+
+
+def test_a_step_can_reach_what_its_flops_allow(written):
+    case = made.step(
+        "MLP",
+        {"default": 1.2, "default, sampled dX": 1.5},
+        {"default": 1.3, "default, sampled dX": 1.9},
+    )
+    _, markdown = written([case])
+    # A third of the FLOPs to 1/8, or two thirds.
+    assert (
+        "`default` 1.20×, wanted 1.30× – by FLOPs alone, linear layers could reach 1.41×"
+        in markdown
+    )
+    assert "wanted 1.90× – by FLOPs alone, linear layers could reach 2.40×" in markdown
