@@ -40,16 +40,19 @@ def describe(
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     on_gpu = device.type == "cuda"
+    properties: Any = torch.cuda.get_device_properties(device) if on_gpu else None
     return {
         "kind": "machine",
-        "name": torch.cuda.get_device_name(device) if on_gpu else processor_name(),
+        "name": properties.name if on_gpu else processor_name(),
         "device": device.type,
         "threads": torch.get_num_threads(),
-        "cores": _processors(device) if on_gpu else usable_cores(),
-        "gemm_gflops": {_name(dtype): gemm_gflops(device, dtype, size) for dtype in dtypes},
+        "cores": properties.multi_processor_count if on_gpu else usable_cores(),
+        "gemm_gflops": {
+            str(dtype).removeprefix("torch."): gemm_gflops(device, dtype, size) for dtype in dtypes
+        },
         "stream_gbs": stream_gbs(device, stream_bytes),
         "triad_gbs": triad_gbs(device, stream_bytes),
-        "caches": gpu_caches(device) if on_gpu else caches(),
+        "caches": {"L2": f"{properties.L2_cache_size >> 10}K"} if on_gpu else caches(),
         "versions": versions(),
         "clocks": gpu_clocks() if on_gpu else cpu_clocks(),
         "load_before": load,
@@ -80,11 +83,6 @@ def triad_gbs(device: torch.device, nbytes: int) -> float:
     """Rate of y ← y + x, which reads two numbers and writes one, in 10⁹ bytes a second."""
     x, y = (torch.ones(max(1, nbytes // 8), device=device) for _ in range(2))
     return 3e-9 * x.nbytes / _median_seconds(device, lambda: y.add_(x))
-
-
-def gpu_caches(device: torch.device) -> dict[str, str]:
-    """Size of the second-level cache of a GPU."""
-    return {"L2": f"{torch.cuda.get_device_properties(device).L2_cache_size >> 10}K"}
 
 
 def cpu_clocks() -> str | None:
@@ -134,18 +132,10 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _median_seconds(device: torch.device, call: Callable[[], object]) -> float:
     clock = clock_for(device)
     clock.seconds(call, 2)
     return statistics.median(clock.seconds(call, 1) for _ in range(_ROUNDS))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def folder_name(name: str) -> str:

@@ -8,13 +8,14 @@ one round; medians and quartiles are over rounds.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.autograd.profiler import profile
@@ -41,8 +42,6 @@ class Method:
         label: For tables.
         call: Does it once. Its time must not depend on what the other methods leave behind.
         period: Calls after which the work repeats: a refresh in every 8th call counts an eighth.
-        note: A remark for readers of the numbers.
-        config_source: Returns, after a call, where the configuration of its kernels came from.
     """
 
     name: str
@@ -50,44 +49,45 @@ class Method:
     label: str
     call: Callable[[], object]
     period: int = 1
-    note: str | None = None
-    config_source: Callable[[], str] | None = None
 
 
-class Clock(Protocol):
-    """How calls are timed on a device."""
+class Clock:
+    """Wall time of calls on a device. Calls in a row find in the caches what fits there.
 
-    def seconds(self, call: Callable[[], object], calls: int) -> float:
-        """Mean time of `calls` calls in a row."""
+    On a GPU that is what the host takes to launch them, where that is longer.
+    """
 
-    def cold_seconds(self, call: Callable[[], object]) -> float:
-        """Time of one call that finds nothing in the caches."""
-
-    def peak_bytes(self, call: Callable[[], object]) -> int:
-        """The most memory that a call holds beyond what was held before, its result included."""
-
-
-class CpuClock:
-    """Wall time. Calls in a row find in the caches what fits there."""
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
     def seconds(self, call: Callable[[], object], calls: int) -> float:
         """Mean time of `calls` calls in a row."""
+        self._wait()
         start = time.perf_counter()
         for _ in range(calls):
             call()
+        self._wait()
         return (time.perf_counter() - start) / calls
 
     def cold_seconds(self, call: Callable[[], object]) -> float:
         """Time of one call after the caches were overwritten."""
-        _flush(torch.device("cpu"))
+        _flush(self.device)
         return self.seconds(call, 1)
 
     def peak_bytes(self, call: Callable[[], object]) -> int:
-        """Peak of what PyTorch's CPU allocator gave out during a call.
+        """The most memory that a call holds beyond what was held before, its result included.
 
-        Every allocation and release is recorded, those inside operators too. What libraries
-        allocate on their own, like the packed panels of a GEMM, is not.
+        On a CPU every allocation and release of PyTorch's allocator is recorded, those inside
+        operators too. What libraries allocate on their own, like the packed panels of a GEMM, is
+        not.
         """
+        if self.device.type == "cuda":
+            self._wait()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            self._wait()
+            return torch.cuda.max_memory_allocated() - before
         with profile(profile_memory=True) as recorded:
             call()
         results: Any = recorded.kineto_results
@@ -98,56 +98,32 @@ class CpuClock:
             peak = max(peak, held)
         return peak
 
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
-class CudaClock:
+
+class EventClock(Clock):
     """Events on the stream, with the second-level cache overwritten before every call."""
 
     def seconds(self, call: Callable[[], object], calls: int) -> float:
         """Mean time of `calls` calls, each with a cold cache."""
         pairs = []
         for _ in range(calls):
-            _flush(torch.device("cuda"))
+            _flush(self.device)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
             end.record()
             pairs.append((start, end))
-        torch.cuda.synchronize()
+        self._wait()
         milliseconds: float = sum(start.elapsed_time(end) for start, end in pairs)
         return milliseconds / calls / 1e3
-
-    def cold_seconds(self, call: Callable[[], object]) -> float:
-        """The same: every call is cold."""
-        return self.seconds(call, 1)
-
-    def peak_bytes(self, call: Callable[[], object]) -> int:
-        """Peak of PyTorch's caching allocator during a call."""
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - held
-
-
-class CudaHostClock(CudaClock):
-    """Wall time of calls in a row: what the host takes to launch them, where that is longer."""
-
-    def seconds(self, call: Callable[[], object], calls: int) -> float:
-        """Mean time of `calls` calls in a row."""
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) / calls
 
 
 def clock_for(device: torch.device, *, with_host: bool = False) -> Clock:
     """The clock of a device; on a GPU `with_host` counts the time that launching takes."""
-    if device.type != "cuda":
-        return CpuClock()
-    return CudaHostClock() if with_host else CudaClock()
+    return EventClock(device) if device.type == "cuda" and not with_host else Clock(device)
 
 
 def compare(
@@ -164,9 +140,8 @@ def compare(
 
     Returns:
         By name: `role`, `label`, times `ms`, `q1`, `q3` (median and quartiles, milliseconds),
-        `speedup` (the same of dense time over this time, per round), `peak_bytes`, `note`,
-        `config_source`, `rounds`, `calls` (in a block), and with `cold` the first four times of
-        cold rounds under `cold`.
+        `speedup` (the same of dense time over this time, per round), `peak_bytes`, `rounds`,
+        `calls` (in a block), and with `cold` the first four times of cold rounds under `cold`.
 
     Raises:
         ValueError: There is no dense method, or two, or two methods share a name.
@@ -195,12 +170,11 @@ def compare(
             cold_rounds.append({m.name: clock.cold_seconds(m.call) for m in order})
     results = {}
     for method in methods:
-        result: dict[str, Any] = {"role": method.role, "label": method.label}
-        result |= _times(rounds, method.name, dense[0])
-        result |= {
+        result: dict[str, Any] = {
+            "role": method.role,
+            "label": method.label,
+            **_times(rounds, method.name, dense[0]),
             "peak_bytes": peaks[method.name],
-            "note": method.note,
-            "config_source": method.config_source() if method.config_source else None,
             "rounds": len(rounds),
             "calls": calls[method.name],
         }
@@ -240,14 +214,12 @@ def _block(method: Method, clock: Clock, calls: int) -> float:
 
 def _flush(device: torch.device) -> None:
     """Overwrite more memory than any cache holds."""
-    buffer = _buffers.get(device.type)
-    if buffer is None:
-        buffer = torch.zeros(_FLUSHED_BYTES // 4, device=device)
-        _buffers[device.type] = buffer
-    buffer.add_(1)
+    _buffer(device).add_(1)
 
 
-_buffers: dict[str, torch.Tensor] = {}
+@functools.cache
+def _buffer(device: torch.device) -> torch.Tensor:
+    return torch.zeros(_FLUSHED_BYTES // 4, device=device)
 
 
 @contextlib.contextmanager

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import memaop_triton
 from memaop_triton.errors import CommandError
 
 FOLDER = Path(__file__).resolve().parent
-_POLL_SECONDS = 0.2
 _NOTHING_COLLECTED = 5
+# `suites/test_dw.py::test_dw[name] PASSED   [ 3/91]`, as `pytest -v` prints it.
+_ENDED = re.compile(r"::(\S+) (PASSED|FAILED|ERROR|SKIPPED)\b.*\[ *(\d+)/(\d+)\]")
 
 
 class BenchmarkError(CommandError):
@@ -25,28 +25,11 @@ class BenchmarkError(CommandError):
 
 
 @dataclass(frozen=True)
-class Progress:
-    """A benchmark ended, or all were counted (`name` is empty).
-
-    Attributes:
-        done: Benchmarks that ended.
-        total: Benchmarks there are.
-        name: The one that ended.
-        outcome: "passed", "failed" or "skipped".
-    """
-
-    done: int
-    total: int
-    name: str = ""
-    outcome: str = "passed"
-
-
-@dataclass(frozen=True)
 class Outcome:
     """A suite that left results.
 
     Attributes:
-        log: What pytest printed, the table of ratios at its end.
+        log: What pytest printed.
         failed: Names of the benchmarks that are not among the results, because they failed.
     """
 
@@ -60,7 +43,7 @@ def run_suite(
     *,
     only: str | None = None,
     threads: int | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> Outcome:
     """Run a suite and leave its results, pytest-benchmark's JSON, in `json_path`.
 
@@ -72,7 +55,8 @@ def run_suite(
             is beside it.
         only: Of its benchmarks, those whose name matches this expression of pytest's `-k`.
         threads: Of PyTorch; its own choice if `None`.
-        on_progress: Called after every benchmark.
+        on_progress: Called after every benchmark with how many ended, how many there are, and the
+            name of the one that ended.
 
     Raises:
         BenchmarkError: Nothing matches `only`, or no benchmark succeeded.
@@ -84,28 +68,27 @@ def run_suite(
         tempfile.TemporaryDirectory() as scratch,
         log_path.open("w", encoding="utf-8") as log,
     ):
-        events = Path(scratch) / "events"
-        events.touch()
         results = Path(scratch) / "results.json"
-        command = _command(suite, results, events, only, threads)
         # In a checkout the results name its commit; an installed copy is in no repository of ours.
         is_installed = FOLDER.parent == _package_folder()
-        process = subprocess.Popen(
-            command,
-            stdout=log,
+        with subprocess.Popen(
+            _command(suite, results, only, threads),
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
             env=_environment(),
             cwd=scratch if is_installed else FOLDER,
-        )
-        try:
-            for progress in _follow(events, process):
-                if progress.outcome == "failed":
-                    failed.append(progress.name)
-                on_progress(progress)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+        ) as process:
+            for line in process.stdout or ():
+                log.write(line)
+                ended = _ENDED.search(line)
+                if ended is not None:
+                    name, outcome, done, total = ended.groups()
+                    if outcome in ("FAILED", "ERROR"):
+                        failed.append(name)
+                    on_progress(int(done), int(total), name)
+        log.flush()
         if process.returncode == _NOTHING_COLLECTED:
             matching = f" matches --only={only!r}" if only else ""
             raise BenchmarkError(f"no benchmark of --suite={suite}{matching}: see {log_path}.")
@@ -118,14 +101,12 @@ def run_suite(
     return Outcome(log_path, tuple(failed))
 
 
-def _command(
-    suite: str, results: Path, events: Path, only: str | None, threads: int | None
-) -> list[str]:
+def _command(suite: str, results: Path, only: str | None, threads: int | None) -> list[str]:
     """pytest on the installed benchmarks, with no configuration but this."""
     command = [sys.executable, "-m", "pytest", str(FOLDER), "-c", os.devnull]
     command += ["--rootdir", str(FOLDER), "--import-mode=importlib", "-p", "no:cacheprovider"]
-    command += ["-p", "no:xdist", "-q", "--benchmark-columns=min", f"--benchmark-json={results}"]
-    command += ["--suite", suite, "--progress-file", str(events)]
+    command += ["-p", "no:xdist", "-v", "-o", "console_output_style=count", "--suite", suite]
+    command += ["--benchmark-columns=median,iqr", f"--benchmark-json={results}"]
     if only:
         command += ["-k", only]
     if threads:
@@ -146,28 +127,6 @@ def _environment() -> dict[str, str]:
 
 def _package_folder() -> Path:
     return Path(memaop_triton.__file__).resolve().parent
-
-
-def _follow(events: Path, process: subprocess.Popen[bytes]) -> Iterator[Progress]:
-    """The events that the process writes, until it ends."""
-    total = done = 0
-    pending = ""
-    with events.open(encoding="utf-8") as file:
-        ended = False
-        while not ended:
-            ended = process.poll() is not None
-            pending += file.read()
-            *lines, pending = pending.split("\n")
-            for line in lines:
-                event = json.loads(line)
-                if "total" in event:
-                    total = event["total"]
-                    yield Progress(done, total)
-                else:
-                    done += 1
-                    yield Progress(done, total, event["done"], event["outcome"])
-            if not ended:
-                time.sleep(_POLL_SECONDS)
 
 
 def _last_error(log_path: Path) -> str:

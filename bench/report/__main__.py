@@ -1,6 +1,6 @@
 """Writes the report of results that are there already.
 
-Usage: python -m memaop_triton.bench.report RESULTS.json [EARLIER.json] --output FOLDER
+Usage: python -m memaop_triton.bench.report RESULTS.json --output FOLDER
 """
 
 from __future__ import annotations
@@ -8,22 +8,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from memaop_triton.bench.report import ReportError, write
+from memaop_triton.bench.report import write
+from memaop_triton.bench.report.data import ReportError
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m memaop_triton.bench.report")
     parser.add_argument("results", type=Path, help="what a suite of benchmarks left behind")
-    parser.add_argument("earlier", type=Path, nargs="?", help="an earlier run to compare with")
     parser.add_argument("--output", type=Path, required=True, help="folder for the two files")
     options = parser.parse_args()
-    results: Path = options.results
     try:
-        report = write(results, options.output, name=results.stem, compare=options.earlier)
+        paths = write(options.results, options.output)
     except (ReportError, OSError) as error:
         parser.error(str(error))
-    print(f"wrote {report.html}\nwrote {report.markdown}")
+    for path in paths:
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from scipy.optimize import isotonic_regression
 
 from memaop_triton.bench.report import text
-from memaop_triton.bench.report.breakeven import Field, grade
+from memaop_triton.bench.report.analysis import Field, Power
 from memaop_triton.bench.report.data import Case, Machine, Method, Spread
 from memaop_triton.bench.report.figures import INK, PAPER, RULE, SOFT, colour, new_figure, styled
-from memaop_triton.bench.report.fits import Power
-from memaop_triton.bench.report.methods import base_name, methods_of, rank
-from memaop_triton.bench.report.roofline import Call
+from memaop_triton.bench.report.methods import base_name, methods_of, rank, traffic
 
 # A chart is as wide as a phone, nearly: a desktop shows two or three side by side.
 _WIDTH = 390.0
 _CHARACTER = 6.8  # average width of one of the charts' text
+# Upper bounds of the break-even map's classes of speed-up; the style sheet has a colour for each.
+_CLASSES = (0.5, 0.8, 1.0, 1.5, 3.0, 5.0)
 # Marks as well, so that methods differ by more than colour.
 _MARKS = {"default": "o", "priority": "s", "topk": "D", "topk-residual": "^", "topk-signed": "v"}
 
@@ -139,21 +141,16 @@ def _name_ends(axes: Axes) -> None:
 def apart(wanted: Sequence[float], gap: float) -> list[float]:
     """Places within [0, 1], at least `gap` apart, with the least squares of shifts from `wanted`.
 
-    A gap that leaves no room for all is made smaller. Least squares in a given order are means of
-    neighbours that would collide, which is isotonic regression (max-min formula).
+    A gap that leaves no room for all is made smaller. Without their gaps, places are numbers that
+    do not fall, so least squares is isotonic regression.
     """
-    count = len(wanted)
-    gap = min(gap, 1 / max(1, count - 1))
-    order = sorted(range(count), key=lambda i: wanted[i])
-    shifted = [wanted[i] - gap * place for place, i in enumerate(order)]
-    places = [0.0] * count
-    for place, i in enumerate(order):
-        best = max(
-            min(fmean(shifted[low : high + 1]) for high in range(place, count))
-            for low in range(place + 1)
-        )
-        places[i] = min(max(best, 0.0), 1 - gap * (count - 1)) + gap * place
-    return places
+    gap = min(gap, 1 / max(1, len(wanted) - 1))
+    order = np.argsort(wanted, kind="stable")
+    gaps = gap * np.arange(len(wanted))
+    shifted = isotonic_regression(np.asarray(wanted)[order] - gaps).x
+    places = np.empty(len(wanted))
+    places[order] = np.clip(shifted, 0, 1 - gaps[-1]) + gaps
+    return [float(place) for place in places]
 
 
 @styled
@@ -219,19 +216,26 @@ def _ratio_tick(value: float) -> str:
 
 
 @styled
-def roofline(found: Sequence[Call], machine: Machine, dtype: str) -> Figure:
-    """Roofs as lines and calls as marks, all of one dtype, whose rate the machine must have."""
+def roofline(cases: Sequence[Case], machine: Machine) -> Figure:
+    """Roofs as lines, and the calls of dense and ours as marks: cases of one dtype."""
+    dtype = cases[0].dtype
+    rate = machine.gemm_gflops[dtype]
+    calls = [
+        (case, method, cost, cost.flops / method.ms.median / 1e6)
+        for case in cases
+        for method in methods_of([case], ("dense", "ours"))
+        if (cost := traffic(case, method)) is not None
+    ]
     figure, axes = _axes(380, right=8, top=52)
     _logarithmic(axes, "x", "useful FLOPs per byte moved")
-    speeds = [machine.gemm_gflops[dtype], *(call.gflops for call in found)]
+    speeds = [rate, *(gflops for *_, gflops in calls)]
     base = 2 if max(speeds) < 64 * min(speeds) else 10
     _logarithmic(axes, "y", "useful GFLOP/s", base=base)
     bandwidths = {"read": machine.stream_gbs, "update": machine.triad_gbs}
-    known = {name: bandwidth for name, bandwidth in bandwidths.items() if bandwidth is not None}
-    rate, fastest = machine.gemm_gflops[dtype], max(known.values())
-    intensities = [rate / fastest, *(call.intensity for call in found)]
+    fastest = max(bandwidths.values())
+    intensities = [rate / fastest, *(cost.intensity for _, _, cost, _ in calls)]
     low, high = min(intensities) / 2, max(intensities) * 2
-    for name, bandwidth in known.items():
+    for name, bandwidth in bandwidths.items():
         xs, ys = (low, rate / bandwidth, high), (low * bandwidth, rate, rate)
         what = f"{name} {text.rate(bandwidth, 'B')}"
         width, style = (2, "-") if name == "read" else (1, ":")
@@ -242,12 +246,13 @@ def roofline(found: Sequence[Call], machine: Machine, dtype: str) -> Figure:
         textcoords="offset points", va="center",
     )  # fmt: skip
     marks: dict[str, Line2D] = {}
-    for call in sorted(found, key=lambda one: (one.method.role != "dense", rank(one.method))):
-        share = text.percent(call.gflops / call.roof)
-        tip = _tip(call.method, call.case, f"{text.rate(call.gflops, 'FLOP')}, {share} of the roof")
-        at = call.intensity, call.gflops
-        mark = _dot(axes, at, call.method, tip, markersize=8, alpha=0.75)
-        marks.setdefault(call.method.name, mark)
+    for case, method, cost, gflops in sorted(
+        calls, key=lambda call: (call[1].role != "dense", rank(call[1]))
+    ):
+        share = text.percent(gflops / cost.roof(machine, dtype))
+        tip = _tip(method, case, f"{text.rate(gflops, 'FLOP')}, {share} of the roof")
+        mark = _dot(axes, (cost.intensity, gflops), method, tip, markersize=8, alpha=0.75)
+        marks.setdefault(method.name, mark)
     axes.legend(
         marks.values(), marks, loc="lower right", labelcolor="markerfacecolor", handletextpad=0
     )
@@ -306,18 +311,20 @@ def grid(found: Sequence[Field]) -> Figure:
     axes.spines["bottom"].set_visible(False)
     figure.text(0, 1, "rows M", color=SOFT, va="top")
     for one in found:
+        if math.isnan(one.speedup):
+            continue
         x, y = columns.index(one.width), lines.index(one.m)
-        how = "measured" if one.measured else "fitted" if one.inside else "fitted beyond"
-        alpha, frame = 1 if one.measured or one.inside else 0.45, INK if one.measured else "none"
+        how = "measured" if one.measured else "interpolated"
         axes.add_patch(FancyBboxPatch(
             (x - 0.46, y - 0.45), 0.92, 0.9, "round,pad=0,rounding_size=0.06",
-            facecolor=colour(f"g{grade(one.speedup)}"), edgecolor=frame, linewidth=1.6,
-            alpha=alpha, zorder=3 if one.measured else 2,
+            facecolor=colour(f"g{bisect(_CLASSES, one.speedup)}"),
+            edgecolor=INK if one.measured else "none", linewidth=1.6,
+            zorder=3 if one.measured else 2,
             gid=f"tip:M = {one.m}, N = P = {one.width}: {one.speedup:.2f}×, {how}",
         ))  # fmt: skip
         shown = f"{one.speedup:.1f}" if one.speedup < 9.95 else f"{one.speedup:.0f}"
         axes.text(
-            x, y, shown, color=colour("on-cell"), alpha=max(alpha, 0.75), ha="center",
+            x, y, shown, color=colour("on-cell"), ha="center",
             va="center_baseline", weight="bold" if one.measured else "normal", zorder=4,
         )  # fmt: skip
     return figure

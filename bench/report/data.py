@@ -6,20 +6,21 @@ over a method's time, taken per round, so that the machine's drift cancels.
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from memaop_triton.bench.report.fields import ReportError, Shown, member, parse, read_json
+from memaop_triton.errors import CommandError
 
-Kind = Literal[
-    "kernel", "dw", "layer", "step", "sweep_rows", "sweep_ratio", "sweep_width", "overhead"
-]
-Role = Literal["dense", "ours", "baseline", "limit"]
 # Kinds whose calls compute one weight gradient, and nothing else.
 WEIGHT_GRAD_KINDS = ("dw", "sweep_rows", "sweep_ratio", "sweep_width", "overhead")
+
+
+class ReportError(CommandError):
+    """A file of results is missing or is not what the benchmarks write."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,20 @@ class Method:
 
     Attributes:
         name: The method, e.g. `default` or `vcas`.
-        role: What it stands for.
+        role: `dense`, `ours`, `baseline` or `limit`.
         label: Its name for readers.
         ms: Milliseconds of a call.
-        speedup: Dense's time over this one's; of the medians, without a spread, if a limit or the
-            dense call came without.
-        peak_bytes: Memory that a call holds at most beside its operands; `None` if not measured.
-        note: What a reader has to know about this number.
+        speedup: Dense's time over this one's.
+        peak_bytes: Memory that a call holds at most beside its operands.
         cold: The speed-up with cold caches; `None` if not measured.
     """
 
     name: str
-    role: Role
+    role: str
     label: str
     ms: Spread
     speedup: Spread
-    peak_bytes: int | None = None
-    note: str | None = None
+    peak_bytes: int
     cold: Spread | None = None
 
 
@@ -62,7 +60,7 @@ class Case:
     """One shape and ratio, and every method timed on it in turn.
 
     Attributes:
-        kind: What was timed.
+        kind: What was timed: one of `WEIGHT_GRAD_KINDS`, `kernel`, `layer` or `step`.
         title: Its name for readers.
         m: Rows of X and G.
         n: Columns of X.
@@ -75,10 +73,9 @@ class Case:
         methods: By name, in the file's order.
         model: What network, for a step.
         wanted: The speed-up asked for, by method.
-        unmeasured: Methods whose time is not a number.
     """
 
-    kind: Kind
+    kind: str
     title: str
     m: int
     n: int
@@ -91,28 +88,20 @@ class Case:
     methods: Mapping[str, Method]
     model: str | None = None
     wanted: Mapping[str, float] = field(default_factory=dict)
-    unmeasured: tuple[str, ...] = ()
 
     def of_role(self, role: str) -> list[Method]:
         """Its methods of one role."""
         return [method for method in self.methods.values() if method.role == role]
 
     @property
-    def dense(self) -> Method | None:
-        """The dense call, `None` if it is not in the file."""
-        return next(iter(self.of_role("dense")), None)
+    def dense(self) -> Method:
+        """The dense call."""
+        return self.of_role("dense")[0]
 
-    def limit_for(self, name: str) -> Method | None:
-        """The limit that was measured for the method `name`.
-
-        One whose name ends in the method's (`limit-topk`, `limit:topk`), else the one limit of the
-        case, else none.
-        """
-        limits = self.of_role("limit")
-        for limit in limits:
-            if limit.name in (f"limit-{name}", f"limit:{name}", f"limit_{name}", f"{name}-limit"):
-                return limit
-        return limits[0] if len(limits) == 1 else None
+    @property
+    def limit(self) -> Method | None:
+        """The work that no method can avoid, `None` if it was not measured."""
+        return next(iter(self.of_role("limit")), None)
 
     @property
     def shape(self) -> str:
@@ -149,15 +138,15 @@ class Machine:
     """
 
     name: str
-    threads: int | None = None
-    cores: int | None = None
-    gemm_gflops: Mapping[str, float] = field(default_factory=dict)
-    stream_gbs: float | None = None
-    triad_gbs: float | None = None
-    caches: Mapping[str, Shown] = field(default_factory=dict)
-    versions: Mapping[str, Shown] = field(default_factory=dict)
-    clocks: Shown | None = None
-    load_before: Shown | None = None
+    threads: int
+    cores: int
+    gemm_gflops: Mapping[str, float]
+    stream_gbs: float
+    triad_gbs: float
+    caches: Mapping[str, str]
+    versions: Mapping[str, str | None]
+    clocks: str | None = None
+    load_before: float | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +162,7 @@ class Run:
     """
 
     name: str
-    date: str | None
+    date: str
     commit: str | None
     machine: Machine | None
     cases: tuple[Case, ...]
@@ -187,60 +176,41 @@ def load(path: Path) -> Run:
     """Read what a suite of `bench/` left behind.
 
     Raises:
-        ReportError: The file cannot be read, or a field is missing or wrong; it names both.
+        ReportError: The file cannot be read, or is not what a suite leaves behind.
     """
-    content = parse(dict, read_json(path), path.name)
-    machine: Machine | None = None
-    cases = []
-    for number, benchmark in enumerate(member(list, content, "benchmarks", path.name)):
-        where = f"{path.name}.benchmarks[{number}]"
-        info = parse(dict, benchmark, where).get("extra_info") or {}
-        where += ".extra_info"
-        if "kind" not in info:  # a benchmark that is not for this report
-            continue
-        if info["kind"] == "machine":
-            machine = parse(Machine, info, where)
-        else:
-            cases.append(_case(info, where))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        infos = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
+        machines = [_made(Machine, info) for info in infos if info["kind"] == "machine"]
+        cases = tuple(_case(info) for info in infos if info["kind"] != "machine")
+        commit = content["commit_info"]["id"]
+        date = content["datetime"]
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror}.") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReportError(f"{path} is not what the benchmarks write: {error!r}.") from None
     if not cases:
-        raise ReportError(f"{path.name} holds no benchmark with results: run the suite to its end.")
-    commit = (content.get("commit_info") or {}).get("id")
-    date = parse(str | None, content.get("datetime"), f"{path.name}.datetime")
+        raise ReportError(f"{path} holds no benchmark with results: run the suite to its end.")
     if commit == "unversioned":  # an installed package, run from a folder that is no checkout
         commit = None
-    return Run(path.stem, date, commit, machine, tuple(cases))
+    return Run(path.stem, date, commit, machines[0] if machines else None, cases)
 
 
-def _case(info: Mapping[str, Any], where: str) -> Case:
-    records = member(Mapping[str, dict[str, Any]], info, "methods", where)
-    known = {name: one for name, one in records.items() if _is_measured(one)}
-    dense = next((one["ms"] for one in known.values() if one.get("role") == "dense"), math.nan)
-    methods = {
-        name: _method(name, one, f"{where}.methods.{name}", dense) for name, one in known.items()
-    }
-    unmeasured = tuple(name for name in records if name not in known)
-    case: Case = parse(Case, info, where, methods=methods, unmeasured=unmeasured)
-    # A step or a row pass may have no such size.
-    for name in "mnpk" if case.kind in WEIGHT_GRAD_KINDS else "":
-        if getattr(case, name) == 0:
-            raise ReportError(f"{where}.{name} is 0: a whole number from 1 is wanted.")
+def _case(info: Mapping[str, Any]) -> Case:
+    methods = {name: _method(name, one) for name, one in info["methods"].items()}
+    case: Case = _made(Case, info, methods=methods)
     return case
 
 
-def _is_measured(record: Mapping[str, Any]) -> bool:
-    """Whether a time is there: some writers spell NaN as null."""
-    times = [record.get(name, 1.0) for name in ("ms", "q1", "q3")]
-    return all(one is not None and one not in (math.inf, 0) and one == one for one in times)
-
-
-def _method(name: str, info: Mapping[str, Any], where: str, dense_ms: float) -> Method:
-    ms = Spread(*(member(float, info, part, where) for part in ("ms", "q1", "q3")))
-    if info.get("speedup") is not None or info.get("role") in ("ours", "baseline"):
-        speedup = member(Spread, info, "speedup", where)
-    else:
-        speedup = Spread(*[dense_ms / ms.median] * 3)
-    cold = None
-    if info.get("cold") is not None:
-        cold = member(Spread, member(dict, info, "cold", where), "speedup", f"{where}.cold")
-    method: Method = parse(Method, info, where, name=name, ms=ms, speedup=speedup, cold=cold)
+def _method(name: str, info: Mapping[str, Any]) -> Method:
+    ms = Spread(info["ms"], info["q1"], info["q3"])
+    speedup = Spread(**info["speedup"])
+    cold = Spread(**info["cold"]["speedup"]) if "cold" in info else None
+    method: Method = _made(Method, info, name=name, ms=ms, speedup=speedup, cold=cold)
     return method
+
+
+def _made(kind: Any, info: Mapping[str, Any], **given: Any) -> Any:
+    """A dataclass from what `info` has of its fields, and from those given."""
+    found = {one.name: info[one.name] for one in dataclasses.fields(kind) if one.name in info}
+    return kind(**found | given)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memaop_triton.bench.report import text
-from memaop_triton.bench.report.analysis import growth, ours, overhead, rows
+from memaop_triton.bench.report.analysis import (
+    Power,
+    growth,
+    ours,
+    overhead,
+    rows,
+    share_of_limit,
+    sweeps_of_rows,
+)
 from memaop_triton.bench.report.data import WEIGHT_GRAD_KINDS, Case, Method, Run
 from memaop_triton.bench.report.methods import definition, traffic
 
@@ -77,52 +84,87 @@ class Finding:
 
 def findings(run: Run) -> list[Finding]:
     """All checks that the run allows, in the order of the page."""
-    checks: tuple[Callable[[Run], Finding], ...] = (
-        _dense, _baselines, _wanted, _limits, _overheads, _growth,
-    )  # fmt: skip
-    return [finding for finding in (check(run) for check in checks) if finding.checked]
-
-
-def _finding(claim: str, opposite: str, checked: int, misses: Iterable[Miss]) -> Finding:
-    worst_first = sorted(misses, key=lambda miss: (miss.why.more_work, -miss.severity))
-    return Finding(claim, opposite, checked, tuple(worst_first))
-
-
-def _dense(run: Run) -> Finding:
     every = list(ours(run.cases))
-    misses = [
-        Miss(_place(case), method.name, _against_dense(method), -speed, reason(run, case, method))
-        for case, method in every
-        if (speed := method.speedup.median) < 1
-    ]
-    return _finding("slower than dense", "Every call is faster than dense.", len(every), misses)
-
-
-def _against_dense(method: Method) -> str:
-    reaches = " (quartiles reach 1)" if method.speedup.q3 >= 1 else ""
-    return f"{text.times(method.speedup.median)}{reaches}"
-
-
-def _baselines(run: Run) -> Finding:
-    checked, misses = 0, []
-    for row in rows(run.cases):
-        for case, method in row.found.values():
-            baselines = row.baselines(case)
-            if method.role != "ours" or not baselines:
-                continue
-            checked += 1
-            mine = method.speedup.median
-            best = max(baselines, key=lambda one: one.speedup.median)
-            if best.speedup.median <= mine:
-                continue
-            beside = f"the fastest baseline, {best.name}, {text.times(best.speedup.median)}"
-            why = _why_slower(run, case, method, best)
-            behind = best.speedup.median / mine
-            place = _place(case)
-            misses.append(Miss(place, method.name, text.times(mine), behind, why, beside))
-    return _finding(
-        "slower than a baseline", "Every call is faster than every baseline.", checked, misses
+    reached, most = text.percent(WANTED_SHARE), text.duration(WANTED_OVERHEAD_MS)
+    checks = (
+        _finding(
+            "slower than dense",
+            "Every call is faster than dense.",
+            [_beside_dense(run, case, method) for case, method in every],
+        ),
+        _finding(
+            "slower than a baseline",
+            "Every call is faster than every baseline.",
+            [
+                _beside_baselines(run, case, method, baselines)
+                for row in rows(run.cases)
+                for case, method in row.found.values()
+                if method.role == "ours" and (baselines := row.baselines(case))
+            ],
+        ),
+        _finding(
+            "below a wanted speed-up",
+            "Every wanted speed-up is reached.",
+            [
+                _beside_wanted(run, case, method, case.wanted[method.name])
+                for case, method in every
+                if method.name in case.wanted
+            ],
+        ),
+        _finding(
+            f"below {reached} of the limit",
+            f"Every call reaches {reached} of its limit.",
+            [
+                _beside_limit(run, case, method, share)
+                for case, method in every
+                if (share := share_of_limit(case, method)) is not None
+            ],
+        ),
+        _finding(
+            f"an overhead above {most}",
+            f"No call has an overhead above {most}.",
+            [_overhead(case, method) for case, method in ours(run.of_kind("overhead"))],
+        ),
+        _finding(
+            "a time that grows faster than M",
+            "No call's time grows faster than M.",
+            [
+                _growth(cases[0], name, fit)
+                for cases in sweeps_of_rows(run)
+                for name, fit in growth(cases).items()
+                if fit is not None and name in {method.name for _, method in ours(cases)}
+            ],
+        ),
     )
+    return [finding for finding in checks if finding.checked]
+
+
+def _finding(claim: str, opposite: str, calls: Sequence[Miss | None]) -> Finding:
+    """A check of calls, `None` for each that passes."""
+    misses = [miss for miss in calls if miss is not None]
+    worst_first = sorted(misses, key=lambda miss: (miss.why.more_work, -miss.severity))
+    return Finding(claim, opposite, len(calls), tuple(worst_first))
+
+
+def _beside_dense(run: Run, case: Case, method: Method) -> Miss | None:
+    speed = method.speedup
+    if speed.median >= 1:
+        return None
+    what = text.times(speed.median) + (" (quartiles reach 1)" if speed.q3 >= 1 else "")
+    return Miss(_place(case), method.name, what, -speed.median, reason(run, case, method))
+
+
+def _beside_baselines(
+    run: Run, case: Case, method: Method, baselines: Sequence[Method]
+) -> Miss | None:
+    mine = method.speedup.median
+    best = max(baselines, key=lambda one: one.speedup.median)
+    if best.speedup.median <= mine:
+        return None
+    beside = f"the fastest baseline, {best.name}, {text.times(best.speedup.median)}"
+    why = _why_slower(run, case, method, best)
+    behind = best.speedup.median / mine
+    return Miss(_place(case), method.name, text.times(mine), behind, why, beside)
 
 
 def _why_slower(run: Run, case: Case, method: Method, baseline: Method) -> Reason:
@@ -135,75 +177,37 @@ def _why_slower(run: Run, case: Case, method: Method, baseline: Method) -> Reaso
     return why
 
 
-def _wanted(run: Run) -> Finding:
-    checked, misses = 0, []
-    for case in run.cases:
-        for name, wanted in case.wanted.items():
-            method = case.methods.get(name)
-            if method is None:
-                continue
-            checked += 1
-            got = method.speedup.median
-            if got < wanted:
-                what = f"{text.times(got)}, wanted {text.times(wanted)}"
-                why = _why_not_reached(run, case, method, wanted)
-                misses.append(Miss(_place(case), name, what, wanted / got, why))
-    return _finding("below a wanted speed-up", "Every wanted speed-up is reached.", checked, misses)
+def _beside_wanted(run: Run, case: Case, method: Method, wanted: float) -> Miss | None:
+    got = method.speedup.median
+    if got >= wanted:
+        return None
+    what = f"{text.times(got)}, wanted {text.times(wanted)}"
+    why = reason(run, case, method)
+    if case.limit is not None and case.limit.speedup.median < wanted:
+        cap = f"the limit measured in this run is {text.times(case.limit.speedup.median)}"
+        why = Reason(cap, cap)
+    return Miss(_place(case), method.name, what, wanted / got, why)
 
 
-def _why_not_reached(run: Run, case: Case, method: Method, wanted: float) -> Reason:
-    limit = case.limit_for(method.name)
-    if limit is not None and limit.speedup.median < wanted:
-        what = f"the limit measured in this run is {text.times(limit.speedup.median)}"
-        return Reason(what, what)
-    return reason(run, case, method)
+def _beside_limit(run: Run, case: Case, method: Method, share: float) -> Miss | None:
+    if share >= WANTED_SHARE:
+        return None
+    why = reason(run, case, method)
+    return Miss(_place(case), method.name, text.percent(share), -share, why)
 
 
-def _limits(run: Run) -> Finding:
-    checked, misses = 0, []
-    for case, method in ours(run.cases):
-        limit = case.limit_for(method.name)
-        if limit is None:
-            continue
-        checked += 1
-        share = limit.ms.median / method.ms.median
-        if share < WANTED_SHARE:
-            why = reason(run, case, method)
-            misses.append(Miss(_place(case), method.name, text.percent(share), -share, why))
-    wanted = text.percent(WANTED_SHARE)
-    return _finding(
-        f"below {wanted} of the limit", f"Every call reaches {wanted} of its limit.",
-        checked, misses,
-    )  # fmt: skip
+def _overhead(case: Case, method: Method) -> Miss | None:
+    beyond = overhead(case, method)
+    if beyond <= WANTED_OVERHEAD_MS:
+        return None
+    return Miss(_place(case), method.name, text.duration(beyond), beyond)
 
 
-def _overheads(run: Run) -> Finding:
-    every = [(c, m) for c, m in ours(run.of_kind("overhead")) if math.isfinite(overhead(c, m))]
-    misses = [
-        Miss(_place(case), method.name, text.duration(beyond), beyond)
-        for case, method in every
-        if (beyond := overhead(case, method)) > WANTED_OVERHEAD_MS
-    ]
-    most = text.duration(WANTED_OVERHEAD_MS)
-    return _finding(
-        f"an overhead above {most}", f"No call has an overhead above {most}.", len(every), misses
-    )
-
-
-def _growth(run: Run) -> Finding:
-    names = {method.name for _, method in ours(run.of_kind("sweep_rows"))}
-    checked, misses = 0, []
-    for (ratio, _, n, p), fits in growth(run).items():
-        for name, fit in fits.items():
-            if name not in names or fit is None:
-                continue
-            checked += 1
-            if fit.growth.startswith("faster"):
-                where = f"N = {n}, P = {p}, r = {ratio}"
-                misses.append(Miss(where, name, f"M^{fit.exponent:.2f}", fit.exponent))
-    return _finding(
-        "a time that grows faster than M", "No call's time grows faster than M.", checked, misses
-    )
+def _growth(case: Case, name: str, fit: Power) -> Miss | None:
+    if not fit.growth.startswith("faster"):
+        return None
+    where = f"N = {case.n}, P = {case.p}, r = {text.ratio(case.ratio)}"
+    return Miss(where, name, f"M^{fit.exponent:.2f}", fit.exponent)
 
 
 def _place(case: Case) -> str:
@@ -231,10 +235,9 @@ def reason(run: Run, case: Case, method: Method) -> Reason:
         what = f"small layer: what any call costs, {text.duration(fixed)}, is {of}"
         return Reason(what, "small")
     cost = traffic(case, method)
-    parts = cost.seconds(run.machine, case.dtype) if cost and run.machine else None
-    if parts is None:
+    if cost is None or run.machine is None or case.dtype not in run.machine.gemm_gflops:
         return Reason()
-    passed, product = (1e3 * part for part in parts)
+    passed, product = cost.milliseconds(run.machine, case.dtype)
     shares = [min(1.0, part / method.ms.median) for part in (passed, product)]
     if sum(shares) < _SMALL:
         part = text.percent(sum(shares))

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from memaop_triton import MemAOPConfig
 from memaop_triton.bench.report.data import Case, Machine, Method
 
 PAPER = "https://arxiv.org/abs/2110.09164"
-_ITEM_SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # Units read and written besides the GEMM's operands, by memory.
 _PASS_UNITS = {"none": 1.0, "subspace": 1.5, "residual": 3.0}
 
@@ -92,16 +93,10 @@ BASELINES = {
 def base_name(method: Method) -> str | None:
     """The key of `OURS` or `BASELINES` that a method stands for, `None` if it is in neither.
 
-    Names of ours may have suffixes (`default, sampled dX`); a suffix of a baseline may change its
-    law, so baselines must match.
+    Names of ours may say what is done to the input gradient: `default, sampled dX`.
     """
-    if method.role == "baseline":
-        return method.name if method.name in BASELINES else None
-    if method.role != "ours":
-        return None
-    name = method.name
-    known = [key for key in OURS if name.startswith(key) and not name[len(key) :][:1].isalnum()]
-    return max(known, key=len, default=None)
+    name = method.name.partition(",")[0]
+    return name if name in {"ours": OURS, "baseline": BASELINES}.get(method.role, {}) else None
 
 
 def definition(method: Method) -> Definition | None:
@@ -154,26 +149,20 @@ class Traffic:
         """FLOPs per byte."""
         return self.flops / (self.pass_bytes + self.gemm_bytes)
 
-    def seconds(self, machine: Machine, dtype: str) -> tuple[float, float] | None:
-        """(pass, GEMM) at the machine's measured rates; `None` if they were not measured."""
+    def roof(self, machine: Machine, dtype: str) -> float:
+        """GFLOP/s if the pass over the rows and the GEMM overlapped wholly."""
+        return min(machine.gemm_gflops[dtype], self.intensity * machine.stream_gbs)
+
+    def milliseconds(self, machine: Machine, dtype: str) -> tuple[float, float]:
+        """(pass, GEMM) at the machine's measured rates."""
         bandwidth = machine.triad_gbs if self.updates else machine.stream_gbs
-        rate = machine.gemm_gflops.get(dtype)
-        if bandwidth is None or rate is None:
-            return None
-        return self.pass_bytes / bandwidth / 1e9, self.flops / rate / 1e9
-
-
-def item_size(dtype: str) -> int | None:
-    """Bytes of an element; `None` for a dtype we do not know."""
-    return _ITEM_SIZES.get(dtype)
+        rate = machine.gemm_gflops[dtype]
+        return self.pass_bytes / bandwidth / 1e6, self.flops / rate / 1e6
 
 
 def traffic(case: Case, method: Method) -> Traffic | None:
     """Costs of a dense call or one of ours; `None` where they are not counted."""
-    size = item_size(case.dtype)
-    if size is None:
-        return None
-    unit = float(case.m) * (case.n + case.p) * size
+    unit = float(case.m) * (case.n + case.p) * getattr(torch, case.dtype).itemsize
     if method.role == "dense":
         return Traffic(2.0 * case.m * case.n * case.p, 0.0, unit, False)
     what = definition(method)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from memaop_triton.bench.report import tables, text
-from memaop_triton.bench.report.analysis import headline, rows
+from memaop_triton.bench.report.analysis import grouped, headline, rows
 from memaop_triton.bench.report.charts import bars, roofline
-from memaop_triton.bench.report.compare import NOTABLE_PERCENT, Comparison
-from memaop_triton.bench.report.data import Machine, Run
+from memaop_triton.bench.report.data import Run
 from memaop_triton.bench.report.document import (
     Bullets,
     Chart,
@@ -20,7 +19,6 @@ from memaop_triton.bench.report.document import (
 )
 from memaop_triton.bench.report.findings import Miss, by_place, findings
 from memaop_triton.bench.report.methods import methods_of
-from memaop_triton.bench.report.roofline import calls
 from memaop_triton.bench.report.sweeps import (
     against_ratio,
     against_rows,
@@ -29,8 +27,10 @@ from memaop_triton.bench.report.sweeps import (
 )
 
 
-def document(run: Run, comparison: Comparison | None) -> Document:
+def document(run: Run) -> Document:
     """Put a report together."""
+    sections = _sections(run)
+    absent = ", ".join(section.title for section in sections if not section.blocks)
     name = run.machine.name if run.machine else "an unnamed machine"
     calls = sum(len(case.methods) for case in run.cases)
     summary = (
@@ -43,55 +43,43 @@ def document(run: Run, comparison: Comparison | None) -> Document:
         f"memaop-triton on {name}",
         summary,
         tuple(_facts(run)),
-        _missing(run),
-        tuple(_sections(run, comparison)),
+        f"Not measured in this run: {absent}." if absent else "",
+        tuple(section for section in sections if section.blocks),
         tuple(headline(run)),
     )
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    facts = [("suite", run.name)]
-    if run.date:
-        facts.append(("date", run.date[:16].replace("T", " ")))
+    facts = [("suite", run.name), ("date", run.date[:16].replace("T", " "))]
     if run.commit:
         facts.append(("commit", run.commit[:10]))
-    if run.machine:
-        facts += _machine(run.machine)
-    return facts
-
-
-def _machine(machine: Machine) -> list[tuple[str, str]]:
-    facts = [("machine", machine.name)]
-    if machine.threads is not None:
-        of = "" if machine.cores is None else f" on {text.count(machine.cores, 'core')}"
-        facts.append(("threads", f"{machine.threads}{of}"))
-    if machine.gemm_gflops:
-        rates = (f"{text.rate(one, 'FLOP')} {dtype}" for dtype, one in machine.gemm_gflops.items())
-        facts.append(("GEMM", ", ".join(rates)))
-    if machine.stream_gbs is not None:
-        rate = f"{text.rate(machine.stream_gbs, 'B')} read"
-        if machine.triad_gbs is not None:
-            rate += f", {text.rate(machine.triad_gbs, 'B')} update"
-        facts.append(("memory", rate))
-    for name, value in (
+    machine = run.machine
+    if machine is None:
+        return facts
+    rates = (f"{text.rate(one, 'FLOP')} {dtype}" for dtype, one in machine.gemm_gflops.items())
+    read, update = text.rate(machine.stream_gbs, "B"), text.rate(machine.triad_gbs, "B")
+    facts += [
+        ("machine", machine.name),
+        ("threads", f"{machine.threads} on {text.count(machine.cores, 'core')}"),
+        ("GEMM", ", ".join(rates)),
+        ("memory", f"{read} read, {update} update"),
         ("caches", _joined(machine.caches)),
         ("versions", _joined(machine.versions)),
-        ("clocks", machine.clocks),
-        ("load before", machine.load_before),
-    ):
-        if value:
-            facts.append((name, value))
+    ]
+    if machine.clocks:
+        facts.append(("clocks", machine.clocks))
+    if machine.load_before is not None:
+        facts.append(("load before", f"{machine.load_before:g}"))
     return facts
 
 
-def _joined(values: object) -> str:
-    items = values.items() if isinstance(values, dict) else ()
-    return ", ".join(f"{name} {value}" for name, value in items)
+def _joined(values: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value)
 
 
-def _sections(run: Run, comparison: Comparison | None) -> list[Section]:
-    """Every section that has something to show."""
-    every = [
+def _sections(run: Run) -> list[Section]:
+    """Every section; those that the run has no numbers for are empty."""
+    return [
         _findings(run),
         _weight_grad(run),
         _roofline(run),
@@ -102,31 +90,8 @@ def _sections(run: Run, comparison: Comparison | None) -> list[Section]:
         _steps(run),
         _kernels(run),
         _overhead(run),
-        _comparison(comparison),
         _method(run),
     ]
-    return [section for section in every if section.blocks]
-
-
-def _missing(run: Run) -> str:
-    """One line on what the run has no numbers for; empty if it has all."""
-    wanted = {
-        "the machine's rates (no roofline)": run.machine is not None,
-        "the weight gradient": bool(run.of_kind("dw")),
-        "speed-up against ratio": bool(run.of_kind("sweep_ratio")),
-        "speed-up against width": bool(run.of_kind("sweep_width")),
-        "time against rows": bool(run.of_kind("sweep_rows")),
-        "layers": bool(run.of_kind("layer")),
-        "training steps": bool(run.of_kind("step")),
-        "kernels": bool(run.of_kind("kernel")),
-        "the overhead of a call": bool(run.of_kind("overhead")),
-    }
-    absent = [what for what, there in wanted.items() if not there]
-    unmeasured = sorted({name for case in run.cases for name in case.unmeasured})
-    found = f"Not measured in this run: {', '.join(absent)}." if absent else ""
-    if unmeasured:
-        found += f" Without a time in some case: {', '.join(unmeasured)}."
-    return found.strip()
 
 
 def _findings(run: Run) -> Section:
@@ -181,12 +146,11 @@ def _roofline(run: Run) -> Section:
     machine = run.machine
     if machine is None:
         return section
-    found = calls(run.of_kind("dw"), machine)
-    for dtype in dict.fromkeys(call.case.dtype for call in found):
-        some = [call for call in found if call.case.dtype == dtype]
-        title = f"Roofline, {dtype}"
-        section.blocks.append(Chart(title, roofline(some, machine, dtype)))
-    if found:
+    cases = [case for case in run.of_kind("dw") if case.dtype in machine.gemm_gflops]
+    for some in grouped(cases, lambda case: case.dtype):
+        title = f"Roofline, {some[0].dtype}"
+        section.blocks.append(Chart(title, roofline(some, machine)))
+    if cases:
         section.blocks.append(
             "A mark is one call: useful FLOPs (K rows, and the subspace's products) against the "
             "bytes it has to move – X and G once, a memory's reads and writes, and the GEMM's "
@@ -224,30 +188,6 @@ def _overhead(run: Run) -> Section:
     if run.of_kind("overhead"):
         section.blocks.append("Where the arithmetic is next to nothing, what is left is overhead.")
         section.blocks.append(tables.overheads(run.of_kind("overhead")))
-    return section
-
-
-def _comparison(comparison: Comparison | None) -> Section:
-    section = Section("comparison", "Compared with an earlier run")
-    if comparison is None:
-        return section
-    where = "on the same machine"
-    if not comparison.same_machine:
-        where = "not known to be on the same machine, so speed-ups are compared and times are not"
-    when = (comparison.earlier.date or "an unknown date")[:10]
-    section.blocks.append(f"Against the run `{comparison.earlier.name}` of {when}, {where}.")
-    fallen = comparison.regressions(NOTABLE_PERCENT)
-    limit = f"{NOTABLE_PERCENT:g} %"
-    if fallen:
-        section.blocks.append(Subheading(f"Slower by more than {limit}"))
-        section.blocks.append(Bullets(tuple(map(str, fallen))))
-    elif comparison.changes:
-        section.blocks.append(f"No call is slower by more than {limit} beyond the quartiles.")
-    if comparison.changes:
-        section.blocks.append(tables.changes(comparison))
-    for what, names in (("Only in the earlier run", comparison.gone), ("New", comparison.added)):
-        if names:
-            section.blocks.extend([Subheading(what), Bullets(names)])
     return section
 
 

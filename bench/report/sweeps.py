@@ -6,21 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from memaop_triton.bench.report import tables, text
-from memaop_triton.bench.report.analysis import (
-    Models,
-    growth,
-    main_method,
-    models,
-    rows,
-    settings,
-)
-from memaop_triton.bench.report.breakeven import fields
+from matplotlib.figure import Figure
+
+from memaop_triton.bench.report import analysis, tables, text
+from memaop_triton.bench.report.analysis import grouped, growth, main_method, rows, sweeps_of_rows
 from memaop_triton.bench.report.charts import by_ratio, by_rows, by_width, grid
 from memaop_triton.bench.report.data import WEIGHT_GRAD_KINDS, Case, Run
-from memaop_triton.bench.report.document import Chart, Section, Table
-from memaop_triton.bench.report.fits import LINEAR, TimeModel
-from memaop_triton.bench.report.methods import item_size, methods_of
+from memaop_triton.bench.report.document import Chart, Section
+from memaop_triton.bench.report.methods import methods_of
 
 # Ratios with a map of their own.
 MAPS = 3
@@ -28,126 +21,85 @@ MAPS = 3
 
 def against_ratio(run: Run) -> Section:
     """Speed-up against K/M, a chart per shape."""
-    section = Section("ratio", "Speed-up against ratio")
-    groups = _groups(run.of_kind("sweep_ratio"), lambda c: (c.m, c.n, c.p, c.setting))
-    for cases in groups:
-        if len({case.ratio for case in cases}) > 1:
-            section.blocks.append(Chart(_named(cases[0], cases[0].shape), by_ratio(cases)))
-        else:
-            section.blocks.append(f"{cases[0].shape}: a single ratio, so there is no line to draw.")
+    section = _against(
+        run,
+        Section("ratio", "Speed-up against ratio"),
+        "sweep_ratio",
+        lambda case: (case.m, case.n, case.p),
+        lambda case: case.shape,
+        by_ratio,
+    )
     if section.blocks:
-        section.blocks.append(
+        section.blocks.insert(
+            -1,
             "Bands span the quartiles; grey lines are baselines. Scores and memory cost the same "
-            "at every ratio, which bends the lines away from the ideal."
+            "at every ratio, which bends the lines away from the ideal.",
         )
-        section.blocks.append(_folded(run.of_kind("sweep_ratio")))
     return section
 
 
 def against_width(run: Run) -> Section:
     """Speed-up against N, a chart per number of rows and ratio."""
-    section = Section("width", "Speed-up against width")
-    groups = _groups(run.of_kind("sweep_width"), lambda c: (c.m, c.ratio, c.setting))
-    for cases in groups:
-        title = _named(cases[0], f"M = {cases[0].m}, r = {text.ratio(cases[0].ratio)}")
-        if len({case.n for case in cases}) > 1:
-            section.blocks.append(Chart(title, by_width(cases)))
-        else:
-            section.blocks.append(f"{title}: a single width, so there is no line to draw.")
-    if section.blocks:
-        section.blocks.append(_folded(run.of_kind("sweep_width")))
+    return _against(
+        run,
+        Section("width", "Speed-up against width"),
+        "sweep_width",
+        lambda case: (case.m, case.ratio),
+        lambda case: f"M = {case.m}, r = {text.ratio(case.ratio)}",
+        by_width,
+    )
+
+
+def _against(
+    run: Run,
+    section: Section,
+    kind: str,
+    key: Callable[[Case], object],
+    title: Callable[[Case], str],
+    draw: Callable[[Sequence[Case]], Figure],
+) -> Section:
+    """The section with a chart for every group of cases of a kind, and the numbers."""
+    cases = run.of_kind(kind)
+    for group in grouped(cases, lambda case: (key(case), case.setting)):
+        section.blocks.append(Chart(_named(group[0], title(group[0])), draw(group)))
+    if cases:
+        section.blocks.append(replace(tables.speedups(rows(cases)), folded="The numbers"))
     return section
 
 
 def break_even(run: Run) -> Section:
-    """Maps of M against N = P for the main method, and the model behind them."""
+    """Maps of M against N = P for the main method."""
     section = Section("break-even", "Break-even: which shapes win")
     name = main_method(run)
-    every = run.of_kind(*WEIGHT_GRAD_KINDS)
-    if name is None or not every:
+    cases = analysis.of_one_setting(run.of_kind(*WEIGHT_GRAD_KINDS))
+    ratios = {case.ratio for case in cases if name in case.methods and case.n == case.p}
+    if name is None or not ratios:
         return section
-    # One setting: the rates of another dtype are others.
-    setting = settings(every)[0]
-    cases = [case for case in every if case.setting == setting]
-    fitted = models(cases)
-    ratios = sorted({case.ratio for case in cases if name in case.methods}, reverse=True)
-    for ratio in _chosen(ratios):
-        found = fields(cases, fitted, name, ratio)
-        if found:
-            title = f"`{name}`, r = {text.ratio(ratio)}"
-            section.blocks.append(Chart(title, grid(found), columns=3))
-    if section.blocks:
-        section.blocks.append(_how_fitted(fitted, name))
-        section.blocks.append(tables.time_models(fitted, item_size(setting[0])))
-    return section
-
-
-def _chosen(ratios: Sequence[float]) -> list[float]:
-    """Up to `MAPS` ratios, those nearest to 1/8."""
     nearest = sorted(ratios, key=lambda ratio: abs(math.log(8 * ratio)))[:MAPS]
-    return sorted(nearest, reverse=True)
-
-
-def _how_fitted(fitted: Models, name: str) -> str:
-    model, dense = fitted.ours.get(name), fitted.dense
-    if model is None or dense is None:
-        return (
-            "Speed-up of one call. Measured cells only: too few shapes to tell the terms of a "
-            "model of time apart."
-        )
-    errors = f"({_errors(name, model)}; {_errors('dense', dense)})"
-    if not (model.good and dense.good):
-        return (
-            "Speed-up of one call. Measured cells only: time = a + b·M(N+P) + c·K·N·P does not fit "
-            f"well enough {errors}."
-        )
-    return (
-        "Speed-up of one call. Framed cells were measured; the others are predicted by time = "
-        f"a + b·M(N+P) + c·K·N·P, fitted to all measured calls {errors}. Pale cells lie beyond "
-        "what was measured."
+    for ratio in sorted(nearest, reverse=True):
+        title = f"`{name}`, r = {text.ratio(ratio)}"
+        found = analysis.break_even(cases, name, ratio)
+        section.blocks.append(Chart(title, grid(found), columns=3))
+    section.blocks.append(
+        "Speed-up of one call. Framed cells were measured; the others are interpolated between "
+        "measured calls, linearly in the logarithms of M, N = P and r. Cells that no measured "
+        "calls surround are left empty."
     )
-
-
-def _errors(name: str, model: TimeModel) -> str:
-    median, worst = text.percent(model.median_error), text.percent(model.worst_error)
-    return f"median error of `{name}` {median}, worst {worst}"
+    return section
 
 
 def against_rows(run: Run) -> Section:
     """Time against M with fitted exponents, a chart per width and ratio."""
     section = Section("rows", "Time against the number of rows")
-    fits = growth(run)
-    for cases in _groups(run.of_kind("sweep_rows"), lambda c: (c.n, c.p, c.ratio, c.setting)):
-        first = cases[0]
-        by_name = fits[text.ratio(first.ratio), first.setting, first.n, first.p]
+    for cases in sweeps_of_rows(run):
+        first, fits = cases[0], growth(cases)
         title = _named(first, f"N = {first.n}, P = {first.p}, r = {text.ratio(first.ratio)}")
-        if len({case.m for case in cases}) == 1:
-            section.blocks.append(f"{title}: a single size, so there is no fit.")
-            continue
+        section.blocks.append(Chart(title, by_rows(cases, fits)))
         methods = methods_of(cases, ("dense", "ours", "baseline"))
-        linear = [
-            one.name
-            for one in methods
-            if (fit := by_name[one.name]) is not None and fit.growth == "linear"
-        ]
-        named = ", ".join(linear) or "none"
-        section.blocks.append(Chart(title, by_rows(cases, by_name)))
-        section.blocks.append(f"Linear in M (exponent within {LINEAR:g} of 1): {named}.")
-        section.blocks.append(tables.exponents(by_name, methods))
+        section.blocks.append(tables.exponents(fits, methods))
     return section
-
-
-def _groups(cases: Sequence[Case], key: Callable[[Case], object]) -> list[list[Case]]:
-    groups: dict[object, list[Case]] = {}
-    for case in cases:
-        groups.setdefault(key(case), []).append(case)
-    return list(groups.values())
 
 
 def _named(case: Case, name: str) -> str:
     blocks = f", blocks of {case.block_rows}" if case.block_rows > 1 else ""
     return f"{name}, {case.dtype}{blocks}"
-
-
-def _folded(cases: Sequence[Case]) -> Table:
-    return replace(tables.speedups(rows(cases)), folded="The numbers")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 # Keeps a number and its unit on one line.
 _SPACE = "\N{NO-BREAK SPACE}"
 
@@ -42,14 +40,6 @@ def ratio(value: float) -> str:
     return f"1/{near}" if near > 1 and abs(inverse - near) < 0.01 * near else f"{value:.3g}"
 
 
-def size(count: float) -> str:
-    """Bytes with a binary unit: `1.5 KiB`, `132 MiB`."""
-    power = min(3, int(math.log2(count) // 10)) if count >= 1 else 0
-    value = count / 1024.0**power
-    digits = _three(value) if power else f"{value:.0f}"
-    return f"{digits}{_SPACE}{('B', 'KiB', 'MiB', 'GiB')[power]}"
-
-
 def count(number: int, what: str) -> str:
     """`1 call`, `3 calls`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
@@ -65,8 +55,6 @@ def axis(value: float) -> str:
 
 
 def _three(value: float) -> str:
-    if not math.isfinite(value):
-        return "–"
     size = abs(value)
     if size >= 99.95:
         return f"{value:.0f}"

@@ -7,7 +7,6 @@ with `index_select`. Rows are sorted only where the authors sort them.
 
 | name | rows | weights | unbiased | source |
 |---|---|---|---|---|
-| `dense` | all | 1 | yes | |
 | `authors` | top K of the memory | 1 | no | Hernandez, Rini, Duman, arXiv 2110.09164 |
 | `crs` | K draws with replacement, p ∝ s | 1/(K p) | yes | Drineas, Kannan, Mahoney, SIAM J. Comput. 36(1), 2006 |
 | `bernoulli-crs` | each with p = min(1, K s/Σs) | 1/p | yes | Adelman et al., NeurIPS 2021 |
@@ -21,35 +20,12 @@ s_m = ‖x_m‖·‖g_m‖ throughout.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
-
-WeightGrad = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A method of the literature.
-
-    Attributes:
-        label: Name and year, for tables.
-        is_unbiased: Whether its authors show that the mean over its draws is Gᵀ X.
-        make: `make(k)` returns a function of X and G that computes about `k` of their rows. What
-            a method remembers between calls belongs to that function.
-    """
-
-    label: str
-    is_unbiased: bool
-    make: Callable[[int], WeightGrad]
-
-
-def dense(x: Tensor, g: Tensor) -> Tensor:
-    """Gᵀ X."""
-    return g.t() @ x
 
 
 class MemAOPGD:
@@ -202,20 +178,26 @@ def _weighted_product(x: Tensor, g: Tensor, chosen: Tensor, weights: Tensor) -> 
     return scaled.t() @ x.index_select(0, chosen)
 
 
-def _stateless(function: Callable[[Tensor, Tensor, int], Tensor]) -> Callable[[int], WeightGrad]:
-    return lambda k: lambda x, g: function(x, g, k)
-
-
-#: Every method by name; `METHODS[name].make(k)` computes about k rows.
-METHODS: dict[str, Baseline] = {
-    "dense": Baseline("dense", True, lambda k: dense),
-    "authors": Baseline("Mem-AOP-GD, authors' code (2021)", False, MemAOPGD),
-    "crs": Baseline("CRS (2006)", True, _stateless(crs)),
-    "bernoulli-crs": Baseline("Bernoulli-CRS (2021)", True, _stateless(bernoulli_crs)),
-    "bernoulli-crs-code": Baseline(
-        "Bernoulli-CRS, authors' code (2021)", True, _stateless(bernoulli_crs_code)
-    ),
-    "topk-crs": Baseline("Top-k CRS (2021)", False, _stateless(topk_crs)),
-    "vcas": Baseline("VCAS (2024)", True, _stateless(vcas)),
-    "wta-crs": Baseline("WTA-CRS (2023)", True, _stateless(wta_crs)),
+#: Those that remember nothing between calls, by name.
+STATELESS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "crs": crs,
+    "bernoulli-crs": bernoulli_crs,
+    "bernoulli-crs-code": bernoulli_crs_code,
+    "topk-crs": topk_crs,
+    "vcas": vcas,
+    "wta-crs": wta_crs,
 }
+
+
+def make(name: str, k: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A method as a function of X and G that computes about `k` of their rows.
+
+    `topk-compiled` is `topk-crs` by `torch.compile`; what `authors` remembers between calls belongs
+    to the function.
+    """
+    if name == "authors":
+        return MemAOPGD(k)
+    if name == "topk-compiled":
+        return torch.compile(functools.partial(topk_crs, k=k), dynamic=False)
+    method = STATELESS[name]
+    return lambda x, g: method(x, g, k)

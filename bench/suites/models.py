@@ -80,21 +80,17 @@ def mlp(width: int, rows: int, depth: int = 3) -> Net:
 def gpt_block(width: int, tokens: int, batch: int) -> Net:
     """One block of a GPT: `batch` sequences of `tokens` tokens, heads of 64 columns."""
     name = f"GPT block d={width}, {batch} × {tokens} tokens"
-    heads = max(1, width // 64)
-    make = _block(width, heads, causal=True)
-    return Net(name, make, (batch, tokens, width), True)
+    return Net(name, lambda: _block(width, causal=True), (batch, tokens, width), True)
 
 
 def vit_block(width: int, batch: int, tokens: int = 197) -> Net:
     """One block of a ViT: `batch` images of 196 patches and a class token, heads of 64 columns."""
     name = f"ViT block d={width}, {batch} images of {tokens} tokens"
-    heads = max(1, width // 64)
-    make = _block(width, heads, causal=False)
-    return Net(name, make, (batch, tokens, width), True)
+    return Net(name, lambda: _block(width, causal=False), (batch, tokens, width), True)
 
 
-def _block(width: int, heads: int, *, causal: bool) -> Callable[[], nn.Module]:
-    return lambda: TransformerBlock(width, heads, causal=causal)
+def _block(width: int, *, causal: bool) -> nn.Module:
+    return TransformerBlock(width, max(1, width // 64), causal=causal)
 
 
 class TrainingStep:

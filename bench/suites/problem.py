@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -54,6 +57,12 @@ class Problem:
         return ", ".join(parts)
 
     @property
+    def identifier(self) -> str:
+        """The same, as pytest's `-k` can name it: `64x64x64-r=1_8`."""
+        replaced = str.maketrans({"×": "x", "/": "_", ",": "-", " ": None})
+        return self.details.translate(replaced)
+
+    @property
     def k(self) -> int:
         """K."""
         return self.config().num_rows(self.m)
@@ -75,18 +84,21 @@ class Problem:
         )
         return x, g
 
-    def describe(self, kind: str, title: str, **more: Any) -> dict[str, Any]:
-        """The `extra_info` of a benchmark of this problem, without its methods."""
-        return {
-            "kind": kind,
-            "title": title,
-            "m": self.m,
-            "n": self.n,
-            "p": self.p,
+    def describe(self) -> dict[str, Any]:
+        """What the `extra_info` of a benchmark says of this problem."""
+        return dataclasses.asdict(self) | {
             "k": self.k,
-            "ratio": self.ratio,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device,
-            "block_rows": self.block_rows,
-            "model": None,
-        } | more
+        }
+
+
+def on_problems(*groups: tuple[Sequence[str], Sequence[Problem]]) -> pytest.MarkDecorator:
+    """Parametrise a benchmark by `problem`: pairs of suites and the problems they have."""
+    return pytest.mark.parametrize(
+        "problem",
+        [
+            pytest.param(problem, marks=pytest.mark.suite(*suites), id=problem.identifier)
+            for suites, problems in groups
+            for problem in problems
+        ],
+    )

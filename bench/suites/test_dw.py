@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from memaop_triton.bench.suites import contenders
-from memaop_triton.bench.suites.marks import on_problems
-from memaop_triton.bench.suites.problem import Problem
+from memaop_triton.bench.suites.problem import Problem, on_problems
 
 SQUARE, WIDE = contenders.WANTED_SHAPES
 QUICK = [
@@ -31,16 +30,16 @@ ON_GPU = [
 SMOKE = [Problem(64, 32, 16, ratio=1 / 8)]
 
 
-@pytest.mark.parametrize("memory", contenders.OURS)
+@pytest.mark.parametrize("memory", contenders.FAMILIES)
 @on_problems((("quick", "cpu"), QUICK), (("cpu",), MORE), (("gpu",), ON_GPU), (("smoke",), SMOKE))
 def test_dw(compare, problem, memory):
-    names = {"none": "no memory", "rows": "row memory", "subspace": "subspace"}
+    names = {"none": "no memory", "residual": "row memory", "subspace": "subspace"}
+    wanted = contenders.wanted(problem)
     compare(
         problem,
         "dw",
         f"dW {problem.details}, {names[memory]}",
         contenders.family(problem, memory),
-        cold=problem in QUICK[:1] and problem.device == "cpu",
-        memory=memory,
-        wanted=contenders.wanted(problem, contenders.OURS[memory]),
+        cold=bool(wanted),
+        wanted=wanted,
     )

@@ -3,8 +3,7 @@
 import torch
 
 from memaop_triton.bench.suites import contenders
-from memaop_triton.bench.suites.marks import on_problems
-from memaop_triton.bench.suites.problem import Problem
+from memaop_triton.bench.suites.problem import Problem, on_problems
 
 VARIANTS = [
     ("default", "exact"),

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from memaop_triton.bench import machine
-from memaop_triton.bench.suites.marks import in_suites
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -13,12 +12,22 @@ FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat
     ("device", "dtypes", "size", "stream_bytes"),
     [
         pytest.param(
-            "cpu", (FLOAT32, FLOAT64), 2048, 512 << 20, marks=in_suites("quick", "cpu"), id="cpu"
+            "cpu",
+            (FLOAT32, FLOAT64),
+            2048,
+            512 << 20,
+            marks=pytest.mark.suite("quick", "cpu"),
+            id="cpu",
         ),
         pytest.param(
-            "cuda", (BFLOAT16, FLOAT16, FLOAT32), 8192, 2 << 30, marks=in_suites("gpu"), id="gpu"
+            "cuda",
+            (BFLOAT16, FLOAT16, FLOAT32),
+            8192,
+            2 << 30,
+            marks=pytest.mark.suite("gpu"),
+            id="gpu",
         ),
-        pytest.param("cpu", (FLOAT32,), 64, 1 << 16, marks=in_suites("smoke"), id="smoke"),
+        pytest.param("cpu", (FLOAT32,), 64, 1 << 16, marks=pytest.mark.suite("smoke"), id="smoke"),
     ],
 )
 def test_machine(benchmark, device, dtypes, size, stream_bytes):

@@ -1,14 +1,10 @@
 """A whole training step: forward, backward, optimizer."""
 
-import functools
-
 import pytest
 import torch
 
 from memaop_triton import convert_
-from memaop_triton.bench.measure import Method
 from memaop_triton.bench.suites import contenders, models
-from memaop_triton.bench.suites.marks import in_suites
 from memaop_triton.bench.suites.problem import Problem
 
 SAMPLED, PROJECTED = ("default", "sampled"), ("default", "projected")
@@ -26,7 +22,7 @@ def step(net, variants, suites, wanted=None, device="cpu", dtype=torch.float32, 
     width = net.batch[-1]
     problem = Problem(net.rows, width, width, ratio, dtype, device)
     name = f"{'-'.join(suites)}-{net.name.split(',')[0].replace(' ', '-')}-{problem.budget[2:]}"
-    marks = in_suites(*suites)
+    marks = pytest.mark.suite(*suites)
     return pytest.param(net, variants, problem, wanted, marks=marks, id=name.replace("/", "_"))
 
 
@@ -52,18 +48,13 @@ def step(net, variants, suites, wanted=None, device="cpu", dtype=torch.float32, 
     ],
 )
 def test_step(compare, net, variants, problem, wanted):
-    def made(settings=None, grad_input="exact"):
+    def make(config):
         torch.manual_seed(0)
         model = net.make()
-        if settings is not None:
-            convert_(model, problem.config_of_layer(grad_input, **settings))
+        if config is not None:
+            convert_(model, config)
         return models.TrainingStep(net, model, problem.device, problem.dtype)
 
-    methods = [Method("dense", "dense", "dense", made())]
-    for setting, grad_input in variants:
-        name = contenders.variant_name(setting, grad_input)
-        call = made(contenders.SETTINGS[setting], grad_input)
-        source = functools.partial(contenders.config_source, call.x)
-        methods.append(Method(name, "ours", name, call, config_source=source))
+    methods = contenders.converted(problem, variants, make)
     title = f"{net.name}, {problem.budget}"
     compare(problem, "step", title, methods, model=net.name, wanted=wanted)

@@ -3,8 +3,7 @@
 import torch
 
 from memaop_triton.bench.suites import contenders
-from memaop_triton.bench.suites.marks import on_problems
-from memaop_triton.bench.suites.problem import Problem
+from memaop_triton.bench.suites.problem import Problem, on_problems
 
 NAMES = ("default", "priority", "topk-residual")
 WITH_PEER = (*NAMES, "vcas")
@@ -36,13 +35,13 @@ def test_rows(compare, problem):
     (("smoke",), [Problem(128, 32, 32, 1 / 4)]),
 )
 def test_ratio(compare, problem):
-    title = problem.details
-    compare(problem, "sweep_ratio", title, contenders.selected(problem, WITH_PEER))
+    compare(problem, "sweep_ratio", problem.details, contenders.selected(problem, WITH_PEER))
 
 
 @on_problems(
-    (("quick",), [Problem(4096, width, width) for width in WIDTHS[1:5]]),
-    (("cpu",), [Problem(m, width, width) for m in (512, 4096) for width in WIDTHS]),
+    (("quick", "cpu"), [Problem(4096, width, width) for width in WIDTHS[1:5]]),
+    (("cpu",), [Problem(4096, width, width) for width in (WIDTHS[0], WIDTHS[5])]),
+    (("cpu",), [Problem(512, width, width) for width in WIDTHS]),
     (("gpu",), [gpu(16384, width, width) for width in (256, 512, 1024, 2048, 4096, 8192)]),
     (("smoke",), [Problem(128, width, width) for width in (16, 32)]),
 )
@@ -58,5 +57,5 @@ def test_width(compare, problem):
 def test_overhead(compare, problem):
     """Where the arithmetic is nothing: M = N = P = 64."""
     title = f"overhead of a call, {problem.shape}"
-    names = ("default", "priority", "topk", "topk-residual", *contenders.BASELINES["none"])
+    names = ("default", "priority", "topk", "topk-residual", *contenders.SAMPLERS)
     compare(problem, "overhead", title, contenders.selected(problem, names))

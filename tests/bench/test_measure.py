@@ -1,6 +1,5 @@
 """How the benchmarks take times: fake clocks for the arithmetic, real calls for the memory."""
 
-import dataclasses
 import json
 import statistics
 
@@ -9,10 +8,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from memaop_triton.bench import machine, measure
-from memaop_triton.bench.measure import CpuClock, Method
-from memaop_triton.bench.suites import SUITES, contenders, models
+from memaop_triton.bench.measure import Method
+from memaop_triton.bench.suites import contenders, models
 from memaop_triton.bench.suites.problem import Problem
-from memaop_triton.kernels.tuning import tuner
+
+CLOCK = measure.clock_for(torch.device("cpu"))
 
 
 class FakeClock:
@@ -103,28 +103,6 @@ def test_rounds_fill_the_budget(monkeypatch):
     assert measure.compare(calls, FakeClock(), budget=1e9)["dense"]["rounds"] == 41
 
 
-def test_the_source_of_a_configuration_is_asked_after_the_calls():
-    ours = FakeCall("ours", [0.1])
-    sources = [None, lambda: f"after {ours.count > measure.FEWEST_ROUNDS}"]
-    calls = [
-        dataclasses.replace(method, config_source=source)
-        for method, source in zip(methods(FakeCall("dense", [0.4]), ours), sources, strict=True)
-    ]
-    result = measure.compare(calls, FakeClock(), budget=0)
-    assert result["dense"]["config_source"] is None
-    assert result["ours"]["config_source"] == "after True"
-
-
-def test_what_computes_is_named(monkeypatch):
-    x = torch.zeros(2, 2)
-    monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "torch")
-    assert contenders.config_source(x) == "PyTorch"
-    monkeypatch.setattr(contenders.dispatch, "runs_triton", lambda a: True)
-    made = {0: tuner.Choice(None, "tuned"), 1: tuner.Choice(None, "cache")}
-    monkeypatch.setattr(tuner, "choices", lambda: made)
-    assert contenders.config_source(x) == "Triton, cache and tuned"
-
-
 def test_cold_rounds():
     calls = methods(FakeCall("dense", [0.4]), FakeCall("ours", [0.1]))
     result = measure.compare(calls, FakeClock(), budget=0, cold=True)
@@ -149,21 +127,20 @@ def test_peak_memory_of_a_call():
         third = torch.empty(1 << 20)
         return held, second, third
 
-    assert CpuClock().peak_bytes(call) == 4 * (5 << 20)
+    assert CLOCK.peak_bytes(call) == 4 * (5 << 20)
 
 
 def test_peak_memory_of_a_backward_pass_inside_operators():
     problem = Problem(4096, 64, 64)
     dense, ours = contenders.layers(problem, [("priority", "exact")])
-    clock = CpuClock()
     ours.call()
     output = 4 * problem.m * problem.p
     gathered = 4 * problem.k * (problem.n + problem.p)
-    assert output <= clock.peak_bytes(dense.call)
-    assert output <= clock.peak_bytes(ours.call) < 2 * output + gathered + (1 << 20)
+    assert output <= CLOCK.peak_bytes(dense.call)
+    assert output <= CLOCK.peak_bytes(ours.call) < 2 * output + gathered + (1 << 20)
 
 
-@pytest.mark.parametrize("memory", contenders.OURS)
+@pytest.mark.parametrize("memory", contenders.FAMILIES)
 def test_every_family_has_dense_ours_a_baseline_and_one_limit(memory):
     family = contenders.family(Problem(64, 16, 16), memory)
     roles = [method.role for method in family]
@@ -173,7 +150,9 @@ def test_every_family_has_dense_ours_a_baseline_and_one_limit(memory):
         assert method.call().shape == (16, 16)
 
 
-@pytest.mark.parametrize(("memory", "rows"), [("none", 64), ("rows", 64), ("subspace", 64 + 128)])
+@pytest.mark.parametrize(
+    ("memory", "rows"), [("none", 64), ("residual", 64), ("subspace", 64 + 128)]
+)
 def test_the_limit_counts_the_rows_of_the_design(memory, rows, monkeypatch):
     # M q (N + P)/(N P) = 512 · 8 · 128/(64 · 64) = 128 for q = 8
     problem = Problem(512, 64, 64)
@@ -241,12 +220,3 @@ def test_rates_are_work_over_time(rate, expected, monkeypatch):
 
 def test_folder_name():
     assert machine.folder_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
-
-
-def test_suites_run_where_their_device_is():
-    assert {name: suite.device for name, suite in SUITES.items()} == {
-        "quick": "cpu",
-        "cpu": "cpu",
-        "gpu": "cuda",
-        "smoke": "cpu",
-    }

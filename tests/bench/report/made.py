@@ -71,11 +71,9 @@ def method(
     } | more
 
 
-def weight_grad(
-    kind: str, m: int, n: int, p: int, ratio: float, *, seed: int = 0, limits: bool = True
-) -> Record:
+def weight_grad(kind: str, m: int, n: int, p: int, ratio: float) -> Record:
     """A case in which every method takes what the machine's rates say, give or take 3 %."""
-    noise = random.Random(f"{seed} {kind} {m} {n} {p} {ratio}")
+    noise = random.Random(f"{kind} {m} {n} {p} {ratio}")
 
     def jitter() -> float:
         return noise.uniform(0.97, 1.03)
@@ -86,14 +84,12 @@ def weight_grad(
     dense_ms = (product + 0.004) * jitter()
     methods = {"dense": method("dense", "dense", dense_ms, dense_ms)}
     for name, units in OURS.items():
-        limit = units * one_pass + k / m * product
-        ms = (limit * 1.06 + 0.045) * jitter()
+        ms = ((units * one_pass + k / m * product) * 1.06 + 0.045) * jitter()
         methods[name] = method(name, "ours", ms, dense_ms)
-        if limits:
-            methods[f"limit-{name}"] = method(f"limit-{name}", "limit", limit, dense_ms)
     for name, (units, rate) in BASELINES.items():
         ms = (units * one_pass + k / m * product / rate + 0.03) * jitter()
         methods[name] = method(name, "baseline", ms, dense_ms, peak_bytes=90 << 20)
+    methods["limit"] = method("limit", "limit", one_pass + k / m * product, dense_ms)
     return {
         "kind": kind,
         "title": f"{kind} {m}x{n}x{p} r={ratio:g}",
@@ -109,41 +105,12 @@ def weight_grad(
     }
 
 
-def step(model: str, dense_ms: float, speeds: dict[str, float], wanted: dict[str, float]) -> Record:
-    """A whole training step, or a layer if `model` says so."""
-    kind = "layer" if model.startswith("layer") else "step"
-    case = weight_grad("dw", 8192, 1024, 1024, 1 / 8)
-    methods = {"dense": method("dense", "dense", dense_ms, dense_ms)}
-    for name, speed in speeds.items():
-        role = "baseline" if name in BASELINES else "ours"
-        methods[name] = method(name, role, dense_ms / speed, dense_ms, 0.03)
-    changes = {"kind": kind, "title": f"{model}, r=1/8", "model": model, "wanted": wanted}
-    return case | changes | {"methods": methods}
-
-
-def every_case(seed: int = 0) -> list[Record]:
-    """All kinds, some of them lost."""
-    shapes = [(8192, 1024, 1024), (4096, 2048, 2048), (16384, 768, 3072), (2048, 512, 512)]
-    dw = [weight_grad("dw", *s, r, seed=seed) for s in shapes for r in (1 / 4, 1 / 8, 1 / 16)]
-    dw[1]["wanted"] = {"default": 4.0, "priority": 6.5}
-    ratios = [weight_grad("sweep_ratio", 8192, 1024, 1024, r, seed=seed) for r in RATIOS]
-    ratios += [weight_grad("sweep_ratio", 4096, 2048, 2048, r, seed=seed) for r in RATIOS]
-    widths = [weight_grad("sweep_width", 4096, 2**i, 2**i, 1 / 8, seed=seed) for i in range(6, 12)]
-    sweep = [weight_grad("sweep_rows", 2**i, 512, 512, 1 / 8, seed=seed) for i in range(9, 18)]
-    small = [weight_grad("overhead", 64, 64, 64, r, seed=seed) for r in (1 / 8,)]
-    mlp = {"default": 1.33, "default, sampled dX": 1.86, "priority": 1.36, "vcas": 1.29}
-    steps = [
-        step("layer 8192x1024x1024", 180, {"default": 1.31, "default, sampled dX": 2.05}, {}),
-        step("MLP 1024", 950, mlp, {"default": 1.3, "default, sampled dX": 1.9}),
-        step("GPT block", 620, {"default": 1.22, "priority": 1.24}, {"default": 1.2}),
-        step("ViT block", 540, {"default": 1.17, "priority": 1.23}, {"default": 1.2}),
-    ]
-    kernel = weight_grad("kernel", 8192, 1024, 1024, 1 / 8, seed=seed, limits=False)
-    kernel |= {"title": "row norms, 8192x1024", "methods": {
-        "dense": method("dense", "dense", 4.2, 4.2, label="square().sum(1)"),
-        "rows.c": method("rows.c", "ours", 2.4, 4.2, label="one pass in C"),
-    }}  # fmt: skip
-    return [*dw, *ratios, *widths, *sweep, *steps, kernel, *small]
+def step(title: str, speeds: dict[str, float], wanted: dict[str, float] | None = None) -> Record:
+    """A whole training step."""
+    methods = {"dense": method("dense", "dense", 10.0, 10.0)}
+    methods |= {name: method(name, "ours", 10.0 / speed, 10.0) for name, speed in speeds.items()}
+    changes = {"title": title, "model": title, "wanted": wanted or {}, "methods": methods}
+    return weight_grad("step", 8192, 1024, 1024, 1 / 8) | changes
 
 
 def markdown_tables(markdown: str) -> list[list[list[str]]]:

@@ -1,69 +1,53 @@
-"""What a call has to compute and move, and the roofline."""
+"""What a call has to compute and move, and what a method is."""
+
+import re
 
 import pytest
 
 from memaop_triton.bench.report.data import Method, Spread, load
-from memaop_triton.bench.report.methods import base_name, traffic
-from memaop_triton.bench.report.roofline import calls
+from memaop_triton.bench.report.methods import traffic
 from memaop_triton.bench.report.tables import definitions
 from tests.bench.report import made
 
 
 def test_traffic_counts_what_the_design_counts(saved):
-    case = load(saved([made.weight_grad("dw", 4096, 1024, 512, 1 / 8)])).cases[0]
-    unit = 4096 * (1024 + 512) * 4
+    run = load(saved([made.weight_grad("dw", 4096, 1024, 512, 1 / 8)]))
+    case, unit = run.cases[0], 4096 * (1024 + 512) * 4
     flops = 2 * 512 * 1024 * 512
     expected = {
-        "dense": (2 * 4096 * 1024 * 512, 0, unit),
-        "priority": (flops, unit, unit / 8),
-        "topk-signed": (flops, 3 * unit, unit / 8),
-        "default": (flops + 2 * 4096 * 16 * 1536, 1.5 * unit, unit / 8),
+        "dense": (2 * 4096 * 1024 * 512, 0, unit, made.READ_GBS),
+        "priority": (flops, unit, unit / 8, made.READ_GBS),
+        "topk-signed": (flops, 3 * unit, unit / 8, made.UPDATE_GBS),
+        "default": (flops + 2 * 4096 * 16 * 1536, 1.5 * unit, unit / 8, made.READ_GBS),
     }
-    for name, numbers in expected.items():
+    for name, (flops, passed, moved, bandwidth) in expected.items():
         cost = traffic(case, case.methods[name])
-        assert (cost.flops, cost.pass_bytes, cost.gemm_bytes) == numbers
+        assert (cost.flops, cost.pass_bytes, cost.gemm_bytes) == (flops, passed, moved)
+        times = passed / bandwidth / 1e6, flops / made.GFLOPS / 1e6
+        assert cost.milliseconds(run.machine, "float32") == pytest.approx(times)
     assert traffic(case, case.methods["vcas"]) is None
 
 
-def test_calls_lie_under_the_roofs_by_what_they_took(saved):
-    run = load(saved([made.weight_grad("dw", 4096, 1024, 512, 1 / 8)]))
-    found = {call.method.name: call for call in calls(run.cases, run.machine)}
-    assert set(found) == {"dense", *made.OURS}
-    priority = found["priority"]
-    ms = run.cases[0].methods["priority"].ms.median
-    assert priority.gflops == pytest.approx(2 * 512 * 1024 * 512 / ms / 1e6)
-    assert priority.roof == made.GFLOPS
-    few = load(saved([made.weight_grad("dw", 4096, 1024, 512, 1 / 16)]))
-    (priority,) = [c for c in calls(few.cases, few.machine) if c.method.name == "priority"]
-    assert priority.roof == pytest.approx(priority.intensity * made.READ_GBS)
-    assert priority.roof < made.GFLOPS
-
-
-def test_what_is_done_to_the_input_gradient_is_said():
-    times = Spread(1.0, 1.0, 1.0)
-    names = ("default", "default, sampled dX", "default, projected dX", "topk")
-    table = definitions([Method(name, "ours", name, times, times) for name in names])
-    exact, sampled, projected, topk = ([cell.text for cell in row] for row in table.rows)
-    assert [row[1] for row in (exact, sampled, projected, topk)] == ["yes", "yes", "no", "no"]
-    assert sampled[2] == f"{exact[2]} The input gradient comes from K rows too."
-    assert projected[2].startswith(f"{exact[2]} The input gradient's rows lie in a subspace")
-
-
 @pytest.mark.parametrize(
-    ("role", "name", "key"),
+    ("role", "name", "unbiased", "about"),
     [
-        ("ours", "topk-residual", "topk-residual"),
-        ("ours", "topk-residual-bf16", "topk-residual"),
-        ("ours", "default, sampled dX", "default"),
-        ("ours", "topkish", None),
-        ("ours", "vcas", None),
-        ("baseline", "vcas", "vcas"),
-        ("baseline", "topk-crs", "topk-crs"),
-        ("baseline", "topk-other", None),  # not ours, and a suffix may change a baseline's law
-        ("baseline", "topk", None),
-        ("limit", "topk", None),
+        ("ours", "default", "yes", "Rows drawn by priority sampling .* computed exactly.$"),
+        (
+            "ours",
+            "default, sampled dX",
+            "yes",
+            "Rows .* The input gradient comes from K rows too.$",
+        ),
+        ("ours", "default, projected dX", "no", "Rows .* The input gradient's rows lie in a sub"),
+        ("ours", "topk-residual", "no", "The K rows of largest score; .* as in the paper"),
+        ("ours", "topkish", "–", "about topkish"),
+        ("ours", "vcas", "–", "about vcas"),
+        ("baseline", "vcas", "yes", "Poisson"),
+        ("baseline", "topk", "–", "about topk"),
     ],
 )
-def test_what_a_name_stands_for(role, name, key):
+def test_what_a_name_stands_for(role, name, unbiased, about):
     times = Spread(1.0, 1.0, 1.0)
-    assert base_name(Method(name, role, name, times, times)) == key
+    ((_, told, what),) = definitions([Method(name, role, f"about {name}", times, times, 0)]).rows
+    assert told.text == unbiased
+    assert re.match(about, what.text)

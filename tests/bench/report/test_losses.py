@@ -3,7 +3,7 @@
 import pytest
 
 from memaop_triton.bench.report.data import load
-from memaop_triton.bench.report.findings import Miss, Reason, by_place, findings
+from memaop_triton.bench.report.findings import findings
 from tests.bench.report import made
 
 
@@ -58,24 +58,29 @@ def test_a_wanted_speedup_that_is_missed_says_what_the_limit_allows(written, win
     assert "`priority` 8.00×, wanted 9.00× – the limit measured in this run is 8.42×" in markdown
 
 
-def test_one_line_per_place_and_cause_with_the_worst_of_each_method():
-    small, bound = Reason("small layer: 5 µs", "small"), Reason("bound by memory", "memory")
-    found = [
-        Miss("here", "topk", "0.1×", 9, small),
-        Miss("here", "default", "0.2×", 8, Reason("small layer: 6 µs", "small")),
-        Miss("there", "topk", "0.3×", 7, bound),
-        Miss("here", "topk", "0.4×", 6, small),
-        Miss("here", "priority", "0.5×", 5, bound),
-    ]
-    assert [[(one.method, one.what) for one in group] for group in by_place(found)] == [
-        [("topk", "0.1×"), ("default", "0.2×")],
-        [("topk", "0.3×")],
-        [("priority", "0.5×")],
+def test_one_line_per_place_with_the_worst_of_each_method(written, winning):
+    """A call that was timed in two sweeps is listed once; what another cause holds, apart."""
+    slow = {
+        name: made.method(name, "ours", ms, 80.0)
+        for name, ms in (("priority", 200.0), ("topk", 400.0))
+    }
+    winning["methods"] |= slow
+    again = winning | {"kind": "sweep_ratio", "methods": winning["methods"] | {
+        "priority": made.method("priority", "ours", 160.0, 80.0),
+        "topk-residual": made.method("topk-residual", "ours", 81.0, 80.0),
+    }}  # fmt: skip
+    _, markdown = written([winning, again])
+    listed = markdown.split("slower than dense")[1].split("###")[0]
+    lines = [line for line in listed.splitlines() if line.startswith("- ")]
+    assert [line.partition(" – ")[0] for line in lines] == [
+        "- 8192×1024×1024, r = 1/8: `topk` 0.20×, `priority` 0.40×",
+        "- 8192×1024×1024, r = 1/8: `topk-residual` 0.99× (quartiles reach 1)",
     ]
 
 
 def test_reasons(saved):
-    found = misses(saved(made.every_case()))
+    kinds = [("overhead", 64, 64), ("sweep_width", 4096, 64), ("dw", 8192, 1024)]
+    found = misses(saved([made.weight_grad(kind, m, n, n, 1 / 8) for kind, m, n in kinds]))
     small = [one for one in found["slower than dense"] if one.where.startswith("64×64×64")]
     assert {one.why.cause for one in small} == {"small"}
     narrow = [one for one in found["slower than dense"] if one.where.startswith("4096×64×64")]
@@ -125,3 +130,18 @@ def test_overhead_and_growth_are_checked(saved):
     assert [one.method for one in found["an overhead above 100\N{NO-BREAK SPACE}µs"]] == ["topk"]
     (growing,) = found["a time that grows faster than M"]
     assert (growing.method, growing.what) == ("priority", "M^1.20")
+
+
+def test_a_step_can_reach_what_its_flops_allow(written):
+    case = made.step(
+        "MLP",
+        {"default": 1.2, "default, sampled dX": 1.5},
+        {"default": 1.3, "default, sampled dX": 1.9},
+    )
+    _, markdown = written([case])
+    # A third of the FLOPs to 1/8, or two thirds.
+    assert (
+        "`default` 1.20×, wanted 1.30× – by FLOPs alone, linear layers could reach 1.41×"
+        in markdown
+    )
+    assert "wanted 1.90× – by FLOPs alone, linear layers could reach 2.40×" in markdown
