@@ -39,7 +39,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m memaop_triton bench --suite cpu
+	$(BIN)/python -m pytest bench/suites/test_cpu.py
 
 # Executes the kernels by their semantics, without a GPU, and stops at what a GPU lets pass.
 sanitize: $(VENV)/.sanitize

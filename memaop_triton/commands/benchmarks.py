@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import TextColumn
 
 from memaop_triton.bench.suites import SUITES
-from memaop_triton.commands.common import progress, require_file, say_written
+from memaop_triton.commands.common import make_folder, progress, say_written
 from memaop_triton.errors import require_extra
 
 # With a load average above this fraction of the cores, times are not reliable.
@@ -40,9 +40,9 @@ def bench(
             help="; ".join(f"{name}: {SUITES[name].about}" for name in _LISTED) + ".",
         ),
     ] = "quick",
-    output: Annotated[Path, typer.Option(help="Directory for the results and the report.")] = Path(
-        "results"
-    ),
+    output: Annotated[
+        Path, typer.Option(callback=make_folder, help="Directory for the results and the report.")
+    ] = Path("results"),
     only: Annotated[
         str | None, typer.Option(help="Benchmarks whose name matches, as in pytest -k.")
     ] = None,
@@ -56,7 +56,6 @@ def bench(
     from memaop_triton.bench.run import run_suite
 
     json_path = output / f"{suite}.json"
-    require_file("--output", json_path)
     console = Console()
     _warn_if_busy(console)
     with progress(console, TextColumn("{task.fields[last]}")) as bar:

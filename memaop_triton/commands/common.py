@@ -37,7 +37,7 @@ def ratio_in_range(value: float) -> float:
     return value
 
 
-def _make_folder(folder: Path) -> Path:
+def make_folder(folder: Path) -> Path:
     """Make a folder for results before they are computed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def _make_folder(folder: Path) -> Path:
 
 def _make_parent(path: Path | None) -> Path | None:
     if path is not None:
-        _make_folder(path.parent)
+        make_folder(path.parent)
     return path
 
 
@@ -68,7 +68,7 @@ DataDir = Annotated[
         help="Directory of the data files; without it they are downloaded.",
     ),
 ]
-Output = Annotated[Path, typer.Option(callback=_make_folder, help="Directory for the figure.")]
+Output = Annotated[Path, typer.Option(callback=make_folder, help="Directory for the figure.")]
 JsonPath = Annotated[
     Path | None,
     typer.Option("--json", dir_okay=False, callback=_make_parent, help="File for the numbers."),

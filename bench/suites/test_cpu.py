@@ -1,0 +1,66 @@
+"""The speed-ups that were asked for on two cores: `python -m pytest bench -k cpu`.
+
+They are in no suite, and are printed as a table.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from memaop_triton import MemAOPConfig, convert_
+from memaop_triton.bench.measure import Method
+from memaop_triton.bench.suites import contenders
+from memaop_triton.bench.suites.problem import Problem
+
+LAYER = Problem(8192, 1024, 1024)
+
+
+@pytest.mark.parametrize("setting", contenders.SETTINGS)
+@pytest.mark.parametrize("inverse_ratio", [8, 16])
+@pytest.mark.parametrize("shape", contenders.WANTED_SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_cpu_weight_grad(compare, shape, inverse_ratio, setting):
+    problem = Problem(*shape, ratio=1 / inverse_ratio)
+    family = next(name for name, names in contenders.FAMILIES.items() if setting in names)
+    compare(
+        problem,
+        "dw",
+        f"dW {problem.details}",
+        contenders.selected(problem, (setting,), family),
+        cold=True,
+        wanted=contenders.wanted(problem),
+    )
+
+
+@pytest.mark.parametrize("setting", ["default", "priority"])
+@pytest.mark.parametrize(("grad_input", "target"), [("exact", 1.3), ("sampled", 1.9)])
+def test_cpu_layer(compare, grad_input, target, setting):
+    methods = contenders.layers(LAYER, [(setting, grad_input)])
+    wanted = {methods[1].name: target}
+    compare(LAYER, "layer", f"layer {LAYER.details}", methods, wanted=wanted)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize("setting", ["default", "topk-signed"])
+def test_cpu_compiled_step(compare, setting):
+    """A training step of a small network, compiled, beside the same step run eagerly."""
+    problem = Problem(LAYER.m // 4, LAYER.n, LAYER.p)
+    n = problem.n
+    eager = nn.Sequential(nn.Linear(n, n), nn.GELU(), nn.Linear(n, n), nn.GELU(), nn.Linear(n, 16))
+    convert_(eager, MemAOPConfig(ratio=1 / 8, **contenders.SETTINGS[setting]))
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin, fullgraph=True)
+    x = torch.randn(problem.m, n)
+
+    def step(call, model):
+        model.zero_grad()
+        call(x).square().mean().backward()
+
+    name = f"{setting}, compiled"
+    methods = [
+        Method("eager", "dense", "the same step, eager", lambda: step(eager, eager)),
+        Method(name, "ours", name, lambda: step(compiled, twin)),
+    ]
+    title = f"step of an MLP, M={problem.m}, eager /"
+    compare(problem, "step", title, methods, wanted={name: 1.0}, model="MLP")
