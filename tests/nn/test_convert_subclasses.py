@@ -18,8 +18,6 @@ def everything(module, name):
 
 
 class Named(nn.Linear):
-    """A subclass without a forward pass of its own."""
-
     label = "kept"
 
 
@@ -40,23 +38,14 @@ def with_an_attribute():
     return layer
 
 
-@pytest.mark.parametrize(
-    "special",
-    [
-        lambda: Named(8, 8),
-        lambda: Scaled(8, 8),
-        lambda: nn.LazyLinear(8),
-        lambda: parametrizations.weight_norm(nn.Linear(8, 8)),
-    ],
-    ids=["subclass", "own-forward", "lazy", "parametrised"],
-)
-def test_other_classes_are_left_alone_and_named(special):
-    model = nn.Sequential(nn.Linear(8, 8), special())
-    kind = type(model[1])
-    with pytest.warns(UserWarning, match=rf"left as they are.*'1' \({kind.__name__}\).*filter_fn"):
-        convert_(model, CONFIG)
-    assert type(model[1]) is kind
-    assert type(model[0]) is MemAOPLinear
+def test_other_classes_are_left_alone_and_named():
+    parametrised = parametrizations.weight_norm(nn.Linear(8, 8))
+    for special in (Named(8, 8), Scaled(8, 8), nn.LazyLinear(8), parametrised):
+        kind = type(special)
+        model = nn.Sequential(nn.Linear(8, 8), special)
+        with pytest.warns(match=rf"left as they are.*'1' \({kind.__name__}\).*filter_fn"):
+            convert_(model, CONFIG)
+        assert [type(layer) for layer in model] == [MemAOPLinear, kind]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +70,6 @@ def test_subclass_taken_by_the_filter_keeps_everything_but_its_backward_pass(tra
     model = convert_(nn.Sequential(Named(8, 8)), OTHER, filter_fn=everything)
     layer = model[0]
     assert isinstance(layer, MemAOPLinear)
-    assert isinstance(layer, Named)
     assert layer.label == "kept"
     assert type(layer).__name__ == "MemAOPNamed"
     train_step(model, torch.randn(9, 8))
@@ -116,27 +104,13 @@ def test_parametrised_layer_trains_and_reverts_if_it_was_so_before(wrap, wrap_fi
     assert torch.equal(ours(x), dense(x))
 
 
-def test_adopting_with_a_wrong_configuration_changes_nothing():
-    layer = nn.Linear(8, 8)
-    with pytest.raises(TypeError, match="config must be a MemAOPConfig, got 'priority'"):
-        MemAOPLinear.adopt_(layer, "priority")
-    assert type(layer) is nn.Linear
-
-
-def test_lazy_layer_is_converted_once_initialised():
-    layer = nn.LazyLinear(8)
-    layer(torch.randn(2, 5))
-    assert type(convert_(layer, CONFIG)) is MemAOPLinear
-
-
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.filterwarnings("ignore:left as they are")
 def test_transformer_layer_still_runs(mode):
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     dense = copy.deepcopy(layer)
-    convert_(layer, EXACT)
+    with pytest.warns(match=r"left as they are.*NonDynamicallyQuantizableLinear"):
+        convert_(layer, EXACT)
     assert type(layer.linear1) is type(layer.linear2) is MemAOPLinear
-    assert type(layer.self_attn.out_proj) is not MemAOPLinear
     x = torch.randn(2, 7, 16)
     for model in (layer, dense):
         model.train(mode == "train")
@@ -145,11 +119,3 @@ def test_transformer_layer_still_runs(mode):
     torch.testing.assert_close(layer.linear1.weight.grad, dense.linear1.weight.grad)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), dense(x))
-
-
-def test_attention_alone_has_nothing_to_convert():
-    with (
-        pytest.warns(UserWarning, match="NonDynamicallyQuantizableLinear"),
-        pytest.raises(ValueError, match="no layer to convert"),
-    ):
-        convert_(nn.MultiheadAttention(16, 2), CONFIG)
