@@ -109,11 +109,6 @@ def test_backward_inside_autocast_of_a_forward_outside_it(memory, grad_input):
         assert torch.equal(outside, inside)
 
 
-def test_forward_on_the_meta_device():
-    layer = MemAOPLinear(12, 5, device="meta")
-    assert layer(torch.empty(17, 12, device="meta")).shape == (17, 5)
-
-
 @pytest.mark.parametrize("size", [1, 1500])
 def test_float16_subspace_of_large_rows_is_finite(size):
     config = MemAOPConfig(k=64)
