@@ -75,20 +75,6 @@ def test_subspace_of_float16_inputs_with_a_large_mean_follows_it():
     assert (memory.basis.T @ torch.full((256,), 1 / 16.0)).norm() > 0.99
 
 
-def test_sign_of_carried_rows_is_random_and_the_same_for_both():
-    config = MemAOPConfig(k=1, selection="topk", memory="signed")
-    memory = new_memory(config, 12, 5)
-    x, g = operands(200)
-    weight_grad(x, g, config, memory)
-    filled = memory.filled.clone()
-    weight_grad(torch.zeros_like(x), torch.zeros_like(g), config, memory)
-    kept = filled & memory.filled
-    signs = (memory.x / x)[kept]
-    torch.testing.assert_close(signs.abs(), torch.ones_like(signs))
-    assert 60 < (signs[:, 0] > 0).sum() < 140
-    torch.testing.assert_close((memory.g / g)[kept], signs[:, :1].expand(-1, 5))
-
-
 BAD_ROWS = {"one": [3], "more-than-k": [0, 2, 3, 5, 8, 9]}
 
 
@@ -110,8 +96,7 @@ def test_rows_that_are_not_finite_reach_the_gradient_and_never_stay(scheme, wher
         if step in (0, 2):
             spoil(x, g, where, value, bad)
         dw = weight_grad(x, g, config, memory)
-        assert dw.isfinite().any() == (step in (1, 3))
-        assert dw.isfinite().all() == (step in (1, 3))
+        assert dw.isfinite().any() == dw.isfinite().all() == (step in (1, 3))
         stored = {} if memory is None else memory.state_dict()
         assert all(t.isfinite().all() for t in stored.values() if isinstance(t, torch.Tensor))
 
@@ -143,8 +128,7 @@ def test_clean_step_after_a_bad_row_is_that_of_the_definition(memory):
     x[3] = math.nan
     weight_grad(x, g, keep_all, kept)
     assert not kept.filled[3]
-    carried = kept.filled.clone()
-    mx, mg = (torch.where(carried[:, None], t, 0) for t in (x, g))
+    mx, mg = (torch.where(kept.filled[:, None], t, 0) for t in (x, g))
     x, g = operands(17)
     torch.manual_seed(3)
     signs = torch.ones(17, 1, dtype=torch.float64)
