@@ -45,6 +45,7 @@ REFUSED = [
     (Subspace, {"refresh_every": 0}, ValueError, "refresh_every=0 must be at least 1"),
     (Subspace, {"side": "gard"}, ValueError, "side='gard' is not one of 'auto', 'input', 'grad'. "),
     (Rows, {"decay": 0.0}, ValueError, "decay=0.0 must be in (0, 1]"),
+    (Rows, {"decay": 1.01}, ValueError, "decay=1.01 must be"),
     (Rows, {"dtype": torch.int8}, ValueError, "dtype=torch.int8 is not a floating-point dtype"),
     (Rows, {"dtype": "float32"}, ValueError, "dtype='float32' is not"),
 ]
