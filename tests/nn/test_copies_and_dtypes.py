@@ -99,11 +99,10 @@ def test_backward_inside_autocast_of_a_forward_outside_it(memory, grad_input):
         assert torch.equal(outside, inside)
 
 
-@pytest.mark.parametrize("size", [1, 1500])
-def test_float16_subspace_of_large_rows_is_finite(size):
+def test_float16_subspace_of_large_rows_is_finite():
     config = MemAOPConfig(k=64)
     memory = new_memory(config, 2048, 8)
-    x, g = (size * torch.randn(512, 2048)).half(), (1e-3 * torch.randn(512, 8)).half()
+    x, g = (1500 * torch.randn(512, 2048)).half(), (1e-3 * torch.randn(512, 8)).half()
     for _ in range(2):
         dw = weight_grad(x, g, config, memory)
     exact = g.double().T @ x.double()
