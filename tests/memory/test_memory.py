@@ -62,47 +62,33 @@ def test_subspace_of_float16_inputs_with_a_large_mean_follows_it():
 
 
 BAD_ROWS = {"one": [3], "more-than-k": [0, 2, 3, 5, 8, 9]}
-
-
-def spoil(x, g, where, value, bad):
-    for name, t in (("x", x), ("g", g)):
-        if where in (name, "both"):
-            t[BAD_ROWS[bad]] = value
+SAMPLED = [
+    scheme | {"memory": memory, "grad_input": "sampled"}
+    for scheme in UNBIASED
+    for memory in ("none", "subspace")
+]
 
 
 @pytest.mark.parametrize(
     ("scheme", "where", "value", "bad"),
-    pairwise(LEGAL, ["x", "g", "both"], [math.nan, math.inf], BAD_ROWS),
+    pairwise(LEGAL + SAMPLED, ["x", "g", "xg"], [math.nan, math.inf], BAD_ROWS),
 )
-def test_rows_that_are_not_finite_reach_the_gradient_and_never_stay(scheme, where, value, bad):
+def test_rows_that_are_not_finite_reach_the_gradients_and_never_stay(
+    scheme, where, value, bad, contents
+):
     config = flat_config(k=4, rank=2, refresh_every=1, **scheme)
     memory = new_memory(config, 12, 5)
-    for step in range(4):
-        x, g = operands(17)
-        if step in (0, 2):
-            spoil(x, g, where, value, bad)
-        dw = weight_grad(x, g, config, memory)
-        assert dw.isfinite().any() == dw.isfinite().all() == (step in (1, 3))
-        stored = {} if memory is None else memory.state_dict()
-        assert all(t.isfinite().all() for t in stored.values() if isinstance(t, torch.Tensor))
-
-
-@pytest.mark.parametrize(
-    ("unbiased", "memory", "where", "bad"),
-    pairwise(UNBIASED, ["none", "subspace"], ["x", "g", "both"], BAD_ROWS),
-)
-def test_rows_that_are_not_finite_reach_sampled_gradients(unbiased, memory, where, bad):
-    config = flat_config(k=4, rank=2, memory=memory, grad_input="sampled", **unbiased)
-    kept = new_memory(config, 12, 5)
     w = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
-    for broken in (True, False):
+    for is_bad in (True, False, True, False):
         x, g = operands(17)
-        if broken:
-            spoil(x, g, where, math.nan, bad)
+        for name, operand in (("x", x), ("g", g)):
+            if is_bad and name in where:
+                operand[BAD_ROWS[bad]] = value
         x.requires_grad_()
-        dx, dw = torch.autograd.grad(memaop_linear(x, w, None, config, kept), (x, w), g)
-        assert dw.isfinite().all() != broken
-        assert dx.isfinite().all() != (broken and where != "x")
+        dx, dw = torch.autograd.grad(memaop_linear(x, w, None, config, memory), (x, w), g)
+        assert dw.isfinite().any() == dw.isfinite().all() == (not is_bad)
+        assert dx.isfinite().all() != (is_bad and where != "x")
+        assert all(t.isfinite().all() for t in contents(memory).values())
 
 
 @pytest.mark.parametrize("memory", ["residual", "signed"])
