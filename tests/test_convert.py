@@ -1,5 +1,6 @@
 import copy
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -13,24 +14,13 @@ EXACT = MemAOPConfig(k=99, memory="none")
 OTHER = MemAOPConfig.paper(k=2)
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(8, 12)
-        self.down = nn.Linear(12, 8)
+def net():
+    def block():
+        layers = {"up": nn.Linear(8, 12), "tanh": nn.Tanh(), "down": nn.Linear(12, 8)}
+        return nn.Sequential(OrderedDict(layers))
 
-    def forward(self, x):
-        return x + self.down(torch.relu(self.up(x)))
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.Sequential(Block(), Block())
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x):
-        return self.head(self.blocks(x))
+    blocks = nn.Sequential(block(), block())
+    return nn.Sequential(OrderedDict(blocks=blocks, head=nn.Linear(8, 2)))
 
 
 def configs(model):
@@ -42,7 +32,7 @@ def configs(model):
 
 
 def test_converted_model_is_the_same_and_reverts_to_what_it_was(train_step):
-    model = Net()
+    model = net()
     x = torch.randn(9, 8)
     before, attributes = model(x), set(model.head.__dict__)
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
@@ -69,7 +59,7 @@ def test_converted_model_is_the_same_and_reverts_to_what_it_was(train_step):
 
 
 def test_optimizer_and_hooks_from_before_go_on_working(train_step):
-    model = Net()
+    model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     calls = []
     model.head.register_forward_hook(lambda *_: calls.append("forward"))
@@ -83,13 +73,13 @@ def test_optimizer_and_hooks_from_before_go_on_working(train_step):
 
 
 def test_filter_chooses_layers_by_module_and_name():
-    model = Net()
+    model = net()
     convert_(model, CONFIG, filter_fn=lambda module, name: module.out_features == 8)
     assert [n for n, c in configs(model).items() if c] == ["blocks.0.down", "blocks.1.down"]
 
 
 def test_overrides_by_pattern_and_the_last_match_wins():
-    model = Net()
+    model = net()
     overrides = {"blocks.*": OTHER, "*.down": None, "blocks.1.down": MemAOPConfig(k=9)}
     convert_(model, CONFIG, overrides=overrides)
     assert configs(model) == {
@@ -125,7 +115,7 @@ def test_model_that_is_itself_a_linear_layer():
 
 
 def test_converting_twice_names_the_layers_and_changes_nothing():
-    model = Net()
+    model = net()
     convert_(model, CONFIG, overrides={"blocks.*": None})
     with pytest.raises(ValueError, match=r"converted already: 'head'\. Call revert_"):
         convert_(model, OTHER)
@@ -139,14 +129,14 @@ def test_converting_twice_names_the_layers_and_changes_nothing():
     ("convert", "error", "message"),
     [
         (lambda m: convert_(nn.ReLU()), ValueError, r"no layer to convert: 0 nn\.Linear in ReLU"),
-        (lambda m: convert_(m, filter_fn=lambda *_: False), ValueError, "in Net, 0 taken"),
+        (lambda m: convert_(m, filter_fn=lambda *_: False), ValueError, "Sequential, 0 taken"),
         (lambda m: convert_(m, overrides={"*": None}), ValueError, "5 taken by .*, none left"),
         (
             lambda m: convert_(m, overrides={"head": OTHER, "blocks.0.dwn": None}),
             ValueError,
             r"'blocks\.0\.dwn' matches no .*Did you mean 'blocks\.0",
         ),
-        (lambda m: revert_(m), ValueError, "no converted layer to revert: Net"),
+        (lambda m: revert_(m), ValueError, "no converted layer to revert: Sequential"),
         (lambda m: convert_(torch.zeros(3)), TypeError, "must be a torch.nn.Module, got Tensor"),
         (lambda m: convert_(m, {"k": 1}), TypeError, "config must be a MemAOPConfig, got {'k': 1}"),
         (lambda m: convert_(m, overrides=[3]), TypeError, r"overrides must map .*got \[3\]"),
@@ -154,7 +144,7 @@ def test_converting_twice_names_the_layers_and_changes_nothing():
     ],
 )
 def test_what_cannot_be_converted_or_reverted(convert, error, message):
-    model = Net()
+    model = net()
     with pytest.raises(error, match=message):
         convert(model)
     assert set(configs(model).values()) == {None}
