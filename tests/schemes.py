@@ -9,6 +9,8 @@ from memaop_triton.config import (
     UNBIASED_SELECTIONS,
     MemAOPConfig,
     Projected,
+    Rows,
+    Subspace,
 )
 
 UNBIASED = [{"selection": name} for name in UNBIASED_SELECTIONS]
@@ -19,12 +21,6 @@ LEGAL = [scheme | {"memory": memory} for scheme in PAPER for memory in MEMORIES]
     for memory in MEMORIES
     if memory not in ROW_MEMORIES
 ]
-_OF_MEMORIES = {
-    "subspace": ("rank", "side", "refresh_every"),
-    "residual": ("decay", "dtype"),
-    "signed": ("decay", "dtype"),
-    "none": (),
-}
 
 
 def label(scheme):
@@ -33,13 +29,15 @@ def label(scheme):
 
 def flat_config(**settings):
     """`MemAOPConfig` with the settings of its memory beside the others; others' are dropped."""
-    own = {name for names in _OF_MEMORIES.values() for name in names}
-    of_memory = {name: settings.pop(name) for name in own & settings.keys()}
+    of_memory = {n: settings.pop(n) for n in settings.keys() & {*_fields(Subspace), *_fields(Rows)}}
     if "grad_input_budget" in settings:
         settings["grad_input"] = Projected(settings.pop("grad_input_budget"))
     config = MemAOPConfig(**settings)
     if config.memory is None:
         return config
-    changed = {n: v for n, v in of_memory.items() if n in _OF_MEMORIES[config.memory_name]}
-    memory = dataclasses.replace(config.memory, **changed)
-    return dataclasses.replace(config, memory=memory)
+    own = {n: value for n, value in of_memory.items() if n in _fields(config.memory)}
+    return dataclasses.replace(config, memory=dataclasses.replace(config.memory, **own))
+
+
+def _fields(memory):
+    return [field.name for field in dataclasses.fields(memory)]

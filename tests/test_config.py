@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -6,50 +7,45 @@ import pytest
 import torch
 
 from memaop_triton import MemAOPConfig
-from memaop_triton.config import MEMORIES, ROW_MEMORIES, SELECTIONS, Rows, Sampled, Subspace
+from memaop_triton.config import (
+    MEMORIES,
+    ROW_MEMORIES,
+    SELECTIONS,
+    UNBIASED_SELECTIONS,
+    Rows,
+    Sampled,
+    Subspace,
+)
 from memaop_triton.selection import select
 
-BLOCKS = "(1, 16, 32, 64, 128)"
 # What is built, its arguments, the error, and words of its message.
 REFUSED = [
     (MemAOPConfig, {"ratio": 0.0}, ValueError, "ratio=0.0 must be in (0, 1]"),
-    (MemAOPConfig, {"ratio": -0.5}, ValueError, "ratio=-0.5 must be"),
     (MemAOPConfig, {"ratio": 1.5}, ValueError, "ratio=1.5 must be in (0, 1]: it is K/M, 0.125"),
     (MemAOPConfig, {"ratio": float("nan")}, ValueError, "ratio=nan must be"),
     (MemAOPConfig, {"ratio": "1/8"}, TypeError, "ratio must be a number in (0, 1], got '1/8'"),
     (MemAOPConfig, {"ratio": True}, TypeError, "ratio must be a number"),
     (MemAOPConfig, {"k": 0}, ValueError, "k=0 must be at least 1"),
-    (MemAOPConfig, {"k": -3}, ValueError, "k=-3 must be at least 1"),
     (MemAOPConfig, {"k": 2.0}, TypeError, "k must be an int (rows), got 2.0"),
     (MemAOPConfig, {"k": True}, TypeError, "k must be an int"),
     (MemAOPConfig, {"budget": 1.0}, ValueError, "budget=1 is what dense costs"),
-    (MemAOPConfig, {"budget": 0.0}, ValueError, "budget=0.0 must be in (0, 1]"),
     (MemAOPConfig, {"budget": 1.5}, ValueError, "budget=1.5 must be in (0, 1]"),
-    (MemAOPConfig, {"budget": "1/8"}, TypeError, "budget must be a number in (0, 1], got '1/8'"),
     (MemAOPConfig, {"ratio": 0.5, "k": 3}, ValueError, "ratio=0.5 and k=3 say the same thing"),
-    (MemAOPConfig, {"ratio": 0.5, "budget": 0.5}, ValueError, "ratio=0.5 and budget=0.5 say"),
     (MemAOPConfig, {"k": 8, "budget": 0.5}, ValueError, "k=8 and budget=0.5 say the same"),
-    (MemAOPConfig, {"block_rows": 8}, ValueError, f"block_rows=8 is not one of {BLOCKS}"),
-    (MemAOPConfig, {"block_rows": 16.0}, ValueError, "block_rows=16.0"),
+    (MemAOPConfig, {"block_rows": 8}, ValueError, "block_rows=8 is not one of (1, 16, 32"),
     (MemAOPConfig, {"block_rows": True}, ValueError, "block_rows=True"),
-    (MemAOPConfig, {"block_rows": "16"}, ValueError, "block_rows='16'"),
     (MemAOPConfig, {"memory": 16}, TypeError, "memory must be a Subspace or Rows, a string or"),
     (MemAOPConfig, {"memory": Sampled()}, TypeError, "memory must be a Subspace or Rows"),
     (MemAOPConfig, {"grad_input": Subspace()}, TypeError, "grad_input must be a Sampled or Proj"),
     (MemAOPConfig, {"grad_input": "projected", "memory": None}, ValueError, "'projected' needs"),
     (MemAOPConfig.paper, {"selection": "priority"}, ValueError, "selection='priority' is not one"),
     (MemAOPConfig.paper, {"memory": "signed"}, ValueError, "memory='signed' is not one of"),
-    (Subspace, {"rank": 0}, ValueError, "rank=0 must be at least 1"),
     (Subspace, {"rank": 1.5}, TypeError, "rank must be an int (dimensions of the subspace)"),
     (Subspace, {"refresh_every": 0}, ValueError, "refresh_every=0 must be at least 1"),
-    (Subspace, {"refresh_every": "8"}, TypeError, "refresh_every must be an int (steps), got '8'"),
     (Subspace, {"side": "gard"}, ValueError, "side='gard' is not one of 'auto', 'input', 'grad'. "),
     (Rows, {"decay": 0.0}, ValueError, "decay=0.0 must be in (0, 1]"),
-    (Rows, {"decay": -1.0}, ValueError, "decay=-1.0 must be"),
     (Rows, {"decay": 1.01}, ValueError, "decay=1.01 must be"),
-    (Rows, {"decay": float("nan")}, ValueError, "decay=nan must be"),
     (Rows, {"dtype": torch.int8}, ValueError, "dtype=torch.int8 is not a floating-point dtype"),
-    (Rows, {"dtype": torch.complex64}, ValueError, "torch.float16, torch.bfloat16, torch.float32"),
     (Rows, {"dtype": "float32"}, ValueError, "dtype='float32' is not"),
 ]
 
@@ -60,15 +56,12 @@ def test_setting_that_cannot_be(build, arguments, error, words):
         build(**arguments)
 
 
-def test_default_is_priority_with_a_subspace_of_rank_16_at_an_eighth():
+def test_the_default_and_the_paper():
     config = MemAOPConfig()
     assert (config.ratio, config.k) == (1 / 8, None)
     assert (config.selection, config.memory) == ("priority", Subspace(rank=16))
     assert config.is_unbiased
     assert not config.row_memory
-
-
-def test_paper_is_topk_with_residual_memory():
     config = MemAOPConfig.paper(k=18)
     assert (config.k, config.ratio) == (18, None)
     assert (config.selection, config.memory) == ("topk", Rows(signed=False, decay=1.0))
@@ -81,7 +74,6 @@ def test_config_is_frozen_hashable_and_comparable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.k = 4
     assert {config: 1}[MemAOPConfig(k=3)] == 1
-    assert dataclasses.replace(config, k=4).k == 4
 
 
 @pytest.mark.parametrize(
@@ -143,13 +135,10 @@ def test_unknown_name_lists_all_and_suggests_the_nearest(argument, typo, nearest
     assert hint == ("" if nearest is None else f"{nearest!r}?")
 
 
-@pytest.mark.parametrize("memory", ROW_MEMORIES)
-def test_row_memory_refuses_unbiased_policies(unbiased, memory):
-    with pytest.raises(ValueError, match=f"memory='{memory}'.*count rows twice.*'subspace'"):
-        MemAOPConfig(memory=memory, **unbiased)
-
-
-@pytest.mark.parametrize("selection", ["topk", "weightedk", "randk"])
-def test_sampled_input_gradient_needs_an_unbiased_policy(selection):
-    with pytest.raises(ValueError, match=f"grad_input='sampled'.*'{selection}'.*'priority'"):
-        MemAOPConfig(selection=selection, memory="none", grad_input="sampled")
+def test_selections_that_a_memory_or_a_sampled_input_gradient_refuses():
+    for selection, memory in itertools.product(UNBIASED_SELECTIONS, ROW_MEMORIES):
+        with pytest.raises(ValueError, match=f"memory='{memory}'.*count rows twice.*'subspace'"):
+            MemAOPConfig(selection=selection, memory=memory)
+    for selection in ("topk", "weightedk", "randk"):
+        with pytest.raises(ValueError, match=f"grad_input='sampled'.*'{selection}'.*'priority'"):
+            MemAOPConfig(selection=selection, memory="none", grad_input="sampled")

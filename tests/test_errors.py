@@ -4,29 +4,23 @@ import pytest
 import torch
 from torch import nn
 
-from memaop_triton import (
-    MemAOPConfig,
-    MemAOPLinear,
-    ResidualMemory,
-    SubspaceMemory,
-    memaop_linear,
-)
+from memaop_triton import MemAOPConfig, MemAOPLinear, ResidualMemory, SubspaceMemory, memaop_linear
 from memaop_triton.backward.weight_grad import weight_grad
 
 PLAIN = MemAOPConfig(k=2, memory="none")
 PAPER = MemAOPConfig.paper()
+CONVERTED = MemAOPLinear(12, 5, config=PLAIN)
 X, WEIGHT, G = torch.ones(3, 12), torch.ones(5, 12), torch.ones(3, 5)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
 def test_integer_input_of_a_layer(dtype, autocast):
-    layer = MemAOPLinear(12, 5, config=PLAIN)
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         pytest.raises(TypeError, match=rf"x must be of a floating-point dtype, got {dtype}.*x\.to"),
     ):
-        layer(X.to(dtype))
+        CONVERTED(X.to(dtype))
 
 
 @pytest.mark.parametrize(
@@ -42,14 +36,15 @@ def test_integer_input_of_a_layer(dtype, autocast):
         (lambda: weight_grad(X.long(), G, PLAIN), TypeError, "must be of a floating-point dtype"),
         (lambda: weight_grad(X, G.double(), PLAIN), TypeError, "g is torch.float64 but x is"),
         (lambda: SubspaceMemory(12, 2, refresh_every=0), ValueError, "refresh_every=0 must be at"),
+        (lambda: SubspaceMemory(12, 9, 0, side="input"), ValueError, "rank=0 does not fit"),
+        (lambda: SubspaceMemory(12, 9, 13, side="input"), ValueError, "in_features=12"),
+        (lambda: SubspaceMemory(12, 9, 10, side="grad"), ValueError, "out_features=9"),
+        (lambda: SubspaceMemory(12, 9, 10, side="auto"), ValueError, "out_features=9"),
+        (lambda: MemAOPLinear.adopt_(nn.Linear(12, 5), "k"), TypeError, "MemAOPConfig, got 'k'"),
         (lambda: MemAOPLinear(12, 5, config="k=3"), TypeError, "must be a MemAOPConfig, got 'k=3'"),
         (lambda: memaop_linear(X, WEIGHT, None, {"k": 3}), TypeError, "MemAOPConfig, got {'k': 3}"),
         (lambda: MemAOPLinear.from_linear(nn.Conv1d(1, 1, 1)), TypeError, "nn.Linear, got Conv1d"),
-        (
-            lambda: MemAOPLinear.from_linear(MemAOPLinear(12, 5)),
-            ValueError,
-            "MemAOPLinear is converted already: revert_",
-        ),
+        (lambda: MemAOPLinear.from_linear(CONVERTED), ValueError, "converted already: revert_"),
     ],
 )
 def test_argument_that_does_not_fit(call, error, message):
@@ -75,18 +70,3 @@ def test_memory_that_does_not_fit(config, memory, message, outputs):
         weight_grad(torch.ones(30, 12), torch.ones(30, outputs), config, memory)
     with pytest.raises(ValueError, match=message):
         memaop_linear(torch.ones(30, 12), torch.ones(outputs, 12), None, config, memory)
-
-
-@pytest.mark.parametrize(
-    ("rank", "side", "named"),
-    [
-        (0, "input", "in_features=12"),
-        (-1, "grad", "out_features=9"),
-        (13, "input", "in_features=12"),
-        (10, "grad", "out_features=9"),
-        (10, "auto", "out_features=9"),
-    ],
-)
-def test_rank_that_does_not_fit(rank, side, named):
-    with pytest.raises(ValueError, match=f"rank={rank} does not fit.*{named}.*1 to"):
-        SubspaceMemory(12, 9, rank, side=side)

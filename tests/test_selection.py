@@ -13,20 +13,6 @@ SCORES = torch.tensor([0.3, 2.0, 0.9, 4.0, 1.4, 0.6], dtype=torch.float64)
 WEIGHTED = ("priority", "crs", "bernoulli", "wta")
 
 
-def counts(policy, scores, k, generator, draws=4000):
-    """Mean number of times that each row is picked with a non-zero weight."""
-    total = torch.zeros(scores.numel(), dtype=torch.float64)
-    for _ in range(draws):
-        indices, weights = select_rows(scores, k, policy, generator=generator)
-        total += torch.bincount(indices[weights > 0], minlength=scores.numel())
-    return total / draws
-
-
-def assert_frequencies(found, expected, draws=4000):
-    error_bar = (expected * (1 - expected).clamp(min=0.01) / draws).sqrt()
-    assert ((found - expected).abs() <= 4 * error_bar + 1e-9).all(), (found, expected)
-
-
 def sequential_inclusion(masses, k):
     """Chance of each row to be among k draws without replacement, by all their orders."""
     chance = torch.zeros(len(masses), dtype=torch.float64)
@@ -39,64 +25,48 @@ def sequential_inclusion(masses, k):
     return chance
 
 
-def test_topk_takes_the_largest():
+def test_topk_takes_the_largest_and_uniform_weights_are_rows_over_k():
     indices, weights = select_rows(SCORES, 3, "topk")
     assert indices.tolist() == [1, 3, 4]
     assert weights.tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_weightedk_has_the_law_of_sequential_draws_by_squared_scores(k, generator):
-    expected = sequential_inclusion(SCORES.square().tolist(), k)
-    assert_frequencies(counts("weightedk", SCORES, k, generator()), expected)
-
-
-def test_randk_is_uniform_whatever_the_scores(generator):
-    assert_frequencies(counts("randk", SCORES, 2, generator()), torch.full((6,), 2 / 6).double())
-
-
-def test_uniform_weights_are_rows_over_k():
     assert select_rows(SCORES, 4, "randk").weights.tolist() == [1] * 4
     assert select_rows(SCORES, 4, "uniform").weights.tolist() == [1.5] * 4
 
 
-def test_priority_weights_follow_one_threshold(generator):
-    draws = generator()
-    for _ in range(200):
-        indices, weights = select_rows(SCORES, 3, "priority", generator=draws)
-        assert indices.unique().numel() == 3
-        raised = weights > 1
-        threshold = (weights * SCORES[indices])[raised]
-        if raised.any():
-            torch.testing.assert_close(threshold, threshold[:1].expand_as(threshold))
-            assert (SCORES[indices][~raised] >= threshold[0] * (1 - 1e-12)).all()
+# How often each row is drawn in the mean.
+LAWS = {
+    "weightedk": lambda k: sequential_inclusion(SCORES.square().tolist(), k),
+    "randk": lambda k: torch.full((6,), k / 6, dtype=torch.float64),
+    "crs": lambda k: k * SCORES / SCORES.sum(),
+    "bernoulli": lambda k: inclusion_probabilities(SCORES, k),
+}
 
 
-def test_priority_keys_are_scores_over_uniform_draws(generator):
-    u = 1 - torch.rand(6, dtype=torch.float64, generator=generator(3))
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("policy", LAWS)
+def test_rows_are_drawn_by_their_law_and_weighted_by_the_inverse(policy, k, generator):
+    expected, draws, generator = LAWS[policy](k), 4000, generator()
+    found = torch.zeros(6, dtype=torch.float64)
+    for _ in range(draws):
+        indices, weights = select_rows(SCORES, k, policy, generator=generator)
+        drawn = indices[weights > 0]
+        found += torch.bincount(drawn, minlength=6) / draws
+        if policy in WEIGHTED:
+            torch.testing.assert_close(weights[weights > 0], 1 / expected[drawn])
+    # Draws with replacement have the larger variance.
+    chance = expected / k if policy == "crs" else expected
+    error_bar = (expected * (1 - chance).clamp(min=0.01) / draws).sqrt()
+    assert ((found - expected).abs() <= 4 * error_bar + 1e-9).all(), (found, expected)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_priority_keys_are_scores_over_uniform_draws(seed, generator):
+    u = 1 - torch.rand(6, dtype=torch.float64, generator=generator(seed))
     keys = SCORES / u
     threshold = keys.sort(descending=True).values[3]
-    indices, weights = select_rows(SCORES, 3, "priority", generator=generator(3))
+    indices, weights = select_rows(SCORES, 3, "priority", generator=generator(seed))
     assert indices.tolist() == (keys > threshold).nonzero().flatten().tolist()
     torch.testing.assert_close(weights, (threshold / SCORES[indices]).clamp(min=1))
-
-
-def test_crs_draws_in_proportion_and_weights_by_the_inverse(generator):
-    p = SCORES / SCORES.sum()
-    draws = 4000
-    found = counts("crs", SCORES, 3, generator(), draws)
-    error_bar = (3 * p * (1 - p) / draws).sqrt()
-    assert ((found - 3 * p).abs() <= 4 * error_bar).all()
-    indices, weights = select_rows(SCORES, 3, "crs", generator=generator())
-    torch.testing.assert_close(weights, 1 / (3 * p[indices]))
-
-
-def test_bernoulli_includes_rows_with_their_probabilities(generator):
-    p = inclusion_probabilities(SCORES, 3)
-    assert_frequencies(counts("bernoulli", SCORES, 3, generator()), p)
-    indices, weights = select_rows(SCORES, 3, "bernoulli", generator=generator())
-    drawn = weights > 0
-    torch.testing.assert_close(weights[drawn], 1 / p[indices[drawn]])
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
@@ -179,56 +149,42 @@ def test_same_generator_seed_gives_the_same_selection(policy, generator):
         assert not torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("policy", [p for p in SELECTIONS if p not in ("randk", "uniform")])
-def test_fewer_scores_than_k_are_all_covered(policy, generator):
+@pytest.mark.parametrize("policy", SELECTIONS)
+@pytest.mark.parametrize("positive", [{}, {2: 1.0, 7: 3.0}], ids=["none", "two"])
+def test_fewer_scores_than_k_are_all_covered(policy, positive, generator):
     scores = torch.zeros(12)
-    scores[[2, 7]] = torch.tensor([1.0, 3.0])
+    for row, score in positive.items():
+        scores[row] = score
     draws = generator()
     for _ in range(20):
         indices, weights = select_rows(scores, 5, policy, generator=draws)
+        picked = set(indices[weights > 0].tolist())
         assert weights.isfinite().all()
-        if policy != "crs":
-            assert {2, 7} <= set(indices[weights > 0].tolist())
+        assert indices.numel() == 5 or policy == "bernoulli"
         if policy in WEIGHTED:
-            assert set(indices[weights > 0].tolist()) <= {2, 7}
+            assert picked <= positive.keys()
+        if policy not in ("crs", "randk", "uniform"):
+            assert picked >= positive.keys()
         if policy in ("priority", "bernoulli", "wta"):
-            covered = {i: w for i, w in zip(indices.tolist(), weights.tolist(), strict=True) if w}
-            assert covered == {2: 1.0, 7: 1.0}
-
-
-@pytest.mark.parametrize("policy", SELECTIONS)
-def test_all_zero_scores_are_legal(policy):
-    indices, weights = select_rows(torch.zeros(12), 5, policy)
-    assert weights.isfinite().all()
-    assert indices.numel() == 5 or policy == "bernoulli"
-    if policy in WEIGHTED:
-        assert (weights == 0).all()
+            assert (weights[weights > 0] == 1).all()
 
 
 @pytest.mark.parametrize("policy", SELECTIONS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("bad", [[4], [1, 4, 9], list(range(10))])
-def test_rows_that_are_not_finite_come_first(policy, value, bad, generator):
+@pytest.mark.parametrize("k", [1, 3])
+def test_rows_that_are_not_finite_come_first(policy, value, bad, k, generator):
     scores = torch.rand(12)
     scores[bad] = value
     for seed in range(20):
-        indices, weights = select_rows(scores, 3, policy, generator=generator(seed))
+        indices, weights = select_rows(scores, k, policy, generator=generator(seed))
         picked = set(indices[weights > 0].tolist())
         assert weights.isfinite().all()
         if policy in WEIGHTED:
+            assert picked
             assert picked <= set(bad)
-            assert picked or policy == "bernoulli"
         else:
-            assert len(picked & set(bad)) == min(3, len(bad))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_bernoulli_always_draws_a_row_that_is_not_finite(value, generator):
-    scores = torch.rand(12)
-    scores[:10] = value
-    for seed in range(300):
-        _, weights = select_rows(scores, 1, "bernoulli", generator=generator(seed))
-        assert (weights > 0).any()
+            assert len(picked & set(bad)) == min(k, len(bad))
 
 
 @pytest.mark.parametrize(

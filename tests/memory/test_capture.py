@@ -1,5 +1,8 @@
 """State is never made while a CUDA graph is captured: every replay would make it anew."""
 
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
 
@@ -63,69 +66,38 @@ def test_after_a_step_there_is_nothing_to_make(layer_and_message, capturing):
     step(layer)
 
 
-@pytest.fixture
-def row_layer():
-    layer = MemAOPLinear(16, 12, config=flat_config(selection="topk", memory="residual"))
+ROWS = {"selection": "topk", "memory": "residual"}
+CHANGED_AFTER_A_STEP = {
+    "more rows": (ROWS, 33, lambda *_: None, "33 slots of a row memory"),
+    "rate": (ROWS, 32, attach_optimizer, "the last learning rate"),
+    "monitor": (ROWS, 32, lambda layer, _: monitor(layer, every=1), "the ages of a memory's slots"),
+    "columns": ({"grad_input_budget": 0.6}, 2048, lambda *_: None, "a larger basis"),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGED_AFTER_A_STEP)
+def test_what_a_change_after_a_step_would_make_is_refused(changed, capturing):
+    settings, rows, change, message = CHANGED_AFTER_A_STEP[changed]
+    layer = MemAOPLinear(16, 12, config=flat_config(**settings))
+    optimizer = torch.optim.SGD(layer.parameters(), torch.tensor(0.1))
     step(layer)
-    return layer
-
-
-def test_a_longer_batch_would_make_slots(row_layer, capturing):
+    change(layer, optimizer)
     capturing()
-    step(row_layer)
-    with pytest.raises(RuntimeError, match="33 slots of a row memory"):
-        step(row_layer, rows=33)
-
-
-def test_a_learning_rate_on_the_device_is_known_before(row_layer, capturing):
-    optimizer = torch.optim.SGD(row_layer.parameters(), torch.tensor(0.1))
-    attach_optimizer(row_layer, optimizer)
-    capturing()
-    with pytest.raises(RuntimeError, match="the last learning rate"):
-        step(row_layer)
-
-
-def test_a_monitor_has_seen_the_slots_before(row_layer, capturing):
-    with monitor(row_layer, every=1):
-        capturing()
-        with pytest.raises(RuntimeError, match="the ages of a memory's slots"):
-            step(row_layer)
-
-
-def test_a_larger_batch_would_make_columns_of_a_projection(capturing):
-    config = flat_config(grad_input="projected", grad_input_budget=0.6)
-    layer = MemAOPLinear(16, 12, config=config)
-    step(layer, rows=64)
-    capturing()
-    with pytest.raises(RuntimeError, match="a larger basis"):
-        step(layer, rows=2048)
+    with pytest.raises(RuntimeError, match=message):
+        step(layer, rows)
 
 
 def test_numbers_arrive_on_the_stream_of_their_device(monkeypatch):
-    recorded = []
-
-    class Event:
-        def record(self, stream):
-            recorded.append(stream)
-
-        def synchronize(self):
-            recorded.append("waited")
-
-    class OnSecondGpu:
-        is_cuda, shape, dtype, device = True, (2,), torch.float32, torch.device("cuda", 1)
-
+    cuda = torch.device("cuda", 1)
+    on_gpu = SimpleNamespace(is_cuda=True, shape=(2,), dtype=torch.float32, device=cuda)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: _Host())
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", mock.Mock())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream of", device))
-    arriving = Arriving(OnSecondGpu())
-    arriving.get()
-    assert recorded == [("stream of", torch.device("cuda", 1)), "waited"]
-
-
-class _Host:
-    def copy_(self, a, non_blocking):
-        assert non_blocking
+    monkeypatch.setattr(torch.cuda, "Event", mock.Mock())
+    event, host = torch.cuda.Event.return_value, torch.empty.return_value
+    assert Arriving(on_gpu).get() is host
+    host.copy_.assert_called_once_with(on_gpu, non_blocking=True)
+    assert event.mock_calls == [mock.call.record(("stream of", cuda)), mock.call.synchronize()]
 
 
 def test_the_count_stays_where_a_conversion_moves_nothing():

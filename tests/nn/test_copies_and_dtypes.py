@@ -1,5 +1,4 @@
 import copy
-import io
 import pickle
 
 import pytest
@@ -13,20 +12,11 @@ from tests.schemes import flat_config
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-def copies(layer):
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    yield copy.deepcopy(layer)
-    yield pickle.loads(pickle.dumps(layer))
-    yield torch.load(file, weights_only=False)
-
-
 def test_copies_have_a_memory_of_their_own(memory_scheme, train_step, contents, same):
     layer = MemAOPLinear(12, 5, config=flat_config(k=3, rank=2, refresh_every=1, **memory_scheme))
     train_step(layer, torch.randn(17, 12))
     before = contents(layer.memory)
-    for twin in copies(layer):
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert type(twin) is MemAOPLinear
         assert twin.config == layer.config
         assert torch.equal(twin.weight, layer.weight)
@@ -109,16 +99,10 @@ def test_backward_inside_autocast_of_a_forward_outside_it(memory, grad_input):
         assert torch.equal(outside, inside)
 
 
-def test_forward_on_the_meta_device():
-    layer = MemAOPLinear(12, 5, device="meta")
-    assert layer(torch.empty(17, 12, device="meta")).shape == (17, 5)
-
-
-@pytest.mark.parametrize("size", [1, 1500])
-def test_float16_subspace_of_large_rows_is_finite(size):
+def test_float16_subspace_of_large_rows_is_finite():
     config = MemAOPConfig(k=64)
     memory = new_memory(config, 2048, 8)
-    x, g = (size * torch.randn(512, 2048)).half(), (1e-3 * torch.randn(512, 8)).half()
+    x, g = (1500 * torch.randn(512, 2048)).half(), (1e-3 * torch.randn(512, 8)).half()
     for _ in range(2):
         dw = weight_grad(x, g, config, memory)
     exact = g.double().T @ x.double()

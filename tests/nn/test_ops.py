@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from memaop_triton import MemAOPConfig, Subspace, convert_, memaop_linear, new_memory
+from memaop_triton import MemAOPConfig, MemAOPLinear, Subspace, convert_, new_memory
+from memaop_triton.flops import SubspaceCost, weight_grad_flops
 from memaop_triton.nn.layer_state import LayerState, find
-from tests.schemes import flat_config
+from tests.schemes import flat_config, label
 
 M, N, P = 40, 24, 12
 ops = torch.ops.memaop_triton
@@ -33,7 +34,7 @@ def state_for(**settings):
 
 
 @pytest.mark.parametrize("bias_grad", [True, False])
-@pytest.mark.parametrize("settings", REPEATABLE, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("settings", REPEATABLE, ids=label)
 def test_opcheck_weight_grad(settings, bias_grad):
     state = state_for(**settings)
     arguments = torch.randn(M, N), torch.randn(M, P), state.handle, state.order
@@ -78,6 +79,7 @@ def test_handles_are_where_the_layer_is():
     number = layer.layer_state.handle.shape
     assert layer.layer_state.handle.is_meta
     assert layer.layer_state.order.is_meta
+    assert layer(torch.empty(M, N, device="meta")).shape == (M, P)
     layer.to_empty(device="cpu").half()
     assert layer.layer_state.handle.device.type == layer.layer_state.order.device.type == "cpu"
     assert layer.layer_state.handle.dtype == torch.uint8
@@ -94,47 +96,25 @@ def test_memory_that_is_gone_before_backward():
         ops.weight_grad(torch.randn(M, N), torch.randn(M, P), handle, order, bias_grad=False)
 
 
-def test_backward_keeps_what_it_needs_alive():
-    weight = torch.randn(P, N, requires_grad=True)
-    config = MemAOPConfig()
-    y = memaop_linear(torch.randn(M, N), weight, None, config, new_memory(config, N, P))
-    gc.collect()
-    y.sum().backward()
-    assert weight.grad.any()
-
-
-def flops(layer, rows=M):
-    x = torch.randn(rows, N, requires_grad=True)
+def flops(layer):
+    x = torch.randn(M, N, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
     return counter.get_total_flops()
 
 
-GEMM = 2 * M * N * P
-NORMS = 2 * M * (N + P)
-
-
-def test_flops_of_a_layer_are_those_of_its_gemms():
-    assert flops(nn.Linear(N, P)) == 3 * GEMM
-    plain = convert_(nn.Linear(N, P), MemAOPConfig(ratio=1 / 4, memory="none"))
-    assert flops(plain) == 2.25 * GEMM + NORMS
-    exact = convert_(nn.Linear(N, P), MemAOPConfig(ratio=1, memory="none"))
-    assert flops(exact) == 3 * GEMM
-    sampled = MemAOPConfig(ratio=1 / 4, memory="none", grad_input="sampled")
-    assert flops(convert_(nn.Linear(N, P), sampled)) == 1.5 * GEMM + NORMS
-
-
-def test_flops_of_the_subspace():
-    k, q = M // 4, 3
-    for side, kept in (("input", 0), ("grad", 0), ("auto", q * (N + P))):
-        config = MemAOPConfig(ratio=1 / 4, memory=Subspace(rank=q, side=side, refresh_every=10))
-        layer = convert_(nn.Linear(N, P), config)
-        found = flops(layer)
-        length = {"input": N, "grad": P}[layer.memory.side]
-        extra = 2 * q * (M * N + M * P + N * P + k * length) + NORMS
-        extra += (2 * M + 4 * q) * q * length / 10  # a refresh
-        extra += (6 * M + 4 * q) * kept / 40  # a choice
-        assert found in (2.25 * GEMM + int(extra), 2.25 * GEMM + int(extra) + 1)
-    assert (
-        flops(convert_(nn.Linear(N, P), MemAOPConfig(ratio=1, memory=Subspace(rank=4)))) == 3 * GEMM
-    )
+def test_flops_of_a_layer_are_those_of_its_gemms_and_its_subspace():
+    gemm, norms = 2 * M * N * P, 2 * M * (N + P)
+    for settings, expected in (
+        ({"ratio": 1, "memory": "none"}, 3 * gemm),
+        ({"ratio": 1, "memory": "subspace"}, 3 * gemm),
+        ({"ratio": 1 / 4, "memory": "none"}, 2.25 * gemm + norms),
+        ({"ratio": 1 / 4, "memory": "none", "grad_input": "sampled"}, 1.5 * gemm + norms),
+    ):
+        assert flops(MemAOPLinear(N, P, config=MemAOPConfig(**settings))) == expected
+    for side, kept in (("input", 0), ("grad", 0), ("auto", 3 * (N + P))):
+        config = MemAOPConfig(ratio=1 / 4, memory=Subspace(rank=3, side=side, refresh_every=10))
+        layer = MemAOPLinear(N, P, config=config)
+        found, length = flops(layer), {"input": N, "grad": P}[layer.memory.side]
+        cost = SubspaceCost(rank=3, features=length, refresh_every=10, kept=kept)
+        assert found == 2 * gemm + weight_grad_flops(M, N, P, M // 4, cost)

@@ -1,13 +1,12 @@
 import copy
 import gc
-import math
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from memaop_triton import MemAOPConfig, Rows, attach_optimizer, convert_
+from memaop_triton import MemAOPConfig, attach_optimizer, convert_
 
 PAPER = MemAOPConfig.paper(k=2)
 
@@ -42,18 +41,6 @@ def test_every_layer_follows_the_group_of_its_weight():
     assert model[1].memory.learning_rate == 0.5
 
 
-def test_carried_rows_are_rescaled_by_the_root_of_the_rates():
-    layer = convert_(nn.Linear(6, 5), MemAOPConfig.paper(k=1, memory=Rows(decay=0.5)))
-    optimizer = attached(layer)
-    layer(torch.randn(9, 6)).square().sum().backward()
-    before, filled = layer.memory.x.clone(), layer.memory.filled.clone()
-    optimizer.param_groups[0]["lr"] = 0.1
-    (layer(torch.zeros(9, 6)) * 0).sum().backward()
-    kept = filled & layer.memory.filled
-    assert kept.sum() == 7
-    torch.testing.assert_close(layer.memory.x[kept], math.sqrt(0.5 * 4) * before[kept])
-
-
 def test_memory_rests_while_the_rate_is_zero(contents, same):
     layer = convert_(nn.Linear(6, 5), PAPER)
     optimizer = attached(layer)
@@ -75,20 +62,16 @@ def test_copies_and_lost_optimizers_are_not_attached():
     model(torch.randn(9, 6)).sum().backward()
 
 
-def test_a_model_without_a_row_memory_needs_no_optimizer_and_one_without_a_layer_is_refused():
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
-    attach_optimizer(convert_(nn.Sequential(nn.Linear(6, 5))), optimizer)
-    with pytest.raises(ValueError, match="no converted layer: call convert_"):
-        attach_optimizer(nn.Linear(6, 5), optimizer)
-
-
-def test_optimizer_without_the_weight_names_the_layer():
+def test_every_row_memory_needs_the_optimizer_of_its_weight():
     model = two_layers()
     optimizer = torch.optim.SGD([*model[0].parameters(), model[1].bias], lr=1)
     with pytest.raises(ValueError, match="optimizer does not hold the weight of layer '1'"):
         attach_optimizer(model, optimizer)
     model[1].weight.requires_grad_(False)
     attach_optimizer(model, optimizer)
+    attach_optimizer(convert_(nn.Sequential(nn.Linear(6, 5))), optimizer)
+    with pytest.raises(ValueError, match="no converted layer: call convert_"):
+        attach_optimizer(nn.Linear(6, 5), optimizer)
 
 
 @pytest.mark.parametrize(
@@ -98,15 +81,3 @@ def test_a_computed_weight_follows_the_parameters_it_is_made_of(wrap):
     layer = convert_(wrap(nn.Linear(6, 5)), PAPER, filter_fn=lambda module, name: True)
     optimizer = attached(layer)
     assert layer.memory.learning_rate == optimizer.param_groups[0]["lr"] == 0.4
-
-
-def test_slots_beyond_a_shorter_batch_are_rescaled_too():
-    model = convert_(nn.Sequential(nn.Linear(6, 4)), MemAOPConfig.paper(k=2))
-    optimizer = attached(model)
-    model(torch.randn(9, 6)).square().sum().backward()
-    memory = model[0].memory
-    x, g, filled = memory.x[5:].clone(), memory.g[5:].clone(), memory.filled[5:].clone()
-    optimizer.param_groups[0]["lr"] = 0.1
-    model(torch.randn(5, 6)).square().sum().backward()
-    torch.testing.assert_close(memory.x[5:][filled], 2 * x[filled])
-    torch.testing.assert_close(memory.g[5:][filled], 2 * g[filled])

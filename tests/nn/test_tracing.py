@@ -86,8 +86,7 @@ def no_gc():
 
 
 @pytest.mark.parametrize("settings", MEMORIES, ids=["subspace", "rows"])
-@pytest.mark.usefixtures("no_gc")
-def test_a_memory_is_freed_with_its_layer(settings):
+def test_a_memory_is_freed_with_its_layer(settings, no_gc):
     for let_go in (lambda holder: holder.clear(), lambda holder: revert_(holder[0])):
         holder = [model(**settings)]
         holder[0](X).sum().backward()
@@ -97,8 +96,7 @@ def test_a_memory_is_freed_with_its_layer(settings):
 
 
 @pytest.mark.parametrize("settings", MEMORIES, ids=["subspace", "rows"])
-@pytest.mark.usefixtures("no_gc")
-def test_a_memory_of_its_own_is_freed_and_lives_until_backward(settings):
+def test_a_memory_of_its_own_is_freed_and_lives_until_backward(settings, no_gc):
     config = MemAOPConfig(ratio=1 / 4, **settings)
     weight = torch.randn(12, 16, requires_grad=True)
     memory = new_memory(config, 16, 12)
@@ -112,21 +110,17 @@ def test_a_memory_of_its_own_is_freed_and_lives_until_backward(settings):
     assert reference() is None
 
 
-def test_configurations_in_turn_do_not_pile_up():
-    """States without a memory are kept for compiled graphs, but not for ever."""
-    weight = torch.randn(8, 16, requires_grad=True)
-    limit = layer_state._MAX_STATES_WITHOUT_MEMORY
-    for k in range(limit + 20):
-        memaop_linear(X, weight, None, MemAOPConfig(k=1 + k, memory="none"))
-    assert layer_state._state_without_memory.cache_info().currsize == limit
+def test_states_without_a_memory_are_kept_for_each_device_and_do_not_pile_up():
+    def state_on(device, k=3):
+        return layer_state.state_for(MemAOPConfig(k=k, memory="none"), None, torch.device(device))
 
-
-def test_states_without_a_memory_are_one_per_device():
-    """Threads that work on several devices would move a shared one back and forth."""
-    config = MemAOPConfig(k=3, memory="none")
-    cpu, meta = (layer_state.state_for(config, None, torch.device(d)) for d in ("cpu", "meta"))
-    assert cpu is layer_state.state_for(config, None, torch.device("cpu"))
+    cpu, meta = state_on("cpu"), state_on("meta")
+    assert cpu is state_on("cpu")
     assert (cpu.handle.device.type, meta.handle.device.type) == ("cpu", "meta")
+    limit = layer_state._MAX_STATES_WITHOUT_MEMORY
+    for k in range(1, limit + 20):
+        state_on("cpu", k)
+    assert layer_state._state_without_memory.cache_info().currsize == limit
 
 
 def own_linear(x, weight, config, memory):

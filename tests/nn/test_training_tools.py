@@ -17,12 +17,8 @@ OPTIMIZERS = {
     "adamw-fused": lambda p: torch.optim.AdamW(p, 1e-2, fused=True),
     "muon": lambda p: torch.optim.Muon(p, 1e-2),
 }
-SCHEDULERS = {
-    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5),
-    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20),
-    "one-cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.2, total_steps=20),
-    "warm-up": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1, (step + 1) / 4)),
-}
+DRAWS = torch.Generator().manual_seed(1)
+X, Y = torch.randn(48, 20, generator=DRAWS), torch.randn(48, 8, generator=DRAWS)
 
 
 def net():
@@ -30,85 +26,66 @@ def net():
     return nn.Sequential(nn.Linear(20, 32, bias=False), nn.Tanh(), nn.Linear(32, 8, bias=False))
 
 
-def train(model, update, steps=12, scheduler=None):
-    torch.manual_seed(1)
-    x, y = torch.randn(48, 20), torch.randn(48, 8)
-    losses = []
-    for _ in range(steps):
-        loss = (model(x) - y).square().mean()
-        loss.backward()
-        update()
-        if scheduler is not None:
-            scheduler.step()
-        losses.append(loss.item())
-    return losses
+def loss_of(model):
+    return (model(X) - Y).square().mean()
 
 
-def stepping(optimizer):
-    def update():
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return update
+def same_parameters(one, other):
+    return all(map(torch.equal, one.parameters(), other.parameters()))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_take_the_gradients_like_any_others(name):
+def test_optimizers_take_the_gradients_like_any_others(name, train_step):
     dense, exact, sampled = net(), convert_(net(), EXACT), convert_(net(), MemAOPConfig())
-    losses = [
-        train(model, stepping(OPTIMIZERS[name](list(model.parameters()))))
-        for model in (dense, exact, sampled)
-    ]
-    assert losses[1] == losses[0]
-    assert losses[2] != losses[0]
-    assert losses[2][-1] < losses[2][0]
+    before = loss_of(sampled)
+    for model in (dense, exact, sampled):
+        optimizer = OPTIMIZERS[name](list(model.parameters()))
+        for _ in range(12):
+            train_step(model, X, Y, optimizer)
+    assert same_parameters(exact, dense)
+    assert not same_parameters(sampled, dense)
+    assert loss_of(sampled) < before
 
 
 @pytest.mark.parametrize("config", [MemAOPConfig(), MemAOPConfig.paper(k=6)], ids=["ours", "paper"])
-def test_optimizer_that_steps_in_the_backward_pass(config):
+def test_optimizer_that_steps_in_the_backward_pass(config, train_step):
     usual, within = convert_(net(), config), convert_(net(), config)
     optimizer = torch.optim.SGD(usual.parameters(), 0.1, momentum=0.9)
     own = {p: torch.optim.SGD([p], 0.1, momentum=0.9) for p in within.parameters()}
     attach_optimizer(usual, optimizer)
     attach_optimizer(within, own.values())
-
-    def update(parameter):
-        own[parameter].step()
-        own[parameter].zero_grad()
-
     for parameter in own:
-        parameter.register_post_accumulate_grad_hook(update)
-    assert train(usual, stepping(optimizer)) == train(within, lambda: None)
-    assert all(map(torch.equal, usual.parameters(), within.parameters()))
+        parameter.register_post_accumulate_grad_hook(lambda p: own[p].step())
+    for model, steps in ((usual, optimizer), (within, None)):
+        torch.manual_seed(1)
+        for _ in range(12):
+            train_step(model, X, Y, steps)
+    assert same_parameters(usual, within)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_rates_in_a_tensor_equal_rates_in_a_number(name):
-    runs = []
-    for as_tensor in (False, True):
+def test_rates_in_a_tensor_equal_rates_in_a_number(train_step):
+    results = []
+    for rate in (0.1, torch.tensor(0.1, dtype=torch.float64)):
         model = convert_(net(), MemAOPConfig.paper(k=6))
-        rate = torch.tensor(0.1, dtype=torch.float64) if as_tensor else 0.1
         optimizer = torch.optim.SGD(model.parameters(), rate, foreach=False)
-        scheduler = SCHEDULERS[name](optimizer)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=20)
         attach_optimizer(model, optimizer)
-        memory = model[0].memory
-        runs.append((train(model, stepping(optimizer), scheduler=scheduler), memory.x.clone()))
-    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-5)
-    torch.testing.assert_close(runs[1][1], runs[0][1], rtol=1e-4, atol=1e-5)
+        for _ in range(12):
+            train_step(model, X, Y, optimizer)
+            scheduler.step()
+        results.append((model[0].weight, model[0].memory.x))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_transforms():
-    model = convert_(net(), EXACT)
-    x = torch.randn(48, 20)
+    model, dense = convert_(net(), EXACT), net()
 
     def loss(parameters):
-        return torch.func.functional_call(model, parameters, (x,)).square().mean()
+        return (torch.func.functional_call(model, parameters, (X,)) - Y).square().mean()
 
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    gradients = torch.func.grad(loss)(parameters)
-    dense = dict(net().named_parameters())
-    torch.func.functional_call(net(), dense, (x,)).square().mean().backward()
-    for name, p in dense.items():
+    gradients = torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
+    loss_of(dense).backward()
+    for name, p in dense.named_parameters():
         torch.testing.assert_close(gradients[name], p.grad)
 
 
