@@ -131,30 +131,19 @@ def test_every_family_has_a_limit_of_the_rows_of_the_design(memory, rows, monkey
     # M q (N + P)/(N P) = 512 · 8 · 128/(64 · 64) = 128 for q = 8
     monkeypatch.setattr(contenders.MemAOPConfig, "rank_for", lambda config, *sizes: 8)
     family = contenders.family(Problem(512, 64, 64), memory)
-    roles = [method.role for method in family]
-    assert roles.count("dense") == roles.count("limit") == 1
-    assert {"ours", "baseline"} <= set(roles)
+    assert {method.role for method in family} == {"dense", "ours", "baseline", "limit"}
     assert all(method.call().shape == (64, 64) for method in family)
+    (limit,) = [method for method in family if method.role == "limit"]
     with FlopCounterMode(display=False) as flops:
-        family[roles.index("limit")].call()
+        limit.call()
     assert flops.get_total_flops() == 2 * rows * 64 * 64
 
 
 @pytest.mark.parametrize(
-    ("net", "is_causal"),
-    [
-        (models.mlp(16, 8, depth=1), None),
-        (models.gpt_block(64, tokens=6, batch=1), True),
-        (models.vit_block(64, batch=1, tokens=6), False),
-    ],
+    "net", [models.mlp(16, 8, depth=1), models.gpt_block(64, 4, 2), models.vit_block(64, 2, 5)]
 )
-def test_a_network_of_each_kind_takes_a_step(net, is_causal):
+def test_a_network_of_each_kind_takes_a_step(net):
     model = net.make()
-    if is_causal is not None:
-        x = torch.randn(1, 6, 64)
-        later = torch.cat([x[:, :4], torch.randn(1, 2, 64)], dim=1)
-        same = torch.allclose(model(x)[:, :4], model(later)[:, :4], atol=1e-5)
-        assert same == is_causal
     before = [p.detach().clone() for p in model.parameters()]
     step = models.TrainingStep(net, model, "cpu", torch.float32)
     assert step().isfinite()

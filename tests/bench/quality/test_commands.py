@@ -115,11 +115,25 @@ def test_what_cannot_be_is_told(arguments, words, monkeypatch, capsys, tmp_path)
     assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def test_run_and_report(store):
+def test_a_stopped_run_goes_on_where_it_was_and_is_reported(store, monkeypatch):
+    command = ("run", "--scheme", "topk", "--ratio", "1/2", "--seeds", 2)
     output = ("--output", store.folder)
-    result = invoke(*output, "run", "--scheme", "topk", "--ratio", "1/2", "--seeds", 1)
-    assert result.exit_code == 0, result.output
-    assert "0 of 2 runs are there" in result.output
-    assert [run.scheme for run in store.runs()] == ["dense", "topk"]
+    step, taken = Trainer.step, []
+
+    def until_stopped(self, batch):
+        taken.append(batch)
+        if len(taken) == 2.5 * tiny.TASK.steps:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", until_stopped)
+    assert "0 of 4 runs are there" in invoke(*output, *command).output
+    first = store.runs()
+    assert [(run.scheme, run.seed) for run in first] == [("dense", 0), ("dense", 1)]
+    assert "2 of 4 runs are there" in invoke(*output, *command).output
+    runs = store.runs()
+    assert runs[:2] == first  # to the second, so they were not run again
+    assert [(run.scheme, run.seed) for run in runs[2:]] == [("topk", 0), ("topk", 1)]
+    assert {len(points) for by in store.curves().values() for points in by.values()} == {10}
     assert "quality.html" in invoke(*output, "report").output
     assert (store.folder / "tiny-curves.svg").exists()

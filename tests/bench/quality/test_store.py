@@ -1,28 +1,19 @@
 """What is kept of a run, and what a kill or a changed task leaves of it."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 import threading
-import time
-from pathlib import Path
 
 import pytest
 
 from memaop_triton.bench.studies.quality import running
 from memaop_triton.bench.studies.quality.running import Job
 from memaop_triton.bench.studies.quality.schemes import Cell
-from memaop_triton.bench.studies.quality.store import RESULTS, Store
+from memaop_triton.bench.studies.quality.store import Store
 from memaop_triton.bench.studies.quality.tables import TableError
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from tests.bench.quality import tiny
 
 DENSE = Cell("tiny", "dense", "1")
-
-
-def test_the_committed_runs_are_found():
-    assert len(Store(RESULTS).runs()) > 300
 
 
 def test_what_goes_in_comes_out(store):
@@ -94,32 +85,6 @@ def test_weight_gradients_of_a_smaller_batch_cost_less(store):
     dense = running.do(Job(DENSE, 0), store, None)
     assert (run.weight_grads, dense.weight_grads) == (0.25, 1.0)
     assert run.backward == pytest.approx(0.25 * dense.backward)
-
-
-@pytest.mark.slow
-def test_a_killed_study_goes_on_where_it_was(store):
-    root, script = Path(__file__).parents[3], Path(__file__).with_name("tiny.py")
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    options = ["run", "--scheme", "priority", "--ratio", "1/2", "--ratio", "1/8", "--seeds", "2"]
-    command = [sys.executable, script, "--threads", "1", "--output", store.folder, *options]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not store.runs():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    first = store.runs()
-    assert len(first) < 6, "it was not killed while it ran"
-
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert f"{len(first)} of 6 runs are there" in second.stdout
-    runs = store.runs()
-    assert len(runs) == 6
-    # To the second, so they were not run again.
-    assert [run for run in runs if run in first] == first
-    assert {len(p) for by_seed in store.curves().values() for p in by_seed.values()} == {10}
 
 
 def test_dense_comes_first_and_all_seeds_of_a_cell_together(task):

@@ -13,7 +13,7 @@ from memaop_triton.bench.studies.quality.data import Batch, ImageData, TextData
 from memaop_triton.bench.studies.quality.networks import Gpt, Vit
 from memaop_triton.bench.studies.quality.schemes import SCHEMES, Cell, cells, value_of
 from memaop_triton.bench.studies.quality.tasks import TASKS
-from memaop_triton.bench.studies.quality.training import Seeds, Trainer, evaluate
+from memaop_triton.bench.studies.quality.training import Trainer, evaluate
 from memaop_triton.experiments.data import DataError, load_text
 from memaop_triton.nn.linear import MemAOPLinear
 
@@ -102,10 +102,6 @@ def test_every_cell_has_a_configuration_of_its_own(task):
             assert share == pytest.approx(value_of(cell.ratio))
             assert SCHEMES[cell.scheme].cheapens_both == (config.grad_input_name != "exact")
             assert configs.setdefault((config, cell.allocated), cell) is cell
-
-
-def test_seeds_are_independent():
-    assert len({number for seed in range(50) for number in Seeds.of(seed)}) == 150
 
 
 def test_text_is_read_or_it_is_said_what_is_wrong(tmp_path):

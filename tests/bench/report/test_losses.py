@@ -58,23 +58,6 @@ def test_a_wanted_speedup_that_is_missed_says_what_could_be_reached(written, win
     assert f"wanted 1.90× – {reached} 2.40×" in markdown
 
 
-def test_one_line_per_place_with_the_worst_of_each_method(written, winning):
-    """A call that was timed in two sweeps is listed once; what another cause holds, apart."""
-    again = made.weight_grad("sweep_ratio", 8192, 1024, 1024, 1 / 8)
-    for case, times in (
-        (winning, {"priority": 200.0, "topk": 400.0}),
-        (again, {"priority": 160.0, "topk-residual": 81.0}),
-    ):
-        case["methods"] |= {name: made.method(name, "ours", ms) for name, ms in times.items()}
-    _, markdown = written([winning, again])
-    listed = markdown.split("slower than dense")[1].split("###")[0]
-    lines = [line.partition(" – ")[0] for line in listed.splitlines() if line.startswith("- ")]
-    assert lines == [
-        "- 8192×1024×1024, r = 1/8: `topk` 0.20×, `priority` 0.40×",
-        "- 8192×1024×1024, r = 1/8: `topk-residual` 0.99× (quartiles reach 1)",
-    ]
-
-
 def test_a_baseline_counts_as_timed_beside_the_call(saved, winning):
     """In another case of the same shape it may have been faster or slower, by the machine."""
     other = made.weight_grad("dw", 8192, 1024, 1024, 1 / 8) | {"title": "subspace"}

@@ -85,10 +85,11 @@ def test_what_comes_from_the_file_is_escaped(written):
 
 
 @pytest.mark.parametrize("kind", ["dw", "sweep_rows", "sweep_ratio", "sweep_width", "overhead"])
-def test_a_single_case_of_any_kind_without_a_machine(written, kind):
+def test_a_single_case_of_any_kind_without_a_machine_and_a_commit(written, kind):
     page, markdown = written([made.weight_grad(kind, 512, 64, 64, 1 / 8)], None)
     assert "an unnamed machine" in page
     assert "Roofline, float32" not in page
+    assert "| commit |" not in markdown
     (line,) = re.findall("^Not measured in this run: (.*)$", markdown, re.M)
     assert {"What the machine allows", "Kernels"} <= set(line.rstrip(".").split(", "))
     assert not re.search(r"\bnan\b", markdown.lower())
@@ -132,9 +133,3 @@ def test_files_that_hold_something_else(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(ReportError, match=rf"x\.json .*{message}"):
         load(path)
-
-
-def test_no_commit_is_named_where_there_is_none(saved, tmp_path):
-    path = saved([made.weight_grad("dw", 64, 8, 8, 1 / 8)])
-    path.write_text(path.read_text().replace("eaf524b0f0f0", "unversioned"))
-    assert "| commit |" not in write(path, tmp_path)[1].read_text("utf-8")
