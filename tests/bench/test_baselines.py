@@ -24,13 +24,15 @@ def batch():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_mean_over_draws_is_dense_where_the_report_says_so(name, batch, mean_agrees):
+def test_mean_over_draws_is_dense_or_the_rows_are_those_of_topk(name, batch, mean_agrees):
     x, g = batch
     call = baselines.make(name, K)
     if BASELINES[name].unbiased:
         mean_agrees([call(x, g) for _ in range(500)], g.T @ x)
-    else:  # and nothing is drawn
-        assert (call(x, g) - g.T @ x).norm() > 0.01 * (g.T @ x).norm()
+    else:
+        config = MemAOPConfig(k=K, selection="topk", memory="none")
+        scale = 0.01 if name == "authors" else 1  # theirs is multiplied by the learning rate
+        torch.testing.assert_close(call(x, g), scale * weight_grad(x, g, config))
     half = baselines.make(name, K)(x.bfloat16(), g.bfloat16())
     assert (half.shape, half.dtype) == ((P, N), torch.bfloat16)
 
@@ -44,12 +46,6 @@ def test_authors_formulation_is_our_residual_memory(decay):
     for _ in range(4):
         x, g = torch.randn(M, N, dtype=torch.float64), torch.randn(M, P, dtype=torch.float64)
         torch.testing.assert_close(theirs(x, g) / rate, weight_grad(x, g, config, memory))
-
-
-def test_topk_is_our_topk(batch):
-    x, g = batch
-    config = MemAOPConfig(k=K, selection="topk", memory="none")
-    torch.testing.assert_close(baselines.topk_crs(x, g, K), weight_grad(x, g, config))
 
 
 def weights_of(name, scores):

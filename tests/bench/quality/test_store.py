@@ -87,12 +87,6 @@ def test_weight_gradients_of_a_smaller_batch_cost_less(store):
     assert run.backward == pytest.approx(0.25 * dense.backward)
 
 
-def test_dense_comes_first_and_all_seeds_of_a_cell_together(task):
-    jobs = running.pending(running.wanted(None, ["topk", "subspace"], ["1/8"]), 2, [])
-    found = [(job.cell.scheme, job.seed) for job in jobs]
-    assert found == [(name, seed) for name in ("dense", "subspace", "topk") for seed in (0, 1)]
-
-
 def test_code_follows_all_that_determines_a_result(task, monkeypatch):
     cell = Cell("tiny", "subspace", "1/8")
     code = cell.code

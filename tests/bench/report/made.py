@@ -6,7 +6,6 @@ DENSE, LIMIT = 80.0, 9.9
 OURS = {"default": 10.8, "priority": 10.0, "topk": 10.5, "topk-residual": 10.9}
 BASELINES = {"authors": 160.0, "crs": 20.0, "vcas": 12.0}
 GFLOPS, READ_GBS, UPDATE_GBS = 200.0, 14.0, 11.0
-RATIOS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 Record = dict[str, Any]
 MACHINE: Record = {
     "kind": "machine",
