@@ -9,6 +9,7 @@ from memaop_triton import MemAOPConfig, Rows, new_memory
 from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.bench.report.methods import BASELINES
 from memaop_triton.bench.suites import baselines
+from memaop_triton.reference import weight_grad_reference
 from memaop_triton.selection import select_rows
 
 M, N, P, K = 40, 12, 5, 10
@@ -43,9 +44,14 @@ def test_authors_formulation_is_our_residual_memory(decay):
     theirs = baselines.MemAOPGD(K, learning_rate=rate, decay=decay)
     config = MemAOPConfig.paper(k=K, selection="topk", memory=Rows(decay=decay))
     memory = new_memory(config, N, P)
+    slots = None
     for _ in range(4):
         x, g = torch.randn(M, N, dtype=torch.float64), torch.randn(M, P, dtype=torch.float64)
-        torch.testing.assert_close(theirs(x, g) / rate, weight_grad(x, g, config, memory))
+        gradient = theirs(x, g) / rate
+        torch.testing.assert_close(gradient, weight_grad(x, g, config, memory))
+        expected = weight_grad_reference(x, g, config, memory=slots, carry=decay**0.5)
+        slots = expected.memory
+        torch.testing.assert_close(gradient, expected.weight_grad)
 
 
 def weights_of(name, scores):

@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig
+from memaop_triton import MemAOPConfig, Subspace
 from memaop_triton.bench.studies.quality import data, flops, training
 from memaop_triton.bench.studies.quality.networks import Mlp
 from memaop_triton.bench.studies.quality.training import Trainer, evaluate, train
+from memaop_triton.flops import projected_input_grad_flops
 from tests.bench.quality import tiny
 
 QUARTER = MemAOPConfig(ratio=1 / 4)
@@ -134,3 +135,8 @@ def test_flops_of_known_layers(source):
     input_grads = 2 * m * (h * h / 4 + h * p)
     assert counted.weight_grads == pytest.approx(weight_grads / dense)
     assert 1e9 * counted.backward == pytest.approx(weight_grads + input_grads)
+    memory = Subspace(rank=4, side="input")
+    projected = MemAOPConfig(ratio=1 / 4, memory=memory, grad_input="projected")
+    counted = flops.count(task, projected, batch)
+    input_grads = projected_input_grad_flops(m, h, h, 4, 8) + 2 * m * h * p
+    assert 1e9 * counted.backward - dense * counted.weight_grads == pytest.approx(input_grads)

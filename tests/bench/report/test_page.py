@@ -70,8 +70,12 @@ def test_what_comes_from_the_file_is_escaped(written):
 
 @pytest.mark.parametrize("kind", ["dw", "sweep_rows", "sweep_ratio", "sweep_width", "overhead"])
 def test_a_single_case_of_any_kind_without_a_machine_and_a_commit(written, kind):
-    page, markdown = written([made.weight_grad(kind, 512, 64, 64, 1 / 8)], None)
+    case = made.weight_grad(kind, 512, 64, 64, 1 / 8)
+    del case["methods"]["limit"]
+    case["methods"]["topk"] = made.method("topk", "ours", 100.0)
+    page, markdown = written([case], None)
     assert "an unnamed machine" in page
+    assert "\n- 512×64×64, r = 1/8: `topk` 0.80×" in markdown
     assert "Roofline, float32" not in page
     assert "| commit |" not in markdown
     (line,) = re.findall("^Not measured in this run: (.*)$", markdown, re.M)
