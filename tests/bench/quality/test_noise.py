@@ -27,17 +27,14 @@ def batch(seed, side):
 
 @pytest.mark.parametrize("side", ["input", "grad"])
 def test_the_side_that_lies_in_few_dimensions_leaves_least(side):
-    after = batch(2, side)
-    lines = {one[0]: one for one in measure(batch(1, side), after, BUDGET)}
+    lines = {one[0]: one for one in measure(batch(1, side), batch(2, side), BUDGET)}
     assert list(lines) == ["none", "input", "grad"]
     assert lines[side][1] >= 4
     assert lines[side][3] < 0.3 * lines["none"][3]
     other = "grad" if side == "input" else "input"
     assert lines[other][3] > 3 * lines[side][3]
-    terms = after.g.unsqueeze(2) * after.x.unsqueeze(1)
-    of_batches = M * terms.var(0).sum() / terms.sum(0).square().sum()
     for _, rank, k, _, own in lines.values():
-        assert own == pytest.approx(of_batches.item(), rel=1e-3)
+        assert own == lines["none"][4]
         assert weight_grad_flops(M, N, P, k) <= BUDGET * 2 * M * N * P
         assert (rank > 0) == (k < lines["none"][2])
 
@@ -55,6 +52,14 @@ def test_variance_is_that_of_draws():
         errors = [(weight_grad(*after, config, kept) - exact).square().sum() for _ in range(50)]
         found = torch.stack(errors).mean() / exact.square().sum()
         assert found == pytest.approx(variance, rel=0.3)
+
+
+def test_own_variance_is_that_of_rows_drawn_anew():
+    rows = Rows(torch.randn(M, 8) + 0.5, torch.randn(M, 6))
+    terms = rows.g.unsqueeze(2) * rows.x.unsqueeze(1)
+    expected = M * terms.var(0).sum() / terms.sum(0).square().sum()
+    (_, _, _, _, own), *_ = measure(rows, rows, BUDGET)
+    assert own == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_lines_of_another_step_stay(tmp_path, monkeypatch):
