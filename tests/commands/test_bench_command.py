@@ -49,15 +49,23 @@ def test_results_are_what_the_report_reads(smoke):
         assert content["commit_info"]["id"] == commit.stdout.strip()
 
 
-def test_command_writes_results_and_report(capsys, tmp_path):
+def test_results_and_report_are_written_and_stay_where_nothing_succeeds(
+    capsys, tmp_path, monkeypatch
+):
     options = ["--suite", "smoke", "--only", "overhead", "--output", str(tmp_path)]
     assert cli.run(["bench", *options, "--threads", "1"]) == 0
     output = capsys.readouterr().out
     for name in ("smoke.json", "smoke.log", "smoke.md", "smoke.html"):
         assert (tmp_path / name).stat().st_size > 0
         assert name in output
-    (benchmark,) = json.loads((tmp_path / "smoke.json").read_text())["benchmarks"]
+    results = tmp_path / "smoke.json"
+    earlier = results.read_text()
+    (benchmark,) = json.loads(earlier)["benchmarks"]
     assert benchmark["extra_info"]["kind"] == "overhead"
+    monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "nonsense")
+    with pytest.raises(run.BenchmarkError, match=r"nonsense.*smoke\.log"):
+        run.run_suite("smoke", results, only="overhead")
+    assert results.read_text() == earlier
 
 
 def test_a_failing_benchmark_is_told_and_the_others_count(capsys, tmp_path, monkeypatch):
@@ -68,15 +76,6 @@ def test_a_failing_benchmark_is_told_and_the_others_count(capsys, tmp_path, monk
     assert "failed: test_overhead[64x64x64-r=1_8]" in capsys.readouterr().out
     (benchmark,) = json.loads((tmp_path / "smoke.json").read_text())["benchmarks"]
     assert benchmark["extra_info"]["kind"] == "kernel"
-
-
-def test_where_nothing_succeeds_earlier_results_stay(tmp_path, monkeypatch):
-    results = tmp_path / "smoke.json"
-    results.write_text("{}")
-    monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "nonsense")
-    with pytest.raises(run.BenchmarkError, match=r"nonsense.*smoke\.log"):
-        run.run_suite("smoke", results, only="overhead")
-    assert results.read_text() == "{}"
 
 
 def error_of(capsys, *arguments):

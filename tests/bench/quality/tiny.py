@@ -4,7 +4,7 @@ from memaop_triton.bench.studies.quality import tuning
 from memaop_triton.bench.studies.quality.networks import Mlp
 from memaop_triton.bench.studies.quality.schemes import Cell
 from memaop_triton.bench.studies.quality.store import Run
-from memaop_triton.bench.studies.quality.tasks import TASKS, Optimizer, Task
+from memaop_triton.bench.studies.quality.tasks import Optimizer, Task
 from memaop_triton.bench.studies.quality.training import Outcome, Point, Score
 
 TASK = Task(
@@ -17,12 +17,6 @@ TASK = Task(
     20,
     "accuracy",
 )
-
-
-def be_the_only_task(monkeypatch):
-    for name in list(TASKS):
-        monkeypatch.delitem(TASKS, name)
-    monkeypatch.setitem(TASKS, "tiny", TASK)
 
 
 def with_lr(lr):

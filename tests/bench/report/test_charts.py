@@ -3,7 +3,6 @@
 import math
 from xml.etree import ElementTree
 
-import matplotlib as mpl
 import pytest
 
 from memaop_triton.bench.report import charts, figures, text
@@ -60,5 +59,3 @@ def test_a_map_is_valid_and_says_what_it_shows():
         assert {"rows M", "M = 64, N = P = 64: 0.25×, measured"} <= texts
         assert "M = 128, N = P = 64: 2.00×, interpolated" in texts
         assert not [one for one in texts if one and "nan" in one]
-    with mpl.rc_context({"text.color": "red", "font.size": 30, "svg.fonttype": "path"}):
-        assert figures.svg(charts.grid(cells), "A & <B>", themed=False) == content
