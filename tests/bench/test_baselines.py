@@ -10,7 +10,7 @@ from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.bench.report.methods import BASELINES
 from memaop_triton.bench.suites import baselines
 from memaop_triton.reference import weight_grad_reference
-from memaop_triton.selection import inclusion_probabilities, select_rows
+from memaop_triton.selection import select_rows
 
 M, N, P, K = 40, 12, 5, 10
 NAMES = ["authors", *baselines.STATELESS]
@@ -24,36 +24,18 @@ def batch():
     return x, scale * torch.randn(M, P, dtype=torch.float64)
 
 
-def scores_of(x, g):
-    return x.norm(dim=1) * g.norm(dim=1)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if BASELINES[name].unbiased])
-def test_mean_over_draws_is_dense(name, batch, mean_agrees):
-    x, g = batch
-    call = baselines.make(name, K)
-    mean_agrees([call(x, g) for _ in range(500)], g.T @ x)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if not BASELINES[name].unbiased])
-def test_the_others_are_biased(name, batch, mean_agrees):
-    x, g = batch
-    call = baselines.make(name, K)
-    draws = [call(x, g) + 1e-9 * torch.randn(P, N) for _ in range(20)]
-    with pytest.raises(AssertionError):
-        mean_agrees(draws, g.T @ x)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
-def test_shape_and_dtype_are_those_of_a_weight_gradient(name, dtype):
-    x, g = torch.randn(M, N).to(dtype), torch.randn(M, P).to(dtype)
+def test_mean_over_draws_is_dense_or_the_rows_are_those_of_topk(name, batch, mean_agrees):
+    x, g = batch
     call = baselines.make(name, K)
-    for _ in range(2):
-        dw = call(x, g)
-        assert dw.shape == (P, N)
-        assert dw.dtype == dtype
-        assert dw.isfinite().all()
+    if BASELINES[name].unbiased:
+        mean_agrees([call(x, g) for _ in range(500)], g.T @ x)
+    else:
+        config = MemAOPConfig(k=K, selection="topk", memory="none")
+        scale = 0.01 if name == "authors" else 1  # theirs is multiplied by the learning rate
+        torch.testing.assert_close(call(x, g), scale * weight_grad(x, g, config))
+    half = baselines.make(name, K)(x.bfloat16(), g.bfloat16())
+    assert (half.shape, half.dtype) == ((P, N), torch.bfloat16)
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.25])
@@ -72,31 +54,10 @@ def test_authors_formulation_is_our_residual_memory(decay):
         torch.testing.assert_close(gradient, expected.weight_grad)
 
 
-def test_topk_is_our_topk(batch):
-    x, g = batch
-    config = MemAOPConfig(k=K, selection="topk", memory="none")
-    torch.testing.assert_close(baselines.topk_crs(x, g, K), weight_grad(x, g, config))
-
-
-@pytest.mark.parametrize("k", [1, 7, M - 1])
-@pytest.mark.parametrize("spread", [0.1, 3.0])
-def test_poisson_probabilities_are_ours(k, spread):
-    scores = (spread * torch.randn(M, dtype=torch.float64)).exp()
-    ours = inclusion_probabilities(scores, k)
-    torch.testing.assert_close(baselines.poisson_probabilities(scores, k), ours)
-    assert ours.sum() == pytest.approx(k)
-
-
-class Picked:
-    """Rows and weights that a method uses, read from the gradient of one-hot rows of X."""
-
-    def __init__(self, scores):
-        # G is a column of ones and row m of X is s_m e_m: dW holds w_m s_m.
-        self.scores = scores
-        self.x, self.g = torch.diag(scores), torch.ones(len(scores), 1, dtype=scores.dtype)
-
-    def weights(self, name):
-        return baselines.make(name, K)(self.x, self.g)[0] / self.scores
+def weights_of(name, scores):
+    """What a method multiplies each row by: G is a column of ones, row m of X is s_m e_m."""
+    g = torch.ones(len(scores), 1, dtype=scores.dtype)
+    return baselines.make(name, K)(torch.diag(scores), g)[0] / scores
 
 
 @pytest.mark.parametrize(
@@ -104,10 +65,9 @@ class Picked:
 )
 def test_same_law_as_our_selection(name, policy):
     scores = torch.logspace(-1.5, 1, M, dtype=torch.float64)
-    picked = Picked(scores)
     theirs, ours = [], []
     for _ in range(2000):
-        theirs.append(picked.weights(name))
+        theirs.append(weights_of(name, scores))
         selection = select_rows(scores, K, policy)
         weights = torch.zeros(M, dtype=torch.float64)
         ours.append(weights.index_add_(0, selection.indices, selection.weights))
@@ -122,30 +82,16 @@ def test_same_law_as_our_selection(name, policy):
         assert (difference <= 5 * error + 1e-9)[often].all()
 
 
-def test_winners_are_certain():
-    scores = torch.ones(M, dtype=torch.float64)
-    scores[[3, 17]] = 50
-    picked = Picked(scores)
-    for _ in range(20):
-        weights = picked.weights("wta-crs")
-        assert weights[[3, 17]].tolist() == pytest.approx([1, 1])
-        assert weights.count_nonzero() <= K
-
-
-def test_bernoulli_crs_keeps_a_uniform_part():
+def test_bernoulli_crs_keeps_a_uniform_part(batch):
     scores = torch.ones(M, dtype=torch.float64)
     scores[:5] = 1e-9
-    picked = Picked(scores)
-    draws = torch.stack([picked.weights("bernoulli-crs") for _ in range(4000)])
+    draws = torch.stack([weights_of("bernoulli-crs", scores) for _ in range(4000)])
     kept = (draws[:, :5] > 0).double().mean().item()
     expected = 0.1 / M
     assert abs(kept - expected) < 5 * math.sqrt(expected / draws[:, :5].numel())
     assert draws[:, 5:].max() == pytest.approx(1 / (0.9 * K / (M - 5) + expected))
-
-
-def test_authors_code_scales_as_the_formula_does(batch):
-    x, g = batch
+    # The authors' code scales as the formula does.
     torch.manual_seed(3)
-    by_rows = baselines.bernoulli_crs(x, g, K)
+    by_rows = baselines.bernoulli_crs(*batch, K)
     torch.manual_seed(3)
-    torch.testing.assert_close(baselines.bernoulli_crs_code(x, g, K), by_rows)
+    torch.testing.assert_close(baselines.bernoulli_crs_code(*batch, K), by_rows)

@@ -22,71 +22,64 @@ class FakeClock:
         self.log = []
 
     def seconds(self, call, calls):
-        times = [call() for _ in range(calls)]
-        self.log.append((call.name, calls))
-        return statistics.mean(times)
+        self.log.append(call.name)
+        return statistics.mean(call() for _ in range(calls))
 
     def cold_seconds(self, call):
         return 10 * call()
 
     def peak_bytes(self, call):
-        return call.bytes
+        return len(call.name)
 
 
 class FakeCall:
-    def __init__(self, name, times, size=0):
-        self.name, self.times, self.bytes, self.count = name, times, size, 0
+    def __init__(self, name, times):
+        self.name, self.times, self.count = name, times, 0
 
     def __call__(self):
         self.count += 1
         return self.times[self.count % len(self.times)]
 
 
-def methods(*calls, **fields):
-    return [
-        Method(call.name, "dense" if call.name == "dense" else "ours", call.name, call, **fields)
-        for call in calls
+def compare(budget=0.0, *, clock=None, cold=False, period=1, **times):
+    """Compare calls of these names that take these seconds, again and again."""
+    methods = [
+        Method(name, "dense" if name == "dense" else "ours", name, FakeCall(name, took), period)
+        for name, took in times.items()
     ]
+    return measure.compare(methods, clock or FakeClock(), budget, cold=cold)
 
 
 def test_quartiles_of_ratios_per_round():
-    dense = FakeCall("dense", [0.4, 0.8], size=8)
-    ours = FakeCall("ours", [0.1], size=5)
-    result = measure.compare(methods(dense, ours), FakeClock(), budget=0)
+    result = compare(dense=[0.4, 0.8], ours=[0.1])
     assert result["dense"]["speedup"] == {"median": 1, "q1": 1, "q3": 1}
     # Rounds of dense alternate between 0.4 and 0.8 s; five of them were taken.
     assert result["ours"]["rounds"] == measure.FEWEST_ROUNDS == 5
-    assert result["ours"]["speedup"]["median"] in (pytest.approx(4), pytest.approx(8))
-    assert result["ours"]["speedup"]["q1"] == pytest.approx(4)
-    assert result["ours"]["speedup"]["q3"] == pytest.approx(8)
+    speedup = result["ours"]["speedup"]
+    assert (speedup["q1"], speedup["q3"]) == pytest.approx((4, 8))
+    assert speedup["median"] in (pytest.approx(4), pytest.approx(8))
     assert result["ours"]["ms"] == pytest.approx(100)
     assert (result["dense"]["q1"], result["dense"]["q3"]) == pytest.approx((400, 800))
-    assert (result["dense"]["peak_bytes"], result["ours"]["peak_bytes"]) == (8, 5)
+    assert (result["dense"]["peak_bytes"], result["ours"]["peak_bytes"]) == (5, 4)
+    assert "cold" not in result["ours"]
+    cold = compare(cold=True, dense=[0.4], ours=[0.1])["ours"]["cold"]
+    assert (cold["ms"], cold["speedup"]["median"]) == pytest.approx((1000, 4))
 
 
 def test_every_round_has_every_method_in_changing_order():
     clock = FakeClock()
-    calls = [FakeCall(name, [0.1]) for name in ("dense", "a", "b", "c")]
-    measure.compare(methods(*calls), clock, budget=0)
-    rounds = [name for name, _ in clock.log][-4 * measure.FEWEST_ROUNDS :]
+    compare(clock=clock, dense=[0.1], a=[0.1], b=[0.1], c=[0.1])
+    rounds = clock.log[-4 * measure.FEWEST_ROUNDS :]
     orders = [tuple(rounds[start : start + 4]) for start in range(0, len(rounds), 4)]
     assert all(sorted(order) == ["a", "b", "c", "dense"] for order in orders)
     assert len(set(orders)) > 1
 
 
-def test_a_refresh_counts_its_share():
-    often = FakeCall("ours", [0.0001] * 7 + [0.0009])
-    clock = FakeClock()
-    result = measure.compare(methods(FakeCall("dense", [0.0002]), often, period=8), clock, 1)
-    assert result["ours"]["calls"] % 8 == 0
+def test_short_calls_are_timed_many_at_once_and_a_refresh_counts_its_share():
+    result = compare(1, period=8, dense=[0.1], ours=[0.0001] * 7 + [0.0009])
+    assert (result["dense"]["calls"], result["ours"]["calls"] % 8) == (1, 0)
     assert result["ours"]["ms"] == pytest.approx(0.2)
-
-
-def test_short_calls_are_timed_many_at_once_and_long_ones_alone():
-    short, long = FakeCall("dense", [1e-5]), FakeCall("ours", [0.1])
-    result = measure.compare(methods(short, long), FakeClock(), budget=1)
-    assert result["dense"]["calls"] == 200
-    assert result["ours"]["calls"] == 1
+    assert compare(1, dense=[1e-5])["dense"]["calls"] == 200
 
 
 def test_rounds_fill_the_budget(monkeypatch):
@@ -97,24 +90,15 @@ def test_rounds_fill_the_budget(monkeypatch):
         return now[0]
 
     monkeypatch.setattr(measure.time, "perf_counter", tick)
-    calls = methods(FakeCall("dense", [0.1]), FakeCall("ours", [0.1]))
-    assert measure.compare(calls, FakeClock(), budget=0)["dense"]["rounds"] == 5
-    assert measure.compare(calls, FakeClock(), budget=5)["dense"]["rounds"] == 10
-    assert measure.compare(calls, FakeClock(), budget=1e9)["dense"]["rounds"] == 41
-
-
-def test_cold_rounds():
-    calls = methods(FakeCall("dense", [0.4]), FakeCall("ours", [0.1]))
-    result = measure.compare(calls, FakeClock(), budget=0, cold=True)
-    assert result["ours"]["cold"]["ms"] == pytest.approx(1000)
-    assert result["ours"]["cold"]["speedup"]["median"] == pytest.approx(4)
-    assert "cold" not in measure.compare(calls, FakeClock(), budget=0)["ours"]
+    for budget, rounds in ((0, 5), (5, 10), (1e9, 41)):
+        assert compare(budget, dense=[0.1], ours=[0.1])["dense"]["rounds"] == rounds
 
 
 @pytest.mark.parametrize("names", [("ours",), ("dense", "dense"), ("dense", "ours", "ours")])
 def test_one_dense_and_one_of_each_name(names):
+    methods = [Method(name, name, name, lambda: 0.1) for name in names]
     with pytest.raises(ValueError, match="dense"):
-        measure.compare(methods(*(FakeCall(n, [0.1]) for n in names)), FakeClock(), budget=0)
+        measure.compare(methods, FakeClock(), budget=0)
 
 
 def test_peak_memory_of_a_call():
@@ -140,55 +124,31 @@ def test_peak_memory_of_a_backward_pass_inside_operators():
     assert output <= CLOCK.peak_bytes(ours.call) < 2 * output + gathered + (1 << 20)
 
 
-@pytest.mark.parametrize("memory", contenders.FAMILIES)
-def test_every_family_has_dense_ours_a_baseline_and_one_limit(memory):
-    family = contenders.family(Problem(64, 16, 16), memory)
-    roles = [method.role for method in family]
-    assert roles.count("dense") == roles.count("limit") == 1
-    assert {"ours", "baseline"} <= set(roles)
-    for method in family:
-        assert method.call().shape == (16, 16)
-
-
 @pytest.mark.parametrize(
     ("memory", "rows"), [("none", 64), ("residual", 64), ("subspace", 64 + 128)]
 )
-def test_the_limit_counts_the_rows_of_the_design(memory, rows, monkeypatch):
+def test_every_family_has_a_limit_of_the_rows_of_the_design(memory, rows, monkeypatch):
     # M q (N + P)/(N P) = 512 · 8 · 128/(64 · 64) = 128 for q = 8
-    problem = Problem(512, 64, 64)
     monkeypatch.setattr(contenders.MemAOPConfig, "rank_for", lambda config, *sizes: 8)
-    limit = contenders.limit(memory, problem, *problem.operands())
+    family = contenders.family(Problem(512, 64, 64), memory)
+    assert {method.role for method in family} == {"dense", "ours", "baseline", "limit"}
+    assert all(method.call().shape == (64, 64) for method in family)
+    (limit,) = [method for method in family if method.role == "limit"]
     with FlopCounterMode(display=False) as flops:
         limit.call()
     assert flops.get_total_flops() == 2 * rows * 64 * 64
 
 
-def test_a_network_of_each_kind_takes_a_step():
-    nets = [
-        models.mlp(16, 8, depth=1),
-        models.gpt_block(64, tokens=4, batch=2),
-        models.vit_block(64, batch=2, tokens=5),
-    ]
-    for net in nets:
-        model = net.make()
-        before = [p.detach().clone() for p in model.parameters()]
-        step = models.TrainingStep(net, model, "cpu", torch.float32)
-        assert step().isfinite()
-        assert all((p != q).any() for p, q in zip(model.parameters(), before, strict=True))
-        assert (step.x.grad is not None) == net.is_inner
-
-
-def test_only_a_gpt_block_is_causal():
-    x = torch.randn(1, 6, 64)
-    later = x.clone()
-    later[:, 4:] = torch.randn(1, 2, 64)
-    for net, sees_later in (
-        (models.gpt_block(64, 6, 1), False),
-        (models.vit_block(64, 1, 6), True),
-    ):
-        model = net.make()
-        changed = not torch.allclose(model(x)[:, :4], model(later)[:, :4], atol=1e-5)
-        assert changed == sees_later
+@pytest.mark.parametrize(
+    "net", [models.mlp(16, 8, depth=1), models.gpt_block(64, 4, 2), models.vit_block(64, 2, 5)]
+)
+def test_a_network_of_each_kind_takes_a_step(net):
+    model = net.make()
+    before = [p.detach().clone() for p in model.parameters()]
+    step = models.TrainingStep(net, model, "cpu", torch.float32)
+    assert step().isfinite()
+    assert all((p != q).any() for p, q in zip(model.parameters(), before, strict=True))
+    assert (step.x.grad is not None) == net.is_inner
 
 
 def test_machine_is_described():
@@ -198,25 +158,13 @@ def test_machine_is_described():
     assert info == json.loads(json.dumps(info))
     assert info["kind"] == "machine"
     assert info["name"]
-    assert info["gemm_gflops"]["float32"] > 0
-    assert info["stream_gbs"] > 0
-    assert info["triad_gbs"] > 0
     assert {"memaop_triton", "python", "torch", "triton", "blas"} <= set(info["versions"])
-
-
-@pytest.mark.parametrize(
-    ("rate", "expected"),
-    [
-        (lambda d: machine.gemm_gflops(d, torch.float32, 1000), 2.0),
-        (lambda d: machine.stream_gbs(d, 4 << 20), (4 << 20) / 1e9),
-        (lambda d: machine.triad_gbs(d, 8 << 20), 3 * (4 << 20) / 1e9),
-    ],
-    ids=["gemm", "stream", "triad"],
-)
-def test_rates_are_work_over_time(rate, expected, monkeypatch):
-    monkeypatch.setattr(machine, "_median_seconds", lambda device, call: 1.0)
-    assert rate(torch.device("cpu")) == pytest.approx(expected)
-
-
-def test_folder_name():
     assert machine.folder_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def test_rates_are_work_over_time(monkeypatch):
+    monkeypatch.setattr(machine, "_median_seconds", lambda device, call: 1.0)
+    cpu = torch.device("cpu")
+    assert machine.gemm_gflops(cpu, torch.float32, 1000) == pytest.approx(2.0)
+    assert machine.stream_gbs(cpu, 4 << 20) == pytest.approx((4 << 20) / 1e9)
+    assert machine.triad_gbs(cpu, 8 << 20) == pytest.approx(3 * (4 << 20) / 1e9)

@@ -2,13 +2,16 @@ import pytest
 
 from memaop_triton.bench.studies.quality import data
 from memaop_triton.bench.studies.quality.store import Store
+from memaop_triton.bench.studies.quality.tasks import TASKS
 from tests.bench.quality import tiny
 
 
 @pytest.fixture
 def task(monkeypatch):
     """The tiny task, as the only one there is."""
-    tiny.be_the_only_task(monkeypatch)
+    for name in list(TASKS):
+        monkeypatch.delitem(TASKS, name)
+    monkeypatch.setitem(TASKS, "tiny", tiny.TASK)
     return tiny.TASK
 
 

@@ -51,29 +51,20 @@ def invoke(*arguments):
     return CliRunner().invoke(commands.app, [str(one) for one in arguments])
 
 
-def test_the_time_command_times_what_is_not_timed_yet(task, clock, tmp_path):
-    arguments = ("--output", tmp_path, "time", "--scheme", "subspace", "--ratio", "1/8", "--rounds")
-    result = invoke(*arguments, 4)
-    assert result.exit_code == 0, result.output
-    (one,) = tables.read(tmp_path / "seconds.csv", StepTime)
-    assert (one.rounds, one.share) == (4, pytest.approx(0.6))
-    taken = dict(clock)
-    assert invoke(*arguments, 4).exit_code == 0
-    assert clock == taken
-    assert invoke(*arguments, 3).exit_code == 2
-
-
-def test_a_time_is_of_one_machine_and_replaces_its_like(task, clock, tmp_path):
-    path, cell = tmp_path / "seconds.csv", Cell("tiny", "priority", "1/8")
-    first = step_times.measure(cell, None, rounds=4)
-    other = first._replace(threads=first.threads + 1)
-    for one in (first, other, first._replace(rounds=7)):
-        step_times.add(path, one)
+def test_a_cell_is_timed_once_on_each_machine(task, clock, tmp_path):
+    arguments = "time", "--scheme", "subspace", "--ratio", "1/8", "--rounds", 4
+    for _ in range(2):
+        assert invoke("--output", tmp_path, *arguments).exit_code == 0
+    assert clock["ours"] == 4 + 32
+    path = tmp_path / "seconds.csv"
+    (one,) = tables.read(path, StepTime)
+    other = one._replace(threads=one.threads + 1)
+    step_times.add(path, other)
+    step_times.add(path, one._replace(rounds=7))
     times = tables.read(path, StepTime)
-    found = [(one.threads, one.rounds) for one in times]
-    assert found == [(first.threads, 7), (other.threads, 4)]
-    assert step_times.is_timed(cell, times)
-    assert not step_times.is_timed(cell, [times[1], first._replace(code="other")])
+    assert times == [one._replace(rounds=7), other]
+    assert step_times.is_timed(one.cell, times)
+    assert not step_times.is_timed(one.cell, [other, one._replace(code="other")])
 
 
 def test_best_rate_follows_the_metric():
@@ -83,7 +74,6 @@ def test_best_rate_follows_the_metric():
     assert tuning.best_rate(tiny.TASK, [*found, tiny.trial(0.2, 70.0, seed=1)]) == 0.3
     assert tuning.best_rate(tiny.TASK, [*found, tiny.trial(0.2, nan, seed=1)]) == 0.3
     assert tuning.best_rate(tiny.TASK, [found[1]._replace(code="other")]) is None
-    assert tuning.best_rate(tiny.TASK, []) is None
 
 
 def test_tuning_goes_on_where_it_was(task, tmp_path, monkeypatch):
@@ -99,35 +89,51 @@ def test_tuning_goes_on_where_it_was(task, tmp_path, monkeypatch):
     path = tmp_path / "tuning.csv"
     output = invoke("--output", tmp_path, "tune").output
     assert "tiny: 0.012 is best, 0.003 is used" in output
-    assert taken == [(lr, s) for lr in (0.00075, 0.0015, 0.003, 0.006, 0.012) for s in (0, 1)]
+    every = [(lr, s) for lr in (0.00075, 0.0015, 0.003, 0.006, 0.012) for s in (0, 1)]
+    assert taken == every
     whole = path.read_text()
     path.write_text("".join(whole.splitlines(keepends=True)[:8]))
-    del taken[:]
     assert len(list(tuning.tune(task, path, None))) == 3
-    assert taken == [(0.006, 1), (0.012, 0), (0.012, 1)]
+    assert taken == every + every[7:]
     assert path.read_text() == whole
 
 
-def test_unknown_names_are_refused_with_the_nearest():
-    result = invoke("run", "--scheme", "subspaces")
-    assert result.exit_code == 2
-    assert "Did you mean 'subspace'?" in " ".join(result.output.replace("│", " ").split())
-
-
-def test_missing_data_is_told_in_one_line(monkeypatch, capsys, tmp_path):
-    arguments = ["quality", "--data-dir", str(tmp_path), "run", "--task", "vit"]
-    monkeypatch.setattr("sys.argv", arguments)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "--scheme", "subspaces"), "Did you mean 'subspace'?"),
+        (("time", "--rounds", "3"), "greater than or equal to 4"),
+        (("--data-dir", ".", "run", "--task", "vit"), "has no file fashion_mnist.npz"),
+    ],
+)
+def test_what_cannot_be_is_told(arguments, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["quality", *arguments])
     with pytest.raises(SystemExit) as stopped:
         commands.main()
     assert stopped.value.code == 2
-    assert "has no file fashion_mnist.npz" in capsys.readouterr().err
+    assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def test_run_and_report(store):
+def test_a_stopped_run_goes_on_where_it_was_and_is_reported(store, monkeypatch):
+    command = ("run", "--scheme", "topk", "--ratio", "1/2", "--seeds", 2)
     output = ("--output", store.folder)
-    result = invoke(*output, "run", "--scheme", "topk", "--ratio", "1/2", "--seeds", 1)
-    assert result.exit_code == 0, result.output
-    assert "0 of 2 runs are there" in result.output
-    assert [run.scheme for run in store.runs()] == ["dense", "topk"]
+    step, taken = Trainer.step, []
+
+    def until_stopped(self, batch):
+        taken.append(batch)
+        if len(taken) == 2.5 * tiny.TASK.steps:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", until_stopped)
+    assert "0 of 4 runs are there" in invoke(*output, *command).output
+    first = store.runs()
+    assert [(run.scheme, run.seed) for run in first] == [("dense", 0), ("dense", 1)]
+    assert "2 of 4 runs are there" in invoke(*output, *command).output
+    runs = store.runs()
+    assert runs[:2] == first  # to the second, so they were not run again
+    assert [(run.scheme, run.seed) for run in runs[2:]] == [("topk", 0), ("topk", 1)]
+    assert {len(points) for by in store.curves().values() for points in by.values()} == {10}
     assert "quality.html" in invoke(*output, "report").output
     assert (store.folder / "tiny-curves.svg").exists()

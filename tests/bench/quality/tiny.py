@@ -1,15 +1,10 @@
-"""A task of half a second on data that needs no file, and runs made up for reports.
+"""A task of half a second on data that needs no file, and runs made up for reports."""
 
-Run as a script it is the command line of the study with that task alone.
-"""
-
-import sys
-
-from memaop_triton.bench.studies.quality import commands, tuning
+from memaop_triton.bench.studies.quality import tuning
 from memaop_triton.bench.studies.quality.networks import Mlp
 from memaop_triton.bench.studies.quality.schemes import Cell
 from memaop_triton.bench.studies.quality.store import Run
-from memaop_triton.bench.studies.quality.tasks import TASKS, Optimizer, Task
+from memaop_triton.bench.studies.quality.tasks import Optimizer, Task
 from memaop_triton.bench.studies.quality.training import Outcome, Point, Score
 
 TASK = Task(
@@ -22,12 +17,6 @@ TASK = Task(
     20,
     "accuracy",
 )
-
-
-def be_the_only_task(monkeypatch):
-    for name in list(TASKS):
-        monkeypatch.delitem(TASKS, name)
-    monkeypatch.setitem(TASKS, "tiny", TASK)
 
 
 def with_lr(lr):
@@ -52,9 +41,3 @@ def run(scheme="dense", ratio="1", seed=0, *, task="tiny", code=None, weight_gra
 def trial(lr, accuracy, seed=0):
     code = tuning.code_of(with_lr(lr), None)
     return tuning.Trial("tiny", lr, seed, code, 100 - accuracy, accuracy)
-
-
-if __name__ == "__main__":
-    TASKS.clear()
-    TASKS["tiny"] = TASK
-    commands.app(sys.argv[1:])

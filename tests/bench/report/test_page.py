@@ -1,98 +1,123 @@
-"""The page and the Markdown as files: well formed, self-contained, escaped, the same."""
+"""The page and the Markdown as files: what they need, what they lack, what they escape."""
 
 import re
-from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
 
 from memaop_triton.bench.report import write
+from memaop_triton.bench.report.data import ReportError, load
 from tests.bench.report import made
-from tests.bench.report.made import markdown_tables
+
+RESULTS = Path(__file__).parents[3] / "bench" / "results" / "cpu-2core.json"
 
 
-class Page(HTMLParser):
-    """Fails at a tag that closes another than the last that was opened; collects attributes."""
+def elements_of(page):
+    """All elements of a page; fails where it is not well formed."""
+    text = re.sub(r"<(meta[^>]*|br)>", r"<\1/>", page.removeprefix("<!doctype html>"))
+    return list(ElementTree.fromstring(text).iter())
 
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.attributes = [], []
-        self.feed(text)
-        assert self.open == []
 
-    def handle_starttag(self, tag, attrs):
-        self.attributes += [(tag, *attribute) for attribute in attrs]
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, (tag, self.getpos())
-
-    def values(self, name, tag=None):
-        return [v for t, n, v in self.attributes if n == name and tag in (None, t)]
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """HTML and Markdown of the committed results, with all kinds of cases."""
+    return write(RESULTS, tmp_path_factory.mktemp("full"))
 
 
 def test_page_is_well_formed_and_asks_for_nothing(full):
-    text = full[1].read_text("utf-8")
-    page = Page(text)
+    text = full[0].read_text("utf-8")
+    elements = elements_of(text)
+    links = [one.get("href") for one in elements if one.get("href")]
     # One link, to the paper; nothing is loaded from anywhere.
-    outside = [link for link in page.values("href") if not link.startswith("#")]
+    outside = [link for link in links if not link.startswith("#")]
     assert outside == ["https://arxiv.org/abs/2110.09164"]
     assert text.count("http") == 1
-    assert not page.values("src")
-    assert not re.search(r"<(script|link|img|iframe)|@import|url\((?!#)", text)
-    ids = page.values("id")
+    assert not re.search(r"<(script|link|img|iframe)|\bsrc=|@import|url\((?!#)", text)
+    ids = [one.get("id") for one in elements if one.get("id")]
     assert len(set(ids)) == len(ids)
-    inner = set(page.values("href")) - set(outside) | set(re.findall(r"url\((#\w+)\)", text))
-    assert inner <= {f"#{name}" for name in ids}
+    inner = set(links) - set(outside) | set(re.findall(r"url\((#\w+)\)", text))
+    sections = {f"#{one.get('id')}" for one in elements if one.tag == "section"}
+    assert sections <= inner <= {f"#{name}" for name in ids}
+    assert len(sections) == 11
+    assert [one.tag for one in elements].count("svg") == 14
 
 
-def test_every_section_and_chart_is_there(full):
-    page = Page(full[1].read_text("utf-8"))
-    sections = page.values("id", "section")
-    assert sections == [
-        "losses", "weight-gradient", "roofline", "ratio", "width", "break-even", "rows", "steps",
-        "kernels", "overhead", "method",
-    ]  # fmt: skip
-    assert [link[1:] for link in page.values("href", "a")][:-1] == sections
-    assert page.values("aria-label", "svg") == [
-        "Roofline, float32", "Roofline, float64", "8192×256×256, float32",
-        "8192×1024×1024, float32", "1024×256×256, float32", "1024×1024×1024, float32",
-        "M = 4096, r = 1/8, float32", "M = 512, r = 1/8, float32", "default, r = 1/4",
-        "default, r = 1/8", "default, r = 1/16", "N = 512, P = 512, r = 1/8, float32",
-        "Forward and backward of a layer", "Training step",
-    ]  # fmt: skip
-
-
-def test_the_same_numbers_give_the_same_files(full, tmp_path):
-    results, *pages = full
-    again = write(results, tmp_path)
-    assert [page.read_bytes() for page in again] == [page.read_bytes() for page in pages]
-
-
-def test_the_committed_page_is_that_of_the_committed_results(full):
-    results, _, markdown = full
-    assert markdown.read_text("utf-8") == results.with_suffix(".md").read_text("utf-8")
-
-
-def test_page_and_markdown_have_the_same_tables(full):
-    html = re.findall(r"<tbody>(.*?)</tbody>", full[1].read_text("utf-8"), flags=re.DOTALL)
-    in_html = [body.count("<tr>") for body in html]
-    tables = markdown_tables(full[2].read_text("utf-8"))
-    # The first of Markdown's is the list of facts.
-    assert in_html == [len(table) - 2 for table in tables[1:]]
-    assert len(in_html) > 8
-    for table in tables:
-        assert len({len(row) for row in table}) == 1, table[0]
+def test_the_committed_page_is_that_of_the_committed_results(full, tmp_path):
+    page, markdown = full
+    assert markdown.read_text("utf-8") == RESULTS.with_suffix(".md").read_text("utf-8")
+    assert write(RESULTS, tmp_path)[0].read_bytes() == page.read_bytes()
+    # The page has the same tables, of as many rows; Markdown's first is the list of facts.
+    bodies = re.findall(r"<tbody>(.*?)</tbody>", page.read_text("utf-8"), flags=re.DOTALL)
+    tables = re.findall(r"(?:^\|.*\n)+", markdown.read_text("utf-8"), flags=re.MULTILINE)
+    rows = [table.count("\n") - 2 for table in tables]
+    assert [body.count("<tr>") for body in bodies] == rows[1:]
 
 
 def test_what_comes_from_the_file_is_escaped(written):
     evil = "<script>alert(1)</script> | [x](http://example.org) & `co"
     case = made.weight_grad("dw", 512, 64, 64, 1 / 8)
-    layer = made.step(evil, {"default": 1.3})
     case["methods"][evil] = case["methods"]["vcas"] | {"label": evil}
-    page, markdown = written([case, layer], made.machine(name=evil))
+    layer = made.step(evil, {"default": 1.3})
+    page, markdown = written([case, layer], made.MACHINE | {"name": evil})
     for content in (page, markdown):
         assert "<script" not in content
         assert "alert(1)" in content
     assert not re.search(r"(?<!\\)\]\(http", markdown)
-    Page(page)
-    for table in markdown_tables(markdown):
-        assert len({len(row) for row in table}) == 1, table[0]
+    assert r"/script&gt; \| \[x\]" in markdown
+    elements_of(page)
+
+
+@pytest.mark.parametrize("kind", ["dw", "sweep_rows", "sweep_ratio", "sweep_width", "overhead"])
+def test_a_single_case_of_any_kind_without_a_machine_and_a_commit(written, kind):
+    case = made.weight_grad(kind, 512, 64, 64, 1 / 8)
+    del case["methods"]["limit"]
+    case["methods"]["topk"] = made.method("topk", "ours", 100.0)
+    page, markdown = written([case], None)
+    assert "an unnamed machine" in page
+    assert "\n- 512×64×64, r = 1/8: `topk` 0.80×" in markdown
+    assert "Roofline, float32" not in page
+    assert "| commit |" not in markdown
+    (line,) = re.findall("^Not measured in this run: (.*)$", markdown, re.M)
+    assert {"What the machine allows", "Kernels"} <= set(line.rstrip(".").split(", "))
+    assert not re.search(r"\bnan\b", markdown.lower())
+
+
+def test_gpu_results(written):
+    case = made.weight_grad("dw", 16384, 4096, 4096, 1 / 8)
+    case |= {"device": "cuda", "dtype": "bfloat16", "block_rows": 64}
+    case["methods"]["triton-plain"] = made.method("triton-plain", "baseline", 30)
+    rates = {"gemm_gflops": {"bfloat16": 7e5}, "stream_gbs": 3e3, "triad_gbs": 2.8e3}
+    page, markdown = written([case], made.MACHINE | rates | {"clocks": "1980 MHz"})
+    assert "Roofline, bfloat16" in page
+    for said in (
+        "bfloat16, blocks of 64",
+        "memaop-triton bench --suite gpu",
+        "triton-plain",
+        "| memory | 3.00 TB/s read, 2.80 TB/s update |",
+        "| commit | eaf524b0f0 |",
+        "1980 MHz",
+    ):
+        assert said in markdown
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        ("{", "not what the benchmarks write.*line 1"),
+        ("[]", "not what the benchmarks write"),
+        ('{"benchmarks": [{"extra_info": {"kind": "dw"}}]}', "methods"),
+        ('{"benchmarks": [{"extra_info": {"kind": "dw", "methods": {}}}]}', "title"),
+        (
+            '{"benchmarks": [], "datetime": "", "commit_info": {"id": "unversioned"}}',
+            "no benchmark with results",
+        ),
+    ],
+)
+def test_files_that_hold_something_else(tmp_path, content, message):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ReportError, match=rf"x\.json .*{message}"):
+        load(path)
