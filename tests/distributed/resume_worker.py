@@ -2,18 +2,14 @@
 
 Run as a script, by itself or by torchrun: `resume_worker.py {killed,resumed} FOLDER`.
 
-killed    Trains each net of `cases` for `SAVED_AT` steps and saves it. When all are through, the
-          first one is trained for `LONG` steps and saved after every few, until somebody kills the
-          process.
-resumed   Trains each net from its last checkpoint on to `STEPS` steps, and compares it with one
-          that was never interrupted.
+killed    Trains each net of `cases` for `SAVED_AT` steps and saves it, and is killed.
+resumed   Trains each net from its checkpoint on to `STEPS` steps, and compares it with one that was
+          never interrupted.
 """
 
 import os
-import re
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -36,19 +32,18 @@ from tests.schemes import flat_config
 
 SAVED_AT = 5
 STEPS = 9
-LONG = 60
 PRIORITY = {"selection": "priority", "memory": "subspace"}
 SIGNED = {"selection": "weightedk", "memory": "signed"}
 RESIDUAL = {"selection": "topk", "memory": "residual"}
 
 
 def cases():
-    """What is trained, by name: the first is the one that is killed.
+    """What is trained, by name.
 
     That every scheme goes on within a process is in `tests/nn/test_state.py`.
     """
     special = {
-        "killed": SIGNED,
+        "signed": SIGNED,
         "residual": RESIDUAL | {"decay": 0.5},
         "adam": PRIORITY | {"optimizer": "adam"},
         "adam rows": SIGNED | {"optimizer": "adam"},
@@ -132,21 +127,13 @@ class Run:
         }
 
     def save(self, path):
-        """All of it or nothing: what is at `path` is a whole checkpoint at any time."""
-        temporary = path.with_name(path.name + ".part")
         if dist.is_initialized():
-            dcp.save(self._entries() | memory_entries(self.net), checkpoint_id=temporary)
-            if self.rank == 0:
-                temporary.rename(path.with_name(f"{path.name}.{self.step}"))
-            dist.barrier()
+            dcp.save(self._entries() | memory_entries(self.net), checkpoint_id=path)
         else:
-            torch.save(self.state(), temporary)
-            temporary.replace(path)
+            torch.save(self.state(), path)
 
     def load(self, path):
         if dist.is_initialized():
-            paths = path.parent.glob(f"{path.name}.[0-9]*")
-            path = max(paths, key=lambda folder: int(folder.suffix[1:]))
             state = self._entries()
             dcp.load(state, checkpoint_id=path)
             net, optimizer = state["net"], state["optimizer"]
@@ -175,50 +162,24 @@ class Run:
         }
 
 
-def killed(name, scheme, folder, seed):
+def killed(path, scheme, seed):
     run = Run(scheme, seed)
     run.train(SAVED_AT)
-    run.save(folder / name)
+    run.save(path)
 
 
-def until_killed(scheme, folder, seed):
-    run = Run(scheme, seed)
-    run.train(SAVED_AT)
-    while run.step < LONG:
-        # The last steps are never saved: something is left to do however late the kill comes.
-        if run.step % 4 == 1 and SAVED_AT < run.step < LONG - 5:
-            run.save(folder / "killed")
-        run.train_step()
-        print(f"pid {os.getpid()} step {run.step}", flush=True)
-        time.sleep(0.02)
-    signal.pause()
-
-
-def resumed(name, scheme, folder, seed):
-    """Fail unless the resumed run did further steps, and ended as the whole one to the bit."""
-    steps = LONG if name == "killed" else STEPS
+def resumed(path, scheme, seed):
+    """Fail unless the resumed run ends as the uninterrupted one to the bit."""
     # Other weights and draws than those of the run it continues.
     run = Run(scheme, seed + 50)
-    run.load(folder / name)
-    assert SAVED_AT <= run.step < steps
-    run.train(steps)
+    run.load(path)
+    assert run.step == SAVED_AT
+    run.train(STEPS)
     outcome = run.state()
     whole = Run(scheme, seed)
-    whole.train(steps)
+    whole.train(STEPS)
     assert differences(whole.state(), outcome) == []
     assert differences({s: whole.losses[s] for s in run.losses}, run.losses) == []
-
-
-def wait_for_step(output, step, processes):
-    """Read the output of `killed` until all its processes are at `step`; their ids."""
-    text, there = "", {}
-    for line in output:
-        text += line
-        if match := re.search(r"pid (\d+) step (\d+)", line):
-            there[int(match[1])] = int(match[2])
-        if len(there) == processes and min(there.values()) >= step:
-            return list(there)
-    raise AssertionError(text)
 
 
 def differences(one, other, path=""):
@@ -245,9 +206,11 @@ def main(mode, folder):
         dist.init_process_group("gloo")
     for seed, (name, scheme) in enumerate(cases().items()):
         with case(name):
-            {"killed": killed, "resumed": resumed}[mode](name, scheme, folder, seed)
+            {"killed": killed, "resumed": resumed}[mode](folder / name, scheme, seed)
+    if dist.is_initialized():
+        dist.barrier()
     if mode == "killed":
-        until_killed(cases()["killed"], folder, 0)
+        os.kill(os.getpid(), signal.SIGKILL)
     if dist.is_initialized():
         leave()
 

@@ -1,10 +1,10 @@
 """The checks of this folder's files pass in groups of real processes, over gloo."""
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import succeeds
 
 
 def run(*files, nproc, folder):
-    torchrun("-m", "tests.distributed.checks", *files, nproc=nproc, env={"TMPDIR": str(folder)})
+    succeeds("-m", "tests.distributed.checks", *files, nproc=nproc, env={"TMPDIR": str(folder)})
 
 
 def test_in_two_processes(tmp_path):
