@@ -13,7 +13,7 @@ def test_in_two_processes(tmp_path):
 
 
 def test_in_three_processes(tmp_path):
-    run("comm_hook", "comm_hook_passes", nproc=3, folder=tmp_path)
+    run("comm_hook", nproc=3, folder=tmp_path)
 
 
 def test_in_four_processes_two_by_two(tmp_path):
