@@ -40,14 +40,8 @@ def test_the_losers_stay_dense_and_are_named(measured, caplog, recwarn):
 
 def test_each_layer_keeps_its_configuration():
     model, other = net(), MemAOPConfig(k=3)
-    convert_(
-        model,
-        MemAOPConfig(k=5),
-        lambda module, name: name != "0",
-        {"2": other},
-        only_if_faster=True,
-        example_inputs=X,
-    )
+    overrides = {"0": None, "2": other}
+    convert_(model, overrides=overrides, only_if_faster=True, example_inputs=X)
     assert converted(model) == ["2"]
     assert model[2].config == other
 
