@@ -135,26 +135,6 @@ def test_figures_of_the_batch_are_those_of_the_definition(memory, side, k, batch
     assert found.gradient_square == pytest.approx(dense, rel=1e-9 if k == M else 0.1)
 
 
-def test_scores_of_a_row_memory_are_of_what_it_accumulated(batch):
-    x, g = batch
-    config = MemAOPConfig.paper(k=K)
-    memory = new_memory(config, N, P)
-    observer = LayerObserver(1, 0.0, x.device)
-    slots = None
-    for _ in range(3):
-        weight_and_bias_grad(x, g, config, memory, observer=observer)
-        step = weight_grad_reference(x, g, config, memory=slots)
-        slots = step.memory
-    found = figures(observer)
-    s = step.scores
-    assert found.score_sum == pytest.approx(float(s.sum()))
-    assert found.computed_score_sum == pytest.approx(float(s[step.selection.indices].sum()))
-    left = float(s.square().sum() - s[step.selection.indices].square().sum())
-    assert found.remembered_square_sum == pytest.approx(left)
-    own = (x.norm(dim=1) * g.norm(dim=1)).square().sum()
-    assert found.batch_square_sum == pytest.approx(float(own))
-
-
 def test_rows_drawn_twice_count_once():
     scores = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
     selection = Selection(torch.tensor([1, 1, 3, 9]), torch.tensor([0.5, 0.5, 2.0, 7.0]))

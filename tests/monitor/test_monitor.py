@@ -207,6 +207,8 @@ def test_norm_and_age_of_a_row_memory():
         seen = watch.read()[""]
         assert seen.memory_norm == pytest.approx(math.sqrt((16 + 9) / 14))
         assert seen.staleness == pytest.approx((2 + 0 + 1) / 3)
+        assert seen.captured == pytest.approx(8 / 15)
+        assert seen.dropped_bound == pytest.approx(49)
         # A shorter batch: the slots it does not reach get older too. Scores are 9 and 2.
         layer(x[:2]).sum().backward()
         assert watch.read()[""].staleness == pytest.approx((0 + 1 + 2) / 3)
@@ -280,9 +282,6 @@ def test_a_layer_that_starves_is_named_once_and_not_in_backward():
         assert caught[0].filename == __file__
         watch.scalars()
         watch.table()
-    with monitor(model, every=1, smoothing=0.75, starving=1000) as watch:
-        train(model, batches(6))
-        watch.read()
 
 
 def test_what_counts_as_starving():

@@ -20,16 +20,19 @@ X = torch.ones(3, 4)
 
 
 class Net(nn.Module):
-    """A layer before a frozen one, one that is used twice, and one that is not used."""
+    """A layer without gradients, one that is used twice, a frozen one, and one without use."""
 
     def __init__(self):
         super().__init__()
+        self.encoder = nn.Linear(6, 6)
         self.first = nn.Linear(6, 8)
         self.twice = nn.Linear(8, 8, bias=False)
         self.frozen = nn.Linear(8, 8).requires_grad_(False)
         self.unused = nn.Linear(8, 2)
 
     def forward(self, x):
+        with torch.no_grad():
+            x = self.encoder(x)
         return self.frozen(self.twice(self.twice(self.first(x)).relu_()[:3]))
 
 
@@ -55,22 +58,12 @@ def verdicts(found):
 def test_every_use_of_a_layer_is_seen_with_what_it_has_to_compute():
     uses = uses_of(Net(), torch.randn(2, 5, 6))
     assert uses == {
+        "encoder": Counter(),
         "first": Counter([Use(10, 6, 8, torch.float32, CPU, True, True, False)]),
         "twice": Counter([Use(10, 8, 8, torch.float32, CPU, True, False, True)] * 2),
         "frozen": Counter([Use(10, 8, 8, torch.float32, CPU, False, False, True)]),
         "unused": Counter(),
     }
-
-
-def test_a_part_without_gradients_is_not_seen():
-    def half(model, x):
-        with torch.no_grad():
-            x = model["encoder"](x)
-        return model["head"](x)
-
-    uses = uses_of(net(half, encoder=nn.Linear(4, 4), head=nn.Linear(4, 2)), X)
-    assert not uses["encoder"]
-    assert uses["head"].total() == 1
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -252,12 +245,22 @@ def test_table_and_json_hold_every_layer(measured):
         ["first", "10×6×8", "1", "500", "250", "2.00×", "[2.00,", "2.00]", "1000", "B", "convert"]
     )
     content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert [layer["name"] for layer in content["layers"]] == ["first", "twice", "frozen", "unused"]
-    first = content["layers"][0]
+    assert [layer["name"] for layer in content["layers"]] == list(Net()._modules)
+    first = content["layers"][1]
     assert first["verdict"] == "convert"
     assert first["speedup"] == {"median": 2.0, "q1": 2.0, "q3": 2.0}
     assert (first["rows"], first["dtypes"]) == ([10], ["float32"])
     assert first["config"]["memory"] == "none"
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_on_whatever_the_caller_has_switched_off(monkeypatch, off):
+    monkeypatch.setattr(timing, "SHORTEST_SECONDS", 0.0)
+    model, x = nn.Linear(4, 4), torch.ones(6, 4)
+    with off(), torch.autocast("cpu", torch.bfloat16):
+        found = plan(model, example_inputs=x, time_budget=0.01)
+    assert found.layers[0].calls == 1
+    assert found.layers[0].dense_seconds > 0
 
 
 def test_a_real_plan(monkeypatch):
