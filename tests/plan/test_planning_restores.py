@@ -14,7 +14,7 @@ from memaop_triton import MemAOPConfig, convert_, memory_state_dict, plan
 
 
 class Busy(nn.Module):
-    """Draws, counts, writes to its parameters, and raises if it is told to."""
+    """Draws, counts, writes to its parameters, freezes one, and raises if it is told to."""
 
     def __init__(self):
         super().__init__()
@@ -32,6 +32,7 @@ class Busy(nn.Module):
         self.modes.append((self.training, torch.is_grad_enabled()))
         self.calls = self.calls + 1
         self.head.weight.data.clamp_(-0.1, 0.1)
+        self.norm.bias.requires_grad_(False)
         x = x + random.random() + np.random.rand()
         y = self.head(self.drop(self.norm(self.layer(x))))
         if self.failure == "in the forward pass":
