@@ -123,6 +123,7 @@ MLP = ["--model", "plan_models:mlp", "--input"]
         (["--model", "plan_models:number", "--input", "8"], "3 is not a callable object"),
         (["--model", "plan_models:with_argument", "--input", "8"], "argument: 'width'"),
         (["--model", "plan_models:nothing", "--input", "8"], "returned NoneType"),
+        (["--model", "plan_models:Tokens", "--input", "3:int64:7"], "missing 1 required"),
         ([*MLP, "4x9"], "fails on these inputs: RuntimeError"),
         ([*MLP, "4x-8"], "--input='4x-8' is not [NAME=]"),
         ([*MLP, "4:int64"], "need a bound above 0"),
