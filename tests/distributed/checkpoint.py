@@ -7,22 +7,17 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from memaop_triton import convert_, memory_state_dict
+from memaop_triton.config import MEMORIES, ROW_MEMORIES
 from memaop_triton.distributed.checkpoint import load_memory, memory_entries
 from tests.distributed.checks import case, shared_folder
 from tests.distributed.resume_worker import differences
 from tests.schemes import flat_config
 
-SCHEMES = {
-    "none": {"selection": "priority", "memory": "none"},
-    "residual": {"selection": "topk", "memory": "residual"},
-    "signed": {"selection": "topk", "memory": "signed"},
-    "subspace": {"selection": "priority", "memory": "subspace"},
-}
-
 
 def converted(memory, outputs=2):
+    selection = "topk" if memory in ROW_MEMORIES else "priority"
     net = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, outputs))
-    return convert_(net, flat_config(k=3, rank=2, **SCHEMES[memory]))
+    return convert_(net, flat_config(k=3, rank=2, selection=selection, memory=memory))
 
 
 def backward(model, rows):
@@ -65,7 +60,7 @@ def starts_empty(folder, message, group=None):
 
 def check_every_rank_gets_its_own_memories_back():
     folder, rank = shared_folder(), dist.get_rank()
-    for memory in SCHEMES:
+    for memory in MEMORIES:
         with case(memory):
             comes_back(trained(memory, rank), backward(converted(memory), 30), folder / memory)
             # One rank has seen a batch, the other has not.
@@ -73,33 +68,21 @@ def check_every_rank_gets_its_own_memories_back():
             comes_back(model, backward(converted(memory), 30), folder / f"{memory} on one")
 
 
-def check_memories_beside_the_model():
-    folder, model = shared_folder(), trained("residual", dist.get_rank())
-    dcp.save({"model": model.state_dict()} | memory_entries(model), checkpoint_id=folder)
-    other = converted("residual")
-    dcp.load({"model": other.state_dict()}, checkpoint_id=folder)
-    load_memory(other, folder)
-    assert differences(memory_state_dict(model), memory_state_dict(other)) == []
-    dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "alone")
-    assert "holds no memories" in refused(ValueError, model, folder / "alone")
-
-
-def check_other_models_are_refused():
+def check_other_models_and_checkpoints_without_memories_are_refused():
     folder = shared_folder()
-    save(trained("residual", dist.get_rank()), folder)
+    model = trained("residual", dist.get_rank())
+    save(model, folder)
     cases = {
-        "state does not fit the model: missing ['1']": nn.Sequential(
-            *converted("residual")[::2], nn.ReLU()
-        ),
+        "state does not fit the model: missing ['1']": nn.Sequential(*model[::2], nn.ReLU()),
         "memory of layer '2': g has shape": converted("residual", outputs=3),
-        "memory of layer '0': state is of a 'residual' memory, this one is 'signed'": converted(
-            "signed"
-        ),
+        "state is of a 'residual' memory, this one is 'signed'": converted("signed"),
         "memory of layer '0': state is of a 'residual' memory": converted("subspace"),
         "unknown ['0', '2']": converted("none"),
     }
     for message, other in cases.items():
         assert message in refused(ValueError, other, folder)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "alone")
+    assert "holds no memories" in refused(ValueError, model, folder / "alone")
 
 
 def check_what_fails_on_one_rank_is_raised_on_both():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from memaop_triton import FactorAllGather, convert_
@@ -23,6 +24,18 @@ def mlp():
     """Two weights that are worth gathering, and one that is not."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(N, N), nn.Tanh(), nn.Linear(N, N), nn.Tanh(), nn.Linear(N, 3))
+
+
+class Used(nn.ModuleList):
+    """Layers that are used as `use(layers, x)` says."""
+
+    def __init__(self, use, *dtypes):
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(N, N, dtype=dtype) for dtype in dtypes)
+        self.use, self.elsewhere = use, False
+
+    def forward(self, x):
+        return self.use(self, x)
 
 
 def rows(count=M, dtype=torch.float32, salt=0):
@@ -88,27 +101,12 @@ class Pair:
                 optimizer.step()
 
 
-class TwoDtypes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a = nn.Linear(N, N, dtype=torch.bfloat16)
-        self.b = nn.Linear(N, N)
-
-    def forward(self, x):
-        return self.b(self.a(x.bfloat16()).float())
-
-
 def check_training_equals_that_of_plain_ddp():
-    for settings in (
-        {},
-        {"memory": "none"},
-        {"memory": "signed", "selection": "weightedk"},
-        {"grad_input": "sampled"},
-    ):
-        with case(settings):
-            Pair(settings=settings).train()
     for options in (
+        {"settings": {}},
+        {"settings": {"memory": "none"}},
+        {"settings": {"memory": "signed", "selection": "weightedk"}},
+        {"settings": {"grad_input": "sampled"}},
         {"bucket_cap_mb": 0.1},
         {"bucket_cap_mb": 0.1, "gradient_as_bucket_view": True},
         {"bucket_cap_mb": 0.1, "static_graph": True},
@@ -119,62 +117,51 @@ def check_training_equals_that_of_plain_ddp():
 
 
 def check_dtypes():
-    for dtype, tolerance in {
-        torch.float64: 1e-14,
-        torch.bfloat16: 0.01,
-        torch.float16: 0.002,
-    }.items():
+    for dtype, tolerance in (
+        (torch.float64, 1e-14),
+        (torch.bfloat16, 0.01),
+        (torch.float16, 0.002),
+    ):
         with case(dtype):
             pair = Pair(lambda dtype=dtype: mlp().to(dtype))
             pair.train(tolerance=tolerance, dtype=dtype, lr=0)
-    Pair(TwoDtypes).train(("a.weight", "b.weight"), 2, tolerance=0.01, lr=0)
 
+    def casting(layers, x):
+        return layers[1](layers[0](x.bfloat16()).float())
 
-def _autocast_backward(model):
-    # Backward inside the region too, which reaches the hook.
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        backward(model, rows())
+    pair = Pair(lambda: Used(casting, torch.bfloat16, torch.float32))
+    pair.train(("0.weight", "1.weight"), 2, tolerance=0.01, lr=0)
 
 
 def check_autocast():
-    Pair().step(_autocast_backward, BOTH, tolerance=0.01)
+    def run(model):
+        # Backward inside the region too, which reaches the hook.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            backward(model, rows())
 
-
-def check_autocast_in_one_process():
-    """The dtypes of the factors differ: nobody can gather."""
-    run = _autocast_backward if dist.get_rank() == 0 else lambda m: backward(m, rows())
-    Pair().step(run, [])
+    Pair().step(run, BOTH, tolerance=0.01)
+    # In one process only: the dtypes of the factors differ, and nobody can gather.
+    Pair().step(run if dist.get_rank() == 0 else lambda m: backward(m, rows()), [])
 
 
 def check_batches_of_different_size():
-    pair = Pair()
+    pair, is_first = Pair(), dist.get_rank() == 0
     pair.step(lambda m: backward(m, rows(M - 32 * dist.get_rank())), BOTH)
-    pair.step(lambda m: backward(m, rows(0 if dist.get_rank() == 0 else M)), BOTH)
-
-
-def check_too_many_rows_in_one_process():
-    pair = Pair()
-    pair.step(lambda m: backward(m, rows(M * (1 + 8 * (dist.get_rank() == 0)))), [])
+    pair.step(lambda m: backward(m, rows(0 if is_first else M)), BOTH)
+    # Too many rows in one process.
+    pair.step(lambda m: backward(m, rows(9 * M if is_first else M)), [])
     pair.step(lambda m: backward(m, rows()), BOTH)
 
 
-class Branches(nn.Module):
-    """Uses `b` if `on`, and never `c`."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.c = nn.Linear(N, N), nn.Linear(N, N), nn.Linear(N, N)
-        self.on = True
-
-    def forward(self, x):
-        x = self.a(x)
-        return self.b(x) if self.on else x
-
-
 def check_layer_unused_in_one_process():
-    pair = Pair(Branches, find_unused_parameters=True)
-    everything = ("a.weight", "b.weight", "c.weight")
+    """The second layer is used if it is `on`, the third one never."""
+
+    def branches(layers, x):
+        x = layers[0](x)
+        return layers[1](x) if layers.on else x
+
+    pair = Pair(lambda: Used(branches, *3 * [torch.float32]), find_unused_parameters=True)
+    everything = ("0.weight", "1.weight", "2.weight")
     for number in range(2):
         for model in (pair.plain, pair.ours):
             model.module.on = dist.get_rank() != number
@@ -182,50 +169,43 @@ def check_layer_unused_in_one_process():
         pair.step(lambda m, n=number: backward(m, rows(salt=n)), everything)
 
 
-def check_evaluation_mode():
-    pair = Pair()
-    for model in (pair.plain, pair.ours):
-        model.module[2].train(dist.get_rank() == 0)
-    pair.step(lambda m: backward(m, rows()), ["0.weight"])
-
-
 def check_weights_that_are_not_gathered():
-    def frozen():
-        model = mlp()
+    def frozen(model):
         model[0].weight.requires_grad_(False)
-        return model
 
-    def transposed():
+    def transposed(model):
         """Its part of the bucket has the order of the storage."""
-        model = mlp()
         model[0].weight = nn.Parameter(model[0].weight.detach().t().contiguous().t())
-        return model
 
-    for build in (frozen, transposed):
-        with case(build.__name__):
-            Pair(build).step(lambda m: backward(m, rows()), ["2.weight"])
+    def evaluated_in_one_process(model):
+        model[0].train(dist.get_rank() == 0)
+
+    def with_a_hook(model):
+        model[0].weight.register_hook(lambda g: 1.001 * g)
+
+    for change in (frozen, transposed, evaluated_in_one_process, with_a_hook):
+
+        def changed(change=change):
+            model = mlp()
+            change(model)
+            return model
+
+        with case(change.__name__):
+            Pair(changed).step(lambda m: backward(m, rows()), ["2.weight"])
 
 
 def check_not_finite():
-    pair = Pair()
-    x = rows()
-    if dist.get_rank() == 0:
-        x[3, 5] = float("nan")
-    for model in (pair.plain, pair.ours):
-        backward(model, x)
-    for p, q in zip(pair.plain.parameters(), pair.ours.parameters(), strict=True):
-        assert q.grad.isnan().equal(p.grad.isnan())
-    assert pair.ours.module[0].weight.grad.isnan().any()
-
-
-def check_not_finite_from_elsewhere():
-    """NaN agrees with nothing, not with NaN either."""
-    pair = Pair()
-    for model in (pair.plain, pair.ours):
-        if dist.get_rank() == 0:
-            model.module[2].weight.register_hook(lambda g: g * float("nan"))
-        backward(model, rows())
-        assert model.module[2].weight.grad.isnan().all()
+    for source in ("rows", "a hook"):  # NaN agrees with nothing, not with NaN either
+        pair, x = Pair(), rows()
+        if source == "rows" and dist.get_rank() == 0:
+            x[3, 5] = float("nan")
+        for model in (pair.plain, pair.ours):
+            if source == "a hook" and dist.get_rank() == 0:
+                model.module[0].weight.register_hook(lambda g: g * float("nan"))
+            backward(model, x)
+        for p, q in zip(pair.plain.parameters(), pair.ours.parameters(), strict=True):
+            assert q.grad.isnan().equal(p.grad.isnan())
+        assert pair.ours.module[0].weight.grad.isnan().any()
 
 
 def check_uneven_inputs():
@@ -267,3 +247,98 @@ def check_errors():
             FactorAllGather.register(model)
     # A refused registration leaves nothing behind.
     assert all(m.layer_state.factors is None for m in (taken.module[0], taken.module[2]))
+
+
+def check_micro_batches():
+    pair = Pair()
+
+    def run(model):
+        with model.no_sync():
+            backward(model, rows(64, salt=1))
+        backward(model, rows(64))
+
+    pair.step(run, BOTH)
+    pair.step(run, BOTH)
+
+
+def check_many_micro_batches():
+    """Factors that cannot be smaller any more are not kept."""
+    pair = Pair()
+    most = []
+
+    def run(model):
+        with model.no_sync():
+            for number in range(12):
+                backward(model, rows(salt=number))
+                if model is pair.ours:
+                    kept = [c.factors for c in pair.hook._collected.values()]
+                    most.append(max(sum(x.nbytes + g.nbytes for x, g in f) for f in kept))
+        backward(model, rows())
+
+    pair.step(run, [])
+    assert 0 < max(most) < 4 * N * N / dist.get_world_size()
+    assert most[-1] == 0
+    pair.step(lambda m: backward(m, rows()), BOTH)
+
+
+def check_gradients_that_are_not_the_sum_of_the_passes():
+    def discarded(model):
+        with model.no_sync():
+            backward(model, rows(salt=1))
+        model.zero_grad()
+        backward(model, rows())
+
+    def taken_apart(model):
+        torch.autograd.grad(loss_of(model.module, rows(salt=1)), model.module[2].weight)
+        backward(model, rows())
+
+    def regularised(model, factor):
+        weight = model.module[0].weight
+        size = factor * dist.get_rank() * weight.square().sum()
+        (loss_of(model, rows()) + size).backward()
+
+    pair = Pair()
+    pair.step(discarded, [])
+    pair.step(lambda m: backward(m, rows()), BOTH)
+    pair.step(lambda m: backward(m, rows(salt=1)), [], zero=False)
+    pair.step(taken_apart, ["0.weight"])
+    pair.step(lambda m: regularised(m, 0), BOTH)
+    for factor in (1.0, 1e-5):
+        pair.step(lambda m, f=factor: regularised(m, f), ["2.weight"])
+
+
+def check_exact_in_one_process():
+    """A batch of at most K rows has no factors."""
+    pair = Pair(settings={"ratio": None, "k": 8})
+    pair.step(lambda m: backward(m, rows(8 if dist.get_rank() == 0 else M)), [])
+
+    def partly(model):
+        with model.no_sync():
+            backward(model, rows(salt=1))
+        backward(model, rows(8 if dist.get_rank() == 1 else M))
+
+    pair.step(partly, [])
+
+
+def check_weight_used_twice():
+    def twice(layers, x):
+        x = layers[-1](torch.tanh(layers[0](x)))
+        return F.linear(x, layers[0].weight) if layers.elsewhere else x
+
+    def tied():
+        model = Used(twice, torch.float32, torch.float32)
+        model[1].weight = model[0].weight
+        return model
+
+    def one_layer(dtype=torch.float32):
+        return Used(twice, dtype)
+
+    pair = Pair(tied)
+    pair.step(lambda m: backward(m, rows(64)), ["0.weight"])
+    Pair(one_layer).step(lambda m: backward(m, rows(64)), ["0.weight"])
+    # A rounded sum of two passes is not what the factors say.
+    half = Pair(lambda: one_layer(torch.bfloat16))
+    half.step(lambda m: backward(m, rows(64, torch.bfloat16)), [], tolerance=0)
+    for model in (pair.plain, pair.ours):
+        model.module.elsewhere = dist.get_rank() == 0
+    pair.step(lambda m: backward(m, rows(64)), [])

@@ -132,11 +132,8 @@ def check_memories_are_saved_and_continue():
 def check_revert_gives_the_dense_model_back():
     for convert_first, by_layer in itertools.product((True, False), repeat=2):
         ours, dense = revert_(sharded(blocks(), convert_first, by_layer)), blocks()
-        kinds = {type(layer) for layer in linears(ours)}
-        assert len(kinds) == 1
-        assert not any(issubclass(kind, MemAOPLinear) for kind in kinds)
-        assert {kind.__name__ for kind in kinds} == {"FSDPLinear" if by_layer else "Linear"}
-        assert all(isinstance(layer, FSDPModule) is by_layer for layer in linears(ours))
+        kinds = {type(layer).__name__ for layer in linears(ours)}
+        assert kinds == {"FSDPLinear" if by_layer else "Linear"}
         x = own_batch(0)
         for model in (ours, dense):
             model(x).square().mean().backward()

@@ -2,18 +2,14 @@
 
 Run as a script, by itself or by torchrun: `resume_worker.py {killed,resumed} FOLDER`.
 
-killed    Trains each net of `cases` for `SAVED_AT` steps and saves it. When all are through, the
-          first one is trained for `LONG` steps and saved after every few, until somebody kills the
-          process.
-resumed   Trains each net from its last checkpoint on to `STEPS` steps, and compares it with one
-          that was never interrupted.
+killed    Trains each net of `cases` for `SAVED_AT` steps and saves it, and is killed.
+resumed   Trains each net from its checkpoint on to `STEPS` steps, and compares it with one that was
+          never interrupted.
 """
 
 import os
-import re
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -24,34 +20,28 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from memaop_triton import (
-    attach_optimizer,
-    convert_,
-    load_memory_state_dict,
-    memory_state_dict,
-)
+from memaop_triton import attach_optimizer, convert_, memory_state_dict
 from memaop_triton.distributed.checkpoint import load_memory, memory_entries
 from tests.distributed.checks import case, leave
 from tests.schemes import flat_config
 
 SAVED_AT = 5
 STEPS = 9
-LONG = 60
 PRIORITY = {"selection": "priority", "memory": "subspace"}
 SIGNED = {"selection": "weightedk", "memory": "signed"}
 RESIDUAL = {"selection": "topk", "memory": "residual"}
 
 
 def cases():
-    """What is trained, by name: the first is the one that is killed.
+    """What is trained, by name.
 
     That every scheme goes on within a process is in `tests/nn/test_state.py`.
     """
     special = {
-        "killed": SIGNED,
+        "signed": SIGNED,
         "residual": RESIDUAL | {"decay": 0.5},
-        "adam": PRIORITY | {"optimizer": "adam"},
-        "adam rows": SIGNED | {"optimizer": "adam"},
+        "adam": PRIORITY | {"adam": True},
+        "adam rows": SIGNED | {"adam": True},
         "sampled compiled": PRIORITY | {"grad_input": "sampled", "compiled": "aot_eager"},
         "rows compiled": RESIDUAL | {"compiled": "aot_eager"},
         "half": SIGNED | {"dtype": torch.bfloat16},
@@ -77,25 +67,21 @@ class Run:
         scheme = dict(scheme)
         self.overflow = scheme.pop("overflow", False)
         self.compiled = scheme.pop("compiled", None)
-        adam = scheme.pop("optimizer", "sgd") == "adam"
+        adam = scheme.pop("adam", False)
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 2))
         self.net = convert_(net, flat_config(k=3, rank=2, refresh_every=3, **scheme))
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.call = self.net
+        self.call, self.rank = self.net, 0
         if self.compiled:
             self.call = torch.compile(self.net, backend=self.compiled, fullgraph=True)
         if dist.is_initialized():
-            self.call = DistributedDataParallel(self.call)
+            self.call, self.rank = DistributedDataParallel(self.call), dist.get_rank()
             torch.manual_seed(seed + 1000 * self.rank)
-        self.optimizer = (
-            torch.optim.Adam(net.parameters(), lr=0.01)
-            if adam
-            else torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-        )
+        self.optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        if adam:
+            self.optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.8)
         self.step = 0
-        self.losses = {}
 
     def train(self, until):
         attach_optimizer(self.net, self.optimizer)
@@ -113,58 +99,14 @@ class Run:
         if self.overflow and self.step == 3:
             x[2] = torch.inf
         self.optimizer.zero_grad()
-        loss = (self.call(x) - y).square().mean()
-        loss.backward()
+        (self.call(x) - y).square().mean().backward()
         if all(p.grad.isfinite().all() for p in self.net.parameters()):
             self.optimizer.step()
         self.scheduler.step()
-        self.losses[self.step] = loss.detach()
         self.step += 1
 
     def state(self):
-        return {
-            "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "memory": memory_state_dict(self.net),
-            "random": torch.get_rng_state(),
-            "step": self.step,
-        }
-
-    def save(self, path):
-        """All of it or nothing: what is at `path` is a whole checkpoint at any time."""
-        temporary = path.with_name(path.name + ".part")
-        if dist.is_initialized():
-            dcp.save(self._entries() | memory_entries(self.net), checkpoint_id=temporary)
-            if self.rank == 0:
-                temporary.rename(path.with_name(f"{path.name}.{self.step}"))
-            dist.barrier()
-        else:
-            torch.save(self.state(), temporary)
-            temporary.replace(path)
-
-    def load(self, path):
-        if dist.is_initialized():
-            paths = path.parent.glob(f"{path.name}.[0-9]*")
-            path = max(paths, key=lambda folder: int(folder.suffix[1:]))
-            state = self._entries()
-            dcp.load(state, checkpoint_id=path)
-            net, optimizer = state["net"], state["optimizer"]
-            set_state_dict(
-                self.net, self.optimizer, model_state_dict=net, optim_state_dict=optimizer
-            )
-            load_memory(self.net, path)
-            state["random"] = state[f"random.{self.rank}"]
-        else:
-            state = torch.load(path, weights_only=True)
-            self.net.load_state_dict(state["net"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            load_memory_state_dict(self.net, state["memory"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["random"])
-        self.step = state["step"]
-
-    def _entries(self):
+        """Everything but the memories."""
         net, optimizer = get_state_dict(self.net, self.optimizer)
         return {
             "net": net,
@@ -174,51 +116,42 @@ class Run:
             "step": self.step,
         }
 
+    def save(self, path):
+        dcp.save(self.state() | memory_entries(self.net), checkpoint_id=path)
 
-def killed(name, scheme, folder, seed):
+    def load(self, path):
+        state = self.state()
+        dcp.load(state, checkpoint_id=path)
+        set_state_dict(
+            self.net,
+            self.optimizer,
+            model_state_dict=state["net"],
+            optim_state_dict=state["optimizer"],
+        )
+        load_memory(self.net, path)
+        self.scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state[f"random.{self.rank}"])
+        self.step = state["step"]
+
+
+def killed(path, scheme, seed):
     run = Run(scheme, seed)
     run.train(SAVED_AT)
-    run.save(folder / name)
+    run.save(path)
 
 
-def until_killed(scheme, folder, seed):
-    run = Run(scheme, seed)
-    run.train(SAVED_AT)
-    while run.step < LONG:
-        # The last steps are never saved: something is left to do however late the kill comes.
-        if run.step % 4 == 1 and SAVED_AT < run.step < LONG - 5:
-            run.save(folder / "killed")
-        run.train_step()
-        print(f"pid {os.getpid()} step {run.step}", flush=True)
-        time.sleep(0.02)
-    signal.pause()
-
-
-def resumed(name, scheme, folder, seed):
-    """Fail unless the resumed run did further steps, and ended as the whole one to the bit."""
-    steps = LONG if name == "killed" else STEPS
+def resumed(path, scheme, seed):
+    """Fail unless the resumed run ends as the uninterrupted one to the bit."""
     # Other weights and draws than those of the run it continues.
     run = Run(scheme, seed + 50)
-    run.load(folder / name)
-    assert SAVED_AT <= run.step < steps
-    run.train(steps)
+    run.load(path)
+    assert run.step == SAVED_AT
+    run.train(STEPS)
     outcome = run.state()
     whole = Run(scheme, seed)
-    whole.train(steps)
+    whole.train(STEPS)
     assert differences(whole.state(), outcome) == []
-    assert differences({s: whole.losses[s] for s in run.losses}, run.losses) == []
-
-
-def wait_for_step(output, step, processes):
-    """Read the output of `killed` until all its processes are at `step`; their ids."""
-    text, there = "", {}
-    for line in output:
-        text += line
-        if match := re.search(r"pid (\d+) step (\d+)", line):
-            there[int(match[1])] = int(match[2])
-        if len(there) == processes and min(there.values()) >= step:
-            return list(there)
-    raise AssertionError(text)
+    assert differences(memory_state_dict(whole.net), memory_state_dict(run.net)) == []
 
 
 def differences(one, other, path=""):
@@ -245,9 +178,11 @@ def main(mode, folder):
         dist.init_process_group("gloo")
     for seed, (name, scheme) in enumerate(cases().items()):
         with case(name):
-            {"killed": killed, "resumed": resumed}[mode](name, scheme, folder, seed)
+            {"killed": killed, "resumed": resumed}[mode](folder / name, scheme, seed)
+    if dist.is_initialized():
+        dist.barrier()
     if mode == "killed":
-        until_killed(cases()["killed"], folder, 0)
+        os.kill(os.getpid(), signal.SIGKILL)
     if dist.is_initialized():
         leave()
 

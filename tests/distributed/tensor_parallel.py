@@ -23,6 +23,7 @@ from memaop_triton import (
     revert_,
 )
 from memaop_triton.backward.shards import ProcessShards
+from memaop_triton.config import UNBIASED_SELECTIONS
 from memaop_triton.selection import Selection
 from tests.distributed.checks import (
     PAPER,
@@ -36,9 +37,8 @@ from tests.distributed.checks import (
 from tests.distributed.tensor_parallel_cases import (
     ROWS,
     assert_same_gradients,
+    backward,
     columns,
-    dtensor_plan,
-    gathered_plan,
     linear,
     mesh,
     parallel,
@@ -46,22 +46,30 @@ from tests.distributed.tensor_parallel_cases import (
     plan,
     rank,
     recording,
-    sequence_plan,
     single,
     step,
     times_drawn,
 )
-from tests.schemes import flat_config
+from tests.schemes import LEGAL, flat_config
+
+LAYOUTS = {
+    "plain": plan(),
+    "DTensors": plan({"use_local_output": False}, {"use_local_output": False}),
+    "whole activations": plan(
+        {"output_layouts": Replicate()},
+        {"input_layouts": Replicate(), "output_layouts": Replicate()},
+    ),
+    # Activations are divided by position outside of the two layers.
+    "by position": plan({"input_layouts": Shard(1)}, {"output_layouts": Shard(1)}),
+}
 
 
 def check_training_equals_that_of_an_undivided_model():
-    for layouts, convert_first, bias in itertools.product(
-        (plan, dtensor_plan, gathered_plan, sequence_plan), (True, False), (True, False)
-    ):
+    for layouts, convert_first, bias in itertools.product(LAYOUTS, (True, False), (True, False)):
         model = mlp(bias=bias)
         reference = converted(copy.deepcopy(model))
-        ours = parallel(model, PAPER, layouts(), convert_first)
-        by_position = layouts is sequence_plan
+        ours = parallel(model, PAPER, LAYOUTS[layouts], convert_first)
+        by_position = layouts == "by position"
         trainers = []
         for trained in (reference, ours):
             optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
@@ -72,30 +80,19 @@ def check_training_equals_that_of_an_undivided_model():
             part = x.detach().chunk(2, dim=1)[rank()] if by_position else x.detach()
             part = part.clone().requires_grad_()
             theirs, mine = step(reference, x), step(ours, part)
-            if by_position:
-                theirs, x_grad = theirs.chunk(2, 1)[rank()], x.grad.chunk(2, 1)[rank()]
-            else:
-                x_grad = x.grad
-            torch.testing.assert_close(mine, theirs)
-            torch.testing.assert_close(part.grad, x_grad)
+            for one, other in ((mine, theirs), (part.grad, x.grad)):
+                wanted = other.chunk(2, 1)[rank()] if by_position else other
+                torch.testing.assert_close(one, wanted)
             assert_same_gradients(ours, reference)
             for optimizer in trainers:
                 optimizer.step()
                 optimizer.param_groups[0]["lr"] *= 0.5
-        for number, (x_part, g_part) in {0: (False, True), 2: (True, False)}.items():
-            have, want = ours[number].memory, reference[number].memory
-            have.state_dict()
-            want.state_dict()
-            assert torch.equal(have.filled, want.filled)
-            torch.testing.assert_close(have.x, columns(want.x) if x_part else want.x)
-            torch.testing.assert_close(have.g, columns(want.g) if g_part else want.g)
 
 
 def check_all_rows_give_the_dense_gradient_in_half_precision_and_under_autocast_too():
     dtypes = torch.float32, torch.float64, torch.bfloat16, torch.float16
-    for dtype, memory, autocast in itertools.product(dtypes, ("none", "subspace"), (False, True)):
-        if autocast and dtype != torch.float32:
-            continue
+    kinds = [(dtype, False) for dtype in dtypes] + [(torch.float32, True)]
+    for (dtype, autocast), memory in itertools.product(kinds, ("none", "subspace")):
         model = mlp(dtype)
         ours = parallel(model, MemAOPConfig(k=ROWS, memory=memory), plan(), True)
         dense = parallelize_module(copy.deepcopy(model), mesh(), plan())
@@ -108,9 +105,8 @@ def check_all_rows_give_the_dense_gradient_in_half_precision_and_under_autocast_
         tolerance = 0.05 if autocast else 16 * torch.finfo(dtype).eps
         for mine, theirs in zip(ours.parameters(), dense.parameters(), strict=True):
             assert mine.grad.dtype == dtype
-            torch.testing.assert_close(
-                whole(mine.grad), whole(theirs.grad), rtol=tolerance, atol=tolerance
-            )
+            found, expected = whole(mine.grad), whole(theirs.grad)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def check_half_precision_selects_the_rows_of_an_undivided_model():
@@ -148,9 +144,8 @@ def check_blocks_cut_short_have_one_size_for_all():
         counts = set()
         for number in range(12):
             x, g = batch(ROWS, 12, step=number), batch(ROWS, 8, step=99)
-            layer.zero_grad()
             with recording() as agreed:
-                layer(x).backward(g)
+                backward(layer, x, g)
             (selection,) = agreed.selections
             total = times_drawn(selection)
             torch.testing.assert_close(whole(layer.weight.grad), (total * g).T @ x)
@@ -160,8 +155,7 @@ def check_blocks_cut_short_have_one_size_for_all():
 
 def check_saved_memories_continue_before_the_first_step():
     for memory in ("residual", "subspace"):
-        selection = "topk"
-        config = flat_config(k=4, rank=2, selection=selection, memory=memory)
+        config = flat_config(k=4, rank=2, selection="topk", memory=memory)
         first, second = (parallel(mlp(), config, plan(), True) for _ in range(2))
         assert second[2].memory.in_features == 4
         for number in range(3):
@@ -191,28 +185,30 @@ def check_optimizer_stays_attached_when_the_memory_is_made_anew():
     assert model[0].memory.learning_rate == 0.25
 
 
-def check_uneven_parts_are_exact_too():
-    config = MemAOPConfig.paper(k=4)
-    for style in (ColwiseParallel, RowwiseParallel):
-        layer, plain = single(style, config, out_features=7, in_features=9)
+def check_uneven_parts_and_a_mesh_of_one_process_are_exact_too():
+    alone = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))["tp"]
+    cases = itertools.product((ColwiseParallel, RowwiseParallel), ((9, 7, mesh()), (12, 8, alone)))
+    for style, (n, p, on) in cases:
+        layer, plain = single(style, PAPER, out_features=p, in_features=n, on=on)
         reference = converted(plain)
         for number in range(3):
-            x, g = batch(ROWS, 9, step=number), batch(ROWS, 7, step=9 + number)
+            # Alone on its mesh, each process has a batch of its own: nobody shares anything.
+            salt = 10 * rank() if on is alone else 0
+            x, g = batch(ROWS, n, step=salt + number), batch(ROWS, p, step=9 + number)
             for trained in (layer, reference):
-                trained.zero_grad()
-                trained(x).backward(g)
+                backward(trained, x, g)
             assert_same_gradients(layer, reference)
+        assert same_everywhere(whole(layer.weight.grad)) == (on is not alone)
 
 
 def check_non_finite_part_of_a_row_shows_and_leaves_no_trace():
     layer, _ = single(RowwiseParallel, PAPER)
     x = batch(ROWS, 12)
     x[5, 0] = torch.inf
-    layer(x).backward(batch(ROWS, 8))
+    backward(layer, x, batch(ROWS, 8))
     assert not whole(layer.weight.grad).isfinite().all()
     assert not layer.memory.filled[5]
-    layer.zero_grad()
-    layer(batch(ROWS, 12)).backward(batch(ROWS, 8))
+    backward(layer, batch(ROWS, 12), batch(ROWS, 8))
     assert whole(layer.weight.grad).isfinite().all()
 
 
@@ -249,31 +245,20 @@ def check_replicated_weight_works_like_an_ordinary_one():
     assert torch.linalg.matrix_rank(whole(layer.weight.grad)) == 2
 
 
-def check_mesh_of_one_process_changes_nothing():
-    alone = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))["tp"]
-    for style in (ColwiseParallel, RowwiseParallel):
-        layer, plain = single(style, PAPER, on=alone)
-        reference = converted(plain)
-        for number in range(3):
-            # Each process has a batch of its own: nobody shares anything.
-            x, g = batch(ROWS, 12, step=10 * rank() + number), batch(ROWS, 8, step=number)
-            for trained in (layer, reference):
-                trained.zero_grad()
-                trained(x).backward(g)
-            assert_same_gradients(layer, reference)
-        assert not same_everywhere(whole(layer.weight.grad))
-
-
-def check_exact_in_eval_mode_and_without_gradients():
+def check_exact_in_eval_mode_without_gradients_and_reverted():
     dense, ours = mlp(), parallel(mlp(), PAPER, plan(), True)
     x = batch(ROWS, 12)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), dense(x))
     ours.eval()
-    for trained in (dense, ours):
-        step(trained, x)
+    step(dense, x)
+    step(ours, x)
     assert_same_gradients(ours, dense)
     assert ours[0].memory.nbytes == 0
+    revert_(ours.train())
+    assert type(ours[0]) is nn.Linear
+    step(ours, x)
+    assert_same_gradients(ours, dense)
 
 
 def check_frozen_parameters_get_no_gradient():
@@ -285,15 +270,6 @@ def check_frozen_parameters_get_no_gradient():
     torch.testing.assert_close(whole(layer.bias.grad), g.sum(0))
     assert same_everywhere(x.grad)
     assert (x.grad.norm(dim=1) > 0).sum() <= 4
-
-
-def check_reverts_to_the_dense_layer():
-    ours, dense = revert_(parallel(mlp(), PAPER, plan(), True)), mlp()
-    x = batch(ROWS, 12)
-    for trained in (dense, ours):
-        step(trained, x)
-    assert type(ours[0]) is nn.Linear
-    assert_same_gradients(ours, dense)
 
 
 def check_what_cannot_be_divided_is_refused():
@@ -317,3 +293,82 @@ def check_what_cannot_be_divided_is_refused():
         layer.forward(x)
     with pytest.raises(ValueError, match=r"x is on.*same mesh"):
         layer.forward(rows)
+
+
+SCHEMES = [
+    *LEGAL,
+    *(s | {"grad_input": "sampled"} for s in LEGAL if s["selection"] in UNBIASED_SELECTIONS),
+    {"selection": "priority", "memory": "subspace", "grad_input": "projected"},
+]
+
+
+def assert_input_grad(layer, dx, g_here, by_row, agreed):
+    """dX of a layer with a subspace: each process splits the columns of G that it has."""
+    q = layer.memory.basis_for_input_grad(g_here)
+    rest = g_here - g_here @ q @ q.T
+    total = times_drawn(agreed.selections[1])
+    parts = everywhere((g_here - rest + total * rest) @ layer.weight.to_local())
+    torch.testing.assert_close(dx, torch.cat(list(parts), 1) if by_row else parts.sum(0))
+    want = everywhere(rest.square().sum(1)).sum(0)
+    torch.testing.assert_close(agreed.scores[1], want.sqrt())
+
+
+def check_every_selection_and_memory_adds_up_what_it_selected():
+    """Weights, rows and memories against the definition, each process drawing for itself."""
+    for scheme, style in itertools.product(SCHEMES, (ColwiseParallel, RowwiseParallel)):
+        config = flat_config(k=6, rank=2, refresh_every=99, **scheme)
+        by_row = style is RowwiseParallel
+        layer, plain = single(style, config)
+        for number in range(3):
+            x, g = batch(ROWS, 12, step=number), batch(ROWS, 8, step=50 + number)
+            x_here, g_here = (columns(x), g) if by_row else (x, columns(g))
+            filled = None if layer.memory is None else getattr(layer.memory, "filled", None)
+            before = None if filled is None else (layer.memory.x.clone(), filled.clone())
+            layer.zero_grad()
+            leaf = x.clone().requires_grad_()
+            with recording() as agreed:
+                layer(leaf).backward(g)
+            memory = layer.memory
+            is_split = config.grad_input_name == "sampled" and config.memory_name == "subspace"
+            for indices, weights in agreed.selections:
+                assert same_everywhere(indices)
+                assert same_everywhere(weights)
+                assert indices.dtype == torch.int64
+            assert len(agreed.selections) == len(agreed.scores) == (2 if is_split else 1)
+            indices, scores = agreed.selections[0].indices, agreed.scores[0]
+            total = times_drawn(agreed.selections[0])
+            dw = layer.weight.grad.to_local()
+            if config.row_memory:
+                expected = memory.g[indices].T @ memory.x[indices]
+                want = everywhere((memory.x.norm(dim=1) * memory.g.norm(dim=1)).square()).sum(0)
+                assert same_everywhere(memory.filled)
+                assert not memory.filled[indices].any()
+                carried = memory.x - x_here
+                old = before[0] * before[1][:, None] if before else torch.zeros_like(carried)
+                if config.memory_name == "signed":
+                    carried, old = carried.abs(), old.abs()
+                torch.testing.assert_close(carried, old)
+            elif config.memory_name == "subspace":
+                q = memory.basis.to(x.dtype)
+                a, b = (x_here, g_here) if memory.side == "input" else (g_here, x_here)
+                rest = a - a @ q @ q.T
+                expected = b.T @ (a - rest) + (total * b).T @ rest
+                expected = expected if memory.side == "input" else expected.T
+                want = everywhere((rest.norm(dim=1) * b.norm(dim=1)).square()).sum(0)
+            else:
+                expected = (total * g_here).T @ x_here
+                want = (x.norm(dim=1) * g.norm(dim=1)).square()
+            torch.testing.assert_close(dw, expected)
+            if is_split:
+                assert_input_grad(layer, leaf.grad, g_here, by_row, agreed)
+            elif config.grad_input_name == "sampled":
+                # Scored by G alone, of which a layer divided by rows of X has two copies.
+                want = g.norm(dim=1).square() * (2 if by_row else 1)
+                torch.testing.assert_close(leaf.grad, (total * g) @ plain.weight)
+            elif config.grad_input_name == "projected":
+                q = memory.projection.basis
+                parts = everywhere(g_here @ layer.weight.to_local() @ q @ q.T)
+                whole_dx = torch.cat(list(parts), 1) if by_row else parts.sum(0)
+                torch.testing.assert_close(leaf.grad, whole_dx)
+            torch.testing.assert_close(scores, want.sqrt())
+            torch.testing.assert_close(whole(layer.bias.grad), g.sum(0))

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -37,31 +37,9 @@ def columns(a):
     return a.chunk(2, dim=-1)[rank()]
 
 
-def plan():
-    return {"0": ColwiseParallel(), "2": RowwiseParallel()}
-
-
-def sequence_plan():
-    """Activations are divided by position outside of the two layers."""
-    return {
-        "0": ColwiseParallel(input_layouts=Shard(1)),
-        "2": RowwiseParallel(output_layouts=Shard(1)),
-    }
-
-
-def dtensor_plan():
-    return {
-        "0": ColwiseParallel(use_local_output=False),
-        "2": RowwiseParallel(use_local_output=False),
-    }
-
-
-def gathered_plan():
-    """Every layer takes and gives whole activations."""
-    return {
-        "0": ColwiseParallel(output_layouts=Replicate()),
-        "2": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
-    }
+def plan(column=None, row=None):
+    """Both ways to divide a layer, with keyword arguments of each."""
+    return {"0": ColwiseParallel(**column or {}), "2": RowwiseParallel(**row or {})}
 
 
 def parallel(model, config, layouts, convert_first):
@@ -100,6 +78,11 @@ def single(style, config, out_features=8, in_features=12, on=None):
     whole_activations = style(input_layouts=Replicate(), output_layouts=Replicate())
     layer = parallelize_module(copy.deepcopy(plain), on or mesh(), whole_activations)
     return converted(layer, config), plain
+
+
+def backward(layer, x, g):
+    layer.zero_grad()
+    layer(x).backward(g)
 
 
 def placed(layer, on, placements):

@@ -6,22 +6,16 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from memaop_triton import memory_state_dict
+from memaop_triton.config import MEMORIES
 from memaop_triton.distributed.checkpoint import load_memory, memory_entries
-from tests.distributed.checkpoint import (
-    SCHEMES,
-    comes_back,
-    converted,
-    refused,
-    save,
-    trained,
-)
+from tests.distributed.checkpoint import comes_back, converted, refused, save, trained
 from tests.distributed.resume_worker import differences
 
 # Of `dcp.save`, that a single process saves.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-@pytest.mark.parametrize("memory", SCHEMES)
+@pytest.mark.parametrize("memory", MEMORIES)
 def test_memories_of_one_process_come_back(tmp_path, memory):
     for rank in (0, 1):
         comes_back(trained(memory, rank), converted(memory), tmp_path / f"{rank}")

@@ -24,7 +24,7 @@ def ratios(model):
     return [layer.config.ratio for layer in model if isinstance(layer, nn.Linear)]
 
 
-def test_sets_the_ratio_at_once_and_at_every_step():
+def test_sets_the_ratio_at_once_and_at_every_step_of_the_layers_that_it_names():
     model = net()
     called = []
     scheduler = RatioScheduler(model, lambda step: called.append(step) or 1 / (step + 2))
@@ -33,18 +33,24 @@ def test_sets_the_ratio_at_once_and_at_every_step():
     assert ratios(model) == [1 / 3, 1 / 3]
     assert scheduler.get_last_ratios() == {"0": 1 / 3, "2": 1 / 3}
     assert called == [0, 1]
-
-
-def test_layers_that_a_schedule_does_not_name_keep_their_ratio():
-    with pytest.raises(ValueError, match="no converted layer"):
-        RatioScheduler(nn.Linear(2, 2), lambda step: 1.0)
-    model = net()
     RatioScheduler(model, lambda step: {"2": 1 / 4})
-    assert ratios(model) == [1 / 8, 1 / 4]
-    with pytest.raises(ValueError, match=r"not converted: \['1'\]"):
-        RatioScheduler(model, lambda step: {"1": 1 / 4})
-    with pytest.raises(ValueError, match="ratio=0"):
-        RatioScheduler(model, lambda step: 0.0)
+    assert ratios(model) == [1 / 3, 1 / 4]
+
+
+def test_what_is_wrong_is_named():
+    for model, schedule, message in (
+        (nn.Linear(2, 2), lambda step: 1.0, "no converted layer"),
+        (net(), lambda step: {"1": 1 / 4}, r"not converted: \['1'\]"),
+        (net(), lambda step: 0.0, "ratio=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RatioScheduler(model, schedule)
+    scheduler = RatioScheduler(net(), lambda step: 1.0)
+    state = scheduler.state_dict()
+    assert state == {"last_step": 0, "ratios": {"0": 1.0, "2": 1.0}}
+    state["ratios"]["4"] = state["ratios"].pop("2")
+    with pytest.raises(ValueError, match=r"\['2', '4'\]"):
+        scheduler.load_state_dict(state)
 
 
 @pytest.mark.parametrize("memory", ["none", "residual", "subspace"])
@@ -80,15 +86,6 @@ def test_a_resumed_scheduler_continues_where_it_stopped():
     assert ratios(twin) == ratios(model) == [1 / 8, 1 / 4]
     resumed.step()
     assert ratios(twin) == [1 / 8, 1 / 5]
-
-
-def test_the_state_of_a_model_with_other_layers_is_refused():
-    scheduler = RatioScheduler(net(), lambda step: 1.0)
-    state = scheduler.state_dict()
-    assert state == {"last_step": 0, "ratios": {"0": 1.0, "2": 1.0}}
-    state["ratios"]["4"] = state["ratios"].pop("2")
-    with pytest.raises(ValueError, match=r"\['2', '4'\]"):
-        scheduler.load_state_dict(state)
 
 
 def test_layers_with_a_number_of_rows_have_no_ratio_until_they_get_one():
