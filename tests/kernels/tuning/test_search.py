@@ -25,9 +25,6 @@ from memaop_triton.kernels.tuning.config import (
 )
 from memaop_triton.kernels.tuning.cost_model import predict
 from memaop_triton.kernels.tuning.search import candidates
-from tests.judging import check_products
-from tests.judging import operands as small_operands
-from tests.traffic import interpreted
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 # M, K, N, P: usual ones, and such as nobody would plan for.
@@ -165,21 +162,3 @@ def test_a_candidate_compiles_and_fits_as_estimated(target, kernel, precision, d
     assert counts.shared <= target.shared_memory
     if problem.is_exact:
         assert not counts.matrix, "not multiplied exactly"
-
-
-# A sample, executed. -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sizes", [(40, 20, 33, 70), (17, 5, 1, 3), (64, 64, 64, 48)])
-@pytest.mark.parametrize("number", range(0, 12, 4))
-def test_candidates_give_the_right_values(sizes, number):
-    m, k, n, p = sizes
-    problem = Problem("gather_gemm", SINGLE, m, k, n, p, flags=("weighted",))
-    found = candidates(problem, TARGETS["sm_80"])
-    config = replace(found[number % len(found)], split_k=1 + number % 3)
-    x, g = small_operands(m, n, p, SINGLE)
-    indices = torch.arange(k) * (m // k)
-    weights = torch.rand(k) + 0.5
-    with interpreted():
-        actual = gather_gemm(x, g, indices, weights, config=config)
-    check_products(actual, x, g, indices, weights)
