@@ -76,11 +76,9 @@ def test_it_takes_rows_of_any_stride_and_repeats(dtype, off, way):
     x = torch.randn(50, 40, dtype=dtype)[:, 3:35]
     g = torch.randn(100, 90, dtype=dtype)[::2, 5:30]
     indices = torch.tensor([4, 4, 9, 49])
-    found, exact = (
-        torch_ops.gather_gemm(x, g, indices),
-        g[indices].double().t() @ x[indices].double(),
-    )
-    torch.testing.assert_close(found.double(), exact, rtol=off, atol=off)
+    found = torch_ops.gather_gemm(x, g, indices).double()
+    exact = g[indices].double().t() @ x[indices].double()
+    torch.testing.assert_close(found, exact, rtol=off, atol=off)
 
 
 @needs_compiler

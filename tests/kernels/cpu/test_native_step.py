@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, Subspace, new_memory
+from memaop_triton import MemAOPConfig, new_memory
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.kernels.cpu import library, native, native_step
 from memaop_triton.monitor.observer import LayerObserver
@@ -97,33 +97,30 @@ def same(calls, one_by_one):
     return check
 
 
-@pytest.mark.parametrize(
-    ("shape", "side", "rank", "count", "dtype"),
-    pairwise(
-        [(60, 272, 256), (513, 256, 272)], ["input", "grad"], [4, 16, 20, 64], [1, 2, 3], DTYPES
+SCHEMES = [
+    {"selection": "priority", "memory": "none"},
+    {"selection": "topk", "memory": "none"},
+    {"selection": "topk", "memory": "residual", "decay": 0.9},
+    {"selection": "topk", "memory": "signed", "decay": 0.9},
+    *(
+        {"memory": "subspace", "side": side, "rank": rank, "refresh_every": 2}
+        for side in ("input", "grad")
+        for rank in (4, 16, 20, 64)
     ),
-)
-def test_with_a_subspace(shape, side, rank, count, dtype, own_gemm, same, threads):
-    config = MemAOPConfig(ratio=0.2, memory=Subspace(rank=rank, side=side, refresh_every=2))
-    threads(count)
-    same(config, shape, dtype)
+]
+SHAPES = [(2, 16, 16), (300, 50, 33), (60, 272, 256), (513, 256, 272)]
 
 
 @pytest.mark.parametrize(
-    ("scheme", "shape", "count", "dtype"),
-    pairwise(
-        [("priority", "none"), ("topk", "none"), ("topk", "residual"), ("topk", "signed")],
-        [(2, 16, 16), (300, 50, 33), (700, 128, 96)],
-        [1, 3],
-        DTYPES,
-    ),
+    ("scheme", "shape", "count", "dtype", "is_own", "watched"),
+    pairwise(SCHEMES, SHAPES, [1, 2, 3], DTYPES, [True, False], [True, False]),
 )
-def test_without_a_subspace(scheme, shape, count, dtype, own_gemm, same, threads):
-    selection, memory = scheme
-    k = max(1, shape[0] // 9)
+def test_it_is_the_passes_one_by_one(
+    scheme, shape, count, dtype, is_own, watched, monkeypatch, same, threads
+):
+    monkeypatch.setattr(library, "prefers_own_gemm", lambda dtype: is_own)
     threads(count)
-    config = flat_config(k=k, selection=selection, memory=memory, decay=0.9)
-    same(config, shape, dtype, watched=memory != "none")
+    same(flat_config(k=max(1, shape[0] // 9), **scheme), shape, dtype, watched=watched)
 
 
 def test_all_rows_of_a_memory(calls, one_by_one):
@@ -141,18 +138,6 @@ def test_all_rows_of_a_memory(calls, one_by_one):
     assert len(calls) == 1
     one_by_one()
     agree(found, both())
-
-
-@pytest.mark.parametrize(
-    ("selection", "memory", "dtype", "is_own"),
-    pairwise(["priority", "topk"], ["none", "subspace"], DTYPES, [True, False]),
-)
-def test_what_is_watched_and_where_pytorch_multiplies(
-    selection, memory, dtype, is_own, monkeypatch, same
-):
-    monkeypatch.setattr(library, "prefers_own_gemm", lambda dtype: is_own)
-    config = flat_config(ratio=0.2, rank=8, selection=selection, memory=memory)
-    same(config, (200, 64, 80), dtype, watched=True)
 
 
 @pytest.mark.parametrize(
