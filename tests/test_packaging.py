@@ -1,8 +1,6 @@
 """The package works from a checkout, as an editable install and from a wheel, run anywhere."""
 
-import os
 import subprocess
-import sys
 import sysconfig
 import venv
 import zipfile
@@ -11,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from memaop_triton.kernels.cpu import build
+from tests.processes import ROOT, run, run_python
 
-ROOT = Path(__file__).resolve().parent.parent
 TORCH_OPS = Path("kernels") / "cpu" / "torch_ops.py"
 # Shadowing `kernels` would break transformers, which imports the package of that name from PyPI.
 PROBE = """
@@ -67,15 +65,6 @@ def environment(tmp_path):
         if "memaop" not in entry.name.lower():
             (purelib / entry.name).symlink_to(entry)
     return python
-
-
-def run(python, *arguments, cwd=ROOT, **variables):
-    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
-    done = subprocess.run(
-        [str(python), *map(str, arguments)], cwd=cwd, env=environ, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip()
 
 
 def install(python, sources, *arguments):
@@ -141,5 +130,4 @@ assert layer.weight.grad is not None
 assert "memaop_triton.kernels.gpu.gather_gemm" not in sys.modules
 assert not torch.cuda.is_initialized()
 """
-    folder = {"MEMAOP_TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    run(sys.executable, "-c", probe, cwd=tmp_path, **folder)
+    run_python(probe, cwd=tmp_path, MEMAOP_TRITON_CACHE_DIR=str(tmp_path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -15,7 +14,6 @@ import pytest
 import torch
 
 from memaop_triton.commands import cli
-from memaop_triton.errors import CommandError
 from memaop_triton.experiments import data, demo, paper, paper_report, published
 from memaop_triton.experiments.data import DataError
 from memaop_triton.experiments.numbers import Value
@@ -143,8 +141,6 @@ def test_demo_is_paired_and_reproducible():
         assert result.losses == other.losses
         # With every row computed all schemes are dense from the same start on the same batches.
         assert result.losses[0] == pytest.approx(first[0].losses[0], rel=1e-4)
-    with pytest.raises(CommandError, match="--batch-size"):
-        demo.total_steps(dataclasses.replace(settings, batch_size=1438), images)
 
 
 def test_energy_preprocessing():

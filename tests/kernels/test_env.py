@@ -1,13 +1,11 @@
 """Settings of PyTorch, by its old interface and its new one, and the folder of cached files."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import run_python
+
 SETTINGS = {
     "": "ieee",
     "torch.set_float32_matmul_precision('high')": "tf32",
@@ -39,16 +37,10 @@ print(dict(machine._pytorch())["float32 products on a GPU"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_how_float32_is_multiplied_follows_every_setting(setting):
     """In a process of its own: PyTorch has no way back from a mix of old and new settings."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE.format(setting=setting)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
     formed = SETTINGS[setting]
     shown = {"tf32": "tf32", "ieee": "exact"}[formed]
-    assert done.stdout.split() == [formed, "ieee", "ieee", shown]
+    printed = run_python(PROBE.format(setting=setting), TRITON_INTERPRET="1")
+    assert printed.split() == [formed, "ieee", "ieee", shown]
 
 
 WITHOUT_PLATFORMDIRS = """
@@ -74,19 +66,10 @@ except ModuleNotFoundError as error:
 
 
 @pytest.mark.parametrize("chosen", ["MEMAOP_TRITON_CACHE_DIR", "XDG_CACHE_HOME", "HOME"])
-def test_a_checkout_trains_without_platformdirs(chosen, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), chosen: str(tmp_path)}
+def test_a_checkout_trains_without_platformdirs(chosen, tmp_path, monkeypatch):
     for name in ("MEMAOP_TRITON_CACHE_DIR", "XDG_CACHE_HOME"):
-        if name != chosen:
-            environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PLATFORMDIRS],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    usual, folder, *error = done.stdout.splitlines()
+        monkeypatch.delenv(name, raising=False)
+    usual, folder, *error = run_python(WITHOUT_PLATFORMDIRS, **{chosen: str(tmp_path)}).splitlines()
     below = {"XDG_CACHE_HOME": "memaop-triton", "HOME": ".cache/memaop-triton"}.get(chosen, "")
     assert Path(folder) == tmp_path / below / "native"
     wanted = "install platformdirs or set MEMAOP_TRITON_CACHE_DIR"

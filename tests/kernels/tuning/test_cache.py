@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,8 +15,8 @@ from filelock import FileLock
 from memaop_triton.kernels.tuning import cache as config_cache
 from memaop_triton.kernels.tuning.cache import Choice, ConfigFile, Gpu
 from memaop_triton.kernels.tuning.config import GemmConfig, Problem, RowConfig
+from tests.processes import ROOT, run
 
-ROOT = Path(__file__).resolve().parents[3]
 GPU = Gpu("Fake GPU (1)", "sm_90", 132)
 CONFIG = GemmConfig(128, 64, 64, 4, 3, split_k=6)
 OTHER = GemmConfig(64, 64, 32, 4, 3)
@@ -56,10 +55,8 @@ def held(path):
 
 
 def test_writers_at_once_lose_no_entry_and_killed_ones_leave_a_file_that_loads(tmp_path):
-    environ = dict(os.environ, MEMAOP_TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT))
     command = [sys.executable, "-m", "tests.kernels.tuning.cache_worker"]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(*command, MEMAOP_TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_an_entry_comes_back_as_it_was_from_the_file_of_its_kernel(cache):
