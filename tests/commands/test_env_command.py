@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import types
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 import memaop_triton
 from memaop_triton import dispatch
 from memaop_triton.commands import cli, machine
-from memaop_triton.kernels import targets
 from memaop_triton.kernels.cpu import library
 from memaop_triton.units import human_bytes, milliseconds
 from tests.test_dispatch import OnGpu
@@ -163,25 +161,6 @@ def test_what_is_explained_is_what_happens(
     path, reason = dispatch.explain(rows).split(": ", 1)
     assert path == happens
     assert reason
-
-
-@pytest.mark.parametrize(
-    ("capability", "kernels"),
-    [((9, 0), "kernels chosen for sm_90"), ((7, 5), "no kernels for it")],
-)
-def test_gpus(monkeypatch, capability, kernels):
-    major, minor = capability
-    properties = types.SimpleNamespace(
-        name="Some GPU", major=major, minor=minor, multi_processor_count=132, total_memory=80 << 30
-    )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(torch.version, "hip", None)
-    targets.find.cache_clear()
-    gpus = dict(machine._gpus())
-    targets.find.cache_clear()
-    assert gpus["cuda:0"] == f"Some GPU, sm_{major}{minor}, 132 processors, 80.0 GiB, {kernels}"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

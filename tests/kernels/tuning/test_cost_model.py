@@ -2,21 +2,18 @@
 
 import re
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
 from bench.microscope.building import REPORTED, by_name
-from bench.microscope.cases import float32_products
-from bench.microscope.compiling import record
 from bench.microscope.kernel_report import PAGE as REPORT
 from memaop_triton.kernels.targets import TARGETS
 from memaop_triton.kernels.tuning import config as launches
-from memaop_triton.kernels.tuning import defaults, tuner
+from memaop_triton.kernels.tuning import defaults
 from memaop_triton.kernels.tuning.config import GemmConfig, Problem
 from memaop_triton.kernels.tuning.cost_model import count_work, predict
-from tests.kernels.tuning.test_search import problems
+from tests.kernels.tuning.test_search import problem_of, problems
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 H100 = TARGETS["sm_90"]
@@ -75,23 +72,6 @@ def test_rows_that_many_tiles_read_come_from_memory_again_where_the_cache_is_sma
 
 
 # What the compiler says. -------------------------------------------------------------------------
-
-
-class AskedError(Exception):
-    """Holds the problem that a launcher asks a configuration for."""
-
-
-def problem_of(case, target):
-    """What a case launches."""
-
-    def choose(problem, *_):
-        raise AskedError(problem)
-
-    with pytest.MonkeyPatch.context() as patch, float32_products(case.precision):
-        patch.setattr(tuner, "choose", choose)
-        with pytest.raises(AskedError) as asked:
-            record(partial(case.call, config=None), target)
-    return asked.value.args[0]
 
 
 def lines_of_the_report(target):

@@ -7,14 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-from bench.microscope.cases import empty, float32_products, operands, scalars
-from bench.microscope.cases import memory as memory_of
-from bench.microscope.compiling import compile_call
+from bench.microscope.building import by_name
+from bench.microscope.cases import float32_products
+from bench.microscope.compiling import compile_call, record
 from bench.microscope.reading import read
-from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
-from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
 from memaop_triton.kernels.targets import TARGETS
-from memaop_triton.kernels.tuning import defaults
+from memaop_triton.kernels.tuning import defaults, tuner
 from memaop_triton.kernels.tuning.cache import SOURCES
 from memaop_triton.kernels.tuning.config import (
     GemmConfig,
@@ -133,30 +131,41 @@ def check_valid(problem, config, target):
 # A sample, compiled. -----------------------------------------------------------------------------
 
 
+class AskedError(Exception):
+    """Holds the problem that a launcher asks a configuration for."""
+
+
+def problem_of(case, target):
+    """What a case launches."""
+
+    def choose(problem, *_):
+        raise AskedError(problem)
+
+    with pytest.MonkeyPatch.context() as patch, float32_products(case.precision):
+        patch.setattr(tuner, "choose", choose)
+        with pytest.raises(AskedError) as asked:
+            record(partial(case.call, config=None), target)
+    return asked.value.args[0]
+
+
 @pytest.mark.parametrize(
-    ("target", "kernel", "precision", "dtype", "number"),
+    ("target", "title", "kind", "number"),
     [
-        ("sm_90", "gather_gemm", "ieee", HALF, 0),
-        ("sm_90", "gather_gemm", "tf32", SINGLE, 3),
-        ("sm_80", "gather_gemm", "ieee", HALF, 1),
-        ("gfx942", "gather_gemm", "ieee", HALF, 0),
-        ("sm_100", "gather_gemm", "ieee", SINGLE, 0),
-        ("sm_100", "residual_gemm", "ieee", SINGLE, 0),
+        ("sm_90", "gather rows, weighted + C", "bf16", 0),
+        ("sm_90", "gather rows, weighted + C", "tf32", 3),
+        ("sm_80", "gather rows, weighted + C", "bf16", 1),
+        ("gfx942", "gather rows, weighted + C", "bf16", 0),
+        ("sm_100", "gather rows, weighted + C", "fp32", 0),
+        ("sm_100", "residual, memory fp32", "fp32", 0),
     ],
 )
-def test_a_candidate_compiles_and_fits_as_estimated(target, kernel, precision, dtype, number):
-    target, given = TARGETS[target], operands(dtype)
-    problem = Problem(kernel, dtype, 16384, 2048, 4096, 4096, precision=precision)
-    if kernel == "gather_gemm":
-        problem = replace(problem, flags=("weighted",))
-        launch = partial(gather_gemm, **given, weights=torch.empty(2048, device="meta"))
-    else:
-        problem = replace(problem, stored=dtype)
-        rest = scalars() | {"lost": empty(1, dtype=SINGLE)}
-        launch = partial(residual_gemm, memory_of(dtype), **given, **rest)
+def test_a_candidate_compiles_and_fits_as_estimated(target, title, kind, number):
+    cases, target = by_name(target), TARGETS[target]
+    name = next(n for n in cases if n.startswith(title) and n.endswith(kind))
+    problem = problem_of(cases[name], target)
     config = candidates(problem, target)[number]
-    with float32_products(precision):
-        (compiled, *_) = compile_call(partial(launch, config=config), target)
+    with float32_products(problem.precision):
+        (compiled, *_) = compile_call(partial(cases[name].call, config=config), target)
     counts = read(compiled)
     assert counts.shared <= shared_memory(problem, config, target)
     assert counts.shared <= target.shared_memory
