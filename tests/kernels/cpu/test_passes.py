@@ -2,6 +2,7 @@
 
 import functools
 import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -95,12 +96,8 @@ def test_room_lives_until_the_call_returns(monkeypatch):
     """Where it is too large to be kept, nobody else holds it."""
     references, alive = [], []
 
-    class Library:
-        def product_room_f32(self, *sizes):
-            return 64
-
-        def transposed_product_f32(self, *arguments):
-            alive.append(references[-1]() is not None)
+    def transposed_product(*arguments):
+        alive.append(references[-1]() is not None)
 
     def room_for(number, count):
         room = torch.empty(count, dtype=torch.uint8)
@@ -108,7 +105,8 @@ def test_room_lives_until_the_call_returns(monkeypatch):
         return room
 
     monkeypatch.setattr(native, "room_for", room_for)
-    monkeypatch.setattr(library, "_library", Library)
+    code = Mock(product_room_f32=lambda *_: 64, transposed_product_f32=transposed_product)
+    monkeypatch.setattr(library, "_library", lambda: code)
     native.transposed_mm(torch.randn(8, 4), torch.randn(8, 16))
     assert alive == [True]
 
