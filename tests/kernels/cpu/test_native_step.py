@@ -167,27 +167,23 @@ def added(rows=9, p=64, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("a", "b", "other"),
     [
-        (torch.randn(9, 8), torch.randn(9, 64), None),
-        (torch.randn(9, 64), torch.randn(9, 64).double(), None),
-        (torch.randn(9, 64).half(), torch.randn(9, 64).half(), None),
-        (torch.randn(64, 9).t(), torch.randn(9, 64), None),
-        (torch.randn(9, 64), torch.randn(9, 64), added(rows=8)),
-        (torch.randn(9, 64), torch.randn(9, 64), added(p=48)),
-        (torch.randn(9, 64), torch.randn(9, 64), added(dtype=torch.float64)),
-        (torch.randn(9, 64), torch.randn(9, 64), torch.randn(6, 64).t()),
-        (torch.randn(9, 64), torch.randn(9, 64), torch.randn(68, 64).t()),
-        (torch.randn(9, 64), torch.randn(9, 64), torch.randn(8, 64).double().t()),
+        (torch.randn(9, 8), torch.randn(9, 64), {}),
+        (torch.randn(9, 64), torch.randn(9, 64).double(), {}),
+        (torch.randn(9, 64).half(), torch.randn(9, 64).half(), {}),
+        (torch.randn(64, 9).t(), torch.randn(9, 64), {}),
+        (torch.randn(9, 64), torch.randn(9, 64), {"added": added(rows=8)}),
+        (torch.randn(9, 64), torch.randn(9, 64), {"added": added(p=48)}),
+        (torch.randn(9, 64), torch.randn(9, 64), {"added": added(dtype=torch.float64)}),
+        (torch.randn(9, 64), torch.randn(9, 64), {"basis": torch.randn(6, 64).t()}),
+        (torch.randn(9, 64), torch.randn(9, 64), {"basis": torch.randn(68, 64).t()}),
+        (torch.randn(9, 64), torch.randn(9, 64), {"basis": torch.randn(8, 64).double().t()}),
     ],
 )
 def test_what_the_passes_do_not_take_is_left_alone(a, b, other):
-    def run(a, b, other):
-        basis, rows = (None, other) if isinstance(other, tuple) else (other, None)
-        return native_step.run(a, b, 3, basis, rows)
-
     taken = torch.randn(9, 64)
-    for fine in (None, torch.randn(8, 64).t(), added()):
-        assert run(taken, taken.clone(), fine) is not None
-    assert run(a, b, other) is None
+    for fine in ({}, {"basis": torch.randn(8, 64).t()}, {"added": added()}):
+        assert native_step.run(taken, taken.clone(), 3, **fine) is not None
+    assert native_step.run(a, b, 3, **other) is None
 
 
 @pytest.mark.parametrize("memory", ["none", "residual", "subspace"])
