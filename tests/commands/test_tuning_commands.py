@@ -34,6 +34,7 @@ def no_module():
 def on_gpu(fake_gpu, monkeypatch):
     """`tune` runs on what counts as a GPU; only the first two candidates are tried."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "triton")
     monkeypatch.setattr(command, "_gpu", lambda: torch.device("cpu"))
     candidates = search.candidates
@@ -45,14 +46,10 @@ def on_gpu(fake_gpu, monkeypatch):
 
 
 @pytest.fixture
-def wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
-
-
-@pytest.fixture
 def cache(monkeypatch, tmp_path):
     """A cache with one fresh, one stale and one foreign entry, and those of another GPU."""
     monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "400")
     config_cache.forget()
     path = put(GPUS[0], entry(), entry(replace(PROBLEM, n=64), triton="1.0"))
     content = json.loads(path.read_text())
@@ -88,7 +85,7 @@ def tuned_problems():
     ]
 
 
-def test_tune_shapes_tunes_every_kernel_that_the_layers_use(on_gpu, capsys, wide):
+def test_tune_shapes_tunes_every_kernel_that_the_layers_use(on_gpu, capsys):
     shown = told(capsys, "tune", "--shapes", "64x32x16", "--dtype", "float32", "--rank", "4")
     problems = tuned_problems()
     kernels = {"gather_gemm", "project", "transposed_mm", "row_scores"}  # the last for the choice
@@ -101,7 +98,7 @@ def test_tune_shapes_tunes_every_kernel_that_the_layers_use(on_gpu, capsys, wide
     assert any("N=32 P=16" in problem for problem in sides)
     assert any("N=16 P=32" in problem for problem in sides)
     for kernel, problem in problems:
-        assert f"{kernel}" in shown
+        assert kernel in shown
         assert problem in shown
     assert "1.0000" in shown
     assert "block_n=" in shown
@@ -163,7 +160,7 @@ def test_errors_of_tune_name_what_is_wrong(on_gpu, capsys, arguments, words):
     assert error.count("\n") == 1
 
 
-def test_list_counts_entries_by_what_they_are_worth_and_names_broken_files(cache, capsys, wide):
+def test_list_counts_entries_by_what_they_are_worth_and_names_broken_files(cache, capsys):
     lines = told(capsys, "cache", "list").splitlines()
     (row,) = [line for line in lines if "Fake GPU (1)" in line]
     assert [word for word in row.split() if word.isdecimal()] == ["3", "1", "1", "1"]
@@ -175,7 +172,7 @@ def test_list_counts_entries_by_what_they_are_worth_and_names_broken_files(cache
     assert "left out" in told(capsys, "cache", "show", "--kernel", "project")
 
 
-def test_show_has_every_entry(cache, capsys, wide):
+def test_show_has_every_entry(cache, capsys):
     shown = told(capsys, "cache", "show", "--gpu", "FAKE")
     for words in (PROBLEM.key, "0.2500", "0.5000", "split_k=6", "fresh", "stale", "unused", "1.0"):
         assert words in shown
