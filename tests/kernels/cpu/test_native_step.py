@@ -93,7 +93,7 @@ SCHEMES = [
     {"selection": "topk", "memory": "signed", "decay": 0.9},
     *(
         {"memory": "subspace", "side": side, "rank": rank, "refresh_every": 2}
-        for side in ("input", "grad")
+        for side in ("auto", "input", "grad")
         for rank in (4, 16, 20, 64)
     ),
 ]
@@ -184,6 +184,20 @@ def test_what_the_passes_do_not_take_is_left_alone(a, b, other):
     for fine in ({}, {"basis": torch.randn(8, 64).t()}, {"added": added()}):
         assert native_step.run(taken, taken.clone(), 3, **fine) is not None
     assert native_step.run(a, b, 3, **other) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"block_rows": 16}, 0),
+        ({"selection": "bernoulli"}, 0),
+        ({"selection": "topk", "memory": "residual", "dtype": torch.float32}, 3),
+        ({"selection": "topk", "memory": "residual", "dtype": torch.bfloat16}, 0),
+    ],
+)
+def test_other_selections_and_storage_go_their_own_way(change, expected, calls):
+    gradients(flat_config(**{"k": 32, "rank": 8} | change), (200, 64, 80), torch.float32)
+    assert len(calls) == expected
 
 
 @pytest.mark.parametrize("memory", ["none", "residual", "subspace"])

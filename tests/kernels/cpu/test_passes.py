@@ -184,7 +184,7 @@ def test_what_the_c_code_cannot_address_is_left_to_pytorch():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_default_dtype_is_nobodys_dtype(dtype):
+def test_the_default_dtype_is_nobodys_dtype(dtype, way):
     config = MemAOPConfig(k=20, memory=Subspace(rank=4))
     x = torch.randn(200, 32)
 

@@ -67,7 +67,7 @@ def test_ties_and_special_numbers(scores, drawn, expected, dtype):
     assert weights.tolist() == [1, 1, 1, 1]
 
 
-def test_the_default_device_is_nobodys_device():
+def test_the_default_device_is_nobodys_device(way):
     scores = torch.rand(40, device="cpu")
     torch.set_default_device("meta")
     try:

@@ -229,6 +229,14 @@ def test_a_lock_that_is_never_given_back_is_not_waited_for_twice(cache, monkeypa
     assert len(held(cache)) == 3
 
 
+def test_what_a_killed_writer_left_is_removed(cache):
+    add()
+    left = cache.with_name(f".{cache.name}.123-abc")
+    left.write_text("{")
+    add(OTHER)
+    assert not left.exists()
+
+
 def test_the_umask_decides_who_can_read(cache):
     before = os.umask(0o027)
     try:

@@ -80,7 +80,7 @@ def test_a_configuration_that_is_given_is_taken(fake_gpu, monkeypatch):
     monkeypatch.setattr(tuner, "choose", lambda *_: pytest.fail("asked"))
     x, g = torch.randn(32, 16), torch.randn(32, 16)
     with interpreted():
-        gather_gemm(x, g, torch.arange(8), config=replace(OTHERS[0], block_n=16, block_p=16))
+        gather_gemm(x, g, torch.arange(8), config=GemmConfig(16, 16, 16, 4, 2, split_k=2))
         row_scores(x, g, config=RowConfig(16, 16, 4))
 
 
