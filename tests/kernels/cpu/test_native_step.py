@@ -103,7 +103,7 @@ SCHEMES = [
     ("scheme", "shape", "count", "dtype", "is_own", "watched", "bad"),
     pairwise(
         SCHEMES,
-        [(2, 16, 16), (300, 50, 33), (60, 272, 256), (513, 256, 272)],
+        [(2, 16, 16), (300, 131, 33), (60, 272, 256), (513, 256, 272)],
         [1, 2, 3],
         DTYPES,
         [True, False],
