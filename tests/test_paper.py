@@ -134,18 +134,3 @@ def test_ten_steps_equal_the_paper(sizes, selection, memory, schedule, batch_siz
 def test_a_changing_rate_without_attach_optimizer_is_not_the_paper(difference):
     config = MemAOPConfig.paper(k=4)
     assert difference(SIZES["1-layer"], config, "step", attach=False) > 1e-5
-
-
-@pytest.mark.parametrize("selection", ["topk", "weightedk", "randk"])
-def test_all_rows_with_memory_are_plain_gradient_descent(selection, train_step):
-    config = MemAOPConfig.paper(k=99, selection=selection)
-    dense = nn.Linear(5, 3)
-    ours = MemAOPLinear(5, 3, config=config)
-    ours.load_state_dict(dense.state_dict())
-    optimizers = [torch.optim.SGD(m.parameters(), lr=RATE) for m in (dense, ours)]
-    for _ in range(3):
-        x = torch.randn(12, 5)
-        for model, optimizer in zip((dense, ours), optimizers, strict=True):
-            train_step(model, x, optimizer=optimizer)
-    torch.testing.assert_close(ours.weight, dense.weight)
-    assert ours.memory.nbytes == 0

@@ -126,24 +126,6 @@ def test_every_room_has_its_place():
     assert {room(module) for module in files()} - {"kernels"} == set(LEVELS)
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "from memaop_triton.nn.linear import MemAOPLinear",
-        "from memaop_triton.nn import linear",
-        "if TYPE_CHECKING:\n    import memaop_triton.nn.linear",
-        "class A:\n    def f(self):\n        from memaop_triton.nn import linear",
-    ],
-)
-def test_an_import_from_above_is_seen(statement):
-    (found,) = imports_of("memory.basis", ast.parse(statement), files())
-    assert found.target == "nn.linear"
-    assert found.is_lazy == ("def" in statement)
-    assert found.goes_upwards()
-    assert not found._replace(source="nn.state").goes_upwards()
-    assert not found._replace(source="convert").goes_upwards()
-
-
 @pytest.mark.parametrize(("folder", "most"), [(PACKAGE, 20), ("kernels", 6)])
 def test_a_package_has_few_entries_at_its_top(folder, most):
     entries = [e.name for e in (ROOT / folder).iterdir() if e.name != "__pycache__"]

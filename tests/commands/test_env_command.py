@@ -1,9 +1,9 @@
 """`memaop-triton env`: facts for a bug report, and nothing that is private."""
 
 import json
+import logging
 import os
 import re
-import types
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,8 @@ import torch
 import memaop_triton
 from memaop_triton import dispatch
 from memaop_triton.commands import cli, machine
-from memaop_triton.kernels import targets
 from memaop_triton.kernels.cpu import library
-from memaop_triton.units import milliseconds
+from memaop_triton.units import human_bytes, milliseconds
 from tests.test_dispatch import OnGpu
 
 
@@ -64,18 +63,10 @@ def test_the_home_directory_and_other_variables_stay_private(env, monkeypatch, t
     assert report["variables"]["MEMAOP_TRITON_CACHE_DIR"].startswith("'~/cache' ")
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("/home/jo/x and /home/jo", "~/x and ~"),
-        ("/home/joan/x", "/home/joan/x"),
-        ("/mnt/home/jo", "/mnt/home/jo"),
-        ("'/home/jo':/home/jo", "'~':~"),
-    ],
-)
-def test_only_the_home_directory_is_abbreviated(monkeypatch, text, shown):
+def test_only_the_home_directory_is_abbreviated(monkeypatch):
+    text = "/home/jo/x, '/home/jo':/home/jo, /home/joan/x, /mnt/home/jo"
     monkeypatch.setenv("HOME", "/home/jo")
-    assert machine.without_home(text) == shown
+    assert machine.without_home(text) == "~/x, '~':~, /home/joan/x, /mnt/home/jo"
     monkeypatch.setenv("HOME", "/")
     assert machine.without_home(text) == text
 
@@ -114,28 +105,34 @@ def test_row_passes_that_are_compiled(env, compiled_before, tmp_path):
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
-        ({"CC": "/nowhere/cc"}, "no: /nowhere/cc did not run"),
-        ({"CC": "false"}, "no: false failed"),
-        ({"PATH": ""}, "no: no C compiler"),
-        ({"MEMAOP_TRITON_BACKEND": "torch"}, "no: MEMAOP_TRITON_BACKEND='torch' leaves them out"),
-        ({"MEMAOP_TRITON_BACKEND": "cuda"}, "no: MEMAOP_TRITON_BACKEND='cuda' is not one of"),
+        ({"CC": "/nowhere/cc"}, "/nowhere/cc did not run"),
+        ({"CC": "false"}, "false failed"),
+        ({"PATH": "", "CC": ""}, "no C compiler"),
+        ({"MEMAOP_TRITON_BACKEND": "torch"}, "MEMAOP_TRITON_BACKEND='torch' leaves them out"),
+        ({"MEMAOP_TRITON_BACKEND": "cuda"}, "MEMAOP_TRITON_BACKEND='cuda' is not one of"),
     ],
 )
 @pytest.mark.skipif(not library.is_compiled(), reason="needs a C compiler")
-def test_row_passes_that_are_not_used_and_why(env, tmp_path, variables, reason):
-    facts = env(MEMAOP_TRITON_CACHE_DIR=str(tmp_path), **variables)
+def test_row_passes_that_are_not_used_and_why(env, tmp_path, caplog, variables, reason):
+    with caplog.at_level(logging.INFO):
+        facts = env(MEMAOP_TRITON_CACHE_DIR=str(tmp_path), **variables)
     rows = facts["row passes in C"]
-    assert rows["used"].startswith(reason)
+    assert rows["used"].startswith(f"no: {reason}")
     assert rows.get("gather GEMM", "PyTorch's") == "PyTorch's"
     assert not facts["what works on"]["cpu float32"].startswith("PyTorch and C")
+    if "MEMAOP_TRITON_BACKEND" not in variables:
+        assert f"plain PyTorch: {reason}" in caplog.text
+        assert not library.is_compiled()
 
 
 @pytest.mark.skipif(not library.is_compiled(), reason="needs a C compiler")
-def test_a_cache_that_cannot_be_written(env, compiled_before, tmp_path):
+def test_a_cache_that_cannot_be_written(env, compiled_before, tmp_path, caplog):
     (tmp_path / "native").write_text("in the way")
-    rows = env(MEMAOP_TRITON_CACHE_DIR=str(tmp_path))["row passes in C"]
+    with caplog.at_level(logging.INFO):
+        rows = env(MEMAOP_TRITON_CACHE_DIR=str(tmp_path))["row passes in C"]
     assert rows["used"].startswith("yes")
     assert rows["file"].startswith("not kept, compiled by every process; wanted in")
+    assert "not kept in" in caplog.text
 
 
 def test_a_cache_that_does_not_exist_yet(env, tmp_path):
@@ -166,25 +163,6 @@ def test_what_is_explained_is_what_happens(
     assert reason
 
 
-@pytest.mark.parametrize(
-    ("capability", "kernels"),
-    [((9, 0), "kernels chosen for sm_90"), ((7, 5), "no kernels for it")],
-)
-def test_gpus(monkeypatch, capability, kernels):
-    major, minor = capability
-    properties = types.SimpleNamespace(
-        name="Some GPU", major=major, minor=minor, multi_processor_count=132, total_memory=80 << 30
-    )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(torch.version, "hip", None)
-    targets.find.cache_clear()
-    gpus = dict(machine._gpus())
-    targets.find.cache_clear()
-    assert gpus["cuda:0"] == f"Some GPU, sm_{major}{minor}, 132 processors, 80.0 GiB, {kernels}"
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_no_gpu_and_why(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -194,8 +172,17 @@ def test_no_gpu_and_why(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0"), (1.2345e-5, "0.0123"), (1.2345e-3, "1.23"), (0.12345, "123"), (-0.0012, "-1.20")],
+    ("write", "number", "text"),
+    [
+        (milliseconds, 0, "0"),
+        (milliseconds, 1.2345e-5, "0.0123"),
+        (milliseconds, 0.12345, "123"),
+        (milliseconds, -0.0012, "-1.20"),
+        (human_bytes, 1023, "1023 B"),
+        (human_bytes, 1024, "1.0 KiB"),
+        (human_bytes, 135168, "132 KiB"),
+        (human_bytes, 2**40, "1024 GiB"),
+    ],
 )
-def test_milliseconds(seconds, text):
-    assert milliseconds(seconds) == text
+def test_units(write, number, text):
+    assert write(number) == text

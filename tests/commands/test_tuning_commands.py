@@ -1,5 +1,6 @@
 """`memaop-triton tune` and `memaop-triton cache`."""
 
+import io
 import json
 from dataclasses import replace
 
@@ -33,6 +34,7 @@ def no_module():
 def on_gpu(fake_gpu, monkeypatch):
     """`tune` runs on what counts as a GPU; only the first two candidates are tried."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "triton")
     monkeypatch.setattr(command, "_gpu", lambda: torch.device("cpu"))
     candidates = search.candidates
@@ -44,14 +46,10 @@ def on_gpu(fake_gpu, monkeypatch):
 
 
 @pytest.fixture
-def wide(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
-
-
-@pytest.fixture
 def cache(monkeypatch, tmp_path):
     """A cache with one fresh, one stale and one foreign entry, and those of another GPU."""
     monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "400")
     config_cache.forget()
     path = put(GPUS[0], entry(), entry(replace(PROBLEM, n=64), triton="1.0"))
     content = json.loads(path.read_text())
@@ -87,7 +85,7 @@ def tuned_problems():
     ]
 
 
-def test_tune_shapes_tunes_every_kernel_that_the_layers_use(on_gpu, capsys, wide):
+def test_tune_shapes_tunes_every_kernel_that_the_layers_use(on_gpu, capsys):
     shown = told(capsys, "tune", "--shapes", "64x32x16", "--dtype", "float32", "--rank", "4")
     problems = tuned_problems()
     kernels = {"gather_gemm", "project", "transposed_mm", "row_scores"}  # the last for the choice
@@ -100,7 +98,7 @@ def test_tune_shapes_tunes_every_kernel_that_the_layers_use(on_gpu, capsys, wide
     assert any("N=32 P=16" in problem for problem in sides)
     assert any("N=16 P=32" in problem for problem in sides)
     for kernel, problem in problems:
-        assert f"{kernel}" in shown
+        assert kernel in shown
         assert problem in shown
     assert "1.0000" in shown
     assert "block_n=" in shown
@@ -117,16 +115,11 @@ def test_tune_shapes_tunes_every_kernel_that_the_layers_use(on_gpu, capsys, wide
 )
 def test_tune_follows_the_setting(on_gpu, capsys, memory, selection, kernels):
     options = ["--memory", memory, "--selection", selection, "--dtype", "float32"]
-    told(capsys, "tune", "--shapes", "32x16x16", *options)
-    assert {kernel for kernel, _ in tuned_problems()} == kernels
-
-
-def test_tune_tunes_again_what_the_cache_holds(on_gpu, capsys):
-    arguments = ["tune", "--shapes", "64x16x16", "--memory", "none", "--dtype", "float32"]
-    told(capsys, *arguments)
-    count = len(on_gpu.timed)
-    told(capsys, *arguments)
-    assert len(on_gpu.timed) == 2 * count > 0
+    for _ in range(2):  # again, although the cache holds them
+        on_gpu.timed.clear()
+        told(capsys, "tune", "--shapes", "32x16x16", *options)
+        assert {kernel for kernel, _ in tuned_problems()} == kernels
+        assert len(on_gpu.timed) >= 2 * len(tuned_problems())
 
 
 def test_tune_a_model(on_gpu, capsys, monkeypatch):
@@ -137,12 +130,9 @@ def test_tune_a_model(on_gpu, capsys, monkeypatch):
         assert f"M=64 K=8 {shape}" in keys
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_tune_without_a_gpu_says_so(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    error = told(capsys, "tune", "--shapes", "64x16x16", code=2)
-    assert error.count("\n") == 1
-    assert "there is nothing to tune" in error
+    assert "nothing to tune" in told(capsys, "tune", "--shapes", "64x16x16", code=2)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +140,6 @@ def test_tune_without_a_gpu_says_so(capsys):
     [
         ([], "--shapes MxNxP or --model"),
         (["--shapes", "1x2x3", "--model", "a:b"], "--shapes MxNxP or --model"),
-        (["--shapes", "64x16"], "is not MxNxP"),
         (["--shapes", "64x16xP"], "is not MxNxP"),
         (["--shapes", "64x0x16"], "is not MxNxP"),
         (["--model", "a:b"], "--input"),
@@ -171,52 +160,38 @@ def test_errors_of_tune_name_what_is_wrong(on_gpu, capsys, arguments, words):
     assert error.count("\n") == 1
 
 
-def test_list_counts_entries_by_what_they_are_worth(cache, capsys, wide):
+def test_list_counts_entries_by_what_they_are_worth_and_names_broken_files(cache, capsys):
     lines = told(capsys, "cache", "list").splitlines()
     (row,) = [line for line in lines if "Fake GPU (1)" in line]
     assert [word for word in row.split() if word.isdecimal()] == ["3", "1", "1", "1"]
     assert any("Other [red]GPU" in line for line in lines), "no markup"
     assert "2 files in" in lines[-1]
-    assert "1 files in" in told(capsys, "cache", "list", "--gpu", "FAKE")
     assert "0 files in" in told(capsys, "cache", "list", "--gpu", "fake", "--kernel", "project")
-
-
-def test_list_names_files_that_cannot_be_read(cache, capsys, wide):
     (cache / GPUS[0].slug / "project.json").write_text("{")
     assert "not readable: Expecting property name" in told(capsys, "cache", "list")
     assert "left out" in told(capsys, "cache", "show", "--kernel", "project")
 
 
-def test_show_has_every_entry(cache, capsys, wide):
-    shown = told(capsys, "cache", "show", "--gpu", "fake")
+def test_show_has_every_entry(cache, capsys):
+    shown = told(capsys, "cache", "show", "--gpu", "FAKE")
     for words in (PROBLEM.key, "0.2500", "0.5000", "split_k=6", "fresh", "stale", "unused", "1.0"):
         assert words in shown
     assert "row_scores" not in shown
     assert "row_scores" in told(capsys, "cache", "show", "--kernel", "row_scores")
-
-
-def test_an_unknown_kernel_is_an_error(cache, capsys):
-    assert "--kernel=rows is not one of row_scores" in told(
-        capsys, "cache", "show", "--kernel", "rows", code=2
-    )
+    error = told(capsys, "cache", "show", "--kernel", "rows", code=2)
+    assert "--kernel=rows is not one of row_scores" in error
 
 
 def test_clear_deletes_what_matches(cache, capsys):
-    shown = told(capsys, "cache", "clear", "--gpu", "fake", "--yes")
-    assert "deleted 1 files" in shown
+    assert "deleted 1 files" in told(capsys, "cache", "clear", "--gpu", "fake", "--yes")
     assert [path.stem for path in cache.glob("*/*.json")] == ["row_scores"]
     told(capsys, "cache", "clear", "--yes")
-    assert not list(cache.glob("*/*.json"))
     assert "nothing to delete" in told(capsys, "cache", "clear", "--yes")
 
 
-@pytest.mark.parametrize(("answer", "left"), [("n\n", 2), ("y\n", 0)])
-def test_clear_asks(cache, capsys, monkeypatch, tmp_path, answer, left):
-    reply = tmp_path / "answer"
-    reply.write_text(answer)
-    with reply.open() as stream:
-        monkeypatch.setattr("sys.stdin", stream)
-        code = cli.run(["cache", "clear"])
-    assert code == (130 if left else 0)
+@pytest.mark.parametrize(("answer", "code", "left"), [("n\n", 130, 2), ("y\n", 0, 0)])
+def test_clear_asks(cache, capsys, monkeypatch, answer, code, left):
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    assert cli.run(["cache", "clear"]) == code
     assert "Delete 2 files?" in capsys.readouterr().out
     assert len(list(cache.glob("*/*.json"))) == left

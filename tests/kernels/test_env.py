@@ -1,13 +1,13 @@
 """Settings of PyTorch, by its old interface and its new one, and the folder of cached files."""
 
-import os
-import subprocess
+import contextlib
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from memaop_triton.kernels import env
+from tests.processes import run_python
+
 SETTINGS = {
     "": "ieee",
     "torch.set_float32_matmul_precision('high')": "tf32",
@@ -39,55 +39,28 @@ print(dict(machine._pytorch())["float32 products on a GPU"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_how_float32_is_multiplied_follows_every_setting(setting):
     """In a process of its own: PyTorch has no way back from a mix of old and new settings."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE.format(setting=setting)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
     formed = SETTINGS[setting]
     shown = {"tf32": "tf32", "ieee": "exact"}[formed]
-    assert done.stdout.split() == [formed, "ieee", "ieee", shown]
+    printed = run_python(PROBE.format(setting=setting), TRITON_INTERPRET="1")
+    assert printed.split() == [formed, "ieee", "ieee", shown]
 
 
-WITHOUT_PLATFORMDIRS = """
-import sys
-import platformdirs
-print(platformdirs.user_cache_path("memaop-triton") / "native")
-sys.modules["platformdirs"] = None
-import torch
-from memaop_triton import convert_
-from memaop_triton.kernels.env import cache_folder
-layer = convert_(torch.nn.Linear(8, 4))
-before = layer.weight.detach().clone()
-layer(torch.randn(64, 8)).square().sum().backward()
-torch.optim.SGD(layer.parameters(), 0.1).step()
-assert not torch.equal(layer.weight, before)
-print(cache_folder("native"))
-sys.platform = "win32"
-try:
-    cache_folder("native")
-except ModuleNotFoundError as error:
-    print(error)
-"""
-
-
-@pytest.mark.parametrize("chosen", ["MEMAOP_TRITON_CACHE_DIR", "XDG_CACHE_HOME", "HOME"])
-def test_a_checkout_trains_without_platformdirs(chosen, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), chosen: str(tmp_path)}
+@pytest.mark.parametrize(
+    ("chosen", "below"),
+    [
+        ("MEMAOP_TRITON_CACHE_DIR", ""),
+        ("XDG_CACHE_HOME", "memaop-triton"),
+        ("HOME", ".cache/memaop-triton"),
+    ],
+)
+def test_the_cache_folder_is_the_same_without_platformdirs(chosen, below, tmp_path, monkeypatch):
     for name in ("MEMAOP_TRITON_CACHE_DIR", "XDG_CACHE_HOME"):
-        if name != chosen:
-            environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_PLATFORMDIRS],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    usual, folder, *error = done.stdout.splitlines()
-    below = {"XDG_CACHE_HOME": "memaop-triton", "HOME": ".cache/memaop-triton"}.get(chosen, "")
-    assert Path(folder) == tmp_path / below / "native"
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(chosen, str(tmp_path))
+    usual = env.cache_folder("native")
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    assert env.cache_folder("native") == usual == tmp_path / below / "native"
+    monkeypatch.setattr(sys, "platform", "win32")
     wanted = "install platformdirs or set MEMAOP_TRITON_CACHE_DIR"
-    assert (wanted in "".join(error) and folder == usual) if below else not error
+    with pytest.raises(ModuleNotFoundError, match=wanted) if below else contextlib.nullcontext():
+        env.cache_folder("native")

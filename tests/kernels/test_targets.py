@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from memaop_triton import dispatch
+from memaop_triton.commands import machine
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.targets import TARGETS
 from memaop_triton.kernels.tuning.cache import Gpu, gpu_of
@@ -33,6 +34,7 @@ def plug_in(monkeypatch):
             regs_per_multiprocessor=65536,
             L2_cache_size=24 << 20,
             warp_size=32,
+            total_memory=80 << 30,
         )
         if arch:  # ROCm's PyTorch says less
             vars(properties).update(major=11, minor=0, warp_size=64)
@@ -40,6 +42,8 @@ def plug_in(monkeypatch):
         vars(properties).update(changes)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
         monkeypatch.setattr(torch.version, "hip", "6.4" if arch else None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         targets.find.cache_clear()
 
     yield plug
@@ -56,6 +60,8 @@ def test_a_listed_gpu_has_the_limits_of_the_list(plug_in, name):
     assert found.chip.cache == listed.chip.cache
     assert targets.current(DEVICE) is found
     assert gpu_of.__wrapped__(DEVICE) == Gpu("Some GPU", name, 48)
+    facts = f"Some GPU, {name}, 48 processors, 80.0 GiB, kernels chosen for {name}"
+    assert dict(machine._gpus())["cuda:0"] == facts
 
 
 @pytest.mark.parametrize(
@@ -92,6 +98,7 @@ def test_another_gpu_is_left_to_pytorch_which_is_said(plug_in, monkeypatch, whic
     plug_in(*which)
     name = which[0] if isinstance(which[0], str) else "sm_{}{}".format(*which)
     assert targets.find(DEVICE) is None
+    assert dict(machine._gpus())["cuda:0"].endswith("no kernels for it")
     with pytest.raises(RuntimeError, match=f"no measured limits for cuda:0, {name}"):
         targets.current(DEVICE)
     monkeypatch.setattr(dispatch, "_is_installed", lambda: True)

@@ -6,29 +6,16 @@ import torch
 from memaop_triton.kernels.cpu import library, processor
 
 
-@pytest.fixture(autouse=True)
-def _many_threads(monkeypatch):
+def test_small_layers_stay_in_one_thread_and_large_ones_take_all(monkeypatch):
+    """8 × 32 tokens of width 64 take less than waking a thread can."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-
-
-@pytest.mark.parametrize("width", [64, 172, 256])
-def test_the_layers_of_a_small_transformer_stay_in_one(width):
-    """8 × 32 tokens, width 64: its passes and products take less than waking a thread can."""
-    for columns in (64, width):
-        assert library.sizes_of(torch.empty(256, columns), rank=16) == (256, columns, 1)
-    assert library.gemm_threads(256 // 8 + 16, 64, width) == 1
-
-
-def test_large_ones_take_all():
+    for width in (64, 172, 256):
+        assert library.sizes_of(torch.empty(256, width), rank=16) == (256, width, 1)
+        assert library.gemm_threads(256 // 8 + 16, 64, width) == 1
     assert library.sizes_of(torch.empty(8192, 1024), rank=16)[-1] == 8
     assert library.gemm_threads(1024, 1024, 1024) == 8
-
-
-def test_more_work_never_takes_fewer():
     counts = [library.sizes_of(torch.empty(1 << power, 64))[-1] for power in range(18)]
     assert counts == sorted(counts)
-    assert counts[0] == 1
-    assert counts[-1] == 8
 
 
 @pytest.mark.parametrize(

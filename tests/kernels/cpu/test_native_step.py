@@ -1,9 +1,12 @@
 """A weight gradient in one call of the C code is that of its passes one by one, to the bit."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
-from memaop_triton import MemAOPConfig, Subspace, new_memory
+from memaop_triton import MemAOPConfig, new_memory
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.kernels.cpu import library, native, native_step
 from memaop_triton.monitor.observer import LayerObserver
@@ -56,8 +59,8 @@ def one_by_one(monkeypatch):
     return lambda: monkeypatch.setattr(native_step, "run", lambda *_, **__: None)
 
 
-def gradients(config, shape, dtype, *, watched=False, spoil=lambda x, g: None):
-    """What three steps of one layer compute and keep, in a flat list of tensors."""
+def gradients(config, shape, dtype, *, watched=False, bad=None):
+    """What three steps of one layer compute and keep; a first and a last row may be `bad`."""
     rows, n, p = shape
     torch.manual_seed(1)
     memory, found = new_memory(config, n, p), []
@@ -65,65 +68,62 @@ def gradients(config, shape, dtype, *, watched=False, spoil=lambda x, g: None):
     for _ in range(3):
         factors = [] if watched else None
         x, g = torch.randn(rows, n).to(dtype), torch.randn(rows, p).to(dtype)
-        spoil(x, g)
+        if bad is not None:
+            x[[0, -1], 7] = bad
+            g[0] = 0
         both = weight_and_bias_grad(x, g, config, memory, factors=factors, observer=observer)
-        found += [*both, *(a for pair in factors or () for a in pair)]
+        found.append((both, factors))
     if memory is not None:
-        kept = memory.state_dict().values()
-        found += [kept_one for kept_one in kept if isinstance(kept_one, torch.Tensor)]
+        found.append(memory.state_dict())
     if observer is not None:
         found += [observer._sums, observer._counts]
     return found
 
 
 def agree(first, second):
-    assert len(first) == len(second)
-    for one, other in zip(first, second, strict=True):
-        assert one.dtype == other.dtype
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    for one, other in zip(tree_leaves(first), tree_leaves(second), strict=True):
+        if isinstance(one, torch.Tensor):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.fixture
-def same(calls, one_by_one):
-    """Fails unless the single call was made in every step, and changed nothing."""
-
-    def check(config, shape, dtype, **how):
-        found = gradients(config, shape, dtype, **how)
-        assert len(calls) == 3
-        one_by_one()
-        agree(found, gradients(config, shape, dtype, **how))
-        return found
-
-    return check
-
-
-@pytest.mark.parametrize(
-    ("shape", "side", "rank", "count", "dtype"),
-    pairwise(
-        [(60, 272, 256), (513, 256, 272)], ["input", "grad"], [4, 16, 20, 64], [1, 2, 3], DTYPES
+SCHEMES = [
+    {"selection": "priority", "memory": "none"},
+    {"selection": "topk", "memory": "none"},
+    {"selection": "topk", "memory": "residual", "decay": 0.9},
+    {"selection": "topk", "memory": "signed", "decay": 0.9},
+    *(
+        {"memory": "subspace", "side": side, "rank": rank, "refresh_every": 2}
+        for side in ("auto", "input", "grad")
+        for rank in (4, 16, 20, 64)
     ),
-)
-def test_with_a_subspace(shape, side, rank, count, dtype, own_gemm, same, threads):
-    config = MemAOPConfig(ratio=0.2, memory=Subspace(rank=rank, side=side, refresh_every=2))
-    threads(count)
-    same(config, shape, dtype)
+]
 
 
 @pytest.mark.parametrize(
-    ("scheme", "shape", "count", "dtype"),
+    ("scheme", "shape", "count", "dtype", "is_own", "watched", "bad"),
     pairwise(
-        [("priority", "none"), ("topk", "none"), ("topk", "residual"), ("topk", "signed")],
-        [(2, 16, 16), (300, 50, 33), (700, 128, 96)],
-        [1, 3],
+        SCHEMES,
+        [(2, 16, 16), (300, 131, 33), (60, 272, 256), (513, 256, 272)],
+        [1, 2, 3],
         DTYPES,
+        [True, False],
+        [True, False],
+        [None, torch.nan, torch.inf],
     ),
 )
-def test_without_a_subspace(scheme, shape, count, dtype, own_gemm, same, threads):
-    selection, memory = scheme
-    k = max(1, shape[0] // 9)
+def test_it_is_the_passes_one_by_one(
+    scheme, shape, count, dtype, is_own, watched, bad, monkeypatch, calls, one_by_one, threads
+):
+    monkeypatch.setattr(library, "prefers_own_gemm", lambda dtype: is_own)
     threads(count)
-    config = flat_config(k=k, selection=selection, memory=memory, decay=0.9)
-    same(config, shape, dtype, watched=memory != "none")
+    config = flat_config(k=max(1, shape[0] // 9), **scheme)
+    found = gradients(config, shape, dtype, watched=watched, bad=bad)
+    assert len(calls) == 3
+    for step in calls:
+        infinite = step.scores.isinf().nonzero().flatten().tolist()
+        assert infinite == ([] if bad is None else [0, shape[0] - 1])
+    one_by_one()
+    agree(found, gradients(config, shape, dtype, watched=watched, bad=bad))
 
 
 def test_all_rows_of_a_memory(calls, one_by_one):
@@ -141,35 +141,6 @@ def test_all_rows_of_a_memory(calls, one_by_one):
     assert len(calls) == 1
     one_by_one()
     agree(found, both())
-
-
-@pytest.mark.parametrize(
-    ("selection", "memory", "dtype", "is_own"),
-    pairwise(["priority", "topk"], ["none", "subspace"], DTYPES, [True, False]),
-)
-def test_what_is_watched_and_where_pytorch_multiplies(
-    selection, memory, dtype, is_own, monkeypatch, same
-):
-    monkeypatch.setattr(library, "prefers_own_gemm", lambda dtype: is_own)
-    config = flat_config(ratio=0.2, rank=8, selection=selection, memory=memory)
-    same(config, (200, 64, 80), dtype, watched=True)
-
-
-@pytest.mark.parametrize(
-    ("value", "memory", "dtype"),
-    pairwise([torch.nan, torch.inf], ["none", "residual", "subspace"], DTYPES),
-)
-def test_rows_that_are_not_finite_show(value, memory, dtype, own_gemm, calls, same):
-    def spoil(x, g):
-        x[[3, 50], 7] = value
-        g[3] = 0
-
-    selection = "topk" if memory == "residual" else "priority"
-    config = flat_config(k=20, rank=8, selection=selection, memory=memory, side="input")
-    found = same(config, (200, 64, 80), dtype, spoil=spoil)
-    assert not found[0].isfinite().all()
-    for step in calls:
-        assert step.scores.isinf().nonzero().flatten().tolist() == [3, 50]
 
 
 def test_rows_with_room_between_them_and_a_basis_of_any_layout(own_gemm, generator):
@@ -196,33 +167,28 @@ def added(rows=9, p=64, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("a", "b", "other"),
     [
-        (torch.randn(9, 8), torch.randn(9, 64), None),
-        (torch.randn(9, 64), torch.randn(9, 64).double(), None),
-        (torch.randn(9, 64).half(), torch.randn(9, 64).half(), None),
-        (torch.randn(64, 9).t(), torch.randn(9, 64), None),
-        (torch.randn(9, 64), torch.randn(9, 64), added(rows=8)),
-        (torch.randn(9, 64), torch.randn(9, 64), added(p=48)),
-        (torch.randn(9, 64), torch.randn(9, 64), added(dtype=torch.float64)),
-        (torch.randn(9, 64), torch.randn(9, 64), torch.randn(6, 64).t()),
-        (torch.randn(9, 64), torch.randn(9, 64), torch.randn(68, 64).t()),
-        (torch.randn(9, 64), torch.randn(9, 64), torch.randn(8, 64).double().t()),
+        (torch.randn(9, 8), torch.randn(9, 64), {}),
+        (torch.randn(9, 64), torch.randn(9, 64).double(), {}),
+        (torch.randn(9, 64).half(), torch.randn(9, 64).half(), {}),
+        (torch.randn(64, 9).t(), torch.randn(9, 64), {}),
+        (torch.randn(9, 64), torch.randn(9, 64), {"added": added(rows=8)}),
+        (torch.randn(9, 64), torch.randn(9, 64), {"added": added(p=48)}),
+        (torch.randn(9, 64), torch.randn(9, 64), {"added": added(dtype=torch.float64)}),
+        (torch.randn(9, 64), torch.randn(9, 64), {"basis": torch.randn(6, 64).t()}),
+        (torch.randn(9, 64), torch.randn(9, 64), {"basis": torch.randn(68, 64).t()}),
+        (torch.randn(9, 64), torch.randn(9, 64), {"basis": torch.randn(8, 64).double().t()}),
     ],
 )
 def test_what_the_passes_do_not_take_is_left_alone(a, b, other):
-    def run(a, b, other):
-        basis, rows = (None, other) if isinstance(other, tuple) else (other, None)
-        return native_step.run(a, b, 3, basis, rows)
-
     taken = torch.randn(9, 64)
-    for fine in (None, torch.randn(8, 64).t(), added()):
-        assert run(taken, taken.clone(), fine) is not None
-    assert run(a, b, other) is None
+    for fine in ({}, {"basis": torch.randn(8, 64).t()}, {"added": added()}):
+        assert native_step.run(taken, taken.clone(), 3, **fine) is not None
+    assert native_step.run(a, b, 3, **other) is None
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({}, 3),
         ({"block_rows": 16}, 0),
         ({"selection": "bernoulli"}, 0),
         ({"selection": "topk", "memory": "residual", "dtype": torch.float32}, 3),
@@ -236,22 +202,12 @@ def test_other_selections_and_storage_go_their_own_way(change, expected, calls):
 
 @pytest.mark.parametrize("memory", ["none", "residual", "subspace"])
 def test_processes_that_share_a_layer_select_together(memory, calls):
-    class Shards:
-        """Another process that holds as much as this one."""
-
-        asked = 0
-
-        def all_reduce_scores(self, scores):
-            self.asked += 1
-            return 2 * scores
-
-        def broadcast_selection(self, selection):
-            return selection
-
+    shards = Mock()  # another process that holds as much as this one
+    shards.all_reduce_scores.side_effect = lambda scores: 2 * scores
+    shards.broadcast_selection.side_effect = lambda selection: selection
     selection = "topk" if memory == "residual" else "priority"
     config = flat_config(k=20, rank=8, selection=selection, memory=memory)
-    shards = Shards()
     operands = torch.randn(200, 64), torch.randn(200, 80)
     weight_and_bias_grad(*operands, config, new_memory(config, 64, 80), shards=shards)
     assert calls == []
-    assert shards.asked == 1
+    shards.all_reduce_scores.assert_called_once()

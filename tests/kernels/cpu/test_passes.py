@@ -2,6 +2,7 @@
 
 import functools
 import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from memaop_triton.kernels import env
 from memaop_triton.kernels.cpu import library, native, torch_ops
 from tests.compiled import KINDS, needs_compiler
 from tests.pairwise import pairwise
-from tests.schemes import flat_config
+from tests.test_dispatch import OnGpu
 
 SHAPES = [(1, 1), (3, 17), (129, 3), (17, 129), (0, 5), (600, 64)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -95,12 +96,8 @@ def test_room_lives_until_the_call_returns(monkeypatch):
     """Where it is too large to be kept, nobody else holds it."""
     references, alive = [], []
 
-    class Library:
-        def product_room_f32(self, *sizes):
-            return 64
-
-        def transposed_product_f32(self, *arguments):
-            alive.append(references[-1]() is not None)
+    def transposed_product(*arguments):
+        alive.append(references[-1]() is not None)
 
     def room_for(number, count):
         room = torch.empty(count, dtype=torch.uint8)
@@ -108,7 +105,8 @@ def test_room_lives_until_the_call_returns(monkeypatch):
         return room
 
     monkeypatch.setattr(native, "room_for", room_for)
-    monkeypatch.setattr(library, "_library", Library)
+    code = Mock(product_room_f32=lambda *_: 64, transposed_product_f32=transposed_product)
+    monkeypatch.setattr(library, "_library", lambda: code)
     native.transposed_mm(torch.randn(8, 4), torch.randn(8, 16))
     assert alive == [True]
 
@@ -126,19 +124,12 @@ def test_what_a_basis_leaves_of_its_own_rows_is_rounding_and_never_nothing(rank,
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_on_a_gpu_it_is_the_rounding_of_tf32_where_that_multiplies(allowed, monkeypatch):
-    class OnGpu:
-        is_cuda = True
-
-        def __init__(self, dtype):
-            self.dtype = dtype
-
     monkeypatch.setattr(env, "allows_tf32", lambda: allowed)
-    rounding = torch_ops._rounding_of_products
-    eps = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64, torch.half)}
-    assert rounding(OnGpu(torch.float32)) == (2.0**-10 if allowed else eps[torch.float32])
-    for dtype in (torch.float64, torch.half):
-        assert rounding(OnGpu(dtype)) == eps[dtype]
-    assert rounding(torch.ones(2, 2)) == eps[torch.float32]
+    for dtype in (torch.float32, torch.float64, torch.half):
+        eps, rows = torch.finfo(dtype).eps, torch.ones(2, 2, dtype=dtype)
+        assert torch_ops._rounding_of_products(rows) == eps
+        expected = 2.0**-10 if allowed and dtype == torch.float32 else eps
+        assert torch_ops._rounding_of_products(rows.as_subclass(OnGpu)) == expected
 
 
 @pytest.mark.parametrize(("dtype", "off"), KINDS)
@@ -167,7 +158,7 @@ def test_empty_slots_are_not_read():
 
 @pytest.mark.parametrize("dtype", library.DTYPES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_rows_that_are_not_finite_show_in_every_norm(value, dtype):
+def test_rows_that_are_not_finite_show_in_every_norm(value, dtype, way):
     x = torch.randn(40, 32, dtype=dtype)
     x[[3, 39], [0, 31]] = value
     carry = torch.ones(40, dtype=torch_ops.score_dtype(dtype))
@@ -192,29 +183,8 @@ def test_what_the_c_code_cannot_address_is_left_to_pytorch():
     assert seen == [None]
 
 
-@pytest.mark.parametrize("memory", ["none", "residual", "signed", "subspace"])
-def test_a_step_is_the_same_without_the_compiled_passes(plain, memory):
-    """Also after one with more rows that are not finite than it selects."""
-    selection = "topk" if memory in ("residual", "signed") else "priority"
-    config = flat_config(k=20, rank=4, selection=selection, memory=memory)
-    x, g = torch.randn(200, 32), torch.randn(200, 48)
-    spoilt = x.clone()
-    spoilt[:30] = torch.inf
-
-    def steps():
-        torch.manual_seed(3)
-        state = new_memory(config, 32, 48)
-        weight_grad(spoilt, g, config, state)
-        return torch.stack([weight_grad(x, g, config, state) for _ in range(3)])
-
-    compiled = steps()
-    assert compiled.isfinite().all()
-    plain()
-    torch.testing.assert_close(compiled, steps(), rtol=1e-3, atol=1e-2)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_default_dtype_is_nobodys_dtype(dtype):
+def test_the_default_dtype_is_nobodys_dtype(dtype, way):
     config = MemAOPConfig(k=20, memory=Subspace(rank=4))
     x = torch.randn(200, 32)
 

@@ -4,9 +4,8 @@ Two at once add entries of their own; then one after another is killed while it 
 """
 
 import itertools
-import os
+import multiprocessing
 import random
-import signal
 import time
 
 import torch
@@ -27,15 +26,9 @@ def write(numbers):
         cache.add(GPU, KERNEL, cache.entry_for(problem, GemmConfig(64, 64, 64, 4, 3), 1.0, 2.0))
 
 
-def fork(numbers):
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            write(numbers)
-            code = 0
-        finally:
-            os._exit(code)
+def start(numbers):
+    child = multiprocessing.get_context("fork").Process(target=write, args=(numbers,))
+    child.start()
     return child
 
 
@@ -44,17 +37,19 @@ def held():
 
 
 def two_at_once():
-    children = [fork(range(first, SHAPES, 2)) for first in range(2)]
-    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+    children = [start(range(first, SHAPES, 2)) for first in range(2)]
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
     assert len(held()) == SHAPES
 
 
 def kill_at_random_points():
     for _ in range(KILLS):
-        child = fork(itertools.cycle(range(SHAPES)))
+        child = start(itertools.cycle(range(SHAPES)))
         time.sleep(random.uniform(0.002, 0.02))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        child.kill()
+        child.join()
         assert len(held()) == SHAPES
     write([0])
     left = sorted(path.name for path in PATH.parent.iterdir())

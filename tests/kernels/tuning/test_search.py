@@ -7,14 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-from bench.microscope.cases import empty, float32_products, operands, scalars
-from bench.microscope.cases import memory as memory_of
-from bench.microscope.compiling import compile_call
+from bench.microscope.building import by_name
+from bench.microscope.cases import float32_products
+from bench.microscope.compiling import compile_call, record
 from bench.microscope.reading import read
-from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
-from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
 from memaop_triton.kernels.targets import TARGETS
-from memaop_triton.kernels.tuning import defaults
+from memaop_triton.kernels.tuning import defaults, tuner
 from memaop_triton.kernels.tuning.cache import SOURCES
 from memaop_triton.kernels.tuning.config import (
     GemmConfig,
@@ -25,9 +23,6 @@ from memaop_triton.kernels.tuning.config import (
 )
 from memaop_triton.kernels.tuning.cost_model import predict
 from memaop_triton.kernels.tuning.search import candidates
-from tests.judging import check_products
-from tests.judging import operands as small_operands
-from tests.traffic import interpreted
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 # M, K, N, P: usual ones, and such as nobody would plan for.
@@ -136,50 +131,43 @@ def check_valid(problem, config, target):
 # A sample, compiled. -----------------------------------------------------------------------------
 
 
+class AskedError(Exception):
+    """Holds the problem that a launcher asks a configuration for."""
+
+
+def problem_of(case, target):
+    """What a case launches."""
+
+    def choose(problem, *_):
+        raise AskedError(problem)
+
+    with pytest.MonkeyPatch.context() as patch, float32_products(case.precision):
+        patch.setattr(tuner, "choose", choose)
+        with pytest.raises(AskedError) as asked:
+            record(partial(case.call, config=None), target)
+    return asked.value.args[0]
+
+
 @pytest.mark.parametrize(
-    ("target", "kernel", "precision", "dtype", "number"),
+    ("target", "title", "kind", "number"),
     [
-        ("sm_90", "gather_gemm", "ieee", HALF, 0),
-        ("sm_90", "gather_gemm", "tf32", SINGLE, 3),
-        ("sm_80", "gather_gemm", "ieee", HALF, 1),
-        ("gfx942", "gather_gemm", "ieee", HALF, 0),
-        ("sm_100", "gather_gemm", "ieee", SINGLE, 0),
-        ("sm_100", "residual_gemm", "ieee", SINGLE, 0),
+        ("sm_90", "gather rows, weighted + C", "bf16", 0),
+        ("sm_90", "gather rows, weighted + C", "tf32", 3),
+        ("sm_80", "gather rows, weighted + C", "bf16", 1),
+        ("gfx942", "gather rows, weighted + C", "bf16", 0),
+        ("sm_100", "gather rows, weighted + C", "fp32", 0),
+        ("sm_100", "residual, memory fp32", "fp32", 0),
     ],
 )
-def test_a_candidate_compiles_and_fits_as_estimated(target, kernel, precision, dtype, number):
-    target, given = TARGETS[target], operands(dtype)
-    problem = Problem(kernel, dtype, 16384, 2048, 4096, 4096, precision=precision)
-    if kernel == "gather_gemm":
-        problem = replace(problem, flags=("weighted",))
-        launch = partial(gather_gemm, **given, weights=torch.empty(2048, device="meta"))
-    else:
-        problem = replace(problem, stored=dtype)
-        rest = scalars() | {"lost": empty(1, dtype=SINGLE)}
-        launch = partial(residual_gemm, memory_of(dtype), **given, **rest)
+def test_a_candidate_compiles_and_fits_as_estimated(target, title, kind, number):
+    cases, target = by_name(target), TARGETS[target]
+    name = next(n for n in cases if n.startswith(title) and n.endswith(kind))
+    problem = problem_of(cases[name], target)
     config = candidates(problem, target)[number]
-    with float32_products(precision):
-        (compiled, *_) = compile_call(partial(launch, config=config), target)
+    with float32_products(problem.precision):
+        (compiled, *_) = compile_call(partial(cases[name].call, config=config), target)
     counts = read(compiled)
     assert counts.shared <= shared_memory(problem, config, target)
     assert counts.shared <= target.shared_memory
     if problem.is_exact:
         assert not counts.matrix, "not multiplied exactly"
-
-
-# A sample, executed. -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sizes", [(40, 20, 33, 70), (17, 5, 1, 3), (64, 64, 64, 48)])
-@pytest.mark.parametrize("number", range(0, 12, 4))
-def test_candidates_give_the_right_values(sizes, number):
-    m, k, n, p = sizes
-    problem = Problem("gather_gemm", SINGLE, m, k, n, p, flags=("weighted",))
-    found = candidates(problem, TARGETS["sm_80"])
-    config = replace(found[number % len(found)], split_k=1 + number % 3)
-    x, g = small_operands(m, n, p, SINGLE)
-    indices = torch.arange(k) * (m // k)
-    weights = torch.rand(k) + 0.5
-    with interpreted():
-        actual = gather_gemm(x, g, indices, weights, config=config)
-    check_products(actual, x, g, indices, weights)

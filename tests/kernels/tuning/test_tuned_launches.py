@@ -1,11 +1,11 @@
 """Tuning the launches themselves: on copies, with cold caches."""
 
 import contextlib
-import statistics
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
@@ -23,20 +23,15 @@ DEVICE = torch.device("cpu")
 UPDATES = ["accumulate_and_score", "accumulate_rest", "residual_gemm"]
 
 
-def full(filled):
-    """A row memory of half its slots, the others never written."""
-    mx, mg = torch.randn(64, 32), torch.randn(64, 48)
-    mx[~filled], mg[~filled] = torch.nan, torch.nan
-    return mx, mg, filled.clone()
-
-
 def operands():
     torch.manual_seed(0)
-    filled = torch.arange(64) % 2 == 0
+    filled = torch.arange(64) % 2 == 0  # the other slots were never written
+    mx, mg = torch.randn(64, 32), torch.randn(64, 48)
+    mx[~filled], mg[~filled] = torch.nan, torch.nan
     return SimpleNamespace(
         x=torch.randn(64, 32),
         g=torch.randn(64, 48),
-        memory=full(filled),
+        memory=(mx, mg, filled),
         indices=torch.arange(0, 64, 3),
         weights=torch.rand(22),
         carry=torch.full((1,), 0.5),
@@ -71,15 +66,30 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize("name", UPDATES)
-def test_what_is_compiled_with_signs_is_tuned_apart(name, fake_gpu, monkeypatch):
-    """SIGNED draws a number per row: another program, which may want another tile."""
+def test_row_memories_are_tuned_filled_and_with_signs_apart(name, fake_gpu, monkeypatch):
+    """As in the middle of training; SIGNED draws a number per row, which is another program."""
     monkeypatch.setattr(tuner, "FIRST_USE_CANDIDATES", 1)
+    filled = []
+
+    def time_candidate(call, device):
+        call()
+        filled.append(call.args[0][2].all().item())
+        return 1.0
+
+    monkeypatch.setattr(tuner, "time_candidate", time_candidate)
     with interpreted():
         for signed in (False, True):
             LAUNCHES[name](operands(), signed=signed)
+    assert filled == [True, True]
     keys = [problem.key for problem, _ in tuner.choices()]
     assert len(set(keys)) == 2
     assert len({key.replace(" signed", "") for key in keys}) == 1
+
+
+def assert_same(one, other):
+    """Fails unless the tensors of two structures agree bit for bit."""
+    for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -91,8 +101,7 @@ def test_tuning_changes_nothing_that_a_launch_is_given(name, fake_gpu, monkeypat
     held = []
 
     def check(config):
-        for part, was in zip(tensors(given), tensors(before), strict=True):
-            assert torch.equal(part.nan_to_num(7.0), was.nan_to_num(7.0))
+        assert_same(vars(given), vars(before))
         held.append(config)
         return 1.0
 
@@ -104,41 +113,11 @@ def test_tuning_changes_nothing_that_a_launch_is_given(name, fake_gpu, monkeypat
         monkeypatch.setattr(cache, "gpu_of", lambda device: None)
         tuner.forget()
         plain = LAUNCHES[name](before)
-    for one, other in zip(
-        [*tensors(given), *leaves(tuned)], [*tensors(before), *leaves(plain)], strict=True
-    ):
-        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
-
-
-def tensors(given):
-    return leaves(tuple(vars(given).values()))
-
-
-def leaves(value):
-    if isinstance(value, torch.Tensor):
-        return [value.float()]
-    return [] if value is None else [leaf for part in value for leaf in leaves(part)]
-
-
-@pytest.mark.parametrize("name", UPDATES)
-def test_row_memories_are_tuned_as_they_are_in_the_middle_of_training(name, fake_gpu, monkeypatch):
-    monkeypatch.setattr(tuner, "FIRST_USE_CANDIDATES", 1)
-    given, seen = operands(), []
-    time_candidate = tuner.time_candidate
-
-    def looking(call, device):
-        time_candidate(call, device)
-        seen.append(call.args[0][2].all().item())
-        return 1.0
-
-    monkeypatch.setattr(tuner, "time_candidate", looking)
-    with interpreted():
-        LAUNCHES[name](given)
-    assert seen == [True]
+    assert_same((vars(given), tuned), (vars(before), plain))
 
 
 def test_a_candidate_is_timed_on_its_device(monkeypatch):
-    times, devices = [0.5, 0.25, 9.0], []
+    devices = []
 
     @contextlib.contextmanager
     def on(device):
@@ -148,9 +127,8 @@ def test_a_candidate_is_timed_on_its_device(monkeypatch):
 
     def bench(call, *, return_mode, **_):
         assert devices == [DEVICE]
-        call()
-        return statistics.median(times) if return_mode == "median" else None
+        return {"median": call()}[return_mode]
 
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(tuner, "do_bench", bench)
-    assert tuner.time_candidate(lambda: times.append(0.75), DEVICE) == 0.625
+    assert tuner.time_candidate(lambda: 0.625, DEVICE) == 0.625
