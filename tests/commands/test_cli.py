@@ -133,6 +133,22 @@ def test_demo_writes_table_figure_and_numbers(tmp_path, capsys):
     assert memory["paper"] == 128 * (4 * (64 + 32 + 4 * 32) + 3)
 
 
+def test_demo_does_not_swing(tmp_path, monkeypatch):
+    # The defaults' rate, batches, length and seeds, on a narrower network for the sake of time.
+    pair = demo.schemes(0.125)[:2]
+    assert [scheme.key for scheme in pair] == ["dense", "default"]
+    monkeypatch.setattr(demo, "schemes", lambda ratio: pair)
+    path = tmp_path / "demo.json"
+    files = ["--output", str(tmp_path), "--json", str(path)]
+    assert cli.run(["demo", "--width", "256", *files]) == 0
+    for scheme in json.loads(path.read_text())["schemes"]:
+        accuracy = np.array([curve["accuracy"] for curve in scheme["curves"]])
+        # Rates and weights that let the network swing gave falls of 0.4 to 0.6.
+        assert (np.maximum.accumulate(accuracy, axis=1) - accuracy).max() < 0.15
+        assert (accuracy[:, -1] > 0.9).all()
+        assert len(accuracy) >= 3
+
+
 def test_demo_is_paired_and_reproducible():
     images = data.load_images("digits")
     settings = demo.Settings("digits", 1, 1, 1, 256, 16, "sgd", 0.1)
