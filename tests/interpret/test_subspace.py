@@ -13,8 +13,7 @@ from tests.kernel_checks import (
     TILE,
     check_gradient,
     check_projection,
-    check_rest_of_special_rows,
-    check_scores_of_rows_that_are_not_finite,
+    check_special_rows,
     check_whole_gradient,
 )
 from tests.pairwise import pairwise
@@ -40,8 +39,7 @@ def test_strided_rows(layout, columns):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_rows(dtype):
-    check_rest_of_special_rows(dtype)
-    check_scores_of_rows_that_are_not_finite(dtype)
+    check_special_rows(dtype)
 
 
 @pytest.mark.parametrize(

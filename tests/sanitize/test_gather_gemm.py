@@ -17,28 +17,18 @@ one_gpu = pytest.mark.parametrize("gpu", [80], indirect=True, ids=["sm_80"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("shape", "config"),
+    ("shape", "layout", "config"),
     [
-        ((1, 1, 1, 1), SMALL),
-        ((70, 33, 17, 50), replace(SMALL, tiles_n=2, split_k=2)),
-        ((70, 48, 32, 64), replace(SMALL, x_columns_first=True, split_k=3)),
+        ((1, 1, 1, 1), "plain", SMALL),
+        ((5, 33, 17, 0), "plain", replace(SMALL, split_k=2)),
+        ((70, 33, 17, 50), "padded", replace(SMALL, tiles_n=2, split_k=2)),
+        ((70, 48, 32, 64), "transposed", replace(SMALL, x_columns_first=True, split_k=3)),
     ],
 )
-def test_values(shape, config, dtype, weighted):
+def test_values(shape, layout, config, dtype, weighted):
     index = torch.int32 if shape[1] == 48 else torch.int64
-    check_gather(shape, dtype, index=index, weighted=weighted, config=config, device="cuda")
-
-
-@one_gpu
-@pytest.mark.parametrize("layout", ["transposed", "padded"])
-def test_strides(layout):
-    check_gather((50, 33, 32, 37), torch.bfloat16, layout, device="cuda")
-
-
-@one_gpu
-def test_no_rows():
-    config = replace(SMALL, split_k=2)
-    check_gather((5, 33, 17, 0), torch.bfloat16, config=config, device="cuda")
+    kind = {"index": index, "weighted": weighted, "config": config, "device": "cuda"}
+    check_gather(shape, dtype, layout, **kind)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

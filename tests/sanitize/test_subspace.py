@@ -9,8 +9,7 @@ from tests.kernel_checks import (
     TILE,
     check_gradient,
     check_projection,
-    check_rest_of_special_rows,
-    check_scores_of_rows_that_are_not_finite,
+    check_special_rows,
     check_whole_gradient,
     new_basis,
 )
@@ -30,8 +29,7 @@ def test_projection(shape, layout, dtype):
 
 
 def test_special_rows():
-    check_rest_of_special_rows(torch.bfloat16, device="cuda")
-    check_scores_of_rows_that_are_not_finite(torch.bfloat16, device="cuda")
+    check_special_rows(torch.bfloat16, device="cuda")
 
 
 @pytest.mark.parametrize("bias_grad", [False, True])
