@@ -21,11 +21,11 @@ X, G = M * N * 2, M * P * 2  # bytes of the operands, which are float16, and of 
 TAKEN = K / M
 # By the scheme: its kernels, and its passes where all slots of a memory are filled. The correction
 # of a subspace reads the rows taken of the side that it is not of once more.
-ROW_MEMORY, SUBSPACE = ["accumulate", "gather_gemm"], ["project", "transposed", "combine"]
-SUBSPACE += ["gather_gemm", "gather_gemm"]
+NO_MEMORY, ROW_MEMORY = ["score", "gather_gemm"], ["accumulate", "gather_gemm"]
+SUBSPACE = ["project", "transposed", "combine", "gather_gemm", "gather_gemm"]
 STEPS = {
-    "topk-none": (["score", "gather_gemm"], 1 + TAKEN),
-    "priority-none": (["score", "gather_gemm"], 1 + TAKEN),
+    "topk-none": (NO_MEMORY, 1 + TAKEN),
+    "priority-none": (NO_MEMORY, 1 + TAKEN),
     "topk-residual": (ROW_MEMORY, 3 + TAKEN),
     "weightedk-signed": (ROW_MEMORY, 3 + TAKEN),
     "randk-residual": (["accumulate", "residual_gemm"], 3 - TAKEN),
