@@ -42,18 +42,13 @@ CONFIGS = {
 KINDS = [(torch.float16, False), (torch.float16, True), (torch.float32, True)]
 
 
-@pytest.mark.parametrize(("shape", "config", "kind"), pairwise(SHAPES, CONFIGS, KINDS))
-def test_shapes(shape, config, kind):
+@pytest.mark.parametrize(
+    ("shape", "config", "kind", "layout"), pairwise(SHAPES, CONFIGS, KINDS, LAYOUTS)
+)
+def test_shapes(shape, config, kind, layout):
     dtype, weighted = kind
     index = torch.int32 if weighted else torch.int64
-    check_gather(shape, dtype, index=index, weighted=weighted, config=CONFIGS[config])
-
-
-@pytest.mark.parametrize("config", ["rows-first", "columns-first", "two-tiles"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("columns", [(33, 17), (48, 32)], ids=["odd", "even"])
-def test_strides(layout, columns, config):
-    check_gather((50, *columns, 37), torch.float16, layout, config=CONFIGS[config])
+    check_gather(shape, dtype, layout, index=index, weighted=weighted, config=CONFIGS[config])
 
 
 def test_operands_of_different_strides(by_descriptor):
@@ -164,16 +159,6 @@ def test_alignment_is_promised_only_where_it_holds(n, p, monkeypatch):
     residual_gemm(memory, x, g, indices, number, number.long(), number, config=SMALL)
     promised = [(constants["EVEN_N"], constants["EVEN_P"]) for constants in seen]
     assert promised == [(n % 16 == 0, p % 16 == 0)] * 2
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_reaches_the_result(bad):
-    x, g = operands(40, 33, 17, torch.float32)
-    x[20, 3] = bad
-    result = gather_gemm(x, g, torch.arange(40), config=SMALL)
-    assert not result[:, 3].isfinite().any()
-    assert result[:, :3].isfinite().all()
-    assert result[:, 4:].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

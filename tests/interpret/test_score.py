@@ -6,7 +6,7 @@ import torch
 from memaop_triton.kernels.gpu.rescale import rescale_
 from memaop_triton.kernels.gpu.score import accumulate_and_score, row_norms, row_scores
 from memaop_triton.kernels.tuning.config import RowConfig
-from tests.judging import LAYOUTS, laid_out, operands
+from tests.judging import LAYOUTS, operands
 from tests.kernel_checks import (
     CARRY,
     SEED,
@@ -20,16 +20,18 @@ from tests.kernel_checks import (
     scalar,
     signs_of,
 )
+from tests.pairwise import pairwise
 
 DTYPES = (torch.float16, torch.float32)
+CONFIGS = [RowConfig(8, 16, 4), RowConfig(16, 64, 4), None]
 SHAPES = [(1, 1, 1), (3, 17, 1), (17, 3, 129), (9, 16, 32), (129, 33, 17)]
 
 
-@pytest.mark.parametrize("config", [RowConfig(8, 16, 4), RowConfig(16, 64, 4), None])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_scores(shape, dtype, config):
-    x, g = operands(*shape, dtype)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "config", "layout"), pairwise(SHAPES, DTYPES, CONFIGS, LAYOUTS)
+)
+def test_scores(shape, dtype, config, layout):
+    x, g = operands(*shape, dtype, layout)
     scores, sums = row_scores(x, g, bias_grad=True, config=config)
     check_norms(scores, x, g)
     check_sums(sums, g)
@@ -37,12 +39,8 @@ def test_scores(shape, dtype, config):
     check_norms(row_norms(g, config=config), g)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "one row repeated"])
-def test_scores_of_strided_rows(layout):
-    if layout == "one row repeated":
-        x, g = torch.randn(1, 33).expand(17, 33), torch.randn(17, 1).expand(17, 20)
-    else:
-        x, g = laid_out(torch.randn(17, 33), layout), laid_out(torch.randn(17, 20).half(), layout)
+def test_scores_of_one_row_repeated():
+    x, g = torch.randn(1, 33).expand(17, 33), torch.randn(17, 1).half().expand(17, 20)
     scores, sums = row_scores(x, g, bias_grad=True, config=TILE)
     check_norms(scores, x, g)
     check_sums(sums, g)
@@ -54,17 +52,8 @@ def test_rows_that_are_not_finite(dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stored", "signed"),
-    [
-        (torch.float16, torch.float16, True),
-        (torch.float16, torch.float32, False),
-        (torch.float32, torch.float16, False),
-        (torch.float32, torch.float32, True),
-    ],
-)
-@pytest.mark.parametrize(
-    ("shape", "layout"),
-    [*((shape, "plain") for shape in SHAPES), *(((17, 33, 20), layout) for layout in LAYOUTS[1:])],
+    ("shape", "layout", "dtype", "stored", "signed"),
+    pairwise(SHAPES, LAYOUTS, DTYPES, DTYPES, [False, True]),
 )
 def test_update(shape, layout, dtype, stored, signed):
     check_update(shape, dtype, stored, signed=signed, layout=layout)

@@ -23,18 +23,12 @@ DTYPES = (torch.float16, torch.float32)
 SHAPES = [(1, 1, 1), (17, 3, 2), (3, 129, 16), (129, 33, 17), (40, 64, 5), (20, 80, 64)]
 
 
-@pytest.mark.parametrize("config", [TILE, RowConfig(16, 16, 4), None])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_projection(shape, dtype, config):
-    check_projection(shape, dtype, config=config)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("columns", [33, 64])
-def test_strided_rows(layout, columns):
-    check_projection((20, columns, 5), torch.float32, layout)
-    check_gradient((20, columns, 5), torch.float32, layout, split=2, bias_grad=True)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "config", "layout"),
+    pairwise(SHAPES, DTYPES, [TILE, RowConfig(16, 16, 4), None], LAYOUTS),
+)
+def test_projection(shape, dtype, config, layout):
+    check_projection(shape, dtype, layout, config=config)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,12 +57,12 @@ def test_the_rest_drowns_in_the_rounding_of_its_product(
     assert (launched["PRECISION"], launched["epsilon"]) == (formed, epsilon)
 
 
-@pytest.mark.parametrize("split", [1, 2, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bias_grad", [False, True])
-def test_gradient(shape, dtype, split, bias_grad):
-    check_gradient(shape, dtype, split=split, bias_grad=bias_grad)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout", "split", "bias_grad"),
+    pairwise(SHAPES, DTYPES, LAYOUTS, [1, 2, 3], [False, True]),
+)
+def test_gradient(shape, dtype, layout, split, bias_grad):
+    check_gradient(shape, dtype, layout, split=split, bias_grad=bias_grad)
 
 
 def test_the_chosen_tile_of_a_transposed_product():
