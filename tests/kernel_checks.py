@@ -262,34 +262,6 @@ def check_formed_products(result, memory, x, g, indices, signed):
     as_good_as(result, outer_products(*rounded, indices, dtype=x.dtype), exact)
 
 
-def check_fused_step(*, signed, bias_grad, device="cpu"):
-    """Three steps on, dW, db, the memory and its flags agree with those of two kernels apart."""
-    rows, n, p = 60, 33, 17
-    apart = new_memory(rows, n, p, torch.float32, device)
-    fused = tuple(m.clone() for m in apart)
-    options = {"signed": signed, "bias_grad": bias_grad, "config": TILE}
-    for step in range(3):
-        x, g = operands(rows, n, p, torch.float32, device=device)
-        indices = torch.randperm(rows, device=device)[:21].sort().values
-        numbers = scalar(CARRY, device), scalar((1 << 40) + step, device)
-        taken = torch.zeros(rows, dtype=torch.bool, device=device).index_fill(0, indices, True)
-
-        _, sums = accumulate_and_score(apart, x, g, *numbers, **options)
-        right = gather_gemm(*apart[:2], indices, config=SMALL)
-        apart[2][indices] = False
-
-        lost = scalar(0.0, device)
-        rest_sums = accumulate_rest(fused, x, g, *numbers, taken, lost, **options)
-        result = residual_gemm(fused, x, g, indices, *numbers, lost, signed=signed, config=SMALL)
-        fused[2][indices] = False
-
-        torch.testing.assert_close(result, right)
-        assert torch.equal(fused[2], apart[2])
-        for one, other in zip(fused[:2], apart[:2], strict=True):
-            torch.testing.assert_close(one[~taken], other[~taken])
-        assert (sums is None and rest_sums is None) or torch.equal(sums, rest_sums)
-
-
 # The subspace. -----------------------------------------------------------------------------------
 
 
