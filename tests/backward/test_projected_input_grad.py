@@ -103,15 +103,18 @@ def test_a_refresh_comes_every_so_many_steps():
 
 @pytest.mark.parametrize("ratio", [1 / 8, 1.0])  # all rows: both are exact
 def test_the_weight_gradient_is_what_it_is_without(ratio):
+    """Also by the function that has no weight to multiply with."""
     x, g = torch.randn(M, N, requires_grad=True), torch.randn(M, P)
     gradients = []
     for grad_input in ("exact", "projected"):
-        torch.manual_seed(0)
         config = MemAOPConfig(ratio=ratio, grad_input=grad_input)
         layer = MemAOPLinear(N, P, config=config)
+        torch.manual_seed(0)
         layer(x).backward(g)
-        gradients.append(layer.weight.grad)
-    assert torch.equal(*gradients)
+        torch.manual_seed(0)
+        memory = new_memory(config, N, P)
+        gradients += [layer.weight.grad, weight_grad(x.detach(), g, config, memory)]
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -240,14 +243,6 @@ def test_copies_and_conversions_take_the_basis_along_unless_the_size_changes():
     assert layer.memory.projection.basis.shape == (P, 4)
 
 
-def test_weight_gradients_do_not_need_it():
-    """The function that has no weight to multiply with takes the configuration all the same."""
-    config = MemAOPConfig(memory=Subspace(rank=4), grad_input="projected")
-    memory = new_memory(config, N, P)
-    assert weight_grad(torch.randn(M, N), torch.randn(M, P), config, memory).shape == (P, N)
-    assert memory.projection.basis is None
-
-
 @pytest.mark.parametrize("budget", [1 / 16, 1 / 4, 1 / 2])
 def test_both_halves_stay_within_their_budgets(budget):
     layer = layer_of(budget=budget)
@@ -307,7 +302,6 @@ def test_another_budget_of_dw_leaves_dx_as_it_is():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"memory": "none"}, "needs memory='subspace'.*not 'none'"),
         ({"selection": "topk", "memory": "residual"}, "needs memory='subspace'.*not 'residual'"),
         ({"grad_input_budget": 1.0}, "budget=1 is what dense costs: use grad_input='exact'"),
         ({"grad_input_budget": 1.5}, r"budget=1\.5 must be in \(0, 1\]"),

@@ -54,13 +54,6 @@ def test_recorded_launches_are_those_of_the_target_and_do_not_run():
     assert (launch.num_warps, launch.num_stages) == (4, 2)
 
 
-def test_divisibility_is_what_a_launch_would_find():
-    (even,) = compile_call(lambda: norms(20, 4096), TARGETS["sm_90"])
-    (odd,) = compile_call(lambda: norms(20, 4097), TARGETS["sm_90"])
-    assert "%N: i32 {tt.divisibility = 16 : i32}" in even.asm["ttir"]
-    assert "%N: i32 {tt.divisibility" not in odd.asm["ttir"]
-
-
 @pytest.mark.parametrize("target", MATRIX)
 def test_matrix_instructions_and_wide_copies(target):
     counts = read(compiled(target))

@@ -59,11 +59,12 @@ SIDES = [{"selection": "priority", "memory": "subspace", "side": s} for s in ("i
 
 
 @pytest.mark.parametrize(
-    ("scheme", "shape", "block_rows", "rows_per_refresh"),
-    pairwise(ALIKE + SIDES, SHAPES, [1, 16, 32], [16, 1024]),
+    ("scheme", "shape", "block_rows", "rows_per_refresh", "by_descriptor"),
+    pairwise(ALIKE + SIDES, SHAPES, [1, 16, 32], [16, 1024], [False, True]),
+    indirect=["by_descriptor"],
 )
 def test_steps_equal_those_in_pytorch(
-    scheme, shape, block_rows, rows_per_refresh, backend, generator, monkeypatch
+    scheme, shape, block_rows, rows_per_refresh, by_descriptor, backend, generator, monkeypatch
 ):
     monkeypatch.setattr(flops, "_ROWS_PER_REFRESH", rows_per_refresh)
     monkeypatch.setattr(flops, "_ROWS_PER_DIMENSION", 1)

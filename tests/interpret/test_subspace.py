@@ -1,14 +1,12 @@
 """The subspace memory's products, against their formulas in float64."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from bench.microscope.cases import float32_products
 from memaop_triton.kernels.gpu import launch, subspace
 from memaop_triton.kernels.tuning.config import RowConfig
-from tests.judging import LAYOUTS, SMALL, as_good_as, drawn_blocks, operands
+from tests.judging import LAYOUTS, as_good_as, operands
 from tests.kernel_checks import (
     TILE,
     check_gradient,
@@ -68,25 +66,6 @@ def test_gradient(shape, dtype, layout, split, bias_grad):
 def test_the_chosen_tile_of_a_transposed_product():
     a, z = operands(129, 33, 17, torch.float32)
     as_good_as(subspace.transposed_mm(z, a), a.T @ z, a.T.double() @ z.double())
-
-
-@pytest.mark.parametrize(
-    ("rank", "split", "dtype", "by_descriptor"),
-    pairwise([1, 8, 17, 64], [1, 2], DTYPES, [False, True]),
-    indirect=["by_descriptor"],
-)
-def test_correction(rank, split, dtype, by_descriptor):
-    g, z = operands(70, 24, rank, dtype)
-    parts = torch.randn(3, 24, rank)
-    indices = drawn_blocks([0, 2, 4], 16)
-    weights = (1 + torch.rand(3)).to(dtype).float().repeat_interleave(16)
-    config = replace(SMALL, block_n=16, split_k=split)
-    for w in (None, weights):
-        result = subspace.correction(parts, z, g, indices, w, block_rows=16, config=config)
-        inside = indices[indices < 70]
-        left = g[inside] if w is None else g[inside] * w[: len(inside), None].to(dtype)
-        exact = parts.double().sum(0) - left.double().T @ z[inside].double()
-        as_good_as(result, parts.sum(0) - left.float().T @ z[inside].float(), exact)
 
 
 @pytest.mark.parametrize("count", [80, 30])
