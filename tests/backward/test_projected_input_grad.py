@@ -211,16 +211,19 @@ def test_a_state_that_does_not_fit_is_refused():
     layer = layer_of(rank=4)
     input_grad(layer, torch.randn(M, P))
     good = layer.memory.state_dict()
+    lacking = {name: value for name, value in good.items() if name != "projection_step"}
     for broken, message in (
-        (torch.eye(N + 1, 4), rf"projection has shape \({N + 1}, 4\).*\({N}, 4\)"),
-        (torch.ones(N), "projection has shape"),
-        (torch.ones(N, N + 1), f"{N + 1} columns for rows of {N}"),
-        (torch.ones(N, 0), "0 columns"),
+        (
+            good | {"projection": torch.eye(N + 1, 4)},
+            rf"projection has shape \({N + 1}, 4\).*, 4\)",
+        ),
+        (good | {"projection": torch.ones(N)}, "projection has shape"),
+        (good | {"projection": torch.ones(N, N + 1)}, f"{N + 1} columns for rows of {N}"),
+        (good | {"projection": torch.ones(N, 0)}, "0 columns"),
+        (lacking, "state lacks projection_step"),
     ):
         with pytest.raises(ValueError, match=message):
-            layer.memory.load_state_dict(good | {"projection": broken})
-    with pytest.raises(ValueError, match="state lacks projection_step"):
-        layer.memory.load_state_dict({k: v for k, v in good.items() if k != "projection_step"})
+            layer.memory.load_state_dict(broken)
     # Of a memory that projected nothing.
     layer.memory.load_state_dict({k: v for k, v in good.items() if "projection" not in k})
     assert layer.memory.projection.basis is None

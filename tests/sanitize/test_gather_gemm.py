@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
-from tests.judging import SMALL, drawn_blocks, operands, outer_products
+from tests.judging import SMALL
 from tests.kernel_checks import check_blocks, check_gather, check_gather_correction, check_padding
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -51,20 +50,3 @@ def test_padding_is_not_read(blocks, block_rows):
 def test_correction(dtype):
     config = replace(SMALL, split_k=2)
     check_gather_correction(17, dtype, weighted=True, config=config, device="cuda")
-
-
-@pytest.mark.parametrize("block_rows", [1, 16])
-def test_precision_of_float32(block_rows):
-    """tf32 keeps ten bits of each operand, "ieee" all."""
-    x, g = operands(64, 40, 24, torch.float32, device="cuda")
-    indices = drawn_blocks([0, 2, 3], 16, device="cuda")
-    exact = outer_products(x.double(), g.double(), indices)
-    bound = outer_products(x.double().abs(), g.double().abs(), indices)
-    options = {"block_rows": block_rows, "config": SMALL}
-    errors = {
-        name: (gather_gemm(x, g, indices, input_precision=name, **options) - exact).abs()
-        for name in ("tf32", "ieee")
-    }
-    assert (errors["tf32"] <= 2**-9 * bound).all()
-    assert errors["tf32"].max() > 1e-4
-    assert (errors["ieee"] <= 2**-20 * bound).all()

@@ -47,13 +47,9 @@ def test_out_of_bounds(gpu, fault, kind, line):
         copied(x, 20, **{fault: True})
 
 
-def test_read_beside_a_part_of_a_tensor():
-    x = laid_out(torch.randn(4, 20, device="cuda"), "padded")
-    assert copied(x[0], 32, 32, READ_ALL=True)[20:].isnan().any()
-
-
-def test_unwritten_output():
-    x = torch.randn(20, device="cuda")
+def test_reads_beside_a_part_of_a_tensor_and_unwritten_output_show():
+    whole, x = laid_out(torch.randn(4, 20, device="cuda"), "padded"), torch.randn(20, device="cuda")
+    assert copied(whole[0], 32, 32, READ_ALL=True)[20:].isnan().any()
     with pytest.raises(AssertionError, match="never written"):
         as_good_as(copied(x, 16), x, x.double())
 
