@@ -51,19 +51,10 @@ def check_gather(
 
 
 def check_blocks(
-    rows,
-    block_rows,
-    blocks,
-    dtype,
-    *,
-    weighted=False,
-    split=1,
-    is_named=True,
-    columns=(40, 24),
-    device="cpu",
+    rows, block_rows, blocks, dtype, *, weighted, split=1, is_named=True, device="cpu"
 ):
     """Products of whole blocks; rows that a last block lacks are named or not."""
-    x, g = operands(rows, *columns, dtype, device=device)
+    x, g = operands(rows, 40, 24, dtype, device=device)
     indices = drawn_blocks(blocks, block_rows, device)
     indices = indices if is_named else indices[indices < rows]
     weights = None
