@@ -77,7 +77,8 @@ def test_graphed_callables_equal_eager_steps(memory):
 
 
 @pytest.mark.parametrize("memory", ["none", "signed", "subspace", "projected"])
-def test_a_replayed_step_keeps_its_addresses_and_a_monitor_counts_it(memory):
+def test_a_monitor_counts_replays(memory):
+    """And what the memories hold stays where it was."""
     model = net(configuration(memory))
     with monitor(model, every=100, starving=1e9) as watch:
         sample = batches(1)[0].requires_grad_()
