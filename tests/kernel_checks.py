@@ -262,34 +262,6 @@ def check_formed_products(result, memory, x, g, indices, signed):
     as_good_as(result, outer_products(*rounded, indices, dtype=x.dtype), exact)
 
 
-def check_fused_step(*, signed, bias_grad, device="cpu"):
-    """Three steps on, dW, db, the memory and its flags agree with those of two kernels apart."""
-    rows, n, p = 60, 33, 17
-    apart = new_memory(rows, n, p, torch.float32, device)
-    fused = tuple(m.clone() for m in apart)
-    options = {"signed": signed, "bias_grad": bias_grad, "config": TILE}
-    for step in range(3):
-        x, g = operands(rows, n, p, torch.float32, device=device)
-        indices = torch.randperm(rows, device=device)[:21].sort().values
-        numbers = scalar(CARRY, device), scalar((1 << 40) + step, device)
-        taken = torch.zeros(rows, dtype=torch.bool, device=device).index_fill(0, indices, True)
-
-        _, sums = accumulate_and_score(apart, x, g, *numbers, **options)
-        right = gather_gemm(*apart[:2], indices, config=SMALL)
-        apart[2][indices] = False
-
-        lost = scalar(0.0, device)
-        rest_sums = accumulate_rest(fused, x, g, *numbers, taken, lost, **options)
-        result = residual_gemm(fused, x, g, indices, *numbers, lost, signed=signed, config=SMALL)
-        fused[2][indices] = False
-
-        torch.testing.assert_close(result, right)
-        assert torch.equal(fused[2], apart[2])
-        for one, other in zip(fused[:2], apart[:2], strict=True):
-            torch.testing.assert_close(one[~taken], other[~taken])
-        assert (sums is None and rest_sums is None) or torch.equal(sums, rest_sums)
-
-
 # The subspace. -----------------------------------------------------------------------------------
 
 
@@ -315,8 +287,11 @@ def check_projection(shape, dtype, layout="plain", *, config=TILE, device="cpu")
     assert (error <= 4 * torch.finfo(dtype).eps * squares).all()
 
 
-def check_rest_of_special_rows(dtype, device="cpu"):
-    """Zeros, rows within the subspace, and rows that are not finite."""
+def check_special_rows(dtype, device="cpu"):
+    """What Q leaves of zeros, of rows within the subspace and of rows that are not finite.
+
+    Rows that are not finite in G or in what Q left score infinity, even if the other is zero.
+    """
     (x, _), (q, scale) = operands(9, 40, 1, dtype, device=device), new_basis(40, 5, dtype, device)
     x[1], x[2] = 0.0, q[:, 0]
     x[4, 3], x[5, 39], x[6, 0] = torch.nan, torch.inf, -torch.inf
@@ -326,6 +301,13 @@ def check_rest_of_special_rows(dtype, device="cpu"):
     assert 0 < rest[2] <= 4 * torch.finfo(dtype).eps ** 0.5, "a row must keep a chance to be drawn"
     assert not rest[4:7].isfinite().any()
     assert (rest[[0, 7, 8]] > 0.5 * norms[[0, 7, 8]]).all()
+
+    (g, z), rest = operands(20, 40, 5, dtype, device=device), torch.ones(20, device=device)
+    g[3, 39], g[4, 0], rest[5], rest[6] = torch.nan, torch.inf, torch.nan, torch.inf
+    g[7], rest[7] = 0.0, torch.inf
+    _, scores, _ = subspace.project_gradient(g, z, rest, config=TILE)
+    assert (scores == torch.inf).nonzero()[:, 0].tolist() == [3, 4, 5, 6, 7]
+    assert scores[:3].isfinite().all()
 
 
 def check_gradient(shape, dtype, layout="plain", *, split, bias_grad, device="cpu"):
@@ -345,16 +327,6 @@ def check_gradient(shape, dtype, layout="plain", *, split, bias_grad, device="cp
         check_sums(sums, g)
     else:
         assert sums is None
-
-
-def check_scores_of_rows_that_are_not_finite(dtype, device="cpu"):
-    """One that is not finite in G or in what Q left scores infinity, even if the other is zero."""
-    (g, z), rest = operands(20, 40, 5, dtype, device=device), torch.ones(20, device=device)
-    g[3, 39], g[4, 0], rest[5], rest[6] = torch.nan, torch.inf, torch.nan, torch.inf
-    g[7], rest[7] = 0.0, torch.inf
-    _, scores, _ = subspace.project_gradient(g, z, rest, config=TILE)
-    assert (scores == torch.inf).nonzero()[:, 0].tolist() == [3, 4, 5, 6, 7]
-    assert scores[:3].isfinite().all()
 
 
 def check_whole_gradient(count, dtype, *, split=1, device="cpu"):

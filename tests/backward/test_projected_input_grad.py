@@ -33,9 +33,8 @@ def input_grad(layer, g):
     return x.grad
 
 
-def error_in_a_plane(layer, steps, plane=None):
+def error_in_a_plane(layer, steps, plane):
     """Of the last of so many gradients whose rows lie in a space of three dimensions, relative."""
-    plane = torch.randn(3, P) if plane is None else plane
     for _ in range(steps):
         g = torch.randn(M, 3) @ plane
         dx = input_grad(layer, g).double()
@@ -49,11 +48,15 @@ def inside(layer, g):
 
 
 @pytest.mark.parametrize("settings", [{"rank": 4}, {"budget": 1 / 4}, {"grad_input_budget": 0.2}])
-def test_it_is_the_gradient_of_the_rows_in_the_subspace(settings):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_it_is_the_gradient_of_the_rows_in_the_subspace(settings, frozen):
     layer, g = layer_of(refresh_every=99, **settings), low_rank(2, noise=0.5)
-    dx = input_grad(layer, g)
-    torch.testing.assert_close(dx, inside(layer, g), rtol=1e-4, atol=1e-4)
+    layer.weight.requires_grad_(not frozen)
+    for _ in range(3):
+        dx = input_grad(layer, g)
+        torch.testing.assert_close(dx, inside(layer, g), rtol=1e-4, atol=1e-4)
     assert (dx - g @ layer.weight).norm() > 0.05 * dx.norm()
+    assert (layer.memory.basis is None) == frozen
 
 
 def test_it_keeps_most_of_dx_not_of_g():
@@ -69,10 +72,24 @@ def test_it_keeps_most_of_dx_not_of_g():
     assert (dx - g @ layer.weight).norm() < 0.02 * dx.norm()
 
 
-def test_the_subspace_follows_the_rows():
-    layer = layer_of(rank=4, refresh_every=2)
-    input_grad(layer, torch.randn(M, P))
-    assert error_in_a_plane(layer, steps=8) < 1e-4
+@pytest.mark.parametrize(
+    ("first", "refresh_every"), [("noise", 2), (0.0, 99), (float("inf"), 99), (float("nan"), 99)]
+)
+@pytest.mark.parametrize("scale", [1e-24, 1.0, 1e20])
+def test_rows_of_any_size_are_found_whatever_the_first_batch_was(first, refresh_every, scale):
+    """Also where columns of the weight are zero; a batch of zeros changes nothing then."""
+    layer, plane = layer_of(rank=4, refresh_every=refresh_every), scale * torch.randn(3, P)
+    with torch.no_grad():
+        layer.weight[:, :8] = 0
+    g = torch.randn(M, P)
+    if first != "noise":
+        g = torch.zeros(M, P)
+        g[5] = first
+    input_grad(layer, g)
+    assert error_in_a_plane(layer, 8, plane) < 1e-3
+    for _ in range(2):
+        input_grad(layer, torch.zeros(M, P))
+    assert error_in_a_plane(layer, 1, plane) < 1e-3
 
 
 def test_a_refresh_comes_every_so_many_steps():
@@ -86,25 +103,18 @@ def test_a_refresh_comes_every_so_many_steps():
 
 @pytest.mark.parametrize("ratio", [1 / 8, 1.0])  # all rows: both are exact
 def test_the_weight_gradient_is_what_it_is_without(ratio):
+    """Also by the function that has no weight to multiply with."""
     x, g = torch.randn(M, N, requires_grad=True), torch.randn(M, P)
     gradients = []
     for grad_input in ("exact", "projected"):
-        torch.manual_seed(0)
         config = MemAOPConfig(ratio=ratio, grad_input=grad_input)
         layer = MemAOPLinear(N, P, config=config)
+        torch.manual_seed(0)
         layer(x).backward(g)
-        gradients.append(layer.weight.grad)
-    assert torch.equal(*gradients)
-
-
-def test_a_frozen_weight_has_it_too():
-    layer = layer_of(rank=4, refresh_every=2)
-    layer.weight.requires_grad_(False)
-    for _ in range(5):
-        g = low_rank(3)
-        dx = input_grad(layer, g)
-    torch.testing.assert_close(dx, inside(layer, g), rtol=1e-4, atol=1e-4)
-    assert layer.memory.basis is None  # of dW
+        torch.manual_seed(0)
+        memory = new_memory(config, N, P)
+        gradients += [layer.weight.grad, weight_grad(x.detach(), g, config, memory)]
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -125,19 +135,6 @@ def test_a_row_that_is_not_finite_shows_and_stays_alone(bad):
     assert not dx[3].isfinite().any()
     assert dx[torch.arange(M) != 3].isfinite().all()
     assert layer.memory.projection.basis.isfinite().all()
-
-
-def test_what_costs_no_less_is_exact():
-    layer, g = layer_of(rank=16), torch.randn(4, P)
-    torch.testing.assert_close(input_grad(layer, g), g @ layer.weight)
-    assert layer.memory.projection.basis is None
-
-
-def test_all_rows_are_exact():
-    layer, g = layer_of(rank=4), torch.randn(M, P)
-    input_grad(layer, g)
-    layer.set_ratio_(1)
-    torch.testing.assert_close(input_grad(layer, g), g @ layer.weight)
 
 
 def test_batches_of_all_sizes_share_a_basis():
@@ -161,34 +158,6 @@ def test_batches_of_all_sizes_share_a_basis():
     assert list(kept) == list(itertools.accumulate(used, max))
 
 
-@pytest.mark.parametrize("first", [0.0, float("inf"), float("nan")])
-def test_a_first_batch_that_says_nothing_leaves_it_to_the_next(first):
-    layer, bad = layer_of(rank=4), torch.zeros(M, P)
-    bad[5] = first
-    input_grad(layer, bad)
-    assert error_in_a_plane(layer, steps=2) < 1e-3
-
-
-@pytest.mark.parametrize("scale", [0.0, 1e-24, 1e20])
-def test_gradients_of_any_size_keep_the_subspace(scale):
-    """Zeros at a refresh do not wipe it, and it is found from the tiniest and the largest."""
-    layer, plane = layer_of(rank=4, refresh_every=1), torch.randn(3, P)
-    if scale:
-        assert error_in_a_plane(layer, steps=2, plane=scale * plane) < 1e-3
-    else:
-        error_in_a_plane(layer, steps=2, plane=plane)
-        input_grad(layer, torch.zeros(M, P))
-        assert error_in_a_plane(layer, steps=1, plane=plane) < 1e-3
-
-
-def test_columns_of_the_weight_that_are_zero_do_not_matter():
-    layer = layer_of(rank=4, refresh_every=1)
-    with torch.no_grad():
-        layer.weight[:, :8] = 0
-    input_grad(layer, torch.zeros(M, P))
-    assert error_in_a_plane(layer, steps=3) < 1e-3
-
-
 def test_half_precision_reaches_as_far_as_dense():
     config = MemAOPConfig(grad_input="projected", memory=Subspace(rank=4))
     layer = MemAOPLinear(4096, 64, config=config, dtype=torch.float16)
@@ -203,29 +172,35 @@ def test_half_precision_reaches_as_far_as_dense():
     assert (x.grad.float() - exact).norm() < 0.01 * exact.norm()
 
 
-def test_evaluation_and_empty_batches():
-    layer = layer_of(rank=4)
+def test_it_is_exact_in_evaluation_with_all_rows_and_where_that_costs_no_more():
+    layer = layer_of(rank=16)
     assert input_grad(layer, torch.randn(0, P)).shape == (0, N)
     assert layer.memory.nbytes == 0
+
+    def check(g):
+        torch.testing.assert_close(input_grad(layer, g), g @ layer.weight)
+
+    check(torch.randn(4, P))
+    assert layer.memory.projection.basis is None
     layer.eval()
-    g = torch.randn(M, P)
-    torch.testing.assert_close(input_grad(layer, g), g @ layer.weight)
+    check(torch.randn(M, P))
+    layer.train().set_ratio_(1)
+    check(torch.randn(M, P))
 
 
 @pytest.mark.parametrize("settings", [{"rank": 4}, {"budget": 1 / 4}])
 def test_a_checkpoint_resumes_to_the_bit(settings):
     first, second = layer_of(refresh_every=3, **settings), layer_of(refresh_every=3, **settings)
-    batches = [torch.randn(M, P) for _ in range(8)]
-    for g in batches[:4]:
-        input_grad(first, g)
+    for _ in range(4):
+        input_grad(first, torch.randn(M, P))
     second.load_state_dict(first.state_dict())
     second.memory.load_state_dict(copy.deepcopy(first.memory.state_dict()))
     assert second.memory.nbytes == first.memory.nbytes
-    for g in batches[4:]:
+    for seed in range(4):
         results = []
         for layer in (first, second):
-            torch.manual_seed(1)
-            results.append(input_grad(layer, g))
+            torch.manual_seed(seed)
+            results.append(input_grad(layer, torch.randn(M, P)))
         assert torch.equal(*results)
     first.memory.reset()
     assert first.memory.nbytes == 0
@@ -236,24 +211,26 @@ def test_a_state_that_does_not_fit_is_refused():
     layer = layer_of(rank=4)
     input_grad(layer, torch.randn(M, P))
     good = layer.memory.state_dict()
+    lacking = {name: value for name, value in good.items() if name != "projection_step"}
     for broken, message in (
-        (torch.eye(N + 1, 4), rf"projection has shape \({N + 1}, 4\).*\({N}, 4\)"),
-        (torch.ones(N), "projection has shape"),
-        (torch.ones(N, N + 1), f"{N + 1} columns for rows of {N}"),
-        (torch.ones(N, 0), "0 columns"),
+        (
+            good | {"projection": torch.eye(N + 1, 4)},
+            rf"projection has shape \({N + 1}, 4\).*, 4\)",
+        ),
+        (good | {"projection": torch.ones(N)}, "projection has shape"),
+        (good | {"projection": torch.ones(N, N + 1)}, f"{N + 1} columns for rows of {N}"),
+        (good | {"projection": torch.ones(N, 0)}, "0 columns"),
+        (lacking, "state lacks projection_step"),
     ):
         with pytest.raises(ValueError, match=message):
-            layer.memory.load_state_dict(good | {"projection": broken})
-    with pytest.raises(ValueError, match="state lacks projection_step"):
-        layer.memory.load_state_dict({k: v for k, v in good.items() if k != "projection_step"})
+            layer.memory.load_state_dict(broken)
     # Of a memory that projected nothing.
     layer.memory.load_state_dict({k: v for k, v in good.items() if "projection" not in k})
     assert layer.memory.projection.basis is None
 
 
-def test_copies_and_conversions_take_the_basis_along():
+def test_copies_and_conversions_take_the_basis_along_unless_the_size_changes():
     layer = layer_of(rank=4)
-    layer.weight.requires_grad_(False)
     input_grad(layer, torch.randn(M, P))
     twin = copy.deepcopy(layer)
     assert torch.equal(twin.memory.projection.basis, layer.memory.projection.basis)
@@ -262,26 +239,11 @@ def test_copies_and_conversions_take_the_basis_along():
     assert twin.memory.projection.basis.dtype == torch.float32
     twin.to("meta")
     assert twin.memory.projection.basis is None
-    assert layer.memory.projection.basis is not None
-
-
-def test_a_memory_of_another_size_starts_anew():
-    memory = new_memory(MemAOPConfig(grad_input="projected"), N, P)
-    config = MemAOPConfig(grad_input="projected", memory=Subspace(rank=4))
-    projected_input_grad(torch.randn(M, P), torch.randn(P, N), config, memory)
-    memory.fit(config, P, N)
-    assert memory.projection.basis is None
-    dx = projected_input_grad(torch.randn(M, N), torch.randn(N, P), config, memory)
-    assert dx.shape == (M, P)
-    assert memory.projection.basis.shape == (P, 4)
-
-
-def test_weight_gradients_do_not_need_it():
-    """The function that has no weight to multiply with takes the configuration all the same."""
-    config = MemAOPConfig(memory=Subspace(rank=4), grad_input="projected")
-    memory = new_memory(config, N, P)
-    assert weight_grad(torch.randn(M, N), torch.randn(M, P), config, memory).shape == (P, N)
-    assert memory.projection.basis is None
+    layer.memory.fit(layer.config, P, N)
+    assert layer.memory.projection.basis is None
+    g, weight = torch.randn(M, N), torch.randn(N, P)
+    assert projected_input_grad(g, weight, layer.config, layer.memory).shape == (M, P)
+    assert layer.memory.projection.basis.shape == (P, 4)
 
 
 @pytest.mark.parametrize("budget", [1 / 16, 1 / 4, 1 / 2])
@@ -307,26 +269,24 @@ def test_the_rank_is_the_largest_that_the_budget_pays_for():
 
 
 def test_flops_are_those_of_the_three_products_and_the_refreshes():
-    config = MemAOPConfig(memory=Subspace(rank=4, refresh_every=10), grad_input="projected")
-    memory = new_memory(config, N, P)
+    layer = layer_of(rank=4, refresh_every=10)
     # A power iteration on all of the 512 rows and W, and QR.
     refresh = 2 * 4 * P * (M + N) + 4 * 4 * 4 * N
     expected = 2 * 4 * (M * P + P * N + M * N) + refresh / 10
-    assert flops_of_input_grad(config, memory, M, N, P) == round(expected)
-    assert flops_of_input_grad(config, memory, 2, N, P) == 2 * 2 * N * P  # dense
+    assert flops_of_input_grad(layer.config, layer.memory, M, N, P) == round(expected)
+    assert flops_of_input_grad(layer.config, layer.memory, 2, N, P) == 2 * 2 * N * P  # dense
 
 
 def test_a_budget_of_its_own():
-    given = MemAOPConfig(budget=1 / 8, grad_input=Projected(1 / 2))
-    shared = MemAOPConfig(budget=1 / 8, grad_input="projected")
-    ranks = [config.projection_rank(M, N, P) for config in (given, shared)]
-    assert ranks[0] > 3 * ranks[1]
-    with_ratio = MemAOPConfig(ratio=1 / 8, grad_input=Projected(1 / 2))
-    assert with_ratio.projection_rank(M, N, P) == ranks[0]
-    for settings in ({}, {"budget": 1 / 2}):
-        config = MemAOPConfig(memory=Subspace(rank=9), grad_input="projected", **settings)
-        assert config.projection_rank(M, N, P) == 9
-    assert MemAOPConfig(grad_input="projected").projection_rank(M, 40, P) == 10  # a quarter
+    def rank(columns=N, **settings):
+        settings = {"grad_input": "projected"} | settings
+        return flat_config(**settings).projection_rank(M, columns, P)
+
+    own = Projected(1 / 2)
+    assert rank(budget=1 / 8, grad_input=own) == rank(ratio=1 / 8, grad_input=own)
+    assert rank(budget=1 / 8, grad_input=own) > 3 * rank(budget=1 / 8)
+    assert rank(rank=9) == rank(rank=9, budget=1 / 2) == 9
+    assert rank(columns=40) == 10  # a quarter
 
 
 def test_another_budget_of_dw_leaves_dx_as_it_is():
@@ -345,7 +305,6 @@ def test_another_budget_of_dw_leaves_dx_as_it_is():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"memory": "none"}, "needs memory='subspace'.*not 'none'"),
         ({"selection": "topk", "memory": "residual"}, "needs memory='subspace'.*not 'residual'"),
         ({"grad_input_budget": 1.0}, "budget=1 is what dense costs: use grad_input='exact'"),
         ({"grad_input_budget": 1.5}, r"budget=1\.5 must be in \(0, 1\]"),

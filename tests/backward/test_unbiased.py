@@ -84,19 +84,6 @@ def test_the_statistic_sees_biased_policies(selection, batch, mean_agrees):
         mean_agrees(draws, g.T @ x)
 
 
-def test_subspace_has_less_variance_than_plain_sampling(batch):
-    x, g = batch
-    x = x + 5
-    plain = MemAOPConfig(k=10, memory="none")
-    subspace = MemAOPConfig(k=10, memory=Subspace(rank=4))
-    memory = warmed_up(subspace, 3, x, g)
-    errors = [
-        torch.stack([weight_grad(x, g, c, copy.deepcopy(m)) - g.T @ x for _ in range(50)])
-        for c, m in ((plain, None), (subspace, memory))
-    ]
-    assert errors[1].square().mean() < errors[0].square().mean() / 4
-
-
 @pytest.mark.parametrize(
     ("unbiased", "budget", "memory", "grad_input"),
     pairwise(

@@ -5,6 +5,7 @@ from memaop_triton import MemAOPConfig, Rows, Subspace, new_memory
 from memaop_triton.backward.weight_grad import weight_and_bias_grad, weight_grad
 from memaop_triton.reference import weight_grad_reference
 from memaop_triton.selection import Selection
+from tests.judging import LAYOUTS, laid_out
 from tests.pairwise import pairwise
 from tests.schemes import LEGAL, flat_config
 
@@ -67,10 +68,8 @@ def test_steps_equal_the_reference(scheme, shape, budget, generator):
     assert torch.equal(ours.get_state(), theirs.get_state())
 
 
-def plain(x, g, selection, slots=None, basis=None, side="input"):
+def plain(x, g, selection, slots=None, basis=None):
     """The weight gradient and the slots after it, in the dtype of the operands throughout."""
-    if side == "grad":
-        return plain(g, x, selection, None, basis)[0].T, None
     indices, weights = selection
     if slots is not None:
         x, g = slots[0] + x, slots[1] + g
@@ -95,7 +94,7 @@ def plain(x, g, selection, slots=None, basis=None, side="input"):
     ),
 )
 def test_rounding_error_is_at_most_twice_that_of_torch(scheme, shape, dtype, k, selections):
-    config = flat_config(k=k, rank=4, selection=scheme[0], memory=scheme[1])
+    config = flat_config(k=k, rank=4, side="input", selection=scheme[0], memory=scheme[1])
     memory = new_memory(config, *shape[1:])
     slots = {torch.float64: None, dtype: None}
     if config.row_memory:
@@ -111,9 +110,9 @@ def test_rounding_error_is_at_most_twice_that_of_torch(scheme, shape, dtype, k, 
         basis = None
         if config.memory_name == "subspace" and selections:
             basis = memory.basis.to(dtype)
-        side, results = getattr(memory, "side", "input"), {}
+        results = {}
         for kept, (a, b, q) in ((torch.float64, dequantized(x, g, basis)), (dtype, (x, g, basis))):
-            results[kept], after = plain(a, b, selection, slots[kept], q, side)
+            results[kept], after = plain(a, b, selection, slots[kept], q)
             slots[kept] = after if config.row_memory else None
         exact, torchs = results[torch.float64], results[dtype].double()
         tiny = torch.finfo(dtype).eps * exact.abs().max()
@@ -135,18 +134,14 @@ def test_weights_do_not_overflow_float16():
     torch.testing.assert_close(weight_grad(x, g, config), g.T @ x, rtol=1e-2, atol=0)
 
 
-LAYOUTS = {
-    "transposed": lambda t: t.T.contiguous().T,
-    "strided": lambda t: t.repeat_interleave(2, 1)[:, ::2],
-    "every-other-row": lambda t: t.repeat_interleave(2, 0)[::2],
-    "reversed-storage": lambda t: torch.cat([t, t], 1)[:, t.shape[1] :],
+EXPANDED = {
     "expanded-rows": lambda t: t[:1].expand_as(t),
     "expanded-columns": lambda t: t[:, :1].expand_as(t),
     "expanded-scalar": lambda t: t[0, 0].expand_as(t),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS[1:], *EXPANDED])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_strides_do_not_matter(memory_scheme, layout, dtype, generator):
     config = flat_config(k=7, rank=2, **memory_scheme)
@@ -154,7 +149,8 @@ def test_strides_do_not_matter(memory_scheme, layout, dtype, generator):
     # Z is rounded to bfloat16 before its norms are taken, or after, by whoever takes the layout.
     size = 1e-9 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
     for seed in range(3):
-        x, g = (LAYOUTS[layout](t) for t in operands(33, 12, 9, dtype))
+        x, g = operands(33, 12, 9, dtype)
+        x, g = (EXPANDED[layout](t) if layout in EXPANDED else laid_out(t, layout) for t in (x, g))
         strided = weight_grad(x, g, config, memories[0], generator=generator(seed))
         x, g = x.clone(memory_format=torch.contiguous_format), g.contiguous()
         dense = weight_grad(x, g, config, memories[1], generator=generator(seed))
@@ -179,25 +175,18 @@ def test_empty_batch_gives_zeros_and_leaves_the_memory_alone(scheme, generator, 
 
 @pytest.mark.parametrize("block_rows", [16, 32, 64, 128])
 @pytest.mark.parametrize("rows", [15, 129, 257])
-def test_blocks_are_picked_whole_by_the_sum_of_their_scores(block_rows, rows):
-    config = MemAOPConfig(ratio=0.5, selection="topk", memory="none", block_rows=block_rows)
-    x, g = operands(rows, 6, 4)
+@pytest.mark.parametrize("memory", ["none", "residual"])
+def test_blocks_are_picked_whole_by_the_sum_of_their_scores(block_rows, rows, memory):
+    config = MemAOPConfig(ratio=0.5, selection="topk", memory=memory, block_rows=block_rows)
+    kept, (x, g) = new_memory(config, 6, 4), operands(rows, 6, 4)
     scores = x.norm(dim=1) * g.norm(dim=1)
     blocks = scores.split(block_rows)
     count = max(1, (config.num_rows(rows) + block_rows // 2) // block_rows)
     best = sorted(range(len(blocks)), key=lambda b: -blocks[b].sum())[:count]
     chosen = torch.cat([torch.arange(rows).split(block_rows)[b] for b in best])
-    torch.testing.assert_close(weight_grad(x, g, config), g[chosen].T @ x[chosen])
-
-
-def test_blocks_with_a_row_memory_leave_the_other_blocks_remembered():
-    config = MemAOPConfig(k=16, selection="topk", memory="residual", block_rows=16)
-    memory = new_memory(config, 6, 4)
-    x, g = operands(40, 6, 4)
-    x[16:32] *= 10
-    first = weight_grad(x, g, config, memory)
-    torch.testing.assert_close(first, g[16:32].T @ x[16:32])
-    assert memory.filled.tolist() == [True] * 16 + [False] * 16 + [True] * 8
+    torch.testing.assert_close(weight_grad(x, g, config, kept), g[chosen].T @ x[chosen])
+    if memory == "residual" and len(chosen) < rows:
+        assert torch.equal((~kept.filled).nonzero()[:, 0], chosen.sort().values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -20,52 +20,53 @@ def sass(*lines):
     return "\n".join(f"        /*{16 * i:04x}*/    {line} ;" for i, line in enumerate(code))
 
 
-def loop_of(*lines):
-    listing = sass(*lines)
-    ((code, labels),) = nvidia.parse(listing, [16 * len(lines)])
-    return [i.mnemonic for i in hottest(code, labels, nvidia.MATRIX, nvidia.COPY)]
+NOTES = "     &req={4,0}  &wr=0x0 ?trans6"
+LOOPS = {
+    "retries behind it are left out": (
+        [
+            ".L_1:",
+            "SYNCS.TRYWAIT P0, [UR4]",
+            "@!P0 BRA .L_2",
+            ".L_3:",
+            "HMMA.16816 R0, R1",
+            "@P1 BRA .L_1",
+            "EXIT",
+            ".L_2:",
+            "SYNCS.TRYWAIT P0, [UR4]",
+            "@!P0 BRA .L_2",
+            "BRA .L_3",
+        ],
+        ["SYNCS.TRYWAIT", "BRA", "HMMA.16816", "BRA"],
+    ),
+    "notes behind an instruction are no part of it": (
+        [".L_1:", f"LDG.E.128 R0, R1{NOTES}", f"BRA.U !UP0, .L_1{NOTES}", "EXIT"],
+        ["LDG.E.128", "BRA.U"],
+    ),
+    "as many products stand before it": (
+        ["UTCHMMA gdesc", ".L_1:", "UTCHMMA gdesc", "BRA.U UP0, .L_1", "EXIT"],
+        ["UTCHMMA", "BRA.U"],
+    ),
+    "the inner of two": (
+        [
+            ".L_1:",
+            "MOV R1, R2",
+            ".L_2:",
+            "HMMA.16816 R0, R1",
+            "@P0 BRA .L_2",
+            "LDG.E.128 R0, R1",
+            "@P1 BRA .L_1",
+            "EXIT",
+        ],
+        ["HMMA.16816", "BRA"],
+    ),
+}
 
 
-def test_retries_behind_the_loop_are_left_out():
-    found = loop_of(
-        ".L_1:",
-        "SYNCS.TRYWAIT P0, [UR4]",
-        "@!P0 BRA .L_2",
-        ".L_3:",
-        "HMMA.16816 R0, R1",
-        "@P1 BRA .L_1",
-        "EXIT",
-        ".L_2:",
-        "SYNCS.TRYWAIT P0, [UR4]",
-        "@!P0 BRA .L_2",
-        "BRA .L_3",
-    )
-    assert found == ["SYNCS.TRYWAIT", "BRA", "HMMA.16816", "BRA"]
-
-
-def test_notes_behind_an_instruction_are_no_part_of_it():
-    notes = "     &req={4,0}  &wr=0x0 ?trans6"
-    found = loop_of(".L_1:", f"LDG.E.128 R0, R1{notes}", f"BRA.U !UP0, .L_1{notes}", "EXIT")
-    assert found == ["LDG.E.128", "BRA.U"]
-
-
-def test_the_loop_counts_though_as_many_products_stand_before_it():
-    found = loop_of("UTCHMMA gdesc", ".L_1:", "UTCHMMA gdesc", "BRA.U UP0, .L_1", "EXIT")
-    assert found == ["UTCHMMA", "BRA.U"]
-
-
-def test_the_inner_of_two_loops_counts():
-    found = loop_of(
-        ".L_1:",
-        "MOV R1, R2",
-        ".L_2:",
-        "HMMA.16816 R0, R1",
-        "@P0 BRA .L_2",
-        "LDG.E.128 R0, R1",
-        "@P1 BRA .L_1",
-        "EXIT",
-    )
-    assert found == ["HMMA.16816", "BRA"]
+@pytest.mark.parametrize(("lines", "expected"), LOOPS.values(), ids=LOOPS)
+def test_the_loop_of_a_kernel(lines, expected):
+    ((code, labels),) = nvidia.parse(sass(*lines), [16 * len(lines)])
+    loop = hottest(code, labels, nvidia.MATRIX, nvidia.COPY)
+    assert [instruction.mnemonic for instruction in loop] == expected
 
 
 def test_kernels_one_behind_the_other_are_told_apart():
@@ -85,30 +86,21 @@ def test_amd_loops_are_found_by_their_labels():
 
 
 @pytest.mark.parametrize(
-    ("instruction", "name"),
+    ("vendor", "instruction", "name"),
     [
-        ("buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen", "buffer_load.128"),
-        ("buffer_load_dwordx4 v4, s[0:3], 0 offen lds", "buffer_load_lds.128"),
-        ("global_load_lds_dwordx4 v[0:1], off", "global_load_lds.128"),
-        ("global_load_ushort v0, v[0:1], off", "global_load.16"),
-        ("global_load_dword v0, v[0:1], off", "global_load.32"),
+        (amd, "buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen", "buffer_load.128"),
+        (amd, "buffer_load_dwordx4 v4, s[0:3], 0 offen lds", "buffer_load_lds.128"),
+        (amd, "global_load_lds_dwordx4 v[0:1], off", "global_load_lds.128"),
+        (amd, "global_load_ushort v0, v[0:1], off", "global_load.16"),
+        (amd, "global_load_dword v0, v[0:1], off", "global_load.32"),
+        (nvidia, "LDGSTS.E.BYPASS.LTC128B.128", "LDGSTS.128"),
+        (nvidia, "LDGSTS.E.LTC128B.64", "LDGSTS.64"),
+        (nvidia, "LDG.E.LTC128B", "LDG.32"),
+        (nvidia, "LDG.E.U16.CONSTANT", "LDG.16"),
+        (nvidia, "LDG.E.ENL2.256", "LDG.256"),
+        (nvidia, "UTMALDG.2D", "UTMALDG"),
+        (nvidia, "LDS.128", None),
     ],
 )
-def test_amd_copies_by_kind_and_width(instruction, name):
-    assert amd.copy_of(amd._instruction(instruction)) == name
-
-
-@pytest.mark.parametrize(
-    ("mnemonic", "name"),
-    [
-        ("LDGSTS.E.BYPASS.LTC128B.128", "LDGSTS.128"),
-        ("LDGSTS.E.LTC128B.64", "LDGSTS.64"),
-        ("LDG.E.LTC128B", "LDG.32"),
-        ("LDG.E.U16.CONSTANT", "LDG.16"),
-        ("LDG.E.ENL2.256", "LDG.256"),
-        ("UTMALDG.2D", "UTMALDG"),
-        ("LDS.128", None),
-    ],
-)
-def test_nvidia_copies_by_kind_and_width(mnemonic, name):
-    assert nvidia.copy_of(nvidia._instruction(mnemonic)) == name
+def test_copies_by_kind_and_width(vendor, instruction, name):
+    assert vendor.copy_of(vendor._instruction(instruction)) == name

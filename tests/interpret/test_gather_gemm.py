@@ -42,32 +42,22 @@ CONFIGS = {
 KINDS = [(torch.float16, False), (torch.float16, True), (torch.float32, True)]
 
 
-@pytest.mark.parametrize(("shape", "config", "kind"), pairwise(SHAPES, CONFIGS, KINDS))
-def test_shapes(shape, config, kind):
+@pytest.mark.parametrize(
+    ("shape", "config", "kind", "layout"), pairwise(SHAPES, CONFIGS, KINDS, LAYOUTS)
+)
+def test_shapes(shape, config, kind, layout):
     dtype, weighted = kind
     index = torch.int32 if weighted else torch.int64
-    check_gather(shape, dtype, index=index, weighted=weighted, config=CONFIGS[config])
+    check_gather(shape, dtype, layout, index=index, weighted=weighted, config=CONFIGS[config])
 
 
-@pytest.mark.parametrize("config", ["rows-first", "columns-first", "two-tiles"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("columns", [(33, 17), (48, 32)], ids=["odd", "even"])
-def test_strides(layout, columns, config):
-    check_gather((50, *columns, 37), torch.float16, layout, config=CONFIGS[config])
-
-
-def test_operands_of_different_strides():
-    x, _ = operands(50, 33, 17, torch.float32, "transposed")
-    _, g = operands(50, 33, 17, torch.float32, "strided")
-    indices = drawn_rows(50, 37)
-    check_products(gather_gemm(x, g, indices, config=SMALL), x, g, indices)
-
-
-def test_one_row_repeated(by_descriptor):
-    x = torch.randn(1, 32).half().expand(40, 32)
-    g = torch.randn(1, 16).half().expand(40, 16)
+def test_operands_of_different_strides(by_descriptor):
+    one_row = torch.randn(1, 32).half().expand(40, 32)
+    turned, _ = operands(40, 32, 1, torch.float16, "transposed")
+    _, apart = operands(40, 1, 16, torch.float16, "strided")
     indices = drawn_blocks([0, 2], 16)
-    check_products(gather_gemm(x, g, indices, block_rows=16, config=SMALL), x, g, indices)
+    for x, g in ((one_row, one_row[:, :16]), (turned, apart)):
+        check_products(gather_gemm(x, g, indices, block_rows=16, config=SMALL), x, g, indices)
 
 
 @pytest.mark.parametrize(
@@ -83,40 +73,23 @@ def test_padding_is_not_read(config, block_rows, by_descriptor, traffic):
     assert (read[f"x_{name}"], read[f"g_{name}"]) == (2 * 48 * wanted, 2 * 32 * wanted)
 
 
-@pytest.mark.parametrize("ratio", [1, 4, 8, 100, 1000])
+@pytest.mark.parametrize("ratio", [1e-3, 1.0, 4.0, 8.0, 100.0, 1e6])
 @pytest.mark.usefixtures("by_descriptor")
 def test_weights_leave_float16_its_range(ratio):
     """Rows may be as large as the range allows, or by a root less if weights differ or are huge."""
     x, g = operands(64, 48, 32, torch.float16)
     x, g = (x / 1e4).half(), (g / g.abs().max() * 6e4).half()
     indices = torch.arange(64)
-    alike = torch.full((64,), float(ratio))
+    alike = torch.full((64,), ratio)
     unlike = torch.linspace(1, ratio, 4).repeat_interleave(16)
-    less = (g / ratio**0.5).half()
+    less = (g / max(1, ratio) ** 0.5).half()
     for weights, large in ((alike, g if ratio <= 64 else less), (unlike, less)):
-        result = gather_gemm(x, large, indices, weights, block_rows=16, config=SMALL)
-        exact = outer_products(x.double(), large.double(), indices, weights.double())
-        torch.testing.assert_close(
-            result.double(), exact, rtol=0, atol=2e-3 * exact.abs().max().item()
-        )
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("largest", [1e-3, 1.0, 3000.0, 1e6])
-@pytest.mark.parametrize("split", [1, 2])
-def test_range_of_weights(dtype, largest, split):
-    """Large weights of small rows: Σ fits float16 although some w_k hardly do."""
-    x, g = operands(60, 33, 17, dtype)
-    indices = drawn_rows(60, 45)
-    weights = largest * torch.rand(45)
-    weights[0] = largest
-    g /= max(1.0, largest)
-    config = replace(SMALL, split_k=split)
-    result = gather_gemm(x, g, indices, weights, config=config, out=torch.empty(17, 33))
-    exact = outer_products(x.double(), g.double(), indices, weights)
-    torch.testing.assert_close(
-        result.double(), exact, rtol=0, atol=2 * torch.finfo(dtype).eps * exact.abs().max().item()
-    )
+        for split in (1, 2):
+            config, out = replace(SMALL, split_k=split), torch.empty(32, 48)
+            gather_gemm(x, large, indices, weights, block_rows=16, config=config, out=out)
+            exact = outer_products(x.double(), large.double(), indices, weights.double())
+            error = (out.double() - exact).abs().max()
+            assert error <= 2e-3 * exact.abs().max()
 
 
 @pytest.mark.parametrize("is_named", [True, False], ids=["named", "left-out"])
@@ -145,8 +118,7 @@ def test_blocks(rows, block_rows, blocks, by_descriptor, is_named, traffic):
 def test_blocks_that_no_descriptor_can_describe(columns, tensor_copies, traffic):
     x, g = operands(64, *columns, torch.float16)
     indices = drawn_blocks([1, 3], 16)
-    result = gather_gemm(x, g, indices, block_rows=16, config=SMALL)
-    check_products(result, x, g, indices)
+    check_products(gather_gemm(x, g, indices, block_rows=16, config=SMALL), x, g, indices)
     assert traffic[0].kernel == "gather_gemm_kernel"
 
 
@@ -177,31 +149,15 @@ def test_a_correction_alone():
 @pytest.mark.parametrize(("n", "p"), [(48, 17), (33, 32), (40, 8)])
 def test_alignment_is_promised_only_where_it_holds(n, p, monkeypatch):
     """A false promise changes no value here: it would misalign the copies of a GPU."""
-    seen, run = [], launch.launch
-
-    def recording(*args, **kwargs):
-        seen.append(kwargs)
-        run(*args, **kwargs)
-
-    monkeypatch.setattr(launch, "launch", recording)
+    seen = []
+    monkeypatch.setattr(launch, "launch", lambda kernel, grid, **given: seen.append(given))
     x, g = operands(20, n, p, torch.float16)
     memory = (torch.zeros(20, n), torch.zeros(20, p), torch.zeros(20, dtype=torch.bool))
     indices, number = drawn_rows(20, 9), torch.zeros(1)
     gather_gemm(x, g, indices, config=SMALL)
     residual_gemm(memory, x, g, indices, number, number.long(), number, config=SMALL)
-    assert len(seen) == 2
-    for constants in seen:
-        assert (constants["EVEN_N"], constants["EVEN_P"]) == (n % 16 == 0, p % 16 == 0)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_reaches_the_result(bad):
-    x, g = operands(40, 33, 17, torch.float32)
-    x[20, 3] = bad
-    result = gather_gemm(x, g, torch.arange(40), config=SMALL)
-    assert not result[:, 3].isfinite().any()
-    assert result[:, :3].isfinite().all()
-    assert result[:, 4:].isfinite().all()
+    promised = [(constants["EVEN_N"], constants["EVEN_P"]) for constants in seen]
+    assert promised == [(n % 16 == 0, p % 16 == 0)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -6,7 +6,7 @@ import torch
 from memaop_triton.kernels.gpu.rescale import rescale_
 from memaop_triton.kernels.gpu.score import accumulate_and_score, row_norms, row_scores
 from memaop_triton.kernels.tuning.config import RowConfig
-from tests.judging import LAYOUTS, laid_out, operands
+from tests.judging import LAYOUTS, operands
 from tests.kernel_checks import (
     CARRY,
     SEED,
@@ -20,16 +20,18 @@ from tests.kernel_checks import (
     scalar,
     signs_of,
 )
+from tests.pairwise import pairwise
 
 DTYPES = (torch.float16, torch.float32)
+CONFIGS = [RowConfig(8, 16, 4), RowConfig(16, 64, 4), None]
 SHAPES = [(1, 1, 1), (3, 17, 1), (17, 3, 129), (9, 16, 32), (129, 33, 17)]
 
 
-@pytest.mark.parametrize("config", [RowConfig(8, 16, 4), RowConfig(16, 64, 4), None])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_scores(shape, dtype, config):
-    x, g = operands(*shape, dtype)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "config", "layout"), pairwise(SHAPES, DTYPES, CONFIGS, LAYOUTS)
+)
+def test_scores(shape, dtype, config, layout):
+    x, g = operands(*shape, dtype, layout)
     scores, sums = row_scores(x, g, bias_grad=True, config=config)
     check_norms(scores, x, g)
     check_sums(sums, g)
@@ -37,12 +39,8 @@ def test_scores(shape, dtype, config):
     check_norms(row_norms(g, config=config), g)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "one row repeated"])
-def test_scores_of_strided_rows(layout):
-    if layout == "one row repeated":
-        x, g = torch.randn(1, 33).expand(17, 33), torch.randn(17, 1).expand(17, 20)
-    else:
-        x, g = laid_out(torch.randn(17, 33), layout), laid_out(torch.randn(17, 20).half(), layout)
+def test_scores_of_one_row_repeated():
+    x, g = torch.randn(1, 33).expand(17, 33), torch.randn(17, 1).half().expand(17, 20)
     scores, sums = row_scores(x, g, bias_grad=True, config=TILE)
     check_norms(scores, x, g)
     check_sums(sums, g)
@@ -54,22 +52,11 @@ def test_rows_that_are_not_finite(dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stored", "signed"),
-    [
-        (torch.float16, torch.float16, True),
-        (torch.float16, torch.float32, False),
-        (torch.float32, torch.float16, False),
-        (torch.float32, torch.float32, True),
-    ],
+    ("shape", "layout", "dtype", "stored", "signed"),
+    pairwise(SHAPES, LAYOUTS, DTYPES, DTYPES, [False, True]),
 )
-@pytest.mark.parametrize("shape", SHAPES)
-def test_update(shape, dtype, stored, signed):
-    check_update(shape, dtype, stored, signed=signed)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_update_from_strided_rows(layout):
-    check_update((17, 33, 20), torch.float16, torch.float32, signed=False, layout=layout)
+def test_update(shape, layout, dtype, stored, signed):
+    check_update(shape, dtype, stored, signed=signed, layout=layout)
 
 
 def test_update_writes_slots_only():
@@ -107,32 +94,24 @@ def test_update_of_the_rest(dtype, bias_grad):
     check_update_of_the_rest(dtype, torch.float32, bias_grad=bias_grad)
 
 
-def test_a_memory_with_gaps_is_refused():
-    x, g = operands(4, 6, 6, torch.float32)
-    memory = (torch.zeros(4, 12)[:, ::2], torch.zeros(4, 6), torch.ones(4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="gaps"):
-        accumulate_and_score(memory, x, g, torch.ones(1), scalar(SEED))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (17, 3), (40, 129)])
-@pytest.mark.parametrize("factor", [0.5, 2.0, 0.3])
-def test_rescaling(shape, dtype, factor):
+@pytest.mark.parametrize("factor", [0.5, 2.0, 0.3, 1.0])
+def test_rescaling(shape, dtype, factor, traffic):
     wide = torch.randn(shape[0], shape[1] + 5).to(dtype)
     m, before = wide[:, : shape[1]], wide.clone()
     rescale_(m, scalar(factor), config=TILE)
     expected = (factor * before[:, : shape[1]].float()).to(dtype)
     torch.testing.assert_close(m, expected, rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=0)
     assert torch.equal(wide[:, shape[1] :], before[:, shape[1] :])
+    assert bool(traffic[0].written) == (factor != 1)
+    assert (traffic[0].read.keys() == {"factor_ptr"}) == (factor == 1)
 
 
-def test_rescaling_by_one_reads_nothing_but_the_factor(traffic):
-    rescale_(torch.randn(40, 129), scalar(1.0), config=TILE)
-    (launch,) = traffic
-    assert launch.read.keys() == {"factor_ptr"}
-    assert not launch.written
-
-
-def test_rescaling_refuses_rows_with_gaps():
+def test_memories_with_gaps_are_refused():
+    x, g = operands(4, 6, 6, torch.float32)
+    memory = (torch.zeros(4, 12)[:, ::2], torch.zeros(4, 6), torch.ones(4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="gaps"):
+        accumulate_and_score(memory, x, g, torch.ones(1), scalar(SEED))
     with pytest.raises(ValueError, match=r"without gaps, got strides \(1, 40\)"):
         rescale_(torch.randn(129, 40).t(), scalar(1.0))

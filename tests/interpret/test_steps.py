@@ -9,16 +9,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from memaop_triton import MemAOPConfig, convert_, flops, monitor, new_memory
 from memaop_triton.backward.weight_grad import weight_and_bias_grad, weight_grad
-from memaop_triton.config import ROW_MEMORIES, Subspace
+from memaop_triton.config import ROW_MEMORIES
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.nn import ops
 from memaop_triton.selection import Selection
+from tests.kernel_checks import signs_of
 from tests.pairwise import pairwise
 from tests.schemes import LEGAL, flat_config, label
 
-SHAPES = [(70, 24, 40), (37, 16, 33), (5, 1, 3), (129, 17, 3)]
+SHAPES = [(70, 24, 40), (37, 16, 33), (5, 1, 3), (129, 20, 4)]
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +55,19 @@ ALIKE = [
     or (scheme["selection"], scheme["memory"]) == ("topk", "residual")
 ]
 
+SIDES = [{"selection": "priority", "memory": "subspace", "side": s} for s in ("input", "grad")]
 
-@pytest.mark.parametrize(("scheme", "shape", "block_rows"), pairwise(ALIKE, SHAPES, [1, 16, 32]))
-def test_steps_equal_those_in_pytorch(scheme, shape, block_rows, backend, generator):
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "block_rows", "rows_per_refresh"),
+    pairwise(ALIKE + SIDES, SHAPES, [1, 16, 32], [16, 1024]),
+)
+@pytest.mark.usefixtures("by_descriptor")
+def test_steps_equal_those_in_pytorch(
+    scheme, shape, block_rows, rows_per_refresh, backend, generator, monkeypatch
+):
+    monkeypatch.setattr(flops, "_ROWS_PER_REFRESH", rows_per_refresh)
+    monkeypatch.setattr(flops, "_ROWS_PER_DIMENSION", 1)
     config = flat_config(ratio=1 / 4, rank=4, refresh_every=2, block_rows=block_rows, **scheme)
     data = batches(shape)
     ours, memory = run(config, data, generator(3))
@@ -69,58 +80,35 @@ def test_steps_equal_those_in_pytorch(scheme, shape, block_rows, backend, genera
         for name, value in reference.state_dict().items():
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(memory.state_dict()[name], value, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("side", ["auto", "input", "grad"])
-def test_refreshes_from_some_of_the_rows_equal_those_in_pytorch(
-    side, backend, generator, monkeypatch
-):
-    monkeypatch.setattr(flops, "_ROWS_PER_REFRESH", 16)
-    monkeypatch.setattr(flops, "_ROWS_PER_DIMENSION", 1)
-    assert flops.refresh_stride(70, 4) == 5
-    config = MemAOPConfig(ratio=1 / 4, memory=Subspace(rank=4, side=side, refresh_every=2))
-    data = batches((70, 24, 40))
-    ours, memory = run(config, data, generator(3))
-    backend("torch")
-    theirs, reference = run(config, data, generator(3))
-    for (dw, _), (expected, _) in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(dw, expected, rtol=1e-4, atol=1e-3)
-    for one, other in zip(memory.bases.values(), reference.bases.values(), strict=True):
-        torch.testing.assert_close(one.q @ one.q.T, other.q @ other.q.T, rtol=1e-3, atol=1e-3)
+    elif memory is not None and reference.basis is not None:
+        for one, other in zip(memory.bases.values(), reference.bases.values(), strict=True):
+            torch.testing.assert_close(one.q @ one.q.T, other.q @ other.q.T, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("selection", ["randk", "topk", "weightedk"])
 @pytest.mark.parametrize("memory", ["residual", "signed"])
 @pytest.mark.parametrize("block_rows", [1, 16])
-def test_row_memories_keep_what_is_not_selected(selection, memory, block_rows, selections):
+def test_row_memories_keep_what_is_not_selected(
+    selection, memory, block_rows, selections, generator
+):
     m, n, p = 70, 24, 40
     config = MemAOPConfig(ratio=1 / 3, selection=selection, memory=memory, block_rows=block_rows)
     state = new_memory(config, n, p)
     kept_x, kept_g = torch.zeros(m, n), torch.zeros(m, p)
-    for x, g in batches((m, n, p), count=4):
-        dw, db = weight_and_bias_grad(x, g, config, state)
+    for step, (x, g) in enumerate(batches((m, n, p), count=4)):
+        dw, db = weight_and_bias_grad(x, g, config, state, generator=generator(step))
+        signs = torch.ones(m, 1)
+        if memory == "signed":  # the seed is a step's first draw
+            signs = signs_of(m, int(torch.randint(1 << 62, (1,), generator=generator(step))))
+        all_x, all_g = signs * kept_x + x, signs * kept_g + g
         taken = selections[-1].indices
         taken = taken[taken < m]
-        # What the memory holds now shows the signs it was carried with, but for the rows taken.
-        all_x, all_g = state.x.clone(), state.g.clone()
-        signs = torch.ones(m, 1)
-        if memory == "signed":
-            flipped = (all_x - (x - kept_x)).abs().sum(1) < (all_x - (x + kept_x)).abs().sum(1)
-            signs[flipped] = -1
-        if selection == "randk":  # the rows taken were not stored
-            rest = torch.ones(m, dtype=torch.bool).index_fill_(0, taken, False)
-            torch.testing.assert_close(all_x[rest], (signs * kept_x + x)[rest])
-            torch.testing.assert_close(all_g[rest], (signs * kept_g + g)[rest])
-            if memory == "residual":
-                expected = (kept_g + g)[taken].T @ (kept_x + x)[taken]
-                torch.testing.assert_close(dw, expected, rtol=1e-4, atol=1e-4)
-        else:
-            torch.testing.assert_close(all_x, signs * kept_x + x)
-            torch.testing.assert_close(all_g, signs * kept_g + g)
-            torch.testing.assert_close(dw, all_g[taken].T @ all_x[taken], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(db, g.sum(0))
         filled = torch.ones(m, dtype=torch.bool).index_fill_(0, taken, False)
+        torch.testing.assert_close(dw, all_g[taken].T @ all_x[taken], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(db, g.sum(0))
         assert torch.equal(state.filled, filled)
+        torch.testing.assert_close(state.x[filled], all_x[filled])
+        torch.testing.assert_close(state.g[filled], all_g[filled])
         kept_x, kept_g = all_x * filled.unsqueeze(1), all_g * filled.unsqueeze(1)
 
 

@@ -1,20 +1,17 @@
 """The subspace memory's products, against their formulas in float64."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from bench.microscope.cases import float32_products
 from memaop_triton.kernels.gpu import launch, subspace
 from memaop_triton.kernels.tuning.config import RowConfig
-from tests.judging import LAYOUTS, SMALL, as_good_as, drawn_blocks, operands
+from tests.judging import LAYOUTS, as_good_as, operands
 from tests.kernel_checks import (
     TILE,
     check_gradient,
     check_projection,
-    check_rest_of_special_rows,
-    check_scores_of_rows_that_are_not_finite,
+    check_special_rows,
     check_whole_gradient,
 )
 from tests.pairwise import pairwise
@@ -24,24 +21,17 @@ DTYPES = (torch.float16, torch.float32)
 SHAPES = [(1, 1, 1), (17, 3, 2), (3, 129, 16), (129, 33, 17), (40, 64, 5), (20, 80, 64)]
 
 
-@pytest.mark.parametrize("config", [TILE, RowConfig(16, 16, 4), None])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_projection(shape, dtype, config):
-    check_projection(shape, dtype, config=config)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("columns", [33, 64])
-def test_strided_rows(layout, columns):
-    check_projection((20, columns, 5), torch.float32, layout)
-    check_gradient((20, columns, 5), torch.float32, layout, split=2, bias_grad=True)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "config", "layout"),
+    pairwise(SHAPES, DTYPES, [TILE, RowConfig(16, 16, 4), None], LAYOUTS),
+)
+def test_projection(shape, dtype, config, layout):
+    check_projection(shape, dtype, layout, config=config)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_rows(dtype):
-    check_rest_of_special_rows(dtype)
-    check_scores_of_rows_that_are_not_finite(dtype)
+    check_special_rows(dtype)
 
 
 @pytest.mark.parametrize(
@@ -65,36 +55,17 @@ def test_the_rest_drowns_in_the_rounding_of_its_product(
     assert (launched["PRECISION"], launched["epsilon"]) == (formed, epsilon)
 
 
-@pytest.mark.parametrize("split", [1, 2, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bias_grad", [False, True])
-def test_gradient(shape, dtype, split, bias_grad):
-    check_gradient(shape, dtype, split=split, bias_grad=bias_grad)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout", "split", "bias_grad"),
+    pairwise(SHAPES, DTYPES, LAYOUTS, [1, 2, 3], [False, True]),
+)
+def test_gradient(shape, dtype, layout, split, bias_grad):
+    check_gradient(shape, dtype, layout, split=split, bias_grad=bias_grad)
 
 
 def test_the_chosen_tile_of_a_transposed_product():
     a, z = operands(129, 33, 17, torch.float32)
     as_good_as(subspace.transposed_mm(z, a), a.T @ z, a.T.double() @ z.double())
-
-
-@pytest.mark.parametrize(
-    ("rank", "split", "dtype", "by_descriptor"),
-    pairwise([1, 8, 17, 64], [1, 2], DTYPES, [False, True]),
-    indirect=["by_descriptor"],
-)
-def test_correction(rank, split, dtype, by_descriptor):
-    g, z = operands(70, 24, rank, dtype)
-    parts = torch.randn(3, 24, rank)
-    indices = drawn_blocks([0, 2, 4], 16)
-    weights = (1 + torch.rand(3)).to(dtype).float().repeat_interleave(16)
-    config = replace(SMALL, block_n=16, split_k=split)
-    for w in (None, weights):
-        result = subspace.correction(parts, z, g, indices, w, block_rows=16, config=config)
-        inside = indices[indices < 70]
-        left = g[inside] if w is None else g[inside] * w[: len(inside), None].to(dtype)
-        exact = parts.double().sum(0) - left.double().T @ z[inside].double()
-        as_good_as(result, parts.sum(0) - left.float().T @ z[inside].float(), exact)
 
 
 @pytest.mark.parametrize("count", [80, 30])

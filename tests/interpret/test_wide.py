@@ -107,56 +107,47 @@ def test_blocks_by_descriptor(wide, tensor_copies):
     check_products(gather_gemm(x, g, indices, block_rows=16, config=SMALL), x, g, indices)
 
 
-class TestLongMatrices:
-    """The contiguous matrices of q columns, q being so large here that their rows need 64 bits.
+# The contiguous matrices of q columns, q being so large here that their rows need 64 bits. A real q
+# is at most 64, and then millions of rows would be needed: the kernels take it for a stride and a
+# bound alike, of which a tile holds the first sixteen columns.
 
-    A real q is at most 64, and then millions of rows would be needed: the kernels take it for a
-    stride and a bound alike, of which a tile holds the first sixteen columns.
-    """
 
-    RANK = 16
+def test_long_matrices_of_the_subspace(wide):
+    count, stride = 33, 1 << 26
+    x = torch.randn(count, count).half()
+    q, z, parts = (wide(16, rows=count, stride=stride) for _ in range(3))
+    shared = {"M": count, "N": count, "rank": stride, "EVEN": False, "WIDE": True}
+    shared |= {"BLOCK_M": 16, "BLOCK_C": 16, "RANK": 16, "PRECISION": "ieee"}
+    launch.launch(
+        subspace.project_kernel,
+        (3,),
+        x_ptr=x, q_ptr=q, z_ptr=z.fill_(torch.nan), rest_ptr=torch.empty(count),
+        scale=1.0, epsilon=0.0, x_row=count, x_col=1, **shared,
+    )  # fmt: skip
+    as_good_as(z, x @ q, x.double() @ q.double())
+    launch.launch(
+        subspace.transposed_kernel,
+        (3, 1),
+        a_ptr=x, z_ptr=z, parts_ptr=parts.fill_(torch.nan), squares_ptr=None, sums_ptr=None,
+        a_row=count, a_col=1, SPLIT=1, NORMS=False, SUMS=False, **shared,
+    )  # fmt: skip
+    as_good_as(parts, x.T @ z, x.T.double() @ z.double())
 
-    def test_projection(self, wide):
-        count, stride = 33, 1 << 26
-        x, q = torch.randn(count, count).half(), wide(self.RANK, rows=count, stride=stride)
-        z = wide(self.RANK, rows=count, stride=stride).fill_(torch.nan)
-        launch.launch(
-            subspace.project_kernel,
-            (3,),
-            x_ptr=x, q_ptr=q, z_ptr=z, rest_ptr=torch.empty(count),
-            M=count, N=count, rank=stride, scale=1.0, epsilon=0.0, x_row=count, x_col=1,
-            BLOCK_M=16, BLOCK_C=16, RANK=self.RANK, EVEN=False, WIDE=True, PRECISION="ieee",
-        )  # fmt: skip
-        as_good_as(z, x @ q, x.double() @ q.double())
 
-    def test_transposed_product(self, wide):
-        count, stride = 33, 1 << 26
-        a, z = torch.randn(count, count).half(), wide(self.RANK, rows=count, stride=stride)
-        parts = wide(self.RANK, rows=count, stride=stride).fill_(torch.nan)
-        launch.launch(
-            subspace.transposed_kernel,
-            (3, 1),
-            a_ptr=a, z_ptr=z, parts_ptr=parts, squares_ptr=None, sums_ptr=None,
-            M=count, N=count, rank=stride, a_row=count, a_col=1,
-            SPLIT=1, NORMS=False, SUMS=False,
-            BLOCK_M=16, BLOCK_C=16, RANK=self.RANK, EVEN=False, WIDE=True, PRECISION="ieee",
-        )  # fmt: skip
-        as_good_as(parts, a.T @ z, a.T.double() @ z.double())
-
-    def test_correction(self, wide):
-        x, g = torch.zeros(ROWS, 3).half(), torch.zeros(ROWS, 3).half()
-        c, e, out = wide(self.RANK), wide(self.RANK), torch.full((3, 3), torch.nan)
-        launch.launch(
-            gather_gemm_kernel,
-            (1, 1),
-            x_ptr=x, g_ptr=g, index_ptr=torch.arange(ROWS), weight_ptr=None, scale_ptr=None,
-            c_ptr=c, e_ptr=e, out_ptr=out,
-            M=ROWS, N=3, P=3, K=ROWS, steps=0, rank=STRIDE, x_row=3, x_col=1, g_row=3, g_col=1,
-            BLOCK_N=16, TILES=1, BLOCK_P=16, BLOCK_K=16, SPLIT_K=1, GROUP=1,
-            EVEN_N=False, EVEN_P=False, WIDE=False, WEIGHTED=False, PADDED=False, SCALED=False,
-            RANK=self.RANK, PRECISION="ieee", X_COLUMNS_FIRST=False,
-        )  # fmt: skip
-        as_good_as(out, c @ e.T, c.double() @ e.double().T)
+def test_long_matrices_of_a_correction(wide):
+    x = torch.zeros(ROWS, 3).half()
+    c, e, out = wide(16), wide(16), torch.full((3, 3), torch.nan)
+    launch.launch(
+        gather_gemm_kernel,
+        (1, 1),
+        x_ptr=x, g_ptr=x, index_ptr=torch.arange(ROWS), weight_ptr=None, scale_ptr=None,
+        c_ptr=c, e_ptr=e, out_ptr=out,
+        M=ROWS, N=3, P=3, K=ROWS, steps=0, rank=STRIDE, x_row=3, x_col=1, g_row=3, g_col=1,
+        BLOCK_N=16, TILES=1, BLOCK_P=16, BLOCK_K=16, SPLIT_K=1, GROUP=1,
+        EVEN_N=False, EVEN_P=False, WIDE=False, WEIGHTED=False, PADDED=False, SCALED=False,
+        RANK=16, PRECISION="ieee", X_COLUMNS_FIRST=False,
+    )  # fmt: skip
+    as_good_as(out, c @ e.T, c.double() @ e.double().T)
 
 
 @pytest.mark.parametrize("rows", [1 << 27, (1 << 27) - 1])
@@ -171,12 +162,8 @@ def test_long_matrices_are_told_from_others(rows, tensor_copies, monkeypatch):
     assert project["WIDE"] == transposed["WIDE"] == (rows * 16 >= 1 << 31)
 
 
-def test_strides_beyond_32_bits(wide):
-    x = wide(33, stride=(1 << 32) + 16)
+def test_strides_beyond_32_bits_and_steps_of_the_plain_gemm(wide):
+    far, many = wide(33, stride=(1 << 32) + 16), wide(33, rows=20, stride=1 << 28)
     indices = torch.arange(ROWS)
-    check_products(gather_gemm(x, x, indices, config=SMALL), x, x, indices)
-
-
-def test_steps_of_the_plain_gemm(wide):
-    x = wide(33, rows=20, stride=1 << 28)
-    check_products(plain_gemm(x, x, config=SMALL), x, x, torch.arange(20))
+    check_products(gather_gemm(far, far, indices, config=SMALL), far, far, indices)
+    check_products(plain_gemm(many, many, config=SMALL), many, many, torch.arange(20))

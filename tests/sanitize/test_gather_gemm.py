@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
-from tests.judging import SMALL, drawn_blocks, operands, outer_products
+from tests.judging import SMALL
 from tests.kernel_checks import check_blocks, check_gather, check_gather_correction, check_padding
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -17,28 +16,18 @@ one_gpu = pytest.mark.parametrize("gpu", [80], indirect=True, ids=["sm_80"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("shape", "config"),
+    ("shape", "layout", "config"),
     [
-        ((1, 1, 1, 1), SMALL),
-        ((70, 33, 17, 50), replace(SMALL, tiles_n=2, split_k=2)),
-        ((70, 48, 32, 64), replace(SMALL, x_columns_first=True, split_k=3)),
+        ((1, 1, 1, 1), "plain", SMALL),
+        ((5, 33, 17, 0), "plain", replace(SMALL, split_k=2)),
+        ((70, 33, 17, 50), "padded", replace(SMALL, tiles_n=2, split_k=2)),
+        ((70, 48, 32, 64), "transposed", replace(SMALL, x_columns_first=True, split_k=3)),
     ],
 )
-def test_values(shape, config, dtype, weighted):
+def test_values(shape, layout, config, dtype, weighted):
     index = torch.int32 if shape[1] == 48 else torch.int64
-    check_gather(shape, dtype, index=index, weighted=weighted, config=config, device="cuda")
-
-
-@one_gpu
-@pytest.mark.parametrize("layout", ["transposed", "padded"])
-def test_strides(layout):
-    check_gather((50, 33, 32, 37), torch.bfloat16, layout, device="cuda")
-
-
-@one_gpu
-def test_no_rows():
-    config = replace(SMALL, split_k=2)
-    check_gather((5, 33, 17, 0), torch.bfloat16, config=config, device="cuda")
+    kind = {"index": index, "weighted": weighted, "config": config, "device": "cuda"}
+    check_gather(shape, dtype, layout, **kind)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -61,20 +50,3 @@ def test_padding_is_not_read(blocks, block_rows):
 def test_correction(dtype):
     config = replace(SMALL, split_k=2)
     check_gather_correction(17, dtype, weighted=True, config=config, device="cuda")
-
-
-@pytest.mark.parametrize("block_rows", [1, 16])
-def test_precision_of_float32(block_rows):
-    """tf32 keeps ten bits of each operand, "ieee" all."""
-    x, g = operands(64, 40, 24, torch.float32, device="cuda")
-    indices = drawn_blocks([0, 2, 3], 16, device="cuda")
-    exact = outer_products(x.double(), g.double(), indices)
-    bound = outer_products(x.double().abs(), g.double().abs(), indices)
-    options = {"block_rows": block_rows, "config": SMALL}
-    errors = {
-        name: (gather_gemm(x, g, indices, input_precision=name, **options) - exact).abs()
-        for name in ("tf32", "ieee")
-    }
-    assert (errors["tf32"] <= 2**-9 * bound).all()
-    assert errors["tf32"].max() > 1e-4
-    assert (errors["ieee"] <= 2**-20 * bound).all()

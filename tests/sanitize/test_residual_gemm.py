@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.judging import SMALL, drawn_blocks
-from tests.kernel_checks import check_fused_step, check_residual
+from tests.kernel_checks import check_residual
 
 pytestmark = pytest.mark.parametrize("gpu", [80], indirect=True, ids=["sm_80"])
 
@@ -31,7 +31,3 @@ def test_blocks(rows, block_rows, blocks, lost):
         signed=False, lost=lost, block_rows=block_rows, config=replace(SMALL, split_k=2),
         device="cuda",
     )  # fmt: skip
-
-
-def test_a_step_equals_update_and_gemm_apart():
-    check_fused_step(signed=True, bias_grad=False, device="cuda")
