@@ -1,11 +1,18 @@
 """How the kernels' results are judged, and the operands and formulas both kernel suites share."""
 
+import re
+
 import torch
 
 from memaop_triton.kernels.tuning.config import GemmConfig
 
 SMALL = GemmConfig(32, 16, 16, 4, 2, group=2)
 LAYOUTS = ("plain", "transposed", "strided", "padded")
+
+
+def figures(page):
+    """The numbers on a page in their order: a page whose words change is not out of date."""
+    return re.findall(r"\d+(?:[.,]\d+)*", page)
 
 
 def as_good_as(result, theirs, exact):

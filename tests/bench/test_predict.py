@@ -6,6 +6,7 @@ from bench.microscope import predict
 from bench.microscope.predict import PAGE, SETTINGS, SHAPES, dense_product, weight_grad
 from memaop_triton import MemAOPConfig
 from memaop_triton.kernels.targets import TARGETS
+from tests.judging import figures
 
 
 def test_the_command_writes_the_committed_page(tmp_path, monkeypatch, capsys):
@@ -14,7 +15,8 @@ def test_the_command_writes_the_committed_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(predict, "PAGE", tmp_path / "results" / "predicted.md")
     predict.main()
     written = predict.PAGE.read_text(encoding="utf-8")
-    assert written == PAGE.read_text(encoding="utf-8"), "run `python -m bench.microscope.predict`"
+    committed = PAGE.read_text(encoding="utf-8")
+    assert figures(written) == figures(committed), "run `python -m bench.microscope.predict`"
     assert written.startswith("# PREDICTED")
     assert "predicted.md" in capsys.readouterr().out
 
