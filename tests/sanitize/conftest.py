@@ -40,6 +40,8 @@ def gpu(request, monkeypatch, tmp_path):
     monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
     # It captures no graphs, and PyTorch without CUDA cannot be asked.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    # With a build for CUDA, pinned memory and events would need a driver.
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     sanitize = pytest.importorskip("ttsem.sanitize", reason="needs ttsem: run `make sanitize`")
     pretending = pytest.importorskip("ttsem._fakedriver")
     before = driver._active
