@@ -95,7 +95,11 @@ def test_half_precision_operands_are_copied_16_bytes_at_a_time(key, built):
     case, loop = case_of(key), built[0].counts.loop
     moved = [width * built[0].threads for width in loop.wide_streams]
     sums = {sum(some) for n in range(len(moved)) for some in itertools.combinations(moved, n + 1)}
-    assert sums & {case.step_bytes, case.step_bytes + case.side_bytes}
+    # From 3.9 on short loops of gfx950 take two steps at once.
+    steps = (1, 2) if NEWER and key[0] == "gfx950" else (1,)
+    assert sums & {
+        s * b for s in steps for b in (case.step_bytes, case.step_bytes + case.side_bytes)
+    }
 
 
 def test_columns_of_unit_stride_beside_far_rows_compile():
