@@ -16,9 +16,11 @@ import os
 import torch
 from torch import Tensor
 
+from memaop_triton.config import MemAOPConfig
 from memaop_triton.flops import MAX_RANK
 from memaop_triton.kernels import env, targets
 from memaop_triton.kernels.cpu import torch_ops
+from memaop_triton.selection import Selection, select
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -106,6 +108,22 @@ def row_norms(a: Tensor) -> Tensor:
     from memaop_triton.kernels.gpu import score
 
     return score.row_norms(a)
+
+
+def select_on_device(
+    scores: Tensor, config: MemAOPConfig, k: int, generator: torch.Generator | None
+) -> Selection:
+    """As `selection.select`, by a Triton kernel for the policies that have one."""
+    from memaop_triton.kernels.gpu import select as kernel
+
+    units = -(-k // config.block_rows)
+    if config.selection not in kernel.POLICIES or units * config.block_rows >= scores.numel():
+        return select(scores, config, k, generator)
+    # A draw like any other: a run resumed with the generator's state repeats it.
+    seed = torch.randint(1 << 62, (1,), device=scores.device, generator=generator)
+    return Selection(
+        *kernel.select(scores, units, config.selection, seed, block_rows=config.block_rows)
+    )
 
 
 def rescale_(a: Tensor, factor: Tensor) -> None:

@@ -97,13 +97,11 @@ def select(
     config: MemAOPConfig,
     k: int,
     generator: torch.Generator | None = None,
-    *,
-    cut_short: bool = True,
 ) -> Selection:
     """Pick `k` of the M rows with these scores ([M]), or whole blocks of them, as `config` says.
 
-    Where M cuts the last block short, the rows missing from it are left out, which takes a look at
-    the values. Without `cut_short` they are named, from M on, and the shape is fixed.
+    Where M cuts the last block short, the rows missing from it are named, from M on: the number of
+    rows does not depend on the draws.
     """
     rows = scores.numel()
     block = config.block_rows
@@ -121,8 +119,7 @@ def select(
         chosen.indices.unsqueeze(1) * block + torch.arange(block, device=scores.device)
     ).flatten()
     weights = chosen.weights.repeat_interleave(block)
-    chosen = Selection(indices, weights)
-    return cut(chosen, rows) if cut_short and rows % block else chosen
+    return Selection(indices, weights)
 
 
 def cut(selection: Selection, rows: int) -> Selection:

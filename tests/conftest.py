@@ -122,10 +122,10 @@ def generator():
 def selections(monkeypatch):
     """Every selection that the pipeline makes from now on, in order."""
     made = []
-    select, run = step.select, native_step.run
+    select, run = step.Operands.select, native_step.run
 
-    def recording(*args, **kwargs):
-        made.append(select(*args, **kwargs))
+    def recording(operands, *args, **kwargs):
+        made.append(select(operands, *args, **kwargs))
         return made[-1]
 
     def recording_step(*args, **kwargs):
@@ -134,7 +134,7 @@ def selections(monkeypatch):
             made.append(Selection(step.indices, step.weights))
         return step
 
-    monkeypatch.setattr(step, "select", recording)
+    monkeypatch.setattr(step.Operands, "select", recording)
     monkeypatch.setattr(native_step, "run", recording_step)
     return made
 

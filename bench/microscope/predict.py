@@ -8,22 +8,21 @@ measured.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.microscope.report import table
 from memaop_triton import MemAOPConfig
+from memaop_triton.kernels.gpu import select
 from memaop_triton.kernels.targets import TARGETS, Target
 from memaop_triton.kernels.tuning import defaults
 from memaop_triton.kernels.tuning.config import Problem
 from memaop_triton.kernels.tuning.cost_model import LAUNCH, UNHIDDEN, Cost, predict
-from memaop_triton.selection import is_weighted, select_rows
+from memaop_triton.selection import is_weighted
 
 PAGE = Path(__file__).parents[1] / "results" / "predicted.md"
 SHAPES = [(16384, 4096, 4096), (16384, 1024, 1024), (8192, 4096, 11008), (4096, 768, 3072)]
@@ -35,6 +34,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "the default: `subspace`, `priority`": {},
 }
 DTYPE = torch.bfloat16
+# Instructions that a warp of the selection kernel issues for each key of its threads, counted in
+# the code for sm_90: to draw, 31 times to compare and add, and to store what is taken.
+SELECTION = {"priority": 44 + 31 * 4.2 + 93, "topk": 9 + 31 * 4.2 + 64, "randk": 29 + 31 * 4.2 + 65}
 PARTS = ("score", "memory", "subspace", "select", "GEMM")
 INTRODUCTION = """\
 # PREDICTED times on GPUs
@@ -48,8 +50,8 @@ All in bfloat16, in microseconds. *dense* is Gᵀ X by the vendor's library.
 
 - *score*: the norms of all rows. *memory*: the update of the row memory, scores included.
 - *subspace*: Z = XQ, GᵀZ with the scores, the correction, and an eighth of XᵀZ.
-- *select*: the policy's operations on M scores. *GEMM*: of the selected rows, gathered as they are
-  loaded.
+- *select*: one program that draws, finds the K largest of M keys and stores their rows in order.
+  *GEMM*: of the selected rows, gathered as they are loaded.
 - *ratio*: dense over ours; above 1 ours is faster. *GEMM limited by*: what takes longest in it.
 
 The residual GEMM (`randk`) was meant to save a pass: it forms its operands while loading. The model
@@ -69,47 +71,22 @@ ASSUMPTIONS = """\
   dense.
 - Ours runs the tile that `defaults.heuristic` ships. Where several units of a chip work at once,
   the longest takes its time and a tenth ({unhidden:.0%}) of the others' is added.
-- A launch takes {launch:.0f} µs, whoever makes it, and so does every operation of a selection at
-  least: in PyTorch {version} {operations}. Sorts and
-  top-ks are several launches, which is not counted, and neither is time in which the CPU is behind.
+- A launch takes {launch:.0f} µs, whoever makes it. Time in which the CPU is behind is not counted.
   A CUDA graph removes most of both.
+- One program selects, on one processor of the chip: its time is the instructions that its warps
+  issue. The seed of its draws takes a launch of PyTorch's, which is counted with it.
 - The refresh of the subspace's basis also takes a QR factorisation of N x 16 numbers every eighth
   step. It runs in the vendor's solver, of which the model knows nothing; it is left out.
 - Caches are empty before each kernel but for what one leaves to the next, as parts to add up.
 """
 
 
-class _Counter(TorchDispatchMode):
-    """Counts operations that are not views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        aliases = [value.alias_info for value in func._schema.returns]
-        self.count += not any(alias is not None and not alias.is_write for alias in aliases)
-        return func(*args, **(kwargs or {}))
-
-
-def pytorch() -> str:
-    """The release that is installed, of whatever build."""
-    return torch.__version__.partition("+")[0]
-
-
-def version_of_page() -> str:
-    """The PyTorch whose operations the page has counted."""
-    return re.findall(r"in PyTorch (\S+)", PAGE.read_text(encoding="utf-8"))[0]
-
-
-def operations(policy: str) -> int:
-    """Number of PyTorch operations in one selection."""
-    scores = torch.ones(64, 2)[:, 0]  # with gaps: as on a GPU, the C code does not take them
-    with _Counter() as counter:
-        select_rows(scores, 8, policy)
-    return counter.count
+def selection(policy: str, rows: int, target: Target) -> float:
+    """Seconds of the selection kernel, which is one program up to `select.ONE_PROGRAM` rows."""
+    assert rows <= select.ONE_PROGRAM
+    keys = rows / (select.WARPS * target.warp_size)  # of each thread
+    cycles = keys * SELECTION[policy] * select.WARPS / 4  # four schedulers issue one a cycle each
+    return 2 * LAUNCH + cycles / (1e9 * target.chip.clock)
 
 
 @dataclass(frozen=True)
@@ -145,7 +122,7 @@ def weight_grad(target: Target, shape: tuple[int, int, int], config: MemAOPConfi
     def cost(kernel: str, rows: int, columns: int, others: int = 0, **rest: Any) -> float:
         return shipped(Problem(kernel, DTYPE, m, rows, columns, others, **rest), target).seconds
 
-    parts["select"] = LAUNCH * operations(config.selection)
+    parts["select"] = selection(config.selection, m, target)
     gemm = Problem("gather_gemm", DTYPE, m, k, n, p, flags=weights)
     if config.row_memory is not None:
         if config.selection == "randk":
@@ -222,13 +199,10 @@ def _assumptions(targets: tuple[Target, ...]) -> str:
             for chip in (target.chip for target in targets)
         ],
     )
-    counts = ", ".join(f"{operations(p)} for `{p}`" for p in ("priority", "topk", "randk"))
     return ASSUMPTIONS.format(
         rates=rates,
         unhidden=UNHIDDEN,
         launch=1e6 * LAUNCH,
-        operations=counts,
-        version=pytorch(),
     )
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from memaop_triton import dispatch
 from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels.cpu.torch_ops import Projection, selected_rows
@@ -139,13 +140,20 @@ class Operands(NamedTuple):
         return scores if self.shards is None else self.shards.all_reduce_scores(scores)
 
     def select(self, scores: Tensor, *, cut_short: bool = True) -> Selection:
-        """K of the rows with these scores (of whole rows, [M]), the same ones in all shards."""
-        if self.shards is None:
-            return select(scores, self.config, self.k, self.generator, cut_short=cut_short)
+        """K of the rows with these scores (of whole rows, [M]), the same ones in all shards.
+
+        With `cut_short` the rows that the last block lacks are left out, which takes the host a
+        look at the draws. Without it they are named, from M on, and a kernel selects if there is
+        one.
+        """
+        choose = select if cut_short else dispatch.select_on_device
+        selection = choose(scores, self.config, self.k, self.generator)
         # How much a cut leaves depends on the draws, which differ until they are shared.
-        selection = select(scores, self.config, self.k, self.generator, cut_short=False)
-        selection = self.shards.broadcast_selection(selection)
-        return cut(selection, scores.numel()) if cut_short else selection
+        if self.shards is not None:
+            selection = self.shards.broadcast_selection(selection)
+        rows = scores.numel()
+        is_cut = cut_short and rows % self.config.block_rows
+        return cut(selection, rows) if is_cut else selection
 
     def collect_factors(
         self,

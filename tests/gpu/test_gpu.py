@@ -6,6 +6,7 @@ from torch import nn
 
 from memaop_triton import (
     convert_,
+    dispatch,
     load_memory_state_dict,
     memory_state_dict,
     new_memory,
@@ -14,9 +15,12 @@ from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.cpu import torch_ops
 from memaop_triton.kernels.gpu import gather_gemm, score
+from memaop_triton.kernels.gpu import select as kernel
 from memaop_triton.kernels.tuning import defaults
+from memaop_triton.selection import select
 from tests.judging import check_products, drawn_blocks, operands
 from tests.schemes import flat_config
+from tests.selecting import expected
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1000, 264, 520), (129, 17, 3), (4096, 1024, 768), (1, 1, 1)]
@@ -57,6 +61,18 @@ def test_rows_beyond_two_to_the_31_elements():
     assert score.row_norms(x)[-1] == 2 * 64
 
 
+# Not `weightedk`: logarithms differ in their last bits.
+@pytest.mark.parametrize("policy", ["topk", "priority", "randk", "uniform"])
+@pytest.mark.parametrize("rows", [2, 100, 4096, 16384, 1_000_000])
+def test_selection(rows, policy):
+    scores, seed = torch.randn(rows, device="cuda").exp(), torch.tensor([1 << 61], device="cuda")
+    k = max(1, rows // 8)
+    rows_of_kernel, weights = kernel.select(scores, k, policy, seed)
+    good = expected(scores, k, policy, 1 << 61)
+    assert torch.equal(rows_of_kernel, good.indices)
+    torch.testing.assert_close(weights, good.weights)
+
+
 def gradients(config, batches, seed):
     generator = torch.Generator("cuda").manual_seed(seed)
     memory = new_memory(config, batches[0][0].shape[1], batches[0][1].shape[1])
@@ -68,6 +84,7 @@ def gradients(config, batches, seed):
 def test_steps_equal_those_in_pytorch(scheme, dtype, block_rows, monkeypatch):
     if scheme["memory"] in ("residual", "signed"):
         scheme = {"selection": "topk", "memory": "residual"}
+    monkeypatch.setattr(dispatch, "select_on_device", select)  # the same draws
     config = flat_config(ratio=1 / 4, rank=8, refresh_every=2, block_rows=block_rows, **scheme)
     batches = [operands(1024, 128, 192, dtype, device="cuda") for _ in range(3)]
     ours = gradients(config, batches, 5)

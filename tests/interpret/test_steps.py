@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from memaop_triton import MemAOPConfig, convert_, flops, monitor, new_memory
+from memaop_triton import MemAOPConfig, convert_, dispatch, flops, monitor, new_memory
 from memaop_triton.backward.weight_grad import weight_and_bias_grad, weight_grad
 from memaop_triton.config import ROW_MEMORIES
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.nn import ops
-from memaop_triton.selection import Selection
+from memaop_triton.selection import Selection, select
 from tests.kernel_checks import signs_of
 from tests.pairwise import pairwise
 from tests.schemes import LEGAL, flat_config, label
@@ -32,6 +32,12 @@ def backend(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     choose("triton")
     return choose
+
+
+@pytest.fixture
+def drawn_alike(monkeypatch):
+    """Both backends draw in PyTorch: the selection kernel has tests of its own."""
+    monkeypatch.setattr(dispatch, "select_on_device", select)
 
 
 def batches(shape, count=3, dtype=torch.float32):
@@ -62,7 +68,7 @@ SIDES = [{"selection": "priority", "memory": "subspace", "side": s} for s in ("i
     ("scheme", "shape", "block_rows", "rows_per_refresh"),
     pairwise(ALIKE + SIDES, SHAPES, [1, 16, 32], [16, 1024]),
 )
-@pytest.mark.usefixtures("by_descriptor")
+@pytest.mark.usefixtures("by_descriptor", "drawn_alike")
 def test_steps_equal_those_in_pytorch(
     scheme, shape, block_rows, rows_per_refresh, backend, generator, monkeypatch
 ):
@@ -204,7 +210,9 @@ def watched(monkeypatch):
 
 @pytest.mark.parametrize(("k", "block_rows"), [(18, 1), (18, 16), (70, 1)])
 @pytest.mark.parametrize("memory", ["none", "residual", "subspace"])
-def test_an_observed_step_says_what_it_says_in_pytorch(memory, k, block_rows, backend, generator):
+def test_an_observed_step_says_what_it_says_in_pytorch(
+    memory, k, block_rows, backend, generator, drawn_alike
+):
     # With a row memory, draws come after that of a seed that PyTorch's steps do not need.
     selection = "topk" if memory == "residual" else "priority"
     config = flat_config(
@@ -262,4 +270,4 @@ def test_a_training_step_looks_at_no_value(scheme, block_rows, traffic, watched)
     assert watch.read()[""].observations == 1
     assert launches[1] == launches[3]  # with a refresh of the subspace
     assert set(launches[2]) <= set(launches[1])
-    assert len(launches[2]) <= len(launches[1]) <= 10
+    assert len(launches[2]) <= len(launches[1]) <= 13

@@ -21,14 +21,14 @@ X, G = M * N * 2, M * P * 2  # bytes of the operands, which are float16, and of 
 TAKEN = K / M
 # By the scheme: its kernels, and its passes where all slots of a memory are filled. The correction
 # of a subspace reads the rows taken of the side that it is not of once more.
-NO_MEMORY, ROW_MEMORY = ["score", "gather_gemm"], ["accumulate", "gather_gemm"]
-SUBSPACE = ["project", "transposed", "combine", "gather_gemm", "gather_gemm"]
+NO_MEMORY, ROW_MEMORY = ["score", "select", "gather_gemm"], ["accumulate", "select", "gather_gemm"]
+SUBSPACE = ["project", "transposed", "combine", "select", "gather_gemm", "gather_gemm"]
 STEPS = {
     "topk-none": (NO_MEMORY, 1 + TAKEN),
     "priority-none": (NO_MEMORY, 1 + TAKEN),
     "topk-residual": (ROW_MEMORY, 3 + TAKEN),
     "weightedk-signed": (ROW_MEMORY, 3 + TAKEN),
-    "randk-residual": (["accumulate", "residual_gemm"], 3 - TAKEN),
+    "randk-residual": (["select", "accumulate", "residual_gemm"], 3 - TAKEN),
     "priority-subspace-input": (SUBSPACE, 1 + TAKEN * (1 + P / (N + P))),
     "priority-subspace-grad": (SUBSPACE, 1 + TAKEN * (1 + N / (N + P))),
 }
@@ -81,7 +81,7 @@ def test_a_step_in_the_middle_of_training(scheme, filled, bias_grad, traffic):
         passes += TAKEN * P / (N + P)
     of_rows, others = passes_of(traffic)
     assert of_rows == pytest.approx(passes, abs=0.003)
-    assert others < (0.15 if kernels == SUBSPACE else 0.05)
+    assert others < (0.19 if kernels == SUBSPACE else 0.09)
 
 
 def test_blocks_by_descriptor(tensor_copies, traffic):

@@ -1,0 +1,175 @@
+"""Selection of K of M rows by their scores: draws, keys, the K largest of them, ascending, weights.
+
+A unit is a row, or `block_rows` neighbouring rows whose score is the sum of theirs. Unit m gets the
+random number u_m from a counter-based generator: of the words that Philox 4x32-10 makes of the seed
+and m // 4, the (m mod 4)-th. So a selection is a function of scores, seed and policy, whatever the
+launch looks like. Its key is a float32 that is not negative, and so is ordered like its bits:
+
+    topk        s                       randk, uniform   u
+    priority    s/u                     bernoulli        u/p if u <= p else 0, p = min(1, λs)
+    weightedk   s/√(−log u)             any              ∞ if s is not finite
+
+(The K largest s²/e for exponential e have the law of K draws without replacement, p ∝ s².)
+
+The bits of the (K+1)-th largest key τ are found from the highest down: a bit is set if at least
+K+1 keys are not below what is known then. The units above τ are taken, then those equal to τ by
+their number. A prefix sum over "is taken" gives each its place, so the order is ascending.
+
+Up to `ONE_PROGRAM` units one program does all of it in one launch. Beyond that, programs share the
+units, in six launches (`select_shared.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memaop_triton.kernels.gpu import launch
+from memaop_triton.kernels.gpu.select_shared import chunk_of, select_by_several
+from memaop_triton.kernels.gpu.selection_keys import (
+    keys_of,
+    places_of,
+    random_words,
+    store_units,
+    unit_scores,
+    weights_of,
+)
+
+ONE_PROGRAM = 1 << 14
+WARPS = 16
+POLICIES = ("topk", "priority", "randk", "uniform", "weightedk", "bernoulli")
+
+
+@triton.jit
+def _ranked_key(keys, wanted):
+    """The `wanted`-th largest key, bit by bit.
+
+    A histogram of the upper bits would take fewer rounds. But Triton forms one by ballots within
+    warps, some 90 instructions a key and digit, where a comparison and a sum take two a bit.
+    """
+    threshold = 0
+    for bit in range(0, 31):
+        trial = threshold | (0x40000000 >> bit)
+        at_least = tl.sum((keys >= trial).to(tl.int32), 0)
+        threshold = tl.where(at_least >= wanted, trial, threshold)
+    return threshold
+
+
+@triton.jit(do_not_specialize=["M", "units", "K", "same"])
+def select_kernel(
+    scores_ptr, keys_ptr, slope_ptr, indices_ptr, weights_ptr, seed_ptr, M, units, K, same,
+    POLICY: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """All of it in one program, which holds nothing but the keys while it looks for τ."""
+    slope = 1.0
+    if POLICY == "bernoulli":
+        slope = tl.load(slope_ptr)
+    seed = tl.load(seed_ptr)
+    chunk = tl.arange(0, CHUNK)
+    for first in range(0, units, CHUNK):
+        inside = first + chunk < units
+        score = unit_scores(scores_ptr, first + chunk, inside, M, BLOCK_ROWS)
+        keys = keys_of(score, random_words(seed, first, CHUNK), slope, POLICY)
+        tl.store(keys_ptr + first + chunk, keys, mask=inside)
+    tl.debug_barrier()  # each thread reads keys that another one has stored
+
+    all_units = tl.arange(0, HELD)
+    held = tl.load(keys_ptr + all_units, mask=all_units < units, other=-1)
+    threshold = _ranked_key(held, tl.minimum(K + 1, units))
+    quota = K - tl.sum((held > threshold).to(tl.int32), 0)
+    surplus = tl.maximum(tl.div_rn(tl.sum((held > 0).to(tl.int32), 0) * 1.0, K * 1.0), 1)
+
+    bound = threshold.to(tl.float32, bitcast=True)
+    above, equal = 0, 0
+    for first in range(0, units, CHUNK):
+        inside = first + chunk < units
+        keys = tl.load(keys_ptr + first + chunk, mask=inside, other=-1)
+        score = unit_scores(scores_ptr, first + chunk, inside, M, BLOCK_ROWS)
+        place, taken, more_above, more_equal = places_of(keys, threshold, above, equal, quota)
+        weight = weights_of(score, keys, bound, slope, surplus, same, POLICY)
+        store_units(first + chunk, place, taken, weight, indices_ptr, weights_ptr, BLOCK_ROWS)
+        above += more_above
+        equal += more_equal
+
+
+@triton.jit(do_not_specialize=["M", "units", "K"])
+def slope_kernel(
+    scores_ptr, slope_ptr, M, units, K,
+    BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """λ with Σ min(1, λ s) = K over the finite scores, by one program.
+
+    With c units at probability 1, λ = (K − c)/(the sum of the others). That makes more units
+    certain, until a round adds none. Each round but the last adds one, and few rounds add few.
+    """
+    slope, certain, before = 0.0, -1, -2
+    while certain > before:
+        before = certain
+        rest = tl.zeros((CHUNK,), tl.float32)
+        sure = tl.zeros((CHUNK,), tl.int32)
+        for first in range(0, units, CHUNK):
+            each = first + tl.arange(0, CHUNK)
+            score = unit_scores(scores_ptr, each, each < units, M, BLOCK_ROWS)
+            is_sure = (score * slope >= 1) | (score == float("inf"))
+            sure += is_sure.to(tl.int32)
+            rest += tl.where(is_sure, 0, score)
+        certain = tl.sum(sure, 0)
+        total = tl.sum(rest, 0)
+        left = tl.maximum(K - certain, 0) * 1.0
+        slope = tl.where(total > 0, tl.div_rn(left, total), float("inf"))
+    tl.store(slope_ptr, slope)
+
+
+class Selected(NamedTuple):
+    """Row numbers in ascending order, int64, and their weights, float32; both of shape [K]."""
+
+    indices: Tensor
+    weights: Tensor
+
+
+def select(scores: Tensor, k: int, policy: str, seed: Tensor, *, block_rows: int = 1) -> Selected:
+    """Pick units by the scores of their rows.
+
+    Args:
+        scores: [M] float32, not negative, contiguous. What is not finite comes before all else.
+        k: Units to pick (`bernoulli`: to expect), from 1 to less than ⌈M/block_rows⌉, all of them.
+        policy: One of `POLICIES`.
+        seed: Of the draws, int64 [1] on the device of the scores.
+        block_rows: Neighbouring rows in a unit, a power of two.
+
+    Returns:
+        The rows of `k` units, of `bernoulli` those of some more units, of which the ones that were
+        not drawn have weight 0. A last block that M cuts short names rows from M on.
+    """
+    rows, device = scores.numel(), scores.device
+    units = triton.cdiv(rows, block_rows)
+    of_units: dict[str, Any] = {
+        "scores_ptr": scores, "M": rows, "units": units, "BLOCK_ROWS": block_rows,
+        "CHUNK": chunk_of(units, block_rows, policy),
+    }  # fmt: skip
+    slope = None
+    if policy == "bernoulli":
+        slope = torch.empty(1, dtype=torch.float32, device=device)
+        launch.launch(slope_kernel, (1,), slope_ptr=slope, K=k, num_warps=WARPS, **of_units)
+        k = min(units, k + 6 * math.isqrt(k) + 6)
+    chosen = Selected(
+        torch.empty(k * block_rows, dtype=torch.int64, device=device),
+        torch.empty(k * block_rows, dtype=torch.float32, device=device),
+    )
+    keys = torch.empty(units, dtype=torch.int32, device=device)
+    draw: dict[str, Any] = {"keys_ptr": keys, "slope_ptr": slope, "POLICY": policy, **of_units}
+    out = {
+        "indices_ptr": chosen.indices, "weights_ptr": chosen.weights, "K": k,
+        "same": units / k if policy == "uniform" else 1.0,
+    }  # fmt: skip
+    if units <= ONE_PROGRAM:
+        held = triton.next_power_of_2(units)
+        launch.launch(select_kernel, (1,), seed_ptr=seed, HELD=held, num_warps=WARPS, **draw, **out)
+    else:
+        select_by_several(draw, out, seed)
+    return chosen

@@ -1,0 +1,82 @@
+"""The oracle of the selection kernels: the same draws and keys, in plain NumPy.
+
+Philox 4x32-10 as Salmon, Moraes, Dror and Shaw describe it (SC 2011).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+_LOW = np.uint64(0xFFFFFFFF)
+
+
+def _philox(seed, counters):
+    """Four words of 32 bits for each counter: [counters, 4] uint32."""
+    key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)]
+    state = [counters.astype(np.uint64), *(np.zeros(len(counters), np.uint64) for _ in range(3))]
+    for _ in range(10):
+        first, second = state[0] * np.uint64(0xD2511F53), state[2] * np.uint64(0xCD9E8D57)
+        state = [
+            (second >> np.uint64(32)) ^ state[1] ^ key[0],
+            second & _LOW,
+            (first >> np.uint64(32)) ^ state[3] ^ key[1],
+            first & _LOW,
+        ]
+        key = [(key[0] + np.uint64(0x9E3779B9)) & _LOW, (key[1] + np.uint64(0xBB67AE85)) & _LOW]
+    return np.stack(state, axis=1).astype(np.uint32)
+
+
+def uniform(seed, count):
+    """The kernels' draws of `count` units from (0, 1], float32."""
+    words = _philox(seed, np.arange(-(-count // 4))).reshape(-1)[:count]
+    return ((words >> 8) + 1).astype(np.float32) * np.float32(2**-24)
+
+
+class Expected(NamedTuple):
+    """As `kernels.gpu.select.Selected`; with `bernoulli` only the units that were drawn."""
+
+    indices: torch.Tensor
+    weights: torch.Tensor
+
+
+def expected(scores, k, policy, seed, block_rows=1):
+    """What the kernels have to choose."""
+    units = -(-scores.numel() // block_rows)
+    padded = torch.nn.functional.pad(scores.cpu(), (0, units * block_rows - scores.numel()))
+    s = padded.view(units, block_rows).sum(1).nan_to_num(nan=np.inf, posinf=np.inf).numpy()
+    u = uniform(seed, units)
+    weights = np.ones(units)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if policy == "bernoulli":
+            p = _probabilities(s, k)
+            chosen = np.flatnonzero(u <= p)
+            weights = 1 / p
+        else:
+            key = {
+                "topk": s,
+                "priority": s / u,
+                "weightedk": s / np.sqrt(np.maximum(-np.log(u), np.float32(2**-26))),
+            }.get(policy, u)
+            key = np.where(np.isinf(s), np.inf, key)
+            order = np.lexsort((np.arange(units), -key))
+            chosen = np.sort(order[:k])
+            if policy == "priority":
+                ratio = key[order[k]] / s
+                weights = np.where(np.isinf(s), 1, np.where(s > 0, np.maximum(1, ratio), 0))
+            if policy == "uniform":
+                weights = np.full(units, units / k)
+    rows = chosen[:, None] * block_rows + np.arange(block_rows)
+    return Expected(
+        torch.from_numpy(rows.reshape(-1)).to(scores.device),
+        torch.from_numpy(weights[chosen].repeat(block_rows).astype(np.float32)).to(scores.device),
+    )
+
+
+def _probabilities(s, k):
+    """min(1, λ s) with a sum of `k`, by bisection of λ."""
+    low, high = 0.0, 1e30
+    for _ in range(300):
+        middle = (low * high) ** 0.5 if low else high / 2
+        low, high = (low, middle) if np.minimum(1, s * middle).sum() > k else (middle, high)
+    return np.minimum(1, s.astype(np.float64) * low)
