@@ -104,8 +104,8 @@ def slope_kernel(
 ):  # fmt: skip
     """λ with Σ min(1, λ s) = K over the finite scores, by one program.
 
-    With c units at probability 1, λ = (K − c)/(the sum of the others). That makes more units
-    certain, until a round adds none. Each round but the last adds one, and few rounds add few.
+    With c units at probability 1, λ = (K − c)/(the sum of the others). A larger λ makes more units
+    certain, so this is repeated until a round adds none: a few times in practice, K at most.
     """
     slope, certain, before = 0.0, -1, -2
     while certain > before:
@@ -163,7 +163,7 @@ def select(scores: Tensor, k: int, policy: str, seed: Tensor, *, block_rows: int
     )
     keys = torch.empty(units, dtype=torch.int32, device=device)
     draw: dict[str, Any] = {"keys_ptr": keys, "slope_ptr": slope, "POLICY": policy, **of_units}
-    out = {
+    out: dict[str, Any] = {
         "indices_ptr": chosen.indices, "weights_ptr": chosen.weights, "K": k,
         "same": units / k if policy == "uniform" else 1.0,
     }  # fmt: skip

@@ -181,4 +181,5 @@ def select_by_several(draw: dict[str, Any], out: dict[str, Any], seed: Tensor) -
 def chunk_of(units: int, block_rows: int, policy: str) -> int:
     """Units that a program holds at a time: for `bernoulli` half as many, or registers spill."""
     most = CHUNK // 2 if policy == "bernoulli" else CHUNK
-    return max(16, min(most // min(block_rows, 16), triton.next_power_of_2(units)))
+    enough: int = triton.next_power_of_2(units)
+    return max(16, min(most // min(block_rows, 16), enough))
