@@ -33,9 +33,9 @@ CHUNK = 2048  # that it holds at a time
 @triton.jit
 def _sum_counts(counts_ptr, programs):
     """[256] from those of all programs, [programs, 256]."""
-    line = tl.arange(0, 8)[:, None]
-    total = tl.zeros((8, 256), tl.int32)
-    for first in range(0, programs, 8):
+    line = tl.arange(0, 4)[:, None]
+    total = tl.zeros((4, 256), tl.int32)
+    for first in range(0, programs, 4):
         places = counts_ptr + (first + line) * 256 + tl.arange(0, 256)[None, :]
         total += tl.load(places, mask=first + line < programs, other=0)
     return tl.sum(total, 0)
