@@ -121,7 +121,7 @@ def _environment() -> dict[str, str]:
     path = home if not before else os.pathsep.join([home, before])
     # No folder of ours may come first on the path: `models` or `report` may be others' names.
     safe = {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_ADDOPTS": ""}
-    safe["PYTEST_XDIST_WORKER"] = ""  # or benchmarks that a worker starts would not time anything
+    safe["PYTEST_XDIST_WORKER"] = ""  # if set, benchmarks that a worker starts time nothing
     return os.environ | safe | {"PYTHONPATH": path}
 
 

@@ -1,4 +1,4 @@
-"""Writes bench/results/predicted.md: how long GPUs that were not there should take.
+"""Writes bench/results/predicted.md: predicted times on GPUs that were not available.
 
 python -m bench.microscope.predict
 

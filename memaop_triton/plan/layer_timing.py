@@ -16,7 +16,7 @@ from memaop_triton.nn.linear import MemAOPLinear
 from memaop_triton.plan.timing import time_in_turn
 
 _NEVER = 1 << 30
-# Of the time for a layer. What its forward pass takes longer is small and quickly measured.
+# Of the time for a layer. The additional time of its forward pass is small and quickly measured.
 _FORWARD_SHARE = 0.1
 
 
@@ -29,7 +29,7 @@ class Use(NamedTuple):
         out_features: P.
         dtype: Of the rows of X and G.
         device: Where they are.
-        needs_weight: Whether dW is wanted.
+        needs_weight: Whether dW is required.
         needs_bias: Whether db is.
         needs_input: Whether dX is.
     """
@@ -49,7 +49,7 @@ class Measurement(NamedTuple):
 
     Attributes:
         dense: Of an `nn.Linear`.
-        ours: Of a `MemAOPLinear`, with what its forward pass takes longer.
+        ours: Of a `MemAOPLinear`, including the additional time of its forward pass.
         memory_bytes: What its memory holds.
     """
 

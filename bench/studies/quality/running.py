@@ -31,7 +31,7 @@ def wanted(
 ) -> list[Cell]:
     """The cells of these tasks, schemes and ratios, of all where none are named.
 
-    Dense comes along with whatever is compared with it: task by task, dense first, then by
+    Dense is included with all cells that are compared with it: task by task, dense first, then by
     importance.
     """
     return [

@@ -38,7 +38,7 @@ class Score(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A point of a curve: what the sample of the held-out data says after `step` steps."""
+    """A point of a curve: loss and accuracy on the sample of held-out data after `step` steps."""
 
     step: int
     loss: float
@@ -179,7 +179,7 @@ def evaluate(model: nn.Module, batch: Batch) -> Score:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode: gradients are exact, memories rest."""
+    """The model in evaluation mode: gradients are exact, memories are not used."""
     model.eval()
     try:
         yield
