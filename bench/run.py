@@ -69,7 +69,8 @@ def run_suite(
         log_path.open("w", encoding="utf-8") as log,
     ):
         results = Path(scratch) / "results.json"
-        # In a checkout the results name its commit; an installed copy is in no repository of ours.
+        # In a checkout the results name its commit; an installed copy is not in this project's
+        # repository.
         is_installed = FOLDER.parent == _package_folder()
         with subprocess.Popen(
             _command(suite, results, only, threads),
@@ -130,7 +131,7 @@ def _package_folder() -> Path:
 
 
 def _last_error(log_path: Path) -> str:
-    """The last line of a log in which pytest says what an error was, or its last line."""
+    """The last line of a log in which pytest names an error, or its last line."""
     lines = [line.strip() for line in log_path.read_text(encoding="utf-8").splitlines() if line]
     errors = [line.removeprefix("E").strip() for line in lines if line.startswith("E  ")]
     return (errors or lines or ["it printed nothing."])[-1]

@@ -379,7 +379,7 @@ class MemAOPConfig:
 
     @property
     def budget_of_projection(self) -> float | None:
-        """That of a projected dX, or the budget that it is computed from, else `None`."""
+        """That of a projected dX, or the budget that it is computed from; `None` if by `rank`."""
         if self.projected is None:
             return None
         return self.projected.budget or (self.budget if self.leaves_rank_open else None)

@@ -95,7 +95,7 @@ class _Counter(TorchDispatchMode):
 
 
 def pytorch() -> str:
-    """The release that is installed, of whatever build."""
+    """The installed release, without the build's suffix."""
     return torch.__version__.partition("+")[0]
 
 

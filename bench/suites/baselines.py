@@ -1,9 +1,9 @@
 """The weight gradients of other methods, dW = Gᵀ X from about K of M rows, in plain PyTorch.
 
 Written from the papers' formulas. X is [M, N] and G is [M, P]; a result is [P, N]. Where a paper's
-released code and its formula differ in speed, the faster reading is the baseline; what of the code
-was kept is said in each docstring. All of them take the norms of rows by one reduction and gather
-with `index_select`. Rows are sorted only where the authors sort them.
+released code and its formula differ in speed, the faster reading is the baseline; each docstring
+lists what of the code was kept. All of them take the norms of rows by one reduction and gather with
+`index_select`. Rows are sorted only where the authors sort them.
 
 | name | rows | weights | unbiased | source |
 |---|---|---|---|---|

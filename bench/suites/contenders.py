@@ -60,7 +60,7 @@ WANTED_SHAPES = ((8192, 1024, 1024), (4096, 2048, 2048))
 
 
 def wanted(problem: Problem) -> dict[str, float]:
-    """The wanted speed-ups on this problem by setting, if any were set."""
+    """The target speed-ups on this problem by setting, if there are any."""
     plain = Problem(problem.m, problem.n, problem.p, problem.ratio)
     if problem != plain or (problem.m, problem.n, problem.p) not in WANTED_SHAPES:
         return {}

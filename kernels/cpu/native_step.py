@@ -41,7 +41,7 @@ class Added(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a call has computed of Bᵀ A; numbers are in `score_dtype` unless something else is said.
+    """What a call has computed of Bᵀ A; numbers are in `score_dtype` unless another dtype is given.
 
     Attributes:
         rest: ‖a_m − Q Qᵀ a_m‖, [M]; without a basis the norms themselves.

@@ -208,7 +208,7 @@ def find(gpu: Gpu, problem: Problem) -> Choice | None:
 
 
 def add(gpu: Gpu, kernel: str, entry: Entry) -> None:
-    """Remember an entry in this process, and in the user's file if that can be written."""
+    """Keep an entry in this process, and in the user's file if that can be written."""
     root = folder()
     path = path_of(root, gpu, kernel)
     own = _own.setdefault(path, [])

@@ -223,7 +223,7 @@ def _best(
         except (TritonError, torch.OutOfMemoryError):
             pass  # too large, or does not compile
         except RuntimeError as error:
-            # A pass of the compiler fails with the type that also stands for a broken GPU.
+            # A failing pass of the compiler raises the same type as a broken GPU.
             if type(error) is not RuntimeError or "PassManager::run failed" not in str(error):
                 raise
     name = f"{problem.kernel} {problem.key}"

@@ -203,7 +203,7 @@ class ResidualMemory:
             self.in_features, self.out_features = in_features, out_features
 
     def reset(self) -> None:
-        """Forget everything; the slots are made anew by the next step."""
+        """Drop slots, rate and scale; the next step makes new ones."""
         self.x = self.g = self.filled = None
         self._last_rate = self._last_scale = None
 

@@ -90,7 +90,7 @@ class SubspaceMemory:
         self.set_rank(0 if rank is None else rank)
 
     def set_rank(self, rank: int) -> None:
-        """Start anew with another rank.
+        """Start again without bases, with another rank.
 
         Raises:
             ValueError: It does not fit the rows.

@@ -47,7 +47,7 @@ class _MemAOPLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # Casts were made in the forward pass, whatever region backward is called from.
+        # Casts were made in the forward pass, in whichever autocast region backward is called.
         with torch.no_grad(), no_autocast(grad_output.device.type):
             saved = ctx.saved_tensors
             gradients: tuple[Tensor | None, ...] = _backward(ctx, grad_output, *saved)

@@ -114,7 +114,7 @@ def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Mem
 
 
 def state_for(config: MemAOPConfig, memory: Memory | None, device: torch.device) -> LayerState:
-    """The state of a memory that belongs to no layer; one and the same from call to call."""
+    """The state of a memory that belongs to no layer; the same one in every call."""
     if memory is None:
         return _state_without_memory(config, device)
     state = memory.layer_states.get(config)

@@ -21,7 +21,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class MemAOPLinear(nn.Linear):
-    """`torch.nn.Linear` whose backward pass is computed as `config` says.
+    """`torch.nn.Linear` whose backward pass is computed as configured by `config`.
 
     Parameters, `state_dict` and forward pass are those of `nn.Linear`. The approximation applies in
     training mode; after `.eval()` the gradients are exact and the memory is not used. A scripted

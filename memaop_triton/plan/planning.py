@@ -155,7 +155,7 @@ def _nothing_to_gain(layer: _Layer) -> str:
     """Why a layer need not be measured, or "" if it must be.
 
     Raises:
-        ValueError: It is where nothing can be measured.
+        ValueError: It is on a device where nothing can be measured.
     """
     for use in layer.uses:
         if use.device.type not in ("cpu", "cuda"):

@@ -14,7 +14,7 @@ from memaop_triton.bench.studies.quality.store import Run, Store
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.training import train
 
-SEEDS = 3  # of every cell, if no other number is asked for
+SEEDS = 3  # of every cell by default
 
 
 class Job(NamedTuple):

@@ -198,7 +198,7 @@ class Cell(NamedTuple):
         return code_of(self.problem, self.config, self.allocated)
 
     def has_code(self, code: str) -> bool:
-        """Whether a result of that code is of what the names stand for now."""
+        """Whether a result of that code is of the present task and configuration."""
         return self.task in TASKS and self.scheme in SCHEMES and self.code == code
 
     @property

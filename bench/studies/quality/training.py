@@ -53,7 +53,7 @@ class Outcome:
         score: On all held-out data, after the last step. Not finite if the run diverged.
         curve: As it went.
         diverged_at: The step whose loss was not finite, which ended the run; 0 if there is none.
-        seconds: All of it took, evaluations included, on whatever else the machine did.
+        seconds: Of the whole run with evaluations, on a machine that may have done other things.
     """
 
     score: Score
