@@ -69,8 +69,7 @@ def run_suite(
         log_path.open("w", encoding="utf-8") as log,
     ):
         results = Path(scratch) / "results.json"
-        # In a checkout the results name its commit; an installed copy is not in this project's
-        # repository.
+        # In a checkout the results name its commit; an installed copy is not in its repository.
         is_installed = FOLDER.parent == _package_folder()
         with subprocess.Popen(
             _command(suite, results, only, threads),

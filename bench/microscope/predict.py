@@ -1,4 +1,4 @@
-"""Writes bench/results/predicted.md: predicted times on GPUs that were not available.
+"""Writes bench/results/predicted.md: how long GPUs that were not there should take.
 
 python -m bench.microscope.predict
 
@@ -95,7 +95,7 @@ class _Counter(TorchDispatchMode):
 
 
 def pytorch() -> str:
-    """The installed release, without the build's suffix."""
+    """The release that is installed, of whatever build."""
     return torch.__version__.partition("+")[0]
 
 

@@ -73,8 +73,7 @@ class Basis:
         """Use an orthonormal basis of the result of a power iteration on the first columns.
 
         Args:
-            product: Aᵀ A Q of some rows A, [features, r]. Products that are zero or not finite are
-                ignored.
+            product: Aᵀ A Q of some rows A, [features, r]. Zero or not finite: is ignored.
             is_due: Whether to take it over.
 
         Returns:
