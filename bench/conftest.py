@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left)
 
 
-# A result is published: it says what the machine is, and not whose.
+# A result is published: it names the kind of machine, not its owner.
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.pop("node", None)
 

@@ -26,7 +26,7 @@ MOST_ROUNDS = 41
 COLD_ROUNDS = 7
 # A block of calls lasts at least this long, so that the clock and the loop do not count.
 _BLOCK_SECONDS = 0.01
-# A call that takes longer finds nothing of the one before it in the caches.
+# In a call that takes longer, the caches hold no data of the call before it.
 _LONG_CALL_SECONDS = 0.05
 _FLUSHED_BYTES = 256 << 20
 
@@ -224,7 +224,7 @@ def _buffer(device: torch.device) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _without_collections() -> Iterator[None]:
-    """Keep the garbage collector from what is timed; reference counts free the tensors."""
+    """Switch the garbage collector off during timing; reference counts free the tensors."""
     gc.collect()
     gc.disable()
     try:

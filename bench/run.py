@@ -69,7 +69,7 @@ def run_suite(
         log_path.open("w", encoding="utf-8") as log,
     ):
         results = Path(scratch) / "results.json"
-        # In a checkout the results name its commit; an installed copy is in no repository of ours.
+        # In a checkout the results name its commit; an installed copy is not in its repository.
         is_installed = FOLDER.parent == _package_folder()
         with subprocess.Popen(
             _command(suite, results, only, threads),
@@ -121,7 +121,7 @@ def _environment() -> dict[str, str]:
     path = home if not before else os.pathsep.join([home, before])
     # No folder of ours may come first on the path: `models` or `report` may be others' names.
     safe = {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_ADDOPTS": ""}
-    safe["PYTEST_XDIST_WORKER"] = ""  # or benchmarks that a worker starts would not time anything
+    safe["PYTEST_XDIST_WORKER"] = ""  # if set, benchmarks that a worker starts time nothing
     return os.environ | safe | {"PYTHONPATH": path}
 
 
@@ -130,7 +130,7 @@ def _package_folder() -> Path:
 
 
 def _last_error(log_path: Path) -> str:
-    """The last line of a log in which pytest says what an error was, or its last line."""
+    """The last line of a log in which pytest names an error, or its last line."""
     lines = [line.strip() for line in log_path.read_text(encoding="utf-8").splitlines() if line]
     errors = [line.removeprefix("E").strip() for line in lines if line.startswith("E  ")]
     return (errors or lines or ["it printed nothing."])[-1]

@@ -73,7 +73,7 @@ class Chip:
 #
 # Cache bandwidth: the A100 white paper says 5,120 bytes per clock. NVIDIA publishes no other;
 # Luo et al. (arXiv 2402.13499) measure the H100's L2 at more than twice the A100's in bytes per
-# clock, and so near those 5,120, which stand here for it; B200 has the same per processor, and
+# clock, and so near those 5,120, which are used for it here; B200 has the same per processor, and
 # GeForce chips measure near 16 bytes per clock and processor (chipsandcheese.com). For AMD it is
 # the memory-side Infinity Cache (CDNA 3 white paper: 17.2 TB/s): a chiplet's own L2 is faster,
 # but neighbouring programs run on different chiplets.
@@ -139,7 +139,7 @@ class Target:
         processor_programs: Programs that can be on a processor at once.
         processor_registers: 32-bit registers of a processor.
         thread_registers: Of which one thread should have so many at most. AMD's can have twice as
-            many, but then a SIMD holds one warp, and nothing to do while that waits.
+            many, but then a SIMD holds one warp, so nothing runs while this warp waits for memory.
         chip: The chip that runs, or a typical one.
         has_tensor_copies: Whether tiles are copied by descriptor (TMA) instead of by pointers.
         has_tf32: Whether matrix units multiply float32 rounded to ten bits of mantissa.

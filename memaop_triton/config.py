@@ -58,7 +58,7 @@ def _check_budget(argument: str, value: object, instead: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Subspace:
-    """A memory of directions: what rows have in a slowly moving subspace is computed exactly.
+    """A memory of directions: the part of rows in a slowly moving subspace is computed exactly.
 
     For unbiased selections. Holds (N+P)·`rank` numbers a layer, or those of one side.
 
@@ -88,10 +88,10 @@ class Rows:
     The paper's memory (arXiv 2110.09164), for its biased selections. Holds M·(N+P) numbers a layer.
 
     Args:
-        signed: Give every remembered row a random sign in every step, the same for X and G, so that
+        signed: Give every stored row a random sign in every step, the same for X and G, so that
             the products of rows of different steps have mean zero.
-        decay: Fraction in (0, 1] of a remembered outer product that survives a step; a remembered
-            row shrinks by its square root. The authors' `memory-decay-rate`. A step is one backward
+        decay: Fraction in (0, 1] of a stored outer product that survives a step; a stored row
+            shrinks by its square root. The authors' `memory-decay-rate`. A step is one backward
             pass of the layer: with A accumulated gradients, or a layer used A times, take the A-th
             root.
         dtype: In which the rows are stored; `None` is the dtype of the layer's input.
@@ -125,7 +125,7 @@ class Sampled:
 
 @dataclasses.dataclass(frozen=True)
 class Projected:
-    """An input gradient whose rows are projected onto a subspace that they mostly live in.
+    """An input gradient whose rows are projected onto a subspace that holds most of their energy.
 
     dX = G (W Q) Qᵀ drops what is outside: it adds no noise but is not unbiased, and costs far less
     quality than sampling in deep networks (docs/quality.md). Q belongs to a `Subspace` memory and
@@ -133,8 +133,8 @@ class Projected:
 
     Args:
         budget: Floating-point operations of dX as a fraction of the dense 2 M N P, in (0, 1), from
-            which the dimension follows. `None` is the memory's `rank`, or what the layer's `budget`
-            pays for if that is not given.
+            which the dimension follows. `None` is the memory's `rank`, or the largest that fits the
+            layer's `budget` if that is not given.
     """
 
     budget: float | None = None
@@ -144,7 +144,7 @@ class Projected:
             _check_budget("budget", self.budget, "use grad_input='exact'")
 
 
-#: What a string stands for.
+#: The objects that a string is short for.
 _MEMORIES: dict[str, Subspace | Rows | None] = {
     "none": None,
     "residual": Rows(),
@@ -184,7 +184,7 @@ class MemAOPConfig:
             at least one block.
 
     Attributes:
-        memory: An object or `None`, whatever stood for it.
+        memory: An object or `None`; strings are converted to objects.
         grad_input: An object, or `None` for `"exact"`.
 
     Raises:
@@ -336,9 +336,9 @@ class MemAOPConfig:
 
         Args:
             rows: M.
-            in_features: N; only a budget asks for it, and for the next two.
+            in_features: N; used with a budget only, like the next two.
             out_features: P.
-            subspace: What the layer's memory spends beside the rows.
+            subspace: Cost of the layer's subspace, which is subtracted from the budget.
         """
         rounding = 0.5
         if self.k is not None:
@@ -379,7 +379,7 @@ class MemAOPConfig:
 
     @property
     def budget_of_projection(self) -> float | None:
-        """That of a projected dX, or the budget that stands for it; `None` where the rank does."""
+        """That of a projected dX, or the budget that it is computed from; `None` if by `rank`."""
         if self.projected is None:
             return None
         return self.projected.budget or (self.budget if self.leaves_rank_open else None)

@@ -1,4 +1,4 @@
-"""Floating-point operations of gradients, and the rows and ranks that a budget of them pays for.
+"""Floating-point operations of gradients, and the rows and ranks that fit a budget of them.
 
 A multiplication and an addition are two operations, as in PyTorch's counter. Everything that grows
 with the operands counts: products, norms, and a subspace's refreshes, divided by the steps between
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 #: The largest rank of a subspace that the Triton kernels take.
 MAX_RANK = 64
-#: A budget buys multiples of it, because kernels compute several columns at once.
+#: Ranks within a budget are multiples of it: kernels compute several columns at once.
 RANK_STEP = 4
 #: Refreshes of a subspace between two choices of its side and rank.
 REFRESHES_PER_CHOICE = 4
@@ -86,7 +86,7 @@ def projection_rank_within(budget: float, m: int, n: int, p: int, refresh_every:
 def refresh_stride(m: int, rank: int) -> int:
     """Of `m` rows, every how many-th one a power iteration of this rank reads.
 
-    Odd, so that of sequences of equal length no places are always left out.
+    Odd, so that with sequences of equal length no position is left out every time.
     """
     return m // max(_ROWS_PER_REFRESH, _ROWS_PER_DIMENSION * rank) | 1
 
@@ -124,7 +124,7 @@ def rank_within(
 def rows_within(
     budget: float, m: int, n: int, p: int, subspace: SubspaceCost | None = None
 ) -> float:
-    """Rows that a budget pays for beside the norms and the subspace; may be below 1."""
+    """Rows that fit a budget beside the norms and the subspace; may be below 1."""
     left = budget * 2 * m * n * p - 2 * m * (n + p)
     per_row = 2 * n * p
     if subspace is not None:

@@ -49,7 +49,7 @@ def weight_grad_reference(
         g: [M, P].
         config: As for `weight_grad`; `block_rows` must be 1, and there must be no budget.
         memory: (X, G) slots before the step, [M, N] and [M, P]; zeros if `None`.
-        carry: c, the factor of the remembered rows.
+        carry: c, the factor of the stored rows.
         basis: Q, for a subspace memory: [N, q], or [P, q] of the gradients' side.
         side: Whose basis it is, `"input"` or `"grad"`.
         selection: Use these rows instead of selecting.

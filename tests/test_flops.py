@@ -1,4 +1,4 @@
-"""What a weight gradient costs, and what a budget buys."""
+"""The FLOPs of a weight gradient, and the rows and ranks that fit a budget."""
 
 import pytest
 import torch

@@ -22,7 +22,7 @@ def listings(compiled: Sequence[Compiled]) -> list[tuple[list[Instruction], dict
 
 
 def resources(compiled: Compiled, code: list[Instruction]) -> dict[str, int]:
-    """Registers, spills and scratch, as the assembly's own metadata say."""
+    """Registers, spills and scratch, from the assembly's metadata."""
     text = compiled.asm["amdgcn"]
 
     def field(name: str) -> int:
@@ -69,6 +69,6 @@ def copy_of(instruction: Instruction) -> str | None:
 
 
 def stream_of(instruction: Instruction) -> str:
-    """What tells the copies of one matrix from those of another: four registers describe it."""
+    """What distinguishes copies of one matrix from those of another: four registers."""
     buffer = re.search(r"\bs\[\d+:\d+\]", instruction.text)
     return buffer[0] if buffer else ""

@@ -39,7 +39,7 @@ class Case:
         precision: "tf32" or "ieee" for float32 operands that are multiplied.
         step_bytes: Bytes of large matrices that a program reads per step of its loop.
         side_bytes: Bytes of Q or Z that it reads besides, or that it writes.
-        product_rows: The result's extent on the side where a matrix unit wants 64 at least.
+        product_rows: The result's extent on the side where a matrix unit needs 64 at least.
         by_descriptor: Whether tiles are copied by descriptor.
         shown: Whether the report has a line for it.
     """

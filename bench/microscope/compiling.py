@@ -1,4 +1,4 @@
-"""Compiles the library's Triton kernels for GPUs that are not there."""
+"""Compiles the library's Triton kernels for GPUs that this machine does not have."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memaop_triton.kernels.targets import Target
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch that was asked for and did not happen."""
+    """One kernel launch that was recorded and not executed."""
 
     kernel: Any
     grid: tuple[int, ...]

@@ -13,7 +13,7 @@ class Instruction:
     Attributes:
         text: The whole instruction.
         mnemonic: Its first word, without a guarding predicate.
-        jump: The label it may go on at, if it is a branch.
+        jump: The label that it may jump to, if it is a branch.
     """
 
     text: str

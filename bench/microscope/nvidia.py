@@ -94,7 +94,7 @@ def copy_of(instruction: Instruction) -> str | None:
 
 
 def stream_of(instruction: Instruction) -> str:
-    """What tells the copies of one matrix from those of another: their kind and bits alone."""
+    """What distinguishes copies of one matrix from those of another: kind and bits alone."""
     return str(copy_of(instruction))
 
 

@@ -1,6 +1,6 @@
 """The performance report: from the benchmarks' JSON file to an HTML page and Markdown.
 
-`data` reads the file, `analysis` and `findings` say what the numbers mean, `sections` and `sweeps`
+`data` reads the file, `analysis` and `findings` interpret the numbers, `sections` and `sweeps`
 arrange that with `tables` and `charts` into a `document`, and `writing` writes it out.
 """
 

@@ -214,7 +214,7 @@ def break_even(cases: Sequence[Case], name: str, ratio: float) -> list[Field]:
 
 
 def headline(run: Run) -> list[Headline]:
-    """The figures that matter, as far as they were measured."""
+    """The headline figures, as far as they were measured."""
     name = main_method(run)
     if name is None:
         return []

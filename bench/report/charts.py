@@ -262,7 +262,7 @@ def roofline(cases: Sequence[Case], machine: Machine) -> Figure:
 
 @styled
 def bars(cases: Sequence[Case]) -> Figure:
-    """Speed-ups, a group of bars per case; whiskers are the quartiles, a tick what was wanted."""
+    """Speed-ups, a group of bars per case; whiskers are the quartiles, a tick the target."""
     lines = [(case, method) for case in cases for method in methods_of([case])]
     height = len(lines) + 1.6 * len(cases)
     longest = max((len(method.name) for _, method in lines), default=0)

@@ -72,7 +72,7 @@ class Case:
         block_rows: Rows that are picked together.
         methods: By name, in the file's order.
         model: What network, for a step.
-        wanted: The speed-up asked for, by method.
+        wanted: The target speed-up, by method.
     """
 
     kind: str

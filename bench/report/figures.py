@@ -78,7 +78,7 @@ def svg(figure: Figure, title: str, *, themed: bool = True) -> str:
             with a ground of its own.
     """
     file = io.StringIO()
-    # Texts of ticks are made only now, in the look of now.
+    # Texts of ticks are made only here, with the current style.
     with mpl.rc_context(_LOOK | {"svg.hashsalt": title}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     width, height = (72 * inches for inches in figure.get_size_inches())

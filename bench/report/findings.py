@@ -1,4 +1,4 @@
-"""Where it does not win: every check that a call of ours fails, and why, as far as is known."""
+"""Losses: every check that a call of our methods fails, and the cause where the run shows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of every method: its distribution, its source, and its unavoidable traffic.
+"""A description of every method: its distribution, its source, and its unavoidable traffic.
 
 Costs are those of one weight gradient. The unit is one pass over X and G together, M(N+P) elements:
 the pass that scores the rows, the memory's reads and writes in it, and the GEMM's own operands.
@@ -93,14 +93,14 @@ BASELINES = {
 def base_name(method: Method) -> str | None:
     """The key of `OURS` or `BASELINES` that a method stands for, `None` if it is in neither.
 
-    Names of ours may say what is done to the input gradient: `default, sampled dX`.
+    Names of our methods may include how the input gradient is computed: `default, sampled dX`.
     """
     name = method.name.partition(",")[0]
     return name if name in {"ours": OURS, "baseline": BASELINES}.get(method.role, {}) else None
 
 
 def definition(method: Method) -> Definition | None:
-    """What is known of a method, `None` if nothing is."""
+    """The description of a method, `None` without one."""
     key = base_name(method)
     return None if key is None else (OURS | BASELINES)[key]
 

@@ -1,4 +1,4 @@
-"""Numbers as readers want them."""
+"""Numbers with units, rounded for readers."""
 
 from __future__ import annotations
 

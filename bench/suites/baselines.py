@@ -1,9 +1,9 @@
 """The weight gradients of other methods, dW = Gᵀ X from about K of M rows, in plain PyTorch.
 
 Written from the papers' formulas. X is [M, N] and G is [M, P]; a result is [P, N]. Where a paper's
-released code and its formula differ in speed, the faster reading is the baseline; what of the code
-was kept is said in each docstring. All of them take the norms of rows by one reduction and gather
-with `index_select`. Rows are sorted only where the authors sort them.
+released code and its formula differ in speed, the faster reading is the baseline; each docstring
+lists what of the code was kept. All of them take the norms of rows by one reduction and gather with
+`index_select`. Rows are sorted only where the authors sort them.
 
 | name | rows | weights | unbiased | source |
 |---|---|---|---|---|
@@ -113,8 +113,8 @@ def vcas(x: Tensor, g: Tensor, k: int) -> Tensor:
     """VCAS's weight sampler at a fixed ratio: Poisson sampling with p = min(1, λ s), Σp = `k`.
 
     λ follows from sorted scores and their prefix sums; rows are kept independently, compacted by
-    `nonzero` and weighted 1/p, as in the authors' code. What adapts the ratio to a variance over
-    training is no part of it.
+    `nonzero` and weighted 1/p, as in the authors' code. It does not adapt the ratio to a variance
+    during training.
     """
     probabilities = poisson_probabilities(_scores(x, g), k)
     chosen = (torch.rand_like(probabilities) < probabilities).nonzero().squeeze(1)
@@ -178,7 +178,7 @@ def _weighted_product(x: Tensor, g: Tensor, chosen: Tensor, weights: Tensor) -> 
     return scaled.t() @ x.index_select(0, chosen)
 
 
-#: Those that remember nothing between calls, by name.
+#: Those that keep nothing between calls, by name.
 STATELESS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "crs": crs,
     "bernoulli-crs": bernoulli_crs,
@@ -192,7 +192,7 @@ STATELESS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 def make(name: str, k: int) -> Callable[[Tensor, Tensor], Tensor]:
     """A method as a function of X and G that computes about `k` of their rows.
 
-    `topk-compiled` is `topk-crs` by `torch.compile`; what `authors` remembers between calls belongs
+    `topk-compiled` is `topk-crs` by `torch.compile`; what `authors` keeps between calls belongs
     to the function.
     """
     if name == "authors":

@@ -1,7 +1,7 @@
 """The methods that are compared on a weight gradient: dense, ours, the literature's, the limit.
 
-There are three families, by what is remembered, because the unavoidable work differs. The limit is
-a GEMM of K contiguous rows, and one pass over the data that a family has to read or write:
+There are three families, by what is kept between calls, because the unavoidable work differs. The
+limit is a GEMM of K contiguous rows, and one pass over the data that a family has to read or write:
 
 | memory | pass | rows of the GEMM |
 |---|---|---|
@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "topk-residual": {"selection": "topk", "memory": "residual"},
     "topk-signed": {"selection": "topk", "memory": "signed"},
 }
-#: The literature's methods that remember nothing.
+#: The literature's methods that keep nothing between calls.
 SAMPLERS = ("crs", "bernoulli-crs", "bernoulli-crs-code", "topk-crs", "vcas", "wta-crs")
 #: What is compared in each family; the limit and dense are in all of them.
 FAMILIES = {
@@ -43,7 +43,7 @@ FAMILIES = {
     "subspace": ("default", "vcas"),
 }
 
-#: Speed-ups over dense that were asked for on two cores, by (M, 1/ratio) and setting.
+#: Target speed-ups over dense on two cores, by (M, 1/ratio) and setting.
 WANTED = {
     (8192, 8): {
         "topk": 6.0, "priority": 6.0, "topk-residual": 5.0, "topk-signed": 5.0,
@@ -60,7 +60,7 @@ WANTED_SHAPES = ((8192, 1024, 1024), (4096, 2048, 2048))
 
 
 def wanted(problem: Problem) -> dict[str, float]:
-    """The wanted speed-ups on this problem by setting, if any were set."""
+    """The target speed-ups on this problem by setting, if there are any."""
     plain = Problem(problem.m, problem.n, problem.p, problem.ratio)
     if problem != plain or (problem.m, problem.n, problem.p) not in WANTED_SHAPES:
         return {}

@@ -85,7 +85,7 @@ class Problem:
         return x, g
 
     def describe(self) -> dict[str, Any]:
-        """What the `extra_info` of a benchmark says of this problem."""
+        """The entries for this problem in the `extra_info` of a benchmark."""
         return dataclasses.asdict(self) | {
             "k": self.k,
             "dtype": str(self.dtype).removeprefix("torch."),

@@ -1,4 +1,4 @@
-"""The speed-ups that were asked for on two cores: `python -m pytest bench -k cpu`.
+"""The target speed-ups on two cores: `python -m pytest bench -k cpu`.
 
 They are in no suite, and are printed as a table.
 """

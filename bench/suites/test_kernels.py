@@ -124,7 +124,7 @@ ON_GPU = Problem(16384, 4096, 4096, dtype=torch.bfloat16, device="cuda")
 
 
 def methods_of(kernel, problem):
-    """Plain PyTorch, ours with and without C, and the least that it takes, if anybody knows."""
+    """Plain PyTorch, ours with and without C, and a lower bound where one is known."""
     plain, ours, limit = kernel(problem)
     on_cpu = problem.device == "cpu"
     fallback = Method("fallback", "ours", "ours, without the C", in_pytorch(ours))

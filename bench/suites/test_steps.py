@@ -13,7 +13,7 @@ ALL = [DEFAULT, PRIORITY, SAMPLED, PROJECTED]
 # Activations of 24 MiB: the system maps larger ones again in every step, dense or not, which takes
 # time that has nothing to do with what is compared.
 MLP = models.mlp(2048, 3072)
-# Speed-ups that were asked for at r = 1/8 on a CPU.
+# Target speed-ups at r = 1/8 on a CPU.
 MLP_WANTED = {"default": 1.3, "default, sampled dX": 1.9}
 GPT_BLOCK, VIT_BLOCK = models.gpt_block(768, 256, 16), models.vit_block(768, 16)
 

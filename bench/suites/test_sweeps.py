@@ -55,7 +55,7 @@ def test_width(compare, problem):
     (("gpu",), [gpu(64, 64, 64)]),
 )
 def test_overhead(compare, problem):
-    """Where the arithmetic is nothing: M = N = P = 64."""
+    """Fixed costs, with hardly any arithmetic: M = N = P = 64."""
     title = f"overhead of a call, {problem.shape}"
     names = ("default", "priority", "topk", "topk-residual", *contenders.SAMPLERS)
     compare(problem, "overhead", title, contenders.selected(problem, names))

@@ -1,7 +1,7 @@
 """How the C code beside this file is compiled on a machine, and where the result is kept.
 
-The file stays in the cache folder under a name that says what it was made from and for: other
-sources, another compiler or other flags make another file.
+The file stays in the cache folder under a name made of hashes: other sources, another compiler or
+other flags make another file.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Recipe(NamedTuple):
 
     Attributes:
         compiler: The command.
-        version: What it says of itself.
+        version: Its output of `--version`.
         vectors: The vector instructions it is compiled for, as PyTorch names them.
         flags: All flags.
         file: Where the result is kept.
@@ -94,13 +94,13 @@ class Recipe(NamedTuple):
 
 
 def find_recipe() -> Recipe:
-    """How the C code would be compiled here; asks the compiler for its version.
+    """How the C code would be compiled here; runs the compiler for its version.
 
     Raises:
         BuildError: It cannot be compiled on this machine.
     """
-    # PyTorch's own OpenMP runtime serves the parallel loops, and so its threads: the file is not
-    # linked against another one.
+    # The parallel loops use PyTorch's own OpenMP runtime and its threads: the file is not linked
+    # against another one.
     if sys.platform != "linux":
         raise BuildError(f"not done on {sys.platform}")
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")

@@ -27,8 +27,8 @@ _MOST_KEPT = 32 << 20
 # Every thread sums into its own product: at most 4 million numbers in all of them.
 _MOST_PARTS = 1 << 22
 # Waking a thread and waiting for it takes a few microseconds on an idle machine, and a time slice
-# of the scheduler if another process uses its core. That pays for about 50 µs of work: so many
-# numbers of a pass over rows, or multiplications of a product.
+# of the scheduler if another process uses its core. So a thread gets at least about 50 µs of work:
+# this many numbers of a pass over rows, or multiplications of a product.
 _NUMBERS_OF_A_THREAD = 1 << 17
 _MULTIPLICATIONS_OF_A_THREAD = 1 << 21
 

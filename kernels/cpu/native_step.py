@@ -41,7 +41,7 @@ class Added(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a call has computed of Bᵀ A; numbers are in `score_dtype` unless something else is said.
+    """What a call has computed of Bᵀ A; numbers are in `score_dtype` unless another dtype is given.
 
     Attributes:
         rest: ‖a_m − Q Qᵀ a_m‖, [M]; without a basis the norms themselves.
@@ -50,7 +50,7 @@ class Step(NamedTuple):
         weights: Of these rows, [K].
         z: A Q / s in the dtype of `a`, [M, q]; [M, 0] without a basis.
         zb: Zᵀ B, [q, P].
-        sums: Of the columns of B, [P] in the dtype of `b`, if they were asked for.
+        sums: Of the columns of B, [P] in the dtype of `b`, if `sums` was passed.
         product: [P, N], or [N, P], in the dtype of `a`; `None` if PyTorch is to multiply.
     """
 
@@ -86,7 +86,7 @@ def run(
             and beside which they are scored.
         added: What is added to A and B, in place, before all else; without a basis.
         draw: Draw the rows by priority sampling, instead of those of the largest scores.
-        sums: Whether those of the columns of B are wanted, which takes a basis.
+        sums: Whether to sum the columns of B, which takes a basis.
         transposed: Return the transposed product.
         generator: Source of the draws, which are those of `selection.select_rows`.
     """

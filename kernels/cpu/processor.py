@@ -17,7 +17,7 @@ def processor_name() -> str:
 
 
 def vendor() -> str:
-    """ "GenuineIntel", "AuthenticAMD", ...; "" where that is not told."""
+    """ "GenuineIntel", "AuthenticAMD", ...; "" if unknown."""
     return facts().get("vendor_id", "")
 
 
@@ -45,7 +45,7 @@ def blas() -> str:
 
 @functools.cache
 def facts() -> dict[str, str]:
-    """What /proc/cpuinfo says of the first processor; empty on other than Linux."""
+    """Fields of the first processor in /proc/cpuinfo; empty on other than Linux."""
     first = read_text(Path("/proc/cpuinfo")).split("\n\n")[0]
     pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
     return {key.strip(): value.strip() for key, value in pairs}

@@ -220,12 +220,12 @@ def _rounding_of_products(x: Tensor) -> float:
 def project_gradient(
     g: Tensor, z: Tensor, *, bias_grad: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Zᵀ G, the row norms of G and, if wanted, the sum of its rows, in one pass over G.
+    """Zᵀ G, the row norms of G and, if required, the sum of its rows, in one pass over G.
 
     Args:
         g: [M, P].
         z: [M, q], same dtype.
-        bias_grad: Whether the sum is wanted.
+        bias_grad: Whether to compute the sum.
 
     Returns:
         Zᵀ G [q, P] and [M] norms, both in `score_dtype`, and the sum [P] in the dtype of `g`.

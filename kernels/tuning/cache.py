@@ -3,10 +3,10 @@
     $MEMAOP_TRITON_CACHE_DIR/configs/<gpu>/<kernel>.json     the user's
     kernels/configs/<gpu>/<kernel>.json                      shipped, read only
 
-A process reads a file when it first needs it, and again when it adds to it; it does not see what
-other processes add in between. An entry of other kernel sources is dropped. An entry of another
-Triton version is stale: it stays for those who have that one. For a file that cannot be used or
-written there is one warning, and the heuristic chooses.
+A process reads a file when it first needs it, and again when it adds to it; entries that other
+processes add in between are not used. An entry of other kernel sources is dropped. An entry of
+another Triton version is stale: it stays for processes with that version. For a file that cannot be
+used or written there is one warning, and the heuristic chooses.
 
 Several processes may share a file, so it is always replaced as a whole: lock, read again, merge,
 write a temporary file, rename. A reader takes no lock and sees the file before or after, and a
@@ -81,7 +81,7 @@ class Entry:
         problem: `Problem.key`.
         config: The best configuration.
         milliseconds: Median time of a launch.
-        heuristic_milliseconds: The same of the configuration that serves without tuning, `None` if
+        heuristic_milliseconds: The same of the configuration that is used without tuning, `None` if
             that one does not run.
         source: Hash of the kernel's source files.
         triton: Version of Triton that compiled it.
@@ -208,7 +208,7 @@ def find(gpu: Gpu, problem: Problem) -> Choice | None:
 
 
 def add(gpu: Gpu, kernel: str, entry: Entry) -> None:
-    """Remember an entry in this process, and in the user's file if that can be written."""
+    """Keep an entry in this process, and in the user's file if that can be written."""
     root = folder()
     path = path_of(root, gpu, kernel)
     own = _own.setdefault(path, [])

@@ -31,8 +31,8 @@ class GemmConfig:
         group: Tiles along P that neighbouring programs cover before they move along N.
         tiles_n: Pieces in which the columns of X are loaded and multiplied: two narrow ones need
             fewer row addresses than a wide one.
-        x_columns_first: Orientation in which X is loaded. Units that read both operands from shared
-            memory want the columns first; those that read from registers want the rows first. The
+        x_columns_first: Orientation in which X is loaded. The columns come first for units that
+            read both operands from shared memory, the rows for those that read from registers. The
             residual GEMM, which computes its operands, has only the first way.
     """
 
@@ -153,7 +153,7 @@ problem_of = functools.lru_cache(maxsize=4096)(Problem)
 
 @functools.cache
 def flags(**wanted: bool) -> tuple[str, ...]:
-    """The flags that are wanted, as `Problem` has them: `flags(sums=True, norms=False)`."""
+    """The flags that are set, as `Problem` has them: `flags(sums=True, norms=False)`."""
     return tuple(sorted(name for name, is_wanted in wanted.items() if is_wanted))
 
 

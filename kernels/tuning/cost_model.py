@@ -1,6 +1,6 @@
 """How long a launch will take, predicted from counts and published rates.
 
-It ranks configurations and says what limits a kernel. It leaves out bank conflicts, partition
+It ranks configurations and names what limits a kernel. It leaves out bank conflicts, partition
 camping, and clocks that fall under load: a measurement is always better.
 
 A processor works on the programs it holds at once. Per step of their loops each unit needs
@@ -10,8 +10,8 @@ A processor works on the programs it holds at once. Per step of their loops each
     shared   operand reads / 128              bytes that a processor's shared memory gives per cycle
     port     step bytes / 64                  bytes that reach a processor per cycle
 
-cycles, and these overlap, so b programs on it take b times the largest, and a tenth of the others
-for what does not. But each program waits for its own data: with d steps in flight a step takes
+cycles, and these overlap, so b programs on it take b times the largest, and a tenth of the others,
+which does not overlap. But each program waits for its own data: with d steps in flight a step takes
 latency / d at least. Programs come in waves of as many as fit on the chip; the last wave is as slow
 as its fullest processor. That is the processors' time. It overlaps, as well as that, with the
 chip's two other times, all bytes through the cache and all bytes from memory. What overlaps with
@@ -125,7 +125,7 @@ def _matrix_cycles(work: Work, config: Config, target: Target) -> float:
 
 
 def _moved(size: float, target: Target) -> float:
-    """Seconds to move what the launch before has just left: half the cache may still hold it."""
+    """Seconds to move the result of the previous launch: half the cache may still hold it."""
     in_cache = size <= target.chip.cache * 2**19
     return size / (target.chip.cache_rate if in_cache else target.chip.memory_rate)
 
@@ -236,7 +236,7 @@ def _gemm_reads(problem: Problem, config: GemmConfig, target: Target, loaded: in
 
     The selected rows once, K(N + P)·e in whole sectors. Programs that run at once walk down the
     rows together and share what they read; they cover `high` tiles along P and `wide` along N, in
-    bands of `group`. So the rows are asked for once per such wave and tile, and of all but the
+    bands of `group`. So the rows are loaded once per such wave and tile, and of all but the
     first time the part comes from memory that the cache cannot keep.
     """
     n, p = max(problem.n, 1), max(problem.p, 1)

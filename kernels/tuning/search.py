@@ -115,7 +115,7 @@ def _gemms(problem: Problem, target: Target) -> Iterator[GemmConfig]:
 
 
 def _columns_first(problem: Problem, target: Target) -> bool:
-    """As the shipped tiles have it: matrix units that read shared memory want X so."""
+    """As in the shipped tiles: matrix units that read shared memory take X in this order."""
     if not problem.is_aligned:
         return target.arch != 80
     return problem.dtype != torch.float32 and reads_shared(problem, target)
@@ -133,7 +133,7 @@ def _passes(problem: Problem, target: Target) -> Iterator[RowConfig]:
 
 
 def _products(problem: Problem, target: Target) -> Iterator[RowConfig]:
-    """Tiles of 16 to 128 rows; the matrix units want 16 along every side.
+    """Tiles of 16 to 128 rows; the matrix units need 16 along every dimension.
 
     Exact float32 products keep sums and operands in the registers of their thread, so that few fit.
     """

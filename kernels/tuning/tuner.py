@@ -86,10 +86,10 @@ def choose(
 
 
 def mode() -> str:
-    """What `MEMAOP_TRITON_AUTOTUNE` says, or "force" inside `forced`.
+    """The value of `MEMAOP_TRITON_AUTOTUNE`, or "force" inside `forced`.
 
     Raises:
-        ValueError: It says anything else than one of its values.
+        ValueError: It has no valid value.
     """
     value = os.environ.get(_VARIABLE) or "first-use"
     if value not in MODES:
@@ -125,7 +125,7 @@ def forget() -> None:
 _lock = threading.RLock()  # the backward passes of two GPUs run in two threads
 _choices: dict[tuple[Problem, torch.device], Choice] = {}
 _forced: tuple[Walk, list[Outcome]] | None = None
-# Every launch asks for its bucket; a cached one takes a fifth of a microsecond.
+# Every launch looks up its bucket; a cached one takes a fifth of a microsecond.
 _bucket_of = functools.lru_cache(maxsize=4096)(Problem.bucketed)
 
 
@@ -134,7 +134,7 @@ def _choose(
 ) -> Choice:
     target = targets.current(device)
     gpu = cache.gpu_of(device)
-    if gpu is None:  # the interpreter has time, and in tests may be any target
+    if gpu is None:  # the interpreter: not cached, as tests set any target
         return Choice(defaults.heuristic(problem, target), "heuristic")
     with _lock:
         choice = _choices.get((problem, device))
@@ -223,7 +223,7 @@ def _best(
         except (TritonError, torch.OutOfMemoryError):
             pass  # too large, or does not compile
         except RuntimeError as error:
-            # A pass of the compiler fails with the type that also stands for a broken GPU.
+            # A failing pass of the compiler raises the same type as a broken GPU.
             if type(error) is not RuntimeError or "PassManager::run failed" not in str(error):
                 raise
     name = f"{problem.kernel} {problem.key}"

@@ -1,8 +1,8 @@
 """The input gradient dX = G W, sampled from K of the M rows of G or projected.
 
 Without a subspace the rows are zeros but for the selected ones, which the weight gradient uses too.
-With a basis Q [P, q] of the subspace that the rows of G mostly live in, every row has its part
-inside exactly, and the selected ones the rest:
+With a basis Q [P, q] of a low-dimensional subspace that holds most of the energy of G's rows, every
+row has its part inside exactly, and the selected ones the rest:
 
     Z = G Q        dX = Z (Qᵀ W) + Σ_{m∈S} w_m e_m (G_m − Z_m Qᵀ) W
 
@@ -12,7 +12,7 @@ A projected dX has every row inside a subspace of dX itself, with a basis Q [N, 
 
     Z = G (W Q)        dX = Z Qᵀ
 
-What is outside is lost, but nothing is drawn, and noise in dX reaches every layer below.
+The part outside is dropped, but there is no sampling noise, which would reach every layer below.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def select_for_both(
     k: int,
     shards: ProcessShards | None = None,
 ) -> Selection:
-    """Rows for the input gradient and the weight gradient alike, by the norms of G's rows alone.
+    """Selects the rows of both gradients, with the norms of G's rows as scores.
 
     Args:
         x: [M, N], or `None` if there is no weight gradient.
@@ -69,7 +69,7 @@ def sampled_input_grad(
         g: [M, P].
         weight: W, [P, N].
         selection: Rows and weights.
-        config: That they were selected by.
+        config: The configuration that they were selected with.
         projection: E [P, q] and Z [M, q], as `sampled_rows_mm` takes them.
     """
     if runs_triton(g):  # of a fixed size, as they were selected
@@ -94,7 +94,7 @@ def input_grad_with_subspace(
         g: [M, P].
         weight: W, [P, N].
         config: With an unbiased selection.
-        memory: Of the layer, one with a basis of the gradients' side; it is brought up to date.
+        memory: The layer's, with a basis of the gradients' side; updated in place.
         shards: The processes that hold other columns of X or G.
         is_alone: The weight is frozen, and no step of dW precedes.
     """
@@ -119,7 +119,7 @@ def projected_input_grad(
 ) -> Tensor:
     """dX = G (W Q) Qᵀ with the memory's basis Q of dX's rows, which it brings up to date: [M, N].
 
-    The product itself where that takes no more operations. The rank is what `config` gives for a
+    Computes G W itself where that takes no more operations. The rank is what `config` gives for a
     batch of this size.
 
     Args:

@@ -1,8 +1,7 @@
-"""One step of each memory, on any device, in plain PyTorch or C: score, select, multiply, remember.
+"""One step of each memory on any device, in PyTorch or C: score, select, multiply, update it.
 
-`steps_triton` holds the same functions for the Triton kernels; `weight_grad` says which of the two
-takes a tensor. They take operands that have been checked, with K < M unless a row memory is
-involved.
+`steps_triton` holds the same functions for the Triton kernels; `weight_grad` chooses between the
+two. They take operands that have been checked, with K < M unless a row memory is involved.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def with_subspace(
 ) -> Gradients:
     """dW exact inside the memory's subspace, and from selected rows outside of it."""
     x, g, config = operands.x, operands.g, operands.config
-    # A basis of the gradients' side makes the same sum with the two exchanged: dWᵀ.
+    # With a basis of the gradients' side X and G are exchanged, and the sum is dWᵀ.
     a, b = (x, g) if memory.side == "input" else (g, x)
     basis = memory.basis_of(a)
     wants_sums = operands.bias_grad and b is g

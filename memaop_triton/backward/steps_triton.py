@@ -2,8 +2,8 @@
 
 The functions are those of `steps_torch`. What differs is that no value is read on the host: the
 rows of weight 0 that give `bernoulli` a fixed size are not read but are multiplied, as zeros, and
-where M cuts the last block of rows short, the rows missing from it are still named, and skipped by
-the kernels.
+if M is no multiple of the block size, the last block keeps its indices beyond M, which the kernels
+skip.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     """The memory's update scores what it stores: 3 + K/M passes; `randk` needs no scores: 3 − K/M.
 
     That holds with all slots filled; an empty one is not read. Where the factors of dW are
-    collected, `randk` takes the first way too: the second leaves the selected rows, to which the
-    memory was added while they were multiplied, in no matrix.
+    collected, `randk` takes the first way too: the second adds the memory to the selected rows
+    while multiplying them, and their sums are not materialised.
     """
     x, config = operands.x, operands.config
     slots = memory.slots(x.shape[0], x)
@@ -110,7 +110,7 @@ def _with_scored_rows(operands: Operands, update: _Update) -> Gradients:
 
 
 def _with_unscored_rows(operands: Operands, update: _Update) -> Gradients:
-    """Select without scores, update the other slots, multiply what the selected rows come to."""
+    """Select without scores, update the other slots, multiply the selected rows added to theirs."""
     x, g, config = operands.x, operands.g, operands.config
     rows = x.shape[0]
     mx, mg, filled = update.slots
@@ -144,7 +144,7 @@ def _with_unscored_rows(operands: Operands, update: _Update) -> Gradients:
     filled.index_fill_(0, existing, False)
     scores = None
     if operands.is_observed:
-        # The sums of the rows taken are not stored: these count with what the batch has of them.
+        # The sums of selected rows are not stored, so their scores are those of the batch's rows.
         scores = torch.where(taken, score.row_scores(x, g)[0], score.row_scores(mx, mg)[0])
     operands.observe(selection, dw, scores)
     return Gradients(dw, db)

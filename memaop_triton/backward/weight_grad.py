@@ -50,9 +50,9 @@ def weight_grad(
         memory holds anything.
 
     Raises:
-        ValueError: Shapes do not fit, or `memory` is not of the kind that `config` asks for.
+        ValueError: Shapes do not fit, or `memory` is not of the kind that `config` specifies.
         TypeError: `x` is not floating point, or `g` has another dtype.
-        RuntimeError: `MEMAOP_TRITON_BACKEND=triton` asks for what its kernels cannot do.
+        RuntimeError: `MEMAOP_TRITON_BACKEND=triton`, and no Triton kernel supports these operands.
     """
     return weight_and_bias_grad(
         x, g, config, memory, bias_grad=False, selection=selection, generator=generator
@@ -76,9 +76,9 @@ def weight_and_bias_grad(
 
     Args:
         shards: The processes that hold other columns of X or G: all select the same rows.
-        factors: Takes the selected rows, weighted: two matrices whose product is dW. Takes nothing
+        factors: Receives the selected rows, weighted: two matrices whose product is dW; nothing
             where the gradient is exact.
-        observer: Takes note of the step, unless the batch is empty or the memory is skipped.
+        observer: Records the step, unless the batch is empty or the memory is skipped.
     """
     _check_operands(x, g)
     check_memory(config, memory, x.shape[1], g.shape[1])
@@ -98,7 +98,7 @@ def weight_and_bias_grad(
     operands = Operands(x, g, config, k, bias_grad, generator, shards, factors, observer)
     step = _steps_for(x, memory)
     result: Gradients
-    # Nothing was ever left over: all rows of this batch are all there is, and no slots are made.
+    # The memory is empty and every row is computed: nothing is left to store, no slots are made.
     is_untouched = isinstance(memory, ResidualMemory) and k == rows and memory.rows == 0
     if isinstance(memory, ResidualMemory) and not is_skipped and not is_untouched:
         result = step.with_row_memory(operands, memory)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import TextColumn
 
 from memaop_triton.bench.suites import SUITES
-from memaop_triton.commands.common import make_folder, progress, say_written
+from memaop_triton.commands.common import make_folder, print_written, progress
 from memaop_triton.errors import require_extra
 
 # With a load average above this fraction of the cores, times are not reliable.
@@ -70,7 +70,7 @@ def bench(
             ),
         )
     html, markdown = report.write(json_path, output)
-    say_written(console, json_path, outcome.log, markdown, html)
+    print_written(console, json_path, outcome.log, markdown, html)
     for name in outcome.failed:
         _print_line(console, f"failed: {name}: see the log")
     return 1 if outcome.failed else 0

@@ -43,7 +43,7 @@ def _files(gpu: str | None, kernel: str | None) -> dict[Path, ConfigFile | str]:
 
 
 def _state(kernel: str, entry: Entry) -> str:
-    """What an entry is worth here: "fresh", "stale" or "unused"."""
+    """State of an entry on this machine: "fresh", "stale" or "unused"."""
     if entry.source != config_cache.source_hash(kernel):
         return "unused"
     return "fresh" if entry.triton == config_cache.triton_version() else "stale"

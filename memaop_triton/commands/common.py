@@ -89,7 +89,7 @@ def progress(console: Console, extra: ProgressColumn) -> Progress:
     )
 
 
-def say_written(console: Console, *paths: Path | None) -> None:
+def print_written(console: Console, *paths: Path | None) -> None:
     """Name the files that were written."""
     for path in paths:
         if path is not None:

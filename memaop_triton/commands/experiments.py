@@ -14,9 +14,9 @@ from memaop_triton.commands.common import (
     JsonPath,
     Output,
     positive,
+    print_written,
     progress,
     ratio_in_range,
-    say_written,
     write_json,
 )
 from memaop_triton.errors import require_extra
@@ -82,7 +82,7 @@ def demo(
     demo_report.save_figure(figure, results, settings)
     if json_path is not None:
         write_json(json_path, demo_report.as_json(results, settings))
-    say_written(console, figure, json_path)
+    print_written(console, figure, json_path)
 
 
 def reproduce(
@@ -121,4 +121,4 @@ def reproduce(
     paper_report.save_figure(figure, setup, summaries)
     if json_path is not None:
         write_json(json_path, paper_report.as_json(setup, seed, summaries))
-    say_written(console, figure, json_path)
+    print_written(console, figure, json_path)

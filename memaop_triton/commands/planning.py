@@ -14,8 +14,8 @@ from memaop_triton.commands.common import (
     JsonPath,
     config_of,
     positive,
+    print_written,
     ratio_in_range,
-    say_written,
     write_json,
 )
 from memaop_triton.config import DEFAULT_RATIO, MemAOPConfig
@@ -99,7 +99,7 @@ def plan(
     console.print(str(result), markup=False, highlight=False, soft_wrap=True)
     if json_path is not None:
         write_json(json_path, result.to_dict())
-    say_written(console, json_path)
+    print_written(console, json_path)
 
 
 def _of_model(

@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import nn
 
 from memaop_triton.commands import loading
-from memaop_triton.commands.common import config_of, progress, ratio_in_range, say_written
+from memaop_triton.commands.common import config_of, print_written, progress, ratio_in_range
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.convert import convert_
 from memaop_triton.errors import CommandError
@@ -100,7 +100,7 @@ def tune(
     console.print(_table(outcomes))
     gpu = cache.gpu_of(device)
     assert gpu is not None
-    say_written(console, cache.folder() / gpu.slug)
+    print_written(console, cache.folder() / gpu.slug)
 
 
 def _gpu() -> torch.device:
@@ -133,7 +133,7 @@ def _table(outcomes: list[tuple[Problem, Entry | None]]) -> Table:
 
 
 def _with_both_sides(config: MemAOPConfig) -> list[MemAOPConfig]:
-    """A setting, and what its subspace may come to be in training."""
+    """The configuration, and its variants with either side that training may choose."""
     subspace = config.subspace
     if subspace is None or subspace.side != "auto":
         return [config]

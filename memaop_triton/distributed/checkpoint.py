@@ -10,8 +10,8 @@ put the entries beside model and optimizer, and load the memories by themselves:
     dcp.load(state, checkpoint_id=folder)
     load_memory(model, folder)
 
-The memories are no `Stateful`: DCP loads what the new object's `state_dict` lists. A memory that
-has seen no batch lists no tensors, and would stay empty without a word.
+The memories are no `Stateful`: DCP loads what the new object's `state_dict` lists. A new memory has
+no tensors before its first batch, so DCP would load nothing into it, without an error.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def memory_entries(
     to the top level of the dictionary, where `load_memory` looks for them.
 
     Args:
-        model: Has converted layers. The same on all ranks; the rows remembered may differ.
+        model: Has converted layers. The same on all ranks; the rows stored may differ.
         process_group: As for `dcp.save`.
     """
     place = _place(_rank_and_size(process_group)[0])
@@ -170,9 +170,9 @@ def _read(reader: StorageReader, metadata: Metadata, rank: int) -> dict[str, dic
         if key.startswith(f"{place}.") and isinstance(saved, TensorStorageMetadata):
             entries[key] = torch.empty(saved.size, dtype=saved.properties.dtype)
     with warnings.catch_warnings():
-        # Of DCP, that a single process loads: here that is intended.
+        # DCP warns that a single process loads; here that is intended.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-        # Every rank by itself: the keys differ, and `_raise_together` follows.
+        # Every rank loads by itself, because the keys differ; `_raise_together` follows.
         state_dict_loader.load(entries, storage_reader=reader, no_dist=True)
     state: dict[str, dict[str, Any]] = json.loads(entries.pop(place))
     for key, tensor in entries.items():

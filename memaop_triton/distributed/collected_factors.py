@@ -1,4 +1,4 @@
-"""The factors of one weight's gradient since the last exchange, and whether they make it up."""
+"""The factors of one weight's gradient since the last exchange, and whether their product is it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from memaop_triton.backward.step import Factors
 #: Dtypes that factors travel in.
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SEED = 20211009
-# In units of the rounding of one sum: two orders of adding up the same numbers stay far below.
+# In units of the rounding of one sum: two orders of summation differ by far less.
 _TOLERANCE = 32.0
 # The rounding of TF32, the coarsest that a product of float32 matrices has.
 _COARSEST_PRODUCT = 2.0**-10
@@ -33,7 +33,7 @@ class CollectedFactors:
     def __init__(self, weight: Tensor, world: int) -> None:
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         # Normal, so that no two entries of a gradient can cancel. From a generator of its own, so
-        # that training draws what it draws without the hook.
+        # that the hook does not change the random draws of training.
         generator = torch.Generator().manual_seed(_SEED)
         self.probe = torch.randn(weight.shape[1], dtype=self.dtype, generator=generator)
         self.max_bytes = weight.nbytes / world
@@ -49,7 +49,7 @@ class CollectedFactors:
         self.norm: Tensor | None = None
 
     def add(self, dw: Tensor) -> None:
-        """Take note of one backward pass, whose factors are in the list unless it was exact."""
+        """Record one backward pass, whose factors are in the list unless it was exact."""
         if self.is_dropped:
             self.factors.clear()
             return
@@ -62,7 +62,7 @@ class CollectedFactors:
             self.is_dropped = True
             return
         image = self._image(dw)
-        # Rounding is relative to all of dW, of which the probe may meet little.
+        # Rounding is relative to all of dW, whose product with the probe may be small.
         norm = torch.linalg.vector_norm(dw.to(self.dtype))
         # dW was rounded to its dtype, and by TF32 its products too: a coarse comparison, which
         # factors that are not those of this dW do not pass.
@@ -79,7 +79,7 @@ class CollectedFactors:
     def header(self, gradient: Tensor) -> Tensor:
         """[2] int64: the number of rows and that of their dtype.
 
-        −1 if they do not make up `gradient`, or are too many.
+        −1 if their product is not `gradient`, or if they are too many.
         """
         dtypes = {x.dtype for x, _ in self.factors}
         if self.is_dropped or len(dtypes) > 1:

@@ -1,7 +1,7 @@
 """Gradient exchange of `DistributedDataParallel` by factors instead of weight gradients.
 
-A converted layer computes dW = Gᵀ X from R rows: R (N + P) numbers say what the N P numbers of dW
-say. Where that is less, the processes gather each other's factors and multiply them:
+A converted layer computes dW = Gᵀ X from R rows: R (N + P) numbers determine the N P numbers of dW.
+Where that is less, the processes gather each other's factors and multiply them:
 
     (1/W) Σ_r dW_r = (1/W) Σ_r G_rᵀ X_r          r over the W processes, X_r [R_r, N], G_r [R_r, P]
 
@@ -10,8 +10,8 @@ The factors describe only what the layer's sampled backward passes added. A grad
 hook that scales it, a `zero_grad` between two `no_sync` passes), so before every exchange each
 process compares the images of one random vector v: that of the gradient it is about to send, and
 the sum of those of the dW which the passes returned. They differ unless the gradient is that sum
-(Freivalds 1977). The processes tell each other the outcome and their rows, and a weight for which
-one of them disagrees is all-reduced by all.
+(Freivalds 1977). The processes exchange the outcome and their numbers of rows; a weight for which
+the check fails in any of them is all-reduced by all.
 """
 
 # Without `from __future__ import annotations`: DDP compares the annotations of a hook with types.
@@ -39,9 +39,9 @@ class FactorAllGather:
         rows · (N + P) · world size · bytes per factor  <  N · P · bytes per gradient
 
     with the largest number of rows of any process. Then a ring all-gather sends at most half of
-    what a ring all-reduce does, which pays for multiplying the factors. All other gradients of the
-    bucket are packed and all-reduced. The result is that of plain DDP up to rounding, and the same
-    in all processes bit for bit, as with plain DDP, if their devices are of the same kind.
+    what a ring all-reduce does, which outweighs multiplying the factors. All other gradients of the
+    bucket are packed and all-reduced. The result is that of plain DDP up to rounding, and bit for
+    bit the same in all processes, as with plain DDP, if their devices are alike.
 
     A weight is all-reduced for the step whenever its gradient holds anything but the sum of the
     layer's sampled backward passes since the last exchange: contributions from elsewhere in the
@@ -51,14 +51,14 @@ class FactorAllGather:
     A layer used several times, a weight shared by converted layers, micro-batches under `no_sync`,
     batches of different sizes and layers unused in some process are gathered.
 
-    The hook waits for the 16 bytes of all processes, bucket by bucket, before the backward pass
-    goes on; factors and gradients then travel while it does. Factors are kept only while they are
-    small enough to be gathered, at most N P numbers a weight divided by the number of processes.
+    The hook blocks the backward pass, bucket by bucket, until the 16 bytes of every process have
+    arrived; factors and gradients are then sent while it continues. Factors are kept only while
+    they may be gathered: at most N P numbers a weight divided by the number of processes.
 
     Use `FactorAllGather.register(ddp)`, which returns the hook, rather than the constructor.
 
     Args:
-        ddp: A model with converted layers. Later conversions are not seen.
+        ddp: A model with converted layers. Layers converted later are not registered.
 
     Attributes:
         bytes_sent: What this process sent so far instead of weight gradients: its part of each
@@ -223,7 +223,7 @@ class FactorAllGather:
         self.bytes_sent += (self.world - 1) * mine.nbytes
         if length == 0:
             return exchange, None
-        # As bytes: not every backend knows every dtype.
+        # As bytes: not every backend supports every dtype.
         slots = list(everyone.view(torch.uint8).unbind())
         work = dist.all_gather(slots, mine.view(torch.uint8), group=self.group, async_op=True)
         return exchange, work.get_future()
@@ -266,7 +266,7 @@ class _Weight:
         self.is_gathered = True
 
     def size(self, rank: int) -> int:
-        """How many numbers the factors of a process are."""
+        """Number of elements in the factors of a process."""
         return self.rows[rank] * sum(self.gradient.shape)
 
     def average(self, x: Tensor, g: Tensor) -> None:

@@ -1,1 +1,1 @@
-"""What a layer remembers between steps: rows, or subspaces."""
+"""What a layer keeps between steps: rows, or subspaces."""

@@ -1,4 +1,4 @@
-"""A basis of the low-dimensional subspace that the rows of a matrix mostly live in."""
+"""A basis of a low-dimensional subspace that holds most of the energy of a matrix's rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Basis:
     """An orthonormal basis Q of a subspace that follows the leading directions of rows.
 
     It starts from one power iteration on the first rows, and takes another, Q ← qr(Aᵀ Z) with
-    Z = A Q, whenever it is told to. Many rows are thinned out for it: a thousand show where they
-    lie. Columns come in the order of their importance: the first r of
-    them are what the iteration makes of r columns alone.
+    Z = A Q, when `iterate` is called, from about a thousand rows of a larger batch, which is
+    enough. Columns come in the order of their importance: the first r of them are what the
+    iteration makes of r columns alone.
 
     Args:
         features: Length of the rows.
@@ -70,10 +70,10 @@ class Basis:
         self.take(transposed_mm(self.thinned(z), self.thinned(a)).t(), is_due)
 
     def take(self, product: Tensor, is_due: Tensor | bool = True) -> Tensor:
-        """Go on with an orthonormal basis of what a power iteration has made of the first columns.
+        """Use an orthonormal basis of the result of a power iteration on the first columns.
 
         Args:
-            product: Aᵀ A Q of some rows A, [features, r]. Zeros and what is not finite is refused.
+            product: Aᵀ A Q of some rows A, [features, r]. Zero or not finite: is ignored.
             is_due: Whether to take it over.
 
         Returns:
@@ -82,9 +82,9 @@ class Basis:
         assert self.q is not None
         q = self.q[:, : product.shape[1]]
         product = product.to(q.dtype)
-        # A row that is not finite must not get into Q; the gradient shows it. Of zeros, qr would
-        # make coordinate axes. The value is used on the device, without a host synchronisation, and
-        # Q stays at its address.
+        # A row that is not finite must not change Q; the gradient shows it. For zeros, qr would
+        # return coordinate axes. The value is used on the device, without a host synchronisation,
+        # and Q stays at its address.
         taken = product.isfinite().all() & (product != 0).any() & is_due
         refreshed = torch.linalg.qr(torch.where(taken, product, q)).Q
         q.copy_(torch.where(taken, refreshed, q))

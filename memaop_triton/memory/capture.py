@@ -1,4 +1,4 @@
-"""What a CUDA graph cannot do: make the state that its next replay goes on with."""
+"""State must not be made while a CUDA graph is captured: every replay would make it again."""
 
 from __future__ import annotations
 

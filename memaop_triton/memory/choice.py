@@ -1,4 +1,4 @@
-"""Which side and rank a subspace has: chosen by the noise that each would leave to sample."""
+"""Which side and rank a subspace has: those with the smallest sampling variance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memaop_triton.dispatch import project_rows, row_norms
 from memaop_triton.flops import RANK_STEP, refresh_stride
 from memaop_triton.memory.basis import Basis
 
-# What the variance must fall to before side or rank are changed.
+# Fraction to which the variance must fall before side or rank are changed.
 _WORTH_A_CHANGE = 0.9
 
 
@@ -34,7 +34,7 @@ class Arriving:
     def __init__(self, a: Tensor) -> None:
         self._host = a
         self._event: torch.cuda.Event | None = None
-        if a.is_cuda and torch.backends.cuda.is_built():  # not where a GPU is pretended
+        if a.is_cuda and torch.backends.cuda.is_built():  # not where a test fakes a GPU
             self._host = torch.empty(a.shape, dtype=a.dtype, pin_memory=True)
             self._host.copy_(a, non_blocking=True)
             self._event = torch.cuda.Event()
@@ -52,7 +52,7 @@ class Arriving:
 
 
 class ScoreSums(NamedTuple):
-    """What was measured of a batch.
+    """Measured values of a batch.
 
     Attributes:
         rows: M.
@@ -66,8 +66,8 @@ class ScoreSums(NamedTuple):
 class SubspaceChoice:
     """The side and rank in use for dW, the rank in use for a sampled dX, and how they are chosen.
 
-    Every few refreshes the scores of a batch are measured under every choice. Taken is the one for
-    which the variance of the estimate is the smallest, unless little is gained by the change.
+    Every few refreshes the scores of a batch are measured under every choice. The one with the
+    smallest variance of the estimate is used, unless little is gained by the change.
 
     Args:
         sides: Those that have a basis.
@@ -78,8 +78,8 @@ class SubspaceChoice:
         side: The side in use.
         rank: The rank in use.
         input_grad_rank: The rank in use for a sampled dX, which takes the gradients' side.
-        measured: What the choice was made by; `None` before the first measurement.
-        arriving: A measurement whose numbers are on their way: M and Σs, Σs².
+        measured: The measurement that the choice is based on; `None` before the first measurement.
+        arriving: A measurement that is being copied to the host: M and Σs, Σs².
     """
 
     measured: ScoreSums | None
@@ -94,7 +94,7 @@ class SubspaceChoice:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what was measured; the next step measures anew."""
+        """Drop the measurement; the next step makes a new one."""
         self.measured = self.arriving = None
 
     @property
@@ -110,7 +110,7 @@ class SubspaceChoice:
         return [*range(0, self.max_rank, RANK_STEP), self.max_rank]
 
     def cut_to(self, max_rank: int) -> None:
-        """Go on with bases of so many columns."""
+        """Use bases of this many columns from now on."""
         self.max_rank = max_rank
         self.rank = min(self.rank, max_rank)
         self.input_grad_rank = min(self.input_grad_rank, max_rank)
@@ -136,7 +136,7 @@ class SubspaceChoice:
         self.arriving = rows, Arriving(sums)
 
     def choose(self, rows_of: RowsOf, rows_of_input_grad: RowsOf) -> None:
-        """Take what is best by the measurement that has arrived.
+        """Choose side and rank by the newest measurement that has reached the host.
 
         Args:
             rows_of: K of dW beside the subspace of a choice.
@@ -145,7 +145,7 @@ class SubspaceChoice:
         assert self.arriving is not None
         rows, sums = self.arriving[0], self.arriving[1].get()
         self.arriving = None
-        if not sums.isfinite().all():  # a row was not; nothing follows from it
+        if not sums.isfinite().all():  # a row was not finite: no use
             return
         self.measured = ScoreSums(rows, sums)
         now = Choice(self.side, self.rank)

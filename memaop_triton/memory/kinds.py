@@ -1,4 +1,4 @@
-"""One layer's memory: the rows not computed yet, or the subspace its inputs live in.
+"""One layer's memory: rows that were not computed yet, or bases of subspaces.
 
 A memory is a plain object, not a buffer: it belongs to one process (each rank of a distributed run
 has its own), follows its layer across devices, and stays out of the layer's `state_dict`.
@@ -23,7 +23,7 @@ Memory = ResidualMemory | SubspaceMemory
 
 
 def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Memory | None:
-    """The empty memory that `config` asks for in a layer of this size; `None` for `"none"`."""
+    """The empty memory that `config` specifies for a layer of this size; `None` for `"none"`."""
     rows, subspace = config.row_memory, config.subspace
     if rows is not None:
         return ResidualMemory(
@@ -44,7 +44,7 @@ def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Mem
 def check_memory(
     config: MemAOPConfig, memory: Memory | None, in_features: int, out_features: int
 ) -> None:
-    """Raise `ValueError` unless `memory` is of the kind that `config` asks for, and fits."""
+    """Raise `ValueError` unless `memory` is of the kind that `config` specifies, and fits."""
     check_config(config)
     kind = "none" if memory is None else memory.kind
     if kind != config.memory_name:

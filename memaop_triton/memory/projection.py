@@ -80,7 +80,7 @@ class GradProjection:
 
     def _is_due(self, device: torch.device) -> Tensor | bool:
         due = self.clock.is_due(device)
-        # A first batch of zeros, or one that is not finite, has left it to the next.
+        # No basis came of a first batch of zeros, or of one that is not finite: the next makes it.
         if due is False and self.clock.host_step < self.clock.refresh_every:
             due = bool(self._is_random) if device.type == "cpu" else self._is_random.to(device)
         return due

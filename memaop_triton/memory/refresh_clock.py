@@ -46,8 +46,8 @@ class RefreshClock:
     def is_due(self, device: torch.device) -> Tensor | bool:
         """Whether this step refreshes.
 
-        A CUDA graph that is captured has no answer yet: it computes the new basis in every step,
-        and takes it over where this tensor says so.
+        The result has no value while a CUDA graph is captured: the graph computes the new basis in
+        every step, and uses it where this tensor is true.
         """
         if self._on_device is not None and targets.is_capturing(device):
             return self._on_device % self.refresh_every == 0
@@ -60,7 +60,7 @@ class RefreshClock:
             basis.iterate(a, z, due)
 
     def move(self, device: torch.device) -> None:
-        """Follow the rows to another device, from where the count has come to."""
+        """Move the counter to another device and keep its value."""
         if self._on_device is None or self._on_device.device == device:
             return
         if device.type == "cuda":

@@ -30,13 +30,13 @@ class ResidualMemory:
         in_features: N, length of a row of X.
         out_features: P, length of a row of G.
         signed: Give every carried row a random sign.
-        decay: Fraction of a remembered outer product that survives a step, in (0, 1].
+        decay: Fraction of a stored outer product that survives a step, in (0, 1].
         dtype: Storage dtype; the input's if `None`.
 
     Attributes:
         x: [rows, N], or `None` before the first step.
         g: [rows, P], or `None` before the first step.
-        filled: [rows], bool. A slot that is not filled counts as zero whatever it holds.
+        filled: [rows], bool. A slot that is not filled counts as zero, whatever is stored.
         layer_states: By configuration, of a memory that is given to `memaop_linear`; not read here.
     """
 
@@ -131,9 +131,9 @@ class ResidualMemory:
         group: int,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        """Follow the learning rate of parameter group `group`, and the scaler's loss scale.
+        """Rescale with the learning rate of parameter group `group` and the scaler's loss scale.
 
-        Both are held weakly, and a copy of the memory (`deepcopy`, pickle) is not attached.
+        Both are weak references, and a copy of the memory (`deepcopy`, pickle) is not attached.
         """
         self._optimizer = weakref.ref(optimizer)
         self._group = group
@@ -179,7 +179,7 @@ class ResidualMemory:
             self.g[rows:] *= carry
 
     def follow_loss_scale(self) -> None:
-        """Bring the remembered rows of G to the attached scaler's present scale."""
+        """Rescale the stored rows of G to the attached scaler's present scale."""
         scaler = None if self._scaler is None else self._scaler()
         # The scale as a tensor: `get_scale` synchronises with it. It exists once a loss was scaled.
         scale = None if scaler is None or not scaler.is_enabled() else scaler._scale
@@ -203,7 +203,7 @@ class ResidualMemory:
             self.in_features, self.out_features = in_features, out_features
 
     def reset(self) -> None:
-        """Forget everything; the slots are made anew by the next step."""
+        """Drop slots, rate and scale; the next step makes new ones."""
         self.x = self.g = self.filled = None
         self._last_rate = self._last_scale = None
 
@@ -244,7 +244,7 @@ class ResidualMemory:
             check_shape("filled", state["filled"], (rows,))
 
     def _clear_unfilled(self) -> None:
-        """Make the unfilled slots hold what they count as."""
+        """Set the unfilled slots to zero, the value that they count as."""
         if self.x is not None and self.g is not None and self.filled is not None:
             self.x[~self.filled] = 0
             self.g[~self.filled] = 0

@@ -1,4 +1,4 @@
-"""The memory of unbiased policies: a basis of the subspace that rows of X or G mostly live in."""
+"""The memory of unbiased policies: a basis of a subspace with most energy of the rows of X or G."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from memaop_triton.memory.projection import GradProjection
 from memaop_triton.memory.refresh_clock import RefreshClock
 from memaop_triton.memory.saved_state import check_fields, check_shape
 
-#: Stands for the number of rows where no batch has been seen.
+#: Number of rows to assume before the first batch.
 MANY_ROWS = 1 << 20
 
 
 class SubspaceMemory:
-    """An orthonormal basis Q of the subspace that the rows of X, or those of G, mostly live in.
+    """An orthonormal basis Q of a subspace that holds most of the energy of the rows of X, or of G.
 
     The part of every row inside the subspace enters the weight gradient exactly, and only the rest
     is sampled. With a basis of the inputs' side, Q [N, rank] and Z = X Q:
@@ -55,7 +55,7 @@ class SubspaceMemory:
 
     Attributes:
         bases: The basis of every side that is kept, `"input"` and `"grad"`.
-        choice: The side and rank in use, and what they were chosen by.
+        choice: The side and rank in use, and the measurement behind them.
         projection: The basis of a projected dX; empty unless there is one.
         layer_states: By configuration, of a memory that is given to `memaop_linear`; not read here.
 
@@ -90,7 +90,7 @@ class SubspaceMemory:
         self.set_rank(0 if rank is None else rank)
 
     def set_rank(self, rank: int) -> None:
-        """Start anew with another rank.
+        """Start again without bases, with another rank.
 
         Raises:
             ValueError: It does not fit the rows.
@@ -113,19 +113,19 @@ class SubspaceMemory:
         return self.in_features if side == "input" else self.out_features
 
     def follow_budget(self, config: MemAOPConfig, rows: int) -> None:
-        """Leave the rank open where a budget does; before the first step, fit it to `rows` rows."""
+        """Open the rank if `config` does; before the first step, choose it for `rows` rows."""
         if config.leaves_rank_open != self.choice.is_rank_open:
             self.choice.is_rank_open = config.leaves_rank_open
-            self.choice.forget()  # what was measured belongs to other ranks
+            self.choice.forget()  # the measurement is of other ranks
         if self.choice.is_rank_open and all(basis.q is None for basis in self.bases.values()):
             max_rank = config.rank_for(rows, self.in_features, self.out_features)
             if max_rank != self.choice.max_rank:
                 self.set_rank(max_rank)
 
     def change_budget(self, config: MemAOPConfig) -> None:
-        """Go on with the rank that another budget allows; the next step measures what is best.
+        """Use the rank that another budget allows, until the next step has measured the best one.
 
-        What is kept of the bases is kept; new dimensions start at random.
+        Columns that the bases have stay; new ones start at random.
         """
         measured = self.choice.measured
         if measured is None or not self.choice.is_rank_open:
@@ -140,7 +140,7 @@ class SubspaceMemory:
         self.choice.forget()
 
     def keep_rank(self) -> int:
-        """Go on with the rank in use, or 1 where that is 0, and no other; returns it."""
+        """Fix the rank to the one in use, or to 1 where that is 0; returns it."""
         rank = max(1, self.rank)
         for basis in self.bases.values():
             basis.resize(rank)
@@ -191,12 +191,12 @@ class SubspaceMemory:
 
     @property
     def cost(self) -> SubspaceCost:
-        """What `flops` has to know of this memory."""
+        """The cost of this memory for `flops`."""
         return self._cost(Choice(self.side, self.rank))
 
     @property
     def cost_of_input_grad(self) -> SubspaceCost:
-        """What `flops` has to know of this memory in a sampled dX, beside what dW pays for."""
+        """The cost of this memory for `flops` in a sampled dX, in addition to that of dW."""
         rank = self.choice.input_grad_rank if "grad" in self.bases else 0
         return self._cost_of_input_grad(Choice("grad", rank))
 

@@ -57,10 +57,10 @@ def allocate_(
 
     V is the variance of drawing every row with probability K s/Σs. `priority` and `bernoulli` have
     nearly this variance while no row has a share of the scores above 1/K, and more otherwise; for
-    other policies V only says how much sampling can lose. Σs and Σs² are the monitor's averages,
-    or what the subspace measured when it last chose its rank. A cost is that of the products of
-    the weight gradient, those of the subspace and, where the input gradient is sampled, its own
-    (its noise is not counted). A projected input gradient is left as it is.
+    other policies V is only an upper limit of what sampling loses. Σs and Σs² are the monitor's
+    averages, or what the subspace measured when it last chose its rank. A cost is that of the
+    products of the weight gradient, those of the subspace and, where the input gradient is sampled,
+    its own (its noise is not counted). A projected input gradient is left as it is.
 
     The memories stay, and no compiled graph is built anew. Call it again every few hundred steps:
     scores change. In a distributed run every process has its own monitor; where processes share a

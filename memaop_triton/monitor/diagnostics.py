@@ -1,4 +1,4 @@
-"""What a monitor reports about a layer: figures, a complaint if there is cause, and a table."""
+"""What a monitor reports about a layer: figures, a warning where needed, and a table."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class LayerDiagnostics:
     def relative_variance(self) -> float:
         """Sampling variance over the batch's own.
 
-        At 1 a step is worth as much as a dense one with half the batch, at v one with 1/(1+v) of
-        it. Uniform draws of K rows have M/K − 1.
+        At 1 the gradient has the variance of a dense one from half of the batch, at v of one from
+        1/(1+v) of it. Uniform draws of K rows have M/K − 1.
         """
         if self.batch_variance > 0:
             return self.sampling_variance / self.batch_variance

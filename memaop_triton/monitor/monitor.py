@@ -26,7 +26,7 @@ _SECONDS_BETWEEN_REFRESHES = 1.0
 
 
 class StarvedLayerWarning(UserWarning):
-    """A layer computes too few rows for its gradient to be worth a step."""
+    """A layer computes too few rows for a useful gradient."""
 
 
 def monitor(

@@ -47,7 +47,7 @@ class _MemAOPLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # Casts were made in the forward pass, whatever region backward is called from.
+        # Casts were made in the forward pass, in whichever autocast region backward is called.
         with torch.no_grad(), no_autocast(grad_output.device.type):
             saved = ctx.saved_tensors
             gradients: tuple[Tensor | None, ...] = _backward(ctx, grad_output, *saved)
@@ -68,7 +68,7 @@ _MemAOPLinearFunction.forward.__signature__ = inspect.signature(  # type: ignore
 class _DifferentiableOnce(torch.autograd.Function):
     """A gradient as it is, still linked to what it was made of, so that a second one is refused.
 
-    Without the link a second derivative would be taken for zero.
+    Without the link autograd would return zero for a second derivative.
     """
 
     @staticmethod
@@ -98,9 +98,9 @@ _BATCHED = (
 def _wanted_gradients(ctx: Any) -> tuple[bool, bool, bool]:
     """Whether this backward pass delivers the gradients of x, weight and bias.
 
-    `needs_input_grad` says what requires a gradient. Which of these the engine was asked for
-    differs where `torch.autograd.grad` names some inputs, or where a pipeline schedule computes
-    the gradients of inputs and weights in two passes.
+    `needs_input_grad` lists which inputs require a gradient. The engine delivers fewer of these
+    where `torch.autograd.grad` names some inputs, or where a pipeline schedule computes the
+    gradients of inputs and weights in two passes.
     """
     needed: tuple[bool, bool, bool] = ctx.needs_input_grad[:3]
     if torch.compiler.is_compiling():  # a compiled backward pass is one piece
@@ -185,12 +185,12 @@ def memaop_linear(
 
     Returns:
         [..., P]. Under autocast the operands are cast as for any linear layer. Differentiable once,
-        and not under `torch.func.vmap`. A backward pass computes the gradients that it was asked
-        for, and changes what the weight gradient is made of only if that is one of them.
+        and not under `torch.func.vmap`. A backward pass computes the gradients that autograd
+        requires, and updates the memory only if the weight gradient is among them.
 
     Raises:
         TypeError: `x` is not floating point, or the dtypes differ.
-        ValueError: The shapes do not fit, or `memory` is not of the kind that `config` asks for.
+        ValueError: The shapes do not fit, or `memory` is not of the kind that `config` specifies.
     """
     x, weight, bias = prepared(x, weight, bias)
     check_memory(config, memory, weight.shape[1], weight.shape[0])
@@ -200,7 +200,7 @@ def memaop_linear(
 def prepared(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands checked, and cast where autocast asks for it."""
+    """The operands checked, and cast under autocast."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         x, weight = _autocast(x), _autocast(weight)

@@ -26,7 +26,7 @@ def choose_layers(
 ) -> Chosen:
     """Layer and configuration by qualified name, for the arguments of `convert_`.
 
-    To be called by what the user calls: the warning about subclasses points at the user's line.
+    Only public functions call it, directly: its warning about subclasses names the user's line.
 
     Raises:
         ValueError: No layer is left, a layer is converted already, a pattern matches nothing, or a
@@ -106,7 +106,7 @@ def _apply_overrides(
     overrides: Mapping[str, MemAOPConfig | None],
 ) -> Chosen:
     configs: dict[str, MemAOPConfig | None] = dict.fromkeys(layers, config)
-    # A module that stands in several places answers to each of its names.
+    # A module that is registered several times has several names.
     name_of = {id(module): name for name, module in layers.items()}
     names = {
         alias: name_of[id(module)]

@@ -3,7 +3,7 @@
 A graph is made of operators on tensors, and its inputs are guarded: a memory that grows with the
 batch, a learning rate or a process group cannot be an argument without recompiling. So the
 operators of `memaop_triton.nn.ops` take a *handle*, a tensor without elements whose shape is the
-number of a `LayerState`. A graph passes it on without looking at it, and identical blocks share one
+number of a `LayerState`. A graph passes it on without reading it, and identical blocks share one
 graph.
 """
 
@@ -24,7 +24,7 @@ from memaop_triton.config import MemAOPConfig
 from memaop_triton.memory import kinds
 from memaop_triton.memory.kinds import Memory
 
-# Sizes that no other dimension of a graph is likely to have: it would take the two for one.
+# Sizes that no other dimension of a graph is likely to have: it would unify the two.
 _numbers = itertools.count(10_000_019)
 _states: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
 # Configurations without a memory that `memaop_linear` is called with in turn, on each device.
@@ -38,17 +38,17 @@ class LayerState:
 
     Attributes:
         config: What the backward pass computes.
-        memory: What is remembered between steps, `None` for `memory="none"`.
-        handle: [number, 0], uint8: what stands for this object in a graph.
+        memory: The memory, kept between steps; `None` for `memory="none"`.
+        handle: [number, 0], uint8: represents this object in a graph.
         order: [1], uint8, one per device: every operator that draws random numbers or changes a
             memory declares that it writes to this tensor, which keeps such operators in the order
-            of the program whatever a compiler makes of it.
+            of the program, also in a compiled graph.
         shards: The processes among which the columns of X or G are divided, if they are.
         factors: While a list, every backward pass adds the pair of matrices whose product its dW
             is; `None` if they are not collected.
         on_weight_grad: Called with the dW ([P, N]) of every backward pass, exact ones included,
             after its factors were added.
-        observer: Takes note of the backward passes, if a `Monitor` watches the layer. Copies are
+        observer: Records the backward passes, if a `Monitor` watches the layer. Copies are
             not watched.
     """
 
@@ -103,7 +103,7 @@ class _StateOfMemory(LayerState):
 
 
 def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Memory | None:
-    """The empty memory that `config` asks for, to be given to `memaop_linear` in every step.
+    """The empty memory that `config` specifies, to be given to `memaop_linear` in every step.
 
     It fits a weight of shape [out_features, in_features]. `None` for `memory="none"`.
     """
@@ -114,7 +114,7 @@ def new_memory(config: MemAOPConfig, in_features: int, out_features: int) -> Mem
 
 
 def state_for(config: MemAOPConfig, memory: Memory | None, device: torch.device) -> LayerState:
-    """The state of a memory that belongs to no layer; one and the same from call to call."""
+    """The state of a memory that belongs to no layer; the same one in every call."""
     if memory is None:
         return _state_without_memory(config, device)
     state = memory.layer_states.get(config)

@@ -21,7 +21,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class MemAOPLinear(nn.Linear):
-    """`torch.nn.Linear` whose backward pass is computed as `config` says.
+    """`torch.nn.Linear` whose backward pass is computed as configured by `config`.
 
     Parameters, `state_dict` and forward pass are those of `nn.Linear`. The approximation applies in
     training mode; after `.eval()` the gradients are exact and the memory is not used. A scripted
@@ -110,14 +110,14 @@ class MemAOPLinear(nn.Linear):
 
     @property
     def memory(self) -> Memory | None:
-        """What is remembered between steps, `None` for `memory="none"`.
+        """The memory, kept between steps; `None` for `memory="none"`.
 
         Not a buffer: it is saved by `memory_state_dict`, follows `.to()`, and is never synchronised
         between processes. Where the weight is divided by tensor parallelism, one for the columns of
         this process.
         """
         weight = self._parameters.get("weight")
-        # What `fully_shard` divides is whole again by the time a layer works with it.
+        # `fully_shard` gathers the whole weight before the layer computes with it.
         if _is_distributed(weight) and not getattr(self, "_is_fsdp_managed_module", False):
             from memaop_triton.nn import tensor_parallel
 
@@ -146,7 +146,7 @@ class MemAOPLinear(nn.Linear):
         self.layer_state.config = config
 
     def set_budget_(self, budget: float) -> None:
-        """Compute what this share of dense's FLOPs buys from the next backward pass on.
+        """Compute the rows and rank that fit this share of dense's FLOPs from the next pass on.
 
         The memory stays; where the budget chooses the rank of its subspace it is chosen again.
 

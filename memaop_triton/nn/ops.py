@@ -2,7 +2,7 @@
 
 Each takes the handle of a `LayerState`, whose memory it reads and updates, and declares that it
 writes to `order`: a compiler that reorders a program keeps these operators in sequence, so a
-compiled step draws the same numbers as an eager one. A gradient that is not asked for comes back
+compiled step draws the same numbers as an eager one. A gradient that is not required is returned
 with shape [0].
 """
 
@@ -41,7 +41,7 @@ _TAGS = (
 def _weight_grad(
     x: Tensor, g: Tensor, handle: Tensor, order: Tensor, *, bias_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """dW [P, N] and db [P] from x [M, N] and g [M, P], as the state of `handle` says."""
+    """dW [P, N] and db [P] from x [M, N] and g [M, P], as configured in `handle`'s state."""
     state = layer_state.find(handle.shape[0])
     dw, db = _gradients(state, x, g, bias_grad)
     return dw, g.new_empty(0) if db is None else db
@@ -84,8 +84,8 @@ def _sampled_backward(
     """dX [M, N], sampled or projected, dW [P, N] and db [P] from x [M, N] and g [M, P].
 
     Sampled from the same rows, unless a subspace memory gives each scores of its own. `x` may have
-    shape [0] if no weight gradient is wanted. Of a weight that is frozen no step of dW counts for
-    the memory, so that of dX does.
+    shape [0] if no weight gradient is required. With a frozen weight there is no step of dW, so
+    that of dX advances the memory.
     """
     state = layer_state.find(handle.shape[0])
     config, memory = state.config, state.memory

@@ -20,12 +20,12 @@ def attach_optimizer(
     """Let every row memory of `model` follow the learning rate of its weight's parameter group.
 
     The paper's memories hold rows times √η. Ours hold rows of the gradient, so when the learning
-    rate moves from η_prev to η_now the remembered rows are rescaled by √(η_prev/η_now), which makes
+    rate moves from η_prev to η_now the stored rows are rescaled by √(η_prev/η_now), which makes
     plain SGD equal to the paper's update. Without this call the learning rate counts as constant.
     Any scheduler works: the rate is read from `optimizer.param_groups` in each backward pass. In a
     step whose rate is zero the memory is skipped, unless the rate is a tensor, which is not read on
-    the host. With a loss scaler the remembered rows of G carry its scale: given here, they follow
-    when it changes.
+    the host. With a loss scaler the stored rows of G are multiplied by its scale: if it is given
+    here, they are rescaled when it changes.
 
     The link is weak (keep the optimizer and the scaler) and not copied: call this again for a
     `deepcopy` of the model, after unpickling, and for a new optimizer. Layers without a row memory

@@ -24,8 +24,8 @@ def load_memory_state_dict(model: nn.Module, state: Mapping[str, Mapping[str, An
     """Put saved memories back into a model with the same converted layers.
 
     Every process of a distributed run saves and loads its own. A layer that is divided by tensor
-    parallelism and fully sharded on top knows its part of the columns only after its first forward
-    pass: load then.
+    parallelism and fully sharded on top gets its part of the columns in its first forward pass:
+    load after that.
 
     Raises:
         ValueError: Layers are missing or unknown, or a memory is of another kind or shape; the

@@ -2,11 +2,11 @@
 
 The weight [P, N] is then a `DTensor`. With W in rows, `Shard(0)`, every process has all of X and
 some columns of G; with W in columns, `Shard(1)`, some columns of X and all of G. Each computes its
-part of dW from its part of the operands and has a memory of its own for these columns, as if it
-were alone. What makes the parts one gradient is that all take the same rows: the squared score of a
-row is the sum over the processes of its squared local scores, because the local score is the norm
-of what the row would add to the local part of dW; and the selection of the group's first process is
-everyone's. Per backward pass that takes one reduction of M numbers and one broadcast of 2K.
+part of dW from its part of the operands and has a memory of its own for these columns,
+independently of the others. The parts form one gradient because all use the same rows: the squared
+score of a row is the sum over the processes of its squared local scores, because the local score is
+the norm of what the row would add to the local part of dW; and the selection of the group's first
+process is used by all. A backward pass takes one reduction of M numbers and one broadcast of 2K.
 
 Along the other dimensions of a mesh the weight may be replicated. Every process then estimates the
 gradient from the rows it has: the estimates are added up if these rows are different ones, and
@@ -91,7 +91,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) ->
     for dimension, a in enumerate(along):
         copies *= mesh.size(dimension) if a.x == a.y == Replicate() else 1
     placements = tuple(a.x for a in along)
-    # A gradient that is a sum over processes stays one: what made x adds it up, or scatters it.
+    # A partial gradient stays partial: the operation that made x reduces or scatters it.
     x = x if x.placements == placements else x.redistribute(placements=placements)
     x_part = _part(x, [a.dx for a in along], copies if approximates_dx else 1)
     w_part = _part(_kept(weight), [a.dw for a in along], copies)
@@ -114,7 +114,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) ->
 
 
 def _along(of_x: Placement, of_weight: Placement, last: int, approximates_dx: bool) -> _Along:
-    """What a weight's placement asks for; `last` is the last dimension of x and y."""
+    """What a weight's placement requires; `last` is the last dimension of x and y."""
     same, total = Replicate(), Partial()
     if of_weight == Shard(0):
         return _Along(same, Shard(last), total, Shard(0), Shard(0), Shard(0))

@@ -16,7 +16,7 @@ from memaop_triton.nn.linear import MemAOPLinear
 from memaop_triton.plan.timing import time_in_turn
 
 _NEVER = 1 << 30
-# Of the time for a layer. What its forward pass takes longer is small and quickly measured.
+# Of the time for a layer. The additional time of its forward pass is small and quickly measured.
 _FORWARD_SHARE = 0.1
 
 
@@ -29,7 +29,7 @@ class Use(NamedTuple):
         out_features: P.
         dtype: Of the rows of X and G.
         device: Where they are.
-        needs_weight: Whether dW is wanted.
+        needs_weight: Whether dW is required.
         needs_bias: Whether db is.
         needs_input: Whether dX is.
     """
@@ -49,7 +49,7 @@ class Measurement(NamedTuple):
 
     Attributes:
         dense: Of an `nn.Linear`.
-        ours: Of a `MemAOPLinear`, with what its forward pass takes longer.
+        ours: Of a `MemAOPLinear`, including the additional time of its forward pass.
         memory_bytes: What its memory holds.
     """
 
@@ -64,7 +64,7 @@ def measure(use: Use, config: MemAOPConfig, budget: float) -> Measurement:
     Draws from the default generators. Work on first use, as the tuning of kernels on a GPU, is not
     part of the times and is not counted in the budget.
     """
-    # This also switches gradients on, whatever the caller has switched off.
+    # This also switches gradients on, even if the caller has switched them off.
     with torch.inference_mode(False), no_autocast(use.device.type):
         dense, x = _layer(use), _rows(use, use.in_features).requires_grad_(use.needs_input)
         g = _rows(use, use.out_features)
@@ -119,7 +119,7 @@ def _backward(layer: nn.Linear, x: Tensor, g: Tensor) -> Callable[[], object]:
 
 
 def _forward_overhead(use: Use, config: MemAOPConfig, budget: float) -> float:
-    """Seconds that the forward pass of ours takes longer, measured on a tiny layer."""
+    """Additional seconds of a `MemAOPLinear`'s forward pass, measured on a tiny layer."""
     small = use._replace(rows=1, in_features=8, out_features=8)
     dense, x = _layer(small), _rows(small, 8).requires_grad_()
     ours = MemAOPLinear.from_linear(dense, config)

@@ -1,9 +1,9 @@
 """Which layers of a model get faster by conversion, measured: `plan`.
 
-A layer's time is that of its backward pass (dW, and db and dX where they are wanted) on random rows
-of the shape that a training step of the model has, plus what the forward pass of a `MemAOPLinear`
-takes longer than that of an `nn.Linear`. Dense and ours are timed in turn, and every round gives a
-ratio. Layers with the same shapes, configuration and gradients share one measurement.
+A layer's time is that of its backward pass (dW, and db and dX where they are required) on random
+rows of the shape that a training step of the model has, plus what the forward pass of a
+`MemAOPLinear` takes longer than that of an `nn.Linear`. Dense and ours are timed in turn, and every
+round gives a ratio. Layers with the same shapes, configuration and gradients share one measurement.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def plan_shapes(
     device: torch.device | str = "cpu",
     time_budget: float = TIME_BUDGET,
 ) -> Plan:
-    """`plan` for layers without a model: of M×N×P, with a bias, all gradients wanted.
+    """`plan` for layers without a model: of M×N×P, with a bias, all gradients required.
 
     Args:
         shapes: (M, N, P) of each.
@@ -155,7 +155,7 @@ def _nothing_to_gain(layer: _Layer) -> str:
     """Why a layer need not be measured, or "" if it must be.
 
     Raises:
-        ValueError: It is where nothing can be measured.
+        ValueError: It is on a device where nothing can be measured.
     """
     for use in layer.uses:
         if use.device.type not in ("cpu", "cuda"):

@@ -45,9 +45,9 @@ class LayerPlan:
         dtypes: Of its rows, by name.
         calls: Backward passes through it in one step.
         config: What it was measured with.
-        verdict: Only `Verdict.CONVERT` says that it gets faster.
+        verdict: `Verdict.CONVERT` if it gets faster.
         dense_seconds: Of all its backward passes in a step, dense; `None` if nothing was measured.
-        ours_seconds: The same, converted, with what the forward passes take longer.
+        ours_seconds: The same, converted, including the additional time of the forward passes.
         speedup: dense / ours over the rounds, `None` if nothing was measured.
         memory_bytes: What it would hold between steps.
         note: Why nothing was measured.

@@ -40,7 +40,7 @@ def elapsed(call: Callable[[], object], device: torch.device, repeats: int = 1) 
 def time_in_turn(
     calls: Sequence[Callable[[], object]], device: torch.device, budget: float
 ) -> list[list[float]]:
-    """Times of several calls, taken in turn, so that a machine that drifts drifts for all of them.
+    """Times of several calls, taken in turn, so that drifts in speed affect all alike.
 
     Args:
         calls: What to time. Each is called before, so that work done on first use is not timed.

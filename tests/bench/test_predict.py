@@ -1,4 +1,4 @@
-"""The page of predicted times: current, and true to what it says in words."""
+"""The page of predicted times: current, and consistent with its text."""
 
 from bench.microscope import predict
 from bench.microscope.predict import PAGE, SETTINGS, SHAPES, dense_product, weight_grad

@@ -1,4 +1,4 @@
-"""The tool that reads compiled kernels: what it must see, it sees."""
+"""The tool that reads compiled kernels: it finds all that it must report."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What was tuned on this machine does not decide what these tests see."""
+"""These tests do not use configurations that were tuned on this machine."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The distinct bytes that a whole step moves, and the kernels it launches: nothing not needed.
+"""The distinct bytes that a whole step moves, and the kernels it launches: no superfluous ones.
 
 Unit: one pass over X and G, M(N+P) elements. dW and the parts of a split are left out, which cost
 P·N whatever M is.

@@ -1,4 +1,4 @@
-"""Rows so far apart that their offsets exceed 32 bits, in memory of which few pages are real."""
+"""Rows so far apart that their offsets exceed 32 bits, in memory with few allocated pages."""
 
 import mmap
 

@@ -1,4 +1,4 @@
-"""A backward pass computes what it was asked for, and touches a memory only with its dW."""
+"""A backward pass computes the required gradients, and updates a memory only with its dW."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What looks at a layer from outside: tracers, scripting, batching transforms, replicas."""
+"""The layer under tracers, scripting, batching transforms and replicas."""
 
 import copy
 import dataclasses

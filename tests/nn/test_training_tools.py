@@ -1,4 +1,4 @@
-"""What a training script already uses goes on working: optimizers, hooks, torch.func, schedules."""
+"""Tools that training scripts use keep working: optimizers, hooks, torch.func, schedules."""
 
 import pytest
 import torch

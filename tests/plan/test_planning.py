@@ -1,4 +1,4 @@
-"""Which layers are worth converting: what is seen, what is measured, what follows from it."""
+"""Which layers are worth converting: observations, measurements and verdicts."""
 
 import json
 from collections import Counter

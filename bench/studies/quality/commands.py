@@ -24,7 +24,7 @@ from memaop_triton.bench.studies.quality.schemes import ALL_RATIOS, RATIO, SCHEM
 from memaop_triton.bench.studies.quality.step_times import StepTime
 from memaop_triton.bench.studies.quality.store import RESULTS, Run, Store
 from memaop_triton.bench.studies.quality.tasks import TASKS
-from memaop_triton.commands.common import DataDir, progress, say_written
+from memaop_triton.commands.common import DataDir, print_written, progress
 from memaop_triton.errors import CommandError, check_name, require_extra
 
 app = typer.Typer(
@@ -170,7 +170,7 @@ def report(context: typer.Context) -> None:
     require_extra("bench", "matplotlib", "scipy", "jinja2")
     from memaop_triton.bench.studies.quality.report import write
 
-    say_written(Console(), *write(context.obj.results))
+    print_written(Console(), *write(context.obj.results))
 
 
 def _print(console: Console, line: str) -> None:

@@ -1,7 +1,7 @@
 """Batches for training, and fixed samples to judge by.
 
-Learning rates are tuned on a part of the training data (`for_tuning`), so that what a run is judged
-by has not been looked at.
+Learning rates are tuned on a part of the training data (`for_tuning`), so that the data that a run
+is judged by has not been used for tuning.
 """
 
 from __future__ import annotations

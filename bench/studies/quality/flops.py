@@ -44,7 +44,7 @@ def count(task: Task, config: MemAOPConfig | None, batch: Batch) -> Flops:
 def _passes(task: Task, config: MemAOPConfig | None, batch: Batch) -> tuple[int, int]:
     """FLOPs of the linear layers' forward pass, as many as of dense dW, and of the backward."""
     model = Trainer(task, config, seed=0).model
-    # The counter does not know the CPU's fused attention.
+    # The counter does not count the CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
             loss = loss_of(model, batch)

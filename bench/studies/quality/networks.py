@@ -1,6 +1,6 @@
 """The networks of the study, each described by a frozen dataclass that builds it with new weights.
 
-The dataclass's `repr` says all that determines a network. What is drawn comes from the global
+The dataclass's `repr` contains all that determines a network. Weights are drawn from the global
 generator. Every network ends in a layer `head`.
 """
 

@@ -1,7 +1,7 @@
 """How noisy one sampled weight gradient is, layer by layer, and what a subspace takes away of it.
 
 Rows of two batches are captured from a dense network. Bases come from the first; what they leave of
-the second, and the rows that the same FLOPs buy beside them, give the variance of its weight
+the second, and the rows that fit the same FLOPs beside them, give the variance of its weight
 gradient, as a fraction of its squared norm.
 """
 

@@ -22,7 +22,7 @@ from memaop_triton.bench.studies.quality.schemes import (
 )
 from memaop_triton.bench.studies.quality.tasks import Task
 
-# What the curves show; all schemes would hide each other.
+# The schemes with curves; those of all schemes would overlap.
 CURVES = (
     DENSE,
     SHORTER,
@@ -152,7 +152,7 @@ def _line(name: str) -> dict[str, Any]:
 
 
 def _limit(panel: Any, task: Task) -> None:
-    """Leave room for what is near dense; who falls far behind leaves the picture."""
+    """Limit the axis to values near dense; schemes far behind are cut off."""
     values = [value for line in panel.lines for value in line.get_ydata()]
     best = max(values) if task.metric == "accuracy" else min(values)
     if task.metric == "accuracy":

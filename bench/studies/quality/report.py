@@ -1,4 +1,4 @@
-"""The page: quality.html, quality.md and their pictures, of whatever has been run."""
+"""The page: quality.html, quality.md and their pictures, from the results that exist."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from memaop_triton.bench.studies.quality.store import Run, Store
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.training import train
 
-SEEDS = 3  # of every cell, if no other number is asked for
+SEEDS = 3  # of every cell by default
 
 
 class Job(NamedTuple):
@@ -31,7 +31,7 @@ def wanted(
 ) -> list[Cell]:
     """The cells of these tasks, schemes and ratios, of all where none are named.
 
-    Dense comes along with whatever is compared with it: task by task, dense first, then by
+    Dense is included with all cells that are compared with it: task by task, dense first, then by
     importance.
     """
     return [

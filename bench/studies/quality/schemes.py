@@ -61,7 +61,7 @@ def _rows(
 def _budget(grad_input: str = "exact") -> Callable[[float], MemAOPConfig]:
     """The default at the ratio of all weight gradients of the network.
 
-    A tenth less than that, which pays for the output layer that stays dense.
+    A tenth less than that, which makes up for the output layer that stays dense.
     """
     return lambda ratio: MemAOPConfig(budget=0.9 * ratio, grad_input=grad_input)
 
@@ -120,7 +120,7 @@ SCHEMES = {
 
 # Runs of seconds cover the whole grid. Those of minutes take a few schemes to all ratios and the
 # others to one; those of a quarter of an hour repeat the comparisons that matter, and those with
-# larger batches ask from which size on a cheaper step pays.
+# larger batches show from which size on a cheaper step is better.
 _MEDIUM = ("fashion", "vit", "gpt-128")
 _MAIN = ("budget", "budget-allocated", "priority", "topk-residual", "topk-signed", _BEST_OF_BOTH)
 _AT_EQUAL_TIME = ("1/8", "1/4", "1/2")
@@ -198,7 +198,7 @@ class Cell(NamedTuple):
         return code_of(self.problem, self.config, self.allocated)
 
     def has_code(self, code: str) -> bool:
-        """Whether a result of that code is of what the names stand for now."""
+        """Whether a result of that code is of the present task and configuration."""
         return self.task in TASKS and self.scheme in SCHEMES and self.code == code
 
     @property

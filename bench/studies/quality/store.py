@@ -53,7 +53,7 @@ class Run(NamedTuple):
 
     @property
     def is_current(self) -> bool:
-        """Whether it is of what its names stand for now."""
+        """Whether it is of the present task and configuration."""
         return self.cell.has_code(self.code)
 
     @property

@@ -38,7 +38,7 @@ class Score(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A point of a curve: what the sample of the held-out data says after `step` steps."""
+    """A point of a curve: loss and accuracy on the sample of held-out data after `step` steps."""
 
     step: int
     loss: float
@@ -53,7 +53,7 @@ class Outcome:
         score: On all held-out data, after the last step. Not finite if the run diverged.
         curve: As it went.
         diverged_at: The step whose loss was not finite, which ended the run; 0 if there is none.
-        seconds: All of it took, evaluations included, on whatever else the machine did.
+        seconds: Of the whole run with evaluations, on a machine that may have done other things.
     """
 
     score: Score
@@ -179,7 +179,7 @@ def evaluate(model: nn.Module, batch: Batch) -> Score:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode: gradients are exact, memories rest."""
+    """The model in evaluation mode: gradients are exact, memories are not used."""
     model.eval()
     try:
         yield

@@ -60,7 +60,7 @@ def tune(task: Task, path: Path, data_dir: Path | None) -> Iterator[Trial]:
             if (code, seed) not in known:
                 score = train(candidate, None, seed, source).score
                 trial = Trial(task.name, candidate.optimizer.lr, seed, code, *score)
-                # A trial of another code stays: its line says of what it is.
+                # A trial of another code stays: its column `code` identifies it.
                 tables.update(path, Trial, [trial], lambda one: one[:4])
                 yield trial
 

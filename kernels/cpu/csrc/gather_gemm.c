@@ -1,18 +1,18 @@
 /* dW = sum over k of w_k g[i_k]^T x[i_k], or its transpose, for tensors in a CPU's memory.
  *
- * A product of matrices copies its operands into panels that the caches like; here that copy is where
- * the selected rows are gathered, weighted, and freed from their projection, so that none of this is
- * a pass of its own. The product is the usual one: DEPTH rows at a time, a panel of TALL columns of G
- * against a panel of SIDE columns of X, their sums in registers.
+ * A product of matrices copies its operands into panels that fit the caches; here that copy is
+ * where the selected rows are gathered, weighted, and freed from their projection, so that none of
+ * this is a pass of its own. The product is the usual one: DEPTH rows at a time, a panel of TALL
+ * columns of G against a panel of SIDE columns of X, their sums in registers.
  */
 
 #include "passes.h"
 
-/* Sums of a tile, two operands of x and one of g leave no register unused and none short. */
+/* The sums of a tile, two operands of x and one of g take exactly all registers. */
 enum { VECTORS = 2, SIDE = VECTORS * LANES, TALL = REGISTERS == 32 ? 12 : 6 };
 /* A panel of x (DEPTH by SIDE) about fills the first-level cache, AHEAD panels of g the second. Deeper
  * panels store their sums less often. Rows are shared out evenly among the steps, and a few more than
- * 512, those of a subspace beside a round number of selected ones, take no step of their own. */
+ * 512, those of a subspace beside a round number of selected ones, do not cause another step. */
 enum { DEPTH = 576, AHEAD = 16 };
 /* Rows that are packed together, and the largest rank of a projection. */
 enum { TOGETHER = 4, MOST_RANK = 1024 };
@@ -30,7 +30,7 @@ typedef struct {
 INLINE long panels_of(long columns, long width) { return (columns + width - 1) / width; }
 
 /* SIDE columns of `count` rows, less z times the same columns of `expand`, one row after another. The
- * columns of `expand` serve all these rows while they are at hand. */
+ * columns of `expand` are used for all these rows while they are in registers or the cache. */
 INLINE void pack_x(const Rows *rows, const number *const *row, const number *const *z, long first,
                    number *to, const int count) {
     vec part[TOGETHER][VECTORS];
@@ -58,7 +58,7 @@ static void pack_end_of_x(const Rows *rows, const number *row, const number *z, 
     }
 }
 
-/* Compilers take TALL columns one by one, unless they are told what they consist of. */
+/* Compilers copy TALL columns one by one, unless the code uses these vector types. */
 _Static_assert(TALL % 4 == 0 || TALL % 4 == 2, "fours, and a two at most");
 typedef number four __attribute__((vector_size(4 * sizeof(number)), aligned(sizeof(number))));
 typedef number two __attribute__((vector_size(2 * sizeof(number)), aligned(sizeof(number))));
@@ -168,7 +168,7 @@ long NAME(panel_size)(long n, long p, int threads) {
 }
 
 /* out [p, n], or [n, p] if transposed, = the sum above. panels: room for `panel_size(n, p, threads)`
- * numbers, at an address that vectors may have. Returns 0, or 1 and nothing done if an index is not
+ * numbers, aligned as vectors. Returns 0, or 1 and nothing done if an index is not
  * below `total`. Every element is summed in the order of the rows, however many threads there are. */
 int NAME(gather_gemm)(const stored *x, long ldx, const stored *g, long ldg, const int64_t *indices,
                       const number *weights, const number *z, long ldz, const number *expand, long lde,

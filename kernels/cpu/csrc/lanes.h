@@ -1,8 +1,8 @@
 /* What the loops over rows have in common: kinds of numbers, the widths of vectors, and a thread's
  * share of the work.
  *
- * Loops carry `omp simd` or vector types, not fast-math: sums may be reordered, NaN and infinity mean
- * what they always mean. Matrices are row-major with unit column stride; `ld` is the distance between
+ * Loops carry `omp simd` or vector types, not fast-math: sums may be reordered, NaN and infinity
+ * keep their meaning. Matrices are row-major with unit column stride; `ld` is the distance between
  * rows in elements.
  */
 
@@ -117,7 +117,7 @@ INLINE const number *widened_row(const stored *from, number *room, long count) {
 }
 
 /* The part of `count` items that this thread takes if at most `threads` work. The team keeps the
- * size it has everywhere else in PyTorch: asking for another size would start threads anew. */
+ * size it has everywhere else in PyTorch: another size would start new threads. */
 typedef struct {
     long first, end;
 } Share;

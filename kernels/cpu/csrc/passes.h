@@ -1,4 +1,4 @@
-/* What the files of C code offer each other; each says beside its functions what they do. */
+/* Functions that the C files share; each is documented where it is defined. */
 
 #ifndef MEMAOP_PASSES_H
 #define MEMAOP_PASSES_H

@@ -1,8 +1,8 @@
 /* Products of all rows with a basis of few columns, for tensors in a CPU's memory.
  *
- * In PyTorch such a product waits for memory before it computes, and the norms of the rows are a second
- * pass over data that may have left the cache. These functions make one pass, in vectors of the width
- * that the registers have. `groups` counts the 16 columns that a row of Z is padded to.
+ * In PyTorch loads and arithmetic of such a product do not overlap, and the norms of the rows are a
+ * second pass over data that may have left the cache. These functions make one pass, in vectors of
+ * the width that the registers have. `groups` counts the 16 columns that a row of Z is padded to.
  */
 
 #include "passes.h"
@@ -13,9 +13,9 @@ enum { LINE = 64 / sizeof(stored) };
 
 /* A pass takes a strip of rows, in blocks of columns. While one block is multiplied, the next one comes
  * from memory; it has to fit the second-level cache beside the rest. Strips are no longer because rows
- * that lie a power of two apart share few places there, and blocks no wider so that the rows of Q that
- * they meet stay in the nearest cache. X Q has the low strips. Z^T A has panels of SIDE columns, WIDE
- * vectors, of which a block holds some whole ones. */
+ * that lie a power of two apart map to few sets of that cache, and blocks no wider so that the rows
+ * of Q that they meet stay in the nearest cache. X Q has the low strips. Z^T A has panels of SIDE
+ * columns, WIDE vectors, of which a block holds some whole ones. */
 enum { WIDE = REGISTERS / 8, SIDE = WIDE * LANES };
 enum { STRIP = 48, LOW_STRIP = 24, BLOCK = 64 };
 _Static_assert(BLOCK % SIDE == 0, "a block holds whole panels");
@@ -25,17 +25,17 @@ enum { WIDENED = BLOCK + GROUP };
 /* How many groups are taken together, if there are so many. */
 enum { PIECE = LANES == 16 ? 4 : 1 };
 
-/* Rows of a matrix that are wanted soon, and how many of them have been asked for. */
+/* Rows of a matrix to prefetch, and how many of them have been. */
 typedef struct {
     const stored *a;
-    long lda, rows, columns, asked;
+    long lda, rows, columns, fetched;
 } Ahead;
 
-/* Ask for `count` more of them. */
-INLINE void ask_for(Ahead *next, long count) {
-    for (; count > 0 && next->asked < next->rows; count--, next->asked++)
+/* Prefetch `count` more of them. */
+INLINE void prefetch_rows(Ahead *next, long count) {
+    for (; count > 0 && next->fetched < next->rows; count--, next->fetched++)
         for (long j = 0; j < next->columns; j += LINE)
-            __builtin_prefetch(next->a + next->asked * next->lda + j, 0, 2);
+            __builtin_prefetch(next->a + next->fetched * next->lda + j, 0, 2);
 }
 
 /* The block after that at `row` and `column`, of rows up to `end`. */
@@ -116,7 +116,7 @@ INLINE void project_strip(const stored *x, long ldx, const number *basis, number
         Ahead next = after_block(x, ldx, first, end, j, columns, LOW_STRIP, BLOCK);
         long i = 0;
         for (; i + tile <= count; i += tile) {
-            ask_for(&next, 1 + tile);
+            prefetch_rows(&next, 1 + tile);
             project_block(block + i * ldx, ldx, q, z + i * ldz, squares + i, width, tile, groups, piece);
         }
         for (; i < count; i++)
@@ -218,11 +218,11 @@ INLINE void sum_panel(const number *panel, number *out, long rows) {
 
 /* What a strip adds to SIDE columns of Z^T A; of these columns of A, `left` are there. The first four
  * rows of `out` take A as it lies there and leave it in `panel`, which the others read from the nearest
- * cache. `count` more rows are asked for before every tile. */
+ * cache. `count` more rows are prefetched before every tile. */
 INLINE void transposed_panel(const number *z, long ldz, long z_columns, const stored *a, long lda,
                              long left, number *panel, vec *squares, number *out, long ldo, long rows,
                              Ahead *next, long count) {
-    ask_for(next, count);
+    prefetch_rows(next, count);
     if (left >= SIDE) {
         transposed_tile(z, ldz, a, lda, panel, squares, out, ldo, rows);
     } else {
@@ -230,7 +230,7 @@ INLINE void transposed_panel(const number *z, long ldz, long z_columns, const st
         transposed_tile(z, ldz, NULL, 0, panel, NULL, out, ldo, rows);
     }
     for (long c = 4; c < z_columns; c += 4) {
-        ask_for(next, count);
+        prefetch_rows(next, count);
         transposed_tile(z + c, ldz, NULL, 0, panel, NULL, out + c * ldo, ldo, rows);
     }
 }

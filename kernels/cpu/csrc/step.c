@@ -1,9 +1,9 @@
-/* One weight gradient from scored and selected rows, in one call: where little is to be computed, the
- * calls are what takes the time. The same passes one by one give the same numbers. */
+/* One weight gradient from scored and selected rows, in one call: in small layers, calls take
+ * longer than arithmetic. The same passes one by one give the same numbers. */
 
 #include "passes.h"
 
-/* Rows a power of two apart would share a few places of the cache. */
+/* Rows a power of two apart would map to few sets of the cache. */
 enum { PAD = 16 };
 
 /* Where the parts of a room begin: at multiples of 64 bytes, like the room. */

@@ -1,4 +1,4 @@
-"""The page of the committed results, and of made-up ones: values in their cells, gaps said."""
+"""The page of the committed results, and of made-up ones: values in their cells, gaps reported."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Where ours does not win is said, with the reason."""
+"""Calls where ours does not win are reported, with the reason."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The C code becomes what it was written for, and is kept."""
+"""The compiled C code fits the machine, and its file is kept."""
 
 import platform
 import re

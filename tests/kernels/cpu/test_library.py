@@ -1,4 +1,4 @@
-"""How many threads work, and whose GEMM."""
+"""The number of threads, and the choice between the C code's GEMM and PyTorch's."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tuning the launches themselves: on copies, with cold caches."""
+"""Tuning the real launches: on copies, with cold caches."""
 
 import contextlib
 from types import SimpleNamespace
