@@ -21,7 +21,7 @@ from memaop_triton.kernels.gpu import select
 from memaop_triton.kernels.targets import TARGETS, Target
 from memaop_triton.kernels.tuning import defaults
 from memaop_triton.kernels.tuning.config import Problem
-from memaop_triton.kernels.tuning.cost_model import LAUNCH, UNHIDDEN, Cost, predict
+from memaop_triton.kernels.tuning.cost_model import LAUNCH, SCHEDULERS, UNHIDDEN, Cost, predict
 from memaop_triton.selection import is_weighted
 
 PAGE = Path(__file__).parents[1] / "results" / "predicted.md"
@@ -85,7 +85,7 @@ def selection(policy: str, rows: int, target: Target) -> float:
     """Seconds of the selection kernel, which is one program up to `select.ONE_PROGRAM` rows."""
     assert rows <= select.ONE_PROGRAM
     keys = rows / (select.WARPS * target.warp_size)  # of each thread
-    cycles = keys * SELECTION[policy] * select.WARPS / 4  # four schedulers issue one a cycle each
+    cycles = keys * SELECTION[policy] * select.WARPS / SCHEDULERS
     return 2 * LAUNCH + cycles / (1e9 * target.chip.clock)
 
 

@@ -32,9 +32,8 @@ from torch import Tensor
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.gpu.select_shared import chunk_of, select_by_several
 from memaop_triton.kernels.gpu.selection_keys import (
-    keys_of,
+    draw_chunk,
     places_of,
-    random_words,
     store_units,
     unit_scores,
     weights_of,
@@ -72,10 +71,7 @@ def select_kernel(
     seed = tl.load(seed_ptr)
     chunk = tl.arange(0, CHUNK)
     for first in range(0, units, CHUNK):
-        inside = first + chunk < units
-        score = unit_scores(scores_ptr, first + chunk, inside, M, BLOCK_ROWS)
-        keys = keys_of(score, random_words(seed, first, CHUNK), slope, POLICY)
-        tl.store(keys_ptr + first + chunk, keys, mask=inside)
+        draw_chunk(scores_ptr, keys_ptr, seed, first, slope, units, M, POLICY, BLOCK_ROWS, CHUNK)
     tl.debug_barrier()  # each thread reads keys that another one has stored
 
     all_units = tl.arange(0, HELD)

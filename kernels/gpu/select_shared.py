@@ -18,9 +18,8 @@ from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.gpu.selection_keys import (
     count_digits,
     descend,
-    keys_of,
+    draw_chunk,
     places_of,
-    random_words,
     store_units,
     unit_scores,
     weights_of,
@@ -43,7 +42,7 @@ def _sum_counts(counts_ptr, programs):
 
 @triton.jit
 def _known_digits(counts_ptr, state_ptr, programs, units, K, DIGIT: tl.constexpr):
-    """`_descend` after the first DIGIT digits, from the counts of the last of them."""
+    """`descend` after the first DIGIT digits, from the counts of the last of them."""
     prefix, wanted = 0, tl.minimum(K + 1, units)
     if DIGIT > 1:
         prefix = tl.load(state_ptr + 2 * DIGIT - 2)
@@ -61,17 +60,15 @@ def draw_kernel(
     slope = 1.0
     if POLICY == "bernoulli":
         slope = tl.load(slope_ptr)
-    random = tl.load(seed_ptr)
+    seed = tl.load(seed_ptr)
     program = tl.program_id(0)
     counts = tl.zeros((256,), tl.int32)
     drawn = 0
     for offset in range(0, SHARE, CHUNK):
-        first = program * SHARE + offset
-        each = first + tl.arange(0, CHUNK)
-        inside = each < units
-        score = unit_scores(scores_ptr, each, inside, M, BLOCK_ROWS)
-        keys = keys_of(score, random_words(random, first, CHUNK), slope, POLICY)
-        tl.store(keys_ptr + each, keys, mask=inside)
+        keys, inside = draw_chunk(
+            scores_ptr, keys_ptr, seed, program * SHARE + offset, slope, units, M,
+            POLICY, BLOCK_ROWS, CHUNK,
+        )  # fmt: skip
         counts += count_digits(keys, inside, 0, 24)
         drawn += tl.sum((inside & (keys > 0)).to(tl.int32), 0)
     tl.store(counts_ptr + program * 256 + tl.arange(0, 256), counts)

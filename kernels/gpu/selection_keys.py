@@ -120,3 +120,17 @@ def store_units(
         both = taken[:, None] & (row >= 0)
         tl.store(indices_ptr + places, rows.to(tl.int64), mask=both)
         tl.store(weights_ptr + places, tl.broadcast_to(weight[:, None], rows.shape), mask=both)
+
+
+@triton.jit
+def draw_chunk(
+    scores_ptr, keys_ptr, seed, first, slope, units, M,
+    POLICY: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Keys of CHUNK units from `first` on, also stored, and which of these there are."""
+    each = first + tl.arange(0, CHUNK)
+    inside = each < units
+    score = unit_scores(scores_ptr, each, inside, M, BLOCK_ROWS)
+    keys = keys_of(score, random_words(seed, first, CHUNK), slope, POLICY)
+    tl.store(keys_ptr + each, keys, mask=inside)
+    return keys, inside
