@@ -12,15 +12,17 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from memaop_triton.config import MemAOPConfig
+from memaop_triton.draws import draw_seed
 from memaop_triton.flops import MAX_RANK
 from memaop_triton.kernels import env, targets
 from memaop_triton.kernels.cpu import torch_ops
-from memaop_triton.selection import Selection, select
+from memaop_triton.selection import Selection, is_weighted, select
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -89,7 +91,8 @@ def project_rows(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         return torch_ops.project_rows(x, basis)
     from memaop_triton.kernels.gpu import subspace
 
-    return subspace.project(x, basis.contiguous(), torch_ops.basis_scale(x.shape[1]))
+    projected = subspace.project(x, basis.contiguous(), torch_ops.basis_scale(x.shape[1]))
+    return projected.z, projected.rest
 
 
 def transposed_mm(z: Tensor, a: Tensor) -> Tensor:
@@ -110,20 +113,73 @@ def row_norms(a: Tensor) -> Tensor:
     return score.row_norms(a)
 
 
+class SelectionOnDevice(NamedTuple):
+    """What a Triton kernel has selected.
+
+    Attributes:
+        selection: Rows and weights.
+        factors: The weights in the dtype of the rows, and the number that a product is multiplied
+            by then; `None` unless a dtype was given and the kernel has weighted the rows.
+    """
+
+    selection: Selection
+    factors: tuple[Tensor, Tensor | None] | None
+
+
 def select_on_device(
-    scores: Tensor, config: MemAOPConfig, k: int, generator: torch.Generator | None
-) -> Selection:
-    """As `selection.select`, by a Triton kernel for the policies that have one."""
+    scores: Tensor | None,
+    config: MemAOPConfig,
+    k: int,
+    generator: torch.Generator | None,
+    *,
+    dtype: torch.dtype | None = None,
+    filled: Tensor | None = None,
+    taken: Tensor | None = None,
+) -> SelectionOnDevice:
+    """As `selection.select`, by a Triton kernel for the policies that have one.
+
+    Args:
+        scores: [M]; `None` for rows that are all alike, as many as `taken` has.
+        config: The layer's.
+        k: Rows to select.
+        generator: Source of the draws.
+        dtype: Of the rows that are multiplied by the factors.
+        filled: [M] bool, set to false for the rows selected.
+        taken: [M] bool, set to whether a row was selected.
+    """
     from memaop_triton.kernels.gpu import select as kernel
 
-    units = -(-k // config.block_rows)
-    if config.selection not in kernel.POLICIES or units * config.block_rows >= scores.numel():
-        return select(scores, config, k, generator)
-    # A draw like any other: a run resumed with the generator's state repeats it.
-    seed = torch.randint(1 << 62, (1,), device=scores.device, generator=generator)
-    return Selection(
-        *kernel.select(scores, units, config.selection, seed, block_rows=config.block_rows)
-    )
+    like = taken if scores is None else scores
+    assert like is not None
+    policy, block = config.selection, config.block_rows
+    units = -(-k // block)
+    if policy in kernel.POLICIES and units * block < like.numel():
+        chosen = kernel.select(
+            scores,
+            units,
+            policy,
+            draw_seed(like.device, generator),
+            block_rows=block,
+            dtype=dtype if is_weighted(policy) else None,
+            filled=filled,
+            taken=taken,
+        )
+        return SelectionOnDevice(Selection(chosen.indices, chosen.weights), chosen.factors)
+    if scores is None:
+        scores = torch.ones(like.shape, dtype=torch.float32, device=like.device)
+    selection = select(scores, config, k, generator)
+    mark(selection, filled, taken)
+    return SelectionOnDevice(selection, None)
+
+
+def mark(selection: Selection, filled: Tensor | None, taken: Tensor | None) -> None:
+    """Set the flags of selected rows as `select_on_device` does."""
+    for flags, value in ((filled, False), (taken, True)):
+        if flags is not None:
+            if value:
+                flags.zero_()
+            # A cut block names rows beyond the last one, which is in the same block.
+            flags.index_fill_(0, selection.indices.clamp(max=flags.numel() - 1), value)
 
 
 def rescale_(a: Tensor, factor: Tensor) -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from memaop_triton import dispatch
 from memaop_triton.backward import step
 from memaop_triton.config import MEMORIES, ROW_MEMORIES
 from memaop_triton.kernels.cpu import native_step
@@ -122,11 +123,16 @@ def generator():
 def selections(monkeypatch):
     """Every selection that the pipeline makes from now on, in order."""
     made = []
-    select, run = step.Operands.select, native_step.run
+    select, on_device, run = step.select, dispatch.select_on_device, native_step.run
 
-    def recording(operands, *args, **kwargs):
-        made.append(select(operands, *args, **kwargs))
+    def recording(*args, **kwargs):
+        made.append(select(*args, **kwargs))
         return made[-1]
+
+    def recording_device(*args, **kwargs):
+        found = on_device(*args, **kwargs)
+        made.append(found.selection)
+        return found
 
     def recording_step(*args, **kwargs):
         step = run(*args, **kwargs)
@@ -134,7 +140,8 @@ def selections(monkeypatch):
             made.append(Selection(step.indices, step.weights))
         return step
 
-    monkeypatch.setattr(step.Operands, "select", recording)
+    monkeypatch.setattr(step, "select", recording)
+    monkeypatch.setattr(dispatch, "select_on_device", recording_device)
     monkeypatch.setattr(native_step, "run", recording_step)
     return made
 

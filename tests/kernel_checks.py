@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from memaop_triton.kernels.gpu import subspace
-from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.gather_gemm import Correction, gather_gemm
 from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
 from memaop_triton.kernels.gpu.score import accumulate_and_score, accumulate_rest, row_scores
 from memaop_triton.kernels.tuning.config import RowConfig
@@ -93,10 +93,15 @@ def check_gather_correction(rank, dtype, *, weighted, config, device="cpu"):
     weights = (8 * torch.rand(3, device=device)).repeat_interleave(16) if weighted else None
     out = torch.empty(24, 40, device=device)
     result = gather_gemm(
-        x, g, indices, weights, block_rows=16, correction=(c, e), out=out, config=config
-    )
+        x, g, indices, weights, block_rows=16, correction=Correction(c, e, 4.0), out=out,
+        config=config,
+    )  # fmt: skip
     assert result is out
-    check_products(result, x, g, indices, weights, plus=c.double() @ e.double().T)
+    check_products(result, x, g, indices, weights, plus=4 * c.double() @ e.double().T)
+    of_g = Correction(*(torch.randn(n, rank, device=device) for n in (40, 24)), 0.5, is_of_g=True)
+    of_g = of_g._replace(q=of_g.q.to(dtype))
+    result = gather_gemm(x, g, indices, weights, block_rows=16, correction=of_g, config=config)
+    check_products(result, x, g, indices, weights, plus=of_g.q.double() @ of_g.c.double().T / 2)
 
 
 # Scores and the row memory. ----------------------------------------------------------------------
@@ -112,7 +117,8 @@ def check_norms(norms, *matrices):
 
 
 def check_sums(sums, g):
-    """Sums of the columns of G, in its dtype."""
+    """Sums of the columns of G, in its dtype, when they are added up."""
+    sums = sums.total()
     assert sums.dtype == g.dtype
     as_good_as(sums, g.sum(0), g.double().sum(0))
 
@@ -276,7 +282,8 @@ def check_projection(shape, dtype, layout="plain", *, config=TILE, device="cpu")
     rows, columns, rank = shape
     x, _ = operands(rows, columns, 1, dtype, layout, device)
     q, scale = new_basis(columns, rank, dtype, device)
-    z, rest = subspace.project(x, q, scale, config=config)
+    z, rest, sums = subspace.project(x, q, scale, column_sums=True, config=config)
+    check_sums(sums, x)
     exact = x.double() @ q.double() / scale
     assert z.dtype == dtype
     as_good_as(z, (x @ q) / scale, exact)
@@ -295,7 +302,7 @@ def check_special_rows(dtype, device="cpu"):
     (x, _), (q, scale) = operands(9, 40, 1, dtype, device=device), new_basis(40, 5, dtype, device)
     x[1], x[2] = 0.0, q[:, 0]
     x[4, 3], x[5, 39], x[6, 0] = torch.nan, torch.inf, -torch.inf
-    _, rest = subspace.project(x, q, scale, config=TILE)
+    rest = subspace.project(x, q, scale, config=TILE).rest
     norms = torch.linalg.vector_norm(x.float(), dim=1)
     assert rest[1] == 0
     assert 0 < rest[2] <= 4 * torch.finfo(dtype).eps ** 0.5, "a row must keep a chance to be drawn"
@@ -336,13 +343,14 @@ def check_whole_gradient(count, dtype, *, split=1, device="cpu"):
     indices = drawn_rows(80, count, device=device)
     # Powers of two: exact products in any dtype.
     weights = 2.0 ** torch.randint(0, 1 if count == 80 else 3, (count,), device=device)
-    z, rest = subspace.project(x, q, scale, config=TILE)
+    z, rest, _ = subspace.project(x, q, scale, config=TILE)
     parts = subspace.project_gradient(g, z, rest, config=replace(TILE, split=2)).parts
     config = replace(SMALL, split_k=split)
     c = subspace.correction(parts, z, g, indices, weights, config=config)
     e = (scale * q.float()).to(dtype)
     out = torch.empty(24, 40, device=device)
-    gather_gemm(x, g, indices, weights, correction=(c, e), config=config, out=out)
+    correction = Correction(c, q, scale)
+    gather_gemm(x, g, indices, weights, correction=correction, config=config, out=out)
     wx, wg, wz, we = (a.double() for a in (x, g, z, e))
     left = wg[indices] * weights[:, None].double()
     exact = wg.T @ wz @ we.T + left.T @ (wx - wz @ we.T)[indices]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memaop_triton.kernels.gpu.gather_gemm import Correction
+from memaop_triton.kernels.gpu.row_weights import RowWeights
 from memaop_triton.kernels.tuning.config import GemmConfig, RowConfig
 
 M, N, P, K = 16384, 4096, 4096, 2048
@@ -83,8 +85,10 @@ def operands(dtype: torch.dtype, n: int = N, p: int = P) -> dict[str, Tensor]:
 
 def weighting(dtype: torch.dtype, n: int = N, p: int = P, rank: int = RANK) -> dict[str, Any]:
     """Weights and a correction."""
-    correction = (empty(p, rank, dtype=torch.float32), empty(n, rank, dtype=dtype))
-    return {"weights": empty(K, dtype=torch.float32), "correction": correction}
+    c, q = empty(p, rank, dtype=torch.float32), empty(n, rank, dtype=dtype)
+    correction = Correction(c, q, 64.0)
+    scale = empty(1, dtype=torch.float32) if dtype == torch.float16 else None
+    return {"weights": RowWeights(empty(K, dtype=dtype), scale), "correction": correction}
 
 
 def memory(dtype: torch.dtype, n: int = N, p: int = P) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,8 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch as launching
-from memaop_triton.kernels.gpu.gather_gemm import factors
 from memaop_triton.kernels.gpu.primitives import precision, tile_of_program, weighted
+from memaop_triton.kernels.gpu.row_weights import row_weights
 from memaop_triton.kernels.tuning.config import GemmConfig
 
 
@@ -102,7 +102,7 @@ def plain_gemm(
     block_p, block_n, block_k = config.block_p, config.block_n, config.block_k
     out = torch.empty((P, N), dtype=g.dtype, device=g.device)
     common: dict[str, Any] = {
-        "weights": None if weights is None else factors(weights, target, g.dtype)[0],
+        "weights": None if weights is None else row_weights(weights, target, g.dtype).factors,
         "K": K, "P": P, "N": N,
         "BLOCK_P": block_p, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": 8,
         "WEIGHTED": weights is not None, "PRECISION": precision(target, g.dtype),

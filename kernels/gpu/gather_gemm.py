@@ -15,14 +15,14 @@ What that costs beside a plain GEMM, and how it is kept small:
 - Few, small tiles leave a GPU idle, so the rows can be split over SPLIT_K programs: each stores a
   part, and a second kernel adds the parts in one order.
 
-With a projection (`subspace.py`) dW starts from C Eᵀ, a correction of rank q that is multiplied
-before the loop, so that it takes no pass over dW of its own.
+With a projection (`subspace.py`) dW starts from s·C Qᵀ, or s·Q Cᵀ where Q is a basis of G's side:
+a correction of rank q, multiplied before the loop, so that it takes no pass over dW of its own.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,30 +36,30 @@ from memaop_triton.kernels.gpu.primitives import (
     first_value,
     gathered,
     is_aligned,
-    parts_of,
     precision,
     row_offsets,
     share_of_split,
     store_tile,
-    sum_parts,
     tile_of_program,
     weighted,
     wrapped,
 )
-from memaop_triton.kernels.targets import Target
+from memaop_triton.kernels.gpu.row_weights import RowWeights, row_weights
+from memaop_triton.kernels.gpu.sums import ColumnSums, Product, add_up, parts_of
 from memaop_triton.kernels.tuning import tuner
 from memaop_triton.kernels.tuning.config import GemmConfig, flags, padded_rank, problem_of
 from memaop_triton.kernels.tuning.tuner import Call
 
 
-@triton.jit(do_not_specialize=["M", "K", "steps"])
+@triton.jit(do_not_specialize=["M", "K", "steps", "q_scale"])
 def gather_gemm_kernel(
-    x_ptr, g_ptr, index_ptr, weight_ptr, scale_ptr, c_ptr, e_ptr, out_ptr,
+    x_ptr, g_ptr, index_ptr, weight_ptr, scale_ptr, c_ptr, q_ptr, q_scale, out_ptr,
     M, N, P, K, steps, rank, x_row, x_col, g_row, g_col,
     BLOCK_N: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr, GROUP: tl.constexpr, EVEN_N: tl.constexpr, EVEN_P: tl.constexpr,
     WIDE: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
-    RANK: tl.constexpr, PRECISION: tl.constexpr, X_COLUMNS_FIRST: tl.constexpr,
+    RANK: tl.constexpr, Q_OF_G: tl.constexpr, PRECISION: tl.constexpr,
+    X_COLUMNS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One tile of dW over one share of the rows.
 
@@ -72,14 +72,14 @@ def gather_gemm_kernel(
     g_start = g_ptr + wrapped(tile_p, P, BLOCK_P, EVEN_P).to(tl.int64) * g_col
     x_start = x_ptr + wrapped(tile_n * TILES, N, BLOCK_N, EVEN_N).to(tl.int64) * x_col
     acc = first_value(
-        c_ptr, e_ptr, scale_ptr, tile_p, tile_n * TILES, split, rank, P, N,
-        BLOCK_P, BLOCK_N, RANK, PRECISION, SCALED,
+        c_ptr, q_ptr, q_scale, scale_ptr, tile_p, tile_n * TILES, split, rank, P, N,
+        BLOCK_P, BLOCK_N, RANK, Q_OF_G, PRECISION, SCALED,
     )  # fmt: skip
     if TILES == 2:
         x2_start = x_ptr + wrapped(tile_n * 2 + 1, N, BLOCK_N, EVEN_N).to(tl.int64) * x_col
         acc2 = first_value(
-            c_ptr, e_ptr, scale_ptr, tile_p, tile_n * 2 + 1, split, rank, P, N,
-            BLOCK_P, BLOCK_N, RANK, PRECISION, SCALED,
+            c_ptr, q_ptr, q_scale, scale_ptr, tile_p, tile_n * 2 + 1, split, rank, P, N,
+            BLOCK_P, BLOCK_N, RANK, Q_OF_G, PRECISION, SCALED,
         )  # fmt: skip
     k = tl.arange(0, BLOCK_K)
 
@@ -147,13 +147,13 @@ def _first_row(
     return row
 
 
-@triton.jit(do_not_specialize=["M", "steps"])
+@triton.jit(do_not_specialize=["M", "steps", "q_scale"])
 def block_gemm_kernel(
-    x_desc, g_desc, index_ptr, weight_ptr, scale_ptr, c_ptr, e_ptr, out_ptr,
+    x_desc, g_desc, index_ptr, weight_ptr, scale_ptr, c_ptr, q_ptr, q_scale, out_ptr,
     M, N, P, steps, rank,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr,
-    SCALED: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    SCALED: tl.constexpr, RANK: tl.constexpr, Q_OF_G: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same from whole blocks of neighbouring rows, each tile copied by descriptor.
 
@@ -163,8 +163,8 @@ def block_gemm_kernel(
     tile_p, tile_n = tile_of_program(N, P, BLOCK_N, BLOCK_P, GROUP)
     split = tl.program_id(1)
     acc = first_value(
-        c_ptr, e_ptr, scale_ptr, tile_p, tile_n, split, rank, P, N,
-        BLOCK_P, BLOCK_N, RANK, PRECISION, SCALED,
+        c_ptr, q_ptr, q_scale, scale_ptr, tile_p, tile_n, split, rank, P, N,
+        BLOCK_P, BLOCK_N, RANK, Q_OF_G, PRECISION, SCALED,
     )  # fmt: skip
     # A step is one block, or an equal part of one.
     parts: tl.constexpr = BLOCK_ROWS // BLOCK_K
@@ -184,41 +184,37 @@ def block_gemm_kernel(
     store_tile(acc, scale_ptr, out_ptr, tile_p, tile_n, split, P, N, BLOCK_P, BLOCK_N, SCALED)
 
 
-def factors(weights: Tensor, target: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Weights as factors of rows of this dtype, and the number to multiply their sum by.
+class Correction(NamedTuple):
+    """What a product starts from: s·C Qᵀ, or s·Q Cᵀ.
 
-    A weighted float16 row may leave the range where the weighted sum does not. So float16 weights
-    are divided by a power of two, by which the sum is multiplied: the root of the largest weight or
-    the next power above, so that no row grows by more than that root; up to 64, the root of the
-    largest times the least one, so that rows of equal weights do not grow at all. A larger divisor
-    would take digits from rows of small numbers.
+    Attributes:
+        c: C, float32 [P, q], or [N, q] if Q is of G's side; contiguous.
+        q: Q, [N, q] or [P, q] in the dtype of the rows, contiguous; q ≤ 64.
+        scale: s.
+        is_of_g: Whether Q is a basis of the rows of G.
     """
-    if dtype == torch.bfloat16 and target.backend == "hip":
-        return weights.float(), None
-    if dtype != torch.float16 or weights.numel() == 0:
-        return weights.to(dtype), None
-    largest = weights.max()
-    least = torch.where(weights > 0, weights, largest).min()
-    root = (largest.log2() / 2).ceil()
-    balanced = ((largest.log2() + least.log2()) / 2).ceil().clamp(max=6)
-    scale = torch.exp2(torch.maximum(root, balanced).clamp(min=0, max=12)).reshape(1)
-    return (weights / scale).to(dtype), scale
+
+    c: Tensor
+    q: Tensor
+    scale: float
+    is_of_g: bool = False
 
 
 def gather_gemm(
     x: Tensor,
     g: Tensor,
     indices: Tensor,
-    weights: Tensor | None = None,
+    weights: Tensor | RowWeights | None = None,
     *,
     block_rows: int = 1,
     is_padded: bool = False,
-    correction: tuple[Tensor, Tensor] | None = None,
+    correction: Correction | None = None,
     out: Tensor | None = None,
+    sums: ColumnSums | None = None,
     input_precision: str | None = None,
     config: GemmConfig | None = None,
 ) -> Tensor:
-    """Σ_k w_k g[i_k]ᵀ x[i_k], plus C Eᵀ with a correction: [P, N].
+    """Σ_k w_k g[i_k]ᵀ x[i_k], plus a correction: [P, N].
 
     Args:
         x: [M, N], float16, bfloat16 or float32, any strides.
@@ -226,24 +222,63 @@ def gather_gemm(
         indices: [K] integers in ascending order, contiguous. With blocks, the rows of a last block
             that M cuts short may be named from M on; they count as zero.
         weights: [K] float32, rounded to the dtype of `x` (so a result carries that rounding), or
-            `None` for all 1.
+            what `row_weights` makes of them, or `None` for all 1.
         block_rows: Number of neighbouring rows the indices come in, of one weight.
         is_padded: Rows of weight 0 (there must be `weights`) are not read, and may hold anything.
             They are multiplied all the same, as zeros.
-        correction: `(C, E)`: float32 [P, q] and [N, q] in the dtype of `x`, contiguous, q ≤ 64.
+        correction: What to start from; zeros if `None`.
         out: [P, N], contiguous, any floating dtype, overwritten; made in the dtype of `x` if
             `None`.
+        sums: Column sums that are to be added up as well, in the launch that adds the parts.
         input_precision: "ieee" or "tf32" for float32; what torch allows if `None`.
         config: Tile; chosen by `tuner` if `None`.
 
     Returns:
         `out`.
     """
+    if out is None:
+        out = torch.empty((g.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
+    parts = gather_parts(
+        x,
+        g,
+        indices,
+        weights,
+        block_rows=block_rows,
+        is_padded=is_padded,
+        correction=correction,
+        out=out,
+        input_precision=input_precision,
+        config=config,
+    )
+    product = None if parts is out else Product(parts, out)
+    if product is not None or sums is not None:
+        add_up(product, sums)
+    return out
+
+
+def gather_parts(
+    x: Tensor,
+    g: Tensor,
+    indices: Tensor,
+    weights: Tensor | RowWeights | None = None,
+    *,
+    block_rows: int = 1,
+    is_padded: bool = False,
+    correction: Correction | None = None,
+    out: Tensor,
+    input_precision: str | None = None,
+    config: GemmConfig | None = None,
+) -> Tensor:
+    """`gather_gemm` without the last launch: `out` filled, or parts whose sum it is.
+
+    Returns:
+        `out`, or [S, P, N] float32.
+    """
     target = targets.current(x.device)
     products = input_precision or precision(target, x.dtype)
     aligned = is_aligned(x, g)
     by_descriptor = aligned and block_rows > 1 and target.has_tensor_copies
-    rank = 0 if correction is None else correction[1].shape[1]
+    rank = 0 if correction is None else correction.q.shape[1]
     if config is None:
         wide = by_descriptor or (aligned and x.shape[1] % 16 == g.shape[1] % 16 == 0)
         problem = problem_of(
@@ -264,19 +299,15 @@ def gather_gemm(
                 block_rows=block_rows,
                 is_padded=is_padded,
                 correction=correction,
-                out=None if out is None else torch.empty_like(out),
+                out=torch.empty_like(out),
                 input_precision=input_precision,
             )
 
         config = tuner.choose(problem, x.device, make_benchmark_call, GemmConfig)
-    if out is None:
-        out = torch.empty((g.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
-    scale = None
-    if weights is not None:
-        weights, scale = factors(weights, target, x.dtype)
-    c, e = correction or (None, None)
+    if isinstance(weights, Tensor):
+        weights = row_weights(weights, target, x.dtype)
     job = _Job(
-        x=x, g=g, indices=indices, weights=weights, scale=scale, c=c, e=e,
+        x=x, g=g, indices=indices, weights=weights, correction=correction,
         parts=parts_of(out, config.split_k), rank=rank, block_rows=block_rows, is_padded=is_padded,
         precision=products,
     )  # fmt: skip
@@ -284,7 +315,7 @@ def gather_gemm(
         _by_blocks(job, config)
     else:
         _by_rows(job, config)
-    return out if job.parts is out else sum_parts(job.parts, out)
+    return job.parts
 
 
 class _Job(NamedTuple):
@@ -293,10 +324,8 @@ class _Job(NamedTuple):
     x: Tensor
     g: Tensor
     indices: Tensor
-    weights: Tensor | None
-    scale: Tensor | None
-    c: Tensor | None
-    e: Tensor | None
+    weights: RowWeights | None
+    correction: Correction | None
     parts: Tensor
     rank: int
     block_rows: int
@@ -311,20 +340,16 @@ def _by_rows(job: _Job, config: GemmConfig) -> None:
     launch.launch(
         gather_gemm_kernel,
         _grid(job, config),
-        x_ptr=x, g_ptr=g, index_ptr=job.indices, weight_ptr=job.weights, scale_ptr=job.scale,
-        c_ptr=job.c, e_ptr=job.e, out_ptr=job.parts,
-        M=rows, N=n, P=p, K=k, rank=job.rank,
+        x_ptr=x, g_ptr=g, out_ptr=job.parts, M=rows, N=n, P=p, K=k,
         steps=max(0, k - -rows % job.block_rows) // config.block_k,
         x_row=x.stride(0), x_col=x.stride(1), g_row=g.stride(0), g_col=g.stride(1),
         BLOCK_N=config.block_n // config.tiles_n, BLOCK_P=config.block_p, BLOCK_K=config.block_k,
         TILES=config.tiles_n, SPLIT_K=config.split_k, GROUP=config.group,
         EVEN_N=n % 16 == 0, EVEN_P=p % 16 == 0,
         WIDE=rows * max(x.stride(0), g.stride(0)) >= 1 << 31,
-        WEIGHTED=job.weights is not None, PADDED=job.is_padded, SCALED=job.scale is not None,
-        RANK=padded_rank(job.rank) if job.rank else 0,
-        PRECISION=job.precision,
         X_COLUMNS_FIRST=config.x_columns_first,
         num_warps=config.num_warps, num_stages=config.num_stages,
+        **_shared_arguments(job),
     )  # fmt: skip
 
 
@@ -336,17 +361,26 @@ def _by_blocks(job: _Job, config: GemmConfig) -> None:
         _grid(job, config),
         x_desc=TensorDescriptor.from_tensor(job.x, [block_k, config.block_n]),
         g_desc=TensorDescriptor.from_tensor(job.g, [block_k, config.block_p]),
-        index_ptr=job.indices, weight_ptr=job.weights, scale_ptr=job.scale,
-        c_ptr=job.c, e_ptr=job.e, out_ptr=job.parts,
-        M=job.x.shape[0], N=job.x.shape[1], P=job.g.shape[1], rank=job.rank,
+        out_ptr=job.parts, M=job.x.shape[0], N=job.x.shape[1], P=job.g.shape[1],
         steps=triton.cdiv(job.indices.numel(), block_k),
         BLOCK_N=config.block_n, BLOCK_P=config.block_p, BLOCK_K=block_k,
         SPLIT_K=config.split_k, GROUP=config.group, BLOCK_ROWS=job.block_rows,
-        WEIGHTED=job.weights is not None, PADDED=job.is_padded, SCALED=job.scale is not None,
-        RANK=padded_rank(job.rank) if job.rank else 0,
-        PRECISION=job.precision,
         num_warps=config.num_warps, num_stages=config.num_stages,
+        **_shared_arguments(job),
     )  # fmt: skip
+
+
+def _shared_arguments(job: _Job) -> dict[str, Any]:
+    """The arguments that both kernels take for selection, weights and correction."""
+    factors, scale = job.weights or (None, None)
+    c, q, q_scale, is_of_g = job.correction or (None, None, 1.0, False)
+    return {
+        "index_ptr": job.indices, "weight_ptr": factors, "scale_ptr": scale,
+        "c_ptr": c, "q_ptr": q, "q_scale": q_scale, "rank": job.rank,
+        "WEIGHTED": factors is not None, "PADDED": job.is_padded, "SCALED": scale is not None,
+        "RANK": padded_rank(job.rank) if job.rank else 0, "Q_OF_G": is_of_g,
+        "PRECISION": job.precision,
+    }  # fmt: skip
 
 
 def _grid(job: _Job, config: GemmConfig) -> tuple[int, int]:

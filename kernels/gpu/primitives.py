@@ -1,4 +1,4 @@
-"""What several kernels are made of: tiles, row offsets, sums of parts, random numbers.
+"""What several kernels are made of: tiles, row offsets, random numbers.
 
 A GEMM's program owns a BLOCK_P × BLOCK_N tile of dW ([P, N]) and one share of the selected rows.
 
@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from memaop_triton.kernels.env import allows_tf32
-from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.targets import Target
 
 
@@ -108,34 +107,57 @@ def weighted(g, w):
 
 
 @triton.jit
-def first_value(
-    c_ptr, e_ptr, scale_ptr, tile_p, tile_n, split, rank, P, N,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
-    SCALED: tl.constexpr,
+def _rank_columns(
+    matrix_ptr, tile, count, rank, BLOCK: tl.constexpr, RANK: tl.constexpr, SIDEWAYS: tl.constexpr
 ):  # fmt: skip
-    """What a tile's sum starts from: its part of C Eᵀ in the first split, zero elsewhere.
+    """A tile of lines of a contiguous [count, rank]: [BLOCK, RANK], or [RANK, BLOCK] SIDEWAYS."""
+    line = tile * BLOCK + tl.arange(0, BLOCK)
+    r = tl.arange(0, RANK)
+    starts = matrix_ptr + line.to(tl.int64) * rank
+    if SIDEWAYS:
+        places = starts[None, :] + r[:, None]
+        inside = (line < count)[None, :] & (r < rank)[:, None]
+    else:
+        places = starts[:, None] + r[None, :]
+        inside = (line < count)[:, None] & (r < rank)[None, :]
+    return tl.load(places, mask=inside, other=0)
 
-    C is [P, rank] in float32, E is [N, rank] in the operands' dtype.
+
+@triton.jit
+def first_value(
+    c_ptr, q_ptr, q_scale, scale_ptr, tile_p, tile_n, split, rank, P, N,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, Q_OF_G: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """What a tile's sum starts from: its part of s·C Qᵀ in the first split, zero elsewhere.
+
+    C is [P, rank] in float32, Q is [N, rank] in the operands' dtype. With Q_OF_G it is s·Q Cᵀ, of
+    C [N, rank] and Q [P, rank].
     """
     acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if RANK > 0 and split == 0:
-        r = tl.arange(0, RANK)
-        p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
-        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_rank = r < rank
-        c_places = (c_ptr + p.to(tl.int64) * rank)[:, None] + r[None, :]
-        c = tl.load(c_places, mask=(p < P)[:, None] & in_rank[None, :], other=0)
-        e_places = (e_ptr + n.to(tl.int64) * rank)[None, :] + r[:, None]
-        e = tl.load(e_places, mask=(n < N)[None, :] & in_rank[:, None], other=0)
+        if Q_OF_G:
+            c = _rank_columns(c_ptr, tile_n, N, rank, BLOCK_N, RANK, True)
+            q = _rank_columns(q_ptr, tile_p, P, rank, BLOCK_P, RANK, False)
+        else:
+            c = _rank_columns(c_ptr, tile_p, P, rank, BLOCK_P, RANK, False)
+            q = _rank_columns(q_ptr, tile_n, N, rank, BLOCK_N, RANK, True)
         if SCALED:
             c = c / tl.load(scale_ptr)
-        if e.dtype == tl.float32:
-            acc = tl.dot(c, e, acc, input_precision=PRECISION)
+        if q.dtype == tl.float32:
+            if Q_OF_G:
+                acc = tl.dot(q, c, acc, input_precision=PRECISION)
+            else:
+                acc = tl.dot(c, q, acc, input_precision=PRECISION)
         else:
             # Two summands of the operands' dtype carry C nearly exactly.
-            upper = c.to(e.dtype)
-            lower = (c - upper.to(tl.float32)).to(e.dtype)
-            acc = tl.dot(lower, e, tl.dot(upper, e, acc))
+            upper = c.to(q.dtype)
+            lower = (c - upper.to(tl.float32)).to(q.dtype)
+            if Q_OF_G:
+                acc = tl.dot(q, lower, tl.dot(q, upper, acc))
+            else:
+                acc = tl.dot(lower, q, tl.dot(upper, q, acc))
+        acc *= q_scale
     return acc
 
 
@@ -162,64 +184,21 @@ def share_of_split(steps, SPLIT_K: tl.constexpr):
     return steps * split // SPLIT_K, steps * (split + 1) // SPLIT_K
 
 
-@triton.jit(do_not_specialize=["parts", "minus"])
-def sum_parts_kernel(
-    parts_ptr, minus_ptr, out_ptr, parts, minus, count,
-    BLOCK: tl.constexpr, SUBTRACT: tl.constexpr,
-):  # fmt: skip
-    """out = Σ parts, less Σ minus with SUBTRACT; always added in the same order."""
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < count
-    total = tl.zeros((BLOCK,), tl.float32)
-    parts_ptr += places
-    for _ in range(0, parts):
-        total += tl.load(parts_ptr, mask=inside, other=0)
-        parts_ptr += count
-    if SUBTRACT:
-        minus_ptr += places
-        for _ in range(0, minus):
-            total -= tl.load(minus_ptr, mask=inside, other=0)
-            minus_ptr += count
-    tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=inside)
+@triton.jit
+def value_of(argument):
+    """A number that is passed by value or, as the address of a tensor of one element, by place.
 
-
-def parts_of(out: Tensor, split: int) -> Tensor:
-    """What `split` programs per tile store their sums into: `out` itself, or float32 parts."""
-    if split == 1:
-        return out
-    return torch.empty((split, *out.shape), dtype=torch.float32, device=out.device)
-
-
-def sum_parts(parts: Tensor, out: Tensor, *, minus: Tensor | None = None) -> Tensor:
-    """`out` ← Σ `parts` − Σ `minus`, in one order, so that it repeats bit for bit.
-
-    Args:
-        parts: [S, ...] float32, contiguous.
-        out: Shape of a part, contiguous, any floating dtype.
-        minus: [T, ...] float32, contiguous.
+    What changes from step to step is passed by value, which takes no operation on the device,
+    except in a CUDA graph, which would repeat the value.
     """
-    block = 1024
-    launch.launch(
-        sum_parts_kernel,
-        (triton.cdiv(out.numel(), block),),
-        parts_ptr=parts,
-        minus_ptr=minus,
-        out_ptr=out,
-        parts=parts.shape[0],
-        minus=0 if minus is None else minus.shape[0],
-        count=out.numel(),
-        BLOCK=block,
-        SUBTRACT=minus is not None,
-        num_warps=4,
-        num_stages=1,
-    )
-    return out
+    argument = tl.to_tensor(argument)
+    return tl.load(argument) if argument.dtype.is_ptr() else argument
 
 
 @triton.jit
-def row_signs(seed_ptr, rows):
-    """±1 (float32) for each row number in `rows`, from the seed (int64) at `seed_ptr`."""
-    bits, _, _, _ = tl.randint4x(tl.load(seed_ptr), rows)
+def row_signs(seed, rows):
+    """±1 (float32) for each row number in `rows`."""
+    bits, _, _, _ = tl.randint4x(value_of(seed), rows)
     return tl.where(bits & 1 == 0, 1.0, -1.0)
 
 
@@ -232,9 +211,9 @@ def _mix(bits):
 
 
 @triton.jit
-def row_keys(seed_ptr, rows, STREAM: tl.constexpr):
+def row_keys(seed, rows, STREAM: tl.constexpr):
     """Random uint32 for each row number; `STREAM` is 0 or 1, for two matrices with one seed."""
-    _, first, second, _ = tl.randint4x(tl.load(seed_ptr), rows)
+    _, first, second, _ = tl.randint4x(value_of(seed), rows)
     keys = first if STREAM == 0 else second
     return keys.to(tl.uint32)
 

@@ -20,16 +20,15 @@ from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.gpu.primitives import (
     is_aligned,
-    parts_of,
     precision,
     row_offsets,
     share_of_split,
     store_tile,
-    sum_parts,
     tile_of_program,
     wrapped,
 )
 from memaop_triton.kernels.gpu.score import row_factors
+from memaop_triton.kernels.gpu.sums import Product, add_up, parts_of
 from memaop_triton.kernels.tuning import tuner
 from memaop_triton.kernels.tuning.config import GemmConfig, flags, problem_of
 from memaop_triton.kernels.tuning.tuner import Call
@@ -48,9 +47,9 @@ def _updated(
     return (a.to(tl.float32) + factor[None, :] * m.to(tl.float32)).to(a.dtype)
 
 
-@triton.jit(do_not_specialize=["M", "K", "steps"])
+@triton.jit(do_not_specialize=["M", "K", "steps", "carry", "seed"])
 def residual_gemm_kernel(
-    x_ptr, g_ptr, mx_ptr, mg_ptr, filled_ptr, carry_ptr, seed_ptr, index_ptr, lost_ptr, out_ptr,
+    x_ptr, g_ptr, mx_ptr, mg_ptr, filled_ptr, carry, seed, index_ptr, lost_ptr, out_ptr,
     M, N, P, K, steps, x_row, x_col, g_row, g_col, mx_row, mg_row,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     GROUP: tl.constexpr, EVEN_N: tl.constexpr, EVEN_P: tl.constexpr, WIDE: tl.constexpr,
@@ -75,7 +74,7 @@ def residual_gemm_kernel(
         ahead = tl.minimum(step + 1, end - 1) * BLOCK_K
         next_rows = tl.load(index_ptr + ahead + k)
         ok = rows < M
-        carried, factor = row_factors(filled_ptr, carry_ptr, seed_ptr, rows, ok, SIGNED)
+        carried, factor = row_factors(filled_ptr, carry, seed, rows, ok, SIGNED)
         g = _updated(g_start, mg_start, rows, g_row, mg_row, ok, carried, factor, WIDE, False)
         x = _updated(x_start, mx_start, rows, x_row, mx_row, ok, carried, factor, WIDE, False)
         acc = tl.dot(g, x.T, acc, input_precision=PRECISION)
@@ -85,7 +84,7 @@ def residual_gemm_kernel(
         for start in tl.range(steps * BLOCK_K, K, BLOCK_K, num_stages=1):
             rows = tl.load(index_ptr + start + k, mask=start + k < K, other=M)
             ok = rows < M
-            carried, factor = row_factors(filled_ptr, carry_ptr, seed_ptr, rows, ok, SIGNED)
+            carried, factor = row_factors(filled_ptr, carry, seed, rows, ok, SIGNED)
             g = _updated(g_start, mg_start, rows, g_row, mg_row, ok, carried, factor, WIDE, True)
             x = _updated(x_start, mx_start, rows, x_row, mx_row, ok, carried, factor, WIDE, True)
             acc = tl.dot(g, x.T, acc, input_precision=PRECISION)
@@ -98,8 +97,8 @@ def residual_gemm(
     x: Tensor,
     g: Tensor,
     indices: Tensor,
-    carry: Tensor,
-    seed: Tensor,
+    carry: float | Tensor,
+    seed: int | Tensor,
     lost: Tensor,
     *,
     signed: bool = False,
@@ -114,8 +113,8 @@ def residual_gemm(
         g: [M, P], same dtype, any strides.
         indices: [K] integers, ascending, contiguous, each at most once. With blocks, rows of a last
             block that M cuts short may be named from M on; they count as zero.
-        carry: c, float32 [1].
-        seed: int64 [1], the same as for the update of the other rows.
+        carry: c, or a tensor of one element.
+        seed: Or int64 [1] on the device; the same as for the update of the other rows.
         lost: float32 [1], added to every element: 0, or NaN if a row elsewhere was not finite.
         signed: Draw σ = ±1 for every row; 1 otherwise.
         block_rows: Number of neighbouring rows the indices come in.
@@ -146,7 +145,7 @@ def residual_gemm(
         residual_gemm_kernel,
         (triton.cdiv(n, config.block_n) * triton.cdiv(p, config.block_p), config.split_k),
         x_ptr=x, g_ptr=g, mx_ptr=mx, mg_ptr=mg, filled_ptr=filled.view(torch.int8),
-        carry_ptr=carry, seed_ptr=seed, index_ptr=indices, lost_ptr=lost, out_ptr=parts,
+        carry=carry, seed=seed, index_ptr=indices, lost_ptr=lost, out_ptr=parts,
         M=rows, N=n, P=p, K=k, steps=max(0, k - -rows % block_rows) // config.block_k,
         x_row=x.stride(0), x_col=x.stride(1), g_row=g.stride(0), g_col=g.stride(1),
         mx_row=mx.stride(0), mg_row=mg.stride(0),
@@ -157,4 +156,6 @@ def residual_gemm(
         SIGNED=signed, PRECISION=input_precision,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return out if parts is out else sum_parts(parts, out)
+    if parts is not out:
+        add_up(Product(parts, out))
+    return out

@@ -6,12 +6,10 @@ pass reads m, writes m ← c·σ·m + x in place and scores the result: two read
 
 A score that is not finite is stored as +Inf, so that the row gets selected and shows in the
 gradient. The column sums of G (the bias gradient) can be taken from the same pass: each program
-writes the sums of its own rows, [programs, P] in float32, and `torch.sum` adds these in one order.
+writes the sums of its own rows, [programs, P] in float32, which `sums.add_up` adds in one order.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 import triton
@@ -19,14 +17,21 @@ import triton.language as tl
 from torch import Tensor
 
 from memaop_triton.kernels.gpu import launch
-from memaop_triton.kernels.gpu.primitives import round_to_bfloat16, row_keys, row_signs
+from memaop_triton.kernels.gpu.primitives import (
+    round_to_bfloat16,
+    row_keys,
+    row_signs,
+    value_of,
+)
+from memaop_triton.kernels.gpu.sums import ColumnSums, add_up
 from memaop_triton.kernels.tuning import tuner
 from memaop_triton.kernels.tuning.config import RowConfig, flags, problem_of
 from memaop_triton.kernels.tuning.tuner import Call
 
 
 @triton.jit
-def _column_sums(value, sums_ptr, columns, inside, count):
+def store_column_sums(value, sums_ptr, columns, inside, count):
+    """The program's line of column sums, [programs, count], for a tile of its rows."""
     place = tl.program_id(0).to(tl.int64) * count + columns
     tl.store(sums_ptr + place, tl.sum(value, axis=0), mask=inside)
 
@@ -46,7 +51,7 @@ def _norms(
         value = tl.load(places, mask=row_ok[:, None] & inside[None, :], other=0).to(tl.float32)
         squares += value * value
         if SUMS:
-            _column_sums(value, sums_ptr, columns, inside, count)
+            store_column_sums(value, sums_ptr, columns, inside, count)
     return tl.sqrt(tl.sum(squares, axis=1))
 
 
@@ -72,13 +77,13 @@ def score_kernel(
 
 @triton.jit
 def _accumulate(
-    m_ptr, a_ptr, m_row, a_row, a_col, rows, row_ok, read_ok, carried, factor, count, seed_ptr,
+    m_ptr, a_ptr, m_row, a_row, a_col, rows, row_ok, read_ok, carried, factor, count, seed,
     sums_ptr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STREAM: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """m ← factor·m + a for the program's rows; the norms of what is stored."""
     squares = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    keys = row_keys(seed_ptr, rows, STREAM)
+    keys = row_keys(seed, rows, STREAM)
     slots = m_ptr + rows.to(tl.int64) * m_row
     starts = a_ptr + rows.to(tl.int64) * a_row
     for first in range(0, count, BLOCK_C):
@@ -88,7 +93,7 @@ def _accumulate(
         places = starts[:, None] + columns[None, :].to(tl.int64) * a_col
         value = tl.load(places, mask=read_ok[:, None] & inside[None, :], other=0).to(tl.float32)
         if SUMS:
-            _column_sums(value, sums_ptr, columns, inside, count)
+            store_column_sums(value, sums_ptr, columns, inside, count)
         # A slot that is empty may hold anything: it is not loaded.
         old = tl.load(
             slots[:, None] + columns[None, :], mask=carried[:, None] & inside[None, :], other=0
@@ -104,18 +109,18 @@ def _accumulate(
 
 
 @triton.jit
-def row_factors(filled_ptr, carry_ptr, seed_ptr, rows, row_ok, SIGNED: tl.constexpr):
+def row_factors(filled_ptr, carry, seed, rows, row_ok, SIGNED: tl.constexpr):
     """Which rows carry something over, and c·σ for each of `rows`."""
     carried = tl.load(filled_ptr + rows, mask=row_ok, other=0) != 0
-    factor = tl.load(carry_ptr) + tl.zeros(rows.shape, tl.float32)
+    factor = value_of(carry) + tl.zeros(rows.shape, tl.float32)
     if SIGNED:
-        factor *= row_signs(seed_ptr, rows)
+        factor *= row_signs(seed, rows)
     return carried, factor
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "carry", "seed"])
 def accumulate_kernel(
-    mx_ptr, mg_ptr, x_ptr, g_ptr, filled_ptr, taken_ptr, carry_ptr, seed_ptr, scores_ptr, sums_ptr,
+    mx_ptr, mg_ptr, x_ptr, g_ptr, filled_ptr, taken_ptr, carry, seed, scores_ptr, sums_ptr,
     lost_ptr, M, N, P, mx_row, mg_row, x_row, x_col, g_row, g_col,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SIGNED: tl.constexpr, SUMS: tl.constexpr,
     SCORED: tl.constexpr,
@@ -132,13 +137,13 @@ def accumulate_kernel(
     if not SCORED:
         row_ok = inside & (tl.load(taken_ptr + rows, mask=inside, other=1) == 0)
     read_ok = inside if SUMS else row_ok  # the column sums need every row of G
-    carried, factor = row_factors(filled_ptr, carry_ptr, seed_ptr, rows, row_ok, SIGNED)
+    carried, factor = row_factors(filled_ptr, carry, seed, rows, row_ok, SIGNED)
     score = _accumulate(
-        mx_ptr, x_ptr, mx_row, x_row, x_col, rows, row_ok, row_ok, carried, factor, N, seed_ptr,
+        mx_ptr, x_ptr, mx_row, x_row, x_col, rows, row_ok, row_ok, carried, factor, N, seed,
         sums_ptr, BLOCK_M, BLOCK_C, 0, False,
     )  # fmt: skip
     score *= _accumulate(
-        mg_ptr, g_ptr, mg_row, g_row, g_col, rows, row_ok, read_ok, carried, factor, P, seed_ptr,
+        mg_ptr, g_ptr, mg_row, g_row, g_col, rows, row_ok, read_ok, carried, factor, P, seed,
         sums_ptr, BLOCK_M, BLOCK_C, 1, SUMS,
     )  # fmt: skip
     finite = score < float("inf")
@@ -158,7 +163,7 @@ def row_norms(a: Tensor, *, config: RowConfig | None = None) -> Tensor:
 
 def row_scores(
     x: Tensor, g: Tensor, *, bias_grad: bool = False, config: RowConfig | None = None
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, ColumnSums | None]:
     """Scores of all rows in one launch, and the bias gradient from the same pass if wanted.
 
     Args:
@@ -168,14 +173,14 @@ def row_scores(
         config: Tile; chosen by `tuner` if `None`.
 
     Returns:
-        [M] float32, and [P] in the dtype of `g` or `None`.
+        [M] float32, and the column sums of G in its dtype or `None`.
     """
     return _score(x, g, bias_grad, config)
 
 
 def _score(
     x: Tensor, g: Tensor | None, bias_grad: bool, config: RowConfig | None
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, ColumnSums | None]:
     rows, columns = x.shape
     other = x if g is None else g
     if config is None:
@@ -183,35 +188,37 @@ def _score(
             *("row_scores", x.dtype, rows, rows, columns, 0 if g is None else g.shape[1]),
             flags=flags(sums=bias_grad),
         )
-        config = tuner.choose(
-            problem, x.device, lambda: partial(_score, x, g, bias_grad), RowConfig
-        )
+
+        def run(config: RowConfig) -> None:
+            add_up(None, _score(x, g, bias_grad, config)[1])
+
+        config = tuner.choose(problem, x.device, lambda: run, RowConfig)
     scores = torch.empty(rows, dtype=torch.float32, device=x.device)
-    sums = _partial_sums(other, config) if bias_grad else None
+    sums = room_for_column_sums(other, config) if bias_grad else None
     launch.launch(
         score_kernel,
         (triton.cdiv(rows, config.block_m),),
-        x_ptr=x, g_ptr=g, scores_ptr=scores, sums_ptr=sums,
+        x_ptr=x, g_ptr=g, scores_ptr=scores, sums_ptr=None if sums is None else sums.lines,
         M=rows, N=columns, P=other.shape[1],
         x_row=x.stride(0), x_col=x.stride(1), g_row=other.stride(0), g_col=other.stride(1),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c,
         PAIR=g is not None, SUMS=bias_grad,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return scores, _sum_parts(sums, other)
+    return scores, sums
 
 
 def accumulate_and_score(
     memory: tuple[Tensor, Tensor, Tensor],
     x: Tensor,
     g: Tensor,
-    carry: Tensor,
-    seed: Tensor,
+    carry: float | Tensor,
+    seed: int | Tensor,
     *,
     signed: bool = False,
     bias_grad: bool = False,
     config: RowConfig | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, ColumnSums | None]:
     """m ← c·σ·m + x for X and G alike, in place, and the scores of what is stored; one launch.
 
     Args:
@@ -220,14 +227,14 @@ def accumulate_and_score(
             Afterwards the slots with finite rows are filled, the others are not.
         x: [M, N].
         g: [M, P], same dtype.
-        carry: c, float32 [1] on the device.
-        seed: int64 [1] on the device: the source of σ and of the rounding.
+        carry: c, or a tensor of one element on the device.
+        seed: Source of σ and of the rounding, or int64 [1] on the device.
         signed: Draw σ = ±1 for every row; 1 otherwise.
         bias_grad: Also sum the columns of G.
         config: Tile; chosen by `tuner` if `None`.
 
     Returns:
-        [M] float32, and [P] in the dtype of `g` or `None`.
+        [M] float32, and the column sums of G in its dtype or `None`.
     """
     scores = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     sums = _update(memory, x, g, carry, seed, scores, None, None, signed, bias_grad, config)
@@ -238,21 +245,21 @@ def accumulate_rest(
     memory: tuple[Tensor, Tensor, Tensor],
     x: Tensor,
     g: Tensor,
-    carry: Tensor,
-    seed: Tensor,
+    carry: float | Tensor,
+    seed: int | Tensor,
     taken: Tensor,
     lost: Tensor,
     *,
     signed: bool = False,
     bias_grad: bool = False,
     config: RowConfig | None = None,
-) -> Tensor | None:
+) -> ColumnSums | None:
     """The same update for the rows not marked in `taken` ([M] bool); the others stay as they are.
 
     `lost` (float32 [1]) is set to NaN if a row that is not finite was met. Nothing is scored.
 
     Returns:
-        The column sums of all of G, [P], if `bias_grad`.
+        The column sums of all of G if `bias_grad`.
     """
     return _update(memory, x, g, carry, seed, None, taken, lost, signed, bias_grad, config)
 
@@ -261,15 +268,15 @@ def _update(
     memory: tuple[Tensor, Tensor, Tensor],
     x: Tensor,
     g: Tensor,
-    carry: Tensor,
-    seed: Tensor,
+    carry: float | Tensor,
+    seed: int | Tensor,
     scores: Tensor | None,
     taken: Tensor | None,
     lost: Tensor | None,
     signed: bool,
     bias_grad: bool,
     config: RowConfig | None,
-) -> Tensor | None:
+) -> ColumnSums | None:
     """Launch the update that scores every row (`scores`), or that of the rest (`taken`, `lost`)."""
     mx, mg, filled = memory
     if mx.stride(1) != 1 or mg.stride(1) != 1:
@@ -286,35 +293,29 @@ def _update(
             # A memory as it is in the middle of training; c = 0, or it would grow without bounds.
             full = (_zeros_as(mx), _zeros_as(mg), torch.ones_like(filled))
             results = [None if t is None else torch.empty_like(t) for t in (scores, lost)]
-            return partial(
-                _update,
-                full,
-                x,
-                g,
-                torch.zeros_like(carry),
-                seed,
-                results[0],
-                taken,
-                results[1],
-                signed,
-                bias_grad,
-            )
+
+            def run(config: RowConfig) -> None:
+                operands = (full, x, g, 0.0, seed, results[0], taken, results[1])
+                add_up(None, _update(*operands, signed, bias_grad, config))
+
+            return run
 
         config = tuner.choose(problem, x.device, make_benchmark_call, RowConfig)
-    sums = _partial_sums(g, config) if bias_grad else None
+    sums = room_for_column_sums(g, config) if bias_grad else None
     launch.launch(
         accumulate_kernel,
         (triton.cdiv(rows, config.block_m),),
         mx_ptr=mx, mg_ptr=mg, x_ptr=x, g_ptr=g, filled_ptr=filled.view(torch.int8),
         taken_ptr=None if taken is None else taken.view(torch.int8),
-        carry_ptr=carry, seed_ptr=seed, scores_ptr=scores, sums_ptr=sums, lost_ptr=lost,
+        carry=carry, seed=seed, scores_ptr=scores, sums_ptr=None if sums is None else sums.lines,
+        lost_ptr=lost,
         M=rows, N=n, P=p, mx_row=mx.stride(0), mg_row=mg.stride(0),
         x_row=x.stride(0), x_col=x.stride(1), g_row=g.stride(0), g_col=g.stride(1),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c,
         SIGNED=signed, SUMS=bias_grad, SCORED=taken is None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return _sum_parts(sums, g)
+    return sums
 
 
 def _zeros_as(m: Tensor) -> Tensor:
@@ -322,10 +323,8 @@ def _zeros_as(m: Tensor) -> Tensor:
     return torch.empty_strided(m.shape, m.stride(), dtype=m.dtype, device=m.device).zero_()
 
 
-def _partial_sums(g: Tensor, config: RowConfig) -> Tensor:
+def room_for_column_sums(g: Tensor, config: RowConfig) -> ColumnSums:
+    """Room for the column sums of `g`, a line of them for each program of a pass over rows."""
     programs = triton.cdiv(g.shape[0], config.block_m)
-    return torch.empty((programs, g.shape[1]), dtype=torch.float32, device=g.device)
-
-
-def _sum_parts(sums: Tensor | None, g: Tensor) -> Tensor | None:
-    return None if sums is None else sums.sum(0).to(g.dtype)
+    lines = torch.empty((programs, g.shape[1]), dtype=torch.float32, device=g.device)
+    return ColumnSums(lines, torch.empty(g.shape[1], dtype=g.dtype, device=g.device))

@@ -29,7 +29,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch
+from memaop_triton.kernels.gpu.row_weights import (
+    RowWeights,
+    dtype_of_factors,
+    empty_scaled,
+    store_scaled,
+)
 from memaop_triton.kernels.gpu.select_shared import chunk_of, select_by_several
 from memaop_triton.kernels.gpu.selection_keys import (
     draw_chunk,
@@ -59,16 +66,16 @@ def _ranked_key(keys, wanted):
     return threshold
 
 
-@triton.jit(do_not_specialize=["M", "units", "K", "same"])
+@triton.jit(do_not_specialize=["M", "units", "K", "same", "seed"])
 def select_kernel(
-    scores_ptr, keys_ptr, slope_ptr, indices_ptr, weights_ptr, seed_ptr, M, units, K, same,
+    scores_ptr, keys_ptr, slope_ptr, indices_ptr, weights_ptr, factors_ptr, scale_ptr, filled_ptr,
+    taken_ptr, seed, M, units, K, same,
     POLICY: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """All of it in one program, which holds nothing but the keys while it looks for τ."""
     slope = 1.0
     if POLICY == "bernoulli":
         slope = tl.load(slope_ptr)
-    seed = tl.load(seed_ptr)
     chunk = tl.arange(0, CHUNK)
     for first in range(0, units, CHUNK):
         draw_chunk(scores_ptr, keys_ptr, seed, first, slope, units, M, POLICY, BLOCK_ROWS, CHUNK)
@@ -88,9 +95,15 @@ def select_kernel(
         score = unit_scores(scores_ptr, first + chunk, inside, M, BLOCK_ROWS)
         place, taken, more_above, more_equal = places_of(keys, threshold, above, equal, quota)
         weight = weights_of(score, keys, bound, slope, surplus, same, POLICY)
-        store_units(first + chunk, place, taken, weight, indices_ptr, weights_ptr, BLOCK_ROWS)
+        store_units(
+            first + chunk, inside, place, taken, weight, M, indices_ptr, weights_ptr,
+            factors_ptr if scale_ptr is None else None, filled_ptr, taken_ptr, BLOCK_ROWS,
+        )  # fmt: skip
         above += more_above
         equal += more_equal
+    if scale_ptr is not None:
+        tl.debug_barrier()
+        store_scaled(weights_ptr, factors_ptr, scale_ptr, K * BLOCK_ROWS, CHUNK)
 
 
 @triton.jit(do_not_specialize=["M", "units", "K"])
@@ -122,27 +135,48 @@ def slope_kernel(
 
 
 class Selected(NamedTuple):
-    """Row numbers in ascending order, int64, and their weights, float32; both of shape [K]."""
+    """Row numbers in ascending order, int64, and their weights, float32; both of shape [K].
+
+    `factors` are the weights as `gather_gemm` takes them, `None` unless they were asked for.
+    """
 
     indices: Tensor
     weights: Tensor
+    factors: RowWeights | None
 
 
-def select(scores: Tensor, k: int, policy: str, seed: Tensor, *, block_rows: int = 1) -> Selected:
+def select(
+    scores: Tensor | None,
+    k: int,
+    policy: str,
+    seed: int | Tensor,
+    *,
+    block_rows: int = 1,
+    dtype: torch.dtype | None = None,
+    filled: Tensor | None = None,
+    taken: Tensor | None = None,
+) -> Selected:
     """Pick units by the scores of their rows.
 
     Args:
         scores: [M] float32, not negative, contiguous. What is not finite comes before all else.
+            `None` if all rows are alike, as many as `taken` has.
         k: Units to pick (`bernoulli`: to expect), from 1 to less than ⌈M/block_rows⌉, all of them.
         policy: One of `POLICIES`.
-        seed: Of the draws, int64 [1] on the device of the scores.
+        seed: Of the draws, from 0 to 2⁶³ − 1, or int64 [1] on the device.
         block_rows: Neighbouring rows in a unit, a power of two.
+        dtype: Of the rows that the weights' factors are for; none are made if `None`.
+        filled: [M] bool, set to false for the rows selected.
+        taken: [M] bool, set to whether a row was selected.
 
     Returns:
         The rows of `k` units, of `bernoulli` those of some more units, of which the ones that were
         not drawn have weight 0. A last block that M cuts short names rows from M on.
     """
-    rows, device = scores.numel(), scores.device
+    like = taken if scores is None else scores
+    if like is None:
+        raise ValueError("either scores or taken must say how many rows there are.")
+    rows, device = like.numel(), like.device
     units = triton.cdiv(rows, block_rows)
     of_units: dict[str, Any] = {
         "scores_ptr": scores, "M": rows, "units": units, "BLOCK_ROWS": block_rows,
@@ -153,19 +187,32 @@ def select(scores: Tensor, k: int, policy: str, seed: Tensor, *, block_rows: int
         slope = torch.empty(1, dtype=torch.float32, device=device)
         launch.launch(slope_kernel, (1,), slope_ptr=slope, K=k, num_warps=WARPS, **of_units)
         k = min(units, k + 6 * math.isqrt(k) + 6)
-    chosen = Selected(
-        torch.empty(k * block_rows, dtype=torch.int64, device=device),
-        torch.empty(k * block_rows, dtype=torch.float32, device=device),
-    )
+    indices = torch.empty(k * block_rows, dtype=torch.int64, device=device)
+    weights = torch.empty(k * block_rows, dtype=torch.float32, device=device)
+    factors = None if dtype is None else _room_for_factors(weights, dtype)
+    # Of float32 rows the factors are the weights themselves.
+    stored = None if factors is None or factors.factors is weights else factors.factors
     keys = torch.empty(units, dtype=torch.int32, device=device)
     draw: dict[str, Any] = {"keys_ptr": keys, "slope_ptr": slope, "POLICY": policy, **of_units}
     out: dict[str, Any] = {
-        "indices_ptr": chosen.indices, "weights_ptr": chosen.weights, "K": k,
-        "same": units / k if policy == "uniform" else 1.0,
+        "indices_ptr": indices, "weights_ptr": weights,
+        "factors_ptr": stored, "scale_ptr": None if factors is None else factors.scale,
+        "filled_ptr": None if filled is None else filled.view(torch.int8),
+        "taken_ptr": None if taken is None else taken.view(torch.int8),
+        "K": k, "same": units / k if policy == "uniform" else 1.0,
     }  # fmt: skip
     if units <= ONE_PROGRAM:
         held = triton.next_power_of_2(units)
-        launch.launch(select_kernel, (1,), seed_ptr=seed, HELD=held, num_warps=WARPS, **draw, **out)
+        launch.launch(select_kernel, (1,), seed=seed, HELD=held, num_warps=WARPS, **draw, **out)
     else:
         select_by_several(draw, out, seed)
-    return chosen
+    return Selected(indices, weights, factors)
+
+
+def _room_for_factors(weights: Tensor, dtype: torch.dtype) -> RowWeights:
+    if dtype == torch.float16:
+        return empty_scaled(weights)
+    goal = dtype_of_factors(targets.current(weights.device), dtype)
+    return RowWeights(
+        weights if goal == weights.dtype else torch.empty_like(weights, dtype=goal), None
+    )

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memaop_triton.kernels.gpu import launch
+from memaop_triton.kernels.gpu.row_weights import RowWeights, store_float16
 from memaop_triton.kernels.gpu.selection_keys import (
     count_digits,
     descend,
@@ -51,16 +52,15 @@ def _known_digits(counts_ptr, state_ptr, programs, units, K, DIGIT: tl.constexpr
     return descend(counts, prefix, wanted)
 
 
-@triton.jit(do_not_specialize=["M", "units"])
+@triton.jit(do_not_specialize=["M", "units", "seed"])
 def draw_kernel(
-    scores_ptr, keys_ptr, slope_ptr, counts_ptr, drawn_ptr, seed_ptr, M, units,
+    scores_ptr, keys_ptr, slope_ptr, counts_ptr, drawn_ptr, seed, M, units,
     POLICY: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """Keys of the program's units, and the counts of their first digit."""
     slope = 1.0
     if POLICY == "bernoulli":
         slope = tl.load(slope_ptr)
-    seed = tl.load(seed_ptr)
     program = tl.program_id(0)
     counts = tl.zeros((256,), tl.int32)
     drawn = 0
@@ -119,8 +119,8 @@ def count_kernel(
 
 @triton.jit(do_not_specialize=["M", "programs", "units", "K", "same"])
 def compact_kernel(
-    scores_ptr, keys_ptr, slope_ptr, indices_ptr, weights_ptr, state_ptr, totals_ptr, drawn_ptr,
-    M, programs, units, K, same,
+    scores_ptr, keys_ptr, slope_ptr, indices_ptr, weights_ptr, factors_ptr, filled_ptr, taken_ptr,
+    state_ptr, totals_ptr, drawn_ptr, M, programs, units, K, same,
     POLICY: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, SHARE: tl.constexpr,
     MOST_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
@@ -144,14 +144,20 @@ def compact_kernel(
         score = unit_scores(scores_ptr, each, inside, M, BLOCK_ROWS)
         place, taken, more_above, more_equal = places_of(keys, prefix, above, equal, quota)
         weight = weights_of(score, keys, threshold, slope, surplus, same, POLICY)
-        store_units(each, place, taken, weight, indices_ptr, weights_ptr, BLOCK_ROWS)
+        store_units(
+            each, inside, place, taken, weight, M, indices_ptr, weights_ptr, factors_ptr,
+            filled_ptr, taken_ptr, BLOCK_ROWS,
+        )  # fmt: skip
         above += more_above
         equal += more_equal
 
 
-def select_by_several(draw: dict[str, Any], out: dict[str, Any], seed: Tensor) -> None:
-    """The six launches for many units."""
-    units, device = draw["units"], seed.device
+def select_by_several(draw: dict[str, Any], out: dict[str, Any], seed: int | Tensor) -> None:
+    """The six launches for many units, and a seventh for float16 factors."""
+    units, device = draw["units"], draw["keys_ptr"].device
+    scale, factors = out.pop("scale_ptr"), out["factors_ptr"]
+    if scale is not None:
+        out["factors_ptr"] = None
     programs = triton.cdiv(units, SHARE)
     grid, several = (programs,), {"SHARE": SHARE, "num_warps": 8}
     counts = torch.empty((4, programs, 256), dtype=torch.int32, device=device)
@@ -159,7 +165,7 @@ def select_by_several(draw: dict[str, Any], out: dict[str, Any], seed: Tensor) -
     totals = torch.empty((2, programs), dtype=torch.int32, device=device)
     drawn = torch.empty(programs, dtype=torch.int32, device=device)
     launch.launch(
-        draw_kernel, grid, counts_ptr=counts, drawn_ptr=drawn, seed_ptr=seed, **draw, **several
+        draw_kernel, grid, counts_ptr=counts, drawn_ptr=drawn, seed=seed, **draw, **several
     )
     search: dict[str, Any] = {
         "keys_ptr": draw["keys_ptr"], "counts_ptr": counts, "state_ptr": state,
@@ -173,10 +179,15 @@ def select_by_several(draw: dict[str, Any], out: dict[str, Any], seed: Tensor) -
         programs=programs, MOST_PROGRAMS=triton.next_power_of_2(programs),
         **draw, **out, **several,
     )  # fmt: skip
+    if scale is not None:
+        store_float16(RowWeights(factors, scale), out["weights_ptr"])
 
 
 def chunk_of(units: int, block_rows: int, policy: str) -> int:
-    """Units that a program holds at a time: for `bernoulli` half as many, or registers spill."""
+    """Units that a program holds at a time; what compiles without spills.
+
+    For `bernoulli` half as many as for others, and 64 at least, whatever there are.
+    """
     most = CHUNK // 2 if policy == "bernoulli" else CHUNK
     enough: int = triton.next_power_of_2(units)
-    return max(16, min(most // min(block_rows, 16), enough))
+    return max(64, min(most // min(block_rows, 16), enough))

@@ -8,13 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from memaop_triton.kernels.gpu.primitives import value_of
+
 _INFINITE = tl.constexpr(0x7F800000)  # the bits of +Inf
 
 
 @triton.jit
 def unit_scores(scores_ptr, units, inside, M, BLOCK_ROWS: tl.constexpr):
-    """Sums of the scores of each unit's rows; +Inf for what is not finite."""
-    if BLOCK_ROWS == 1:
+    """Sums of the scores of each unit's rows; +Inf for what is not finite. All 1 without scores."""
+    if scores_ptr is None:
+        score = tl.full(units.shape, 1.0, tl.float32)
+    elif BLOCK_ROWS == 1:
         score = tl.load(scores_ptr + units, mask=inside, other=0)
     else:
         rows = units[:, None] * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :]
@@ -25,7 +29,7 @@ def unit_scores(scores_ptr, units, inside, M, BLOCK_ROWS: tl.constexpr):
 @triton.jit
 def random_words(seed, first, CHUNK: tl.constexpr):
     """A random word of 32 bits for each of CHUNK units from `first` on, a multiple of 4."""
-    a, b, c, d = tl.randint4x(seed, first // 4 + tl.arange(0, CHUNK // 4))
+    a, b, c, d = tl.randint4x(value_of(seed), first // 4 + tl.arange(0, CHUNK // 4))
     return tl.interleave(tl.interleave(a, c), tl.interleave(b, d)).to(tl.uint32, bitcast=True)
 
 
@@ -107,19 +111,31 @@ def places_of(keys, threshold, above, equal, quota):
 
 @triton.jit
 def store_units(
-    units, place, taken, weight, indices_ptr, weights_ptr, BLOCK_ROWS: tl.constexpr
+    units, inside, place, taken, weight, M, indices_ptr, weights_ptr, factors_ptr, filled_ptr,
+    taken_ptr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The rows of each unit that is taken, and its weight for each of them."""
+    """The rows of each unit that is taken, its weight for each of them, and the rows' flags."""
     if BLOCK_ROWS == 1:
-        tl.store(indices_ptr + place, units.to(tl.int64), mask=taken)
-        tl.store(weights_ptr + place, weight, mask=taken)
+        rows = units
+        places = place
+        row_taken = taken
+        exists = inside
+        weights = weight
     else:
         row = tl.arange(0, BLOCK_ROWS)[None, :]
-        places = place[:, None] * BLOCK_ROWS + row
         rows = units[:, None] * BLOCK_ROWS + row
-        both = taken[:, None] & (row >= 0)
-        tl.store(indices_ptr + places, rows.to(tl.int64), mask=both)
-        tl.store(weights_ptr + places, tl.broadcast_to(weight[:, None], rows.shape), mask=both)
+        places = place[:, None] * BLOCK_ROWS + row
+        row_taken = taken[:, None] & (row >= 0)
+        exists = inside[:, None] & (rows < M)
+        weights = tl.broadcast_to(weight[:, None], rows.shape)
+    tl.store(indices_ptr + places, rows.to(tl.int64), mask=row_taken)
+    tl.store(weights_ptr + places, weights, mask=row_taken)
+    if factors_ptr is not None:
+        tl.store(factors_ptr + places, weights.to(factors_ptr.dtype.element_ty), mask=row_taken)
+    if filled_ptr is not None:
+        tl.store(filled_ptr + rows, tl.zeros(rows.shape, tl.int8), mask=row_taken & exists)
+    if taken_ptr is not None:
+        tl.store(taken_ptr + rows, row_taken.to(tl.int8), mask=exists)
 
 
 @triton.jit

@@ -24,8 +24,11 @@ from torch import Tensor
 
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch
-from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
-from memaop_triton.kernels.gpu.primitives import is_aligned, precision, row_offsets, sum_parts
+from memaop_triton.kernels.gpu.gather_gemm import gather_parts
+from memaop_triton.kernels.gpu.primitives import is_aligned, precision, row_offsets
+from memaop_triton.kernels.gpu.row_weights import RowWeights
+from memaop_triton.kernels.gpu.score import room_for_column_sums, store_column_sums
+from memaop_triton.kernels.gpu.sums import ColumnSums, Product, add_up
 from memaop_triton.kernels.tuning import tuner
 from memaop_triton.kernels.tuning.config import (
     GemmConfig,
@@ -39,13 +42,17 @@ from memaop_triton.kernels.tuning.config import (
 
 @triton.jit(do_not_specialize=["M"])
 def project_kernel(
-    x_ptr, q_ptr, z_ptr, rest_ptr, M, N, rank, scale, epsilon, x_row, x_col,
+    x_ptr, q_ptr, z_ptr, rest_ptr, sums_ptr, M, N, rank, scale, epsilon, x_row, x_col,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """z[m] = x[m] Q / scale and rest[m] = ‖x_m − scale·z_m Qᵀ‖, for BLOCK_M rows."""
+    """z[m] = x[m] Q / scale and rest[m] = ‖x_m − scale·z_m Qᵀ‖, for BLOCK_M rows.
+
+    With SUMS also the column sums of these rows.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Rows beyond the last are loaded from the last one, which takes no masks, and not stored.
+    row_ok = rows < M
     start = x_ptr + tl.minimum(rows, M - 1).to(tl.int64) * x_row
     r = tl.arange(0, RANK)
     z = tl.zeros((BLOCK_M, RANK), tl.float32)
@@ -60,8 +67,10 @@ def project_kernel(
         z = tl.dot(x, q, z, input_precision=PRECISION)
         value = x.to(tl.float32)
         squares += tl.sum(value * value, axis=1)
+        if SUMS:
+            own = tl.where(row_ok[:, None], value, 0)
+            store_column_sums(own, sums_ptr, columns, columns < N, N)
     stored = (z / scale).to(z_ptr.dtype.element_ty)
-    row_ok = rows < M
     z_places = z_ptr + row_offsets(rows, rank, WIDE)[:, None] + r[None, :]
     tl.store(z_places, stored, mask=row_ok[:, None] & (r < rank)[None, :])
     inside = scale * stored.to(tl.float32)
@@ -135,50 +144,74 @@ class ProjectedGradient(NamedTuple):
     Attributes:
         parts: Shares of Gᵀ Z, [S, P, q] float32.
         scores: Scores of all rows, [M] float32.
-        sums: Column sums of G, [P] in its dtype, or `None`.
+        sums: Column sums of G in its dtype, or `None`.
     """
 
     parts: Tensor
     scores: Tensor
-    sums: Tensor | None
+    sums: ColumnSums | None
+
+
+class ProjectedRows(NamedTuple):
+    """What one pass over X leaves.
+
+    Attributes:
+        z: X Q / scale, [M, q] in the dtype of X.
+        rest: Norms of what Q leaves of each row, [M] float32.
+        sums: Column sums of X in its dtype, or `None`.
+    """
+
+    z: Tensor
+    rest: Tensor
+    sums: ColumnSums | None
 
 
 def project(
-    x: Tensor, basis: Tensor, scale: float, *, config: RowConfig | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    basis: Tensor,
+    scale: float,
+    *,
+    column_sums: bool = False,
+    config: RowConfig | None = None,
+) -> ProjectedRows:
     """Z = X Q / scale and the norms of what Q leaves of each row, in one pass over X.
 
     Args:
         x: [M, N], float16, bfloat16 or float32, any strides.
         basis: Q, [N, q] in the dtype of `x`, contiguous, q ≤ 64, orthonormal to rounding.
         scale: s, a power of two.
+        column_sums: Also sum the columns of X.
         config: Tile; chosen by `tuner` if `None`.
 
     Returns:
-        [M, q] in the dtype of `x`, and [M] float32. A norm below its rounding error is set
-        to the size of that error.
+        Z, norms and sums. A norm below its rounding error is set to the size of that error.
     """
     (rows, columns), rank = x.shape, basis.shape[1]
     input_precision = precision(targets.current(x.device), x.dtype)
     if config is None:
-        problem = _problem("project", x, rank, norms=False, sums=False)
-        config = tuner.choose(
-            problem, x.device, lambda: partial(project, x, basis, scale), RowConfig
-        )
+        problem = _problem("project", x, rank, norms=False, sums=column_sums)
+
+        def run(config: RowConfig) -> None:
+            found = project(x, basis, scale, column_sums=column_sums, config=config)
+            add_up(None, found.sums)
+
+        config = tuner.choose(problem, x.device, lambda: run, RowConfig)
     z = torch.empty((rows, rank), dtype=x.dtype, device=x.device)
     rest = torch.empty(rows, dtype=torch.float32, device=x.device)
+    sums = room_for_column_sums(x, config) if column_sums else None
     launch.launch(
         project_kernel,
         (triton.cdiv(rows, config.block_m),),
         x_ptr=x, q_ptr=basis, z_ptr=z, rest_ptr=rest,
+        sums_ptr=None if sums is None else sums.lines,
         M=rows, N=columns, rank=rank, scale=scale, epsilon=_epsilon(x.dtype, input_precision),
         x_row=x.stride(0), x_col=x.stride(1),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, RANK=padded_rank(rank),
         EVEN=columns % config.block_c == 0, WIDE=max(rows, columns) * rank >= 1 << 31,
-        PRECISION=input_precision,
+        SUMS=column_sums, PRECISION=input_precision,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return z, rest
+    return ProjectedRows(z, rest, sums)
 
 
 def _epsilon(dtype: torch.dtype, input_precision: str) -> float:
@@ -261,8 +294,9 @@ def project_gradient(
         problem = _problem("transposed_mm", g, z.shape[1], norms=True, sums=bias_grad)
 
         def run(config: RowConfig) -> None:
-            # With the sum of its parts, which is taken later on.
-            _sum(project_gradient(g, z, rest, bias_grad=bias_grad, config=config).parts)
+            # With the sums of its parts, which are taken later on.
+            left = project_gradient(g, z, rest, bias_grad=bias_grad, config=config)
+            add_up(Product(left.parts, torch.empty_like(left.parts[0])), left.sums)
 
         config = tuner.choose(problem, g.device, lambda: run, RowConfig)
     left = _transposed(g, z, True, bias_grad, config)
@@ -276,8 +310,10 @@ def project_gradient(
         BLOCK=256,
         num_warps=4, num_stages=1,
     )  # fmt: skip
-    db = None if left.sums is None else left.sums.sum(0).to(g.dtype)
-    return ProjectedGradient(left.parts, scores, db)
+    sums = None
+    if left.sums is not None:
+        sums = ColumnSums(left.sums, torch.empty(g.shape[1], dtype=g.dtype, device=g.device))
+    return ProjectedGradient(left.parts, scores, sums)
 
 
 def transposed_mm(z: Tensor, a: Tensor, *, config: RowConfig | None = None) -> Tensor:
@@ -285,11 +321,10 @@ def transposed_mm(z: Tensor, a: Tensor, *, config: RowConfig | None = None) -> T
     if config is None:
         problem = _problem("transposed_mm", a, z.shape[1], norms=False, sums=False)
         config = tuner.choose(problem, a.device, lambda: partial(transposed_mm, z, a), RowConfig)
-    return _sum(_transposed(a, z, False, False, config).parts)
-
-
-def _sum(parts: Tensor) -> Tensor:
-    return sum_parts(parts, torch.empty_like(parts[0]))
+    parts = _transposed(a, z, False, False, config).parts
+    out = torch.empty_like(parts[0])
+    add_up(Product(parts, out))
+    return out
 
 
 def correction(
@@ -297,22 +332,23 @@ def correction(
     z: Tensor,
     g: Tensor,
     indices: Tensor,
-    weights: Tensor | None,
+    weights: Tensor | RowWeights | None,
     *,
     block_rows: int = 1,
     is_padded: bool = False,
     config: GemmConfig | None = None,
 ) -> Tensor:
     """C = Gᵀ Z − Σ_k w_k g[i_k]ᵀ z[i_k], [P, q] float32, from the parts of Gᵀ Z."""
-    drawn = torch.empty((1, *parts.shape[1:]), dtype=torch.float32, device=g.device)
-    gather_gemm(
+    c = torch.empty_like(parts[0])
+    drawn = gather_parts(
         z,
         g,
         indices,
         weights,
         block_rows=block_rows,
         is_padded=is_padded,
-        out=drawn[0],
+        out=torch.empty_like(c),
         config=config,
     )
-    return sum_parts(parts, torch.empty_like(drawn[0]), minus=drawn)
+    add_up(Product(parts, c, drawn.view(-1, *c.shape)))
+    return c

@@ -41,13 +41,13 @@ SHIPPED = Path(__file__).parents[1] / "configs"
 _PROGRAMS = Path(__file__).parents[1] / "gpu"
 
 # Every kernel, and the files whose text decides what its programs do.
-_COMMON = ("primitives.py", "launch.py")
+_COMMON = ("primitives.py", "launch.py", "sums.py")
 SOURCES = {
     "row_scores": ("score.py", *_COMMON),
     "accumulate_and_score": ("score.py", *_COMMON),
-    "project": ("subspace.py", *_COMMON),
-    "transposed_mm": ("subspace.py", *_COMMON),
-    "gather_gemm": ("gather_gemm.py", *_COMMON),
+    "project": ("subspace.py", "score.py", "row_weights.py", *_COMMON),
+    "transposed_mm": ("subspace.py", "score.py", "row_weights.py", *_COMMON),
+    "gather_gemm": ("gather_gemm.py", "row_weights.py", *_COMMON),
     "residual_gemm": ("residual_gemm.py", "score.py", *_COMMON),
 }
 

@@ -146,8 +146,12 @@ class Operands(NamedTuple):
         look at the draws. Without it they are named, from M on, and a kernel selects if there is
         one.
         """
-        choose = select if cut_short else dispatch.select_on_device
-        selection = choose(scores, self.config, self.k, self.generator)
+        if cut_short:
+            selection = select(scores, self.config, self.k, self.generator)
+        else:
+            selection = dispatch.select_on_device(
+                scores, self.config, self.k, self.generator
+            ).selection
         # How much a cut leaves depends on the draws, which differ until they are shared.
         if self.shards is not None:
             selection = self.shards.broadcast_selection(selection)

@@ -8,17 +8,20 @@ skip.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from memaop_triton import dispatch
 from memaop_triton.backward.step import Gradients, Operands, ProjectedRows, rows_and_weights
 from memaop_triton.config import MemAOPConfig
+from memaop_triton.draws import draw_seed
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale
 from memaop_triton.kernels.gpu import residual_gemm, score, subspace
-from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.gather_gemm import Correction, gather_gemm
+from memaop_triton.kernels.gpu.row_weights import RowWeights
 from memaop_triton.memory.kinds import ResidualMemory, SubspaceMemory
 from memaop_triton.selection import Selection
 
@@ -28,17 +31,64 @@ def without_memory(operands: Operands, selection: Selection | None) -> Gradients
     x, g, config = operands.x, operands.g, operands.config
     scores = None
     if selection is None:
-        scores, db = score.row_scores(x, g, bias_grad=operands.bias_grad)
-        selection = operands.select(operands.scores_of_whole_rows(scores), cut_short=False)
+        scores, sums = score.row_scores(x, g, bias_grad=operands.bias_grad)
+        chosen = _select(operands, scores)
     else:
-        db = operands.sum_rows()
-    indices, weights = rows_and_weights(selection, config, drop=False)
-    operands.collect_factors(x, g, selection)
+        sums = None
+        chosen = _given(operands, selection)
+    operands.collect_factors(x, g, chosen.selection)
     dw = gather_gemm(
-        x, g, indices, weights, block_rows=config.block_rows, is_padded=_is_padded(config)
+        x,
+        g,
+        chosen.selection.indices,
+        chosen.weights,
+        block_rows=config.block_rows,
+        is_padded=_is_padded(config),
+        sums=sums,
     )
-    operands.observe(selection, dw, scores)
-    return Gradients(dw, db)
+    operands.observe(chosen.selection, dw, scores)
+    return Gradients(dw, operands.sum_rows() if sums is None else sums.out)
+
+
+class _Chosen(NamedTuple):
+    """Rows, and their weights as `gather_gemm` takes them."""
+
+    selection: Selection
+    weights: Tensor | RowWeights | None
+
+
+def _select(
+    operands: Operands,
+    scores: Tensor | None,
+    *,
+    filled: Tensor | None = None,
+    taken: Tensor | None = None,
+) -> _Chosen:
+    """Select rows by the scores of the columns that are here, and set flags of a row memory.
+
+    The arguments are those of `dispatch.select_on_device`.
+    """
+    if scores is not None and operands.shards is not None:
+        selection = operands.select(operands.scores_of_whole_rows(scores), cut_short=False)
+        dispatch.mark(selection, filled, taken)
+        return _given(operands, selection)
+    selection, factors = dispatch.select_on_device(
+        scores,
+        operands.config,
+        operands.k,
+        operands.generator,
+        dtype=operands.x.dtype,
+        filled=filled,
+        taken=taken,
+    )
+    if factors is None:
+        return _given(operands, selection)
+    return _Chosen(selection, RowWeights(*factors))
+
+
+def _given(operands: Operands, selection: Selection) -> _Chosen:
+    _, weights = rows_and_weights(selection, operands.config, drop=False)
+    return _Chosen(selection, weights)
 
 
 def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
@@ -53,13 +103,10 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     memory.follow_loss_scale()
     factor = memory.take_carry()
     memory.carry_slots_after(x.shape[0], factor)
+    carry = factor
     if isinstance(factor, Tensor):
         carry = factor.to(x.device, torch.float32).reshape(1)
-    else:
-        carry = torch.full((1,), factor, dtype=torch.float32, device=x.device)
-    # A draw like any other: a run resumed with the generator's state repeats it.
-    seed = torch.randint(1 << 62, (1,), device=x.device, generator=operands.generator)
-    update = _Update(slots, carry, seed, memory.signed)
+    update = _Update(slots, carry, draw_seed(x.device, operands.generator), memory.signed)
     if config.selection == "randk" and operands.factors is None:
         return _with_unscored_rows(operands, update)
     return _with_scored_rows(operands, update)
@@ -70,14 +117,14 @@ class _Update(NamedTuple):
 
     Attributes:
         slots: mX, mG and the flags of the filled slots.
-        carry: c, float32 [1].
-        seed: Of σ and of the rounding, int64 [1].
+        carry: c, or float32 [1] on the device.
+        seed: Of σ and of the rounding, or int64 [1] on the device.
         signed: Whether σ is drawn.
     """
 
     slots: tuple[Tensor, Tensor, Tensor]
-    carry: Tensor
-    seed: Tensor
+    carry: float | Tensor
+    seed: int | Tensor
     signed: bool
 
 
@@ -85,7 +132,7 @@ def _with_scored_rows(operands: Operands, update: _Update) -> Gradients:
     """Update every slot, select by the norms of what is stored, multiply what is stored."""
     x, g, config = operands.x, operands.g, operands.config
     mx, mg, filled = update.slots
-    scores, db = score.accumulate_and_score(
+    scores, sums = score.accumulate_and_score(
         update.slots,
         x,
         g,
@@ -94,19 +141,19 @@ def _with_scored_rows(operands: Operands, update: _Update) -> Gradients:
         signed=update.signed,
         bias_grad=operands.bias_grad,
     )
-    selection = operands.select(operands.scores_of_whole_rows(scores), cut_short=False)
+    selection = _select(operands, scores, filled=filled).selection
     dw = gather_gemm(
         mx,
         mg,
         selection.indices,
         block_rows=config.block_rows,
         out=torch.empty((g.shape[1], x.shape[1]), dtype=x.dtype, device=x.device),
+        sums=sums,
         input_precision=_precision(x, mx),
     )
-    filled.index_fill_(0, _existing(selection, x.shape[0]), False)
     operands.collect_factors(mx, mg, selection)
     operands.observe(selection, dw, scores)
-    return Gradients(dw, db)
+    return Gradients(dw, None if sums is None else sums.out)
 
 
 def _with_unscored_rows(operands: Operands, update: _Update) -> Gradients:
@@ -114,12 +161,10 @@ def _with_unscored_rows(operands: Operands, update: _Update) -> Gradients:
     x, g, config = operands.x, operands.g, operands.config
     rows = x.shape[0]
     mx, mg, filled = update.slots
-    unscored = torch.zeros(rows, dtype=torch.float32, device=x.device)
-    selection = operands.select(unscored, cut_short=False)
-    existing = _existing(selection, rows)
-    taken = torch.zeros(rows, dtype=torch.bool, device=x.device).index_fill_(0, existing, True)
+    taken = torch.empty(rows, dtype=torch.bool, device=x.device)
+    selection = _select(operands, None, taken=taken).selection
     lost = torch.zeros(1, dtype=torch.float32, device=x.device)
-    db = score.accumulate_rest(
+    sums = score.accumulate_rest(
         update.slots,
         x,
         g,
@@ -141,18 +186,13 @@ def _with_unscored_rows(operands: Operands, update: _Update) -> Gradients:
         signed=update.signed,
         block_rows=config.block_rows,
     )
-    filled.index_fill_(0, existing, False)
+    dispatch.mark(selection, filled, None)
     scores = None
     if operands.is_observed:
         # The sums of selected rows are not stored, so their scores are those of the batch's rows.
         scores = torch.where(taken, score.row_scores(x, g)[0], score.row_scores(mx, mg)[0])
     operands.observe(selection, dw, scores)
-    return Gradients(dw, db)
-
-
-def _existing(selection: Selection, rows: int) -> Tensor:
-    """The selected row numbers, the last row's for those that a cut block has beyond it."""
-    return selection.indices.clamp(max=rows - 1)
+    return Gradients(dw, None if sums is None else sums.total())
 
 
 def with_subspace(
@@ -160,43 +200,32 @@ def with_subspace(
 ) -> Gradients:
     """Project X, project G, select, correct, multiply: 1 + 3K/2M passes at most.
 
-    With a basis of the gradients' side the two are exchanged, and db takes a pass of its own.
+    With a basis of the gradients' side the two are exchanged.
     """
     x, g, config = operands.x, operands.g, operands.config
     a, b = (x, g) if memory.side == "input" else (g, x)
     basis = memory.basis_of(a).contiguous()
     scale = basis_scale(a.shape[1])
-    z, rest = subspace.project(a, basis, scale)
-    parts, scores, db = subspace.project_gradient(
-        b, z, rest, bias_grad=operands.bias_grad and b is g
-    )
-    if selection is None:
-        selection = operands.select(operands.scores_of_whole_rows(scores), cut_short=False)
-    indices, weights = rows_and_weights(selection, config, drop=False)
+    wants_sums = operands.bias_grad
+    z, rest, a_sums = subspace.project(a, basis, scale, column_sums=wants_sums and a is g)
+    parts, scores, b_sums = subspace.project_gradient(b, z, rest, bias_grad=wants_sums and b is g)
+    sums = a_sums or b_sums
+    chosen = _select(operands, scores) if selection is None else _given(operands, selection)
+    selection, weights = chosen
     if operands.factors is not None:
         zb = subspace.transposed_mm(z, b).t()
         projection = Projection(basis * scale, z, zb)
         operands.collect_factors(a, b, selection, projection, exchanged=a is g)
-    c = subspace.correction(
-        parts, z, b, indices, weights, block_rows=config.block_rows, is_padded=_is_padded(config)
-    )
-    dw = gather_gemm(
-        a,
-        b,
-        indices,
-        weights,
-        block_rows=config.block_rows,
-        is_padded=_is_padded(config),
-        correction=(c, basis * scale),
-    )
+    rows: dict[str, Any] = {"block_rows": config.block_rows, "is_padded": _is_padded(config)}
+    c = subspace.correction(parts, z, b, selection.indices, weights, **rows)
+    correction = Correction(c, basis, scale, is_of_g=a is g)
+    dw = gather_gemm(x, g, selection.indices, weights, correction=correction, sums=sums, **rows)
     projected = None
     if operands.is_observed:
         projected = ProjectedRows(rest, z, parts.sum(0), a.shape[1])
     operands.observe(selection, dw, scores, projected)
     memory.end_step(a, z)
-    if a is g:
-        return Gradients(dw.t().contiguous(), operands.sum_rows())
-    return Gradients(dw, db)
+    return Gradients(dw, None if sums is None else sums.out)
 
 
 def _precision(x: Tensor, stored: Tensor) -> str | None:

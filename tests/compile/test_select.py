@@ -16,13 +16,21 @@ from memaop_triton.kernels.targets import TARGETS
 )
 @pytest.mark.parametrize("target", REPORTED)
 def test_nothing_spills(target, rows, block_rows):
-    scores, seed = torch.empty(rows), torch.empty(1, dtype=torch.int64)
+    scores, filled = torch.empty(rows), torch.empty(rows, dtype=torch.bool)
+    # As in a captured graph, and out of it.
+    calls = [
+        {"dtype": torch.bfloat16, "seed": 1 << 62},
+        {"dtype": torch.float16, "seed": torch.empty(1, dtype=torch.int64)},
+    ]
     k = rows // block_rows // 8
     launches = [
         launch
         for policy in select.POLICIES
+        for call in calls
         for launch in compile_call(
-            lambda policy=policy: select.select(scores, k, policy, seed, block_rows=block_rows),
+            lambda policy=policy, call=call: select.select(
+                scores, k, policy, block_rows=block_rows, filled=filled, taken=filled, **call
+            ),
             TARGETS[target],
         )
     ]

@@ -7,7 +7,7 @@ import torch
 
 from memaop_triton.bench.suites.plain_gemm import plain_gemm
 from memaop_triton.kernels.gpu import launch
-from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.gather_gemm import Correction, gather_gemm
 from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
 from tests.judging import (
     LAYOUTS,
@@ -68,7 +68,7 @@ def test_operands_of_different_strides(by_descriptor):
 )
 def test_padding_is_not_read(config, block_rows, by_descriptor, traffic):
     wanted = check_padding(70, block_rows, torch.float16, CONFIGS[config])
-    read = traffic[0].read
+    read = traffic[1].read  # after the scale of the weights
     name = "desc" if by_descriptor else "ptr"
     assert (read[f"x_{name}"], read[f"g_{name}"]) == (2 * 48 * wanted, 2 * 32 * wanted)
 
@@ -142,8 +142,9 @@ def test_a_correction_alone():
     c, e = torch.randn(17, 5), torch.randn(33, 5)
     x, g = operands(10, 33, 17, torch.float32)
     none = torch.empty(0, dtype=torch.int64)
-    result = gather_gemm(x, g, none, correction=(c, e), config=replace(SMALL, split_k=2))
-    torch.testing.assert_close(result, c @ e.T)
+    correction = Correction(c, e, 2.0)
+    result = gather_gemm(x, g, none, correction=correction, config=replace(SMALL, split_k=2))
+    torch.testing.assert_close(result, 2 * c @ e.T)
 
 
 @pytest.mark.parametrize(("n", "p"), [(48, 17), (33, 32), (40, 8)])

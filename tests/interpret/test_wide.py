@@ -68,7 +68,7 @@ def test_passes_over_rows(by_columns, wide):
     )
     as_good_as(row_scores(a, a, config=TILE)[0], norms**2, exact**2)
     q = torch.linalg.qr(torch.randn(a.shape[1], 2)).Q.half().contiguous()
-    z, _ = subspace.project(a, q, 1.0, config=TILE)
+    z, _, _ = subspace.project(a, q, 1.0, config=TILE)
     as_good_as(z, a @ q, a.double() @ q.double())
     product = subspace.transposed_mm(z, a, config=TILE)
     as_good_as(product, a.T.float() @ z.float(), a.T.double() @ z.double())
@@ -121,8 +121,8 @@ def test_long_matrices_of_the_subspace(wide):
     launch.launch(
         subspace.project_kernel,
         (3,),
-        x_ptr=x, q_ptr=q, z_ptr=z.fill_(torch.nan), rest_ptr=torch.empty(count),
-        scale=1.0, epsilon=0.0, x_row=count, x_col=1, **shared,
+        x_ptr=x, q_ptr=q, z_ptr=z.fill_(torch.nan), rest_ptr=torch.empty(count), sums_ptr=None,
+        scale=1.0, epsilon=0.0, x_row=count, x_col=1, SUMS=False, **shared,
     )  # fmt: skip
     as_good_as(z, x @ q, x.double() @ q.double())
     launch.launch(
@@ -141,11 +141,11 @@ def test_long_matrices_of_a_correction(wide):
         gather_gemm_kernel,
         (1, 1),
         x_ptr=x, g_ptr=x, index_ptr=torch.arange(ROWS), weight_ptr=None, scale_ptr=None,
-        c_ptr=c, e_ptr=e, out_ptr=out,
+        c_ptr=c, q_ptr=e, q_scale=1.0, out_ptr=out,
         M=ROWS, N=3, P=3, K=ROWS, steps=0, rank=STRIDE, x_row=3, x_col=1, g_row=3, g_col=1,
         BLOCK_N=16, TILES=1, BLOCK_P=16, BLOCK_K=16, SPLIT_K=1, GROUP=1,
         EVEN_N=False, EVEN_P=False, WIDE=False, WEIGHTED=False, PADDED=False, SCALED=False,
-        RANK=16, PRECISION="ieee", X_COLUMNS_FIRST=False,
+        RANK=16, Q_OF_G=False, PRECISION="ieee", X_COLUMNS_FIRST=False,
     )  # fmt: skip
     as_good_as(out, c @ e.T, c.double() @ e.double().T)
 
@@ -156,7 +156,7 @@ def test_long_matrices_are_told_from_others(rows, tensor_copies, monkeypatch):
     monkeypatch.setattr(launch, "launch", lambda kernel, grid, **given: launches.append(given))
     x = torch.empty(rows, 32, dtype=torch.float16, device="meta")
     q = torch.empty(32, 16, dtype=torch.float16, device="meta")
-    z, rest = subspace.project(x, q, 4.0, config=TILE)
+    z, rest, _ = subspace.project(x, q, 4.0, config=TILE)
     subspace.project_gradient(x, z, rest, config=TILE)
     project, transposed, _ = launches
     assert project["WIDE"] == transposed["WIDE"] == (rows * 16 >= 1 << 31)

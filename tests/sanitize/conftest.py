@@ -34,12 +34,29 @@ class Gpu:
         assert line in stopped.value.fault.source_text, str(stopped.value)
 
 
+class HostState:
+    """What a generator of a GPU keeps on the host."""
+
+    def __init__(self):
+        self.offset = 0
+
+    def initial_seed(self):
+        return 3
+
+    def get_offset(self):
+        return self.offset
+
+    def set_offset(self, offset):
+        self.offset = offset
+
+
 @pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"], autouse=True)
 def gpu(request, monkeypatch, tmp_path):
     """A GPU without tensor copies and one with; tensors made for "cuda" land on it."""
     monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
     # It captures no graphs, and PyTorch without CUDA cannot be asked.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "default_generators", (HostState(),))
     # With a build for CUDA, pinned memory and events would need a driver.
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     sanitize = pytest.importorskip("ttsem.sanitize", reason="needs ttsem: run `make sanitize`")

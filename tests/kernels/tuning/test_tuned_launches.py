@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
 from memaop_triton.kernels.gpu.score import (
@@ -47,15 +48,18 @@ def operands():
 
 LAUNCHES = {
     "row_norms": lambda o: row_norms(o.x),
-    "row_scores": lambda o: row_scores(o.x, o.g, bias_grad=True),
+    "row_scores": lambda o: row_scores(o.x, o.g, bias_grad=True)[1].total(),
     "accumulate_and_score": lambda o, signed=True: accumulate_and_score(
         o.memory, o.x, o.g, o.carry, o.seed, signed=signed
     ),
     "accumulate_rest": lambda o, signed=False: accumulate_rest(
         o.memory, o.x, o.g, o.carry, o.seed, o.taken, o.lost, signed=signed, bias_grad=True
-    ),
+    ).total(),
     "project": lambda o: project(o.x, o.basis, 4.0),
-    "project_gradient": lambda o: project_gradient(o.g, o.z, o.rest, bias_grad=True),
+    "project_gradient": lambda o: project_gradient(o.g, o.z, o.rest),
+    "project_gradient, sums": lambda o: project_gradient(
+        o.g, o.z, o.rest, bias_grad=True
+    ).sums.total(),
     "transposed_mm": lambda o: transposed_mm(o.z, o.x),
     "gather_gemm": lambda o: gather_gemm(o.x, o.g, o.indices, o.weights, out=o.out),
     "gather_gemm, new": lambda o: gather_gemm(o.x, o.g, o.indices),
@@ -71,9 +75,18 @@ def test_row_memories_are_tuned_filled_and_with_signs_apart(name, fake_gpu, monk
     monkeypatch.setattr(tuner, "FIRST_USE_CANDIDATES", 1)
     filled = []
 
+    run = launch.launch
+
+    def recording(kernel, grid, *, filled_ptr=None, **arguments):
+        if filled_ptr is not None:
+            filled.append(filled_ptr.all().item())
+            arguments["filled_ptr"] = filled_ptr
+        run(kernel, grid, **arguments)
+
     def time_candidate(call, device):
-        call()
-        filled.append(call.args[0][2].all().item())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "launch", recording)
+            call()
         return 1.0
 
     monkeypatch.setattr(tuner, "time_candidate", time_candidate)
