@@ -11,7 +11,10 @@ from memaop_triton.memory.capture import check_not_capturing
 
 
 class RefreshClock:
-    """Counts steps, on the device where a graph that is replayed has to count them.
+    """Counts steps, those that a device replays from a graph as well.
+
+    The host counts the steps that it runs, which takes no operation on the device; a captured step
+    counts its replays there.
 
     Args:
         refresh_every: Steps between two refreshes.
@@ -23,25 +26,28 @@ class RefreshClock:
     def __init__(self, refresh_every: int) -> None:
         self.refresh_every = refresh_every
         self.host_step = 0
-        self._on_device: Tensor | None = None
+        self._replayed: Tensor | None = None
 
     @property
     def step(self) -> int:
         """Number of steps taken."""
-        return self.host_step if self._on_device is None else int(self._on_device)
+        return self.host_step + (0 if self._replayed is None else int(self._replayed))
 
     @step.setter
     def step(self, step: int) -> None:
-        self.host_step, self._on_device = step, None
+        self.host_step = step
+        if self._replayed is not None:
+            self._replayed.zero_()  # where it is, for a graph may count in it
 
     def count(self, device: torch.device) -> None:
         """Count a step whose rows are on `device`."""
-        if device.type == "cuda" and self._on_device is None:
+        if device.type == "cuda" and self._replayed is None:
             check_not_capturing(device, "the count of a memory's steps")
-            self._on_device = torch.full((1,), self.host_step, device=device)
-        self.host_step += 1
-        if self._on_device is not None:
-            self._on_device += 1
+            self._replayed = torch.zeros(1, dtype=torch.int64, device=device)
+        if self._replayed is not None and targets.is_capturing(device):
+            self._replayed += 1
+        else:
+            self.host_step += 1
 
     def is_due(self, device: torch.device) -> Tensor | bool:
         """Whether this step refreshes.
@@ -49,8 +55,8 @@ class RefreshClock:
         The result has no value while a CUDA graph is captured: the graph computes the new basis in
         every step, and uses it where this tensor is true.
         """
-        if self._on_device is not None and targets.is_capturing(device):
-            return self._on_device % self.refresh_every == 0
+        if self._replayed is not None and targets.is_capturing(device):
+            return (self._replayed + self.host_step) % self.refresh_every == 0
         return self.host_step % self.refresh_every == 0
 
     def refresh(self, basis: Basis, a: Tensor, z: Tensor) -> None:
@@ -61,9 +67,9 @@ class RefreshClock:
 
     def move(self, device: torch.device) -> None:
         """Move the counter to another device and keep its value."""
-        if self._on_device is None or self._on_device.device == device:
+        if self._replayed is None or self._replayed.device == device:
             return
         if device.type == "cuda":
-            self._on_device = self._on_device.to(device)
+            self._replayed = self._replayed.to(device)
         else:
-            self.step = self.step
+            self.host_step, self._replayed = self.step, None

@@ -9,6 +9,7 @@ import torch
 from memaop_triton import MemAOPLinear, attach_optimizer, memory_state_dict, monitor, reset_memory
 from memaop_triton.kernels import targets
 from memaop_triton.memory.choice import Arriving
+from memaop_triton.memory.refresh_clock import RefreshClock
 from memaop_triton.nn.state import load_memory_state_dict
 from tests.schemes import flat_config
 
@@ -105,11 +106,31 @@ def test_the_count_stays_where_a_conversion_moves_nothing():
     layer = MemAOPLinear(16, 12)
     step(layer)
     clock = layer.memory._clock
-    clock._on_device = count = torch.tensor([5])
+    clock._replayed = count = torch.tensor([5])
+    assert clock.step == 6
     layer.to("cpu").double()
-    assert clock._on_device is count
+    assert clock._replayed is count
     clock.move(torch.device("meta"))
-    assert (clock._on_device, clock.step) == (None, 5)
+    assert (clock._replayed, clock.step) == (None, 6)
+
+
+def test_a_captured_step_counts_where_it_is_replayed(capturing):
+    clock, device = RefreshClock(4), torch.device("cpu")
+    clock._replayed = count = torch.zeros(1, dtype=torch.int64)  # as on a GPU
+    for _ in range(3):
+        clock.count(device)
+    assert (clock.host_step, int(count)) == (3, 0)
+    assert clock.is_due(device) is False
+    capturing()
+    due = []
+    for _ in range(9):
+        clock.count(device)
+        due.append(bool(clock.is_due(device)))
+    assert (clock.host_step, clock.step) == (3, 12)
+    assert due == [step % 4 == 0 for step in range(4, 13)]
+    clock.step = 2
+    assert clock._replayed is count, "a graph may count in it"
+    assert (clock.step, int(count)) == (2, 0)
 
 
 def test_what_is_loaded_from_another_device_is_moved_before(capturing):
