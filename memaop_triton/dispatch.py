@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.draws import draw_seed
+from memaop_triton.draws import NOT_DRAWN, draw_seed
 from memaop_triton.flops import MAX_RANK
 from memaop_triton.kernels import env, targets
 from memaop_triton.kernels.cpu import torch_ops
@@ -132,6 +132,7 @@ def select_on_device(
     k: int,
     generator: torch.Generator | None,
     *,
+    seed: int | Tensor | None = None,
     dtype: torch.dtype | None = None,
     filled: Tensor | None = None,
     taken: Tensor | None = None,
@@ -143,6 +144,7 @@ def select_on_device(
         config: The layer's.
         k: Rows to select.
         generator: Source of the draws.
+        seed: What the kernel draws from, if it is not to be drawn here.
         dtype: Of the rows that are multiplied by the factors.
         filled: [M] bool, set to false for the rows selected.
         taken: [M] bool, set to whether a row was selected.
@@ -154,11 +156,13 @@ def select_on_device(
     policy, block = config.selection, config.block_rows
     units = -(-k // block)
     if policy in kernel.POLICIES and units * block < like.numel():
+        if seed is None:
+            seed = seed_of_selection(config, like.device, generator)
         chosen = kernel.select(
             scores,
             units,
             policy,
-            draw_seed(like.device, generator),
+            seed,
             block_rows=block,
             dtype=dtype if is_weighted(policy) else None,
             filled=filled,
@@ -170,6 +174,13 @@ def select_on_device(
     selection = select(scores, config, k, generator)
     mark(selection, filled, taken)
     return SelectionOnDevice(selection, None)
+
+
+def seed_of_selection(
+    config: MemAOPConfig, device: torch.device, generator: torch.Generator | None
+) -> int | Tensor:
+    """What a selection by the kernel draws from; nothing is drawn for one that is not random."""
+    return NOT_DRAWN if config.selection == "topk" else draw_seed(device, generator)
 
 
 def mark(selection: Selection, filled: Tensor | None, taken: Tensor | None) -> None:

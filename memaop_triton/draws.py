@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from memaop_triton.kernels import targets
 
 _FIRST = 1 << 62  # of seeds; they end below 2⁶³, so every one is a positive number of 64 bits
+NOT_DRAWN = _FIRST  # for a kernel that takes a seed and draws nothing
 _MASK = (1 << 64) - 1
 
 
@@ -30,8 +33,13 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
     if generator is None:
         index = torch.cuda.current_device() if device.index is None else device.index
         generator = torch.cuda.default_generators[index]
+    return seed_of_state(generator)
+
+
+def seed_of_state(generator: Any) -> int:
+    """A seed from a generator of a GPU, whose state is its seed and an offset, both on the host."""
     offset = generator.get_offset()
-    generator.set_offset(offset + 4)
+    generator.set_offset(offset + 4)  # a multiple of 4, as the generator wants it
     return _mixed(generator.initial_seed(), offset // 4)
 
 

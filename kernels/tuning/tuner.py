@@ -115,14 +115,22 @@ def choices() -> dict[tuple[Problem, torch.device], Choice]:
     return dict(_choices)
 
 
+def version() -> int:
+    """A number that grows when choices are forgotten, so that others may be made."""
+    return _version
+
+
 def forget() -> None:
     """Forget all choices, and read the files again when they are next needed."""
+    global _version
     with _lock:
+        _version += 1
         _choices.clear()
         cache.forget()
 
 
 _lock = threading.RLock()  # the backward passes of two GPUs run in two threads
+_version = 0
 _choices: dict[tuple[Problem, torch.device], Choice] = {}
 _forced: tuple[Walk, list[Outcome]] | None = None
 # Every launch looks up its bucket; a cached one takes a fifth of a microsecond.

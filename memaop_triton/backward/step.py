@@ -131,6 +131,11 @@ class Operands(NamedTuple):
         """Whether this step will be observed, so that what it would drop is kept."""
         return self.observer is not None and self.observer.is_due
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether nobody else takes part in this step: no processes, collector or observer."""
+        return self.shards is None and self.factors is None and not self.is_observed
+
     def sum_rows(self) -> Tensor | None:
         """The bias gradient by a pass of its own, if it is wanted."""
         return self.g.sum(0) if self.bias_grad else None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memaop_triton import dispatch
+from memaop_triton.backward.repeated import repeated
 from memaop_triton.backward.step import Gradients, Operands, ProjectedRows, rows_and_weights
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.draws import draw_seed
@@ -28,11 +29,28 @@ from memaop_triton.selection import Selection
 
 def without_memory(operands: Operands, selection: Selection | None) -> Gradients:
     """Score, select, multiply: 1 + K/M passes over X and G."""
+    x, g = operands.x, operands.g
+    seed = None if selection is not None else _seed(operands)
+    if selection is not None or not operands.is_alone:
+        return _without_memory(operands, selection, seed)
+    dw, db = repeated(
+        "no memory",
+        operands,
+        lambda: _without_memory(operands, None, seed),
+        (x, g),
+        (("seed", seed),),
+    )
+    return Gradients(dw, db)
+
+
+def _without_memory(
+    operands: Operands, selection: Selection | None, seed: int | Tensor | None
+) -> Gradients:
     x, g, config = operands.x, operands.g, operands.config
     scores = None
     if selection is None:
         scores, sums = score.row_scores(x, g, bias_grad=operands.bias_grad)
-        chosen = _select(operands, scores)
+        chosen = _select(operands, scores, seed)
     else:
         sums = None
         chosen = _given(operands, selection)
@@ -50,6 +68,10 @@ def without_memory(operands: Operands, selection: Selection | None) -> Gradients
     return Gradients(dw, operands.sum_rows() if sums is None else sums.out)
 
 
+def _seed(operands: Operands) -> int | Tensor:
+    return dispatch.seed_of_selection(operands.config, operands.x.device, operands.generator)
+
+
 class _Chosen(NamedTuple):
     """Rows, and their weights as `gather_gemm` takes them."""
 
@@ -60,6 +82,7 @@ class _Chosen(NamedTuple):
 def _select(
     operands: Operands,
     scores: Tensor | None,
+    seed: int | Tensor | None,
     *,
     filled: Tensor | None = None,
     taken: Tensor | None = None,
@@ -77,6 +100,7 @@ def _select(
         operands.config,
         operands.k,
         operands.generator,
+        seed=seed,
         dtype=operands.x.dtype,
         filled=filled,
         taken=taken,
@@ -106,10 +130,21 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     carry = factor
     if isinstance(factor, Tensor):
         carry = factor.to(x.device, torch.float32).reshape(1)
-    update = _Update(slots, carry, draw_seed(x.device, operands.generator), memory.signed)
-    if config.selection == "randk" and operands.factors is None:
-        return _with_unscored_rows(operands, update)
-    return _with_scored_rows(operands, update)
+    update = _Update(
+        slots, carry, draw_seed(x.device, operands.generator), memory.signed, _seed(operands)
+    )
+    is_unscored = config.selection == "randk" and operands.factors is None
+    step = _with_unscored_rows if is_unscored else _with_scored_rows
+    if not operands.is_alone:
+        return step(operands, update)
+    dw, db = repeated(
+        "unscored rows" if is_unscored else "scored rows",
+        operands,
+        lambda: step(operands, update),
+        (x, operands.g, *slots),
+        (("carry", carry), ("seed", update.seed), ("seed", update.seed_of_selection)),
+    )
+    return Gradients(dw, db)
 
 
 class _Update(NamedTuple):
@@ -120,12 +155,14 @@ class _Update(NamedTuple):
         carry: c, or float32 [1] on the device.
         seed: Of σ and of the rounding, or int64 [1] on the device.
         signed: Whether σ is drawn.
+        seed_of_selection: Of the rows that are drawn.
     """
 
     slots: tuple[Tensor, Tensor, Tensor]
     carry: float | Tensor
     seed: int | Tensor
     signed: bool
+    seed_of_selection: int | Tensor
 
 
 def _with_scored_rows(operands: Operands, update: _Update) -> Gradients:
@@ -141,7 +178,7 @@ def _with_scored_rows(operands: Operands, update: _Update) -> Gradients:
         signed=update.signed,
         bias_grad=operands.bias_grad,
     )
-    selection = _select(operands, scores, filled=filled).selection
+    selection = _select(operands, scores, update.seed_of_selection, filled=filled).selection
     dw = gather_gemm(
         mx,
         mg,
@@ -162,7 +199,7 @@ def _with_unscored_rows(operands: Operands, update: _Update) -> Gradients:
     rows = x.shape[0]
     mx, mg, filled = update.slots
     taken = torch.empty(rows, dtype=torch.bool, device=x.device)
-    selection = _select(operands, None, taken=taken).selection
+    selection = _select(operands, None, update.seed_of_selection, taken=taken).selection
     lost = torch.zeros(1, dtype=torch.float32, device=x.device)
     sums = score.accumulate_rest(
         update.slots,
@@ -202,30 +239,57 @@ def with_subspace(
 
     With a basis of the gradients' side the two are exchanged.
     """
-    x, g, config = operands.x, operands.g, operands.config
-    a, b = (x, g) if memory.side == "input" else (g, x)
+    x, g = operands.x, operands.g
+    a = x if memory.side == "input" else g
     basis = memory.basis_of(a).contiguous()
+    seed = None if selection is not None else _seed(operands)
+    if selection is not None or not operands.is_alone:
+        dw, db, z = _with_basis(operands, basis, selection, seed, exchanged=a is g)
+    else:
+        dw, db, z = repeated(
+            "basis of G" if a is g else "basis of X",
+            operands,
+            lambda: _with_basis(operands, basis, None, seed, exchanged=a is g),
+            (x, g, basis),
+            (("seed", seed),),
+        )
+    memory.end_step(a, z)
+    return Gradients(dw, db)
+
+
+def _with_basis(
+    operands: Operands,
+    basis: Tensor,
+    selection: Selection | None,
+    seed: int | Tensor | None,
+    *,
+    exchanged: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """dW, db and Z; with `exchanged` the basis is of the gradients' side."""
+    x, g, config = operands.x, operands.g, operands.config
+    a, b = (g, x) if exchanged else (x, g)
     scale = basis_scale(a.shape[1])
     wants_sums = operands.bias_grad
-    z, rest, a_sums = subspace.project(a, basis, scale, column_sums=wants_sums and a is g)
-    parts, scores, b_sums = subspace.project_gradient(b, z, rest, bias_grad=wants_sums and b is g)
+    z, rest, a_sums = subspace.project(a, basis, scale, column_sums=wants_sums and exchanged)
+    parts, scores, b_sums = subspace.project_gradient(
+        b, z, rest, bias_grad=wants_sums and not exchanged
+    )
     sums = a_sums or b_sums
-    chosen = _select(operands, scores) if selection is None else _given(operands, selection)
+    chosen = _given(operands, selection) if selection else _select(operands, scores, seed)
     selection, weights = chosen
     if operands.factors is not None:
         zb = subspace.transposed_mm(z, b).t()
         projection = Projection(basis * scale, z, zb)
-        operands.collect_factors(a, b, selection, projection, exchanged=a is g)
+        operands.collect_factors(a, b, selection, projection, exchanged=exchanged)
     rows: dict[str, Any] = {"block_rows": config.block_rows, "is_padded": _is_padded(config)}
     c = subspace.correction(parts, z, b, selection.indices, weights, **rows)
-    correction = Correction(c, basis, scale, is_of_g=a is g)
+    correction = Correction(c, basis, scale, is_of_g=exchanged)
     dw = gather_gemm(x, g, selection.indices, weights, correction=correction, sums=sums, **rows)
     projected = None
     if operands.is_observed:
         projected = ProjectedRows(rest, z, parts.sum(0), a.shape[1])
     operands.observe(selection, dw, scores, projected)
-    memory.end_step(a, z)
-    return Gradients(dw, None if sums is None else sums.out)
+    return dw, None if sums is None else sums.out, z
 
 
 def _precision(x: Tensor, stored: Tensor) -> str | None:

@@ -48,7 +48,7 @@ class _MemAOPLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         # Casts were made in the forward pass, in whichever autocast region backward is called.
-        with torch.no_grad(), no_autocast(grad_output.device.type):
+        with _no_grad(), no_autocast(grad_output.device.type):
             saved = ctx.saved_tensors
             gradients: tuple[Tensor | None, ...] = _backward(ctx, grad_output, *saved)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -63,6 +63,20 @@ class _MemAOPLinearFunction(torch.autograd.Function):
 _MemAOPLinearFunction.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     _MemAOPLinearFunction.forward
 )
+
+
+class _EagerFunction(_MemAOPLinearFunction):
+    """The same with both steps of the forward pass in one, which no transform could take apart.
+
+    PyTorch binds the arguments of a function in two steps anew in every call, which takes 10 µs.
+    """
+
+    setup_context = staticmethod(torch.autograd.Function.setup_context)
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
+        _MemAOPLinearFunction.setup_context(ctx, inputs, None)  # type: ignore[arg-type]
+        return F.linear(*inputs[:3])
 
 
 class _DifferentiableOnce(torch.autograd.Function):
@@ -151,13 +165,20 @@ def _backward(
             )
         elif wants_bias:
             db = g.sum(0)
-    if dx is not None:
+    if dx is not None and grad_output.dim() != 2:
         dx = dx.reshape(*grad_output.shape[:-1], dx.shape[-1])
     return dx, dw if wants_weight else None, db if wants_bias else None
 
 
+def _no_grad() -> contextlib.AbstractContextManager[Any]:
+    """Switches gradients off, if they are on: `create_graph=True`."""
+    return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
+
+
 def _as_rows(a: Tensor) -> Tensor:
     """[..., N] as a matrix of rows."""
+    if a.dim() == 2:
+        return a
     return a.unsqueeze(0) if a.dim() == 1 else a.flatten(0, -2)
 
 
@@ -229,7 +250,9 @@ def linear_of_state(
         else:
             state.move(x.device)
             handle, order = state.handle, state.order
-    result: Tensor = _MemAOPLinearFunction.apply(x, weight, bias, handle, order, state, memory)
+    is_taken_apart = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    function = _MemAOPLinearFunction if is_taken_apart else _EagerFunction
+    result: Tensor = function.apply(x, weight, bias, handle, order, state, memory)
     return result
 
 

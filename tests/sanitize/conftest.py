@@ -12,6 +12,7 @@ import torch
 from triton.runtime import driver
 
 from memaop_triton.kernels import targets
+from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.tuning import cache, tuner
 
 
@@ -56,6 +57,8 @@ def gpu(request, monkeypatch, tmp_path):
     monkeypatch.setenv("MEMAOP_TRITON_CACHE_DIR", str(tmp_path))
     # It captures no graphs, and PyTorch without CUDA cannot be asked.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    # A recorded step would hand it addresses, which it cannot check.
+    monkeypatch.setattr(launch, "record", lambda function, *_: (function(), None))
     monkeypatch.setattr(torch.cuda, "default_generators", (HostState(),))
     # With a build for CUDA, pinned memory and events would need a driver.
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
