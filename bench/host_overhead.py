@@ -19,7 +19,7 @@ from torch import nn
 from bench import no_driver
 from memaop_triton import MemAOPConfig, MemAOPLinear, Subspace
 
-ROWS, WIDTH = 256, 64
+ROWS, WIDTH = 64, 32
 ROUNDS, CALLS = 60, 20
 SETTINGS = {
     "no memory": MemAOPConfig(memory=None),
@@ -49,10 +49,10 @@ def seconds(step: Callable[[], None]) -> float:
 
 def measure(settings: dict[str, MemAOPConfig]) -> dict[str, list[float]]:
     """Microseconds beyond a dense layer, of every setting and round."""
-    x = torch.randn(ROWS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    g = torch.randn(ROWS, WIDTH, dtype=torch.bfloat16)
-    layers = {"dense": nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16)} | {
-        name: MemAOPLinear(WIDTH, WIDTH, config=config, dtype=torch.bfloat16)
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    g = torch.randn(ROWS, WIDTH)
+    layers = {"dense": nn.Linear(WIDTH, WIDTH)} | {
+        name: MemAOPLinear(WIDTH, WIDTH, config=config)
         for name, config in settings.items()
     }
     steps = {name: step_of(layer, x, g) for name, layer in layers.items()}
