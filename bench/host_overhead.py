@@ -52,8 +52,7 @@ def measure(settings: dict[str, MemAOPConfig]) -> dict[str, list[float]]:
     x = torch.randn(ROWS, WIDTH, requires_grad=True)
     g = torch.randn(ROWS, WIDTH)
     layers = {"dense": nn.Linear(WIDTH, WIDTH)} | {
-        name: MemAOPLinear(WIDTH, WIDTH, config=config)
-        for name, config in settings.items()
+        name: MemAOPLinear(WIDTH, WIDTH, config=config) for name, config in settings.items()
     }
     steps = {name: step_of(layer, x, g) for name, layer in layers.items()}
     for step in steps.values():

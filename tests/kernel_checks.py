@@ -11,7 +11,7 @@ import torch
 
 from memaop_triton.kernels.gpu import subspace
 from memaop_triton.kernels.gpu.gather_gemm import Correction, gather_gemm
-from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
+from memaop_triton.kernels.gpu.pack import pack_rows
 from memaop_triton.kernels.gpu.score import accumulate_and_score, accumulate_rest, row_scores
 from memaop_triton.kernels.tuning.config import RowConfig
 from tests.judging import (
@@ -21,7 +21,6 @@ from tests.judging import (
     drawn_blocks,
     drawn_rows,
     operands,
-    outer_products,
 )
 
 TILE = RowConfig(16, 32, 4)
@@ -205,17 +204,18 @@ def check_update(shape, dtype, stored, *, signed, layout="plain", device="cpu"):
 
 
 def check_update_of_the_rest(dtype, stored, *, bias_grad, device="cpu"):
-    """Rows that are taken keep their memory and may hold anything; others may not lose a row."""
+    """Rows that are taken are emptied and may hold anything; others may not lose a row."""
     x, g = operands(33, 20, 17, dtype, device=device)
     taken = torch.arange(33, device=device) % 3 == 0
     x[3, 5] = torch.nan
-    memory, lost = new_memory(33, 20, 17, stored, device), scalar(0.0, device)
+    memory = new_memory(33, 20, 17, stored, device)
+    poisoned = torch.ones(17, dtype=dtype, device=device)
     before = [m.clone() for m in memory]
     exact = formed(memory, x, g, True, torch.float64)
 
     def update():
         return accumulate_rest(
-            memory, x, g, scalar(CARRY, device), scalar(SEED, device), taken, lost,
+            memory, x, g, scalar(CARRY, device), scalar(SEED, device), taken, poisoned,
             signed=True, bias_grad=bias_grad, config=TILE,
         )  # fmt: skip
 
@@ -223,49 +223,42 @@ def check_update_of_the_rest(dtype, stored, *, bias_grad, device="cpu"):
     check_stored(memory, exact, ~taken)
     for m, old in zip(memory[:2], before, strict=False):
         torch.testing.assert_close(m[taken], old[taken], rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(memory[2], before[2] | ~taken)
-    assert lost == 0
+    assert torch.equal(memory[2], ~taken)
+    assert (poisoned == 1).all()
     if bias_grad:
         check_sums(sums, g)
     else:
         assert sums is None
     for rows, bad in ((x, torch.nan), (g, torch.inf)):
-        lost.zero_()
+        poisoned.fill_(1)
         rows[7, 2] = bad
         update()
-        assert lost.isnan(), "a row that is not taken shows nowhere else"
+        assert poisoned.isnan().all(), "a row that is not taken shows nowhere else"
         assert not memory[2][7]
         rows[7, 2] = 0.0
 
 
-# The residual GEMM. ------------------------------------------------------------------------------
+# Packed rows. ------------------------------------------------------------------------------------
 
 
-def check_residual(
-    shape, indices, dtype, stored, layout="plain", *, signed, device="cpu", lost=0.0, **options
-):
-    """Products of rows with their memory, which stays as it is; `shape` is M, N, P."""
+def check_packed(shape, indices, dtype, stored, layout="plain", *, signed, device="cpu"):
+    """Rows with their memory, which stays as it is, zeros for those beyond M; shape is M, N, P."""
     x, g = operands(*shape, dtype, layout, device)
-    memory = new_memory(*shape, stored, device)
+    memory, indices = new_memory(*shape, stored, device), indices.to(device)
     before = [m.clone() for m in memory]
-    result = residual_gemm(
-        memory, x, g, indices.to(device), scalar(CARRY, device), scalar(SEED, device),
-        scalar(lost, device), signed=signed, **options,
-    )  # fmt: skip
-    assert result.dtype == dtype
-    if lost:
-        assert result.isnan().all()
-    else:
-        check_formed_products(result, memory, x, g, indices.to(device), signed)
+    packed = pack_rows(
+        memory, x, g, indices, scalar(CARRY, device), scalar(SEED, device), signed=signed
+    )
+    exists = indices < shape[0]
+    for rows, sums in zip(packed, formed(memory, x, g, signed, torch.float32), strict=True):
+        assert rows.is_contiguous()
+        expected = torch.zeros_like(rows)
+        expected[exists] = sums[indices[exists].long()].to(dtype)
+        # A multiplication and an addition may be rounded as one.
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(rows, expected, rtol=unit, atol=unit)
     for m, old in zip(memory, before, strict=True):
         torch.testing.assert_close(m, old, rtol=0, atol=0, equal_nan=True)
-
-
-def check_formed_products(result, memory, x, g, indices, signed):
-    """Judge a residual GEMM, whose operands are formed in float32 and rounded to those of X."""
-    exact = outer_products(*formed(memory, x, g, signed, torch.float64), indices)
-    rounded = [a.to(x.dtype) for a in formed(memory, x, g, signed, torch.float32)]
-    as_good_as(result, outer_products(*rounded, indices, dtype=x.dtype), exact)
 
 
 # The subspace. -----------------------------------------------------------------------------------

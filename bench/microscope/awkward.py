@@ -23,12 +23,12 @@ from bench.microscope.cases import (
     weighting,
 )
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
-from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
+from memaop_triton.kernels.gpu.pack import pack_rows
 from memaop_triton.kernels.gpu.score import accumulate_and_score, row_scores
 from memaop_triton.kernels.gpu.subspace import correction, project, project_gradient
 from memaop_triton.kernels.targets import Target
 from memaop_triton.kernels.tuning import defaults
-from memaop_triton.kernels.tuning.config import GemmConfig
+from memaop_triton.kernels.tuning.config import GemmConfig, RowConfig
 
 ODD = 4095
 HALF = torch.bfloat16
@@ -50,18 +50,18 @@ def awkward_cases(target: Target) -> list[Case]:
         for name, (tiles, given) in gemms.items()
         for tile in tiles[: 2 if name == "odd extents" else 1]
     ]
-    return [*found, *_residual(target), *_subspace(uneven[-1]), *_row_passes(target)]
+    return [*found, *_packed(), *_subspace(uneven[-1]), *_row_passes(target)]
 
 
-def _residual(target: Target) -> Iterator[Case]:
-    tile = defaults.residual_tiles(target, HALF, "ieee")[0]
-    gemm = partial(residual_gemm, **scalars(), lost=empty(1, dtype=torch.float32), signed=True)
+def _packed() -> Iterator[Case]:
+    tile = RowConfig(8, 256, 4)
     for name, given, slots in (
         ("odd extents", operands(HALF, ODD, ODD), memory(HALF, ODD, ODD)),
         ("strided", strided(operands(HALF)), memory(HALF)),
         ("far", far(), far_memory()),
     ):
-        yield Case(f"residual, {name}", tile, partial(gemm, slots, **given, config=tile), HALF)
+        call = partial(pack_rows, slots, **given, **scalars(), signed=True)
+        yield Case(f"pack, {name}", tile, call, HALF)
 
 
 def _subspace(small: GemmConfig) -> Iterator[Case]:

@@ -87,8 +87,10 @@ def weighting(dtype: torch.dtype, n: int = N, p: int = P, rank: int = RANK) -> d
     """Weights and a correction."""
     c, q = empty(p, rank, dtype=torch.float32), empty(n, rank, dtype=dtype)
     correction = Correction(c, q, 64.0)
-    scale = empty(1, dtype=torch.float32) if dtype == torch.float16 else None
-    return {"weights": RowWeights(empty(K, dtype=dtype), scale), "correction": correction}
+    weights: Tensor | RowWeights = empty(K, dtype=torch.float32)
+    if dtype == torch.float16:  # as a selection leaves them: their scale takes a launch
+        weights = RowWeights(empty(K, dtype=dtype), empty(1, dtype=torch.float32))
+    return {"weights": weights, "correction": correction}
 
 
 def memory(dtype: torch.dtype, n: int = N, p: int = P) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,10 +54,20 @@ All in bfloat16, in microseconds. *dense* is Gᵀ X by the vendor's library.
   *GEMM*: of the selected rows, gathered as they are loaded.
 - *ratio*: dense over ours; above 1 ours is faster. *GEMM limited by*: what takes longest in it.
 
-The residual GEMM (`randk`) was meant to save a pass: it forms its operands while loading. The model
-says that this costs more than it saves, because every number is formed anew in each program whose
-tile needs it: to update the memory of all rows, as with `topk`, and to multiply what lies there is
-predicted to be faster.
+Layers 1024 wide are predicted to lose on an H100 still. Their dense product takes as long as the
+pass that scores all rows and the one program that selects: 30 and 22 µs at 16384 rows, which more
+processors or fewer columns do not shorten. On a chip that multiplies slower, or at twice the width,
+they are small beside it.
+
+`randk` needs no scores, so it does not store the sums of selected rows in the memory: it packs them
+side by side, for the vendor's GEMM.
+"""
+GATHERED = """\
+## PREDICTED: rows gathered by the GEMM, or packed before it
+
+Rows that lie in memory as they are multiplied (no memory, a subspace, a row memory whose sums were
+scored) are gathered while the GEMM loads them. That is what this compares with copies side by side
+and the vendor's GEMM at the rate of large products, which a product of few rows does not reach.
 """
 ASSUMPTIONS = """\
 ## What is assumed
@@ -74,9 +84,9 @@ ASSUMPTIONS = """\
 - A launch takes {launch:.0f} µs, whoever makes it. Time in which the CPU is behind is not counted.
   A CUDA graph removes most of both.
 - One program selects, on one processor of the chip: its time is the instructions that its warps
-  issue. The seed of its draws takes a launch of PyTorch's, which is counted with it.
-- The refresh of the subspace's basis also takes a QR factorisation of N x 16 numbers every eighth
-  step. It runs in the vendor's solver, of which the model knows nothing; it is left out.
+  issue. The seed of its draws comes from the host, with its arguments.
+- The refresh of the subspace's basis also makes the columns of N x 16 numbers orthonormal every
+  eighth step, in five launches, of which the model counts the launches.
 - Caches are empty before each kernel but for what one leaves to the next, as parts to add up.
 """
 
@@ -86,7 +96,7 @@ def selection(policy: str, rows: int, target: Target) -> float:
     assert rows <= select.ONE_PROGRAM
     keys = rows / (select.WARPS * target.warp_size)  # of each thread
     cycles = keys * SELECTION[policy] * select.WARPS / SCHEDULERS
-    return 2 * LAUNCH + cycles / (1e9 * target.chip.clock)
+    return LAUNCH + cycles / (1e9 * target.chip.clock)
 
 
 @dataclass(frozen=True)
@@ -124,14 +134,13 @@ def weight_grad(target: Target, shape: tuple[int, int, int], config: MemAOPConfi
 
     parts["select"] = selection(config.selection, m, target)
     gemm = Problem("gather_gemm", DTYPE, m, k, n, p, flags=weights)
+    if config.selection == "randk" and config.row_memory is not None:
+        rest = ("unscored",)
+        parts["memory"] = cost("accumulate_and_score", k, n, p, stored=DTYPE, flags=rest)
+        parts["GEMM"] = pack(target, k, n, p, operands=2) + dense_product(target, k, n, p)
+        return Prediction(parts, "the vendor's GEMM")
     if config.row_memory is not None:
-        if config.selection == "randk":
-            rest = ("unscored",)
-            parts["memory"] = cost("accumulate_and_score", k, n, p, stored=DTYPE, flags=rest)
-            gemm = Problem("residual_gemm", DTYPE, m, k, n, p, stored=DTYPE)
-        else:
-            parts["memory"] = cost("accumulate_and_score", m, n, p, stored=DTYPE)
-        parts["memory"] += 2 * LAUNCH  # the carry, and the flags of the selected rows
+        parts["memory"] = cost("accumulate_and_score", m, n, p, stored=DTYPE)
     elif config.subspace is not None:
         rank = config.rank_for(m, n, p)
         parts["subspace"] = (
@@ -139,7 +148,7 @@ def weight_grad(target: Target, shape: tuple[int, int, int], config: MemAOPConfi
             + cost("transposed_mm", m, p, rank=rank, flags=("norms",))
             + cost("gather_gemm", k, rank, p, flags=weights)
             + LAUNCH  # the sum that leaves the correction
-            + cost("transposed_mm", m, n, rank=rank) / config.period
+            + (cost("transposed_mm", m, n, rank=rank) + 5 * LAUNCH) / config.period
         )
         gemm = Problem("gather_gemm", DTYPE, m, k, n, p, rank=rank, flags=weights)
     else:
@@ -149,13 +158,38 @@ def weight_grad(target: Target, shape: tuple[int, int, int], config: MemAOPConfi
     return Prediction(parts, found.limited_by)
 
 
+def pack(target: Target, k: int, n: int, p: int, operands: int = 1) -> float:
+    """Seconds to write K rows of X and G side by side, each the sum of so many that are read."""
+    moved = (operands + 1) * k * (n + p) * DTYPE.itemsize
+    return LAUNCH + moved / target.chip.memory_rate
+
+
 def page() -> str:
     """The whole page."""
     targets = (TARGETS["sm_90"], TARGETS["gfx942"])
     lines = [INTRODUCTION]
     for target in targets:
         lines += [f"## PREDICTED: {target.chip.name}, dW alone\n", _calls(target), ""]
+    lines += [GATHERED, _gathered(targets), ""]
     return "\n".join([*lines, _assumptions(targets)])
+
+
+def _gathered(targets: tuple[Target, ...]) -> str:
+    head = ("PREDICTED, K x N x P", "chip", "gathered", "packed, then the vendor's")
+
+    def body() -> Iterator[tuple[str, ...]]:
+        for target in targets:
+            for width in (1024, 2048, 4096):
+                for inverse in (16, 8, 4):
+                    k = 16384 // inverse
+                    flags = ("weighted",)
+                    gemm = Problem("gather_gemm", DTYPE, 16384, k, width, width, flags=flags)
+                    plain = pack(target, k, width, width) + dense_product(target, k, width, width)
+                    shape = f"{k} x {width} x {width}"
+                    times = shipped(gemm, target).seconds, plain
+                    yield shape, target.chip.name, *map(_micro, times)
+
+    return table(head, body())
 
 
 def _calls(target: Target) -> str:

@@ -22,8 +22,8 @@ from bench.microscope.cases import (
     weighting,
 )
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
+from memaop_triton.kernels.gpu.pack import pack_rows
 from memaop_triton.kernels.gpu.rescale import rescale_
-from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
 from memaop_triton.kernels.gpu.score import accumulate_and_score, accumulate_rest, row_scores
 from memaop_triton.kernels.gpu.subspace import project, project_gradient, transposed_mm
 from memaop_triton.kernels.targets import Target
@@ -47,7 +47,7 @@ def cases(target: Target) -> list[Case]:
     found += _variants(target)
     for dtype, precision in kinds:
         if dtype != torch.float16:
-            found += [*_residual(target, dtype, precision), *_subspace(dtype, precision)]
+            found += _subspace(dtype, precision)
     return [*found, *_row_passes(target)]
 
 
@@ -110,23 +110,6 @@ def _variants(target: Target) -> Iterator[Case]:
         )
 
 
-def _residual(target: Target, dtype: torch.dtype, precision: str) -> Iterator[Case]:
-    tiles = defaults.residual_tiles(target, dtype, precision)
-    for stored in dict.fromkeys((dtype, torch.float32)):
-        gemm = partial(residual_gemm, memory(stored), **operands(dtype), **scalars(), signed=True)
-        for tile in tiles:
-            yield Case(
-                f"residual, memory {SHORT[stored]}",
-                tile,
-                partial(gemm, lost=empty(1, dtype=torch.float32), config=tile),
-                dtype,
-                precision,
-                gemm_bytes(tile, dtype.itemsize + stored.itemsize),
-                tile.block_p,
-                shown=tile == tiles[0] or dtype == stored == torch.bfloat16,
-            )
-
-
 def _subspace(dtype: torch.dtype, precision: str) -> Iterator[Case]:
     x, rest = empty(M, N, dtype=dtype), empty(M, dtype=torch.float32)
     for rank in RANKS:
@@ -177,9 +160,12 @@ def _row_passes(target: Target) -> Iterator[Case]:
             if dtype == stored:
                 calls["scores" + suffix] = partial(row_scores, x, g, **ways)
             if stored == half:
-                marks = {"taken": empty(M, dtype=torch.bool), "lost": empty(1, dtype=single)}
+                marks = {"taken": empty(M, dtype=torch.bool), "poisoned": empty(P, dtype=dtype)}
                 rest = partial(accumulate_rest, slots, x, g, **marks, **update)
                 calls[f"accumulate rest, {title}"] = rest
+                if tile == usual[0]:  # of a tile of its own
+                    pack = partial(pack_rows, slots, **operands(dtype), **scalars(), signed=True)
+                    calls["pack"] = pack
                 if not sums:
                     factor = empty(1, dtype=single)
                     calls["rescale"] = partial(rescale_, slots[1], factor, config=tile)

@@ -121,15 +121,15 @@ def row_factors(filled_ptr, carry, seed, rows, row_ok, SIGNED: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "carry", "seed"])
 def accumulate_kernel(
     mx_ptr, mg_ptr, x_ptr, g_ptr, filled_ptr, taken_ptr, carry, seed, scores_ptr, sums_ptr,
-    lost_ptr, M, N, P, mx_row, mg_row, x_row, x_col, g_row, g_col,
+    poisoned_ptr, M, N, P, mx_row, mg_row, x_row, x_col, g_row, g_col,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SIGNED: tl.constexpr, SUMS: tl.constexpr,
     SCORED: tl.constexpr,
 ):  # fmt: skip
     """Update the row memory, and mark the rows that hold a finite remainder as filled.
 
-    With SCORED every row is updated and gets its score. Without, the rows marked in `taken` keep
-    their memory and flag, because their outer products are computed by `residual_gemm`; and a row
-    that is not finite puts NaN into `lost`, because it reaches the gradient in no other way.
+    With SCORED every row is updated and gets its score. Without, the rows marked in `taken` are
+    emptied, because their outer products are computed elsewhere; and a row that is not finite puts
+    NaN into all P elements of `poisoned`, because it reaches the gradient in no other way.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < M
@@ -147,13 +147,18 @@ def accumulate_kernel(
         sums_ptr, BLOCK_M, BLOCK_C, 1, SUMS,
     )  # fmt: skip
     finite = score < float("inf")
-    tl.store(filled_ptr + rows, finite.to(tl.int8), mask=row_ok)
+    tl.store(filled_ptr + rows, (finite & row_ok).to(tl.int8), mask=inside)
     if SCORED:
         tl.store(scores_ptr + rows, _finite_or_inf(score), mask=inside)
     else:
         bad = tl.max((row_ok & (finite == 0)).to(tl.int32), axis=0)
         if bad != 0:
-            tl.store(lost_ptr, float("nan"))
+            nothing = tl.full((BLOCK_C,), float("nan"), tl.float32).to(
+                poisoned_ptr.dtype.element_ty
+            )
+            for first in range(0, P, BLOCK_C):
+                columns = first + tl.arange(0, BLOCK_C)
+                tl.store(poisoned_ptr + columns, nothing, mask=columns < P)
 
 
 def row_norms(a: Tensor, *, config: RowConfig | None = None) -> Tensor:
@@ -248,20 +253,21 @@ def accumulate_rest(
     carry: float | Tensor,
     seed: int | Tensor,
     taken: Tensor,
-    lost: Tensor,
+    poisoned: Tensor,
     *,
     signed: bool = False,
     bias_grad: bool = False,
     config: RowConfig | None = None,
 ) -> ColumnSums | None:
-    """The same update for the rows not marked in `taken` ([M] bool); the others stay as they are.
+    """The same update for the rows not marked in `taken` ([M] bool); these are emptied.
 
-    `lost` (float32 [1]) is set to NaN if a row that is not finite was met. Nothing is scored.
+    All of `poisoned` ([P], contiguous, of any floating dtype) is set to NaN if a row that is not
+    finite and not taken was met, and left as it is otherwise. Nothing is scored.
 
     Returns:
         The column sums of all of G if `bias_grad`.
     """
-    return _update(memory, x, g, carry, seed, None, taken, lost, signed, bias_grad, config)
+    return _update(memory, x, g, carry, seed, None, taken, poisoned, signed, bias_grad, config)
 
 
 def _update(
@@ -272,12 +278,12 @@ def _update(
     seed: int | Tensor,
     scores: Tensor | None,
     taken: Tensor | None,
-    lost: Tensor | None,
+    poisoned: Tensor | None,
     signed: bool,
     bias_grad: bool,
     config: RowConfig | None,
 ) -> ColumnSums | None:
-    """Launch the update that scores every row (`scores`), or that of the rest (`taken`, `lost`)."""
+    """Launch the update that scores every row (`scores`), or that of the rest (`taken`)."""
     mx, mg, filled = memory
     if mx.stride(1) != 1 or mg.stride(1) != 1:
         raise ValueError("the rows of a memory must lie without gaps.")
@@ -292,7 +298,7 @@ def _update(
         def make_benchmark_call() -> Call:
             # A memory as it is in the middle of training; c = 0, or it would grow without bounds.
             full = (_zeros_as(mx), _zeros_as(mg), torch.ones_like(filled))
-            results = [None if t is None else torch.empty_like(t) for t in (scores, lost)]
+            results = [None if t is None else torch.empty_like(t) for t in (scores, poisoned)]
 
             def run(config: RowConfig) -> None:
                 operands = (full, x, g, 0.0, seed, results[0], taken, results[1])
@@ -308,7 +314,7 @@ def _update(
         mx_ptr=mx, mg_ptr=mg, x_ptr=x, g_ptr=g, filled_ptr=filled.view(torch.int8),
         taken_ptr=None if taken is None else taken.view(torch.int8),
         carry=carry, seed=seed, scores_ptr=scores, sums_ptr=None if sums is None else sums.lines,
-        lost_ptr=lost,
+        poisoned_ptr=poisoned,
         M=rows, N=n, P=p, mx_row=mx.stride(0), mg_row=mg.stride(0),
         x_row=x.stride(0), x_col=x.stride(1), g_row=g.stride(0), g_col=g.stride(1),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c,

@@ -48,7 +48,6 @@ SOURCES = {
     "project": ("subspace.py", "score.py", "row_weights.py", *_COMMON),
     "transposed_mm": ("subspace.py", "score.py", "row_weights.py", *_COMMON),
     "gather_gemm": ("gather_gemm.py", "row_weights.py", *_COMMON),
-    "residual_gemm": ("residual_gemm.py", "score.py", *_COMMON),
 }
 
 

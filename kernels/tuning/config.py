@@ -32,8 +32,7 @@ class GemmConfig:
         tiles_n: Pieces in which the columns of X are loaded and multiplied: two narrow ones need
             fewer row addresses than a wide one.
         x_columns_first: Orientation in which X is loaded. The columns come first for units that
-            read both operands from shared memory, the rows for those that read from registers. The
-            residual GEMM, which computes its operands, has only the first way.
+            read both operands from shared memory, the rows for those that read from registers.
     """
 
     block_n: int
@@ -207,11 +206,6 @@ def _gemm_shared(problem: Problem, config: GemmConfig, target: Target) -> int:
     size, stages = problem.dtype.itemsize, config.num_stages
     x = config.block_n * config.block_k * size
     g = config.block_p * config.block_k * size
-    if problem.kernel == "residual_gemm":
-        stored = problem.stored or problem.dtype
-        loaded = (x + g) * (size + stored.itemsize) // size
-        in_flight = stages - 2 if target.backend == "hip" else stages - 1
-        return in_flight * loaded + x + g + KIB
     weights = stages * config.block_k * 4 + KIB
     if target.backend == "hip":
         return (stages - 1) * (x + g) + weights
@@ -245,8 +239,6 @@ def registers(problem: Problem, config: Config, target: Target) -> int:
         return int(20 + held * elements * (1 + size / 4))
     sums = config.block_n * config.block_p / count
     operands = (config.block_n + config.block_p) * config.block_k / count
-    if problem.kernel == "residual_gemm":
-        return int(48 + sums + operands * (size + 4) / 4)
     copies = operands * size / 16
     fragments = 0.0 if reads_shared(problem, target) else 32.0
     if target.arch == 100 and not problem.is_exact:

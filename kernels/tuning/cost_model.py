@@ -167,15 +167,14 @@ class _Loop(NamedTuple):
     base: float  # of a GEMM's loop that copies nothing and multiplies nothing
     copy: float  # per copy that a thread issues, its address included
     weight: float  # per element that is multiplied by a weight
-    computed: float  # per element of an operand that is computed while loading
 
 
-_USUAL_LOOP = _Loop(50, 4, 1.3, 13)
+_USUAL_LOOP = _Loop(50, 4, 1.3)
 _LOOPS: dict[int | str, _Loop] = {
-    90: _Loop(70, 4, 1.8, 11),
-    100: _Loop(90, 4, 2.2, 36),
-    "gfx942": _Loop(100, 9, 13, 22),
-    "gfx950": _Loop(30, 7, 9, 16),
+    90: _Loop(70, 4, 1.8),
+    100: _Loop(90, 4, 2.2),
+    "gfx942": _Loop(100, 9, 13),
+    "gfx950": _Loop(30, 7, 9),
 }
 
 
@@ -201,16 +200,14 @@ def _unit(problem: Problem) -> str:
 def _gemm(problem: Problem, config: GemmConfig, target: Target) -> Work:
     """A gather GEMM: K rows, each program a tile of P×N and a share of the rows.
 
-    Bytes per step: (block_n + block_p)·block_k·e, and the memory's rows where operands are computed
-    while loading. They come through the shared cache; see `_gemm_reads` for what is read from the
-    memory behind it. A correction of rank q multiplies twice before the loop, like 2q more rows.
-    With a split each program stores its float32 part, and a second launch adds them: 4·split·P·N
-    bytes written, read again, and the result written in the dtype of X.
+    Bytes per step: (block_n + block_p)·block_k·e. They come through the shared cache; see
+    `_gemm_reads` for what is read from the memory behind it. A correction of rank q multiplies
+    twice before the loop, like 2q more rows. With a split each program stores its float32 part, and
+    a second launch adds them: 4·split·P·N bytes written, read again, and the result written in the
+    dtype of X.
     """
     n, p = max(problem.n, 1), max(problem.p, 1)
     loaded = problem.dtype.itemsize
-    if problem.kernel == "residual_gemm":
-        loaded += (problem.stored or problem.dtype).itemsize
     steps = _ceil_div(_ceil_div(problem.k, config.block_k), config.split_k)
     correction = 2 * padded_rank(problem.rank) / config.block_k if problem.rank else 0.0
     out = problem.dtype.itemsize * problem.n * problem.p
@@ -266,9 +263,7 @@ def _gemm_instructions(problem: Problem, config: GemmConfig, target: Target) -> 
     operands = (config.block_n + config.block_p) * config.block_k / count
     area = config.block_n * config.block_p
     size = problem.dtype.itemsize
-    if problem.kernel == "residual_gemm":
-        total = loop.base + loop.computed * operands
-    elif "blocks" in problem.flags:
+    if "blocks" in problem.flags:
         total = loop.base + 20
     else:
         total = loop.base + loop.copy * operands * (size / 16 if problem.is_aligned else 1)

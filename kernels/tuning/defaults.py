@@ -89,8 +89,6 @@ def tiles(problem: Problem, target: Target) -> tuple[Config, ...]:
     aligned = problem.is_aligned
     if problem.kernel == "gather_gemm":
         return gemm_tiles(target, problem.dtype, problem.precision, aligned=aligned)
-    if problem.kernel == "residual_gemm":
-        return residual_tiles(target, problem.dtype, problem.precision)
     if problem.kernel == "project":
         return projection_tiles(problem.dtype, problem.rank, aligned=aligned)
     if problem.kernel == "transposed_mm":
@@ -171,37 +169,6 @@ def _tf32_tiles(target: Target) -> tuple[GemmConfig, ...]:
         GemmConfig(32, 64, 32, 4, stages),
         GemmConfig(16, 64, 32, 4, stages),
     )
-
-
-def residual_tiles(target: Target, dtype: torch.dtype, precision: str) -> tuple[GemmConfig, ...]:
-    """The tiles of the fused residual GEMM on a target, largest first."""
-    if dtype == torch.float32 and precision == "ieee":
-        return _TILES_RESIDUAL_IEEE
-    tiles = _TILES_RESIDUAL_AMD if target.backend == "hip" else _TILES_RESIDUAL
-    if dtype == torch.float32:
-        return tuple(replace(tile, block_k=tile.block_k // 2) for tile in tiles)
-    return tiles
-
-
-# From 64 columns of G on, Triton 3.7 multiplies computed float32 operands as tf32 on sm_100.
-_TILES_RESIDUAL_IEEE = (
-    GemmConfig(64, 32, 16, 8, 2),
-    GemmConfig(32, 32, 32, 4, 2),
-    GemmConfig(16, 32, 16, 4, 2),
-)
-_TILES_RESIDUAL = (
-    GemmConfig(128, 64, 32, 8, 2),
-    GemmConfig(64, 64, 32, 4, 2),
-    GemmConfig(32, 64, 32, 4, 2),
-    GemmConfig(16, 64, 64, 4, 2),
-)
-# Half the warps where they are twice as wide, so that each thread still copies 16 bytes.
-_TILES_RESIDUAL_AMD = (
-    GemmConfig(128, 64, 32, 4, 2),
-    GemmConfig(64, 64, 32, 4, 2),
-    GemmConfig(32, 64, 32, 2, 2),
-    GemmConfig(16, 64, 64, 2, 2),
-)
 
 
 def row_tiles(*, sums: bool) -> tuple[RowConfig, ...]:

@@ -68,7 +68,7 @@ def _kind(config: Config) -> tuple[int, int, int]:
 
 
 def _grid(problem: Problem, target: Target) -> Iterator[Config]:
-    if problem.kernel in ("gather_gemm", "residual_gemm"):
+    if problem.kernel == "gather_gemm":
         return _gemms(problem, target)
     if problem.kernel in ("project", "transposed_mm"):
         return _products(problem, target)
@@ -90,17 +90,15 @@ def _gemms(problem: Problem, target: Target) -> Iterator[GemmConfig]:
 
     Each thread copies at least 16 bytes of either operand; with less, threads would copy the same
     bytes. Exact float32 products are kept narrow: Triton 3.7 multiplies computed operands of 64 and
-    more columns of G as tf32 on sm_100. Two operands that are computed while loading leave no
-    registers for a tile in two pieces.
+    more columns of G as tf32 on sm_100.
     """
     size, exact = problem.dtype.itemsize, problem.is_exact
-    computes_operands = problem.kernel == "residual_gemm"
     blocks = "blocks" in problem.flags
-    sides_n = _side(64 if exact else 128 if computes_operands else 256, problem.n)
-    sides_p = _side(32 if exact else 128 if computes_operands else 256, problem.p)
+    sides_n = _side(64 if exact else 256, problem.n)
+    sides_p = _side(32 if exact else 256, problem.p)
     depths = _powers(16, 32) if exact else _powers(32 if size == 2 else 16, 128 // size * 2)
-    stages = (2, 3) if target.backend == "hip" else (2, 3, 4) if computes_operands else (2, 3, 4, 5)
-    columns_first = not computes_operands and not blocks and _columns_first(problem, target)
+    stages = (2, 3) if target.backend == "hip" else (2, 3, 4, 5)
+    columns_first = not blocks and _columns_first(problem, target)
     warpgroup = reads_shared(problem, target)  # four warps multiply together
     numbers = (4, 8) if warpgroup else (2, 4, 8)
     for n, p, k, warps, depth in itertools.product(sides_n, sides_p, depths, numbers, stages):
@@ -108,7 +106,7 @@ def _gemms(problem: Problem, target: Target) -> Iterator[GemmConfig]:
             continue
         tile = GemmConfig(n, p, k, warps, depth, x_columns_first=columns_first)
         yield tile
-        if problem.is_aligned and not (computes_operands or blocks or exact) and n >= 64:
+        if problem.is_aligned and not (blocks or exact) and n >= 64:
             yield replace(tile, tiles_n=2)
         if n * p >= 128 * 128:
             yield from (replace(tile, group=group) for group in (4, 16))

@@ -20,8 +20,9 @@ from memaop_triton.config import MemAOPConfig
 from memaop_triton.draws import draw_seed
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale
-from memaop_triton.kernels.gpu import residual_gemm, score, subspace
+from memaop_triton.kernels.gpu import score, subspace
 from memaop_triton.kernels.gpu.gather_gemm import Correction, gather_gemm
+from memaop_triton.kernels.gpu.pack import pack_rows
 from memaop_triton.kernels.gpu.row_weights import RowWeights
 from memaop_triton.memory.kinds import ResidualMemory, SubspaceMemory
 from memaop_triton.selection import Selection
@@ -133,16 +134,18 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     update = _Update(
         slots, carry, draw_seed(x.device, operands.generator), memory.signed, _seed(operands)
     )
-    is_unscored = config.selection == "randk" and operands.factors is None
-    step = _with_unscored_rows if is_unscored else _with_scored_rows
+    tensors = (x, operands.g, *slots)
+    scalars = (("carry", carry), ("seed", update.seed), ("seed", update.seed_of_selection))
+    if config.selection == "randk" and operands.factors is None:
+        return _with_unscored_rows(operands, update, tensors, scalars)
     if not operands.is_alone:
-        return step(operands, update)
+        return _with_scored_rows(operands, update)
     dw, db = repeated(
-        "unscored rows" if is_unscored else "scored rows",
+        "scored rows",
         operands,
-        lambda: step(operands, update),
-        (x, operands.g, *slots),
-        (("carry", carry), ("seed", update.seed), ("seed", update.seed_of_selection)),
+        lambda: _with_scored_rows(operands, update),
+        tensors,
+        scalars,
     )
     return Gradients(dw, db)
 
@@ -193,14 +196,48 @@ def _with_scored_rows(operands: Operands, update: _Update) -> Gradients:
     return Gradients(dw, None if sums is None else sums.out)
 
 
-def _with_unscored_rows(operands: Operands, update: _Update) -> Gradients:
-    """Select without scores, update the other slots, multiply the selected rows added to theirs."""
-    x, g, config = operands.x, operands.g, operands.config
-    rows = x.shape[0]
-    mx, mg, filled = update.slots
-    taken = torch.empty(rows, dtype=torch.bool, device=x.device)
+def _with_unscored_rows(
+    operands: Operands,
+    update: _Update,
+    tensors: tuple[Tensor, ...],
+    scalars: tuple[tuple[str, Any], ...],
+) -> Gradients:
+    """Select without scores, add the selected rows to their slots, update the others, multiply.
+
+    The last two arguments are what a repetition takes in the place of the others.
+    """
+    x, g = operands.x, operands.g
+    if operands.is_alone:
+        packed_x, packed_g, db = repeated(
+            "unscored rows", operands, lambda: _packed(operands, update)[:3], tensors, scalars
+        )
+        return Gradients(packed_g.t() @ packed_x, db)
+    packed_x, packed_g, db, chosen = _packed(operands, update)
+    dw = packed_g.t() @ packed_x
+    scores = None
+    if operands.is_observed:
+        # The sums of selected rows are not stored, so their scores are those of the batch's rows.
+        mx, mg, _ = update.slots
+        scores = torch.where(chosen.taken, score.row_scores(x, g)[0], score.row_scores(mx, mg)[0])
+    operands.observe(chosen.selection, dw, scores)
+    return Gradients(dw, db)
+
+
+class _Taken(NamedTuple):
+    """Rows selected, and for every row whether it is."""
+
+    selection: Selection
+    taken: Tensor
+
+
+def _packed(operands: Operands, update: _Update) -> tuple[Tensor, Tensor, Tensor | None, _Taken]:
+    """The selected rows of X and G added to their slots, which are emptied; db; the selection."""
+    x, g = operands.x, operands.g
+    taken = torch.empty(x.shape[0], dtype=torch.bool, device=x.device)
     selection = _select(operands, None, update.seed_of_selection, taken=taken).selection
-    lost = torch.zeros(1, dtype=torch.float32, device=x.device)
+    packed = pack_rows(
+        update.slots, x, g, selection.indices, update.carry, update.seed, signed=update.signed
+    )
     sums = score.accumulate_rest(
         update.slots,
         x,
@@ -208,28 +245,12 @@ def _with_unscored_rows(operands: Operands, update: _Update) -> Gradients:
         update.carry,
         update.seed,
         taken,
-        lost,
+        packed.g[0],
         signed=update.signed,
         bias_grad=operands.bias_grad,
     )
-    dw = residual_gemm.residual_gemm(
-        update.slots,
-        x,
-        g,
-        selection.indices,
-        update.carry,
-        update.seed,
-        lost,
-        signed=update.signed,
-        block_rows=config.block_rows,
-    )
-    dispatch.mark(selection, filled, None)
-    scores = None
-    if operands.is_observed:
-        # The sums of selected rows are not stored, so their scores are those of the batch's rows.
-        scores = torch.where(taken, score.row_scores(x, g)[0], score.row_scores(mx, mg)[0])
-    operands.observe(selection, dw, scores)
-    return Gradients(dw, None if sums is None else sums.total())
+    db = None if sums is None else sums.total()
+    return packed.x, packed.g, db, _Taken(selection, taken)
 
 
 def with_subspace(

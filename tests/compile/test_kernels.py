@@ -1,6 +1,5 @@
 """What the compiler makes of every kernel in every shipped configuration, on every target."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -146,13 +145,3 @@ def test_gathering_adds_few_instructions(builder, way, weighted, limit):
 def test_every_tile_for_rows_is_among_the_cases(target, rows, sums):
     tile = defaults.for_rows(TARGETS[target], rows, sums)
     assert (tile, sums) in row_tiles()
-
-
-@pytest.mark.skipif(not triton.__version__.startswith("3.7."), reason="a fault of Triton 3.7")
-def test_wider_exact_tiles_of_computed_operands_would_be_rounded_to_tf32():
-    """Why `defaults.py` keeps these tiles narrow; if this fails, they can be wider."""
-    (tile, *_) = defaults.residual_tiles(TARGETS["sm_100"], torch.float32, "ieee")
-    wide = dataclasses.replace(tile, block_n=64, block_p=64)
-    (case, *_) = (c for c in cases(TARGETS["sm_100"]) if c.config == tile and "resid" in c.title)
-    (kernel,) = compile_call(lambda: case.call(config=wide), TARGETS["sm_100"])
-    assert read(kernel).matrix

@@ -11,7 +11,7 @@ from memaop_triton import MemAOPConfig, convert_, dispatch, flops, monitor, new_
 from memaop_triton.backward import steps_triton
 from memaop_triton.backward.weight_grad import weight_and_bias_grad, weight_grad
 from memaop_triton.config import ROW_MEMORIES
-from memaop_triton.draws import draw_seed
+from memaop_triton.draws import NOT_DRAWN, draw_seed
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
@@ -40,13 +40,14 @@ def backend(monkeypatch):
 def drawn_alike(monkeypatch):
     """Both backends draw in PyTorch: the selection kernel has tests of its own."""
 
-    def select_on_device(scores, config, k, generator, *, dtype, filled=None, taken=None):
+    def select_on_device(scores, config, k, generator, *, filled=None, taken=None, **_):
         scores = torch.ones(taken.shape) if scores is None else scores
         selection = select(scores, config, k, generator)
         dispatch.mark(selection, filled, taken)
         return dispatch.SelectionOnDevice(selection, None)
 
     monkeypatch.setattr(dispatch, "select_on_device", select_on_device)
+    monkeypatch.setattr(dispatch, "seed_of_selection", lambda *_: NOT_DRAWN)
 
 
 def batches(shape, count=3, dtype=torch.float32):

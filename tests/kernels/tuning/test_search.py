@@ -45,7 +45,6 @@ def problems(sizes):
             given = {"dtype": dtype, "precision": precision, "rows": m}
             for flags in ((), ("weighted",), ("uneven",), ("blocks", "weighted")):
                 yield Problem("gather_gemm", k=k, n=n, p=p, rank=16, flags=flags, **given)
-            yield Problem("residual_gemm", k=k, n=n, p=p, stored=SINGLE, **given)
             for rank, flags in itertools.product((1, 16, 64), ((), ("uneven",))):
                 yield Problem("project", k=m, n=n, p=0, rank=rank, flags=flags, **given)
                 flags = ("norms", "sums", *flags)
@@ -124,8 +123,6 @@ def check_valid(problem, config, target):
     assert min(config.block_n // config.tiles_n, config.block_p, config.block_k) >= 16
     assert config.tiles_n in (1, 2)
     assert config.tiles_n == 1 or problem.kernel == "gather_gemm"
-    if problem.kernel == "residual_gemm" and problem.is_exact:
-        assert config.block_p <= 32, "multiplied as tf32 on sm_100"
 
 
 # A sample, compiled. -----------------------------------------------------------------------------
@@ -156,7 +153,6 @@ def problem_of(case, target):
         ("sm_80", "gather rows, weighted + C", "bf16", 1),
         ("gfx942", "gather rows, weighted + C", "bf16", 0),
         ("sm_100", "gather rows, weighted + C", "fp32", 0),
-        ("sm_100", "residual, memory fp32", "fp32", 0),
     ],
 )
 def test_a_candidate_compiles_and_fits_as_estimated(target, title, kind, number):

@@ -9,7 +9,6 @@ from torch.utils._pytree import tree_leaves
 
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
-from memaop_triton.kernels.gpu.residual_gemm import residual_gemm
 from memaop_triton.kernels.gpu.score import (
     accumulate_and_score,
     accumulate_rest,
@@ -21,7 +20,7 @@ from memaop_triton.kernels.tuning import cache, tuner
 from tests.traffic import interpreted
 
 DEVICE = torch.device("cpu")
-UPDATES = ["accumulate_and_score", "accumulate_rest", "residual_gemm"]
+UPDATES = ["accumulate_and_score", "accumulate_rest"]
 
 
 def operands():
@@ -37,7 +36,7 @@ def operands():
         weights=torch.rand(22),
         carry=torch.full((1,), 0.5),
         seed=torch.tensor([7]),
-        lost=torch.zeros(1),
+        poisoned=torch.ones(48),
         taken=torch.arange(64) % 3 == 0,
         out=torch.randn(48, 32),
         z=torch.randn(64, 4),
@@ -53,7 +52,7 @@ LAUNCHES = {
         o.memory, o.x, o.g, o.carry, o.seed, signed=signed
     ),
     "accumulate_rest": lambda o, signed=False: accumulate_rest(
-        o.memory, o.x, o.g, o.carry, o.seed, o.taken, o.lost, signed=signed, bias_grad=True
+        o.memory, o.x, o.g, o.carry, o.seed, o.taken, o.poisoned, signed=signed, bias_grad=True
     ).total(),
     "project": lambda o: project(o.x, o.basis, 4.0),
     "project_gradient": lambda o: project_gradient(o.g, o.z, o.rest),
@@ -63,9 +62,6 @@ LAUNCHES = {
     "transposed_mm": lambda o: transposed_mm(o.z, o.x),
     "gather_gemm": lambda o: gather_gemm(o.x, o.g, o.indices, o.weights, out=o.out),
     "gather_gemm, new": lambda o: gather_gemm(o.x, o.g, o.indices),
-    "residual_gemm": lambda o, signed=False: residual_gemm(
-        o.memory, o.x, o.g, o.indices, o.carry, o.seed, o.lost, signed=signed
-    ),
 }
 
 
