@@ -39,6 +39,15 @@ def test_rows_and_weights(rows, kind, policy):
     torch.testing.assert_close(chosen.weights, good.weights)
 
 
+@pytest.mark.slow
+def test_a_million_rows():
+    scores = scores_of(10**6, "smooth")
+    chosen = select(scores, 125_000, "priority", SEED)
+    good = expected(scores, 125_000, "priority", SEED)
+    assert torch.equal(chosen.indices, good.indices)
+    torch.testing.assert_close(chosen.weights, good.weights)
+
+
 @needs_compiler
 @pytest.mark.parametrize("policy", ["topk", "priority"])
 @pytest.mark.parametrize("kind", ["smooth", "ties", "odd"])
