@@ -88,6 +88,9 @@ def test_infinite_rows_come_first_and_finite_ones_keep_their_chances(way, genera
     # One of the finite rows with a mean weight of 1: the variance is at most 46 − 1.
     torch.testing.assert_close(drawn[[0, 2, 5, 6]] / 1000, torch.ones(4), rtol=0, atol=0.85)
     assert drawn[4] == 0
+    indices, weights = selection.select_rows(scores, 1, "priority", generator=source)
+    assert indices.item() in (1, 3)
+    assert weights.item() == 1
 
 
 def test_the_default_device_is_nobodys_device(way):
