@@ -27,7 +27,7 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
         generator: Source of the seed; the device's default one if `None`.
     """
     if device.type != "cuda":
-        return int(torch.randint(_FIRST, 2 * _FIRST - 1, (1,), generator=generator))
+        return int(torch.randint(_FIRST, 2 * _FIRST - 1, (1,), device=device, generator=generator))
     if targets.is_capturing(device):
         return torch.randint(_FIRST, 2 * _FIRST - 1, (1,), device=device, generator=generator)
     if generator is None:

@@ -53,10 +53,13 @@ def select_rows(
 
     Args:
         scores: [M], float32 or float64, non-negative. NaN counts as +Inf. Rows at +Inf are taken
-            before any other. With `randk` and `uniform` the values matter only in that respect.
+            before any other; `priority` gives them weight 1 and draws the others as ever. With
+            `randk` and `uniform` the values matter only in that respect.
         k: Number of rows, at least 1. `k >= M` returns every row with weight 1.
         policy: A name from the table.
-        generator: Source of the draws; the device's default one if `None`.
+        generator: Source of the draws; the device's default one if `None`. On a CPU `priority`
+            takes one number of it, the seed from which the C code draws like the kernels for GPUs.
+            Where there is no C compiler, and for the other policies, PyTorch draws from it.
 
     Returns:
         Ascending indices and their weights in the scores' dtype, K of each. Take the weights for
@@ -78,16 +81,12 @@ def select_rows(
     rows = scores.numel()
     if k >= rows:
         return Selection(torch.arange(rows, device=scores.device), torch.ones_like(scores))
-    uniform = _from_zero(scores, rows, generator) if policy == "priority" else None
     if policy in ("priority", "topk"):
-        chosen = native.choose(scores, k, uniform)
+        chosen = native.choose(scores, k, draw=policy == "priority", generator=generator)
         if chosen is not None:
             return Selection(*chosen)
     scores = scores.nan_to_num(nan=math.inf, posinf=math.inf)
-    if uniform is not None:
-        indices, weights = _priority(scores, 1 - uniform, k)
-    else:
-        indices, weights = _POLICIES[policy](scores, k, generator)
+    indices, weights = _POLICIES[policy](scores, k, generator)
     indices, order = indices.sort()
     return Selection(indices, weights[order])
 
@@ -140,14 +139,9 @@ def is_weighted(policy: str) -> bool:
     return policy not in ("topk", "weightedk", "randk")
 
 
-def _from_zero(scores: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """`count` draws from [0, 1)."""
-    return torch.rand(count, dtype=scores.dtype, device=scores.device, generator=generator)
-
-
 def _to_one(scores: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """`count` draws from (0, 1]."""
-    return 1 - _from_zero(scores, count, generator)
+    return 1 - torch.rand(count, dtype=scores.dtype, device=scores.device, generator=generator)
 
 
 def _only_infinite(scores: Tensor) -> Tensor:
@@ -182,13 +176,12 @@ def _uniform(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple
     return indices, weights * (scores.numel() / k)
 
 
-def _priority(scores: Tensor, draws: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    scores = _only_infinite(scores)
-    keys, order = (scores / draws).topk(k + 1)
+def _priority(scores: Tensor, k: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    keys, order = (scores / _to_one(scores, scores.numel(), generator)).topk(k + 1)
     indices = order[:k]
     picked = scores[indices]
     weights = torch.where(picked > 0, (keys[k] / picked).clamp(min=1), 0)
-    return indices, weights
+    return indices, weights.masked_fill(picked.isinf(), 1)
 
 
 def _inverse_cdf(cumulative: Tensor, points: Tensor) -> Tensor:
@@ -267,6 +260,7 @@ _POLICIES: dict[str, Callable[[Tensor, int, torch.Generator | None], tuple[Tenso
     "weightedk": _weightedk,
     "randk": _randk,
     "uniform": _uniform,
+    "priority": _priority,
     "crs": _crs,
     "bernoulli": _bernoulli,
     "wta": _wta,

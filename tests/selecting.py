@@ -1,4 +1,4 @@
-"""The oracle of the selection kernels: the same draws and keys, in plain NumPy.
+"""The oracle of the selection kernels and of the C code: the same draws and keys, in plain NumPy.
 
 Philox 4x32-10 as Salmon, Moraes, Dror and Shaw describe it (SC 2011).
 """
@@ -28,7 +28,7 @@ def _philox(seed, counters):
 
 
 def uniform(seed, count):
-    """The kernels' draws of `count` units from (0, 1], float32."""
+    """The draws of `count` units from (0, 1], float32."""
     words = _philox(seed, np.arange(-(-count // 4))).reshape(-1)[:count]
     return ((words >> 8) + 1).astype(np.float32) * np.float32(2**-24)
 
@@ -41,13 +41,13 @@ class Expected(NamedTuple):
 
 
 def expected(scores, k, policy, seed, block_rows=1):
-    """What the kernels have to choose."""
+    """What they have to choose; weights in the dtype of the scores."""
     units = -(-scores.numel() // block_rows)
     padded = torch.nn.functional.pad(scores.cpu(), (0, units * block_rows - scores.numel()))
     s = padded.view(units, block_rows).sum(1).nan_to_num(nan=np.inf, posinf=np.inf).numpy()
     u = uniform(seed, units)
     weights = np.ones(units)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         if policy == "bernoulli":
             p = _probabilities(s, k)
             chosen = np.flatnonzero(u <= p)
@@ -69,7 +69,7 @@ def expected(scores, k, policy, seed, block_rows=1):
     rows = chosen[:, None] * block_rows + np.arange(block_rows)
     return Expected(
         torch.from_numpy(rows.reshape(-1)).to(scores.device),
-        torch.from_numpy(weights[chosen].repeat(block_rows).astype(np.float32)).to(scores.device),
+        torch.from_numpy(weights[chosen].repeat(block_rows).astype(s.dtype)).to(scores.device),
     )
 
 

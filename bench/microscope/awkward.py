@@ -23,7 +23,7 @@ from bench.microscope.cases import (
     weighting,
 )
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
-from memaop_triton.kernels.gpu.pack import pack_rows
+from memaop_triton.kernels.gpu.pack import COLUMNS, ROWS, pack_rows
 from memaop_triton.kernels.gpu.score import accumulate_and_score, row_scores
 from memaop_triton.kernels.gpu.subspace import correction, project, project_gradient
 from memaop_triton.kernels.targets import Target
@@ -54,7 +54,7 @@ def awkward_cases(target: Target) -> list[Case]:
 
 
 def _packed() -> Iterator[Case]:
-    tile = RowConfig(8, 256, 4)
+    tile = RowConfig(ROWS, COLUMNS, 4)
     for name, given, slots in (
         ("odd extents", operands(HALF, ODD, ODD), memory(HALF, ODD, ODD)),
         ("strided", strided(operands(HALF)), memory(HALF)),

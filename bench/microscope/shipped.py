@@ -22,7 +22,7 @@ from bench.microscope.cases import (
     weighting,
 )
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
-from memaop_triton.kernels.gpu.pack import pack_rows
+from memaop_triton.kernels.gpu.pack import COLUMNS, ROWS, pack_rows
 from memaop_triton.kernels.gpu.rescale import rescale_
 from memaop_triton.kernels.gpu.score import accumulate_and_score, accumulate_rest, row_scores
 from memaop_triton.kernels.gpu.subspace import project, project_gradient, transposed_mm
@@ -48,6 +48,9 @@ def cases(target: Target) -> list[Case]:
     for dtype, precision in kinds:
         if dtype != torch.float16:
             found += _subspace(dtype, precision)
+    pack = partial(pack_rows, memory(torch.bfloat16), **operands(torch.bfloat16), **scalars())
+    tile = RowConfig(ROWS, COLUMNS, 4)  # which is fixed, and has no loop
+    found.append(Case("pack", tile, pack, torch.bfloat16, shown=False))
     return [*found, *_row_passes(target)]
 
 
@@ -163,9 +166,6 @@ def _row_passes(target: Target) -> Iterator[Case]:
                 marks = {"taken": empty(M, dtype=torch.bool), "poisoned": empty(P, dtype=dtype)}
                 rest = partial(accumulate_rest, slots, x, g, **marks, **update)
                 calls[f"accumulate rest, {title}"] = rest
-                if tile == usual[0]:  # of a tile of its own
-                    pack = partial(pack_rows, slots, **operands(dtype), **scalars(), signed=True)
-                    calls["pack"] = pack
                 if not sums:
                     factor = empty(1, dtype=single)
                     calls["rescale"] = partial(rescale_, slots[1], factor, config=tile)

@@ -47,7 +47,8 @@ LINK_FLAGS = ["-shared", "-Wl,-Bsymbolic"]
 
 
 _TYPES: dict[str, Any] = {
-    "p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float, "v": None,
+    "p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "u": ctypes.c_uint64,
+    "f": ctypes.c_float, "v": None,
 }  # fmt: skip
 _MATRIX = "pl"  # and the distance between its rows
 #: What every function returns and takes, a letter each as in `_TYPES`.
@@ -62,12 +63,12 @@ _OF_A_KIND = {
     "step_room": ("l", "llll ii"),
     "step": (
         "v",
-        f"{_MATRIX} {_MATRIX} {_MATRIX} {_MATRIX} p {_MATRIX} l f p ppp pp pp pp llll iiii",
+        f"{_MATRIX} {_MATRIX} {_MATRIX} {_MATRIX} p {_MATRIX} l f iu ppp pp pp pp llll iiii",
     ),
 }
 SIGNATURES = {
     **{f"{name}_{kind}": types for name, types in _OF_A_KIND.items() for kind in KINDS},
-    **{f"choose_{kind}": ("v", "ppp ll pp") for kind in ("f32", "f64")},
+    **{f"choose_{kind}": ("v", "p iu p ll pp") for kind in ("f32", "f64")},
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memaop_triton.draws import draw_seed
 from memaop_triton.kernels.cpu import library
 from memaop_triton.kernels.cpu.library import (
     LANES,
@@ -97,25 +98,30 @@ def transposed_mm(
     return product
 
 
-def choose(scores: Tensor, k: int, uniform: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
-    """`k` rows, ascending, and their weights; or `None`.
+def choose(
+    scores: Tensor, k: int, *, draw: bool, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """`k` rows, ascending, and their weights; or `None`, and nothing is drawn.
 
-    By priority sampling, or without `uniform` those with the largest scores, of equal ones the
-    first, with weight 1.
+    By priority sampling, or without `draw` those with the largest scores, with weight 1; of equal
+    ones the first. Draws are those of the kernels for GPUs: from equal scores of float32 and equal
+    seeds both choose the same rows with the same weights. Float64 takes the same draws, of 24 bits.
 
     Args:
         scores: [M] float32 or float64, non-negative; NaN counts as infinity.
         k: From 1 to M − 1.
-        uniform: [M] in the same dtype, in [0, 1): one less the divisor of each score.
+        draw: Whether to draw.
+        generator: Source of the seed of the draws (`draw_seed`).
     """
     code = code_for(scores) if scores.dtype in (torch.float32, torch.float64) else None
     if code is None:
         return None
     keys = torch.empty_like(scores)
     indices, weights = keys.new_empty(k, dtype=torch.int64), keys.new_ones(k)
+    seed = draw_seed(scores.device, generator) if draw else 0
     code.call(
         "choose",
-        *(scores.data_ptr(), address(uniform), keys.data_ptr(), keys.numel(), k),
+        *(scores.data_ptr(), draw, seed, keys.data_ptr(), keys.numel(), k),
         *(indices.data_ptr(), weights.data_ptr()),
     )
     return indices, weights

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memaop_triton.draws import draw_seed
 from memaop_triton.kernels.cpu import library
 from memaop_triton.kernels.cpu.library import (
     LANES,
@@ -88,7 +89,7 @@ def run(
         draw: Draw the rows by priority sampling, instead of those of the largest scores.
         sums: Whether to sum the columns of B, which takes a basis.
         transposed: Return the transposed product.
-        generator: Source of the draws, which are those of `selection.select_rows`.
+        generator: Source of the seed of the draws, which are those of `native.choose`.
     """
     code = code_for(a, b, *(added or ())) if _fits(a, b, basis, added) else None
     if code is None:
@@ -100,9 +101,7 @@ def run(
     rest, scores = new(rows), new(rows)
     column_sums = new(p) if sums else None
     indices = a.new_empty(k, dtype=torch.int64)
-    uniform = None
-    if draw:
-        uniform = torch.rand(rows, dtype=code.number, device=a.device, generator=generator)
+    seed = draw_seed(a.device, generator) if draw else 0
     weights = new(k) if draw else rest.new_ones(k)
     multiplies = library.prefers_own_gemm(a.dtype)
     product = new((n, p) if transposed else (p, n)) if multiplies else None
@@ -110,7 +109,7 @@ def run(
     product_threads = gemm_threads(k + rank, n, p) if multiplies else 0
     numbers = code.call("step_room", rows, n, p, rank, b_threads, product_threads)
     room = room_for(code.number, numbers)
-    in_and_out = uniform, z, zb, column_sums, rest, scores, indices, weights, product, room
+    in_and_out = z, zb, column_sums, rest, scores, indices, weights, product, room
     new_rows: tuple[int | None, ...] = (None, 0, None, 0, None)
     if added is not None:
         new_rows = (*matrix(added.a), *matrix(added.b), added.carry.data_ptr())
@@ -118,7 +117,7 @@ def run(
         "step",
         *(*matrix(a), *matrix(b), *new_rows),
         *((None, 0) if basis is None else matrix(basis.t())),
-        *(rank, basis_scale(n), *map(address, in_and_out)),
+        *(rank, basis_scale(n), draw, seed, *map(address, in_and_out)),
         *(rows, k, n, p, transposed, sizes_of(a)[-1], b_threads, product_threads),
     )
     return Step(

@@ -191,7 +191,8 @@ def value_of(argument):
     What changes from step to step is passed by value, which takes no operation on the device,
     except in a CUDA graph, which would repeat the value.
     """
-    argument = tl.to_tensor(argument)
+    if isinstance(argument, float):  # a value, as the interpreter hands it over
+        return argument
     return tl.load(argument) if argument.dtype.is_ptr() else argument
 
 

@@ -25,9 +25,10 @@ def test_what_the_page_says_in_words_is_above_what_cannot_be_avoided():
             for setting in SETTINGS.values()
         )
         dense = dense_product(target, m, n, p)
-        assert plain < default < topk < randk < dense
+        assert plain < default < randk < topk < dense
         one_pass = 2 * m * (n + p) / target.chip.memory_rate
         product = 2 * m * n * p / target.chip.flops("half")
         assert dense > product
         assert plain > one_pass + product / 8
         assert topk > 3 * one_pass + product / 8
+        assert randk > 2.5 * one_pass + product / 8

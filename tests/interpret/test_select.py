@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from memaop_triton.draws import draw_seed
+from memaop_triton.kernels.cpu import native
 from memaop_triton.kernels.gpu.row_weights import row_weights
 from memaop_triton.kernels.gpu.select import select
 from memaop_triton.kernels.targets import TARGETS
+from tests.compiled import needs_compiler
 from tests.selecting import expected
 
 SIZES = [2, 100, 4096, 40_000]
@@ -34,6 +37,27 @@ def test_rows_and_weights(rows, kind, policy):
     good = expected(scores, k, policy, SEED)
     assert torch.equal(chosen.indices, good.indices)
     torch.testing.assert_close(chosen.weights, good.weights)
+
+
+@pytest.mark.slow
+def test_a_million_rows():
+    scores = scores_of(10**6, "smooth")
+    chosen = select(scores, 125_000, "priority", SEED)
+    good = expected(scores, 125_000, "priority", SEED)
+    assert torch.equal(chosen.indices, good.indices)
+    torch.testing.assert_close(chosen.weights, good.weights)
+
+
+@needs_compiler
+@pytest.mark.parametrize("policy", ["topk", "priority"])
+@pytest.mark.parametrize("kind", ["smooth", "ties", "odd"])
+@pytest.mark.parametrize("rows", SIZES)
+def test_the_c_code_chooses_alike(rows, kind, policy, generator):
+    scores, k = scores_of(rows, kind), max(1, rows // 8)
+    chosen = select(scores, k, policy, draw_seed(scores.device, generator()))
+    indices, weights = native.choose(scores, k, draw=policy == "priority", generator=generator())
+    assert torch.equal(chosen.indices, indices)
+    torch.testing.assert_close(chosen.weights, weights, rtol=2**-23, atol=0)
 
 
 @pytest.mark.parametrize("rows", SIZES)

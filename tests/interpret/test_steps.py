@@ -12,6 +12,7 @@ from memaop_triton.backward import steps_triton
 from memaop_triton.backward.weight_grad import weight_and_bias_grad, weight_grad
 from memaop_triton.config import ROW_MEMORIES
 from memaop_triton.draws import NOT_DRAWN, draw_seed
+from memaop_triton.kernels.cpu import native
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
@@ -48,6 +49,7 @@ def drawn_alike(monkeypatch):
 
     monkeypatch.setattr(dispatch, "select_on_device", select_on_device)
     monkeypatch.setattr(dispatch, "seed_of_selection", lambda *_: NOT_DRAWN)
+    monkeypatch.setattr(native, "choose", lambda *_, **__: None)
 
 
 def batches(shape, count=3, dtype=torch.float32):

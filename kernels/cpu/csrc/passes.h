@@ -33,7 +33,7 @@ void NAME(transposed_product)(const number *z, long ldz, long z_columns, const s
                               long rows, long columns, int threads);
 
 /* selection.c */
-void NUMBER_NAME(choose)(const number *scores, const number *uniform, key *keys, long count, long k,
+void NUMBER_NAME(choose)(const number *scores, int draws, uint64_t seed, key *keys, long count, long k,
                          int64_t *indices, number *weights);
 
 /* gather_gemm.c */

@@ -47,35 +47,71 @@ static void take(const key *keys, long count, long k, key least, int64_t *indice
             indices[taken++] = i;
 }
 
-/* Priority sampling: the k rows with the largest scores[i] / (1 - uniform[i]), ascending, each with its
- * weight max(1, t / score) for t the next largest key, or 0 for a score of 0. NaN counts as infinity;
- * beside infinite scores the finite ones count as 0, and the infinite ones as 1. If `uniform` is null,
- * the k rows with the largest scores, and the weights are left alone.
- * scores, uniform, keys [count], uniform in [0, 1), 0 < k < count; indices, weights [k]. */
-void NUMBER_NAME(choose)(const number *scores, const number *uniform, key *keys, long count, long k,
+/* Four random words for each of COUNTERS counters from `first` on, one counter's after another's:
+ * Philox 4x32-10 (Salmon, Moraes, Dror, Shaw, SC 2011) of the counters (c, 0, 0, 0). A round is a loop
+ * over the counters, which share its key: one vector holds the same word of several. */
+enum { COUNTERS = 64, WORDS = 4 * COUNTERS };
+
+INLINE uint32_t upper_half(uint32_t a, uint32_t b) { return (uint64_t)a * b >> 32; }
+
+static void random_words(uint64_t seed, uint32_t first, uint32_t *words) {
+    uint32_t state[4][COUNTERS] = {{0}};
+    for (int i = 0; i < COUNTERS; i++)
+        state[0][i] = first + i;
+    uint32_t low_key = seed, high_key = seed >> 32;
+    for (int round = 0; round < 10; round++) {
+        for (int i = 0; i < COUNTERS; i++) {
+            const uint32_t even = state[0][i], odd = state[2][i];
+            state[0][i] = upper_half(odd, 0xCD9E8D57u) ^ state[1][i] ^ low_key;
+            state[1][i] = odd * 0xCD9E8D57u;
+            state[2][i] = upper_half(even, 0xD2511F53u) ^ state[3][i] ^ high_key;
+            state[3][i] = even * 0xD2511F53u;
+        }
+        low_key += 0x9E3779B9u;
+        high_key += 0xBB67AE85u;
+    }
+    for (int i = 0; i < COUNTERS; i++)
+        for (int word = 0; word < 4; word++)
+            words[4 * i + word] = state[word][i];
+}
+
+/* The keys of priority sampling, scores[i] / u for u in (0, 1] with 24 bits: those of the upper bits of
+ * the (i mod 4)-th word of counter i / 4, as in the kernels for GPUs. Infinite without a finite score. */
+static void draw_keys(const number *scores, uint64_t seed, key *keys, long count) {
+    uint32_t words[WORDS];
+    for (long first = 0; first < count; first += WORDS) {
+        random_words(seed, first / 4, words);
+        const long here = SMALLER(count - first, (long)WORDS);
+        for (long i = 0; i < here; i++) {
+            const number u = ((int32_t)(words[i] >> 8) + 1) * (number)0x1p-24;
+            const number score = scores[first + i];
+            keys[first + i] = bits_of((is_finite(score) ? score : INFINITY) / u);
+        }
+    }
+}
+
+/* The k rows with the largest keys, ascending, of equal ones the first. If `draws`, that is priority
+ * sampling: the keys are scores[i] / u, drawn from `seed`, and a row has the weight max(1, t / score)
+ * for t the next largest key, but 0 for a score of 0 and 1 for an infinite one. Otherwise the keys are
+ * the scores, and the weights are left alone. NaN counts as infinity.
+ * scores, keys [count], 0 < k < count; indices, weights [k]. */
+void NUMBER_NAME(choose)(const number *scores, int draws, uint64_t seed, key *keys, long count, long k,
                          int64_t *indices, number *weights) {
-    if (uniform == NULL) {
+    if (!draws) {
         for (long i = 0; i < count; i++)
             keys[i] = bits_of(is_finite(scores[i]) ? scores[i] : INFINITY);
         take(keys, count, k, ranked_key(keys, count, k - 1), indices);
         return;
     }
-    int infinite = 0;
-    for (long i = 0; i < count; i++)
-        infinite |= !is_finite(scores[i]);
-    for (long i = 0; i < count; i++) {
-        const number score = infinite ? !is_finite(scores[i]) : scores[i];
-        keys[i] = bits_of(score / (1 - uniform[i]));
-    }
+    draw_keys(scores, seed, keys, count);
     const key next = ranked_key(keys, count, k);
     number threshold;
     memcpy(&threshold, &next, sizeof threshold);
     take(keys, count, k, next, indices);
     for (long t = 0; t < k; t++) {
-        const number value = scores[indices[t]];
-        const number score = infinite ? !is_finite(value) : value;
+        const number score = scores[indices[t]];
         const number weight = threshold / score;
-        weights[t] = score > 0 ? (weight > 1 ? weight : 1) : 0;
+        weights[t] = !is_finite(score) ? 1 : score > 0 ? (weight > 1 ? weight : 1) : 0;
     }
 }
 

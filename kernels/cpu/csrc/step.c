@@ -68,19 +68,20 @@ INLINE void score_rows(stored *a, long lda, const stored *added, long ld, const 
 }
 
 /* out [p, n], or [n, p] if transposed, = B^T A, approximately: A's part in the subspace of the basis,
- * and the rest from k of the rows. They are drawn by priority sampling from scores[i] = rest[i] |b_i|,
- * or are those of the largest scores if `uniform` is null. Nothing is multiplied if `out` is null. Unless
- * `carry` is null, A and B are a memory, which first becomes carry A + added_a and carry B + added_b.
+ * and the rest from k of the rows. If `draws`, priority sampling draws them from `seed` and
+ * scores[i] = rest[i] |b_i|; otherwise they are those of the largest scores. Nothing is multiplied if
+ * `out` is null. Unless `carry` is null, A and B are a memory, which first becomes carry A + added_a and
+ * carry B + added_b.
  *
  * a, added_a [rows, n], b, added_b [rows, p]; carry [rows], without a basis only; basis: the columns of
  * Q [n, rank], rank a multiple of 4 up to 64, or none at all and rank 0; n and p at least 16;
- * z [rows, whole groups], zg [rank, p], sums (of the columns of b) [p] or null; rest, scores, uniform
- * [rows]; indices, weights [k], 0 < k < rows, the weights left alone if `uniform` is null; room: for
- * `step_room(...)` numbers, at a multiple of 64 bytes. */
+ * z [rows, whole groups], zg [rank, p], sums (of the columns of b) [p] or null; rest, scores [rows];
+ * indices, weights [k], 0 < k < rows, the weights left alone unless `draws`; room: for `step_room(...)`
+ * numbers, at a multiple of 64 bytes. */
 void NAME(step)(stored *a, long lda, stored *b, long ldb, const stored *added_a, long ld_added_a,
                 const stored *added_b, long ld_added_b, const number *carry, const stored *basis, long ldq,
-                long rank, float scale, const number *uniform, number *z, number *zg, number *sums,
-                number *rest, number *scores, int64_t *indices, number *weights, number *out,
+                long rank, float scale, int draws, uint64_t seed, number *z, number *zg,
+                number *sums, number *rest, number *scores, int64_t *indices, number *weights, number *out,
                 number *room, long rows, long k, long n, long p, int transposed, int a_threads,
                 int b_threads, int gemm_threads) {
     const Parts parts = parts_of(rows, n, p, rank, b_threads, gemm_threads);
@@ -103,8 +104,8 @@ void NAME(step)(stored *a, long lda, stored *b, long ldb, const stored *added_a,
         const number score = rest[i] * scores[i];
         scores[i] = score <= LARGEST ? score : INFINITY;
     }
-    NUMBER_NAME(choose)(scores, uniform, keys, rows, k, indices, weights);
+    NUMBER_NAME(choose)(scores, draws, seed, keys, rows, k, indices, weights);
     if (out != NULL)
-        NAME(gather_gemm)(a, lda, b, ldb, indices, uniform == NULL ? NULL : weights, z, ldz, expand,
+        NAME(gather_gemm)(a, lda, b, ldb, indices, draws ? weights : NULL, z, ldz, expand,
                           n + PAD, zg, out, shared, rows, k, n, p, rank, transposed, gemm_threads);
 }

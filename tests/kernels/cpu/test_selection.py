@@ -1,70 +1,96 @@
-"""The choice among scored rows in C is PyTorch's."""
+"""The choice among scored rows in C is the oracle's, which is the Triton kernels' too."""
 
+import numpy as np
 import pytest
 import torch
 
 from memaop_triton import selection
+from memaop_triton.draws import draw_seed
 from memaop_triton.kernels.cpu import native
 from tests.compiled import needs_compiler
 from tests.pairwise import pairwise
+from tests.selecting import expected, uniform
 
 NUMBERS = [torch.float32, torch.float64]
+CPU = torch.device("cpu")
+
+
+def scores_of(count, kind, dtype):
+    """Log-normal scores, or such that test one part of the law."""
+    scores = torch.randn(count, dtype=dtype).exp()
+    some = torch.rand(count) < 0.3
+    if kind == "wide":
+        scores = scores**20
+    elif kind == "ties":  # so small that their keys are multiples of the smallest number there is
+        smallest = np.nextafter(0, 1, dtype=np.float32 if dtype == torch.float32 else np.float64)
+        scores = torch.randint(1, 4, (count,)) * torch.tensor(smallest)
+    elif kind == "zeros":
+        scores[torch.rand(count) < 0.95] = 0.0
+        scores[some & (scores == 0)] = -0.0
+    elif kind == "infinite":
+        scores[some] = torch.inf
+    elif kind == "few infinite":
+        scores[:: max(2, count // 3)] = torch.inf
+    elif kind == "nan":
+        scores[some] = torch.nan
+        scores[-1] = torch.inf
+    return scores
 
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("sizes", "kind", "dtype"),
+    ("count", "share", "kind", "dtype"),
     pairwise(
-        [(2, 1), (17, 16), (500, 3), (5000, 625)],
-        ["normal", "wide", "zeros", "infinite", "all infinite", "nan"],
+        [2, 3, 100, 255, 4096, 32769, 10**6],
+        [1 / 8, 1 / 2, 1],
+        ["normal", "wide", "ties", "zeros", "infinite", "few infinite", "nan"],
         NUMBERS,
     ),
 )
-def test_it_selects_what_pytorch_selects(sizes, kind, dtype):
-    count, k = sizes
-    scores = torch.rand(count, dtype=dtype)
-    if kind == "wide":
-        scores = (20 * torch.randn(count, dtype=dtype)).exp().clamp(max=1e30)
-    elif kind == "zeros":
-        scores[torch.rand(count) < 0.9] = 0
-    elif kind != "normal":
-        bad = torch.ones(count) if kind == "all infinite" else torch.rand(count) < 0.01
-        scores[bad.bool()] = torch.nan if kind == "nan" else torch.inf
-    uniform = torch.rand(count, dtype=dtype)
-    indices, weights = native.choose(scores, k, uniform)
-    assert (indices.diff() > 0).all()
-    assert ((indices >= 0) & (indices < count)).all()
-    finite = scores.nan_to_num(torch.inf, torch.inf)
-    theirs, their_weights = selection._priority(finite, 1 - uniform, k)
-    order = theirs.argsort()
-    # Rows of weight 0 fill up to K, and any of them will do.
-    found, expected = weights > 0, their_weights[order] > 0
-    assert torch.equal(indices[found], theirs[order][expected])
-    assert torch.equal(weights[found], their_weights[order][expected])
-    largest, ones = native.choose(scores, k)
-    assert torch.equal(finite[largest].sort().values, finite.topk(k).values.flip(0))
-    assert (largest.diff() > 0).all()
-    assert torch.equal(ones, torch.ones(k, dtype=dtype))
+def test_it_chooses_row_by_row_what_the_oracle_chooses(count, share, kind, dtype, generator):
+    scores = scores_of(count, kind, dtype)
+    k = min(count - 1, max(1, int(share * count)))
+    seed = draw_seed(CPU, generator(count))
+    for policy in ("priority", "topk"):
+        good = expected(scores, k, policy, seed)
+        drawn = policy == "priority"
+        indices, weights = native.choose(scores, k, draw=drawn, generator=generator(count))
+        assert torch.equal(indices, good.indices)
+        assert weights.dtype == dtype
+        torch.testing.assert_close(weights, good.weights, rtol=torch.finfo(dtype).eps, atol=0)
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", NUMBERS)
-@pytest.mark.parametrize(
-    ("scores", "drawn", "expected"),
-    [
-        ([1.0] * 9, True, [0, 1, 2, 3]),  # of equal ones the first
-        ([1.0] * 9, False, [0, 1, 2, 3]),
-        ([1.0, torch.nan, 3.0, torch.inf, 0.0], False, [0, 1, 2, 3]),  # NaN before all
-        ([1.0, torch.nan, 3.0, torch.inf, 0.0, 2.0, 4.0], False, [1, 2, 3, 6]),
-        ([3.0, -0.0, 2.0, 1.0, -0.0, 5.0], True, [0, 2, 3, 5]),  # a zero has no sign
-        ([3.0, -0.0, 2.0, 1.0, -0.0, 5.0], False, [0, 2, 3, 5]),
-    ],
-)
-def test_ties_and_special_numbers(scores, drawn, expected, dtype):
-    scores = torch.tensor(scores, dtype=dtype)
-    indices, weights = native.choose(scores, 4, torch.zeros_like(scores) if drawn else None)
-    assert indices.tolist() == expected
-    assert weights.tolist() == [1, 1, 1, 1]
+@pytest.mark.parametrize("kind", ["normal", "wide", "zeros", "few infinite", "nan"])
+def test_pytorch_weighs_the_same_draws_alike(kind, dtype, plain, monkeypatch):
+    """Without the C code they come from another generator, and all else is the same."""
+    plain()
+    scores, seed = scores_of(500, kind, dtype), 1 << 62
+    draws = torch.from_numpy(uniform(seed, 500)).to(dtype)
+    monkeypatch.setattr(selection, "_to_one", lambda *_: draws)
+    indices, weights = selection.select_rows(scores, 200, "priority")
+    good = expected(scores, 200, "priority", seed)
+    # Rows of weight 0 fill up to K, and any of them will do.
+    assert torch.equal(indices[weights > 0], good.indices[good.weights > 0])
+    torch.testing.assert_close(weights.sort().values, good.weights.sort().values)
+
+
+@pytest.mark.parametrize("way", ["C", "PyTorch"], indirect=True)
+def test_infinite_rows_come_first_and_finite_ones_keep_their_chances(way, generator):
+    scores = torch.tensor([1.0, torch.nan, 3.0, torch.inf, 0.0, 2.0, 40.0])
+    drawn, source = torch.zeros(7), generator()
+    for _ in range(1000):
+        indices, weights = selection.select_rows(scores, 3, "priority", generator=source)
+        assert {1, 3} < set(indices.tolist())
+        assert (weights[scores[indices].nan_to_num(torch.inf) == torch.inf] == 1).all()
+        drawn[indices] += weights
+    assert drawn[[1, 3]].tolist() == [1000, 1000]
+    # One of the finite rows with a mean weight of 1: the variance is at most 46 − 1.
+    torch.testing.assert_close(drawn[[0, 2, 5, 6]] / 1000, torch.ones(4), rtol=0, atol=0.85)
+    assert drawn[4] == 0
+    indices, weights = selection.select_rows(scores, 1, "priority", generator=source)
+    assert indices.item() in (1, 3)
+    assert weights.item() == 1
 
 
 def test_the_default_device_is_nobodys_device(way):
@@ -72,6 +98,8 @@ def test_the_default_device_is_nobodys_device(way):
     torch.set_default_device("meta")
     try:
         indices = selection.select_rows(scores, 5, "topk").indices
+        drawn = selection.select_rows(scores, 5, "priority")
     finally:
         torch.set_default_device(None)
     assert torch.equal(indices.sort().values, scores.topk(5).indices.sort().values)
+    assert all(part.is_cpu for part in drawn)
