@@ -106,8 +106,8 @@ def orthonormalise_(
 ) -> Tensor:
     """Q ← an orthonormal basis of the first columns of `product`, of the first two, and so on.
 
-    In place and without a host synchronisation. The Triton kernels call no solver, so a CUDA graph
-    can hold them.
+    In place and without a host synchronisation. The Triton kernels, for up to 64 columns, call no
+    solver; PyTorch does.
 
     Args:
         q: [N, r], float32 or float64.
@@ -118,7 +118,7 @@ def orthonormalise_(
     Returns:
         Whether Q was taken over: bool, on the device, without dimensions.
     """
-    if runs_triton(product, rank=product.shape[1]):
+    if product.shape[1] <= MAX_RANK and runs_triton(product):
         from memaop_triton.kernels.gpu import orthonormal
 
         return orthonormal.orthonormalise_(q, product, is_due, also=also)

@@ -3,16 +3,12 @@
 tests/interpret runs them on the CPU, tests/sanitize under ttsem, whose tensors are on "cuda".
 """
 
-import math
-
 import torch
 
 from memaop_triton.kernels.gpu.orthonormal import orthonormalise_
 from tests.judging import laid_out
 
-# What the sampled estimate allows by far, and what a comparison of kernels is worth.
-ORTHONORMAL, EXACT = 1e-3, 1e-5
-SHAPES = [(1, 1), (3, 3), (17, 2), (33, 17), (10, 10), (64, 64), (100, 33), (300, 16), (4100, 5)]
+SHAPES = [(1, 1), (10, 10), (75, 16), (40, 17)]  # N, r
 
 
 def _of_condition(n, r, decades):
@@ -98,10 +94,10 @@ def check_product(name, shape, layout="plain", due=None, device="cpu"):
     assert (q.data_ptr(), q.stride()) == (address, strides)
     assert torch.equal(product, before)
     assert torch.equal(also, q.half())
-    assert defect(q) <= EXACT * r**0.5 * (1 if name in WELL else 10), defect(q)
-    # The random directions outweigh what is below 1e-6 of a column.
-    assert float(lost(q, product).max()) <= (1e-5 if name in WELL else 5e-5)
-    return q, product
+    # The estimate allows 1e-3 of both by far. LAPACK stays below 1e-6, and in the lost part of
+    # ill-conditioned products random directions outweigh what is small in a column.
+    assert defect(q) <= (2e-6 if name in WELL else 1e-4)
+    assert float(lost(q, product).max()) <= (2e-6 if name in WELL else 1e-3)
 
 
 def check_kept(value, due, device="cpu"):
@@ -121,12 +117,9 @@ def check_kept(value, due, device="cpu"):
 
 def check_leading_columns(device="cpu"):
     """The first r columns are what r columns alone give, in a basis of whatever layout."""
-    for name in PRODUCTS:
-        if name == "condition 1e12":
-            continue  # down to rounding, where even the order of the sums shows
+    for name in WELL:
         product = PRODUCTS[name](90, 20).to(device)
         whole, few = basis(90, 20, device), basis(90, 5, device, "strided")
-        orthonormalise_(whole, product)
-        orthonormalise_(few, product[:, :5])
-        torch.testing.assert_close(whole[:, :5], few, rtol=0, atol=2e-2, msg=name)
-    assert math.isfinite(float(whole.sum()))
+        assert orthonormalise_(whole, product)
+        assert orthonormalise_(few, product[:, :5])
+        torch.testing.assert_close(whole[:, :5], few, rtol=0, atol=1e-5, msg=name)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch
+from memaop_triton.kernels.gpu.primitives import _mix
 from memaop_triton.kernels.tuning.config import padded_rank
 
 # Some ten times the rounding error of B, whose diagonal is 1, in the worst case that was seen.
@@ -73,7 +74,7 @@ def gram_kernel(
     p_ptr, due_ptr, peaks_ptr, parts_ptr, N, rank, p_row, p_col,
     BLOCK: tl.constexpr, RANK: tl.constexpr, SHARES: tl.constexpr, ALWAYS: tl.constexpr,
 ):  # fmt: skip
-    """For a share of the rows: the bits of each column's largest |p|, and Pᵀ P of its scaled columns.
+    """For a share of the rows: the bits of each column's largest |p|, and Pᵀ P of scaled columns.
 
     Bits of numbers that are not negative are ordered like these, infinity and NaN above all others.
     """
@@ -129,6 +130,13 @@ def _sum_of_parts(
 
 
 @triton.jit
+def _part_lost(pivot, shift):
+    """How much of a column is to be replaced: all of it where the pivot is the shift alone."""
+    part = tl.minimum(shift / pivot, 1)
+    return part * part
+
+
+@triton.jit
 def _inverse_factor(b, rank, shift, RANK: tl.constexpr, FILLED: tl.constexpr):
     """L⁻¹ of B = L Lᵀ, lower triangular, and the part of each column of P that is to be replaced.
 
@@ -138,7 +146,6 @@ def _inverse_factor(b, rank, shift, RANK: tl.constexpr, FILLED: tl.constexpr):
     """
     i = tl.arange(0, RANK)
     pivots = tl.full((RANK,), 1.0, tl.float32)
-    lost = tl.zeros((RANK,), tl.float32)
     for j in range(0, rank):
         is_j, below = i == j, i > j
         row = tl.sum(tl.where(is_j[:, None], b, 0), axis=0)
@@ -146,16 +153,13 @@ def _inverse_factor(b, rank, shift, RANK: tl.constexpr, FILLED: tl.constexpr):
         pivot = tl.maximum(tl.sum(tl.where(is_j, column, 0), axis=0), _LEAST_PIVOT)
         factor = tl.where(below, column / pivot, 0)
         if FILLED:
-            part = tl.minimum(shift / pivot, 1)
-            part *= part
-            factor *= 1 - part
-            lost = tl.where(is_j, part, lost)
+            factor *= 1 - _part_lost(pivot, shift)
         b = tl.where(below[:, None] & is_j[None, :], 0, b)
         b -= factor[:, None] * tl.where(is_j, 1, row)[None, :]
         pivots = tl.where(is_j, pivot, pivots)
     unit = tl.where(i[:, None] == i[None, :], 1, tl.where(i[:, None] > i[None, :], b, 0))
     inverse = tl.where((i < rank)[:, None], unit / tl.sqrt(pivots)[:, None], 0)
-    return inverse, lost
+    return inverse, _part_lost(pivots, shift)
 
 
 @triton.jit
@@ -202,6 +206,7 @@ def round_kernel(
             inverse, lost = _inverse_factor(b, rank, shift, RANK, FILLED)
             if FIRST:
                 inverse *= along
+            lost *= spread
             inverse = tl.trans(inverse)
             part = tl.zeros((RANK, RANK), tl.float32)
             steps = tl.cdiv(N, BLOCK)
@@ -214,8 +219,10 @@ def round_kernel(
                 n = first + tl.arange(0, BLOCK)
                 inside = (n < N)[:, None] & (r < rank)[None, :]
                 if FILLED:
-                    random = spread * (tl.rand(seed, n[:, None] * 64 + r[None, :]) - 0.5)
-                    out += tl.where(inside, random * lost[None, :], 0)
+                    number = (n[:, None] * 64 + r[None, :]).to(tl.uint32)
+                    bits = _mix(number ^ (seed << 30))
+                    random = (bits >> 8).to(tl.float32) * 5.9604644775390625e-08 - 0.5
+                    out += tl.where((n < N)[:, None], random * lost[None, :], 0)
                 places = out_ptr + (n.to(tl.int64) * out_row)[:, None]
                 tl.store(places + (r.to(tl.int64) * out_col)[None, :], out, mask=inside)
                 if COPIED:
@@ -253,7 +260,7 @@ def orthonormalise_(
     padded = padded_rank(rank)
     # Every program reads all parts: the larger they are, the fewer of them.
     block = 64 if padded == 16 else 32
-    threads, most = (256, 32) if padded == 64 else (128, 64)
+    threads, most = (128, 64) if padded == 16 else (256, 32)
     shares = min(most, triton.next_power_of_2(triton.cdiv(columns, block)))
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
