@@ -259,8 +259,8 @@ def orthonormalise_(
         return torch.zeros((), dtype=torch.bool, device=device)
     padded = padded_rank(rank)
     # Every program reads all parts: the larger they are, the fewer of them.
-    block = 64 if padded == 16 else 32
-    threads, most = (128, 64) if padded == 16 else (256, 32)
+    block = 32 if padded == 64 else 64
+    threads, most = (256, 32) if padded == 64 else (128, 64)
     shares = min(most, triton.next_power_of_2(triton.cdiv(columns, block)))
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
