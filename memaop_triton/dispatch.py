@@ -104,6 +104,36 @@ def transposed_mm(z: Tensor, a: Tensor) -> Tensor:
     return subspace.transposed_mm(z.contiguous(), a).t()
 
 
+def orthonormalise_(
+    q: Tensor, product: Tensor, is_due: Tensor | bool = True, *, also: Tensor | None = None
+) -> Tensor:
+    """Q ← an orthonormal basis of the first columns of `product`, of the first two, and so on.
+
+    In place and without a host synchronisation. The Triton kernels, for up to 64 columns, call no
+    solver; PyTorch does.
+
+    Args:
+        q: [N, r], float32 or float64.
+        product: [N, r], same dtype. Zero or not finite: Q is kept.
+        is_due: Whether to take it over; a tensor, of one element, is not read by the host.
+        also: [N, r], any floating dtype, rows of unit stride: a copy of Q, which follows it.
+
+    Returns:
+        Whether Q was taken over: bool, on the device, without dimensions.
+    """
+    if product.shape[1] <= MAX_RANK and runs_triton(product):
+        from memaop_triton.kernels.gpu import orthonormal
+
+        return orthonormal.orthonormalise_(q, product, is_due, also=also)
+    # For zeros, qr would return coordinate axes.
+    taken = (product.isfinite().all() & (product != 0).any() & is_due).reshape(())
+    refreshed = torch.linalg.qr(torch.where(taken, product, q)).Q
+    q.copy_(torch.where(taken, refreshed, q))
+    if also is not None:
+        also.copy_(q)
+    return taken
+
+
 def row_norms(a: Tensor) -> Tensor:
     """Norms of the rows of `a` ([M, N]); NaN and +Inf say that a row is not finite."""
     if not runs_triton(a):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memaop_triton.dispatch import project_rows, transposed_mm
+from memaop_triton.dispatch import orthonormalise_, project_rows, transposed_mm
 from memaop_triton.flops import refresh_stride
 from memaop_triton.kernels.cpu.torch_ops import basis_scale
 from memaop_triton.memory.capture import check_not_capturing
@@ -80,15 +80,9 @@ class Basis:
             Whether it was taken over: bool, on the device.
         """
         assert self.q is not None
+        # A row that is not finite must not change Q; the gradient shows it.
         q = self.q[:, : product.shape[1]]
-        product = product.to(q.dtype)
-        # A row that is not finite must not change Q; the gradient shows it. For zeros, qr would
-        # return coordinate axes. The value is used on the device, without a host synchronisation,
-        # and Q stays at its address.
-        taken = product.isfinite().all() & (product != 0).any() & is_due
-        refreshed = torch.linalg.qr(torch.where(taken, product, q)).Q
-        q.copy_(torch.where(taken, refreshed, q))
-        return taken
+        return orthonormalise_(q, product.to(q.dtype), is_due)
 
     def thinned(self, a: Tensor) -> Tensor:
         """The rows of `a` that an iteration reads; all of them, if they have been thinned out."""
