@@ -34,7 +34,7 @@ from torch import Tensor
 
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch
-from memaop_triton.kernels.gpu.primitives import _mix
+from memaop_triton.kernels.gpu.primitives import mix
 from memaop_triton.kernels.tuning.config import padded_rank
 
 # Some ten times the rounding error of B, whose diagonal is 1, in the worst case that was seen.
@@ -220,7 +220,7 @@ def round_kernel(
                 inside = (n < N)[:, None] & (r < rank)[None, :]
                 if FILLED:
                     number = (n[:, None] * 64 + r[None, :]).to(tl.uint32)
-                    bits = _mix(number ^ (seed << 30))
+                    bits = mix(number ^ (seed << 30))
                     random = (bits >> 8).to(tl.float32) * 5.9604644775390625e-08 - 0.5
                     out += tl.where((n < N)[:, None], random * lost[None, :], 0)
                 places = out_ptr + (n.to(tl.int64) * out_row)[:, None]

@@ -204,7 +204,7 @@ def row_signs(seed, rows):
 
 
 @triton.jit
-def _mix(bits):
+def mix(bits):
     # Two rounds of xor-shift and odd multiplication: every input bit reaches the upper half.
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
@@ -226,7 +226,7 @@ def round_to_bfloat16(value, keys, columns):
     `keys` are those of the rows. The chance of rounding up is the discarded fraction, in steps of
     2⁻¹⁶. NaN and infinities keep their kind.
     """
-    noise = _mix(keys[:, None] + columns.to(tl.uint32)[None, :] * 0x9E3779B1)
+    noise = mix(keys[:, None] + columns.to(tl.uint32)[None, :] * 0x9E3779B1)
     bits = value.to(tl.uint32, bitcast=True)
     rounded = ((bits + (noise >> 16)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return tl.where(tl.abs(value) < float("inf"), rounded, value).to(tl.bfloat16)
