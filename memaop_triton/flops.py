@@ -41,11 +41,21 @@ class SubspaceCost(NamedTuple):
     kept: int
 
 
-def weight_grad_flops(m: int, n: int, p: int, k: int, subspace: SubspaceCost | None = None) -> int:
-    """Operations of dW from `k` of `m` rows of `n` inputs and `p` outputs; dense at `k >= m`."""
+def weight_grad_flops(
+    m: int,
+    n: int,
+    p: int,
+    k: int,
+    subspace: SubspaceCost | None = None,
+    scored: int | None = None,
+) -> int:
+    """Operations of dW from `k` of `m` rows of `n` inputs and `p` outputs; dense at `k >= m`.
+
+    A row's score takes `scored` of its numbers, all if `None`.
+    """
     if k >= m:
         return 2 * m * n * p
-    flops = 2 * k * n * p + 2 * m * (n + p)
+    flops = 2 * k * n * p + 2 * m * (n + p if scored is None else scored)
     return flops if subspace is None else flops + round(_subspace_flops(m, n, p, k, subspace))
 
 
@@ -122,10 +132,18 @@ def rank_within(
 
 
 def rows_within(
-    budget: float, m: int, n: int, p: int, subspace: SubspaceCost | None = None
+    budget: float,
+    m: int,
+    n: int,
+    p: int,
+    subspace: SubspaceCost | None = None,
+    scored: int | None = None,
 ) -> float:
-    """Rows that fit a budget beside the norms and the subspace; may be below 1."""
-    left = budget * 2 * m * n * p - 2 * m * (n + p)
+    """Rows that fit a budget beside the norms and the subspace; may be below 1.
+
+    A row's score takes `scored` of its numbers, all if `None`.
+    """
+    left = budget * 2 * m * n * p - 2 * m * (n + p if scored is None else scored)
     per_row = 2 * n * p
     if subspace is not None:
         left -= _subspace_flops(m, n, p, 0, subspace)

@@ -64,7 +64,9 @@ def score_kernel(
     """scores[m] = ‖x_m‖·‖g_m‖, or ‖x_m‖ alone without PAIR."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < M
-    score = _norms(x_ptr, x_row, x_col, rows, row_ok, N, sums_ptr, BLOCK_M, BLOCK_C, False)
+    score = _norms(
+        x_ptr, x_row, x_col, rows, row_ok, N, sums_ptr, BLOCK_M, BLOCK_C, SUMS and not PAIR
+    )  # fmt: skip
     if PAIR:
         score *= _norms(g_ptr, g_row, g_col, rows, row_ok, P, sums_ptr, BLOCK_M, BLOCK_C, SUMS)
     tl.store(scores_ptr + rows, _finite_or_inf(score), mask=row_ok)
@@ -157,12 +159,12 @@ def row_norms(a: Tensor, *, config: RowConfig | None = None) -> Tensor:
 
 
 def row_scores(
-    x: Tensor, g: Tensor, *, bias_grad: bool = False, config: RowConfig | None = None
+    x: Tensor | None, g: Tensor, *, bias_grad: bool = False, config: RowConfig | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Scores of all rows in one launch, and the bias gradient from the same pass if wanted.
 
     Args:
-        x: [M, N], float16, bfloat16 or float32, any strides.
+        x: [M, N], float16, bfloat16 or float32, any strides; `None` for the norms of G alone.
         g: [M, P], likewise.
         bias_grad: Also sum the columns of G.
         config: Tile; chosen by `tuner` if `None`.
@@ -170,7 +172,7 @@ def row_scores(
     Returns:
         [M] float32, and [P] in the dtype of `g` or `None`.
     """
-    return _score(x, g, bias_grad, config)
+    return _score(g, None, bias_grad, config) if x is None else _score(x, g, bias_grad, config)
 
 
 def _score(

@@ -30,6 +30,7 @@ from memaop_triton.dispatch import runs_triton
 from memaop_triton.flops import input_grad_flops, projected_input_grad_flops
 from memaop_triton.kernels.cpu.torch_ops import basis_scale, sampled_rows_mm
 from memaop_triton.memory.kinds import Memory, SubspaceMemory, rows_to_compute
+from memaop_triton.scores import parts_to_score
 from memaop_triton.selection import Selection, within
 
 
@@ -42,15 +43,18 @@ def select_for_both(
 ) -> Selection:
     """Selects the rows of both gradients, with the norms of G's rows as scores.
 
+    With `scores="columns"` the norms are of the columns of G that are read.
+
     Args:
-        x: [M, N], or `None` if there is no weight gradient.
+        x: [M, N], or `None` if there is no weight gradient. Read with `scores="norms"` only, for
+            rows that are not finite.
         g: [M, P].
         config: With an unbiased selection.
         k: How many.
         shards: The processes that hold other columns of X or G.
     """
-    scores = dispatch.row_norms(g)
-    if x is not None:
+    scores = dispatch.row_norms(parts_to_score(config.scores, g, g)[1])
+    if x is not None and config.scores == "norms":
         # Nothing else of this path reads all of X, where a row that is not finite must show.
         scores = scores.masked_fill(~dispatch.row_norms(x).isfinite(), torch.inf)
     return _choose(scores, g, config, k, shards)

@@ -15,6 +15,7 @@ from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels.cpu.torch_ops import Projection, selected_rows
 from memaop_triton.memory.kinds import Memory
+from memaop_triton.scores import parts_to_score, with_floor
 from memaop_triton.selection import Selection, cut, is_weighted, select, within
 
 
@@ -135,9 +136,15 @@ class Operands(NamedTuple):
         """The bias gradient by a pass of its own, if it is wanted."""
         return self.g.sum(0) if self.bias_grad else None
 
+    def parts_to_score(self, *, whole_grad: bool = False) -> tuple[Tensor | None, Tensor]:
+        """What the configuration's scores read of X and G, as `scores.parts_to_score` says."""
+        kind = self.config.scores
+        return parts_to_score(kind, self.x, self.g, self.generator, whole_grad=whole_grad)
+
     def scores_of_whole_rows(self, scores: Tensor) -> Tensor:
-        """Scores of whole rows, from those of the columns that are here: [M]."""
-        return scores if self.shards is None else self.shards.all_reduce_scores(scores)
+        """Scores of whole rows, from those of the columns that were read here: [M]."""
+        whole = scores if self.shards is None else self.shards.all_reduce_scores(scores)
+        return with_floor(whole) if self.config.scores == "columns" else whole
 
     def select(self, scores: Tensor, *, cut_short: bool = True) -> Selection:
         """K of the rows with these scores (of whole rows, [M]), the same ones in all shards.
@@ -177,6 +184,10 @@ class Operands(NamedTuple):
         scores: Tensor | None,
         projected: ProjectedRows | None = None,
     ) -> None:
-        """Hand over what a step used and computed, as `Observer.observe` takes it."""
+        """Hand over what a step used and computed, as `Observer.observe` takes it.
+
+        An observer is not told cheap scores: it computes the norms of the rows itself.
+        """
         if self.observer is not None:
-            self.observer.observe(self, selection, dw, scores, projected)
+            true_scores = scores if self.config.scores == "norms" else None
+            self.observer.observe(self, selection, dw, true_scores, projected)

@@ -28,7 +28,8 @@ def without_memory(operands: Operands, selection: Selection | None) -> Gradients
     x, g, config = operands.x, operands.g, operands.config
     scores = None
     if selection is None:
-        scores, db = score.row_scores(x, g, bias_grad=operands.bias_grad)
+        parts = operands.parts_to_score(whole_grad=operands.bias_grad)
+        scores, db = score.row_scores(*parts, bias_grad=operands.bias_grad)
         selection = operands.select(operands.scores_of_whole_rows(scores), cut_short=False)
     else:
         db = operands.sum_rows()
