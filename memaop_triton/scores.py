@@ -62,7 +62,8 @@ def parts_to_score(
         whole_grad: Take all columns of G even with `"columns"`, because they are read anyway.
 
     Returns:
-        [M, n] of X, or `None` if its norms do not count, and [M, p] of G.
+        [M, n] of X, or `None` if its norms do not count, and [M, p] of G; the part of either may be
+        blocks of columns, [M, blocks, BLOCK].
     """
     if scores == "grad":
         return None, g
@@ -73,18 +74,27 @@ def parts_to_score(
 
 
 def columns_of(a: Tensor, seed: int | Tensor) -> Tensor:
-    """Neighbouring whole blocks of the columns of `a` ([M, N]): [M, columns_read(N)].
+    """Evenly spread whole blocks of the columns of `a` ([M, N]), the first by the seed.
 
-    Their place follows from the seed. A seed on the device (int64 [1]) is not read on the host:
-    the columns are copied then, and a replayed graph copies others each time.
+    Args:
+        a: Rows of any length.
+        seed: A number, or one on the device (int64 [1]), which is not read on the host: a replayed
+            graph takes other columns each time.
+
+    Returns:
+        A view [M, columns_read(N) / BLOCK, BLOCK], or a copy where the seed is on the device; `a`
+        itself where all columns are read.
     """
-    width = columns_read(a.shape[1])
-    if width == a.shape[1]:
+    columns = a.shape[1]
+    count = columns_read(columns) // BLOCK
+    if columns_read(columns) == columns:
         return a
-    first = seed % ((a.shape[1] - width) // BLOCK + 1) * BLOCK
+    apart = columns // BLOCK // count
+    first = seed % apart
     if isinstance(first, Tensor):
-        return a.index_select(1, first + torch.arange(width, device=a.device))
-    return a[:, first : first + width]
+        blocks = torch.arange(0, count * apart, apart, device=a.device) + first
+        return a[:, : columns // BLOCK * BLOCK].unflatten(1, (-1, BLOCK)).index_select(1, blocks)
+    return a[:, first * BLOCK :].unfold(1, BLOCK, apart * BLOCK)[:, :count]
 
 
 def with_floor(scores: Tensor) -> Tensor:

@@ -144,7 +144,12 @@ class Operands(NamedTuple):
     def scores_of_whole_rows(self, scores: Tensor) -> Tensor:
         """Scores of whole rows, from those of the columns that were read here: [M]."""
         whole = scores if self.shards is None else self.shards.all_reduce_scores(scores)
-        return with_floor(whole) if self.config.scores == "columns" else whole
+        return with_floor(whole) if self._misses_columns else whole
+
+    @property
+    def _misses_columns(self) -> bool:
+        n, p = self.x.shape[1], self.g.shape[1]
+        return self.config.scores == "columns" and self.config.numbers_scored(n, p) < n + p
 
     def select(self, scores: Tensor, *, cut_short: bool = True) -> Selection:
         """K of the rows with these scores (of whole rows, [M]), the same ones in all shards.

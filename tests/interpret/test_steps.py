@@ -64,6 +64,21 @@ ALIKE = [
 SIDES = [{"selection": "priority", "memory": "subspace", "side": s} for s in ("input", "grad")]
 
 
+@pytest.mark.parametrize("scores", ["columns", "grad"])
+@pytest.mark.parametrize("selection", ["priority", "bernoulli", "topk"])
+@pytest.mark.usefixtures("drawn_alike")
+def test_steps_with_cheap_scores_equal_those_in_pytorch(selection, scores, backend, generator):
+    config = MemAOPConfig(ratio=1 / 4, selection=selection, memory=None, scores=scores)
+    (x, g), results = batches((70, 200, 130), 1)[0], []
+    for name in ("triton", "torch"):
+        backend(name)
+        results.append(weight_and_bias_grad(x, g, config, bias_grad=False, generator=generator(3)))
+    torch.testing.assert_close(results[0].weight, results[1].weight, rtol=1e-4, atol=1e-4)
+    backend("triton")
+    db = weight_and_bias_grad(x, g, config, bias_grad=True).bias
+    torch.testing.assert_close(db, g.sum(0), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("scheme", "shape", "block_rows", "rows_per_refresh"),
     pairwise(ALIKE + SIDES, SHAPES, [1, 16, 32], [16, 1024]),
