@@ -9,8 +9,13 @@ from collections.abc import Mapping
 import torch
 
 from memaop_triton.errors import check_count, check_fraction, check_name, is_number
-from memaop_triton.flops import SubspaceCost, projection_rank_within, rank_within, rows_within
-from memaop_triton.scores import SCORES, numbers_read
+from memaop_triton.flops import (
+    SubspaceCost,
+    numbers_read,
+    projection_rank_within,
+    rank_within,
+    rows_within,
+)
 
 DEFAULT_RATIO = 1 / 8
 DEFAULT_RANK = 16
@@ -19,6 +24,8 @@ DEFAULT_RANK = 16
 SELECTIONS = ("topk", "weightedk", "randk", "uniform", "priority", "crs", "bernoulli", "wta")
 #: Policies whose weighted sum of outer products has the exact gradient as its mean.
 UNBIASED_SELECTIONS = ("uniform", "priority", "crs", "bernoulli", "wta")
+#: What rows are picked by: norms of whole rows, of an eighth of their columns, of G's rows alone.
+SCORES = ("norms", "columns", "grad")
 #: Whose rows a subspace is one of: the inputs X, the output gradients G, or the better one.
 SIDES = ("auto", "input", "grad")
 BLOCK_ROWS = (1, 16, 32, 64, 128)
@@ -164,10 +171,10 @@ class MemAOPConfig:
         block_rows: Rows are scored and picked in whole blocks of 1, 16, 32, 64 or 128 neighbours,
             at least one block.
         scores: What rows are picked by: `"norms"` ‖x‖‖g‖; `"columns"` the same over an eighth of
-            the columns of X and of G, neighbouring blocks of 64 at another place in every step;
+            the columns of X and of G, spread blocks of 64 that change with the step;
             `"grad"` ‖g‖ alone. The last two read less and make a gradient noisier, but unbiased
-            ones stay so (`memaop_triton.scores`); for `memory=None` only, as a memory reads all
-            rows anyway. Where a GPU sums db in the same pass, `"columns"` takes all columns of G.
+            ones stay so (`memaop_triton.backward.scores`); for `memory=None` only, as a memory
+            reads all rows anyway. Where a GPU sums db in the same pass, `"columns"` takes all columns of G.
             A NaN or Inf that is not read does not get its row picked. One in X makes the loss NaN;
             one in G is in db and in an exact dX, by which a `GradScaler` sees it. A layer with
             neither has a finite dW then, unless the row is drawn. With `grad_input="sampled"` dX

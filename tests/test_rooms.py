@@ -14,7 +14,7 @@ ORDER = [
     ("kernels.env", "kernels.targets"),
     ("kernels.tuning",),
     ("kernels.gpu", "kernels.cpu"),
-    ("config", "draws", "flops", "scores", "selection", "reference", "dispatch", "errors", "units"),
+    ("config", "draws", "flops", "selection", "reference", "dispatch", "errors", "units"),
     ("memory",),
     ("backward",),
     ("nn",),

@@ -25,8 +25,8 @@ from memaop_triton.kernels.tuning import tuner
 from memaop_triton.kernels.tuning.config import RowConfig, flags, problem_of
 from memaop_triton.kernels.tuning.tuner import Call
 
-# For blocks of columns, which are not tuned: 16 bytes a load of each thread with 64 halves a block.
-_TILE_OF_BLOCKS = RowConfig(block_m=16, block_c=64, num_warps=4)
+#: For blocks of columns, which are not tuned: with 64 halves a block each thread loads 16 bytes.
+TILE_OF_BLOCKS = RowConfig(block_m=16, block_c=64, num_warps=4)
 
 
 @triton.jit
@@ -196,7 +196,7 @@ def _score(
     other = x if g is None else g
     blocks = [a for a in (x, other) if a.dim() == 3]
     if blocks:
-        config = replace(config or _TILE_OF_BLOCKS, block_c=blocks[0].shape[2])
+        config = replace(config or TILE_OF_BLOCKS, block_c=blocks[0].shape[2])
     rows, columns = x.shape[0], _extent(x)
     if config is None:
         problem = problem_of(

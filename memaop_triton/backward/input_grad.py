@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from memaop_triton import dispatch
+from memaop_triton.backward.scores import parts_to_score
 from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.backward.step import Operands, rows_and_weights
 from memaop_triton.config import MemAOPConfig
@@ -30,7 +31,6 @@ from memaop_triton.dispatch import runs_triton
 from memaop_triton.flops import input_grad_flops, projected_input_grad_flops
 from memaop_triton.kernels.cpu.torch_ops import basis_scale, sampled_rows_mm
 from memaop_triton.memory.kinds import Memory, SubspaceMemory, rows_to_compute
-from memaop_triton.scores import parts_to_score
 from memaop_triton.selection import Selection, within
 
 

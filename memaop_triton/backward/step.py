@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from memaop_triton import dispatch
+from memaop_triton.backward.scores import misses_columns, parts_to_score, with_floor
 from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels.cpu.torch_ops import Projection, selected_rows
 from memaop_triton.memory.kinds import Memory
-from memaop_triton.scores import parts_to_score, with_floor
 from memaop_triton.selection import Selection, cut, is_weighted, select, within
 
 
@@ -144,12 +144,8 @@ class Operands(NamedTuple):
     def scores_of_whole_rows(self, scores: Tensor) -> Tensor:
         """Scores of whole rows, from those of the columns that were read here: [M]."""
         whole = scores if self.shards is None else self.shards.all_reduce_scores(scores)
-        return with_floor(whole) if self._misses_columns else whole
-
-    @property
-    def _misses_columns(self) -> bool:
-        n, p = self.x.shape[1], self.g.shape[1]
-        return self.config.scores == "columns" and self.config.numbers_scored(n, p) < n + p
+        is_partial = misses_columns(self.config.scores, self.x.shape[1], self.g.shape[1])
+        return with_floor(whole) if is_partial else whole
 
     def select(self, scores: Tensor, *, cut_short: bool = True) -> Selection:
         """K of the rows with these scores (of whole rows, [M]), the same ones in all shards.

@@ -7,13 +7,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from memaop_triton import MemAOPConfig, MemAOPLinear, memaop_linear, scores
+from memaop_triton import MemAOPConfig, MemAOPLinear, memaop_linear
+from memaop_triton.backward import scores
 from memaop_triton.backward.input_grad import select_for_both
+from memaop_triton.backward.scores import columns_of, parts_to_score, with_floor
 from memaop_triton.backward.step import Operands
 from memaop_triton.backward.weight_grad import weight_and_bias_grad, weight_grad
+from memaop_triton.config import SCORES
+from memaop_triton.flops import SCORED_BLOCK as BLOCK
+from memaop_triton.flops import columns_read
 from memaop_triton.kernels.cpu import torch_ops
 from memaop_triton.monitor.observer import LayerObserver
-from memaop_triton.scores import BLOCK, SCORES, columns_of, columns_read, parts_to_score, with_floor
 from tests.pairwise import pairwise
 from tests.schemes import UNBIASED
 

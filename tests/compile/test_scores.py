@@ -6,9 +6,9 @@ import torch
 from bench.microscope.building import REPORTED
 from bench.microscope.compiling import compile_call
 from bench.microscope.reading import read_all
+from memaop_triton.backward.scores import columns_of
 from memaop_triton.kernels.gpu.score import row_norms, row_scores
 from memaop_triton.kernels.targets import TARGETS
-from memaop_triton.scores import columns_of
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

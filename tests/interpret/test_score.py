@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from memaop_triton.backward.scores import columns_of
 from memaop_triton.kernels.gpu.rescale import rescale_
 from memaop_triton.kernels.gpu.score import accumulate_and_score, row_norms, row_scores
 from memaop_triton.kernels.tuning.config import RowConfig
-from memaop_triton.scores import columns_of
 from tests.judging import LAYOUTS, operands
 from tests.kernel_checks import (
     CARRY,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from memaop_triton.backward.scores import columns_of
 from memaop_triton.kernels.gpu.rescale import rescale_
 from memaop_triton.kernels.gpu.score import accumulate_and_score, row_scores
-from memaop_triton.scores import columns_of
 from tests.judging import operands
 from tests.kernel_checks import (
     TILE,

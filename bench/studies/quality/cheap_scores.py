@@ -21,18 +21,21 @@ import torch
 from torch import Tensor
 
 from memaop_triton import MemAOPConfig
+from memaop_triton.backward.scores import misses_columns, parts_to_score, with_floor
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.bench.studies.quality import data, pretrained
 from memaop_triton.bench.studies.quality.capture import Rows, capture
 from memaop_triton.bench.studies.quality.schemes import value_of
 from memaop_triton.bench.studies.quality.tasks import TASKS
+from memaop_triton.config import SCORES
 from memaop_triton.dispatch import row_norms
+from memaop_triton.flops import columns_read, numbers_read
 from memaop_triton.kernels.cpu.processor import processor_name
-from memaop_triton.kernels.targets import TARGETS
+from memaop_triton.kernels.targets import TARGETS, Target
 from memaop_triton.kernels.tuning.cache import replace_file
 from memaop_triton.kernels.tuning.config import Problem
-from memaop_triton.kernels.tuning.cost_model import LAUNCH
-from memaop_triton.scores import SCORES, columns_read, numbers_read, parts_to_score, with_floor
+from memaop_triton.kernels.tuning.cost_model import LAUNCH, predict
+from memaop_triton.kernels.tuning.defaults import heuristic
 from memaop_triton.selection import inclusion_probabilities
 
 #: Whose rows, and the steps that each network is trained for before.
@@ -73,7 +76,7 @@ class Time(NamedTuple):
 
     Attributes:
         device: The processor, or the GPU that it is predicted for.
-        shape: M, N and P.
+        shape: M, N and P, as in `"8192 x 1024 x 1024"`.
         ratio: K/M, as in `"1/8"`.
         scores: One of `SCORES`.
         milliseconds: Median, or predicted.
@@ -82,7 +85,7 @@ class Time(NamedTuple):
     """
 
     device: str
-    shape: tuple[int, int, int]
+    shape: str
     ratio: str
     scores: str
     milliseconds: float
@@ -94,7 +97,8 @@ def scores_of(kind: str, rows: Rows, generator: torch.Generator | None = None) -
     """Those that the library draws by, [M]."""
     x, g = parts_to_score(kind, *rows, generator)
     scores = row_norms(g) if x is None else row_norms(x) * row_norms(g)
-    return with_floor(scores) if kind == "columns" else scores
+    is_partial = misses_columns(kind, rows.x.shape[1], rows.g.shape[1])
+    return with_floor(scores) if is_partial else scores
 
 
 def added_variance(rows: Rows, scores: Tensor, k: int) -> float:
@@ -158,7 +162,7 @@ def measured(rounds: int = 30) -> Iterator[Time]:
                 shares = [a / b for a, b in zip(ours, seconds["norms"], strict=True)]
                 yield Time(
                     f"{processor_name()}, {torch.get_num_threads()} threads",
-                    shape,
+                    " x ".join(map(str, shape)),
                     ratio,
                     scores,
                     1e3 * statistics.median(ours),
@@ -170,18 +174,17 @@ def measured(rounds: int = 30) -> Iterator[Time]:
 def predicted() -> Iterator[Time]:
     """PREDICTED times on GPUs, in bfloat16; of a graph that draws its columns on the GPU more."""
     # `make lint` leaves it out, because it compiles kernels.
-    predict: Any = importlib.import_module("bench.microscope.predict")
+    pages: Any = importlib.import_module("bench.microscope.predict")
     for target in (TARGETS["sm_90"], TARGETS["gfx942"]):
         for shape in GPU_SHAPES:
             for ratio in RATIOS:
-                whole = predict.weight_grad(target, shape, _config(ratio, "norms"))
+                whole = pages.weight_grad(target, shape, _config(ratio, "norms"))
                 for scores in SCORES:
                     ours = whole.seconds - whole.parts["score"]
-                    ours += predict.shipped(_score_problem(scores, *shape), target).seconds
-                    ours += _FLOOR_LAUNCHES * LAUNCH if scores == "columns" else 0
+                    ours += _seconds_of_scores(scores, shape, target)
                     yield Time(
                         f"PREDICTED {target.chip.name}",
-                        shape,
+                        " x ".join(map(str, shape)),
                         ratio,
                         scores,
                         1e3 * ours,
@@ -194,9 +197,15 @@ def _config(ratio: str, scores: str) -> MemAOPConfig:
     return MemAOPConfig(ratio=value_of(ratio), memory="none", scores=scores)
 
 
-def _score_problem(scores: str, m: int, n: int, p: int) -> Problem:
+def _seconds_of_scores(scores: str, shape: tuple[int, int, int], target: Target) -> float:
+    from memaop_triton.kernels.gpu.score import TILE_OF_BLOCKS
+
+    m, n, p = shape
     sides = {"norms": (n, p), "columns": (columns_read(n), columns_read(p)), "grad": (p, 0)}
-    return Problem("row_scores", torch.bfloat16, m, m, *sides[scores])
+    problem = Problem("row_scores", torch.bfloat16, m, m, *sides[scores])
+    if scores != "columns":
+        return predict(problem, heuristic(problem, target), target).seconds
+    return predict(problem, TILE_OF_BLOCKS, target).seconds + _FLOOR_LAUNCHES * LAUNCH
 
 
 def run(path: Path, data_dir: Path | None) -> Iterator[str]:

@@ -12,36 +12,19 @@ import torch
 from torch import Tensor
 
 from memaop_triton.draws import draw_seed
+from memaop_triton.flops import SCORED_BLOCK, columns_read, numbers_read
 
-#: Norms of whole rows, ‖x‖‖g‖; norms of an eighth of the columns of each; ‖g‖.
-SCORES = ("norms", "columns", "grad")
-#: Columns of a block: 128 bytes in half precision, a line of a GPU's cache.
-BLOCK = 64
-_SHARE = 8
-# Of the mean score. It takes a tenth of the draws at most, and a row whose columns read are zero
-# is drawn at least a tenth as often as by uniform draws.
+# Of the mean score. One draw in eleven goes by it, so that a row which is zero in the columns read
+# is drawn an eleventh as often as by uniform draws.
 _FLOOR = 0.1
 # Every row's score where all that was read is zero.
 _LEAST = 1e-30
 
 
-def columns_read(features: int) -> int:
-    """How many columns `"columns"` reads of rows of this length.
-
-    The number of blocks next to an eighth, at least one; all columns of rows below two blocks.
-    """
-    if features < 2 * BLOCK:
-        return features
-    return BLOCK * max(1, round(features / (BLOCK * _SHARE)))
-
-
-def numbers_read(scores: str, in_features: int, out_features: int) -> int:
-    """How many numbers the score of one row reads, of N + P."""
-    if scores == "grad":
-        return out_features
-    if scores == "columns":
-        return columns_read(in_features) + columns_read(out_features)
-    return in_features + out_features
+def misses_columns(scores: str, in_features: int, out_features: int) -> bool:
+    """Whether a row that adds something may have score zero, unless `with_floor` raises it."""
+    read = numbers_read(scores, in_features, out_features)
+    return scores == "columns" and read < in_features + out_features
 
 
 def parts_to_score(
@@ -55,7 +38,7 @@ def parts_to_score(
     """What of X and G is read to score the rows; a row's score is the product of the norms.
 
     Args:
-        scores: One of `SCORES`.
+        scores: One of `config.SCORES`.
         x: [M, N].
         g: [M, P].
         generator: Source of the places of the columns; the device's default one if `None`.
@@ -63,7 +46,7 @@ def parts_to_score(
 
     Returns:
         [M, n] of X, or `None` if its norms do not count, and [M, p] of G; the part of either may be
-        blocks of columns, [M, blocks, BLOCK].
+        blocks of columns, [M, blocks, SCORED_BLOCK].
     """
     if scores == "grad":
         return None, g
@@ -82,19 +65,21 @@ def columns_of(a: Tensor, seed: int | Tensor) -> Tensor:
             graph takes other columns each time.
 
     Returns:
-        A view [M, columns_read(N) / BLOCK, BLOCK], or a copy where the seed is on the device; `a`
-        itself where all columns are read.
+        A view [M, columns_read(N) / SCORED_BLOCK, SCORED_BLOCK], or a copy where the seed is on the
+        device; `a` itself where all columns are read.
     """
     columns = a.shape[1]
-    count = columns_read(columns) // BLOCK
     if columns_read(columns) == columns:
         return a
-    apart = columns // BLOCK // count
+    whole = columns // SCORED_BLOCK
+    count = columns_read(columns) // SCORED_BLOCK
+    apart = whole // count
+    blocks = a[:, : whole * SCORED_BLOCK].unflatten(1, (whole, SCORED_BLOCK))
     first = seed % apart
     if isinstance(first, Tensor):
-        blocks = torch.arange(0, count * apart, apart, device=a.device) + first
-        return a[:, : columns // BLOCK * BLOCK].unflatten(1, (-1, BLOCK)).index_select(1, blocks)
-    return a[:, first * BLOCK :].unfold(1, BLOCK, apart * BLOCK)[:, :count]
+        numbers = first + torch.arange(0, count * apart, apart, device=a.device)
+        return blocks.index_select(1, numbers)
+    return blocks[:, first : first + count * apart : apart]
 
 
 def with_floor(scores: Tensor) -> Tensor:
