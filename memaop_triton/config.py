@@ -174,12 +174,13 @@ class MemAOPConfig:
             the columns of X and of G, spread blocks of 64 that change with the step;
             `"grad"` ‖g‖ alone. The last two read less and make a gradient noisier, but unbiased
             ones stay so (`memaop_triton.backward.scores`); for `memory=None` only, as a memory
-            reads all rows anyway. Where a GPU sums db in the same pass, `"columns"` takes all columns of G.
-            A NaN or Inf that is not read does not get its row picked. One in X makes the loss NaN;
-            one in G is in db and in an exact dX, by which a `GradScaler` sees it. A layer with
-            neither has a finite dW then, unless the row is drawn. With `grad_input="sampled"` dX
-            and dW use one selection: by ‖g‖ whole (`"norms"`, which also looks for NaN in X, and
-            `"grad"`, which does not), or by ‖g‖ over the columns of G that are read.
+            reads all rows anyway. Where a GPU sums db in the same pass, `"columns"` takes all
+            columns of G. A NaN or Inf that is not read does not get its row picked. One in X makes
+            the loss NaN; one in G is in db and in an exact dX, by which a `GradScaler` sees it. A
+            layer with neither has a finite dW then, unless the row is drawn. With
+            `grad_input="sampled"` dX and dW use one selection: by ‖g‖ whole (`"norms"`, which also
+            looks for NaN in X, and `"grad"`, which does not), or by ‖g‖ over the columns of G that
+            are read.
 
     Attributes:
         memory: An object or `None`; strings are converted to objects.
