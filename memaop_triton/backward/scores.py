@@ -74,7 +74,7 @@ def columns_of(a: Tensor, seed: int | Tensor) -> Tensor:
     whole = columns // SCORED_BLOCK
     count = columns_read(columns) // SCORED_BLOCK
     apart = whole // count
-    blocks = a[:, : whole * SCORED_BLOCK].unflatten(1, (whole, SCORED_BLOCK))
+    blocks: Tensor = a[:, : whole * SCORED_BLOCK].unflatten(1, (whole, SCORED_BLOCK))
     first = seed % apart
     if isinstance(first, Tensor):
         numbers = first + torch.arange(0, count * apart, apart, device=a.device)
