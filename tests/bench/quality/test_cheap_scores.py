@@ -39,7 +39,7 @@ def test_rows_of_zero_add_nothing():
     assert added_variance(rows, scores_of("norms", rows), 4) == 0
 
 
-def test_what_is_there_is_not_measured_again(task, tmp_path, monkeypatch):
+def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch):
     taken = []
 
     def measured(device, share):
@@ -49,6 +49,7 @@ def test_what_is_there_is_not_measured_again(task, tmp_path, monkeypatch):
                 device, "8 x 4 x 2", "1/8", scores, 2.0, 1.0 if scores == "norms" else share, 1
             )
 
+    monkeypatch.setitem(cheap_scores.TASKS, "tiny", tiny.TASK)
     monkeypatch.setattr(cheap_scores, "STEPS", {"tiny": 3})
     monkeypatch.setattr(cheap_scores, "measured", lambda: measured("a CPU", 0.5))
     monkeypatch.setattr(cheap_scores, "predicted", lambda: measured("a GPU", 0.25))
