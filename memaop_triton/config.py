@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Mapping
-from typing import TypeGuard
 
 import torch
 
-from memaop_triton.errors import check_name
-from memaop_triton.flops import SubspaceCost, projection_rank_within, rank_within, rows_within
+from memaop_triton.errors import check_count, check_fraction, check_name, is_number
+from memaop_triton.flops import (
+    SubspaceCost,
+    numbers_read,
+    projection_rank_within,
+    rank_within,
+    rows_within,
+)
 
 DEFAULT_RATIO = 1 / 8
 DEFAULT_RANK = 16
@@ -20,6 +24,8 @@ DEFAULT_RANK = 16
 SELECTIONS = ("topk", "weightedk", "randk", "uniform", "priority", "crs", "bernoulli", "wta")
 #: Policies whose weighted sum of outer products has the exact gradient as its mean.
 UNBIASED_SELECTIONS = ("uniform", "priority", "crs", "bernoulli", "wta")
+#: What rows are picked by: norms of whole rows, of an eighth of their columns, of G's rows alone.
+SCORES = ("norms", "columns", "grad")
 #: Whose rows a subspace is one of: the inputs X, the output gradients G, or the better one.
 SIDES = ("auto", "input", "grad")
 BLOCK_ROWS = (1, 16, 32, 64, 128)
@@ -32,26 +38,8 @@ def check_config(config: object) -> None:
         raise TypeError(f"config must be a MemAOPConfig, got {config!r}.")
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _check_count(argument: str, value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{argument} must be an int ({what}), got {value!r}.")
-    if int(value) < 1:
-        raise ValueError(f"{argument}={value} must be at least 1 ({what}).")
-
-
-def _check_fraction(argument: str, value: object, meaning: str) -> None:
-    if not _is_number(value):
-        raise TypeError(f"{argument} must be a number in (0, 1], got {value!r}.")
-    if not 0 < value <= 1:
-        raise ValueError(f"{argument}={value} must be in (0, 1]: {meaning}.")
-
-
 def _check_budget(argument: str, value: object, instead: str) -> None:
-    _check_fraction(argument, value, "1 is what dense costs")
+    check_fraction(argument, value, "1 is what dense costs")
     if value == 1:
         raise ValueError(f"{argument}=1 is what dense costs: {instead}.")
 
@@ -76,9 +64,9 @@ class Subspace:
 
     def __post_init__(self) -> None:
         if self.rank is not None:
-            _check_count("rank", self.rank, "dimensions of the subspace")
+            check_count("rank", self.rank, "dimensions of the subspace")
         check_name("side", self.side, SIDES)
-        _check_count("refresh_every", self.refresh_every, "steps")
+        check_count("refresh_every", self.refresh_every, "steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +90,7 @@ class Rows:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.decay) and 0 < self.decay <= 1):
+        if not (is_number(self.decay) and 0 < self.decay <= 1):
             raise ValueError(
                 f"decay={self.decay!r} must be in (0, 1]; memory=None remembers nothing at all."
             )
@@ -182,6 +170,17 @@ class MemAOPConfig:
             Where K = M, dX is exact with all of them.
         block_rows: Rows are scored and picked in whole blocks of 1, 16, 32, 64 or 128 neighbours,
             at least one block.
+        scores: What rows are picked by: `"norms"` ‖x‖‖g‖; `"columns"` the same over an eighth of
+            the columns of X and of G, spread blocks of 64 that change with the step;
+            `"grad"` ‖g‖ alone. The last two read less and make a gradient noisier, but unbiased
+            ones stay so (`memaop_triton.backward.scores`); for `memory=None` only, as a memory
+            reads all rows anyway. Where a GPU sums db in the same pass, `"columns"` takes all
+            columns of G. A NaN or Inf that is not read does not get its row picked. One in X makes
+            the loss NaN; one in G is in db and in an exact dX, by which a `GradScaler` sees it. A
+            layer with neither has a finite dW then, unless the row is drawn. With
+            `grad_input="sampled"` dX and dW use one selection: by ‖g‖ whole (`"norms"`, which also
+            looks for NaN in X, and `"grad"`, which does not), or by ‖g‖ over the columns of G that
+            are read.
 
     Attributes:
         memory: An object or `None`; strings are converted to objects.
@@ -199,10 +198,12 @@ class MemAOPConfig:
     grad_input: Sampled | Projected | str | None = "exact"
     block_rows: int = 1
     budget: float | None = None
+    scores: str = "norms"
 
     def __post_init__(self) -> None:
         self._check_number_of_rows()
         check_name("selection", self.selection, SELECTIONS)
+        check_name("scores", self.scores, SCORES)
         self._replace_name("memory", _MEMORIES, (Subspace, Rows))
         self._replace_name("grad_input", _GRAD_INPUTS, (Sampled, Projected))
         if type(self.block_rows) is not int or self.block_rows not in BLOCK_ROWS:
@@ -232,9 +233,9 @@ class MemAOPConfig:
         if not given:
             object.__setattr__(self, "ratio", DEFAULT_RATIO)
         elif self.k is not None:
-            _check_count("k", self.k, "rows")
+            check_count("k", self.k, "rows")
         elif self.ratio is not None:
-            _check_fraction("ratio", self.ratio, "it is K/M, 0.125 for 1/8")
+            check_fraction("ratio", self.ratio, "it is K/M, 0.125 for 1/8")
         else:
             _check_budget("budget", self.budget, "leave the layer dense")
 
@@ -244,6 +245,12 @@ class MemAOPConfig:
                 f"memory={self.memory_name!r} with the unbiased selection={self.selection!r} would "
                 "count rows twice: use memory='subspace' or 'none', or a selection of the paper "
                 "('topk', 'weightedk', 'randk')."
+            )
+        if self.scores != "norms" and self.memory is not None:
+            raise ValueError(
+                f"scores={self.scores!r} saves no pass with memory={self.memory_name!r}, which "
+                "reads all rows anyway, to store or to project them: use memory='none' or "
+                "scores='norms'."
             )
         if self.projected is not None and self.subspace is None:
             raise ValueError(
@@ -348,9 +355,14 @@ class MemAOPConfig:
         else:  # down, to stay within the budget
             assert self.budget is not None
             rounding = 0.0
-            wanted = rows_within(self.budget, rows, in_features, out_features, subspace)
+            sizes = rows, in_features, out_features
+            wanted = rows_within(self.budget, *sizes, subspace, self.numbers_scored(*sizes[1:]))
         blocks = math.floor(wanted / self.block_rows + rounding)
         return min(rows, max(1, blocks) * self.block_rows)
+
+    def numbers_scored(self, in_features: int, out_features: int) -> int:
+        """How many of the N + P numbers of a row its score reads."""
+        return numbers_read(self.scores, in_features, out_features)
 
     def rank_for(self, rows: int, in_features: int, out_features: int) -> int:
         """Rank of the subspace in a layer of this size, with batches of `rows` rows."""

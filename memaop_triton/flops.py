@@ -18,6 +18,10 @@ MAX_RANK = 64
 RANK_STEP = 4
 #: Refreshes of a subspace between two choices of its side and rank.
 REFRESHES_PER_CHOICE = 4
+#: Columns of the blocks that `scores="columns"` reads: 128 bytes in half precision, as much as a
+#: line of a GPU's cache holds.
+SCORED_BLOCK = 64
+_SCORED_SHARE = 8
 # Rows that a power iteration reads, about; more only where its rank needs them.
 _ROWS_PER_REFRESH = 1024
 _ROWS_PER_DIMENSION = 16
@@ -41,12 +45,41 @@ class SubspaceCost(NamedTuple):
     kept: int
 
 
-def weight_grad_flops(m: int, n: int, p: int, k: int, subspace: SubspaceCost | None = None) -> int:
-    """Operations of dW from `k` of `m` rows of `n` inputs and `p` outputs; dense at `k >= m`."""
+def weight_grad_flops(
+    m: int,
+    n: int,
+    p: int,
+    k: int,
+    subspace: SubspaceCost | None = None,
+    scored: int | None = None,
+) -> int:
+    """Operations of dW from `k` of `m` rows of `n` inputs and `p` outputs; dense at `k >= m`.
+
+    A row's score takes `scored` of its numbers, all if `None`.
+    """
     if k >= m:
         return 2 * m * n * p
-    flops = 2 * k * n * p + 2 * m * (n + p)
+    flops = 2 * k * n * p + 2 * m * (n + p if scored is None else scored)
     return flops if subspace is None else flops + round(_subspace_flops(m, n, p, k, subspace))
+
+
+def columns_read(features: int) -> int:
+    """How many columns `"columns"` reads of rows of this length.
+
+    The number of blocks next to an eighth, at least one; all columns of rows below two blocks.
+    """
+    if features < 2 * SCORED_BLOCK:
+        return features
+    return SCORED_BLOCK * max(1, round(features / (SCORED_BLOCK * _SCORED_SHARE)))
+
+
+def numbers_read(scores: str, in_features: int, out_features: int) -> int:
+    """How many numbers the score of one row reads, of N + P."""
+    if scores == "grad":
+        return out_features
+    if scores == "columns":
+        return columns_read(in_features) + columns_read(out_features)
+    return in_features + out_features
 
 
 def input_grad_flops(m: int, n: int, p: int, k: int, subspace: SubspaceCost | None = None) -> int:
@@ -122,10 +155,18 @@ def rank_within(
 
 
 def rows_within(
-    budget: float, m: int, n: int, p: int, subspace: SubspaceCost | None = None
+    budget: float,
+    m: int,
+    n: int,
+    p: int,
+    subspace: SubspaceCost | None = None,
+    scored: int | None = None,
 ) -> float:
-    """Rows that fit a budget beside the norms and the subspace; may be below 1."""
-    left = budget * 2 * m * n * p - 2 * m * (n + p)
+    """Rows that fit a budget beside the norms and the subspace; may be below 1.
+
+    A row's score takes `scored` of its numbers, all if `None`.
+    """
+    left = budget * 2 * m * n * p - 2 * m * (n + p if scored is None else scored)
     per_row = 2 * n * p
     if subspace is not None:
         left -= _subspace_flops(m, n, p, 0, subspace)

@@ -47,7 +47,8 @@ def weight_grad_reference(
     Args:
         x: [M, N], float32 or float64.
         g: [M, P].
-        config: As for `weight_grad`; `block_rows` must be 1, and there must be no budget.
+        config: As for `weight_grad`; `block_rows` must be 1, `scores` `"norms"`, and there must be
+            no budget.
         memory: (X, G) slots before the step, [M, N] and [M, P]; zeros if `None`.
         carry: c, the factor of the stored rows.
         basis: Q, for a subspace memory: [N, q], or [P, q] of the gradients' side.

@@ -54,6 +54,7 @@ _MATRIX = "pl"  # and the distance between its rows
 #: What every function returns and takes, a letter each as in `_TYPES`.
 _OF_A_KIND = {
     "row_norms": ("v", f"{_MATRIX} p ll i"),
+    "block_norms": ("v", f"{_MATRIX} l p lll i"),
     "accumulate": ("v", f"{_MATRIX} {_MATRIX} pp ll i"),
     "project": ("v", f"{_MATRIX} ppp f ll ii"),
     "product_room": ("l", "ll i"),

@@ -132,9 +132,14 @@ def matrix(a: Tensor) -> tuple[int, int]:
 def sizes_of(a: Tensor, rank: int = 0) -> tuple[int, int, int]:
     """Rows, columns, and the number of threads to use, where each holds `rank` sums a column."""
     rows, columns = a.shape
+    return rows, columns, threads_for(rows, columns, rank)
+
+
+def threads_for(rows: int, columns: int, rank: int = 0) -> int:
+    """The number of threads for a pass over so many numbers, as in `sizes_of`."""
     most = max(1, _MOST_PARTS // max(1, rank * columns))
     worth = 1 + rows * columns // _NUMBERS_OF_A_THREAD
-    return rows, columns, min(torch.get_num_threads(), worth, most)
+    return min(torch.get_num_threads(), worth, most)
 
 
 def gemm_threads(rows: int, n: int, p: int) -> int:

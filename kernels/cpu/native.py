@@ -19,18 +19,31 @@ from memaop_triton.kernels.cpu.library import (
     matrix,
     room_for,
     sizes_of,
+    threads_for,
 )
 
 _MAX_RANK = 1024
+_BLOCK = 64  # columns: four of the widest vectors
 
 
 def row_norms(a: Tensor) -> Tensor | None:
-    """Euclidean norm of every row of `a` ([M, N]), or `None` if this does not apply."""
+    """Euclidean norm of every row of `a`, or `None` if this does not apply.
+
+    Args:
+        a: [M, N], or blocks of columns, [M, blocks, multiple of 64].
+    """
     code = code_for(a)
     if code is None:
         return None
     norms = a.new_empty(a.shape[0], dtype=code.number)
-    code.call("row_norms", *matrix(a), norms.data_ptr(), *sizes_of(a))
+    if a.dim() == 2:
+        code.call("row_norms", *matrix(a), norms.data_ptr(), *sizes_of(a))
+        return norms
+    rows, blocks, columns = a.shape
+    if columns % _BLOCK:
+        return None
+    where = *matrix(a), a.stride(1), norms.data_ptr()
+    code.call("block_norms", *where, rows, blocks, columns, threads_for(rows, blocks * columns))
     return norms
 
 

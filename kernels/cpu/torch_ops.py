@@ -55,8 +55,13 @@ def score_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def row_norms(a: Tensor) -> Tensor:
-    """Euclidean norm of every row of `a` ([M, N]), in `score_dtype`: [M]."""
+    """Euclidean norm of every row of `a`, in `score_dtype`: [M].
+
+    Args:
+        a: [M, N], or blocks of columns, [M, blocks, N].
+    """
     norms = native.row_norms(a)
+    a = a.flatten(1)
     if norms is None and a.dtype == score_dtype(a.dtype):
         norms = torch.linalg.vector_norm(a, dim=1)
     if norms is not None:

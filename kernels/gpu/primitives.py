@@ -205,7 +205,10 @@ def row_signs(seed, rows):
 
 @triton.jit
 def mix(bits):
-    # Two rounds of xor-shift and odd multiplication: every input bit reaches the upper half.
+    """A hash of uint32: two rounds of xor-shift and odd multiplication.
+
+    Every input bit reaches the upper half.
+    """
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D
     bits = (bits ^ (bits >> 15)) * 0x846CA68B
     return bits ^ (bits >> 16)

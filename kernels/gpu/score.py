@@ -11,6 +11,8 @@ writes the sums of its own rows, [programs, P] in float32, which `sums.add_up` a
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +30,9 @@ from memaop_triton.kernels.tuning import tuner
 from memaop_triton.kernels.tuning.config import RowConfig, flags, problem_of
 from memaop_triton.kernels.tuning.tuner import Call
 
+#: For blocks of columns, which are not tuned. With 16 rows registers spill on sm_100.
+TILE_OF_BLOCKS = RowConfig(block_m=8, block_c=64, num_warps=4)
+
 
 @triton.jit
 def store_column_sums(value, sums_ptr, columns, inside, count):
@@ -39,12 +44,15 @@ def store_column_sums(value, sums_ptr, columns, inside, count):
 @triton.jit
 def _norms(
     a_ptr, a_row, a_col, rows, row_ok, count, sums_ptr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SUMS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Norms of the program's rows of a matrix with `count` columns: [BLOCK_M] float32."""
+    """Norms of the program's rows of a matrix with `count` columns: [BLOCK_M] float32.
+
+    Of every STEP columns BLOCK_C are read: all of them where these are equal.
+    """
     squares = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     starts = a_ptr + rows.to(tl.int64) * a_row
-    for first in range(0, count, BLOCK_C):
+    for first in range(0, count, STEP):
         columns = first + tl.arange(0, BLOCK_C)
         inside = columns < count
         places = starts[:, None] + columns[None, :].to(tl.int64) * a_col
@@ -65,13 +73,18 @@ def score_kernel(
     x_ptr, g_ptr, scores_ptr, sums_ptr,
     M, N, P, x_row, x_col, g_row, g_col,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PAIR: tl.constexpr, SUMS: tl.constexpr,
+    X_STEP: tl.constexpr, G_STEP: tl.constexpr,
 ):  # fmt: skip
     """scores[m] = ‖x_m‖·‖g_m‖, or ‖x_m‖ alone without PAIR."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < M
-    score = _norms(x_ptr, x_row, x_col, rows, row_ok, N, sums_ptr, BLOCK_M, BLOCK_C, False)
+    score = _norms(
+        x_ptr, x_row, x_col, rows, row_ok, N, sums_ptr, BLOCK_M, BLOCK_C, SUMS and not PAIR, X_STEP
+    )
     if PAIR:
-        score *= _norms(g_ptr, g_row, g_col, rows, row_ok, P, sums_ptr, BLOCK_M, BLOCK_C, SUMS)
+        score *= _norms(
+            g_ptr, g_row, g_col, rows, row_ok, P, sums_ptr, BLOCK_M, BLOCK_C, SUMS, G_STEP
+        )
     tl.store(scores_ptr + rows, _finite_or_inf(score), mask=row_ok)
 
 
@@ -162,32 +175,40 @@ def accumulate_kernel(
 
 
 def row_norms(a: Tensor, *, config: RowConfig | None = None) -> Tensor:
-    """Euclidean norms of the rows of `a` ([M, N]), float32 [M]; +Inf for one that is not finite."""
+    """Euclidean norms of the rows of `a`, as `row_scores` takes it, float32 [M].
+
+    +Inf for one that is not finite.
+    """
     return _score(a, None, False, config)[0]
 
 
 def row_scores(
-    x: Tensor, g: Tensor, *, bias_grad: bool = False, config: RowConfig | None = None
+    x: Tensor | None, g: Tensor, *, bias_grad: bool = False, config: RowConfig | None = None
 ) -> tuple[Tensor, ColumnSums | None]:
     """Scores of all rows in one launch, and the bias gradient from the same pass if wanted.
 
     Args:
-        x: [M, N], float16, bfloat16 or float32, any strides.
+        x: [M, N], float16, bfloat16 or float32, any strides; `None` for the norms of G alone.
+            Blocks of columns, [M, blocks, columns], are equally far from each other, and their
+            columns a power of two of at least 16.
         g: [M, P], likewise.
-        bias_grad: Also sum the columns of G.
-        config: Tile; chosen by `tuner` if `None`.
+        bias_grad: Also sum the columns of G, which are not blocks then.
+        config: Tile; chosen by `tuner` if `None`. With blocks it is as wide as a block.
 
     Returns:
         [M] float32, and the column sums of G in its dtype or `None`.
     """
-    return _score(x, g, bias_grad, config)
+    return _score(g, None, bias_grad, config) if x is None else _score(x, g, bias_grad, config)
 
 
 def _score(
     x: Tensor, g: Tensor | None, bias_grad: bool, config: RowConfig | None
 ) -> tuple[Tensor, ColumnSums | None]:
-    rows, columns = x.shape
     other = x if g is None else g
+    blocks = [a for a in (x, other) if a.dim() == 3]
+    if blocks:
+        config = replace(config or TILE_OF_BLOCKS, block_c=blocks[0].shape[2])
+    rows, columns = x.shape[0], _extent(x)
     if config is None:
         problem = problem_of(
             *("row_scores", x.dtype, rows, rows, columns, 0 if g is None else g.shape[1]),
@@ -204,13 +225,27 @@ def _score(
         score_kernel,
         (triton.cdiv(rows, config.block_m),),
         x_ptr=x, g_ptr=g, scores_ptr=scores, sums_ptr=None if sums is None else sums.lines,
-        M=rows, N=columns, P=other.shape[1],
-        x_row=x.stride(0), x_col=x.stride(1), g_row=other.stride(0), g_col=other.stride(1),
+        M=rows, N=columns, P=_extent(other),
+        x_row=x.stride(0), x_col=x.stride(-1), g_row=other.stride(0), g_col=other.stride(-1),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c,
         PAIR=g is not None, SUMS=bias_grad,
+        X_STEP=_step(x, config.block_c), G_STEP=_step(other, config.block_c),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return scores, sums
+
+
+def _step(a: Tensor, width: int) -> int:
+    """Columns from the start of a tile of this width, or of a block, to that of the next."""
+    # A gradient that is one number repeated has strides of 0.
+    return a.stride(1) // a.stride(2) if a.dim() == 3 and a.stride(2) else width
+
+
+def _extent(a: Tensor) -> int:
+    """Columns from the first that is read to the last."""
+    if a.dim() == 2:
+        return a.shape[1]
+    return (a.shape[1] - 1) * _step(a, a.shape[2]) + a.shape[2]
 
 
 def accumulate_and_score(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from memaop_triton import dispatch
+from memaop_triton.backward.scores import parts_to_score
 from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.backward.step import Operands, rows_and_weights
 from memaop_triton.config import MemAOPConfig
@@ -42,15 +43,18 @@ def select_for_both(
 ) -> Selection:
     """Selects the rows of both gradients, with the norms of G's rows as scores.
 
+    With `scores="columns"` the norms are of the columns of G that are read.
+
     Args:
-        x: [M, N], or `None` if there is no weight gradient.
+        x: [M, N], or `None` if there is no weight gradient. Read with `scores="norms"` only, for
+            rows that are not finite.
         g: [M, P].
         config: With an unbiased selection.
         k: How many.
         shards: The processes that hold other columns of X or G.
     """
-    scores = dispatch.row_norms(g)
-    if x is not None:
+    scores = dispatch.row_norms(parts_to_score(config.scores, g, g)[1])
+    if x is not None and config.scores == "norms":
         # Nothing else of this path reads all of X, where a row that is not finite must show.
         scores = scores.masked_fill(~dispatch.row_norms(x).isfinite(), torch.inf)
     return _choose(scores, g, config, k, shards)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memaop_triton import dispatch
+from memaop_triton.backward.scores import misses_columns, parts_to_score, with_floor
 from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels.cpu.torch_ops import Projection, selected_rows
@@ -140,9 +141,16 @@ class Operands(NamedTuple):
         """The bias gradient by a pass of its own, if it is wanted."""
         return self.g.sum(0) if self.bias_grad else None
 
+    def parts_to_score(self, *, whole_grad: bool = False) -> tuple[Tensor | None, Tensor]:
+        """What the configuration's scores read of X and G, as `scores.parts_to_score` says."""
+        kind = self.config.scores
+        return parts_to_score(kind, self.x, self.g, self.generator, whole_grad=whole_grad)
+
     def scores_of_whole_rows(self, scores: Tensor) -> Tensor:
-        """Scores of whole rows, from those of the columns that are here: [M]."""
-        return scores if self.shards is None else self.shards.all_reduce_scores(scores)
+        """Scores of whole rows, from those of the columns that were read here: [M]."""
+        whole = scores if self.shards is None else self.shards.all_reduce_scores(scores)
+        is_partial = misses_columns(self.config.scores, self.x.shape[1], self.g.shape[1])
+        return with_floor(whole) if is_partial else whole
 
     def select(self, scores: Tensor, *, cut_short: bool = True) -> Selection:
         """K of the rows with these scores (of whole rows, [M]), the same ones in all shards.
@@ -186,6 +194,10 @@ class Operands(NamedTuple):
         scores: Tensor | None,
         projected: ProjectedRows | None = None,
     ) -> None:
-        """Hand over what a step used and computed, as `Observer.observe` takes it."""
+        """Hand over what a step used and computed, as `Observer.observe` takes it.
+
+        An observer is not told cheap scores: it computes the norms of the rows itself.
+        """
         if self.observer is not None:
-            self.observer.observe(self, selection, dw, scores, projected)
+            true_scores = scores if self.config.scores == "norms" else None
+            self.observer.observe(self, selection, dw, true_scores, projected)

@@ -21,11 +21,11 @@ def without_memory(operands: Operands, selection: Selection | None) -> Gradients
     x, g, config = operands.x, operands.g, operands.config
     scores = dw = None
     if selection is None:
-        step = _in_one_call(operands, x, g)
+        step = _in_one_call(operands, x, g) if config.scores == "norms" else None
         if step is not None:
             scores, selection, dw = step.scores, Selection(step.indices, step.weights), step.product
         else:
-            scores = _scores(kernels.row_norms(x), kernels.row_norms(g))
+            scores = _row_scores(*operands.parts_to_score())
             selection = operands.select(operands.scores_of_whole_rows(scores))
     operands.collect_factors(x, g, selection)
     if dw is None:
@@ -128,6 +128,12 @@ def _in_one_call(
         transposed=transposed,
         generator=operands.generator,
     )
+
+
+def _row_scores(x: Tensor | None, g: Tensor) -> Tensor:
+    """The scores of the parts of X and G that are read, ‖g_m‖ without X."""
+    norms = kernels.row_norms(g)
+    return norms if x is None else _scores(kernels.row_norms(x), norms)
 
 
 def _scores(x_norms: Tensor, g_norms: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ def _without_memory(
     x, g, config = operands.x, operands.g, operands.config
     scores = None
     if selection is None:
-        scores, sums = score.row_scores(x, g, bias_grad=operands.bias_grad)
+        parts = operands.parts_to_score(whole_grad=operands.bias_grad)
+        scores, sums = score.row_scores(*parts, bias_grad=operands.bias_grad)
         chosen = _select(operands, scores, seed)
     else:
         sums = None
@@ -92,8 +93,10 @@ def _select(
 
     The arguments are those of `dispatch.select_on_device`.
     """
+    if scores is not None:
+        scores = operands.scores_of_whole_rows(scores)
     if scores is not None and operands.shards is not None:
-        selection = operands.select(operands.scores_of_whole_rows(scores), cut_short=False)
+        selection = operands.select(scores, cut_short=False)
         dispatch.mark(selection, filled, taken)
         return _given(operands, selection)
     selection, factors = dispatch.select_on_device(

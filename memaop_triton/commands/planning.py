@@ -72,6 +72,9 @@ def plan(
     grad_input: Annotated[
         str, typer.Option(help="exact, sampled (dX from K rows too) or projected.")
     ] = "exact",
+    scores: Annotated[
+        str, typer.Option(help="norms, columns or grad: what rows are picked by.")
+    ] = "norms",
     budget: Annotated[
         float, typer.Option(callback=positive, help="Seconds for measuring, about.")
     ] = planning.TIME_BUDGET,
@@ -82,7 +85,14 @@ def plan(
         raise CommandError("give --model, or at least one --shape, and not both.")
     if (model is None) != (not inputs):
         raise CommandError("--model and --input belong together: the model is called with them.")
-    config = config_of(rank, ratio=ratio, selection=selection, memory=memory, grad_input=grad_input)
+    config = config_of(
+        rank,
+        ratio=ratio,
+        selection=selection,
+        memory=memory,
+        grad_input=grad_input,
+        scores=scores,
+    )
     if model is None:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         result = planning.plan_shapes(

@@ -60,6 +60,7 @@ def tune(
     rank: Annotated[int | None, typer.Option(help="Of --memory=subspace; default: 16.")] = None,
     block_rows: Annotated[int, typer.Option(help="Rows of a block.")] = 1,
     grad_input: Annotated[str, typer.Option(help="exact, sampled or projected.")] = "exact",
+    scores: Annotated[str, typer.Option(help="norms, columns or grad.")] = "norms",
 ) -> None:
     """Time the kernels' configurations on this GPU, and keep the best in the cache.
 
@@ -77,6 +78,7 @@ def tune(
         memory=memory,
         block_rows=block_rows,
         grad_input=grad_input,
+        scores=scores,
     )
     sizes = [loading.parse_shape("--shapes", text) for text in shapes or ()]
     net = None if model is None else loading.load_model(model)

@@ -202,7 +202,7 @@ def _outcome(
         best = memory.least_variance(config)
         if best is not None:
             variance, k, subspace = best
-    flops = weight_grad_flops(rows, n, p, k, subspace)
+    flops = weight_grad_flops(rows, n, p, k, subspace, config.numbers_scored(n, p))
     if isinstance(config.grad_input, Sampled):
         own = k if config.budget is None else config.num_rows(rows, n, p, of_input_grad)
         flops += input_grad_flops(rows, n, p, own, of_input_grad)

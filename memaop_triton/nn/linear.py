@@ -198,6 +198,8 @@ class MemAOPLinear(nn.Linear):
         parts.append(f"memory={config.memory_name}")
         if isinstance(self.memory, SubspaceMemory):
             parts.append(f"rank={self.memory.rank}")
+        if config.scores != "norms":
+            parts.append(f"scores={config.scores}")
         if config.grad_input is not None:
             parts.append(f"grad_input={config.grad_input_name}")
         if config.projected is not None and config.projected.budget is not None:

@@ -143,7 +143,7 @@ def _flops_of_weight_grad(
     state = layer_state.find(handle[0])
     k = rows_to_compute(state.config, state.memory, m, n, p)
     subspace = state.memory.cost if isinstance(state.memory, SubspaceMemory) else None
-    return weight_grad_flops(m, n, p, k, subspace)
+    return weight_grad_flops(m, n, p, k, subspace, state.config.numbers_scored(n, p))
 
 
 @register_flop_formula(torch.ops.memaop_triton.sampled_backward)

@@ -87,6 +87,7 @@ def test_inputs_by_name_and_of_integers_and_a_dtype(models, measured):
 
 def test_shapes(measured, capsys):
     options = ["--selection", "crs", "--dtype", "float64", "--grad-input", "sampled"]
+    options += ["--memory", "none", "--scores", "grad"]
     shapes = ["--shape", "64x8x4", "--shape", "32x8x4"]
     assert cli.run(["plan", *shapes, "--device", "cpu", *options]) == 0
     assert [use for use, _, _ in measured] == [
@@ -94,6 +95,7 @@ def test_shapes(measured, capsys):
     ]
     config = measured[0][1]
     assert (config.selection, config.grad_input) == ("crs", Sampled())
+    assert (config.memory, config.scores) == (None, "grad")
     output = capsys.readouterr().out
     assert "64×8×4" in output
     assert "2 of 2 layers get faster, saving about 200 ms a step and holding 128 B." in output

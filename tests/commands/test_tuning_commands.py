@@ -122,6 +122,14 @@ def test_tune_follows_the_setting(on_gpu, capsys, memory, selection, kernels):
         assert len(on_gpu.timed) >= 2 * len(tuned_problems())
 
 
+def test_tune_follows_the_scores(on_gpu, capsys):
+    options = ["--memory", "none", "--scores", "grad", "--dtype", "float32"]
+    told(capsys, "tune", "--shapes", "32x16x48", *options)
+    scored = [problem for kernel, problem in tuned_problems() if kernel == "row_scores"]
+    assert scored
+    assert all("N=48 P=0" in problem for problem in scored)
+
+
 def test_tune_a_model(on_gpu, capsys, monkeypatch):
     name = f"{__name__}:small_net"
     told(capsys, "tune", "--model", name, "--input", "4x16x32", "--rank", "4")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from memaop_triton.backward.scores import columns_of
 from memaop_triton.kernels.gpu.rescale import rescale_
 from memaop_triton.kernels.gpu.score import accumulate_and_score, row_norms, row_scores
 from memaop_triton.kernels.tuning.config import RowConfig
@@ -37,6 +38,38 @@ def test_scores(shape, dtype, config, layout):
     check_sums(sums, g)
     assert row_scores(x, g, config=config)[1] is None
     check_norms(row_norms(g, config=config), g)
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype", "config", "layout"),
+    pairwise([(130, 3), (3, 130), (1100, 784)], DTYPES, [RowConfig(8, 16, 4), None], LAYOUTS),
+)
+def test_scores_of_blocks_of_columns(columns, dtype, config, layout):
+    """Nothing else is read: it is NaN."""
+    parts = []
+    for a in operands(19, *columns, dtype, layout):
+        kept = columns_of(a, 1).clone()
+        part = columns_of(a if a.shape[1] < 128 else a.fill_(torch.nan), 1)
+        parts.append(part.copy_(kept))
+    x, g = parts
+    scores, sums = row_scores(x, g, config=config)
+    assert sums is None
+    check_norms(scores, x.flatten(1), g.flatten(1))
+    check_norms(row_norms(g, config=config), g.flatten(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_column_sums_beside_blocks_of_x_or_without_x(dtype):
+    x, g = operands(19, 1100, 33, dtype)
+    for part, others in ((columns_of(x, 1), [columns_of(x, 1).flatten(1)]), (None, [])):
+        scores, sums = row_scores(part, g, bias_grad=True)
+        check_norms(scores, *others, g)
+        check_sums(sums, g)
+
+
+def test_blocks_of_one_number_repeated():
+    x = columns_of(torch.tensor(3.0).expand(5, 1100), 2)
+    check_norms(row_norms(x), x.flatten(1))
 
 
 def test_scores_of_one_row_repeated():

@@ -3,11 +3,15 @@
 import pytest
 import torch
 
+from memaop_triton.backward.scores import columns_of
 from memaop_triton.kernels.gpu.rescale import rescale_
-from memaop_triton.kernels.gpu.score import accumulate_and_score
+from memaop_triton.kernels.gpu.score import accumulate_and_score, row_scores
+from tests.judging import operands
 from tests.kernel_checks import (
     TILE,
+    check_norms,
     check_rows_that_are_not_finite,
+    check_sums,
     check_update,
     check_update_of_the_rest,
     scalar,
@@ -21,6 +25,17 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_are_not_finite(dtype, layout):
     check_rows_that_are_not_finite(dtype, layout, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_of_blocks_of_columns(dtype):
+    x, g = operands(21, 700, 200, dtype, device="cuda")
+    x, part = columns_of(x, 3), columns_of(g, 1)
+    check_norms(row_scores(x, part)[0], x.flatten(1), part.flatten(1))
+    for other in (x, None):
+        scores, sums = row_scores(other, g, bias_grad=True, config=TILE)
+        check_norms(scores, *([] if other is None else [x.flatten(1)]), g)
+        check_sums(sums, g)
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import TimeRemainingColumn
 
 from memaop_triton.bench.studies.quality import (
+    cheap_scores,
     crossterms,
     noise,
     running,
@@ -162,6 +163,14 @@ def noise_of_a_step(context: typer.Context, task: Tasks = None, ratio: Ratios = 
                     where = f"{line.side}, rank {line.rank}, {line.k} rows"
                     what = f"{line.variance:.3g} (batch {line.own:.3g})"
                     _print(console, f"{name} step {step} {line.layer}: {where}: {what}")
+
+
+@app.command("scores")
+def scores_of_rows(context: typer.Context) -> None:
+    """What scores that read less cost in variance and save in time; minutes, resumed if stopped."""
+    folders: _Folders = context.obj
+    for line in cheap_scores.run(folders.results / "scores.json", folders.data):
+        _print(Console(), line)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,14 @@ from memaop_triton.bench.suites.models import TransformerBlock
 
 _HEAD_COLUMNS = 64  # of one attention head
 _STD = 0.02
+
+
+class Network(Protocol):
+    """Describes a network; its `repr` contains all that determines one."""
+
+    def build(self) -> nn.Module:
+        """The network, with new weights or pretrained ones."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,6 @@ class Vit:
     def build(self) -> nn.Module:
         """[B, side²] pixels to [B, classes]."""
         return _Vit(self)
-
-
-Network = Mlp | Gpt | Vit
 
 
 def _blocks(width: int, depth: int, *, causal: bool) -> nn.Sequential:

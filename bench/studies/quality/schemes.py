@@ -239,8 +239,8 @@ def _ratios(task: str, scheme: str) -> tuple[str, ...]:
 def code_of(task: Task, config: MemAOPConfig | None, allocated: float | None = None) -> str:
     """Short hash of a task, a configuration and the budget that is spread over layers.
 
-    A setting that is `None` does not count, so that one that is added to the library later changes
-    nothing here unless it is used.
+    A setting that is `None` does not count, nor one of `_LATER` with that value, so that one that
+    is added to the library later changes nothing here unless it is used.
     """
     settings = [] if config is None else sorted(_settings_of(config))
     content = f"{PROTOCOL} {task!r} {settings!r}"
@@ -248,12 +248,16 @@ def code_of(task: Task, config: MemAOPConfig | None, allocated: float | None = N
     return hashlib.sha256(content.encode()).hexdigest()[:10]
 
 
+# Settings that came after the first runs, and what they were fixed to before.
+_LATER = {"scores": "norms"}
+
+
 def _settings_of(part: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Name and value of every setting that is not `None`, with those of its parts."""
+    """Name and value of every setting that counts, with those of its parts."""
     for field in dataclasses.fields(part):
         value, full = getattr(part, field.name), f"{name}{field.name}"
         if dataclasses.is_dataclass(value):
             yield full, type(value).__name__
             yield from _settings_of(value, f"{full}.")
-        elif value is not None:
+        elif value is not None and _LATER.get(full) != value:
             yield full, repr(value)

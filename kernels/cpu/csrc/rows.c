@@ -31,6 +31,32 @@ void NAME(row_norms)(const stored *x, long ld, number *norms, long rows, long co
     }
 }
 
+/* Rows whose blocks are fetched ahead: hardware does not foresee where the next ones are. */
+enum { AHEAD = 8, LINE = 64 };
+
+/* norms[i] = |x_i| over blocks of `columns` neighbours, a multiple of 4 LANES, whose starts are `step`
+ * apart. */
+void NAME(block_norms)(const stored *x, long ld, long step, number *norms, long rows, long blocks,
+                       long columns, int threads) {
+    _Pragma("omp parallel if (threads > 1)") {
+        const Share share = share_of(rows, threads);
+        for (long i = share.first; i < share.end; i++) {
+            const stored *row = x + i * ld, *later = x + SMALLER(i + AHEAD, share.end - 1) * ld;
+            vec sums[4] = {{0}};
+            for (long b = 0; b < blocks; b++) {
+                for (long j = 0; j < columns; j += LINE / sizeof(stored))
+                    __builtin_prefetch(later + b * step + j);
+                for (long j = 0; j < columns; j += 4 * LANES)
+                    for (int v = 0; v < 4; v++) {
+                        const vec part = load(row + b * step + j + v * LANES);
+                        sums[v] += part * part;
+                    }
+            }
+            norms[i] = SQRT(total((sums[0] + sums[1]) + (sums[2] + sums[3])));
+        }
+    }
+}
+
 INLINE number accumulate_row(stored *slot, const stored *row, const number carry, long columns) {
     if (carry == 0) {
         memcpy(slot, row, columns * sizeof *slot);
