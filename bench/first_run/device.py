@@ -42,6 +42,7 @@ def describe(place: Place) -> dict[str, Any]:
         "processors": os.cpu_count(),
         "commit": _commit(),
         "gpu": None,
+        "is_dry": place.is_dry,
     }
     if place.is_dry:
         return found | {"gpu": "none: Triton's interpreter on the CPU", "obstacle": None}
@@ -57,7 +58,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
     properties: Any = torch.cuda.get_device_properties(device)
     target = targets.find(device)
-    like = torch.empty(0, device=device)
+    like, hip = torch.empty(0, device=device), torch.version.hip
     return {
         "gpu": properties.name,
         "gpus": torch.cuda.device_count(),
@@ -65,9 +66,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "memory": properties.total_memory,
         "cache": properties.L2_cache_size,
-        "runtime": f"ROCm {torch.version.hip}"
-        if torch.version.hip
-        else f"CUDA {torch.version.cuda}",
+        "runtime": f"{'ROCm' if hip else 'CUDA'} {hip or torch.version.cuda}",
         "clocks": gpu_clocks(),
         "is_shared": _is_shared(),
         "predicted_as": target and target.chip.name,

@@ -29,7 +29,7 @@ def interpreter(is_dry: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def made_up_gpu(is_dry: bool) -> Iterator[None]:
-    """In a dry run the CPU counts as a GPU that can be tuned, and a call's wall time as its time."""
+    """In a dry run the CPU counts as a GPU that can be tuned, by the wall clock."""
     if not is_dry:
         yield
         return

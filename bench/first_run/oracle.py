@@ -39,6 +39,7 @@ class Watch:
     scores: Tensor | None = None
     projected: ProjectedRows | None = None
     basis: Tensor | None = None
+    side: str = ""
     is_due: bool = True
 
     def begin_step(self, device: torch.device) -> None:
@@ -54,17 +55,42 @@ class Watch:
     ) -> None:
         """Keep it."""
         self.selection, self.scores, self.projected = selection, scores, projected
-        if isinstance(self.memory, SubspaceMemory):
-            self.basis = None if self.memory.basis is None else self.memory.basis.clone()
+        if isinstance(self.memory, SubspaceMemory) and self.memory.basis is not None:
+            self.basis, self.side = self.memory.basis.clone(), self.memory.side
 
     def observe_exact(self, operands: Operands, dw: Tensor, memory: Memory | None) -> None:
         """Nothing was selected."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a step was given and what came out of it.
+
+    Attributes:
+        config: The layer's.
+        memory: As the step left it.
+        before: Of a row memory, copies of its slots before the step: mX, mG and which are filled.
+        x: [M, N].
+        g: [M, P].
+        watch: What the step said of itself.
+        weight: dW.
+        bias: db.
+    """
+
+    config: MemAOPConfig
+    memory: Memory | None
+    before: list[Tensor] | None
+    x: Tensor
+    g: Tensor
+    watch: Watch
+    weight: Tensor
+    bias: Tensor | None
+
+
 def check_steps(
     config: MemAOPConfig, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """Two steps of one memory, the second with what the first left.
+    """Check two steps of one memory, the second with what the first left.
 
     Returns:
         Of both steps the relative errors of dW, ours and PyTorch's for the same rows.
@@ -77,15 +103,13 @@ def check_steps(
     memory = new_memory(config, n, p)
     errors = []
     for _ in range(2):
-        x, g = (_rows(m, columns, dtype, generator) for columns in (n, p))
-        errors.append(_check_step(config, memory, x, g, generator))
-    if isinstance(memory, SubspaceMemory):
-        _check_basis(memory)
+        x, g = (rows_of(m, columns, dtype, generator) for columns in (n, p))
+        errors.append(check_step(take_step(config, memory, x, g, generator)))
     return {"errors": errors}
 
 
-def _rows(m: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Rows near a space of eight dimensions, of lengths that differ."""
+def rows_of(m: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Rows near a space of eight dimensions, of lengths that differ, on the generator's device."""
     settings: dict[str, Any] = {"device": generator.device, "generator": generator}
     rank = min(8, columns)
     inside = torch.randn(m, rank, **settings) @ torch.randn(rank, columns, **settings)
@@ -93,37 +117,52 @@ def _rows(m: int, columns: int, dtype: torch.dtype, generator: torch.Generator) 
     return (rows * torch.rand(m, 1, **settings)).to(dtype)
 
 
-def _check_step(
-    config: MemAOPConfig, memory: Memory | None, x: Tensor, g: Tensor, generator: torch.Generator
-) -> dict[str, float]:
+def take_step(
+    config: MemAOPConfig,
+    memory: Memory | None,
+    x: Tensor,
+    g: Tensor,
+    generator: torch.Generator | None = None,
+) -> Step:
+    """One weight gradient with db, without a host synchronisation: a graph may capture it."""
     before = None
     if isinstance(memory, ResidualMemory):
         before = [t.clone() for t in memory.slots(x.shape[0], x)]
     watch = Watch(memory)
     dw, db = weight_and_bias_grad(x, g, config, memory, generator=generator, observer=watch)
+    return Step(config, memory, before, x, g, watch, dw, db)
+
+
+def check_step(step: Step) -> dict[str, float]:
+    """Relative errors of dW, ours and PyTorch's for the same rows; none where they are not known.
+
+    Raises:
+        WrongResultError: A value is further from the exact one than rounding explains.
+    """
+    x, g, watch, memory = step.x, step.g, step.watch, step.memory
     if watch.selection is None:
         raise WrongResultError("the step was exact: it selected no rows")
-    if db is not None:
-        judge("db", db, g.sum(0), g.sum(0, dtype=torch.float64), ALLOWED)
+    if step.bias is not None:
+        judge("db", step.bias, g.sum(0), g.sum(0, dtype=torch.float64), ALLOWED)
     indices = watch.selection.indices.long()
     weights = watch.selection.weights.double()
     inside = indices < x.shape[0]
     indices, weights = indices[inside], weights[inside]
-    _check_selection(config, indices, weights, watch, x.shape[0])
-    if isinstance(memory, ResidualMemory) and before is not None:
-        return _judge_row_memory(memory, before, x, g, dw, indices)
-    weighted = weights if is_weighted(config.selection) else None
-    if watch.projected is not None and watch.basis is not None:
+    _check_selection(step.config, indices, weights, watch, x.shape[0])
+    if isinstance(memory, ResidualMemory):
+        return _judge_row_memory(step, memory, indices)
+    if isinstance(memory, SubspaceMemory) and watch.projected is not None:
+        _check_basis(memory)
         # With a basis of the gradients' side X and G are exchanged.
-        is_input = isinstance(memory, SubspaceMemory) and memory.side == "input"
-        result = dw if is_input else dw.T
-        a, b = (x, g) if is_input else (g, x)
-        return _judge_subspace(watch.basis, watch.projected, a, b, result, indices, weights)
+        a, b = (x, g) if watch.side == "input" else (g, x)
+        result = step.weight if watch.side == "input" else step.weight.T
+        return _judge_subspace(watch, a, b, result, indices, weights)
     exact_scores = _norms(x) * _norms(g)
     if watch.scores is not None:
         judge("scores", watch.scores, exact_scores.float(), exact_scores, ALLOWED)
+    weighted = weights if is_weighted(step.config.selection) else None
     return judge(
-        "dW", dw, _products(x, g, indices, weighted, x.dtype),
+        "dW", step.weight, _products(x, g, indices, weighted, x.dtype),
         _products(x, g, indices, weights, torch.float64), ALLOWED,
     )  # fmt: skip
 
@@ -184,11 +223,10 @@ def _check_selection(
         raise WrongResultError("uniform weights differ")
 
 
-def _judge_row_memory(
-    memory: ResidualMemory, before: list[Tensor], x: Tensor, g: Tensor, dw: Tensor, indices: Tensor
-) -> dict[str, float]:
+def _judge_row_memory(step: Step, memory: ResidualMemory, indices: Tensor) -> dict[str, float]:
     """dW from the rows and their memory, and what the memory holds afterwards."""
-    mx, mg, filled = before
+    assert step.before is not None
+    x, g, (mx, mg, filled) = step.x, step.g, step.before
     after = memory.slots(x.shape[0], x)
     kept = torch.ones_like(filled).index_fill_(0, indices, False)
     if not torch.equal(after[2], kept):
@@ -211,22 +249,18 @@ def _judge_row_memory(
         return {}  # the signs of the selected rows are not kept
     rounded = [a.to(x.dtype) for a in formed]
     return judge(
-        "dW", dw, _products(*rounded, indices, None, x.dtype),
+        "dW", step.weight, _products(*rounded, indices, None, x.dtype),
         _products(*formed, indices, None, torch.float64), ALLOWED_OF_ROW_MEMORY,
     )  # fmt: skip
 
 
 def _judge_subspace(
-    basis: Tensor,
-    projected: ProjectedRows,
-    a: Tensor,
-    b: Tensor,
-    result: Tensor,
-    indices: Tensor,
-    weights: Tensor,
+    watch: Watch, a: Tensor, b: Tensor, result: Tensor, indices: Tensor, weights: Tensor
 ) -> dict[str, float]:
     """Bᵀ A from all rows of A inside the subspace and the selected ones outside, Z as it is."""
-    q = basis.to(a.dtype)
+    assert watch.basis is not None
+    assert watch.projected is not None
+    q, projected = watch.basis.to(a.dtype), watch.projected
     z = projected.z.double() * basis_scale(a.shape[1])
     judge("Z", z, (a @ q).double(), a.double() @ q.double(), ALLOWED)
     left = _norms(a).square() - _norms(z).square()

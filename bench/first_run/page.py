@@ -39,6 +39,8 @@ def counts(ended: Sequence[Record]) -> str:
 def _lines(found: list[Record], folder: Path) -> Iterator[str]:
     device = device_of(found)
     yield "memaop-triton, first run on a GPU"
+    if device is not None and device["is_dry"]:
+        yield "A DRY RUN on the CPU: times are those of the interpreter, and mean nothing."
     yield ""
     yield from _machine(device)
     yield ""
@@ -147,19 +149,9 @@ def _times(found: list[Record], kind: str, title: str) -> Iterator[str]:
             ))  # fmt: skip
             place = ""
     if body:
-        head = (
-            "",
-            "",
-            "µs",
-            "quartiles",
-            "host µs",
-            "PREDICTED",
-            "µs / pred.",
-            "dense / it",
-            "pred.",
-        )
+        head = ("", "", "µs", "quartiles", "host µs", "PREDICTED", "factor", "dense / it", "PRED.")
         yield ""
-        yield f"{title} (where the host takes longer than the GPU, it decides):"
+        yield f"{title}. Factor: measured over predicted. Host: to launch; if longer, it decides."
         yield from table(head, body)
 
 
@@ -215,8 +207,8 @@ def _tuned(found: list[Record]) -> Iterator[str]:
     yield ""
     yield f"Tuned: {len(tuned)} problems, {len(better)} with a better tile than the one that ships:"
     lines = [
-        f"  {one['kernel']} {one['problem']}: {1e3 * one['heuristic_ms']:.1f} µs, "
-        f"best {1e3 * one['ms']:.1f} µs ({one['heuristic_ms'] / one['ms']:.2f} times): {one['tile']}"
+        f"  {one['kernel']} {one['problem']}: {1e3 * one['heuristic_ms']:.1f} µs, best "
+        f"{1e3 * one['ms']:.1f} µs, {one['heuristic_ms'] / one['ms']:.2f} times: {one['tile']}"
         for one in better
     ]
     yield from _some(lines)

@@ -1,8 +1,8 @@
 """Times of calls on a GPU, by events on the stream, with cold caches and the host ahead.
 
 Before each call memory is overwritten until the caches hold nothing of the call before, and for as
-long as the host needs to launch the call: what is measured is the time of the GPU. The time that the
-host takes is measured beside it; where that is longer, it decides.
+long as the host needs to launch the call: what is measured is the time of the GPU. The host's time
+is measured beside it; where that is longer, it decides.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def all_cases(place: Place) -> Iterator[Case]:
 def tune(
     place: Place, sizes: Sizes, shape: Shape, config: MemAOPConfig, bias_grad: bool
 ) -> dict[str, Any]:
-    """One weight gradient, whose launches are tuned; the figures are what was added to the files."""
+    """One weight gradient, whose launches are tuned; returns what was added to the files."""
     m, n, p = shape
     before = _entries(place.device)
     x, g = (torch.randn(m, c, device=place.device).to(sizes.dtype) for c in (n, p))

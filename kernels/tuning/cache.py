@@ -298,8 +298,8 @@ def _lock_of(path: Path, timeout: float) -> contextlib.AbstractContextManager[ob
         return FileLock(f"{path}.lock", timeout=timeout)
     _warn_once(
         Path("filelock"),
-        "filelock is not installed: tuned configurations are written without a lock, so tune in one "
-        "process at a time.",
+        "filelock is not installed: tuned configurations are written without a lock, so tune in "
+        "one process at a time.",
     )
     return contextlib.nullcontext()
 
