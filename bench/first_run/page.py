@@ -47,7 +47,7 @@ def _lines(found: list[Record], folder: Path) -> Iterator[str]:
     for stage in STAGES:
         ended = records.ended(found, stage.name)
         yield f"{stage.name:10} {stage.about}: {counts(ended) or 'not run'}"
-    yield from _unwanted(found)
+    yield from _unwanted(found, device["obstacle"] if device else None)
     yield from _rates(found)
     yield from _times(found, "dW", "Weight gradients")
     yield from _times(found, "step", "Training steps at 1/8; predicted: dense less what dW saves")
@@ -80,7 +80,7 @@ def _machine(device: Record | None) -> Iterator[str]:
         yield f"Nothing was run: {device['obstacle']}."
 
 
-def _unwanted(found: list[Record]) -> Iterator[str]:
+def _unwanted(found: list[Record], obstacle: str | None) -> Iterator[str]:
     """What failed, what was cut off, and why other things were skipped."""
     for status, title in (
         (records.FAILED, "Failed"),
@@ -93,10 +93,9 @@ def _unwanted(found: list[Record]) -> Iterator[str]:
             yield ""
             yield f"{title}:"
             yield from _some(lines)
-    reasons = Counter(
-        f"{one['stage']}: {_last(one)}" for one in found if one["status"] == records.SKIPPED
-    )
-    if reasons:
+    skipped = [one for one in found if one["status"] == records.SKIPPED]
+    reasons = Counter(f"{one['stage']}: {_last(one)}" for one in skipped)
+    if reasons and not obstacle:  # which has been named
         yield ""
         yield "Skipped:"
         yield from _some([f"  {reason} ({number})" for reason, number in reasons.items()])

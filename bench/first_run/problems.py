@@ -46,15 +46,15 @@ def sizes(place: Place) -> Sizes:
 
     if place.is_dry:
         return Sizes(
-            shapes=((40, 32, 24),),
+            shapes=((24, 32, 16),),
             small=(40, 16, 32),
             many_rows=(select.ONE_PROGRAM + 100, 2, 2),
-            policies=("priority", "bernoulli"),
+            policies=("priority",),
             dtype=torch.float32,
             nets=(models.mlp(16, 32, depth=1),),
             rounds=2,
             candidates=2,
-            draws=20,
+            draws=12,
         )
     return Sizes(
         shapes=tuple(predict.SHAPES),

@@ -92,6 +92,8 @@ def _obstacle(found: list[records.Record]) -> str | None:
 def _number_of_workers(stage: Stage, found: list[records.Record]) -> int:
     """As many as the processors and the GPU's memory allow."""
     device = page.device_of(found) or {}
+    if device.get("is_dry"):
+        return min(stage.workers, os.cpu_count() or 1)
     if not device.get("is_shared", True):
         return 1
     memory = int(device.get("memory") or 0) // _MEMORY_OF_A_WORKER or 1

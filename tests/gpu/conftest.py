@@ -15,7 +15,7 @@ from memaop_triton.kernels.tuning import tuner
 from tests.traffic import interpreted
 
 HERE = Path(__file__).parent
-CASES_OF_INTERPRETER = 6  # of one test: enough to try the test itself
+CASES_OF_INTERPRETER = 4  # of one test: enough to try the test itself
 
 
 def pytest_collection_modifyitems(items):
