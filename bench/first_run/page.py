@@ -55,8 +55,8 @@ def _lines(found: list[Record], folder: Path) -> Iterator[str]:
     yield from _tuned(found)
     yield ""
     yield f"Every number, and the kernels of each call: {folder / records.FILE}"
-    if (folder / "configs").exists():
-        yield f"Tiles, to be copied to kernels/configs: {folder / 'configs'}"
+    if (folder / records.TILES).exists():
+        yield f"Tiles, to be copied to kernels/configs: {folder / records.TILES}"
 
 
 def _machine(device: Record | None) -> Iterator[str]:

@@ -22,6 +22,7 @@ class Sizes:
         many_rows: M, N, P with more rows than one program selects from.
         policies: That select from these.
         dtype: Of these.
+        other_dtypes: That the small one is computed in as well.
         nets: Whose training steps are timed.
         rounds: Of timing.
         candidates: Tiles to try for a problem.
@@ -33,6 +34,7 @@ class Sizes:
     many_rows: Shape
     policies: tuple[str, ...]
     dtype: torch.dtype
+    other_dtypes: tuple[torch.dtype, ...]
     nets: tuple[models.Net, ...]
     rounds: int
     candidates: int
@@ -51,6 +53,7 @@ def sizes(place: Place) -> Sizes:
             many_rows=(select.ONE_PROGRAM + 100, 2, 2),
             policies=("priority",),
             dtype=torch.float32,
+            other_dtypes=(torch.float16,),
             nets=(models.mlp(16, 32, depth=1),),
             rounds=2,
             candidates=2,
@@ -62,6 +65,7 @@ def sizes(place: Place) -> Sizes:
         many_rows=(131072, 64, 128),
         policies=select.POLICIES,
         dtype=torch.bfloat16,
+        other_dtypes=(torch.float16, torch.float32),
         nets=(
             models.mlp(4096, 16384),
             models.gpt_block(2048, 1024, 16),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "results.jsonl"
+TILES = "configs"  # the folder of tuned tiles, as `kernels.tuning.cache` names it
 #: How a case can end. "died": its process did; "cut off": at a time limit.
 PASSED, FAILED, SKIPPED, DIED, CUT_OFF = "passed", "failed", "skipped", "died", "cut off"
 ENDS = (PASSED, FAILED, SKIPPED, DIED, CUT_OFF)
@@ -68,8 +69,8 @@ def begun(found: Iterable[Record], stage: str) -> list[Record]:
     return list(open_cases.values())
 
 
-def start_file(folder: Path) -> None:
-    """Make the folder, and set the file of an earlier run in it aside.
+def start(folder: Path) -> None:
+    """Make the folder, and set aside what an earlier run in it found.
 
     Raises:
         OSError: The folder cannot be written.
@@ -78,4 +79,6 @@ def start_file(folder: Path) -> None:
     path = folder / FILE
     if path.exists():
         made = datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y%m%d-%H%M%S")
-        path.replace(folder / f"results-{made}.jsonl")
+        for old in (path, folder / TILES):
+            if old.exists():
+                old.replace(old.with_stem(f"{old.stem}-{made}"))

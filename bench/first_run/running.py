@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from memaop_triton.bench.first_run import page, records, stages
 from memaop_triton.bench.first_run.cases import RESTART
@@ -48,7 +47,7 @@ def run(folder: Path, *, is_dry: bool) -> int:
     Returns:
         An exit status: 0 also for what was skipped or cut off, 1 if a case failed.
     """
-    records.start_file(folder)
+    records.start(folder)
     started = time.monotonic()
     status = 0
     with _signals_raise():
@@ -182,14 +181,12 @@ def _start(
 def _environment(folder: Path, is_dry: bool) -> dict[str, str]:
     before = os.environ.get("PYTHONPATH")
     path = str(ROOT) if not before else os.pathsep.join([str(ROOT), before])
-    # What is measured are the tiles that ship; what is tuned is kept beside the results.
-    own: dict[str, Any] = {
-        "PYTHONPATH": path,
-        "MEMAOP_TRITON_AUTOTUNE": "off",
-        "MEMAOP_TRITON_CACHE_DIR": str(folder),
-    }
+    own = {"PYTHONPATH": path, "MEMAOP_TRITON_AUTOTUNE": "off"}
     if is_dry:
         own |= {"TRITON_INTERPRET": "1", "MEMAOP_TRITON_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+    else:
+        # What is measured are the tiles that ship, not those that this user has tuned.
+        own |= {"MEMAOP_TRITON_CACHE_DIR": str(folder / "untuned")}
     return os.environ | own
 
 

@@ -37,7 +37,7 @@ def all_cases(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     yield from _kernels(device, sizes.dtype)
     yield from _schemes(device, sizes)
     yield from _layers(device, sizes)
-    for dtype in (torch.float16, torch.float32):
+    for dtype in sizes.other_dtypes:
         yield from _as_shipped(device, sizes.small, dtype)
     for shape in sizes.shapes[1:]:
         yield from _as_shipped(device, shape, sizes.dtype)

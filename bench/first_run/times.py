@@ -70,7 +70,7 @@ def rates(place: Place, sizes: Sizes, timer: Any) -> dict[str, Any]:
         Method("nothing", lambda: None),
     ]
     taken = timing.compare(methods, timer, 5)
-    chip = _target(place).chip
+    chip = targets.current(device).chip
     return {
         "kind": "rates",
         "tflops": {
@@ -96,11 +96,6 @@ def _launch_seconds() -> float:
     return LAUNCH
 
 
-def _target(place: Place) -> targets.Target:
-    """The chip here; in a dry run one whose predictions are published."""
-    return targets.TARGETS["sm_90"] if place.is_dry else targets.current(place.device)
-
-
 def _weight_grads(place: Place, sizes: Sizes, timer: Any, shape: Shape, inverse: int) -> Case:
     name = f"dW, {' x '.join(map(str, shape))}, 1/{inverse}"
     return Case(name, partial(weight_grads, place, sizes, timer, shape, inverse))
@@ -114,7 +109,7 @@ def weight_grads(
 
     m, n, p = shape
     x, g = (torch.randn(m, c, device=place.device).to(sizes.dtype) for c in (n, p))
-    target = _target(place)
+    target = targets.current(place.device)
     methods = [Method(DENSE, lambda: g.t() @ x)]
     predicted: dict[str, Any] = {DENSE: {"us": 1e6 * predict.dense_product(target, *shape)}}
     for name, setting in predict.SETTINGS.items():
@@ -179,7 +174,7 @@ def training_steps(place: Place, sizes: Sizes, timer: Any, net: models.Net) -> d
 def _saved_seconds(place: Place, rows: int, model: torch.nn.Module, config: MemAOPConfig) -> float:
     from bench.microscope import predict
 
-    target, saved = _target(place), 0.0
+    target, saved = targets.current(place.device), 0.0
     for layer in model.modules():
         if isinstance(layer, MemAOPLinear):
             shape = (rows, layer.in_features, layer.out_features)

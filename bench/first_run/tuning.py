@@ -16,7 +16,7 @@ import torch
 
 from memaop_triton import MemAOPConfig, new_memory
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
-from memaop_triton.bench.first_run import cases, dry, problems
+from memaop_triton.bench.first_run import cases, dry, problems, records
 from memaop_triton.bench.first_run.cases import Case, Place
 from memaop_triton.bench.first_run.problems import Shape, Sizes
 from memaop_triton.kernels.tuning import cache, tuner
@@ -27,9 +27,10 @@ Call = Callable[[], object]
 
 def run(place: Place) -> int:
     """The cases of this process."""
+    os.environ["MEMAOP_TRITON_CACHE_DIR"] = str(place.folder)
     with dry.made_up_gpu(place.is_dry), first_use(place):
         status = cases.run(place, all_cases(place))
-    for lock in (place.folder / "configs").glob("*/*.lock"):
+    for lock in (place.folder / records.TILES).glob("*/*.lock"):
         lock.unlink()
     return status
 
