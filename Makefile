@@ -32,7 +32,7 @@ lint: $(VENV)/.dev
 	cp -R memaop_triton build/types/ && cp -R kernels bench build/types/memaop_triton/
 	cd build/types/memaop_triton/bench && rm -rf microscope results conftest.py \
 		suites/test_*.py studies/throttled_link.py
-	cd build/types && ../../$(BIN)/mypy -p memaop_triton --config-file ../../pyproject.toml
+	cd build/types && $(abspath $(BIN))/mypy -p memaop_triton --config-file ../../pyproject.toml
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -20,7 +20,7 @@ def run(place: Place) -> int:
     """The cases of this process."""
     with tempfile.TemporaryDirectory() as scratch, dry.made_up_gpu(place.is_dry):
         os.environ["MEMAOP_TRITON_CACHE_DIR"] = scratch
-        tuner.time_candidate = _launched_once  # type: ignore[assignment]
+        tuner.time_candidate = _launched_once
         with tuning.first_use(place):
             return cases.run(place, tuning.all_cases(place))
 

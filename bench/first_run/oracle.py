@@ -179,7 +179,8 @@ def judge(
 
 
 def _norms(a: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a, dim=1, dtype=torch.float64)
+    norms: Tensor = torch.linalg.vector_norm(a, dim=1, dtype=torch.float64)
+    return norms
 
 
 def _products(
@@ -189,7 +190,8 @@ def _products(
     left, right = g[indices].to(dtype), x[indices].to(dtype)
     if weights is not None:
         left = left * weights.to(dtype)[:, None]
-    return left.T @ right
+    product: Tensor = left.T @ right
+    return product
 
 
 def _check_selection(
@@ -247,10 +249,10 @@ def _judge_row_memory(step: Step, memory: ResidualMemory, indices: Tensor) -> di
             raise WrongResultError("a stored row is off by more than one rounding")
     if memory.signed and bool(filled.any()):
         return {}  # the signs of the selected rows are not kept
-    rounded = [a.to(x.dtype) for a in formed]
+    formed_x, formed_g = formed
     return judge(
-        "dW", step.weight, _products(*rounded, indices, None, x.dtype),
-        _products(*formed, indices, None, torch.float64), ALLOWED_OF_ROW_MEMORY,
+        "dW", step.weight, _products(formed_x, formed_g, indices, None, x.dtype),
+        _products(formed_x, formed_g, indices, None, torch.float64), ALLOWED_OF_ROW_MEMORY,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ them; then every policy and memory, other dtypes, and the other shapes.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -75,7 +76,12 @@ def _schemes(device: torch.device, sizes: Sizes) -> Iterator[Case]:
     for policy in sizes.policies:
         config = MemAOPConfig(ratio=RATIO, selection=policy, memory="none")
         yield _steps(config, sizes.many_rows, sizes.dtype, device)
-    for setting in ({"memory": "none"}, {}, {"selection": "topk", "memory": "residual"}):
+    blocks: tuple[dict[str, Any], ...] = (
+        {"memory": "none"},
+        {},
+        {"selection": "topk", "memory": "residual"},
+    )
+    for setting in blocks:
         config = MemAOPConfig(ratio=RATIO, block_rows=16, **setting)
         yield _steps(config, sizes.small, sizes.dtype, device)
 
@@ -115,10 +121,8 @@ def check_layer(grad_input: str, sizes: Sizes, device: torch.device) -> dict[str
     """
     m, n, p = sizes.small
     torch.manual_seed(3)
-    dense = nn.Linear(n, p, device=device, dtype=sizes.dtype)
-    ours = nn.Linear(n, p, device=device, dtype=sizes.dtype)
-    ours.load_state_dict(dense.state_dict())
-    ours = convert_(nn.Sequential(ours), MemAOPConfig(ratio=1 / 2, grad_input=grad_input))
+    dense = nn.Sequential(nn.Linear(n, p, device=device, dtype=sizes.dtype))
+    ours = convert_(copy.deepcopy(dense), MemAOPConfig(ratio=1 / 2, grad_input=grad_input))
     inside = torch.randn(m, 2, device=device) @ torch.randn(2, n + p, device=device)
     x, g = inside.to(sizes.dtype).split((n, p), 1)
     found = []

@@ -40,12 +40,12 @@ def first_use(place: Place) -> Iterator[None]:
     """Inside, a problem that no file of the results knows is tuned when it is first launched."""
     os.environ["MEMAOP_TRITON_AUTOTUNE"] = "first-use"
     before = tuner.FIRST_USE_CANDIDATES
-    tuner.FIRST_USE_CANDIDATES = problems.sizes(place).candidates  # type: ignore[misc]
+    tuner.FIRST_USE_CANDIDATES = problems.sizes(place).candidates
     tuner.forget()
     try:
         yield
     finally:
-        tuner.FIRST_USE_CANDIDATES = before  # type: ignore[misc]
+        tuner.FIRST_USE_CANDIDATES = before
         os.environ["MEMAOP_TRITON_AUTOTUNE"] = "off"
         tuner.forget()
 
