@@ -41,7 +41,7 @@ def _cases(given: argparse.Namespace) -> int:
     place = Place(
         folder=given.results,
         stage=given.stage,
-        device=torch.device("cpu" if given.dry else "cuda"),
+        device=torch.device("cpu" if given.dry else "cuda:0"),
         is_dry=given.dry,
         worker=worker,
         workers=workers,

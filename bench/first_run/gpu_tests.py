@@ -13,7 +13,9 @@ from memaop_triton.bench.first_run import cases, records
 from memaop_triton.bench.first_run.cases import RESTART, Place
 
 _TESTS_FAILED, _NOTHING_COLLECTED = 1, 5
-_CAPTURED = "-rs", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark"
+# A warning of versions that nobody has tried is no reason for every test to fail.
+_OPTIONS = ("-q", "-rs", "-W", "default", "--continue-on-collection-errors")
+_WITHOUT = ("cacheprovider", "xdist", "benchmark", "randomly")  # plugins, if they are there
 
 
 def run(place: Place) -> int:
@@ -24,7 +26,9 @@ def run(place: Place) -> int:
         return 0
     import pytest
 
-    arguments = ["tests/gpu", *_CAPTURED, "--continue-on-collection-errors"]
+    arguments = ["tests/gpu", *_OPTIONS]
+    for plugin in _WITHOUT:
+        arguments += ["-p", f"no:{plugin}"]
     status = int(pytest.main(arguments, plugins=[Recording(place)]))
     return 0 if status in (_TESTS_FAILED, _NOTHING_COLLECTED) else status
 

@@ -116,10 +116,8 @@ def _run_workers(folder: Path, stage: Stage, limit: float, is_dry: bool, count: 
                     process = _start(folder, stage, number, count, is_dry, left)
                     workers[number] = Worker(number, process)
     finally:
-        is_late = bool(workers)
-        for worker in workers.values():
-            _end(worker.process)
-        if is_late:
+        _end([worker.process for worker in workers.values()])
+        if workers:
             _close(folder, stage, None, records.CUT_OFF, "the time of the stage was over")
             records.write(folder, stage.name, "limit", records.CUT_OFF, reason="time limit")
 
@@ -133,7 +131,7 @@ def _look(folder: Path, stage: Stage, worker: Worker, found: list[records.Record
         worker.begun, worker.changed = begun, now
     status = worker.process.poll()
     if status is None and now - worker.changed > stage.silence:
-        _end(worker.process)
+        _end([worker.process])
         reason = f"it took more than {stage.silence:.0f} s: its process was ended"
         return _close(folder, stage, worker.number, records.DIED, reason)
     if status is None:
@@ -190,13 +188,16 @@ def _environment(folder: Path, is_dry: bool) -> dict[str, str]:
     return os.environ | own
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its children; one that waits for a driver for good is left behind."""
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End processes and their children; one that waits for a driver for good is left behind."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        latest = time.monotonic() + GRACE_SECONDS
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, latest - time.monotonic()))
 
 
 @contextlib.contextmanager

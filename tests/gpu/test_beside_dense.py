@@ -50,8 +50,8 @@ def final_loss(config, device, dtype, rows, count, rate):
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=settings)
 def test_a_small_net_converges_beside_dense(setting, device, half, on_gpu):
-    """After the same number of steps at 1/4 it has come at least 90 % as far down as dense."""
-    *training, part = on_gpu((512, 400, 2e-3, 0.9), (32, 8, 2e-2, 0.2))
+    """After the same number of steps at 1/4 it has come at least 85 % as far down as dense."""
+    *training, part = on_gpu((512, 400, 2e-3, 0.85), (32, 8, 2e-2, 0.2))
     config = MemAOPConfig(ratio=1 / 4, **setting)
     first, dense = final_loss(None, device, half, *training)
     _, ours = final_loss(config, device, half, *training)
