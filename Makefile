@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint format bench sanitize kernel-report gpu clean
+.PHONY: demo test test-all lint format bench sanitize kernel-report gpu gpu-dry clean
 
 demo: $(VENV)/.demo
 	$(BIN)/memaop-triton demo --output results
@@ -32,7 +32,7 @@ lint: $(VENV)/.dev
 	cp -R memaop_triton build/types/ && cp -R kernels bench build/types/memaop_triton/
 	cd build/types/memaop_triton/bench && rm -rf microscope results conftest.py \
 		suites/test_*.py studies/throttled_link.py
-	cd build/types && ../../$(BIN)/mypy -p memaop_triton --config-file ../../pyproject.toml
+	cd build/types && $(abspath $(BIN))/mypy -p memaop_triton --config-file ../../pyproject.toml
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -50,19 +50,21 @@ sanitize: $(VENV)/.sanitize
 kernel-report: $(VENV)/.dev
 	$(BIN)/python -m bench.microscope.kernel_report
 
-# On a machine with a GPU: tests, benchmarks, and the report in bench/results/<gpu>/. With VENV=none
-# nothing is installed: $(PYTHON) runs this checkout, with the packages that it has. Test files that
-# need a package it lacks are reported, and the others run.
+# The first run on a GPU: ten minutes at most, the page of it last; in RESULTS, or in
+# bench/results/<gpu>/. With VENV=none nothing is installed: $(PYTHON) runs this checkout, with the
+# packages that it has. Status 0 also where there is no GPU, or time was short; 1 if something failed.
 ifeq ($(VENV),none)
-GPU_PYTHON := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
+FIRST_RUN := $(PYTHON) -m bench.first_run
 else
-GPU_PYTHON := $(BIN)/python
-gpu: $(VENV)/.dev
+FIRST_RUN := $(BIN)/python -m bench.first_run
+gpu gpu-dry: $(VENV)/.dev
 endif
 gpu:
-	$(GPU_PYTHON) -m pytest tests/gpu -rs --continue-on-collection-errors
-	$(GPU_PYTHON) -m memaop_triton bench --suite gpu \
-		--output "bench/results/$$($(GPU_PYTHON) -m memaop_triton.bench.machine)"
+	$(FIRST_RUN) $(if $(RESULTS),--results "$(RESULTS)")
+
+# The same stages on the CPU, interpreted, on small shapes: in build/gpu-dry.
+gpu-dry:
+	$(FIRST_RUN) --dry $(if $(RESULTS),--results "$(RESULTS)")
 
 clean:
 	rm -rf $(VENV) build results .pytest_cache .mypy_cache .ruff_cache

@@ -10,7 +10,8 @@ used or written there is one warning, and the heuristic chooses.
 
 Several processes may share a file, so it is always replaced as a whole: lock, read again, merge,
 write a temporary file, rename. A reader takes no lock and sees the file before or after, and a
-process that is killed leaves at most a temporary file.
+process that is killed leaves at most a temporary file. Without the package filelock there is one
+warning and no lock: of two processes that write at once, the entries of one may be lost.
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.env import cache_folder
 from memaop_triton.kernels.tuning.config import Config, GemmConfig, Problem, RowConfig
+
+try:
+    from filelock import FileLock
+except ModuleNotFoundError:  # a checkout also runs in images that have little more than PyTorch
+    FileLock = None  # type: ignore[assignment, misc]
 
 SCHEMA = 3
 LOCK_SECONDS = 5.0
@@ -270,7 +275,7 @@ def merge_into(path: Path, new: ConfigFile, timeout: float = LOCK_SECONDS) -> tu
         OSError: It cannot be written, or another process holds the lock (`filelock.Timeout`).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock", timeout=timeout):
+    with _lock_of(path, timeout):
         try:
             there = read(path)
         except ValueError:
@@ -285,6 +290,17 @@ def merge_into(path: Path, new: ConfigFile, timeout: float = LOCK_SECONDS) -> tu
         content = {"schema": SCHEMA, **asdict(ConfigFile(new.gpu, new.kernel, entries))}
         replace_file(path, json.dumps(content, indent=1))
     return entries
+
+
+def _lock_of(path: Path, timeout: float) -> contextlib.AbstractContextManager[object]:
+    if FileLock is not None:
+        return FileLock(f"{path}.lock", timeout=timeout)
+    _warn_once(
+        Path("filelock"),
+        "filelock is not installed: tuned configurations are written without a lock, so tune in "
+        "one process at a time.",
+    )
+    return contextlib.nullcontext()
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -5,7 +5,6 @@ import torch
 
 from memaop_triton import MemAOPConfig, new_memory
 from memaop_triton.backward.weight_grad import weight_grad
-from memaop_triton.commands import cli
 from memaop_triton.kernels.tuning import cache, tuner
 from tests.schemes import flat_config
 
@@ -53,6 +52,10 @@ def test_first_use_fills_the_cache_and_changes_no_result(setting, operands, monk
 
 
 def test_the_command_tunes_what_training_then_finds(operands, monkeypatch, capsys):
+    pytest.importorskip("typer")
+    pytest.importorskip("rich")
+    from memaop_triton.commands import cli
+
     x, g = operands
     assert cli.run(["tune", "--shapes", "1024x256x320"]) == 0
     tuner.forget()

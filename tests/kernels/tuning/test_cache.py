@@ -16,7 +16,7 @@ from filelock import FileLock
 from memaop_triton.kernels.tuning import cache as config_cache
 from memaop_triton.kernels.tuning.cache import Choice, ConfigFile, Gpu
 from memaop_triton.kernels.tuning.config import GemmConfig, Problem, RowConfig
-from tests.processes import ROOT, run
+from tests.processes import ROOT, run, run_python
 
 GPU = Gpu("Fake GPU (1)", "sm_90", 132)
 CONFIG = GemmConfig(128, 64, 64, 4, 3, split_k=6)
@@ -227,6 +227,23 @@ def test_a_lock_that_is_never_given_back_is_not_waited_for_twice(cache, monkeypa
     assert [call.args[-1] for call in merging.mock_calls] == [0.1, 0.0]
     add(OTHER, replace(PROBLEM, n=4))
     assert len(held(cache)) == 3
+
+
+def test_without_filelock_it_is_said_once_that_there_is_no_lock(cache, monkeypatch):
+    monkeypatch.setattr(config_cache, "FileLock", None)
+    with pytest.warns(RuntimeWarning, match="filelock is not installed"):
+        add()
+    add(OTHER, SECOND)  # a second warning would be an error
+    assert (found(), found(SECOND)) == (CONFIG, OTHER)
+    assert len(held(cache)) == 2
+    assert not list(cache.parent.glob("*.lock"))
+
+
+def test_the_module_loads_without_filelock():
+    run_python(
+        "import sys; sys.modules['filelock'] = None\n"
+        "from memaop_triton.kernels.tuning import cache; assert cache.FileLock is None"
+    )
 
 
 def test_what_a_killed_writer_left_is_removed(cache):
