@@ -59,7 +59,7 @@ class _Generator:
         self._offset = offset
 
 
-class _Driver(nvidia.CudaDriver):
+class _Driver(nvidia.CudaDriver):  # type: ignore[misc]
     """One GPU of compute capability 9.0 whose default stream is current."""
 
     def __init__(self) -> None:

@@ -8,6 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from memaop_triton import dispatch
+from memaop_triton.draws import NOT_DRAWN
+from memaop_triton.kernels.cpu import native
+from memaop_triton.selection import select
+
 _LOW = np.uint64(0xFFFFFFFF)
 
 
@@ -80,3 +85,17 @@ def _probabilities(s, k):
         middle = (low * high) ** 0.5 if low else high / 2
         low, high = (low, middle) if np.minimum(1, s * middle).sum() > k else (middle, high)
     return np.minimum(1, s.astype(np.float64) * low)
+
+
+def select_in_pytorch(monkeypatch):
+    """The Triton kernels' steps draw as the PyTorch ones do, from the generator, row by row."""
+
+    def select_on_device(scores, config, k, generator, *, filled=None, taken=None, **_):
+        scores = torch.ones(taken.shape, device=taken.device) if scores is None else scores
+        selection = select(scores, config, k, generator)
+        dispatch.mark(selection, filled, taken)
+        return dispatch.SelectionOnDevice(selection, None)
+
+    monkeypatch.setattr(dispatch, "select_on_device", select_on_device)
+    monkeypatch.setattr(dispatch, "seed_of_selection", lambda *_: NOT_DRAWN)
+    monkeypatch.setattr(native, "choose", lambda *_, **__: None)

@@ -149,6 +149,7 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Each kernel on shapes that no tile divides, as the sanitizer checks it."""
     from tests import kernel_checks as checks
     from tests.judging import SMALL, drawn_blocks
+    from tests.orthonormal_checks import check_product
 
     at = {"device": device}
     rows = torch.arange(0, 45, 3)
@@ -169,12 +170,12 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         "update of the rest": partial(
             checks.check_update_of_the_rest, dtype, dtype, bias_grad=True, **at
         ),
-        "residual GEMM": partial(
-            checks.check_residual, (45, 33, 17), rows, dtype, dtype, signed=True, config=SMALL, **at
+        "packed rows": partial(
+            checks.check_packed, (45, 33, 17), rows, dtype, dtype, signed=True, **at
         ),
-        "residual GEMM, blocks": partial(
-            checks.check_residual, (45, 32, 16), drawn_blocks([0, 2], 16), dtype, dtype,
-            signed=False, config=SMALL, block_rows=16, **at,
+        "packed blocks": partial(
+            checks.check_packed, (45, 32, 16), drawn_blocks([0, 2], 16), dtype, dtype,
+            signed=False, **at,
         ),
         "projection": partial(checks.check_projection, (45, 40, 5), dtype, **at),
         "projection, special rows": partial(checks.check_special_rows, dtype, **at),
@@ -184,6 +185,14 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         "whole gradient": partial(checks.check_whole_gradient, 30, dtype, split=2, **at),
         "rescale": partial(check_rescale, dtype, device),
     }  # fmt: skip
+    if dtype == torch.float32:
+        calls["gather GEMM, scaled weights"] = partial(
+            checks.check_gather, (70, 40, 24, 33), torch.float16, weighted=True, **at
+        )
+        calls["basis"] = partial(check_product, "condition 1e6", (65, 17), **at)
+        calls["basis, due on the device"] = partial(
+            check_product, "random", (70, 5), due=[True], **at
+        )
     for name, call in calls.items():
         yield Case(f"kernel: {name}", partial(_no_figures, call))
 

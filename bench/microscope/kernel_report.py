@@ -13,6 +13,7 @@ import triton
 from rich.console import Console
 from rich.progress import track
 
+from bench.microscope import operations
 from bench.microscope.building import REPORTED, Builder, Key, by_name
 from bench.microscope.gathering import pairs
 from bench.microscope.report import faults, table, target_table
@@ -65,6 +66,8 @@ def page(builder: Builder) -> str:
         LEGEND,
         GATHERING,
         _gathering(builder),
+        "",
+        operations.section(),
     ]
     for target in REPORTED:
         limit = TARGETS[target].shared_memory >> 10

@@ -265,7 +265,7 @@ def with_subspace(
     """
     x, g = operands.x, operands.g
     a = x if memory.side == "input" else g
-    basis = memory.basis_of(a).contiguous()
+    basis = memory.basis_by_row(a)
     seed = None if selection is not None else _seed(operands)
     if selection is not None or not operands.is_alone:
         dw, db, z = _with_basis(operands, basis, selection, seed, exchanged=a is g)

@@ -23,14 +23,23 @@ class Basis:
         features: Length of the rows.
         rank: Dimension of the subspace, at most `features`.
 
-    Attributes:
-        q: [features, rank] float32 (float64 for float64 rows), or `None` before the first rows.
     """
 
     def __init__(self, features: int, rank: int) -> None:
         self.features = features
         self.rank = rank
-        self.q: Tensor | None = None
+        self._q: Tensor | None = None
+        self._copies: dict[tuple[torch.dtype, int], Tensor] = {}
+
+    @property
+    def q(self) -> Tensor | None:
+        """[features, rank] float32 (float64 for float64 rows), or `None` before the first rows."""
+        return self._q
+
+    @q.setter
+    def q(self, q: Tensor | None) -> None:
+        self._q = q
+        self._copies = {}
 
     def of(self, a: Tensor, rank: int, generator: torch.Generator | None = None) -> Tensor:
         """The first `rank` columns of Q on the device and in the dtype of `a` ([M, features]).
@@ -59,6 +68,22 @@ class Basis:
             self.move(like.device)
         return self.q[:, :rank].to(like.dtype)
 
+    def by_row(self, like: Tensor, rank: int) -> Tensor:
+        """`columns`, row after row in memory, as the Triton kernels take them.
+
+        It is kept, and follows each refresh where it lies: between two of them no operation is
+        needed, and a CUDA graph finds it where it was.
+        """
+        assert self._q is not None
+        if self._q.device != like.device:
+            return self.columns(like, rank).contiguous()
+        copy = self._copies.get((like.dtype, rank))
+        if copy is None:
+            copy = self._copies[like.dtype, rank] = self.columns(like, rank).clone(
+                memory_format=torch.contiguous_format
+            )
+        return copy
+
     def iterate(self, a: Tensor, z: Tensor, is_due: Tensor | bool = True) -> None:
         """One power iteration of the first r columns, by some of the rows `a` ([M, features]).
 
@@ -82,7 +107,10 @@ class Basis:
         assert self.q is not None
         # A row that is not finite must not change Q; the gradient shows it.
         q = self.q[:, : product.shape[1]]
-        return orthonormalise_(q, product.to(q.dtype), is_due)
+        taken = orthonormalise_(q, product.to(q.dtype), is_due)
+        for (_, rank), copy in self._copies.items():
+            copy.copy_(self.q[:, :rank])
+        return taken
 
     def thinned(self, a: Tensor) -> Tensor:
         """The rows of `a` that an iteration reads; all of them, if they have been thinned out."""

@@ -268,6 +268,10 @@ class SubspaceMemory:
         """Q on the device and in the dtype of `a`, the X or G of `side`."""
         return self.bases[self.side].of(a, self.rank)
 
+    def basis_by_row(self, a: Tensor) -> Tensor:
+        """The same, contiguous; there must be one."""
+        return self.bases[self.side].by_row(a, self.rank)
+
     def basis_for_input_grad(self, g: Tensor) -> Tensor:
         """Q of the gradients' side, [P, rank], in the dtype of `g` ([M, P]).
 

@@ -75,7 +75,7 @@ class _EagerFunction(_MemAOPLinearFunction):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
-        _MemAOPLinearFunction.setup_context(ctx, inputs, None)  # type: ignore[arg-type]
+        _MemAOPLinearFunction.setup_context(ctx, inputs, None)
         return F.linear(*inputs[:3])
 
 

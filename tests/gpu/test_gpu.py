@@ -6,7 +6,6 @@ from torch import nn
 
 from memaop_triton import (
     convert_,
-    dispatch,
     load_memory_state_dict,
     memory_state_dict,
     new_memory,
@@ -17,10 +16,9 @@ from memaop_triton.kernels.cpu import torch_ops
 from memaop_triton.kernels.gpu import gather_gemm, score
 from memaop_triton.kernels.gpu import select as kernel
 from memaop_triton.kernels.tuning import defaults
-from memaop_triton.selection import select
 from tests.judging import check_products, drawn_blocks, operands
 from tests.schemes import flat_config
-from tests.selecting import expected
+from tests.selecting import expected, select_in_pytorch
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1000, 264, 520), (129, 17, 3), (4096, 1024, 768), (1, 1, 1)]
@@ -89,7 +87,7 @@ def gradients(config, batches, seed):
 def test_steps_equal_those_in_pytorch(scheme, dtype, block_rows, device, on_gpu, monkeypatch):
     if scheme["memory"] in ("residual", "signed"):
         scheme = {"selection": "topk", "memory": "residual"}
-    monkeypatch.setattr(dispatch, "select_on_device", select)  # the same draws
+    select_in_pytorch(monkeypatch)
     config = flat_config(ratio=1 / 4, rank=8, refresh_every=2, block_rows=block_rows, **scheme)
     problem = on_gpu((1024, 128, 192), (70, 32, 24))
     batches = [operands(*problem, dtype, device=device) for _ in range(3)]

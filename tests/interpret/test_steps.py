@@ -11,16 +11,16 @@ from memaop_triton import MemAOPConfig, convert_, dispatch, flops, monitor, new_
 from memaop_triton.backward import steps_triton
 from memaop_triton.backward.weight_grad import weight_and_bias_grad, weight_grad
 from memaop_triton.config import ROW_MEMORIES
-from memaop_triton.draws import NOT_DRAWN, draw_seed
-from memaop_triton.kernels.cpu import native
+from memaop_triton.draws import draw_seed
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.nn import ops
-from memaop_triton.selection import Selection, select
+from memaop_triton.selection import Selection
 from tests.kernel_checks import signs_of
 from tests.pairwise import pairwise
 from tests.schemes import LEGAL, flat_config, label
+from tests.selecting import select_in_pytorch
 
 SHAPES = [(70, 24, 40), (37, 16, 33), (5, 1, 3), (129, 20, 4)]
 
@@ -40,16 +40,7 @@ def backend(monkeypatch):
 @pytest.fixture
 def drawn_alike(monkeypatch):
     """Both backends draw in PyTorch: the selection kernel has tests of its own."""
-
-    def select_on_device(scores, config, k, generator, *, filled=None, taken=None, **_):
-        scores = torch.ones(taken.shape) if scores is None else scores
-        selection = select(scores, config, k, generator)
-        dispatch.mark(selection, filled, taken)
-        return dispatch.SelectionOnDevice(selection, None)
-
-    monkeypatch.setattr(dispatch, "select_on_device", select_on_device)
-    monkeypatch.setattr(dispatch, "seed_of_selection", lambda *_: NOT_DRAWN)
-    monkeypatch.setattr(native, "choose", lambda *_, **__: None)
+    select_in_pytorch(monkeypatch)
 
 
 def batches(shape, count=3, dtype=torch.float32):
@@ -303,4 +294,4 @@ def test_a_training_step_looks_at_no_value(scheme, block_rows, traffic, watched)
     assert watch.read()[""].observations == 1
     assert launches[1] == launches[3]  # with a refresh of the subspace
     assert set(launches[2]) <= set(launches[1])
-    assert len(launches[2]) <= len(launches[1]) <= 14 + 5 * config.is_unbiased
+    assert len(launches[2]) <= len(launches[1]) <= 14 + 5 * (config.subspace is not None)
