@@ -32,7 +32,7 @@ class _MemAOPLinearFunction(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
         x, weight, _, handle, order, state, memory = inputs
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         # Out of the saved tensors: a graph writes to `order` between the backward passes of a layer
@@ -74,7 +74,7 @@ class _EagerFunction(_MemAOPLinearFunction):
     setup_context = staticmethod(torch.autograd.Function.setup_context)
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
         _MemAOPLinearFunction.setup_context(ctx, inputs, None)
         return F.linear(*inputs[:3])
 
