@@ -257,7 +257,8 @@ def orthonormalise_(
     device, (columns, rank) = q.device, q.shape
     if is_due is False:
         return torch.zeros((), dtype=torch.bool, device=device)
-    padded = padded_rank(rank)
+    # In between, 32 columns spill registers under one compiler or another.
+    padded = 16 if padded_rank(rank) == 16 else 64
     # Every program reads all parts: the larger they are, the fewer of them.
     block = 32 if padded == 64 else 64
     threads, most = (256, 32) if padded == 64 else (128, 64)

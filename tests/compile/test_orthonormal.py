@@ -12,7 +12,7 @@ from memaop_triton.kernels.gpu.orthonormal import orthonormalise_
 from memaop_triton.kernels.targets import TARGETS
 
 
-@pytest.mark.parametrize("rank", [5, 16, 32, 64])
+@pytest.mark.parametrize("rank", [5, 64])
 @pytest.mark.parametrize("target", REPORTED)
 def test_nothing_spills_and_products_are_exact(target, rank):
     """With other versions than the report's, whose assemblers differ, two values may spill."""
