@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from bench import no_driver
 from memaop_triton import MemAOPConfig, MemAOPLinear, Subspace
+from memaop_triton.bench import no_driver
 
 ROWS, WIDTH = 64, 32
 ROUNDS, CALLS = 60, 20
