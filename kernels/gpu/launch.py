@@ -45,13 +45,18 @@ def launch(
     """
     if 0 in grid:
         return
-    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
+    with _on(next(a.device for a in arguments.values() if isinstance(a, Tensor))):
         program = kernel[grid](num_warps=num_warps, num_stages=num_stages, **OPTIONS, **arguments)
     recorder = getattr(_local, "recorder", None)
     if recorder is not None:
         recorder.note(kernel, program, grid, arguments)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a device the current one, if it is not."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 class _Repeated(NamedTuple):
@@ -93,6 +98,10 @@ class Recording:
 
     def __call__(self, tensors: tuple[Tensor, ...], scalars: tuple[Any, ...]) -> list[Any]:
         """The results, from tensors and scalars in the order in which `record` took them."""
+        with _on(self._device):
+            return self._launch(tensors, scalars)
+
+    def _launch(self, tensors: tuple[Tensor, ...], scalars: tuple[Any, ...]) -> list[Any]:
         device = self._device
         starts = [a.data_ptr() for a in tensors]
         results: list[Tensor | None] = []
