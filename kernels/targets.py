@@ -265,6 +265,8 @@ def is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream is captured into a CUDA graph."""
     if device.type != "cuda":
         return False
+    if device.index in (None, torch.cuda.current_device()):  # entering it takes time
+        return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 

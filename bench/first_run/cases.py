@@ -72,7 +72,7 @@ def run(place: Place, cases: Iterable[Case]) -> int:
         figures: dict[str, Any] = {}
         try:
             figures, status = case.call(), records.PASSED
-        except Exception:
+        except Exception:  # whatever it is, it is what came of this case, and others follow
             status, figures = records.FAILED, {"reason": traceback.format_exc()[-LONGEST_TEXT:]}
             print(f"{case.name} failed:\n{figures['reason']}", flush=True)
         end(place, case.name, status, time.perf_counter() - start, **figures)

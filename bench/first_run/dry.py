@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 
@@ -47,10 +48,9 @@ def made_up_gpu(is_dry: bool) -> Iterator[None]:
         call()
         return 1e3 * (time.perf_counter() - start)
 
-    before = cache.gpu_of, tuner.time_candidate
-    cache.gpu_of = lambda device: cache.Gpu(GPU_NAME, "sm_80", 1)  # type: ignore[assignment]
-    tuner.time_candidate = time_candidate
-    try:
+    made_up = cache.Gpu(GPU_NAME, "sm_80", 1)
+    with (
+        mock.patch.object(cache, "gpu_of", return_value=made_up),
+        mock.patch.object(tuner, "time_candidate", time_candidate),
+    ):
         yield
-    finally:
-        cache.gpu_of, tuner.time_candidate = before

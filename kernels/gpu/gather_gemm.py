@@ -211,6 +211,7 @@ def gather_gemm(
     correction: Correction | None = None,
     out: Tensor | None = None,
     sums: ColumnSums | None = None,
+    keeps_parts: bool = False,
     input_precision: str | None = None,
     config: GemmConfig | None = None,
 ) -> Tensor:
@@ -230,50 +231,16 @@ def gather_gemm(
         out: [P, N], contiguous, any floating dtype, overwritten; made in the dtype of `x` if
             `None`.
         sums: Column sums that are to be added up as well, in the launch that adds the parts.
+        keeps_parts: Leave the parts of a split product, [S, P, N] float32, to be added up, and
+            return these.
         input_precision: "ieee" or "tf32" for float32; what torch allows if `None`.
         config: Tile; chosen by `tuner` if `None`.
 
     Returns:
-        `out`.
+        `out`, unless its parts are kept.
     """
     if out is None:
         out = torch.empty((g.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
-    parts = gather_parts(
-        x,
-        g,
-        indices,
-        weights,
-        block_rows=block_rows,
-        is_padded=is_padded,
-        correction=correction,
-        out=out,
-        input_precision=input_precision,
-        config=config,
-    )
-    product = None if parts is out else Product(parts, out)
-    if product is not None or sums is not None:
-        add_up(product, sums)
-    return out
-
-
-def gather_parts(
-    x: Tensor,
-    g: Tensor,
-    indices: Tensor,
-    weights: Tensor | RowWeights | None = None,
-    *,
-    block_rows: int = 1,
-    is_padded: bool = False,
-    correction: Correction | None = None,
-    out: Tensor,
-    input_precision: str | None = None,
-    config: GemmConfig | None = None,
-) -> Tensor:
-    """`gather_gemm` without the last launch: `out` filled, or parts whose sum it is.
-
-    Returns:
-        `out`, or [S, P, N] float32.
-    """
     target = targets.current(x.device)
     products = input_precision or precision(target, x.dtype)
     aligned = is_aligned(x, g)
@@ -315,7 +282,12 @@ def gather_parts(
         _by_blocks(job, config)
     else:
         _by_rows(job, config)
-    return job.parts
+    if keeps_parts:
+        return job.parts
+    product = None if job.parts is out else Product(job.parts, out)
+    if product is not None or sums is not None:
+        add_up(product, sums)
+    return out
 
 
 class _Job(NamedTuple):

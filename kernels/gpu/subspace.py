@@ -24,7 +24,7 @@ from torch import Tensor
 
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch
-from memaop_triton.kernels.gpu.gather_gemm import gather_parts
+from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.kernels.gpu.primitives import is_aligned, precision, row_offsets
 from memaop_triton.kernels.gpu.row_weights import RowWeights
 from memaop_triton.kernels.gpu.score import room_for_column_sums, store_column_sums
@@ -340,7 +340,7 @@ def correction(
 ) -> Tensor:
     """C = Gᵀ Z − Σ_k w_k g[i_k]ᵀ z[i_k], [P, q] float32, from the parts of Gᵀ Z."""
     c = torch.empty_like(parts[0])
-    drawn = gather_parts(
+    drawn = gather_gemm(
         z,
         g,
         indices,
@@ -348,6 +348,7 @@ def correction(
         block_rows=block_rows,
         is_padded=is_padded,
         out=torch.empty_like(c),
+        keeps_parts=True,
         config=config,
     )
     add_up(Product(parts, c, drawn.view(-1, *c.shape)))

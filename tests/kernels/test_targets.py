@@ -146,6 +146,7 @@ def test_a_capture_is_asked_for_on_the_devices_own_stream(monkeypatch):
         current.pop()
 
     monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current == [second])
     assert targets.is_capturing(second)
     assert not targets.is_capturing(DEVICE)
