@@ -20,7 +20,8 @@ from memaop_triton import MemAOPConfig, MemAOPLinear, Subspace
 from memaop_triton.bench import no_driver
 
 ROWS, WIDTH = 64, 32
-ROUNDS, CALLS = 60, 20
+ROUNDS = 40
+CALLS = 32  # of which one chooses a side of the subspace, and four refresh it
 SETTINGS = {
     "no memory": MemAOPConfig(memory=None),
     "topk, no memory": MemAOPConfig(selection="topk", memory=None),

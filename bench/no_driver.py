@@ -21,8 +21,8 @@ from triton.backends.nvidia import driver as nvidia
 
 from memaop_triton import dispatch
 from memaop_triton.backward import steps_triton
-from memaop_triton.draws import seed_of_state
 from memaop_triton.kernels import targets
+from memaop_triton.kernels.draws import seed_of_state
 from memaop_triton.memory import choice
 
 # Every value asked for is 1, every handle too; a limit is large. 0 is success.
@@ -100,13 +100,13 @@ def active(target: str = "sm_90") -> Iterator[None]:
         def draw_seed(*_: Any) -> int:
             return seed_of_state(generator)
 
-        measured = choice.score_sums
+        arrived = choice.Arriving.get
 
-        def finite_sums(*arguments: Any) -> torch.Tensor:
-            return torch.ones_like(measured(*arguments))
+        def finite(arriving: choice.Arriving) -> torch.Tensor:
+            return torch.ones_like(arrived(arriving))
 
         for patch in (
-            mock.patch.object(choice, "score_sums", finite_sums),
+            mock.patch.object(choice.Arriving, "get", finite),
             mock.patch.object(settings, "libcuda_path", folder),
             mock.patch.dict("os.environ", {"MEMAOP_TRITON_BACKEND": "triton"}),
             mock.patch.object(targets, "find", find),

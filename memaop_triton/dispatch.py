@@ -12,17 +12,19 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.draws import NOT_DRAWN, draw_seed
-from memaop_triton.flops import MAX_RANK
+from memaop_triton.flops import MAX_RANK, RANK_STEP
 from memaop_triton.kernels import env, targets
 from memaop_triton.kernels.cpu import torch_ops
+from memaop_triton.kernels.draws import NOT_DRAWN, draw_seed
 from memaop_triton.selection import Selection, is_weighted, select
+from memaop_triton.variance import FIRST_POWER, variance_curve
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -91,17 +93,90 @@ def project_rows(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         return torch_ops.project_rows(x, basis)
     from memaop_triton.kernels.gpu import subspace
 
-    projected = subspace.project(x, basis.contiguous(), torch_ops.basis_scale(x.shape[1]))
+    if basis.stride(1) != 1:
+        basis = basis.contiguous()
+    projected = subspace.project(x, basis, torch_ops.basis_scale(x.shape[1]))
     return projected.z, projected.rest
 
 
-def transposed_mm(z: Tensor, a: Tensor) -> Tensor:
-    """Zᵀ A in float32 (float64 for float64), [q, N], for z [M, q] and a [M, N]."""
+def power_iteration_(
+    q: Tensor,
+    a: Tensor,
+    z: Tensor,
+    is_due: Tensor | bool = True,
+    *,
+    also: Tensor | None = None,
+) -> None:
+    """Q ← `orthonormalise_` of Aᵀ Z, for a [M, N] and z [M, r] ∝ A Q; the others as there."""
     if not runs_triton(a, rank=z.shape[1]):
-        return torch_ops.transposed_mm(z, a)
-    from memaop_triton.kernels.gpu import subspace
+        product = torch_ops.transposed_mm(z, a).t()
+        orthonormalise_(q, product.to(q.dtype), is_due, also=also)
+        return
+    from memaop_triton.kernels.gpu import orthonormal, repeated, subspace
 
-    return subspace.transposed_mm(z.contiguous(), a).t()
+    def iterate() -> tuple[()]:
+        orthonormal.orthonormalise_(q, subspace.transposed_mm(z, a), is_due, also=also)
+        return ()
+
+    if isinstance(is_due, Tensor):
+        iterate()
+    elif is_due:
+        tensors = (a, z, q) if also is None else (a, z, q, also)
+        repeated.repeated(("power iteration",), iterate, tensors)
+
+
+def variance_curves_(
+    curves: Tensor, z: Tensor, rest: Tensor, norms: Tensor | None, features: int, ranks: list[int]
+) -> None:
+    """The `variance_curve` of what is left to sample beside the first r columns of a basis.
+
+    The scores are the norms of what they leave of each row of A, times `norms`.
+
+    Args:
+        curves: [ranks, 2, POINTS] in `score_dtype` of A, filled.
+        z: A Q / s, [M, q], with s = `basis_scale(features)`.
+        rest: Norms of what Q leaves, [M].
+        norms: Of the other side's rows, [M]; 1 each if `None`.
+        features: Length of the rows of A.
+        ranks: r, `RANK_STEP` apart but for the last, which is q.
+    """
+    scale = torch_ops.basis_scale(features)
+    if not runs_triton(z, rank=z.shape[1]):
+        scores = torch_ops.norms_left(z, rest, scale, ranks)
+        curves.copy_(variance_curve(scores if norms is None else scores * norms))
+        return
+    from memaop_triton.kernels.gpu import variance_curve as kernel
+
+    kernel.variance_curves_(
+        curves,
+        z,
+        rest,
+        norms,
+        scale,
+        first_rank=ranks[0],
+        step=RANK_STEP,
+        threshold=2.0**FIRST_POWER,
+    )
+
+
+def repeated(
+    what: tuple[Any, ...],
+    function: Callable[[], tuple[Tensor, ...]],
+    tensors: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    """`function()`. Where it only launches Triton kernels, they are launched again as recorded.
+
+    Args:
+        what: Says what it does: two of one `what` do the same with the same tensors.
+        function: Takes its tensors from its closure.
+        tensors: All that it takes.
+    """
+    if not runs_triton(tensors[0]):
+        return function()
+    from memaop_triton.kernels.gpu import repeated as recordings
+
+    made: tuple[Tensor, ...] = recordings.repeated(what, function, tensors)
+    return made
 
 
 def orthonormalise_(

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "memaop_triton"
 # From the bottom up. A room imports from those below it and from itself.
 ORDER = [
-    ("kernels.env", "kernels.targets", "draws"),
+    ("kernels.env", "kernels.targets", "kernels.draws"),
     ("kernels.tuning",),
     ("kernels.gpu", "kernels.cpu"),
-    ("config", "flops", "selection", "reference", "dispatch", "errors", "units"),
+    ("config", "flops", "selection", "reference", "variance", "dispatch", "errors", "units"),
     ("memory",),
     ("backward",),
     ("nn",),

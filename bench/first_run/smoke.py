@@ -148,6 +148,7 @@ def check_layer(grad_input: str, sizes: Sizes, device: torch.device) -> dict[str
 def _kernels(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Each kernel on shapes that no tile divides, as the sanitizer checks it."""
     from tests import kernel_checks as checks
+    from tests.curve_checks import check_curves
     from tests.judging import SMALL, drawn_blocks
     from tests.orthonormal_checks import check_product
 
@@ -182,6 +183,7 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         "gradient": partial(
             checks.check_gradient, (70, 33, 5), dtype, split=3, bias_grad=True, **at
         ),
+        "variance curves": partial(check_curves, 70, 6, dtype, **at),
         "whole gradient": partial(checks.check_whole_gradient, 30, dtype, split=2, **at),
         "rescale": partial(check_rescale, dtype, device),
     }  # fmt: skip

@@ -12,7 +12,7 @@ from bench.microscope.report import table
 from memaop_triton import MemAOPConfig, Subspace, dispatch, new_memory
 from memaop_triton.backward import steps_triton
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
-from memaop_triton.draws import NOT_DRAWN
+from memaop_triton.kernels.draws import NOT_DRAWN
 from memaop_triton.kernels.gpu import launch
 
 SETTINGS: dict[str, dict[str, Any]] = {

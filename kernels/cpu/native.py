@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memaop_triton.draws import draw_seed
 from memaop_triton.kernels.cpu import library
 from memaop_triton.kernels.cpu.library import (
     LANES,
@@ -21,6 +20,7 @@ from memaop_triton.kernels.cpu.library import (
     sizes_of,
     threads_for,
 )
+from memaop_triton.kernels.draws import draw_seed
 
 _MAX_RANK = 1024
 _BLOCK = 64  # columns: four of the widest vectors

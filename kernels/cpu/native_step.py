@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memaop_triton.draws import draw_seed
 from memaop_triton.kernels.cpu import library
 from memaop_triton.kernels.cpu.library import (
     LANES,
@@ -25,6 +24,7 @@ from memaop_triton.kernels.cpu.library import (
     sizes_of,
 )
 from memaop_triton.kernels.cpu.torch_ops import basis_scale, score_dtype
+from memaop_triton.kernels.draws import draw_seed
 
 
 class Added(NamedTuple):

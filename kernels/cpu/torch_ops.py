@@ -51,7 +51,7 @@ def _chunk_rows(a: Tensor) -> int:
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of norms and scores: float64 for float64 rows, float32 for all others."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_norms(a: Tensor) -> Tensor:
@@ -72,6 +72,21 @@ def row_norms(a: Tensor) -> Tensor:
     for chunk, out in zip(a.split(rows), norms.split(rows), strict=True):
         torch.linalg.vector_norm(chunk.to(norms.dtype), dim=1, out=out)
     return norms
+
+
+def norms_left(z: Tensor, rest: Tensor, scale: float, ranks: list[int]) -> Tensor:
+    """Norms of what the first r columns of Q leave of each row of A, for each r: [len(ranks), M].
+
+    Args:
+        z: A Q / scale, [M, q].
+        rest: Norms of what all of Q leaves, [M].
+        scale: s.
+        ranks: r, from 0 to q.
+    """
+    inside = (scale * z.to(rest.dtype)).square().cumsum(1)
+    whole = rest.square() + inside[:, -1]
+    left = [whole - inside[:, r - 1] if r else whole for r in ranks]
+    return torch.stack(left).clamp(min=0).sqrt()
 
 
 def accumulate_and_score(memory: Tensor, rows: Tensor, carry: Tensor) -> Tensor:

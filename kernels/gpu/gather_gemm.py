@@ -54,7 +54,7 @@ from memaop_triton.kernels.tuning.tuner import Call
 @triton.jit(do_not_specialize=["M", "K", "steps", "q_scale"])
 def gather_gemm_kernel(
     x_ptr, g_ptr, index_ptr, weight_ptr, scale_ptr, c_ptr, q_ptr, q_scale, out_ptr,
-    M, N, P, K, steps, rank, x_row, x_col, g_row, g_col,
+    M, N, P, K, steps, rank, q_row, x_row, x_col, g_row, g_col,
     BLOCK_N: tl.constexpr, TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr, GROUP: tl.constexpr, EVEN_N: tl.constexpr, EVEN_P: tl.constexpr,
     WIDE: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr, SCALED: tl.constexpr,
@@ -72,13 +72,13 @@ def gather_gemm_kernel(
     g_start = g_ptr + wrapped(tile_p, P, BLOCK_P, EVEN_P).to(tl.int64) * g_col
     x_start = x_ptr + wrapped(tile_n * TILES, N, BLOCK_N, EVEN_N).to(tl.int64) * x_col
     acc = first_value(
-        c_ptr, q_ptr, q_scale, scale_ptr, tile_p, tile_n * TILES, split, rank, P, N,
+        c_ptr, q_ptr, q_scale, scale_ptr, tile_p, tile_n * TILES, split, rank, q_row, P, N,
         BLOCK_P, BLOCK_N, RANK, Q_OF_G, PRECISION, SCALED,
     )  # fmt: skip
     if TILES == 2:
         x2_start = x_ptr + wrapped(tile_n * 2 + 1, N, BLOCK_N, EVEN_N).to(tl.int64) * x_col
         acc2 = first_value(
-            c_ptr, q_ptr, q_scale, scale_ptr, tile_p, tile_n * 2 + 1, split, rank, P, N,
+            c_ptr, q_ptr, q_scale, scale_ptr, tile_p, tile_n * 2 + 1, split, rank, q_row, P, N,
             BLOCK_P, BLOCK_N, RANK, Q_OF_G, PRECISION, SCALED,
         )  # fmt: skip
     k = tl.arange(0, BLOCK_K)
@@ -150,7 +150,7 @@ def _first_row(
 @triton.jit(do_not_specialize=["M", "steps", "q_scale"])
 def block_gemm_kernel(
     x_desc, g_desc, index_ptr, weight_ptr, scale_ptr, c_ptr, q_ptr, q_scale, out_ptr,
-    M, N, P, steps, rank,
+    M, N, P, steps, rank, q_row,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr,
     SCALED: tl.constexpr, RANK: tl.constexpr, Q_OF_G: tl.constexpr, PRECISION: tl.constexpr,
@@ -163,7 +163,7 @@ def block_gemm_kernel(
     tile_p, tile_n = tile_of_program(N, P, BLOCK_N, BLOCK_P, GROUP)
     split = tl.program_id(1)
     acc = first_value(
-        c_ptr, q_ptr, q_scale, scale_ptr, tile_p, tile_n, split, rank, P, N,
+        c_ptr, q_ptr, q_scale, scale_ptr, tile_p, tile_n, split, rank, q_row, P, N,
         BLOCK_P, BLOCK_N, RANK, Q_OF_G, PRECISION, SCALED,
     )  # fmt: skip
     # A step is one block, or an equal part of one.
@@ -189,7 +189,7 @@ class Correction(NamedTuple):
 
     Attributes:
         c: C, float32 [P, q], or [N, q] if Q is of G's side; contiguous.
-        q: Q, [N, q] or [P, q] in the dtype of the rows, contiguous; q ≤ 64.
+        q: Q, [N, q] or [P, q] in the dtype of the rows, rows of unit stride; q ≤ 64.
         scale: s.
         is_of_g: Whether Q is a basis of the rows of G.
     """
@@ -349,6 +349,7 @@ def _shared_arguments(job: _Job) -> dict[str, Any]:
     return {
         "index_ptr": job.indices, "weight_ptr": factors, "scale_ptr": scale,
         "c_ptr": c, "q_ptr": q, "q_scale": q_scale, "rank": job.rank,
+        "q_row": job.rank if q is None else q.stride(0),
         "WEIGHTED": factors is not None, "PADDED": job.is_padded, "SCALED": scale is not None,
         "RANK": padded_rank(job.rank) if job.rank else 0, "Q_OF_G": is_of_g,
         "PRECISION": job.precision,

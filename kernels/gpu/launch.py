@@ -47,9 +47,8 @@ def launch(
         return
     with _on(next(a.device for a in arguments.values() if isinstance(a, Tensor))):
         program = kernel[grid](num_warps=num_warps, num_stages=num_stages, **OPTIONS, **arguments)
-    recorder = getattr(_local, "recorder", None)
-    if recorder is not None:
-        recorder.note(kernel, program, grid, arguments)
+    if is_recording():
+        _local.recorder.note(kernel, program, grid, arguments)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -64,6 +63,8 @@ class _Repeated(NamedTuple):
 
     Attributes:
         program: As Triton compiled it.
+        run: What launches it, after grid and stream.
+        handles: What that takes first: the function on the device, and its metadata.
         grid: Number of programs along each of three axes.
         arguments: All of them, numbers where the addresses and scalars of a call go.
         addresses: Of the argument at a place, the region that it lies in, and where in it.
@@ -71,6 +72,8 @@ class _Repeated(NamedTuple):
     """
 
     program: Any
+    run: Callable[..., None]
+    handles: tuple[Any, ...]
     grid: tuple[int, int, int]
     arguments: list[Any]
     addresses: list[tuple[int, int, int]]
@@ -117,7 +120,7 @@ class Recording:
         active = driver.active
         stream = active.get_current_stream(active.get_current_device())
         is_watched = bool(knobs.runtime.launch_enter_hook.calls)  # by a profiler
-        for program, grid, template, addresses, places in self._launches:
+        for program, run, handles, grid, template, addresses, places in self._launches:
             arguments = template.copy()
             for place, region, offset in addresses:
                 arguments[place] = starts[region] + offset
@@ -126,8 +129,7 @@ class Recording:
             if is_watched:
                 program[grid](*arguments, stream=stream)
             else:
-                which_program = program.function, program.packed_metadata
-                program.run(*grid, stream, *which_program, None, None, None, *arguments)
+                run(*grid, stream, *handles, *arguments)
         return results
 
 
@@ -160,6 +162,11 @@ def record(
     return results, recorder.recording(results)
 
 
+def is_recording() -> bool:
+    """Whether a `record` of this thread is under way."""
+    return getattr(_local, "recorder", None) is not None
+
+
 class _Recorder:
     def __init__(self, tensors: tuple[Tensor, ...], scalars: tuple[tuple[str, Any], ...]) -> None:
         self.is_repeatable = True
@@ -182,7 +189,10 @@ class _Recorder:
         known = {a.data_ptr(): i for i, a in enumerate((*self._tensors, *made))}
         if len(known) < len(self._tensors) + len(made):
             return None  # two of them share their memory
-        ours = {_storage(a) for a in (*self._tensors, *made)}
+        ours: dict[int, list[int]] = {}  # regions that lie in a storage
+        starts = [*known]
+        for region, a in enumerate((*self._tensors, *made)):
+            ours.setdefault(_storage(a), []).append(region)
         last, size = len(known), 0
         between: dict[int, int] = {}  # a temporary's place, by the address of its storage
         launches = []
@@ -195,8 +205,11 @@ class _Recorder:
                     start = _storage(value)
                     if address in known:
                         addresses.append((place, known[address], 0))
-                    elif start in ours:
-                        return None
+                    elif start in ours:  # a part of a region
+                        if len(ours[start]) > 1:
+                            return None
+                        (region,) = ours[start]
+                        addresses.append((place, region, address - starts[region]))
                     else:
                         if start not in between:
                             between[start] = size
@@ -211,7 +224,11 @@ class _Recorder:
                     return None
                 arguments.append(value)
             x, y, z = (*grid, 1, 1)[:3]
-            launches.append(_Repeated(program, (x, y, z), arguments, addresses, scalars))
+            # Without metadata and hooks of a profiler.
+            handles = (program.function, program.packed_metadata, None, None, None)
+            launches.append(
+                _Repeated(program, program.run, handles, (x, y, z), arguments, addresses, scalars)
+            )
         shapes = [None if a is None else (tuple(a.shape), a.dtype) for a in results]
         return Recording(launches, shapes, size, self._tensors[0].device)
 

@@ -108,12 +108,13 @@ def weighted(g, w):
 
 @triton.jit
 def _rank_columns(
-    matrix_ptr, tile, count, rank, BLOCK: tl.constexpr, RANK: tl.constexpr, SIDEWAYS: tl.constexpr
+    matrix_ptr, tile, count, rank, pitch,
+    BLOCK: tl.constexpr, RANK: tl.constexpr, SIDEWAYS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of lines of a contiguous [count, rank]: [BLOCK, RANK], or [RANK, BLOCK] SIDEWAYS."""
+    """A tile of lines of [count, rank], `pitch` apart: [BLOCK, RANK], or its transpose SIDEWAYS."""
     line = tile * BLOCK + tl.arange(0, BLOCK)
     r = tl.arange(0, RANK)
-    starts = matrix_ptr + line.to(tl.int64) * rank
+    starts = matrix_ptr + line.to(tl.int64) * pitch
     if SIDEWAYS:
         places = starts[None, :] + r[:, None]
         inside = (line < count)[None, :] & (r < rank)[:, None]
@@ -125,23 +126,23 @@ def _rank_columns(
 
 @triton.jit
 def first_value(
-    c_ptr, q_ptr, q_scale, scale_ptr, tile_p, tile_n, split, rank, P, N,
+    c_ptr, q_ptr, q_scale, scale_ptr, tile_p, tile_n, split, rank, q_row, P, N,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, Q_OF_G: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """What a tile's sum starts from: its part of s·C Qᵀ in the first split, zero elsewhere.
 
-    C is [P, rank] in float32, Q is [N, rank] in the operands' dtype. With Q_OF_G it is s·Q Cᵀ, of
-    C [N, rank] and Q [P, rank].
+    C is [P, rank] in float32, Q is [N, rank] in the operands' dtype, its rows q_row apart. With
+    Q_OF_G it is s·Q Cᵀ, of C [N, rank] and Q [P, rank].
     """
     acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if RANK > 0 and split == 0:
         if Q_OF_G:
-            c = _rank_columns(c_ptr, tile_n, N, rank, BLOCK_N, RANK, True)
-            q = _rank_columns(q_ptr, tile_p, P, rank, BLOCK_P, RANK, False)
+            c = _rank_columns(c_ptr, tile_n, N, rank, rank, BLOCK_N, RANK, True)
+            q = _rank_columns(q_ptr, tile_p, P, rank, q_row, BLOCK_P, RANK, False)
         else:
-            c = _rank_columns(c_ptr, tile_p, P, rank, BLOCK_P, RANK, False)
-            q = _rank_columns(q_ptr, tile_n, N, rank, BLOCK_N, RANK, True)
+            c = _rank_columns(c_ptr, tile_p, P, rank, rank, BLOCK_P, RANK, False)
+            q = _rank_columns(q_ptr, tile_n, N, rank, q_row, BLOCK_N, RANK, True)
         if SCALED:
             c = c / tl.load(scale_ptr)
         if q.dtype == tl.float32:

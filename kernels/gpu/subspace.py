@@ -42,7 +42,7 @@ from memaop_triton.kernels.tuning.config import (
 
 @triton.jit(do_not_specialize=["M"])
 def project_kernel(
-    x_ptr, q_ptr, z_ptr, rest_ptr, sums_ptr, M, N, rank, scale, epsilon, x_row, x_col,
+    x_ptr, q_ptr, z_ptr, rest_ptr, sums_ptr, M, N, rank, scale, epsilon, x_row, x_col, q_row,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
     WIDE: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,7 @@ def project_kernel(
     for first in range(0, N, BLOCK_C):
         columns = first + tl.arange(0, BLOCK_C)
         places = start[:, None] + columns.to(tl.int64)[None, :] * x_col
-        q_places = q_ptr + row_offsets(columns, rank, WIDE)[:, None] + r[None, :]
+        q_places = q_ptr + row_offsets(columns, q_row, WIDE)[:, None] + r[None, :]
         q_mask = (columns < N)[:, None] & (r < rank)[None, :]
         x = tl.load(places) if EVEN else tl.load(places, mask=(columns < N)[None, :], other=0)
         q = tl.load(q_places, mask=q_mask, other=0)
@@ -82,7 +82,7 @@ def project_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def transposed_kernel(
-    a_ptr, z_ptr, parts_ptr, squares_ptr, sums_ptr, M, N, rank, a_row, a_col,
+    a_ptr, z_ptr, parts_ptr, squares_ptr, sums_ptr, M, N, rank, a_row, a_col, z_row,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr, RANK: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr, NORMS: tl.constexpr, SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -106,7 +106,7 @@ def transposed_kernel(
         row_ok = m < M
         places = start[:, None] + tl.minimum(m, M - 1).to(tl.int64)[None, :] * a_row
         a = tl.load(places) if EVEN else tl.load(places, mask=inside[:, None], other=0)
-        z_places = z_ptr + row_offsets(m, rank, WIDE)[:, None] + r[None, :]
+        z_places = z_ptr + row_offsets(m, z_row, WIDE)[:, None] + r[None, :]
         z = tl.load(z_places, mask=row_ok[:, None] & (r < rank)[None, :], other=0)
         product = tl.dot(a, z, product, input_precision=PRECISION)
         if NORMS or SUMS:
@@ -178,7 +178,7 @@ def project(
 
     Args:
         x: [M, N], float16, bfloat16 or float32, any strides.
-        basis: Q, [N, q] in the dtype of `x`, contiguous, q ≤ 64, orthonormal to rounding.
+        basis: Q, [N, q] in the dtype of `x`, rows of unit stride, q ≤ 64, orthonormal to rounding.
         scale: s, a power of two.
         column_sums: Also sum the columns of X.
         config: Tile; chosen by `tuner` if `None`.
@@ -186,7 +186,7 @@ def project(
     Returns:
         Z, norms and sums. A norm below its rounding error is set to the size of that error.
     """
-    (rows, columns), rank = x.shape, basis.shape[1]
+    (rows, columns), rank, q_row = x.shape, basis.shape[1], basis.stride(0)
     input_precision = precision(targets.current(x.device), x.dtype)
     if config is None:
         problem = _problem("project", x, rank, norms=False, sums=column_sums)
@@ -205,9 +205,9 @@ def project(
         x_ptr=x, q_ptr=basis, z_ptr=z, rest_ptr=rest,
         sums_ptr=None if sums is None else sums.lines,
         M=rows, N=columns, rank=rank, scale=scale, epsilon=_epsilon(x.dtype, input_precision),
-        x_row=x.stride(0), x_col=x.stride(1),
+        x_row=x.stride(0), x_col=x.stride(1), q_row=q_row,
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, RANK=padded_rank(rank),
-        EVEN=columns % config.block_c == 0, WIDE=max(rows, columns) * rank >= 1 << 31,
+        EVEN=columns % config.block_c == 0, WIDE=max(rows * rank, columns * q_row) >= 1 << 31,
         SUMS=column_sums, PRECISION=input_precision,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -263,9 +263,10 @@ def _transposed(a: Tensor, z: Tensor, squares: bool, sums: bool, config: RowConf
         (tiles, config.split),
         a_ptr=a, z_ptr=z, parts_ptr=left.parts, squares_ptr=left.squares, sums_ptr=left.sums,
         M=rows, N=columns, rank=rank, a_row=a.stride(0), a_col=a.stride(1),
+        z_row=z.stride(0),
         BLOCK_M=config.block_m, BLOCK_C=config.block_c, SPLIT=config.split,
         RANK=padded_rank(rank),
-        EVEN=columns % config.block_c == 0, WIDE=rows * rank >= 1 << 31,
+        EVEN=columns % config.block_c == 0, WIDE=rows * z.stride(0) >= 1 << 31,
         NORMS=squares, SUMS=sums,
         PRECISION=precision(target, a.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -285,7 +286,7 @@ def project_gradient(
 
     Args:
         g: [M, P], float16, bfloat16 or float32, any strides.
-        z: [M, q], same dtype, contiguous.
+        z: [M, q], same dtype, rows of unit stride.
         rest: [M] float32.
         bias_grad: Also sum the columns of G.
         config: Tile; chosen by `tuner` if `None`.
@@ -317,7 +318,7 @@ def project_gradient(
 
 
 def transposed_mm(z: Tensor, a: Tensor, *, config: RowConfig | None = None) -> Tensor:
-    """Aᵀ Z, [N, q] float32, for z [M, q] (contiguous) and a [M, N] of the same dtype."""
+    """Aᵀ Z, [N, q] float32, for z [M, q] (rows of unit stride) and a [M, N] of one dtype."""
     if config is None:
         problem = _problem("transposed_mm", a, z.shape[1], norms=False, sums=False)
         config = tuner.choose(problem, a.device, lambda: partial(transposed_mm, z, a), RowConfig)

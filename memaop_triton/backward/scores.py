@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memaop_triton.draws import draw_seed
 from memaop_triton.flops import SCORED_BLOCK, columns_read, numbers_read
+from memaop_triton.kernels.draws import draw_seed
 
 # Of the mean score. One draw in eleven goes by it, so that a row which is zero in the columns read
 # is drawn an eleventh as often as by uniform draws.

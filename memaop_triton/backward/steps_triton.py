@@ -8,21 +8,22 @@ skip.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memaop_triton import dispatch
-from memaop_triton.backward.repeated import repeated
 from memaop_triton.backward.step import Gradients, Operands, ProjectedRows, rows_and_weights
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.draws import draw_seed
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale
+from memaop_triton.kernels.draws import draw_seed
 from memaop_triton.kernels.gpu import score, subspace
 from memaop_triton.kernels.gpu.gather_gemm import Correction, gather_gemm
 from memaop_triton.kernels.gpu.pack import pack_rows
+from memaop_triton.kernels.gpu.repeated import repeated
 from memaop_triton.kernels.gpu.row_weights import RowWeights
 from memaop_triton.memory.kinds import ResidualMemory, SubspaceMemory
 from memaop_triton.selection import Selection
@@ -34,7 +35,7 @@ def without_memory(operands: Operands, selection: Selection | None) -> Gradients
     seed = None if selection is not None else _seed(operands)
     if selection is not None or not operands.is_alone:
         return _without_memory(operands, selection, seed)
-    dw, db = repeated(
+    dw, db = _repeated(
         "no memory",
         operands,
         lambda: _without_memory(operands, None, seed),
@@ -120,11 +121,11 @@ def _given(operands: Operands, selection: Selection) -> _Chosen:
 
 
 def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
-    """The memory's update scores what it stores: 3 + K/M passes; `randk` needs no scores: 3 − K/M.
+    """The memory's update scores what it stores: 3 + K/M passes over X and G.
 
-    That holds with all slots filled; an empty one is not read. Where the factors of dW are
-    collected, `randk` takes the first way too: the second adds the memory to the selected rows
-    while multiplying them, and their sums are not materialised.
+    That holds with all slots filled; an empty one is not read. `randk` needs no scores, so its rows
+    are packed before the others are stored: as many passes, and a product that reads rows in
+    order. Where the factors of dW are collected it takes the first way too, which stores them.
     """
     x, config = operands.x, operands.config
     slots = memory.slots(x.shape[0], x)
@@ -143,7 +144,7 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
         return _with_unscored_rows(operands, update, tensors, scalars)
     if not operands.is_alone:
         return _with_scored_rows(operands, update)
-    dw, db = repeated(
+    dw, db = _repeated(
         "scored rows",
         operands,
         lambda: _with_scored_rows(operands, update),
@@ -211,7 +212,7 @@ def _with_unscored_rows(
     """
     x, g = operands.x, operands.g
     if operands.is_alone:
-        packed_x, packed_g, db = repeated(
+        packed_x, packed_g, db = _repeated(
             "unscored rows", operands, lambda: _packed(operands, update)[:3], tensors, scalars
         )
         return Gradients(packed_g.t() @ packed_x, db)
@@ -270,7 +271,7 @@ def with_subspace(
     if selection is not None or not operands.is_alone:
         dw, db, z = _with_basis(operands, basis, selection, seed, exchanged=a is g)
     else:
-        dw, db, z = repeated(
+        dw, db, z = _repeated(
             "basis of G" if a is g else "basis of X",
             operands,
             lambda: _with_basis(operands, basis, None, seed, exchanged=a is g),
@@ -314,6 +315,19 @@ def _with_basis(
         projected = ProjectedRows(rest, z, parts.sum(0), a.shape[1])
     operands.observe(selection, dw, scores, projected)
     return dw, None if sums is None else sums.out, z
+
+
+def _repeated(
+    name: str,
+    operands: Operands,
+    function: Callable[[], tuple[Tensor | None, ...]],
+    tensors: tuple[Tensor, ...],
+    scalars: tuple[tuple[str, Any], ...],
+) -> Any:
+    """What a part of a step by this name returns; the arguments are those of `repeated`."""
+    config = operands.config
+    what = (name, id(config), operands.k, operands.bias_grad)
+    return repeated(what, function, tensors, scalars, config)
 
 
 def _precision(x: Tensor, stored: Tensor) -> str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memaop_triton.dispatch import orthonormalise_, project_rows, transposed_mm
+from memaop_triton.dispatch import orthonormalise_, power_iteration_, project_rows, runs_triton
 from memaop_triton.flops import refresh_stride
-from memaop_triton.kernels.cpu.torch_ops import basis_scale
+from memaop_triton.kernels.cpu.torch_ops import basis_scale, norms_left
 from memaop_triton.memory.capture import check_not_capturing
 
 
@@ -16,20 +16,19 @@ class Basis:
 
     It starts from one power iteration on the first rows, and takes another, Q ← qr(Aᵀ Z) with
     Z = A Q, when `iterate` is called, from about a thousand rows of a larger batch, which is
-    enough. Columns come in the order of their importance: the first r of them are what the
-    iteration makes of r columns alone.
+    enough; qr(A) is the orthonormal factor of A, whatever computes it. Columns come in the order
+    of their importance: the first r of them are what the iteration makes of r columns alone.
 
     Args:
         features: Length of the rows.
         rank: Dimension of the subspace, at most `features`.
-
     """
 
     def __init__(self, features: int, rank: int) -> None:
         self.features = features
         self.rank = rank
         self._q: Tensor | None = None
-        self._copies: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._copies: dict[torch.dtype, Tensor] = {}
 
     @property
     def q(self) -> Tensor | None:
@@ -69,7 +68,7 @@ class Basis:
         return self.q[:, :rank].to(like.dtype)
 
     def by_row(self, like: Tensor, rank: int) -> Tensor:
-        """`columns`, row after row in memory, as the Triton kernels take them.
+        """`columns` of a copy that lies row after row in memory, as the Triton kernels take them.
 
         It is kept, and follows each refresh where it lies: between two of them no operation is
         needed, and a CUDA graph finds it where it was.
@@ -77,12 +76,23 @@ class Basis:
         assert self._q is not None
         if self._q.device != like.device:
             return self.columns(like, rank).contiguous()
-        copy = self._copies.get((like.dtype, rank))
+        copy = self._copies.get(like.dtype)
         if copy is None:
-            copy = self._copies[like.dtype, rank] = self.columns(like, rank).clone(
+            copy = self._copies[like.dtype] = self.columns(like, self.rank).clone(
                 memory_format=torch.contiguous_format
             )
-        return copy
+        return copy if rank == self.rank else copy[:, :rank]
+
+    def project(self, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """A Q / s and the norms of what the first `rank` columns of Q leave of each row of `a`."""
+        if self._q is None or not runs_triton(a, rank=rank):
+            return project_rows(a, self.of(a, rank))
+        return project_rows(a, self.by_row(a, rank))
+
+    def tensors(self, like: Tensor) -> tuple[Tensor, ...]:
+        """What an iteration on rows like `like` reads and writes of it."""
+        assert self._q is not None
+        return (self._q, self.by_row(like, self.rank)) if runs_triton(like) else (self._q,)
 
     def iterate(self, a: Tensor, z: Tensor, is_due: Tensor | bool = True) -> None:
         """One power iteration of the first r columns, by some of the rows `a` ([M, features]).
@@ -92,7 +102,11 @@ class Basis:
             z: [M, r] ∝ A Q.
             is_due: Whether to take it over.
         """
-        self.take(transposed_mm(self.thinned(z), self.thinned(a)).t(), is_due)
+        assert self._q is not None
+        q, copy, others = self._written(z.shape[1])
+        power_iteration_(q, self.thinned(a), self.thinned(z), is_due, also=copy)
+        for other in others:
+            other.copy_(q)
 
     def take(self, product: Tensor, is_due: Tensor | bool = True) -> Tensor:
         """Use an orthonormal basis of the result of a power iteration on the first columns.
@@ -104,25 +118,29 @@ class Basis:
         Returns:
             Whether it was taken over: bool, on the device.
         """
-        assert self.q is not None
-        # A row that is not finite must not change Q; the gradient shows it.
-        q = self.q[:, : product.shape[1]]
-        taken = orthonormalise_(q, product.to(q.dtype), is_due)
-        for (_, rank), copy in self._copies.items():
-            copy.copy_(self.q[:, :rank])
+        q, copy, others = self._written(product.shape[1])
+        taken = orthonormalise_(q, product.to(q.dtype), is_due, also=copy)
+        for other in others:
+            other.copy_(q)
         return taken
+
+    def _written(self, rank: int) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """The first columns of Q, of its copy if there is one, and of copies in other dtypes."""
+        assert self._q is not None
+        q, copies = self._q, [*self._copies.values()]
+        if rank != self.rank:
+            q, copies = q[:, :rank], [copy[:, :rank] for copy in copies]
+        return q, copies[0] if copies else None, copies[1:]
 
     def thinned(self, a: Tensor) -> Tensor:
         """The rows of `a` that an iteration reads; all of them, if they have been thinned out."""
-        return a[:: refresh_stride(a.shape[0], self.rank)]
+        stride = refresh_stride(a.shape[0], self.rank)
+        return a if stride == 1 else a[::stride]
 
     def left_of(self, a: Tensor, ranks: list[int]) -> Tensor:
         """Norms of what the first r columns leave of each row, for each r: [len(ranks), M]."""
-        z, rest = project_rows(a, self.of(a, self.rank))
-        inside = (basis_scale(self.features) * z.to(rest.dtype)).square().cumsum(1)
-        whole = rest.square() + inside[:, -1]
-        left = [whole - inside[:, r - 1] if r else whole for r in ranks]
-        return torch.stack(left).clamp(min=0).sqrt()
+        z, rest = self.project(a, self.rank)
+        return norms_left(z, rest, basis_scale(self.features), ranks)
 
     def resize(self, rank: int) -> None:
         """Keep the first `rank` columns, or add random ones, which the next iterations turn."""

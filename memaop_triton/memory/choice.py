@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memaop_triton.dispatch import project_rows, row_norms
+from memaop_triton.dispatch import repeated, row_norms, variance_curves_
 from memaop_triton.flops import RANK_STEP, refresh_stride
+from memaop_triton.kernels.cpu.torch_ops import score_dtype
 from memaop_triton.memory.basis import Basis
+from memaop_triton.variance import POINTS, variance_at
 
 # Fraction to which the variance must fall before side or rank are changed.
 _WORTH_A_CHANGE = 0.9
@@ -51,16 +53,16 @@ class Arriving:
         return {"_host": self.get(), "_event": None}
 
 
-class ScoreSums(NamedTuple):
+class Measured(NamedTuple):
     """Measured values of a batch.
 
     Attributes:
         rows: M.
-        sums: Σs and Σs² of the scores under each choice, [choices, 2].
+        curves: Of the scores under each choice, as `score_curves` gives them, for all M rows.
     """
 
     rows: int
-    sums: Tensor
+    curves: Tensor
 
 
 class SubspaceChoice:
@@ -79,10 +81,10 @@ class SubspaceChoice:
         rank: The rank in use.
         input_grad_rank: The rank in use for a sampled dX, which takes the gradients' side.
         measured: The measurement that the choice is based on; `None` before the first measurement.
-        arriving: A measurement that is being copied to the host: M and Σs, Σs².
+        arriving: A measurement that is being copied to the host: M and the curves.
     """
 
-    measured: ScoreSums | None
+    measured: Measured | None
     arriving: tuple[int, Arriving] | None
 
     def __init__(self, sides: tuple[str, ...], max_rank: int, is_rank_open: bool) -> None:
@@ -127,13 +129,20 @@ class SubspaceChoice:
         """
         rows = x.shape[0]
         stride = refresh_stride(rows, self.max_rank)
-        x, g = x[::stride], g[::stride]
-        if iterate:
-            for side, basis in bases.items():
-                a = x if side == "input" else g
-                basis.iterate(a, project_rows(a, basis.of(a, self.max_rank))[0])
-        sums = score_sums(bases, self.ranks, x, g) * (rows / x.shape[0])
-        self.arriving = rows, Arriving(sums)
+        if stride > 1:
+            x, g = x[::stride], g[::stride]
+
+        def follow() -> tuple[Tensor]:
+            if iterate:
+                for side, basis in bases.items():
+                    a = x if side == "input" else g
+                    basis.iterate(a, basis.project(a, self.max_rank)[0])
+            return (score_curves(bases, self.ranks, x, g),)
+
+        what = ("choice of a subspace", *bases, self.is_rank_open, iterate)
+        held = [a for basis in bases.values() for a in basis.tensors(x)]
+        (curves,) = repeated(what, follow, (x, g, *held))
+        self.arriving = rows, Arriving(curves)
 
     def choose(self, rows_of: RowsOf, rows_of_input_grad: RowsOf) -> None:
         """Choose side and rank by the newest measurement that has reached the host.
@@ -143,16 +152,18 @@ class SubspaceChoice:
             rows_of_input_grad: The same of a sampled dX.
         """
         assert self.arriving is not None
-        rows, sums = self.arriving[0], self.arriving[1].get()
+        rows, curves = self.arriving[0], self.arriving[1].get()
         self.arriving = None
-        if not sums.isfinite().all():  # a row was not finite: no use
+        if not curves.isfinite().all():  # a row was not finite: no use
             return
-        self.measured = ScoreSums(rows, sums)
+        read = -(-rows // refresh_stride(rows, self.max_rank))
+        curves[:, 1] *= rows / read
+        self.measured = Measured(rows, curves)
         now = Choice(self.side, self.rank)
         self.side, self.rank = _better_choice(now, self.variances(rows_of))
         if "grad" in self.sides:
             choices = [Choice("grad", rank) for rank in self.ranks]
-            variance = _variances(choices, sums[-len(choices) :], rows_of_input_grad)
+            variance = _variances(choices, rows, curves[-len(choices) :], rows_of_input_grad)
             now = Choice("grad", self.input_grad_rank)
             self.input_grad_rank = _better_choice(now, variance).rank
 
@@ -160,7 +171,7 @@ class SubspaceChoice:
         """The variance of dW under every choice, by the last measurement."""
         assert self.measured is not None
         choices = [Choice(side, rank) for side in self.sides for rank in self.ranks]
-        return _variances(choices, self.measured.sums, rows_of)
+        return _variances(choices, *self.measured, rows_of)
 
     def state_dict(self) -> dict[str, Any]:
         """Contents for a checkpoint."""
@@ -170,9 +181,9 @@ class SubspaceChoice:
             "input_grad_rank": self.input_grad_rank,
         }
         if self.arriving is not None:
-            state |= {"arriving_rows": self.arriving[0], "arriving_sums": self.arriving[1].get()}
+            state |= {"arriving_rows": self.arriving[0], "arriving": self.arriving[1].get()}
         if self.measured is not None:
-            state |= {"measured_rows": self.measured.rows, "measured_sums": self.measured.sums}
+            state |= {"measured_rows": self.measured.rows, "measured": self.measured.curves}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -180,40 +191,38 @@ class SubspaceChoice:
         self.forget()
         self.side, self.rank = state["side"], state["rank"]
         self.input_grad_rank = state["input_grad_rank"]
-        if "arriving_sums" in state:
-            self.arriving = state["arriving_rows"], Arriving(state["arriving_sums"].clone())
-        if "measured_sums" in state:
-            self.measured = ScoreSums(state["measured_rows"], state["measured_sums"].clone())
+        if "arriving" in state:
+            self.arriving = state["arriving_rows"], Arriving(state["arriving"].clone())
+        if "measured" in state:
+            self.measured = Measured(state["measured_rows"], state["measured"].clone())
 
 
-def score_sums(bases: Mapping[str, Basis], ranks: list[int], x: Tensor, g: Tensor) -> Tensor:
-    """Σs and Σs² over the rows of a batch for every side and rank: [sides · ranks, 2].
+def score_curves(bases: Mapping[str, Basis], ranks: list[int], x: Tensor, g: Tensor) -> Tensor:
+    """The `variance_curve` of a batch's scores for every side and rank, [sides · ranks, 2, POINTS].
 
     With a basis of G's side, those of dX follow, whose scores are the norms of what it leaves of G:
-    [ranks, 2] more. The batch is x [M, N] and g [M, P].
+    [ranks, 2, POINTS] more. The batch is x [M, N] and g [M, P].
     """
-    sums = []
-    for side, basis in bases.items():
+    count = len(ranks)
+    lines = count * (len(bases) + ("grad" in bases))
+    curves = torch.empty((lines, 2, POINTS), dtype=score_dtype(x.dtype), device=x.device)
+    for place, (side, basis) in enumerate(bases.items()):
         a, other = (x, g) if side == "input" else (g, x)
-        left = basis.left_of(a, ranks)
-        sums.append(_sums(left * row_norms(other)))
-    if "grad" in bases:
-        sums.append(_sums(left))  # G comes last
-    return torch.cat(sums)
+        z, rest = basis.project(a, basis.rank)
+        own = curves[place * count : (place + 1) * count]
+        variance_curves_(own, z, rest, row_norms(other), basis.features, ranks)
+        if side == "grad":
+            variance_curves_(curves[-count:], z, rest, None, basis.features, ranks)
+    return curves
 
 
-def _sums(scores: Tensor) -> Tensor:
-    return torch.stack([scores.sum(1), scores.square().sum(1)], 1)
-
-
-def _variances(choices: list[Choice], sums: Tensor, rows_of: RowsOf) -> dict[Choice, float]:
-    """The variance of drawing row m with probability K s_m/Σs: (Σs)²/K − Σs², by choice.
-
-    `priority` and `bernoulli` come close to it. `sums` has Σs and Σs² of at least these choices.
-    """
+def _variances(
+    choices: list[Choice], measured_rows: int, curves: Tensor, rows_of: RowsOf
+) -> dict[Choice, float]:
+    """The variance of the estimate by choice, but for a factor; `curves` has at least these."""
     return {
-        choice: max(0.0, total * total / rows_of(choice) - squares)
-        for choice, (total, squares) in zip(choices, sums.tolist(), strict=False)
+        choice: variance_at(rows_of(choice) / measured_rows, *curve)
+        for choice, curve in zip(choices, curves.tolist(), strict=False)
     }
 
 

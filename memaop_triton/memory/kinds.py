@@ -69,5 +69,6 @@ def rows_to_compute(
     subspace = None
     if isinstance(memory, SubspaceMemory):
         memory.follow_budget(config, rows)
-        subspace = memory.cost
+        if config.budget is not None:
+            subspace = memory.cost
     return config.num_rows(rows, in_features, out_features, subspace)

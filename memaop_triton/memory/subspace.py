@@ -42,8 +42,8 @@ class SubspaceMemory:
 
     `side="auto"` keeps a basis of either side, and a budget leaves the rank open as well. In the
     first step and at every fourth refresh the memory takes the side and rank for which the variance
-    of the estimate, (Σ_m s_m)²/K − Σ_m s_m² with the scores s and the rows K they would leave, is
-    the smallest. On a GPU it is taken a refresh later, without a host synchronisation.
+    of the estimate, for the scores and the rows K that they would leave (`variance`), is the
+    smallest. On a GPU it is taken a refresh later, without a host synchronisation.
 
     Args:
         in_features: N, length of a row of X.
@@ -238,7 +238,7 @@ class SubspaceMemory:
         """
         if self.choice.max_rank == 0:
             return
-        is_first = self.basis is None
+        is_first = self.bases[self.side].q is None
         if is_first:
             for side, basis in self.bases.items():
                 basis.of(x if side == "input" else g, self.choice.max_rank, generator)

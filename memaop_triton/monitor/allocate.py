@@ -50,15 +50,14 @@ def allocate_(
     A layer that has a budget is given another budget instead; within it the layer chooses side and
     rank of its subspace as before.
 
-    Minimises Σ_l uses_l · V_l(K_l) with V(K) = max(0, (Σs)²/K − Σs²) over the list, while
-    Σ_l cost_l(K_l) ≤ budget · Σ_l dense cost_l; uses_l is how often a step uses layer l. All
-    layers weigh the same: weights of 1/‖dW‖² gave a higher loss, also under AdamW
-    (docs/quality.md).
+    Minimises Σ_l uses_l · V_l(K_l) with V(K) = Σ s² (1/p − 1) over the list, while
+    Σ_l cost_l(K_l) ≤ budget · Σ_l dense cost_l; uses_l is how often a step uses layer l. All layers
+    weigh the same: weights of 1/‖dW‖² gave a higher loss, also under AdamW (docs/quality.md).
 
-    V is the variance of drawing every row with probability K s/Σs. `priority` and `bernoulli` have
-    nearly this variance while no row has a share of the scores above 1/K, and more otherwise; for
-    other policies V is only an upper limit of what sampling loses. Σs and Σs² are the monitor's
-    averages, or what the subspace measured when it last chose its rank. A cost is that of the
+    V is the variance of drawing every row with the probability p = min(1, λ s) that makes K rows
+    (`memaop_triton.variance`). `priority` and `bernoulli` have it; for other policies it is only an
+    upper limit of what sampling loses. The scores are the monitor's averages, or what the subspace
+    measured when it last chose its rank. A cost is that of the
     products of the weight gradient, those of the subspace and, where the input gradient is sampled,
     its own (its noise is not counted). A projected input gradient is left as it is.
 
@@ -197,7 +196,7 @@ def _outcome(
     if isinstance(memory, SubspaceMemory):
         subspace, of_input_grad = memory.cost, memory.cost_of_input_grad
     k = config.num_rows(rows, n, p, subspace)
-    variance = max(0.0, seen.score_sum**2 / k - seen.score_square_sum) if k < rows else 0.0
+    variance = seen.variance_of(k)
     if isinstance(memory, SubspaceMemory) and config.budget is not None:
         best = memory.least_variance(config)
         if best is not None:

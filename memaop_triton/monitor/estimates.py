@@ -24,7 +24,6 @@ class Figures(NamedTuple, Generic[T]):
 
     Attributes:
         score_sum: Σ s.
-        score_square_sum: Σ s².
         computed_score_sum: Σ_S s, every row counted once.
         effective_sample_size: Of `effective_sample_size`.
         nonzero_rows: Number of rows with s > 0.
@@ -39,7 +38,6 @@ class Figures(NamedTuple, Generic[T]):
     """
 
     score_sum: T
-    score_square_sum: T
     computed_score_sum: T
     effective_sample_size: T
     nonzero_rows: T

@@ -17,6 +17,7 @@ from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.nn.layer_choice import converted_layers
 from memaop_triton.nn.layer_state import LayerState
+from memaop_triton.variance import POINTS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -161,7 +162,8 @@ def _diagnostics(state: LayerState, observer: LayerObserver) -> LayerDiagnostics
     observations, skipped, nonfinite_rows = counts.tolist()
     if not observations:
         return None
-    mean = Figures(*(value / weight for value in weighted))
+    means = [value / weight for value in weighted]
+    mean = Figures(*means[: -2 * POINTS])
     config, memory = state.config, state.memory
     optional: dict[str, Any] = {}
     if isinstance(memory, SubspaceMemory):
@@ -186,7 +188,7 @@ def _diagnostics(state: LayerState, observer: LayerObserver) -> LayerDiagnostics
         gradient_square=math.nan if is_biased else max(0.0, mean.gradient_square),
         batch_variance=max(0.0, mean.batch_variance),
         score_sum=mean.score_sum,
-        score_square_sum=mean.score_square_sum,
+        variance_curve=(tuple(means[-2 * POINTS : -POINTS]), tuple(means[-POINTS:])),
         **optional,
     )
 

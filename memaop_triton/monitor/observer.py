@@ -25,6 +25,7 @@ from memaop_triton.monitor.estimates import (
     sampling_variance,
 )
 from memaop_triton.selection import Selection
+from memaop_triton.variance import POINTS, variance_curve
 
 
 class LayerObserver:
@@ -61,7 +62,7 @@ class LayerObserver:
         self._steps = 0
         self._next = 0
         self._observations = 0
-        width = len(Figures._fields) + 1  # the last is the sum of the weights
+        width = len(Figures._fields) + 2 * POINTS + 1  # the last is the sum of the weights
         self._sums = torch.zeros(width, dtype=torch.float64, device=device)
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
 
@@ -109,7 +110,7 @@ class LayerObserver:
         self._add(operands, None, dw, scores, projected)
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Sums of weighted figures with the sum of the weights at the end, and counts.
+        """Weighted sums of figures and of the scores' `variance_curve`, then of 1; and counts.
 
         Counts are of observations, of those that were left out, and of rows that were not finite.
         """
@@ -163,7 +164,6 @@ class LayerObserver:
         score_sum = s.sum()
         figures = Figures(
             score_sum=score_sum,
-            score_square_sum=s.dot(s),
             computed_score_sum=score_sum - left.sum(),
             effective_sample_size=effective_sample_size(contributions),
             nonzero_rows=s.count_nonzero().double(),
@@ -175,7 +175,9 @@ class LayerObserver:
             input_square_sum=parts.inputs,
             outside_square_sum=parts.outside,
         )
-        self._mix(torch.stack([*figures, torch.ones_like(zero)]), _count_nonfinite(s))
+        curve = variance_curve(s).flatten()
+        new = torch.cat([torch.stack(figures), curve, torch.ones_like(curve[:1])])
+        self._mix(new, _count_nonfinite(s))
 
     def _mix(self, new: Tensor, lost_rows: Tensor) -> None:
         is_finite = _count_nonfinite(new) == 0

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from memaop_triton.draws import draw_seed
 from memaop_triton.kernels.cpu import native
+from memaop_triton.kernels.draws import draw_seed
 from memaop_triton.kernels.gpu.row_weights import row_weights
 from memaop_triton.kernels.gpu.select import select
 from memaop_triton.kernels.targets import TARGETS

@@ -11,7 +11,7 @@ from memaop_triton import MemAOPConfig, convert_, dispatch, flops, monitor, new_
 from memaop_triton.backward import steps_triton
 from memaop_triton.backward.weight_grad import weight_and_bias_grad, weight_grad
 from memaop_triton.config import ROW_MEMORIES
-from memaop_triton.draws import draw_seed
+from memaop_triton.kernels.draws import draw_seed
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
@@ -264,7 +264,7 @@ def test_an_observed_step_without_scores_counts_the_memory(selections):
         held = (memory.x.norm(dim=1) * memory.g.norm(dim=1))[memory.filled]
         taken = selections[-1].indices
         drawn = (x.norm(dim=1) * g.norm(dim=1))[taken]
-        figures = Figures(*observer.read()[0].tolist()[:-1])
+        figures = Figures(*observer.read()[0].tolist()[: len(Figures._fields)])
         assert figures.remembered_square_sum == pytest.approx(float(held.square().sum()), rel=1e-4)
         assert figures.computed_score_sum == pytest.approx(float(drawn.sum()), rel=1e-4)
         assert figures.score_sum == pytest.approx(float(held.sum() + drawn.sum()), rel=1e-4)

@@ -122,14 +122,14 @@ def test_long_matrices_of_the_subspace(wide):
         subspace.project_kernel,
         (3,),
         x_ptr=x, q_ptr=q, z_ptr=z.fill_(torch.nan), rest_ptr=torch.empty(count), sums_ptr=None,
-        scale=1.0, epsilon=0.0, x_row=count, x_col=1, SUMS=False, **shared,
+        scale=1.0, epsilon=0.0, x_row=count, x_col=1, q_row=stride, SUMS=False, **shared,
     )  # fmt: skip
     as_good_as(z, x @ q, x.double() @ q.double())
     launch.launch(
         subspace.transposed_kernel,
         (3, 1),
         a_ptr=x, z_ptr=z, parts_ptr=parts.fill_(torch.nan), squares_ptr=None, sums_ptr=None,
-        a_row=count, a_col=1, SPLIT=1, NORMS=False, SUMS=False, **shared,
+        a_row=count, a_col=1, z_row=stride, SPLIT=1, NORMS=False, SUMS=False, **shared,
     )  # fmt: skip
     as_good_as(parts, x.T @ z, x.T.double() @ z.double())
 
@@ -142,7 +142,8 @@ def test_long_matrices_of_a_correction(wide):
         (1, 1),
         x_ptr=x, g_ptr=x, index_ptr=torch.arange(ROWS), weight_ptr=None, scale_ptr=None,
         c_ptr=c, q_ptr=e, q_scale=1.0, out_ptr=out,
-        M=ROWS, N=3, P=3, K=ROWS, steps=0, rank=STRIDE, x_row=3, x_col=1, g_row=3, g_col=1,
+        M=ROWS, N=3, P=3, K=ROWS, steps=0, rank=STRIDE, q_row=STRIDE,
+        x_row=3, x_col=1, g_row=3, g_col=1,
         BLOCK_N=16, TILES=1, BLOCK_P=16, BLOCK_K=16, SPLIT_K=1, GROUP=1,
         EVEN_N=False, EVEN_P=False, WIDE=False, WEIGHTED=False, PADDED=False, SCALED=False,
         RANK=16, Q_OF_G=False, PRECISION="ieee", X_COLUMNS_FIRST=False,

@@ -8,7 +8,8 @@ import torch
 from memaop_triton import MemAOPConfig, MemAOPLinear, Subspace, SubspaceMemory, new_memory
 from memaop_triton.backward.input_grad import input_grad_with_subspace
 from memaop_triton.backward.weight_grad import weight_grad
-from memaop_triton.memory.choice import score_sums
+from memaop_triton.memory.choice import score_curves
+from memaop_triton.selection import inclusion_probabilities
 from tests.schemes import flat_config
 
 M, N, P = 512, 64, 96
@@ -129,16 +130,33 @@ def test_the_choice_has_the_least_variance_of_all():
         assert chosen < 1.05 * variance(*other), other
 
 
-def test_sums_of_scores_stand_for_all_rows_where_some_are_read(monkeypatch):
+def test_curves_stand_for_all_rows_where_some_are_read():
     torch.manual_seed(0)
     x, g = torch.randn(8192, N), torch.randn(8192, P)
     memory = SubspaceMemory(N, P, rank=4)
-    monkeypatch.setattr(SubspaceMemory, "_arrives_at_once", staticmethod(lambda device: False))
     memory.begin_step(x, g, MemAOPConfig())
-    rows, sums = memory.choice.arriving
-    whole = score_sums(memory.bases, [4], x, g)
+    rows, curves = memory.choice.measured
+    whole = score_curves(memory.bases, [4], x, g)
     assert rows == 8192
-    torch.testing.assert_close(sums.get(), whole, rtol=0.1, atol=0)
+    # The last variances are those of a few rows of small scores.
+    torch.testing.assert_close(curves[..., :8], whole[..., :8], rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{"ratio": 1 / 4, "rank": 6}, {"budget": 1 / 2}])
+def test_variances_are_those_of_the_scores_that_a_choice_leaves(settings):
+    torch.manual_seed(0)
+    x, g = low_rank(M, N), torch.randn(M, P) * torch.rand(M, 1) ** 3
+    config, memory = made(**settings)
+    memory.begin_step(x, g, config)
+    found = memory.choice.variances(lambda choice: 100 + choice.rank)
+    assert len(found) == 2 * len(memory.choice.ranks)
+    for (side, rank), variance in found.items():
+        a, other = (x, g) if side == "input" else (g, x)
+        q = memory.bases[side].q[:, :rank]
+        scores = (a - a @ q @ q.T).norm(dim=1) * other.norm(dim=1)
+        p = inclusion_probabilities(scores, 100 + rank)
+        exact = (scores.square() * (1 / p - 1)).sum().item()
+        assert exact < variance < 1.06 * exact + 1e-3 * scores.square().sum().item()
 
 
 @pytest.mark.parametrize(("rows", "most"), [(64, 4), (128, 8), (2048, 16)])

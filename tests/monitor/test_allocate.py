@@ -138,9 +138,7 @@ def test_keeps_the_budget_and_adds_less_variance_than_equal_ratios(memory, budge
     def variance(ratios):
         found = 0.0
         for name, s in seen.items():
-            of_one = s.score_sum**2 / (ratios[name] * 64) - s.score_square_sum
-            if ratios[name] < 1:
-                found += max(0, of_one) * (2 if name == "twice" else 1)
+            found += s.variance_of(ratios[name] * 64) * (2 if name == "twice" else 1)
         return found
 
     # Equal ratios that cost no more: what the subspaces take is paid in both.

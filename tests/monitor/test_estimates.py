@@ -35,7 +35,8 @@ def figures(observer):
     sums, counts = observer.read()
     *weighted, weight = sums.tolist()
     assert counts[1] == 0
-    return Figures(*(value / weight for value in weighted))
+    means = [value / weight for value in weighted]
+    return Figures(*means[: len(Figures._fields)])
 
 
 def observed(config, x, g, draws=DRAWS):
@@ -124,7 +125,6 @@ def test_figures_of_the_batch_are_those_of_the_definition(memory, side, k, batch
     basis = None if kept is None else kept.basis
     scores = weight_grad_reference(x, g, config, basis=basis, side=side).scores
     assert found.score_sum == pytest.approx(float(scores.sum()))
-    assert found.score_square_sum == pytest.approx(float(scores.square().sum()))
     outer = torch.einsum("mp,mn->mpn", g, x).flatten(1)
     assert found.batch_square_sum == pytest.approx(float(outer.square().sum()))
     assert found.nonzero_rows == pytest.approx(M)

@@ -21,6 +21,7 @@ from memaop_triton import (
     monitor,
     revert_,
 )
+from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.kernels import targets
 from tests.schemes import flat_config
 
@@ -170,7 +171,23 @@ def test_an_exact_pass_has_no_sampling_variance_and_shows_what_there_is_to_sampl
     assert exact.k == exact.rows == 64
     # Of the same batch through the same basis, but for one refresh of it.
     assert exact.score_sum == pytest.approx(sampled.score_sum, rel=0.3)
+    assert exact.variance_of(sampled.k) == pytest.approx(sampled.variance_of(sampled.k), rel=0.3)
+    assert exact.variance_of(64) == 0
     assert 0 < exact.outside_subspace < 1
+
+
+def test_what_other_numbers_of_rows_would_have_is_what_they_have():
+    layer = MemAOPLinear(N, P, config=MemAOPConfig(k=48, memory="none"))
+    (x,) = batches(1)
+    with monitor(layer, every=1, smoothing=0.999, starving=1e9) as watch:
+        layer(x).square().sum().backward()
+        seen = watch.read()[""]
+    g = 2 * layer(x).detach()
+    for k in (24, 40):
+        config = MemAOPConfig(k=k, memory="none")
+        errors = [weight_grad(x, g, config) - g.T @ x for _ in range(2000)]
+        mean = float(torch.stack(errors).square().sum((1, 2)).mean())
+        assert seen.variance_of(k) == pytest.approx(mean, rel=0.1)
 
 
 def test_outside_of_the_subspace():

@@ -1,4 +1,4 @@
-"""Steps of the Triton kernels that are launched again as they were recorded."""
+"""Functions that only launch kernels: they are recorded once, and launched again from then on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memaop_triton.backward.step import Operands
 from memaop_triton.kernels import env
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.kernels.tuning import tuner
@@ -16,32 +15,31 @@ from memaop_triton.kernels.tuning import tuner
 _MOST = 1024  # recordings that are kept
 _ATTEMPTS = 4  # at a recording: the first call of a shape may tune
 
-#: The recording of a step, or how often there was none; the configuration, so that its id stays.
+#: The recording of a function, or how often there was none; with what its key names by an id.
 _recordings: dict[tuple[Any, ...], tuple[launch.Recording | int, Any]] = {}
 
 
 def repeated(
-    name: str,
-    operands: Operands,
+    what: tuple[Any, ...],
     function: Callable[[], tuple[Tensor | None, ...]],
     tensors: tuple[Tensor, ...],
-    scalars: tuple[tuple[str, Any], ...],
+    scalars: tuple[tuple[str, Any], ...] = (),
+    keeps: Any = None,
 ) -> Any:
-    """What `function` returns, by a recording of an earlier call on such operands.
+    """What `function` returns, by a recording of an earlier call on such tensors.
 
     Args:
-        name: Of the function: two of one name do the same with the same operands.
-        operands: What the step works on.
+        what: Says what the function does: two of one `what` do the same with the same tensors.
         function: As `launch.record` takes it.
         tensors: All tensors that the function takes.
         scalars: What may differ between calls besides, numbers or tensors: see `launch.record`.
+        keeps: An object whose id is in `what`, and must stay its own.
     """
-    x = operands.x
+    if launch.is_recording():  # as a part of something larger
+        return function()
+    x = tensors[0]
     key = (
-        name,
-        id(operands.config),
-        operands.k,
-        operands.bias_grad,
+        what,
         x.device,
         tuner.version(),
         x.dtype == torch.float32 and env.allows_tf32(),
@@ -56,7 +54,7 @@ def repeated(
     results, recording = launch.record(function, tensors, scalars)
     if len(_recordings) >= _MOST:
         _recordings.clear()
-    _recordings[key] = (found + 1 if recording is None else recording, operands.config)
+    _recordings[key] = (found + 1 if recording is None else recording, keeps)
     return results
 
 

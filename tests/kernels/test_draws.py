@@ -2,7 +2,7 @@
 
 import torch
 
-from memaop_triton import draws
+from memaop_triton.kernels import draws
 
 
 def generator(seed):
