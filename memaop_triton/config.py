@@ -160,8 +160,8 @@ class MemAOPConfig:
             rank of a subspace is given, up to 0.6 of them go to it; the rest to rows, at least one.
         selection: The policy that picks the K rows: `"topk"`, `"weightedk"` and `"randk"` are the
             paper's (arXiv 2110.09164); `"uniform"` (`randk` with weights M/K), `"priority"`,
-            `"crs"`, `"bernoulli"` and `"wta"` are unbiased. `memaop_triton.selection.select_rows`
-            defines each and names its source.
+            `"crs"`, `"bernoulli"` and `"wta"` are unbiased. `select_rows` of
+            `memaop_triton.sampling.selection` defines each and names its source.
         memory: What is kept of the rows that were not picked: a `Subspace` for the unbiased
             selections, `Rows` for the others, or `None`. The strings `"subspace"`, `"residual"`
             (the paper's memory), `"signed"` and `"none"` stand for these with their defaults.

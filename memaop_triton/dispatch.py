@@ -23,8 +23,8 @@ from memaop_triton.flops import MAX_RANK, RANK_STEP
 from memaop_triton.kernels import env, targets
 from memaop_triton.kernels.cpu import torch_ops
 from memaop_triton.kernels.draws import NOT_DRAWN, draw_seed
-from memaop_triton.selection import Selection, is_weighted, select
-from memaop_triton.variance import FIRST_POWER, variance_curve
+from memaop_triton.sampling.selection import Selection, is_weighted, select
+from memaop_triton.sampling.variance import FIRST_POWER, variance_curve
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.selection import Selection, select_rows
+from memaop_triton.sampling.selection import Selection, select_rows
 
 
 class ReferenceStep(NamedTuple):

@@ -5,7 +5,7 @@ import torch
 from memaop_triton.flops import RANK_STEP
 from memaop_triton.kernels.cpu.torch_ops import norms_left
 from memaop_triton.kernels.gpu.variance_curve import variance_curves_
-from memaop_triton.variance import FIRST_POWER, POINTS, variance_curve
+from memaop_triton.sampling.variance import FIRST_POWER, POINTS, variance_curve
 
 SCALE = 4.0
 

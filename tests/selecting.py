@@ -11,7 +11,7 @@ import torch
 from memaop_triton import dispatch
 from memaop_triton.kernels.cpu import native
 from memaop_triton.kernels.draws import NOT_DRAWN
-from memaop_triton.selection import select
+from memaop_triton.sampling.selection import select
 
 _LOW = np.uint64(0xFFFFFFFF)
 

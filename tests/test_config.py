@@ -16,7 +16,7 @@ from memaop_triton.config import (
     Sampled,
     Subspace,
 )
-from memaop_triton.selection import select
+from memaop_triton.sampling.selection import select
 
 # What is built, its arguments, the error, and words of its message.
 REFUSED = [

@@ -14,7 +14,7 @@ ORDER = [
     ("kernels.env", "kernels.targets", "kernels.draws"),
     ("kernels.tuning",),
     ("kernels.gpu", "kernels.cpu"),
-    ("config", "flops", "selection", "reference", "variance", "dispatch", "errors", "units"),
+    ("config", "flops", "sampling", "reference", "dispatch", "errors", "units"),
     ("memory",),
     ("backward",),
     ("nn",),

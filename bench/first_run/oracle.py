@@ -17,7 +17,7 @@ from memaop_triton.backward.step import Operands, ProjectedRows
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.kernels.cpu.torch_ops import basis_scale
 from memaop_triton.memory.kinds import Memory
-from memaop_triton.selection import Selection, is_weighted
+from memaop_triton.sampling.selection import Selection, is_weighted
 
 # How far a result may be from the exact one, in errors of PyTorch's own in the same dtypes. A row
 # memory in half precision is rounded stochastically, which doubles the square of the error.

@@ -22,7 +22,7 @@ from memaop_triton.kernels.targets import TARGETS, Target
 from memaop_triton.kernels.tuning import defaults
 from memaop_triton.kernels.tuning.config import Problem
 from memaop_triton.kernels.tuning.cost_model import LAUNCH, SCHEDULERS, UNHIDDEN, Cost, predict
-from memaop_triton.selection import is_weighted
+from memaop_triton.sampling.selection import is_weighted
 
 PAGE = Path(__file__).parents[1] / "results" / "predicted.md"
 SHAPES = [(16384, 4096, 4096), (16384, 1024, 1024), (8192, 4096, 11008), (4096, 768, 3072)]

@@ -11,7 +11,7 @@ from memaop_triton.bench.suites.problem import Problem, on_problems
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.cpu import torch_ops
 from memaop_triton.kernels.tuning import defaults
-from memaop_triton.selection import select_rows
+from memaop_triton.sampling.selection import select_rows
 
 RANK = 16
 DECAY = 0.5

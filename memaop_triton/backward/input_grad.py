@@ -31,7 +31,7 @@ from memaop_triton.dispatch import runs_triton
 from memaop_triton.flops import input_grad_flops, projected_input_grad_flops
 from memaop_triton.kernels.cpu.torch_ops import basis_scale, sampled_rows_mm
 from memaop_triton.memory.kinds import Memory, SubspaceMemory, rows_to_compute
-from memaop_triton.selection import Selection, within
+from memaop_triton.sampling.selection import Selection, within
 
 
 def select_for_both(

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from memaop_triton.selection import Selection
+from memaop_triton.sampling.selection import Selection
 
 
 class ProcessShards:

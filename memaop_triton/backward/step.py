@@ -16,7 +16,7 @@ from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels.cpu.torch_ops import Projection, selected_rows
 from memaop_triton.memory.kinds import Memory
-from memaop_triton.selection import Selection, cut, is_weighted, select, within
+from memaop_triton.sampling.selection import Selection, cut, is_weighted, select, within
 
 
 class Gradients(NamedTuple):

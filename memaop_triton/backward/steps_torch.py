@@ -13,7 +13,7 @@ from memaop_triton.backward.step import Gradients, Operands, ProjectedRows, rows
 from memaop_triton.kernels.cpu import native_step
 from memaop_triton.kernels.cpu import torch_ops as kernels
 from memaop_triton.memory.kinds import ResidualMemory, SubspaceMemory
-from memaop_triton.selection import Selection
+from memaop_triton.sampling.selection import Selection
 
 
 def without_memory(operands: Operands, selection: Selection | None) -> Gradients:

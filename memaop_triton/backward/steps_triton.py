@@ -26,7 +26,7 @@ from memaop_triton.kernels.gpu.pack import pack_rows
 from memaop_triton.kernels.gpu.repeated import repeated
 from memaop_triton.kernels.gpu.row_weights import RowWeights
 from memaop_triton.memory.kinds import ResidualMemory, SubspaceMemory
-from memaop_triton.selection import Selection
+from memaop_triton.sampling.selection import Selection
 
 
 def without_memory(operands: Operands, selection: Selection | None) -> Gradients:

@@ -23,7 +23,7 @@ from memaop_triton.memory.kinds import (
     check_memory,
     rows_to_compute,
 )
-from memaop_triton.selection import Selection
+from memaop_triton.sampling.selection import Selection
 
 
 def weight_grad(

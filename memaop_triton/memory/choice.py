@@ -13,7 +13,7 @@ from memaop_triton.dispatch import repeated, row_norms, variance_curves_
 from memaop_triton.flops import RANK_STEP, refresh_stride
 from memaop_triton.kernels.cpu.torch_ops import score_dtype
 from memaop_triton.memory.basis import Basis
-from memaop_triton.variance import POINTS, variance_at
+from memaop_triton.sampling.variance import POINTS, variance_at
 
 # Fraction to which the variance must fall before side or rank are changed.
 _WORTH_A_CHANGE = 0.9

@@ -42,7 +42,7 @@ class SubspaceMemory:
 
     `side="auto"` keeps a basis of either side, and a budget leaves the rank open as well. In the
     first step and at every fourth refresh the memory takes the side and rank for which the variance
-    of the estimate, for the scores and the rows K that they would leave (`variance`), is the
+    of the estimate (`sampling.variance`), of the scores and the rows K that they leave, is the
     smallest. On a GPU it is taken a refresh later, without a host synchronisation.
 
     Args:

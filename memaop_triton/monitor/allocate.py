@@ -55,11 +55,11 @@ def allocate_(
     weigh the same: weights of 1/‖dW‖² gave a higher loss, also under AdamW (docs/quality.md).
 
     V is the variance of drawing every row with the probability p = min(1, λ s) that makes K rows
-    (`memaop_triton.variance`). `priority` and `bernoulli` have it; for other policies it is only an
-    upper limit of what sampling loses. The scores are the monitor's averages, or what the subspace
-    measured when it last chose its rank. A cost is that of the
-    products of the weight gradient, those of the subspace and, where the input gradient is sampled,
-    its own (its noise is not counted). A projected input gradient is left as it is.
+    (`memaop_triton.sampling.variance`). `priority` and `bernoulli` have it; for other policies it
+    is only an upper limit of what sampling loses. The scores are the monitor's averages, or what
+    the subspace measured when it last chose its rank. A cost is that of the products of the weight
+    gradient, those of the subspace and, where the input gradient is sampled, its own (its noise is
+    not counted). A projected input gradient is left as it is.
 
     The memories stay, and no compiled graph is built anew. Call it again every few hundred steps:
     scores change. In a distributed run every process has its own monitor; where processes share a

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from memaop_triton.variance import variance_at
+from memaop_triton.sampling.variance import variance_at
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.selection import Selection, within
+from memaop_triton.sampling.selection import Selection, within
 
 T = TypeVar("T")
 

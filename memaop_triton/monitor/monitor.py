@@ -17,7 +17,7 @@ from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.nn.layer_choice import converted_layers
 from memaop_triton.nn.layer_state import LayerState
-from memaop_triton.variance import POINTS
+from memaop_triton.sampling.variance import POINTS
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -24,8 +24,8 @@ from memaop_triton.monitor.estimates import (
     effective_sample_size,
     sampling_variance,
 )
-from memaop_triton.selection import Selection
-from memaop_triton.variance import POINTS, variance_curve
+from memaop_triton.sampling.selection import Selection
+from memaop_triton.sampling.variance import POINTS, variance_curve
 
 
 class LayerObserver:

@@ -27,7 +27,7 @@ from memaop_triton.flops import weight_grad_flops
 from memaop_triton.memory.kinds import SubspaceMemory, rows_to_compute
 from memaop_triton.nn import layer_state
 from memaop_triton.nn.layer_state import LayerState
-from memaop_triton.selection import Selection
+from memaop_triton.sampling.selection import Selection
 
 # Unsafe in the CUDA graphs that Inductor cuts a program into, because the operators keep tensors
 # from one step to the next: it runs them between two graphs, as in eager mode.

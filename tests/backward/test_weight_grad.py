@@ -4,7 +4,7 @@ import torch
 from memaop_triton import MemAOPConfig, Rows, Subspace, new_memory
 from memaop_triton.backward.weight_grad import weight_and_bias_grad, weight_grad
 from memaop_triton.reference import weight_grad_reference
-from memaop_triton.selection import Selection
+from memaop_triton.sampling.selection import Selection
 from tests.judging import LAYOUTS, laid_out
 from tests.pairwise import pairwise
 from tests.schemes import LEGAL, flat_config

@@ -10,7 +10,7 @@ from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.bench.report.methods import BASELINES
 from memaop_triton.bench.suites import baselines
 from memaop_triton.reference import weight_grad_reference
-from memaop_triton.selection import select_rows
+from memaop_triton.sampling.selection import select_rows
 
 M, N, P, K = 40, 12, 5, 10
 NAMES = ["authors", *baselines.STATELESS]

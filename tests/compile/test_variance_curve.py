@@ -8,7 +8,7 @@ from bench.microscope.compiling import compile_call
 from bench.microscope.reading import read_all
 from memaop_triton.kernels.gpu.variance_curve import variance_curves_
 from memaop_triton.kernels.targets import TARGETS
-from memaop_triton.variance import POINTS
+from memaop_triton.sampling.variance import POINTS
 
 
 @pytest.mark.parametrize("target", REPORTED)

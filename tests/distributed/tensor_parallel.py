@@ -24,7 +24,7 @@ from memaop_triton import (
 )
 from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.config import UNBIASED_SELECTIONS
-from memaop_triton.selection import Selection
+from memaop_triton.sampling.selection import Selection
 from tests.distributed.checks import (
     PAPER,
     batch,

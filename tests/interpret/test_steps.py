@@ -16,7 +16,7 @@ from memaop_triton.kernels.gpu import launch
 from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.nn import ops
-from memaop_triton.selection import Selection
+from memaop_triton.sampling.selection import Selection
 from tests.kernel_checks import signs_of
 from tests.pairwise import pairwise
 from tests.schemes import LEGAL, flat_config, label

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memaop_triton.kernels.gpu.variance_curve import variance_curves_
-from memaop_triton.variance import POINTS
+from memaop_triton.sampling.variance import POINTS
 from tests.curve_checks import check_curves
 
 

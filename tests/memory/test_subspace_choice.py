@@ -9,7 +9,7 @@ from memaop_triton import MemAOPConfig, MemAOPLinear, Subspace, SubspaceMemory, 
 from memaop_triton.backward.input_grad import input_grad_with_subspace
 from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.memory.choice import score_curves
-from memaop_triton.selection import inclusion_probabilities
+from memaop_triton.sampling.selection import inclusion_probabilities
 from tests.schemes import flat_config
 
 M, N, P = 512, 64, 96

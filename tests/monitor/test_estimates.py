@@ -16,7 +16,7 @@ from memaop_triton.monitor.estimates import (
 )
 from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.reference import weight_grad_reference
-from memaop_triton.selection import Selection
+from memaop_triton.sampling.selection import Selection
 from tests.schemes import flat_config
 
 M, N, P, K = 40, 16, 5, 10

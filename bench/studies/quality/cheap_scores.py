@@ -37,7 +37,7 @@ from memaop_triton.kernels.tuning.cache import replace_file
 from memaop_triton.kernels.tuning.config import Problem
 from memaop_triton.kernels.tuning.cost_model import LAUNCH, predict
 from memaop_triton.kernels.tuning.defaults import heuristic
-from memaop_triton.selection import inclusion_probabilities
+from memaop_triton.sampling.selection import inclusion_probabilities
 
 #: Whose rows, and the steps that each network is trained for before.
 STEPS = {"fashion": 100, "vit": 100, "gpt-512": 50, "minilm": 25}

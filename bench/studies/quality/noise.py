@@ -22,7 +22,7 @@ from memaop_triton.flops import RANK_STEP, SubspaceCost
 from memaop_triton.memory.basis import Basis
 from memaop_triton.memory.choice import Choice
 from memaop_triton.monitor.estimates import batch_variance
-from memaop_triton.selection import inclusion_probabilities
+from memaop_triton.sampling.selection import inclusion_probabilities
 
 NAMES = ("gpt-128", "mnist-adam")
 STEPS = (50, 300)

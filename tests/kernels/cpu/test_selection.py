@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from memaop_triton import selection
 from memaop_triton.kernels.cpu import native
 from memaop_triton.kernels.draws import draw_seed
+from memaop_triton.sampling import selection
 from tests.compiled import needs_compiler
 from tests.pairwise import pairwise
 from tests.selecting import expected, uniform

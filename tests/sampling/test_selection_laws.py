@@ -13,7 +13,7 @@ import torch
 
 from memaop_triton.kernels.cpu import native
 from memaop_triton.kernels.draws import draw_seed
-from memaop_triton.selection import select_rows
+from memaop_triton.sampling.selection import select_rows
 from tests import selecting
 from tests.compiled import needs_compiler
 

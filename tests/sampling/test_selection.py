@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from memaop_triton import selection
 from memaop_triton.config import SELECTIONS
-from memaop_triton.selection import inclusion_probabilities, select_rows
+from memaop_triton.sampling import selection
+from memaop_triton.sampling.selection import inclusion_probabilities, select_rows
 from tests.pairwise import pairwise
 
 SCORES = torch.tensor([0.3, 2.0, 0.9, 4.0, 1.4, 0.6], dtype=torch.float64)

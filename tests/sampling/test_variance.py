@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from memaop_triton.selection import inclusion_probabilities, select_rows
-from memaop_triton.variance import POINTS, variance_at, variance_curve
+from memaop_triton.sampling.selection import inclusion_probabilities, select_rows
+from memaop_triton.sampling.variance import POINTS, variance_at, variance_curve
 
 M = 1000
 
