@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from memaop_triton.config import MemAOPConfig, Sampled
 from memaop_triton.flops import input_grad_flops, weight_grad_flops
 from memaop_triton.memory.kinds import SubspaceMemory
 from memaop_triton.monitor.diagnostics import LayerDiagnostics
+from memaop_triton.monitor.hull import Option, lower_hull, slope
 from memaop_triton.monitor.monitor import Monitor
 from memaop_triton.nn.layer_choice import converted_layers
 from memaop_triton.nn.linear import MemAOPLinear
@@ -22,21 +22,6 @@ DEFAULT_RATIOS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 #: Budgets to choose from. The rows of a layer with a budget depend on its rank, so its sizes are
 #: many in any case.
 DEFAULT_BUDGETS = (*(n / 64 for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)), 3 / 4)
-
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """A ratio or a budget that a layer may get.
-
-    Attributes:
-        share: K/M, or the budget.
-        cost: FLOPs.
-        variance: Of the layer's gradient with that many rows, weighted.
-    """
-
-    share: float
-    cost: float
-    variance: float
 
 
 def allocate_(
@@ -121,7 +106,7 @@ def best_options(options: Mapping[str, Sequence[Option]], budget: float) -> dict
     Raises:
         ValueError: The cheapest options cost more than the budget.
     """
-    hulls = {name: _hull(choices) for name, choices in options.items()}
+    hulls = {name: lower_hull(choices) for name, choices in options.items()}
     chosen = {name: hull[0] for name, hull in hulls.items()}
     spent = math.fsum(option.cost for option in chosen.values())
     # Allow for rounding in the sum.
@@ -132,7 +117,7 @@ def best_options(options: Mapping[str, Sequence[Option]], budget: float) -> dict
             "everywhere: raise budget, add a smaller ratio, or lower the rank of the subspaces."
         )
     steps = [
-        (_slope(before, after), order, name, place)
+        (slope(before, after), order, name, place)
         for order, (name, hull) in enumerate(hulls.items())
         for place, (before, after) in enumerate(itertools.pairwise(hull))
     ]
@@ -153,24 +138,6 @@ def best_options(options: Mapping[str, Sequence[Option]], budget: float) -> dict
         _, _, name, option = min(gains, key=lambda gain: gain[:2])
         room -= option.cost - chosen[name].cost
         chosen[name] = option
-
-
-def _hull(options: Sequence[Option]) -> list[Option]:
-    """Options on the lower convex hull of variance against cost, from the cheapest on."""
-    hull: list[Option] = []
-    for option in sorted(options, key=lambda option: (option.cost, option.variance)):
-        if hull and option.variance >= hull[-1].variance:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], option):
-            hull.pop()
-        hull.append(option)
-    return hull
-
-
-def _slope(before: Option, after: Option) -> float:
-    """Change of variance per FLOP, negative; −Inf for a step that costs nothing."""
-    cost = after.cost - before.cost
-    return (after.variance - before.variance) / cost if cost else -math.inf
 
 
 def _options(

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from memaop_triton import MemAOPConfig, MemAOPLinear, Subspace, allocate_, convert_, monitor
-from memaop_triton.monitor.allocate import DEFAULT_BUDGETS, DEFAULT_RATIOS, Option, best_options
+from memaop_triton.monitor.allocate import DEFAULT_BUDGETS, DEFAULT_RATIOS, best_options
+from memaop_triton.monitor.hull import Option
 from tests.schemes import flat_config
 
 N = 16

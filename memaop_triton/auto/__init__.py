@@ -1,0 +1,1 @@
+"""The library decides: which layers sample their gradients, by what it measures."""
