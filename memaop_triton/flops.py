@@ -95,7 +95,7 @@ def input_grad_flops(m: int, n: int, p: int, k: int, subspace: SubspaceCost | No
 def projected_input_grad_flops(m: int, n: int, p: int, rank: int, refresh_every: int) -> int:
     """Operations of dX = G (W Q) Qᵀ, a share of Q's refreshes included."""
     flops = 2 * rank * (m * (n + p) + n * p)
-    # A power iteration goes through G and W, its QR is of [N, rank].
+    # A power iteration goes through G and W; orthonormal columns of [N, rank] count as below.
     refresh = 2 * rank * p * (_rows_read(m, rank) + n) + 4 * rank * rank * n
     return flops + round(refresh / refresh_every)
 
@@ -129,7 +129,8 @@ def _subspace_flops(m: int, n: int, p: int, k: float, subspace: SubspaceCost) ->
     # Z, Zᵀ of the other side, the basis as q more rows of the product, and what it takes from the
     # selected rows.
     flops = 2.0 * q * (m * (n + p) + n * p + k * features)
-    # A power iteration, and QR with its Q formed.
+    # A power iteration, and QR with its Q formed. The Triton kernels, which call no solver, take
+    # four times as many operations as QR.
     read = _rows_read(m, q)
     flops += (2 * read + 4 * q) * q * features / refresh_every
     # A choice projects, iterates and projects again, on all that is kept.

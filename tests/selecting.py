@@ -1,6 +1,7 @@
 """The oracle of the selection kernels and of the C code: the same draws and keys, in plain NumPy.
 
-Philox 4x32-10 as Salmon, Moraes, Dror and Shaw describe it (SC 2011).
+Philox 4x32-10 as Salmon, Moraes, Dror and Shaw describe it (SC 2011). Below it the check that the
+suites with a pretended GPU make of the kernels.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,11 @@ import torch
 from memaop_triton import dispatch
 from memaop_triton.kernels.cpu import native
 from memaop_triton.kernels.draws import NOT_DRAWN
+from memaop_triton.kernels.gpu import select as kernels
+from memaop_triton.kernels.gpu import select_shared
 from memaop_triton.sampling.selection import select
+
+SEED = 81985529216486895
 
 _LOW = np.uint64(0xFFFFFFFF)
 
@@ -99,3 +104,46 @@ def select_in_pytorch(monkeypatch):
     monkeypatch.setattr(dispatch, "select_on_device", select_on_device)
     monkeypatch.setattr(dispatch, "seed_of_selection", lambda *_: NOT_DRAWN)
     monkeypatch.setattr(native, "choose", lambda *_, **__: None)
+
+
+def share_among_programs(monkeypatch):
+    """The kernels for many units run on few: 64 a program, of which it holds 32 at a time."""
+    monkeypatch.setattr(kernels, "ONE_PROGRAM", 1)
+    monkeypatch.setattr(select_shared, "SHARE", 64)
+    monkeypatch.setattr(select_shared, "CHUNK", 32)
+
+
+def check_selection(policy, block_rows=1, dtype=torch.float16, device="cpu"):
+    """Rows, weights, factors for rows of `dtype` and flags of one selection among 203 rows.
+
+    The last row that `topk` takes is one of several with the same score.
+    """
+    scores = torch.randn(203, device=device).exp()
+    scores[::9] = 2.5
+    scores[7], scores[100] = torch.nan, torch.inf
+    k = 40 // block_rows
+    filled = torch.ones(203, dtype=torch.bool, device=device)
+    taken = ~filled
+    rows, weights, factors = kernels.select(
+        scores, k, policy, torch.tensor([SEED], device=device),
+        block_rows=block_rows, dtype=dtype, filled=filled, taken=taken,
+    )  # fmt: skip
+    good = expected(scores, k, policy, SEED, block_rows)
+    assert torch.equal(rows, good.indices)
+    torch.testing.assert_close(weights, good.weights)
+    assert torch.equal(taken.nonzero()[:, 0], rows[rows < 203])
+    assert torch.equal(filled, ~taken)
+    scale = 1 if factors.scale is None else factors.scale
+    torch.testing.assert_close(
+        factors.factors * scale, weights, rtol=2**-8, atol=0, check_dtype=False
+    )
+
+
+def check_bernoulli(device="cpu"):
+    """Rows and weights of what is drawn by probabilities, among padding of weight 0."""
+    scores = torch.randn(203, device=device).exp()
+    rows, weights, _ = kernels.select(scores, 40, "bernoulli", torch.tensor([SEED], device=device))
+    good = expected(scores, 40, "bernoulli", SEED)
+    assert torch.equal(rows[weights > 0], good.indices)
+    torch.testing.assert_close(weights[weights > 0], good.weights)
+    assert (rows.diff() > 0).all()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, dispatch, new_memory
+from memaop_triton import MemAOPConfig, MemAOPLinear, dispatch, new_memory
 from memaop_triton.backward.weight_grad import weight_grad
 
 
@@ -66,6 +66,27 @@ def test_a_forced_backend_stops_the_weight_gradient(backend):
     config = MemAOPConfig(ratio=1 / 2)
     with pytest.raises(RuntimeError, match="MEMAOP_TRITON_BACKEND='triton'"):
         weight_grad(CPU, torch.ones(8, 3), config, new_memory(config, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("interpreted", "dtype", "reason"),
+    [
+        ("1", torch.float64, "there are no kernels for torch.float64"),
+        ("0", torch.float32, "on cpu"),
+    ],
+)
+def test_a_forced_backend_stops_the_projected_input_gradient(
+    backend, monkeypatch, interpreted, dtype, reason
+):
+    backend("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    layer = MemAOPLinear(32, 32, config=MemAOPConfig(grad_input="projected"), dtype=dtype)
+    layer.requires_grad_(False)  # nothing but dX, whose basis is refreshed in the first step
+    x = torch.ones(64, 32, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    with pytest.raises(RuntimeError, match=f"MEMAOP_TRITON_BACKEND='triton' .*{reason}"):
+        y.sum().backward()
+    assert x.grad is None
 
 
 def test_unknown_backend(backend):

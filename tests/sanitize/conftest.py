@@ -27,12 +27,19 @@ class Gpu:
         return self._session.launches
 
     @contextlib.contextmanager
-    def caught(self, kind, line):
-        """Passes if what runs inside stops with a fault of this kind, at this line of a kernel."""
+    def caught(self, kind, *, line="", kernel="", tensor=""):
+        """Passes if what runs inside stops with a fault of this kind, and there.
+
+        The line is unknown of what a kernel calls; the tensor is the nearest one, an argument of
+        the kernel.
+        """
         with pytest.raises(self._fault) as stopped:
             yield
-        assert stopped.value.fault.kind == kind, str(stopped.value)
-        assert line in stopped.value.fault.source_text, str(stopped.value)
+        fault = stopped.value.fault
+        assert fault.kind == kind, str(stopped.value)
+        assert line in fault.source_text, str(stopped.value)
+        assert kernel in ("", fault.kernel), str(stopped.value)
+        assert tensor in ("", fault.buffer), str(stopped.value)
 
 
 class HostState:

@@ -43,7 +43,7 @@ def copied(x, n, size=20, **faults):
 def test_out_of_bounds(gpu, fault, kind, line):
     x = torch.randn(20, device="cuda")
     assert torch.equal(copied(x, 20), x)
-    with gpu.caught(kind, line):
+    with gpu.caught(kind, line=line):
         copied(x, 20, **{fault: True})
 
 
@@ -56,5 +56,5 @@ def test_reads_beside_a_part_of_a_tensor_and_unwritten_output_show():
 
 def test_two_programs_accumulate_without_atomics(gpu):
     x, out = torch.randn(4, BLOCK, device="cuda"), torch.zeros(BLOCK, device="cuda")
-    with gpu.caught("race", "tl.store(out + at"):
+    with gpu.caught("race", line="tl.store(out + at"):
         launch(accumulate, (4,), x=x, out=out, BLOCK=BLOCK)
