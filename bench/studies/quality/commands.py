@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import TimeRemainingColumn
 
 from memaop_triton.bench.studies.quality import (
+    calibration,
     cheap_scores,
     crossterms,
     noise,
@@ -21,7 +22,13 @@ from memaop_triton.bench.studies.quality import (
     tables,
     tuning,
 )
-from memaop_triton.bench.studies.quality.schemes import ALL_RATIOS, RATIO, SCHEMES, value_of
+from memaop_triton.bench.studies.quality.schemes import (
+    ALL_RATIOS,
+    RATIO,
+    SCHEMES,
+    cells,
+    value_of,
+)
 from memaop_triton.bench.studies.quality.step_times import StepTime
 from memaop_triton.bench.studies.quality.store import RESULTS, Run, Store
 from memaop_triton.bench.studies.quality.tasks import TASKS
@@ -87,9 +94,9 @@ def run(
     """Train what has not been trained yet; it may be stopped and started again at any time."""
     folders: _Folders = context.obj
     store, console = Store(folders.results), Console()
-    cells = running.wanted(task, scheme, ratio)
-    left = running.pending(cells, seeds, store.runs())
-    every = seeds * len(cells)
+    every_cell = running.wanted(task, scheme, ratio)
+    left = running.pending(every_cell, seeds, store.runs())
+    every = seeds * len(every_cell)
     console.print(f"{every - len(left)} of {every} runs are there")
     with progress(console, TimeRemainingColumn()) as bar:
         overall = bar.add_task("runs", total=len(left))
@@ -171,6 +178,18 @@ def scores_of_rows(context: typer.Context) -> None:
     folders: _Folders = context.obj
     for line in cheap_scores.run(folders.results / "scores.json", folders.data):
         _print(Console(), line)
+
+
+@app.command()
+def calibrate(context: typer.Context, task: Tasks = None) -> None:
+    """Measure how noisy the steps of dense would be under the schemes that have been run."""
+    folders: _Folders = context.obj
+    path, console = folders.results / "calibration.csv", Console()
+    ran = {run.cell for run in Store(folders.results).runs()}
+    for name in task or TASKS:
+        covered = [cell for cell in cells(name) if cell in ran and calibration.is_covered(cell)]
+        for line in calibration.run(covered, 0, path, folders.data):
+            _print(console, f"{name} {line}")
 
 
 @app.command()

@@ -230,7 +230,7 @@ def _ratios(task: str, scheme: str) -> tuple[str, ...]:
     if scheme == DENSE:
         return ()
     if scheme in DENSE_SHARES:
-        return DENSE_SHARES[scheme] if task in _MEDIUM else ()
+        return DENSE_SHARES[scheme] if task in _MEDIUM or scheme == SHORTER else ()
     if task not in _MEDIUM or scheme in _MAIN:
         return RATIOS
     return (RATIO_OF_BOTH if SCHEMES[scheme].cheapens_both else RATIO,)
