@@ -150,7 +150,7 @@ def run(cells: Collection[Cell], seed: int, path: Path, data_dir: Path | None) -
     wanted = _missing(cells, seed, tables.read(path, StepNoise))
     if not wanted:
         return
-    task = next(iter(cells)).dense.problem
+    task = next(iter(cells)).dense.problem.located(data_dir)
     source = data.load(task, data_dir)
     trainer, seeds = Trainer(task, None, seed), Seeds.of(seed)
     own_batches = torch.Generator().manual_seed(seeds.draws)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from memaop_triton.bench.studies.quality.data import Batch, Data
+from memaop_triton.bench.studies.quality.batches import Batch, Data
 from memaop_triton.bench.studies.quality.tasks import Task
 from memaop_triton.bench.studies.quality.training import Trainer, evaluating, loss_of
 

@@ -138,6 +138,7 @@ _IN_LONG_TASKS = {
     **_BOTH,
     **DENSE_SHARES,
 }
+_FINE_TUNING = {"budget-allocated": ("1/4",), "priority": _AT_EQUAL_TIME, **DENSE_SHARES}
 _WITH_LARGER_BATCHES = {"budget": ("1/8",), **_BOTH, **DENSE_SHARES}
 _FEW_CELLS = {
     "gpt-512": _IN_LONG_TASKS,
@@ -146,6 +147,7 @@ _FEW_CELLS = {
     "gpt-128-256": _WITH_LARGER_BATCHES,
     "fashion-1024": _WITH_LARGER_BATCHES,
     "vit-512": _WITH_LARGER_BATCHES,
+    "minilm": _FINE_TUNING,
 }
 LONG_TASKS = tuple(_FEW_CELLS)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memaop_triton import MemAOPConfig, allocate_, attach_optimizer, convert_, monitor
-from memaop_triton.bench.studies.quality.data import Batch, Data
+from memaop_triton.bench.studies.quality.batches import Batch, Data
 from memaop_triton.bench.studies.quality.tasks import Task
 from memaop_triton.monitor.allocate import DEFAULT_BUDGETS
 
