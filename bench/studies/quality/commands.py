@@ -22,13 +22,7 @@ from memaop_triton.bench.studies.quality import (
     tables,
     tuning,
 )
-from memaop_triton.bench.studies.quality.schemes import (
-    ALL_RATIOS,
-    RATIO,
-    SCHEMES,
-    cells,
-    value_of,
-)
+from memaop_triton.bench.studies.quality.schemes import ALL_RATIOS, RATIO, SCHEMES, value_of
 from memaop_triton.bench.studies.quality.step_times import StepTime
 from memaop_triton.bench.studies.quality.store import RESULTS, Run, Store
 from memaop_triton.bench.studies.quality.tasks import TASKS
@@ -94,9 +88,9 @@ def run(
     """Train what has not been trained yet; it may be stopped and started again at any time."""
     folders: _Folders = context.obj
     store, console = Store(folders.results), Console()
-    every_cell = running.wanted(task, scheme, ratio)
-    left = running.pending(every_cell, seeds, store.runs())
-    every = seeds * len(every_cell)
+    cells = running.wanted(task, scheme, ratio)
+    left = running.pending(cells, seeds, store.runs())
+    every = seeds * len(cells)
     console.print(f"{every - len(left)} of {every} runs are there")
     with progress(console, TimeRemainingColumn()) as bar:
         overall = bar.add_task("runs", total=len(left))
@@ -181,13 +175,21 @@ def scores_of_rows(context: typer.Context) -> None:
 
 
 @app.command()
-def calibrate(context: typer.Context, task: Tasks = None) -> None:
-    """Measure how noisy the steps of dense would be under the schemes that have been run."""
+def calibrate(
+    context: typer.Context, task: Tasks = None, scheme: Schemes = None, ratio: Ratios = None
+) -> None:
+    """Measure how noisy dense's steps would be under schemes; those that have been run by default.
+
+    It may be stopped and started again: only the way to the next step is trained again.
+    """
     folders: _Folders = context.obj
     path, console = folders.results / "calibration.csv", Console()
     ran = {run.cell for run in Store(folders.results).runs()}
     for name in task or TASKS:
-        covered = [cell for cell in cells(name) if cell in ran and calibration.is_covered(cell)]
+        chosen = running.wanted([name], scheme, ratio)
+        covered = [
+            cell for cell in chosen if calibration.is_covered(cell) and (scheme or cell in ran)
+        ]
         for line in calibration.run(covered, 0, path, folders.data):
             _print(console, f"{name} {line}")
 

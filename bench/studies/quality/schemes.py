@@ -21,7 +21,7 @@ SHORTER = "dense-shorter"
 #: Dense, in as many steps of fewer rows: the other way to make a step cheaper.
 SMALLER = "dense-smaller"
 #: Of the steps, and of the rows.
-DENSE_SHARES = {SHORTER: ("3/4", "1/2"), SMALLER: ("3/4", "1/2", "1/4")}
+DENSE_SHARES = {SHORTER: ("3/4", "1/2", "1/4"), SMALLER: ("3/4", "1/2", "1/4")}
 RATIOS = ("1/2", "1/4", "1/8", "1/16", "1/32")
 ALL_RATIOS = ("3/4", *RATIOS)
 #: Where all schemes are compared, and where those that sample dX as well are.
