@@ -113,12 +113,14 @@ class Sampled(NamedTuple):
         k: Rows beside it.
         flops: Of dW.
         variance: Mean over the batches.
+        assumed: The same by the shorter formula, that choices were made by.
     """
 
     choice: Choice
     k: int
     flops: int
     variance: float
+    assumed: float
 
 
 def is_covered(cell: Cell) -> bool:
@@ -153,13 +155,16 @@ def run(cells: Collection[Cell], seed: int, path: Path, data_dir: Path | None) -
     task = next(iter(cells)).dense.problem.located(data_dir)
     source = data.load(task, data_dir)
     trainer, seeds = Trainer(task, None, seed), Seeds.of(seed)
-    own_batches = torch.Generator().manual_seed(seeds.draws)
     batches = source.batches(task.batch, max(wanted), torch.Generator().manual_seed(seeds.batches))
     for step, batch in enumerate(batches, start=1):
         trainer.step(batch)
         if step in wanted:
-            few = list(source.batches(task.batch, 1 + BATCHES, own_batches))
-            captured, others = measure(trainer, few, _ranks_of(wanted[step]))
+            # Of its own seed, so that a run that was stopped goes on with the same figures.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seeds.draws + step)
+                generator = torch.Generator().manual_seed(seeds.draws + step)
+                few = list(source.batches(task.batch, 1 + BATCHES, generator))
+                captured, others = measure(trainer, few, _ranks_of(wanted[step]))
             lines = [
                 _line(cell, seed, step, name, captured[name], one, others)
                 for cell in wanted[step]
@@ -247,7 +252,7 @@ def sampled(cell: Cell, step: int, captured: Mapping[str, Captured]) -> dict[str
             share: least(_with_share(config, share), layer) for share in _shares_of(config)
         }
         mine = found[name].items()
-        options[name] = [Option(share, one.flops, one.variance) for share, one in mine]
+        options[name] = [Option(share, one.flops, one.assumed) for share, one in mine]
     dense = sum(2 * m * n * p for m, n, p in (layer.sizes for layer in captured.values()))
     chosen = best_options(options, cell.allocated * dense)
     return {name: found[name][option.share] for name, option in chosen.items()}
@@ -278,10 +283,17 @@ def least(config: MemAOPConfig, layer: Captured) -> Sampled:
             _variance(config.selection, scores[choice], k, square)
             for scores, square in zip(layer.scores, layer.squares, strict=True)
         )
-        if best is None or variance < best.variance:
-            best = Sampled(choice, k, weight_grad_flops(m, n, p, k, subspace), variance)
+        assumed = fmean(_assumed(scores[choice], k) for scores in layer.scores)
+        if best is None or assumed < best.assumed:
+            best = Sampled(choice, k, weight_grad_flops(m, n, p, k, subspace), variance, assumed)
     assert best is not None
     return best
+
+
+def _assumed(scores: Tensor, k: int) -> float:
+    """(Σs)²/K − Σs², at least 0."""
+    s = scores.double()
+    return max(0.0, float(s.sum() ** 2 / k - s.square().sum())) if k < len(s) else 0.0
 
 
 def _variance(selection: str, scores: Tensor, k: int, square: float) -> float:

@@ -106,7 +106,8 @@ class Formula:
         noise: To ν.
         progress: From ν.
         power: Of the learning rate, that weights the mean over steps.
-        early: The only step that counts, or the next one that was measured; `None` for all.
+        early: The only step that counts, or the next one that was measured, or the last; `None`
+            for all.
     """
 
     noise: Callable[[Layers], float] = capped
@@ -126,8 +127,10 @@ class Formula:
         """
         values = [self.progress(self.noise(layers) / factor) for layers in pair.layers]
         if self.early is not None:
-            at = next(i for i, step in enumerate(pair.steps) if step >= self.early)
-            return values[at]
+            later = (
+                one for step, one in zip(pair.steps, values, strict=True) if step >= self.early
+            )
+            return next(later, values[-1])
         task = TASKS[pair.cell.task]
         every = np.arange(until or task.steps)
         course = np.interp(every, pair.steps, values)
