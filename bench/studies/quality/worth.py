@@ -96,8 +96,10 @@ def _formulas_table(decided: Sequence[Pair]) -> Table:
                 Entry(_within(formula, fitted, decided)),
             )
         )
-    head = ("ν", "progress", "rank correlation", "rms miss", "within 0.1", "worst miss")
-    head += ("factor", "rms miss", "within 0.1")
+    head = (
+        *("ν", "progress", "rank correlation", "rms miss", "within 0.1", "worst miss"),
+        *("factor", "rms miss", "within 0.1"),
+    )
     caption = (
         f"{text.count(len(decided), 'decided setting')}; within 0.1: all, and those with ν ≤ "
         f"{progress.MOST_NOISE:g}. On the right ν is divided by a factor of least squares; the "

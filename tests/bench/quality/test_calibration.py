@@ -7,12 +7,13 @@ import torch
 
 from memaop_triton import new_memory
 from memaop_triton.backward.weight_grad import weight_grad
-from memaop_triton.bench.studies.quality import calibration, tables
-from memaop_triton.bench.studies.quality.calibration import Captured, StepNoise
+from memaop_triton.bench.studies.quality import calibration, tables, variances
+from memaop_triton.bench.studies.quality.calibration import StepNoise
 from memaop_triton.bench.studies.quality.capture import Rows
 from memaop_triton.bench.studies.quality.noise import basis_of
 from memaop_triton.bench.studies.quality.schemes import Cell
 from memaop_triton.bench.studies.quality.training import Trainer, loss_of
+from memaop_triton.bench.studies.quality.variances import Captured
 from memaop_triton.flops import weight_grad_flops
 from tests.bench.quality import tiny
 from tests.schemes import flat_config
@@ -34,7 +35,7 @@ def batch(seed, *, low=False):
 
 def captured_of(before, *after, ranks=(0,)):
     squares = [float((one.g.t() @ one.x).square().sum()) for one in after]
-    scores = calibration._scores(before, after, sorted(ranks))
+    scores = variances.scores_of(before, after, sorted(ranks))
     return Captured((M, N, P), scores, squares, 1.0)
 
 
@@ -42,7 +43,7 @@ def captured_of(before, *after, ranks=(0,)):
 def test_variance_is_that_of_draws(selection):
     rows = batch(1)
     config = flat_config(ratio=1 / 4, selection=selection, memory="none")
-    found = calibration.least(config, captured_of(batch(0), rows))
+    found = variances.least(config, captured_of(batch(0), rows))
     exact = rows.g.t() @ rows.x
     torch.manual_seed(0)
     draws = [(weight_grad(*rows, config, None) - exact).square().sum() for _ in range(600)]
@@ -50,14 +51,14 @@ def test_variance_is_that_of_draws(selection):
     assert found.variance == pytest.approx(torch.stack(draws).mean().item(), rel=0.1)
     assert found.choice.rank == 0
     assert found.flops == weight_grad_flops(M, N, P, M // 4)
-    exact_rows = calibration.least(dataclasses.replace(config, ratio=1.0), captured_of(rows, rows))
+    exact_rows = variances.least(dataclasses.replace(config, ratio=1.0), captured_of(rows, rows))
     assert exact_rows.variance == 0
 
 
 def test_variance_beside_a_subspace_is_that_of_draws():
     before, rows = batch(0, low=True), batch(1, low=True)
     config = flat_config(ratio=1 / 4, memory="subspace", rank=3)
-    found = calibration.least(config, captured_of(before, rows, ranks=(0, 3)))
+    found = variances.least(config, captured_of(before, rows, ranks=(0, 3)))
     assert found.choice == ("input", 3)
     memory = new_memory(dataclasses.replace(config, memory=flat_config(
         ratio=1 / 4, memory="subspace", rank=3, side="input").memory), N, P)  # fmt: skip
@@ -69,7 +70,7 @@ def test_variance_beside_a_subspace_is_that_of_draws():
         errors.append((weight_grad(*rows, config, memory) - exact).square().sum())
         memory.bases["input"].q = q
     assert found.variance == pytest.approx(torch.stack(errors).mean().item(), rel=0.1)
-    plain = calibration.least(flat_config(ratio=1 / 4, memory="none"), captured_of(before, rows))
+    plain = variances.least(flat_config(ratio=1 / 4, memory="none"), captured_of(before, rows))
     assert found.variance < 0.3 * plain.variance
 
 
@@ -77,7 +78,7 @@ def test_variances_are_means_over_batches():
     one, other = batch(1), batch(2)
     config = flat_config(ratio=1 / 4, memory="none")
     both, *single = (
-        calibration.least(config, captured_of(batch(0), *rows)).variance
+        variances.least(config, captured_of(batch(0), *rows)).variance
         for rows in ((one, other), (one,), (other,))
     )
     assert both == pytest.approx(sum(single) / 2)
@@ -111,16 +112,14 @@ def test_a_budget_is_spread_once_the_run_spreads_it():
         scores=[{choice: 30 * s for choice, s in one.items()} for one in loud.scores]
     )
     layers = {"quiet": quiet, "loud": loud}
-    early = calibration.sampled(ALLOCATED, 49, layers)
+    early = variances.sampled(ALLOCATED, 49, layers)
     assert {one.k for one in early.values()} == {M // 4}
-    late = calibration.sampled(ALLOCATED, 50, layers)
+    late = variances.sampled(ALLOCATED, 50, layers)
     budget = 1 / 4 * 2 * (2 * M * N * P)
     assert late["quiet"].k < late["loud"].k
     assert sum(one.flops for one in late.values()) <= budget
     # The same number of rows everywhere, within the same budget, is noisier.
-    alike = [
-        calibration.least(flat_config(k=12, memory="none"), layer) for layer in layers.values()
-    ]
+    alike = [variances.least(flat_config(k=12, memory="none"), layer) for layer in layers.values()]
     assert 0.95 * budget < sum(one.flops for one in alike) <= budget
     assert sum(one.variance for one in late.values()) < sum(one.variance for one in alike)
 

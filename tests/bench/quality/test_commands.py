@@ -137,3 +137,21 @@ def test_a_stopped_run_goes_on_where_it_was_and_is_reported(store, monkeypatch):
     assert {len(points) for by in store.curves().values() for points in by.values()} == {10}
     assert "quality.html" in invoke(*output, "report").output
     assert (store.folder / "tiny-curves.svg").exists()
+
+
+def test_noise_is_measured_for_what_was_run_or_named(store):
+    output = ("--output", store.folder)
+    assert invoke(*output, "calibrate").output == ""  # nothing has been run
+    invoke(
+        *output, "run", "--scheme", "priority", "--scheme", "topk", "--ratio", "1/4", "--seeds", 1
+    )
+    first = invoke(*output, "calibrate").output
+    assert [line[:24] for line in first.splitlines()[::9]] == [
+        "tiny step 2: priority 1/",
+        "tiny step 20: priority 1",
+    ]
+    assert "topk" not in first
+    assert invoke(*output, "calibrate").output == ""
+    named = invoke(*output, "calibrate", "--scheme", "budget", "--ratio", "1/2").output
+    assert named.count("budget 1/2") == 10
+    assert "priority" not in named
