@@ -138,7 +138,7 @@ class Formula:
         return float(np.average(course, weights=rates))
 
 
-#: The one that predicts best, and that needs no fitted factor.
+#: The one that predicts best, without a fitted factor: the ν of a step says what it is worth.
 BEST = Formula()
 
 
