@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from memaop_triton.bench.studies.quality.data import Data
+from memaop_triton.bench.studies.quality.batches import Batch, Data
 from memaop_triton.bench.studies.quality.tasks import Task
 from memaop_triton.bench.studies.quality.training import Trainer, evaluating, loss_of
 
@@ -34,19 +35,29 @@ def capture(
     size = task.batch
     if most_rows is not None:
         size = max(1, min(size, most_rows // source.sample.y[0].numel()))
-    layers = {
-        name: module
-        for name, module in trainer.model.named_modules()
-        if isinstance(module, nn.Linear) and name not in task.left_dense
-    }
+    with evaluating(trainer.model):
+        return rows_of(trainer.model, task, source.batches(size, batches, generator))
+
+
+def rows_of(model: nn.Module, task: Task, batches: Iterable[Batch]) -> dict[str, list[Rows]]:
+    """Rows of every layer that schemes convert, batch by batch; gradients add up in the model."""
+    layers = hidden_layers(model, task)
     found: dict[str, list[Rows]] = {name: [] for name in layers}
     handles = [_watch(module, found[name]) for name, module in layers.items()]
-    with evaluating(trainer.model):
-        for batch in source.batches(size, batches, generator):
-            loss_of(trainer.model, batch).backward()
+    for batch in batches:
+        loss_of(model, batch).backward()
     for handle in handles:
         handle.remove()
     return found
+
+
+def hidden_layers(model: nn.Module, task: Task) -> dict[str, nn.Linear]:
+    """The linear layers of a dense network that schemes convert."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in task.left_dense
+    }
 
 
 def _watch(module: nn.Linear, rows: list[Rows]) -> torch.utils.hooks.RemovableHandle:

@@ -23,11 +23,10 @@ from torch import Tensor
 from memaop_triton import MemAOPConfig
 from memaop_triton.backward.scores import misses_columns, parts_to_score, with_floor
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
-from memaop_triton.bench.studies.quality import data, pretrained
+from memaop_triton.bench.studies.quality import data
 from memaop_triton.bench.studies.quality.capture import Rows, capture
-from memaop_triton.bench.studies.quality.data import Data
 from memaop_triton.bench.studies.quality.schemes import value_of
-from memaop_triton.bench.studies.quality.tasks import TASKS, Task
+from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.config import SCORES
 from memaop_triton.dispatch import row_norms
 from memaop_triton.flops import columns_read, numbers_read
@@ -112,12 +111,8 @@ def added_variance(rows: Rows, scores: Tensor, k: int) -> float:
 
 def variances(name: str, data_dir: Path | None) -> list[Variance]:
     """All kinds of layers of a task at all ratios."""
-    task: Task
-    source: Data
-    if name == "minilm":
-        task, source = pretrained.task(data_dir), pretrained.load(data_dir)
-    else:
-        task, source = TASKS[name], data.load(TASKS[name], data_dir)
+    task = TASKS[name].located(data_dir)
+    source = data.load(task, data_dir)
     generator = torch.Generator().manual_seed(0)
     found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     captured = capture(task, source, STEPS[name], _BATCHES)

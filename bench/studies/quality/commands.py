@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import TimeRemainingColumn
 
 from memaop_triton.bench.studies.quality import (
+    calibration,
     cheap_scores,
     crossterms,
     noise,
@@ -171,6 +172,26 @@ def scores_of_rows(context: typer.Context) -> None:
     folders: _Folders = context.obj
     for line in cheap_scores.run(folders.results / "scores.json", folders.data):
         _print(Console(), line)
+
+
+@app.command()
+def calibrate(
+    context: typer.Context, task: Tasks = None, scheme: Schemes = None, ratio: Ratios = None
+) -> None:
+    """Measure how noisy dense's steps would be under schemes; those that have been run by default.
+
+    It may be stopped and started again: only the way to the next step is trained again.
+    """
+    folders: _Folders = context.obj
+    path, console = folders.results / "calibration.csv", Console()
+    ran = {run.cell for run in Store(folders.results).runs()}
+    for name in task or TASKS:
+        chosen = running.wanted([name], scheme, ratio)
+        covered = [
+            cell for cell in chosen if calibration.is_covered(cell) and (scheme or cell in ran)
+        ]
+        for line in calibration.run(covered, 0, path, folders.data):
+            _print(console, f"{name} {line}")
 
 
 @app.command()

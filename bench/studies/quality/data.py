@@ -1,122 +1,21 @@
-"""Batches for training, and fixed samples to judge by.
-
-Learning rates are tuned on a part of the training data (`for_tuning`), so that the data that a run
-is judged by has not been used for tuning.
-"""
+"""The data of the tasks, read from files."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from memaop_triton.bench.studies.quality import posts
+from memaop_triton.bench.studies.quality.batches import Batch, Data, ImageData, TextData
+from memaop_triton.bench.studies.quality.bert import MiniLm
 from memaop_triton.bench.studies.quality.networks import Gpt
 from memaop_triton.bench.studies.quality.tasks import Task
 from memaop_triton.experiments.data import DataError, load_images, load_text
 
-_TUNING_IMAGES = 10_000
-_SAMPLE_IMAGES = 2_000
-_SAMPLE_SEQUENCES = 64
 _HELD_OUT = 0.05  # of a text
-
-
-class Batch(NamedTuple):
-    """Inputs and targets.
-
-    Attributes:
-        x: [B, pixels] float32, or [B, T] characters, int64.
-        y: [B] or [B, T], int64.
-    """
-
-    x: Tensor
-    y: Tensor
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """Batches of images to train on, and images held out to judge by.
-
-    Images come in shuffled passes; a batch may hold the end of one and the start of the next.
-
-    Attributes:
-        train: All that batches are made of.
-        held_out: All that a run is judged by.
-    """
-
-    train: Batch
-    held_out: Batch
-
-    @property
-    def sample(self) -> Batch:
-        """2,000 of the held-out images, always the same, for curves."""
-        order = torch.randperm(len(self.held_out.y), generator=torch.Generator().manual_seed(0))
-        chosen = order[:_SAMPLE_IMAGES]
-        return Batch(self.held_out.x[chosen], self.held_out.y[chosen])
-
-    def batches(self, size: int, steps: int, generator: torch.Generator) -> Iterator[Batch]:
-        """`steps` batches of `size` images."""
-        left = torch.empty(0, dtype=torch.int64)
-        for _ in range(steps):
-            if len(left) < size:
-                left = torch.cat([left, torch.randperm(len(self.train.y), generator=generator)])
-            rows, left = left[:size], left[size:]
-            yield Batch(self.train.x[rows], self.train.y[rows])
-
-    def for_tuning(self) -> ImageData:
-        """The last 10,000 training images held out."""
-        x, y = self.train
-        cut = len(y) - _TUNING_IMAGES
-        return ImageData(Batch(x[:cut], y[:cut]), Batch(x[cut:], y[cut:]))
-
-
-@dataclass(frozen=True)
-class TextData:
-    """A text cut into sequences: at random to train on, one after the other to judge by.
-
-    Attributes:
-        train: [characters] int64.
-        rest: [characters] int64, held out.
-        context: Characters of a sequence.
-    """
-
-    train: Tensor
-    rest: Tensor
-    context: int
-
-    @property
-    def held_out(self) -> Batch:
-        """All whole sequences of the part held out."""
-        count = (len(self.rest) - 1) // self.context
-        rows = torch.arange(count)[:, None] * self.context + torch.arange(self.context)
-        return Batch(self.rest[rows], self.rest[rows + 1])
-
-    @property
-    def sample(self) -> Batch:
-        """64 of them, evenly spread, for curves."""
-        x, y = self.held_out
-        chosen = torch.linspace(0, len(x) - 1, min(len(x), _SAMPLE_SEQUENCES)).long()
-        return Batch(x[chosen], y[chosen])
-
-    def batches(self, size: int, steps: int, generator: torch.Generator) -> Iterator[Batch]:
-        """`steps` batches of `size` sequences."""
-        along = torch.arange(self.context)
-        for _ in range(steps):
-            last = len(self.train) - self.context
-            rows = torch.randint(last, (size, 1), generator=generator) + along
-            yield Batch(self.train[rows], self.train[rows + 1])
-
-    def for_tuning(self) -> TextData:
-        """As much of the training text's end held out as is of the whole text."""
-        cut = len(self.train) - len(self.rest)
-        return TextData(self.train[:cut], self.train[cut:], self.context)
-
-
-Data = ImageData | TextData
 
 
 def load(task: Task, data_dir: Path | None) -> Data:
@@ -126,6 +25,8 @@ def load(task: Task, data_dir: Path | None) -> Data:
         DataError: The data is missing or is not what it should be.
         CommandError: scikit-learn is needed to fetch it and not installed.
     """
+    if isinstance(task.network, MiniLm):
+        return posts.load(data_dir)
     if not isinstance(task.network, Gpt):
         return _images(task.data, data_dir)
     codes, count = _codes(task.data, data_dir)

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from memaop_triton import MemAOPConfig
-from memaop_triton.bench.studies.quality.data import Batch
+from memaop_triton.bench.studies.quality.batches import Batch
 from memaop_triton.bench.studies.quality.tasks import Task
 from memaop_triton.bench.studies.quality.training import Trainer, loss_of
 

@@ -94,12 +94,12 @@ def measure(
     found: dict[Choice, tuple[int, float]] = {}
     for side in ("input", "grad"):
         a, other = ("x", "g") if side == "input" else ("g", "x")
-        left = _basis(getattr(before, a), most).left_of(getattr(after, a), ranks)
+        left = basis_of(getattr(before, a), most).left_of(getattr(after, a), ranks)
         for rank, scores in zip(ranks, left * row_norms(getattr(after, other)), strict=True):
             length = sizes[1] if side == "input" else sizes[2]
             cost = SubspaceCost(rank, length, config.period, most * (sizes[1] + sizes[2]))
             k = config.num_rows(*sizes, cost if rank else None)
-            found[Choice(side, rank)] = k, _variance(scores, k) / float(square)
+            found[Choice(side, rank)] = k, variance_of(scores, k) / float(square)
     none = found[Choice("input", 0)]
     yield "none", 0, *none, float(own)
     for side in ("input", "grad"):
@@ -107,13 +107,14 @@ def measure(
         yield side, best.rank, *found[best], float(own)
 
 
-def _variance(scores: torch.Tensor, k: int) -> float:
+def variance_of(scores: torch.Tensor, k: int) -> float:
     """Of drawing rows with the best probabilities for K of them: Σ s² (1/p − 1)."""
     p = inclusion_probabilities(scores, k).double()
     return float((scores.double().square() * torch.where(p > 0, 1 / p - 1, 0)).sum())
 
 
-def _basis(rows: torch.Tensor, rank: int) -> Basis:
+def basis_of(rows: torch.Tensor, rank: int) -> Basis:
+    """A basis after some power iterations on these rows ([M, features])."""
     basis = Basis(rows.shape[1], rank)
     for _ in range(_ITERATIONS):
         basis.iterate(rows, project_rows(rows, basis.of(rows, rank))[0])

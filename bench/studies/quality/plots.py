@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from memaop_triton.bench.report import text
-from memaop_triton.bench.report.figures import INK, colour, new_figure, styled
+from memaop_triton.bench.report.figures import INK, RULE, colour, new_figure, styled
+from memaop_triton.bench.studies.quality.progress import TOLERANCE, Pair
 from memaop_triton.bench.studies.quality.results import Results
 from memaop_triton.bench.studies.quality.schemes import (
     DENSE,
@@ -59,6 +61,10 @@ _COLOURS = {
 }
 _OTHERS = ("#6a737d", "#a0a9b2", "#c9a300", "#9aa800")
 _MARKERS = "osD^vPX<>*"
+_TASK_COLOURS = (
+    *("#d1348b", "#8a63d2", "#2f80c2", "#4a8f4a", "#c9a300", "#dd7230"),
+    *("#3aa39b", "#9c5b3c", "#6a737d"),
+)
 # Below it a scale of differences is linear.
 _LINEAR = {"accuracy": 0.5, "loss": 0.02}
 
@@ -132,6 +138,34 @@ def trade_off(results: Results, task: Task) -> Figure:
     panel.xaxis.set_major_formatter(lambda value, _: text.ratio(value))
     panel.set_xlabel("FLOPs of all weight gradients, as a fraction of dense")
     panel.set_ylabel(f"{_metric(task)}, difference to dense")
+    _legend(figure, panel)
+    return figure
+
+
+@styled
+def calibration(pairs: Sequence[Pair], predict: Callable[[Pair], float]) -> Figure:
+    """Measured progress against predicted progress, a colour for each task."""
+    figure, (panel,) = _figure(1, 560)
+    lowest = min(min(predict(pair), pair.measured) for pair in pairs) - 0.05
+    ends = (lowest, 1.05)
+    below, above = ([end + sign * TOLERANCE for end in ends] for sign in (-1, 1))
+    panel.fill_between(ends, below, above, color=RULE, alpha=0.6, linewidth=0)
+    panel.plot(ends, ends, color=INK, linewidth=1)
+    for place, task in enumerate(dict.fromkeys(pair.cell.task for pair in pairs)):
+        tint = _TASK_COLOURS[place % len(_TASK_COLOURS)]
+        marker = _MARKERS[place % len(_MARKERS)]
+        for pair in pairs:
+            if pair.cell.task == task:
+                known = 0.0 if math.isnan(pair.error) else pair.error
+                panel.errorbar(
+                    predict(pair), pair.measured, yerr=known, color=tint, marker=marker,
+                    markersize=7, markerfacecolor=tint if pair.is_decided else "none",
+                    elinewidth=0.7, linestyle="none",
+                )  # fmt: skip
+        panel.plot([], [], color=tint, marker=marker, linestyle="none", label=task)
+    panel.set_xlim(ends)
+    panel.set_xlabel("predicted progress")
+    panel.set_ylabel("measured progress, dense = 1")
     _legend(figure, panel)
     return figure
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from memaop_triton.bench.report import text, writing
 from memaop_triton.bench.report.document import Bullets, Document, Section
-from memaop_triton.bench.studies.quality import evidence, results, sections
+from memaop_triton.bench.studies.quality import evidence, results, sections, worth
 from memaop_triton.bench.studies.quality.results import Results
 from memaop_triton.bench.studies.quality.running import SEEDS
 from memaop_triton.bench.studies.quality.schemes import cells
@@ -50,6 +50,7 @@ def document(found: Results) -> Document:
             sections.equal_time_section(found),
             Section("reading", "How to read this", [reading]),
             *(sections.task_section(found, task) for task in TASKS.values()),
+            worth.worth_section(found),
             evidence.noise_section(found),
             evidence.cross_terms_section(found),
             evidence.tuning_section(found),

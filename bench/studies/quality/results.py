@@ -10,6 +10,7 @@ from statistics import fmean, median
 import numpy as np
 
 from memaop_triton.bench.studies.quality import tables
+from memaop_triton.bench.studies.quality.calibration import StepNoise
 from memaop_triton.bench.studies.quality.crossterms import CrossTerms
 from memaop_triton.bench.studies.quality.noise import Noise
 from memaop_triton.bench.studies.quality.schemes import (
@@ -39,6 +40,7 @@ class Results:
         trials: Of learning rates.
         cross_terms: Of the experiment on frozen weights.
         noise: Of single steps.
+        calibration: Noise all along runs of dense.
         stale: Runs that were left out.
     """
 
@@ -49,6 +51,7 @@ class Results:
     trials: list[Trial]
     cross_terms: list[CrossTerms]
     noise: list[Noise]
+    calibration: list[StepNoise]
     stale: int
 
     def metrics(self, cell: Cell) -> dict[int, float]:
@@ -137,5 +140,6 @@ def load(folder: Path) -> Results:
         tables.read(folder / "tuning.csv", Trial),
         tables.read(folder / "crossterms.csv", CrossTerms),
         tables.read(folder / "noise.csv", Noise),
+        tables.read(folder / "calibration.csv", StepNoise),
         store.stale(),
     )

@@ -55,9 +55,10 @@ def do(
 ) -> Run:
     """Train, count, and keep the result."""
     cell, seed = job
-    source = data.load(cell.problem, data_dir)
+    task = cell.problem.located(data_dir)
+    source = data.load(task, data_dir)
     counted = _flops(cell, data_dir)
-    outcome = train(cell.problem, cell.config, seed, source, progress, allocated=cell.allocated)
+    outcome = train(task, cell.config, seed, source, progress, allocated=cell.allocated)
     run = Run(
         *cell,
         seed,
@@ -73,7 +74,7 @@ def do(
 
 @functools.cache
 def _flops(cell: Cell, data_dir: Path | None) -> Flops:
-    task = cell.problem
+    task = cell.problem.located(data_dir)
     batch = data.first_batch(data.load(task, data_dir), task.batch)
     counted = flops.count(task, cell.config, batch)
     share = task.batch / TASKS[cell.task].batch

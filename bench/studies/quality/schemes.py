@@ -21,7 +21,7 @@ SHORTER = "dense-shorter"
 #: Dense, in as many steps of fewer rows: the other way to make a step cheaper.
 SMALLER = "dense-smaller"
 #: Of the steps, and of the rows.
-DENSE_SHARES = {SHORTER: ("3/4", "1/2"), SMALLER: ("3/4", "1/2", "1/4")}
+DENSE_SHARES = {SHORTER: ("3/4", "1/2", "1/4"), SMALLER: ("3/4", "1/2", "1/4")}
 RATIOS = ("1/2", "1/4", "1/8", "1/16", "1/32")
 ALL_RATIOS = ("3/4", *RATIOS)
 #: Where all schemes are compared, and where those that sample dX as well are.
@@ -138,6 +138,7 @@ _IN_LONG_TASKS = {
     **_BOTH,
     **DENSE_SHARES,
 }
+_FINE_TUNING = {"budget-allocated": ("1/4",), "priority": _AT_EQUAL_TIME, **DENSE_SHARES}
 _WITH_LARGER_BATCHES = {"budget": ("1/8",), **_BOTH, **DENSE_SHARES}
 _FEW_CELLS = {
     "gpt-512": _IN_LONG_TASKS,
@@ -146,6 +147,7 @@ _FEW_CELLS = {
     "gpt-128-256": _WITH_LARGER_BATCHES,
     "fashion-1024": _WITH_LARGER_BATCHES,
     "vit-512": _WITH_LARGER_BATCHES,
+    "minilm": _FINE_TUNING,
 }
 LONG_TASKS = tuple(_FEW_CELLS)
 
@@ -230,7 +232,7 @@ def _ratios(task: str, scheme: str) -> tuple[str, ...]:
     if scheme == DENSE:
         return ()
     if scheme in DENSE_SHARES:
-        return DENSE_SHARES[scheme] if task in _MEDIUM else ()
+        return DENSE_SHARES[scheme] if task in _MEDIUM or scheme == SHORTER else ()
     if task not in _MEDIUM or scheme in _MAIN:
         return RATIOS
     return (RATIO_OF_BOTH if SCHEMES[scheme].cheapens_both else RATIO,)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from memaop_triton.bench.studies.quality import data, tables
-from memaop_triton.bench.studies.quality.data import Batch
+from memaop_triton.bench.studies.quality.batches import Batch
 from memaop_triton.bench.studies.quality.schemes import Cell
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.training import ALLOCATE_EVERY, Trainer
@@ -85,7 +85,8 @@ def measure(cell: Cell, data_dir: Path | None, rounds: int | None = None) -> Ste
 
     One that `allocate_` spreads a budget for is timed after it has done so.
     """
-    task, own, config = TASKS[cell.task], cell.problem, cell.config
+    task, own = (one.located(data_dir) for one in (TASKS[cell.task], cell.problem))
+    config = cell.config
     assert cell.has_own_steps
     period = 1 if config is None else config.period
     rounds = rounds or (ROUNDS if period == 1 else LONG_ROUNDS)

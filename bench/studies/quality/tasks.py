@@ -6,13 +6,16 @@ kept for every scheme.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
+from memaop_triton.bench.studies.quality.bert import MiniLm
 from memaop_triton.bench.studies.quality.networks import Gpt, Mlp, Network, Vit
 
 Metric = Literal["accuracy", "loss"]
@@ -97,6 +100,12 @@ class Task:
         """1 if more of the metric is better, −1 if less is."""
         return 1 if self.metric == "accuracy" else -1
 
+    def located(self, data_dir: Path | None) -> Task:
+        """The same with pretrained weights, if it has any, read from a data directory."""
+        if not isinstance(self.network, MiniLm):
+            return self
+        return dataclasses.replace(self, network=dataclasses.replace(self.network, folder=data_dir))
+
 
 def _epochs(count: float, batch: int) -> int:
     return round(count * (_IMAGES // batch))
@@ -132,6 +141,18 @@ def _gpt(name: str, network: Gpt, steps: int, lr: float, batch: int = 16) -> Tas
     return Task(name, title, "tinyshakespeare", network, _transformer(lr), batch, steps, "loss")
 
 
+# At the usual rate, 2,048 tokens a step.
+_FINE_TUNING = Task(
+    "minilm",
+    "BERT (MiniLM, 6 layers, d=384), pretrained, on 20 Newsgroups",
+    "newsgroups20",
+    MiniLm(),
+    Optimizer("adamw", 1e-4, weight_decay=0.01, floor=0.0),
+    32,
+    170,
+    "accuracy",
+)
+
 TASKS = {
     task.name: task
     for task in (
@@ -148,5 +169,6 @@ TASKS = {
         # Four times the batch: in as many epochs, and in as many steps.
         _fashion("fashion-1024", 1024, 4, 4e-3),
         _vit("vit-512", 512, 5, 2e-3),
+        _FINE_TUNING,
     )
 }

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memaop_triton import MemAOPConfig, allocate_, attach_optimizer, convert_, monitor
-from memaop_triton.bench.studies.quality.data import Batch, Data
+from memaop_triton.bench.studies.quality.batches import Batch, Data
 from memaop_triton.bench.studies.quality.tasks import Task
 from memaop_triton.monitor.allocate import DEFAULT_BUDGETS
 
 POINTS = 10  # of a curve
 ALLOCATE_EVERY = 50  # steps
-_ALLOCATED = (*DEFAULT_BUDGETS, 1.0)  # of budgets and ratios alike
+ALLOCATED_SHARES = (*DEFAULT_BUDGETS, 1.0)  # of budgets and ratios alike
 _NUMBERS = 1 << 16  # pixels or characters of one forward pass of an evaluation
 
 
@@ -119,7 +119,7 @@ class Trainer:
             self.schedule.step()
             steps = self.schedule.last_epoch
             if self.monitor and self.allocated and steps % ALLOCATE_EVERY == 0:
-                allocate_(self.model, self.monitor, self.allocated, _ALLOCATED)
+                allocate_(self.model, self.monitor, self.allocated, ALLOCATED_SHARES)
         return value
 
 
@@ -136,7 +136,7 @@ def train(
     start = time.perf_counter()
     seeds = Seeds.of(seed)
     trainer = Trainer(task, config, seed, allocated)
-    points = {round(i * task.steps / POINTS) for i in range(1, POINTS + 1)}
+    points = curve_points(task)
     curve: list[Point] = []
     sample = data.sample
     generator = torch.Generator().manual_seed(seeds.batches)
@@ -156,6 +156,11 @@ def train(
         if not math.isfinite(score.loss):
             diverged_at = task.steps
     return Outcome(score, tuple(curve), diverged_at, time.perf_counter() - start)
+
+
+def curve_points(task: Task) -> list[int]:
+    """The steps after which a curve has a point."""
+    return sorted({round(i * task.steps / POINTS) for i in range(1, POINTS + 1)})
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:

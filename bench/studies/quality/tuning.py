@@ -52,6 +52,7 @@ def with_rate(task: Task, lr: float) -> Task:
 
 def tune(task: Task, path: Path, data_dir: Path | None) -> Iterator[Trial]:
     """Try the learning rates that `path` does not hold yet, and write them there."""
+    task = task.located(data_dir)
     source = data.load(task, data_dir).for_tuning()
     known = {(one.code, one.seed) for one in tables.read(path, Trial)}
     for candidate in candidates(task):

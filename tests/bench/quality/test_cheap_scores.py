@@ -7,7 +7,7 @@ import torch
 
 from memaop_triton import MemAOPConfig
 from memaop_triton.backward.weight_grad import weight_grad
-from memaop_triton.bench.studies.quality import cheap_scores, pretrained
+from memaop_triton.bench.studies.quality import bert, cheap_scores, posts
 from memaop_triton.bench.studies.quality.capture import Rows
 from memaop_triton.bench.studies.quality.cheap_scores import Time, added_variance, scores_of
 from memaop_triton.bench.studies.quality.schemes import code_of
@@ -88,10 +88,10 @@ def test_a_setting_that_came_later_makes_no_run_stale():
 
 
 def test_words_are_cut_into_the_longest_pieces():
-    found = pretrained.tokens(["plays", "playing", "plaything", "x"], VOCABULARY)
+    found = posts.tokens(["plays", "playing", "plaything", "x"], VOCABULARY)
     assert found[:8] == [101, 5, 7, 5, 6, 100, 100, 102]
     assert found[8:] == [0] * 56
-    long = pretrained.tokens(["play"] * 100, VOCABULARY)
+    long = posts.tokens(["play"] * 100, VOCABULARY)
     assert long == [101, *[5] * 62, 102]
 
 
@@ -142,7 +142,7 @@ def folder(tmp_path):
 
 def test_the_pretrained_network_has_its_weights_and_reads_no_padding(folder):
     path, weights = folder
-    sizes = pretrained.MiniLm(path / "minilm", 8, 1, 2, classes=3, vocabulary=110, positions=64)
+    sizes = bert.MiniLm(path, 8, 1, 2, classes=3, vocabulary=110, positions=64)
     model = sizes.build()
     own = dict(model.named_parameters())
     for ours, theirs in (
@@ -151,7 +151,7 @@ def test_the_pretrained_network_has_its_weights_and_reads_no_padding(folder):
         ("blocks.0.norm2.weight", "encoder.layer.0.output.LayerNorm.weight"),
     ):
         assert torch.equal(own[ours], weights[theirs].float())
-    batch = pretrained.load(path).train
+    batch = posts.load(path).train
     assert batch.y.tolist() == [1, 0]
     assert batch.x[1, :4].tolist() == [101, 5, 6, 100]
     whole = model(batch.x)
@@ -162,8 +162,8 @@ def test_the_pretrained_network_has_its_weights_and_reads_no_padding(folder):
 
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(DataError, match=r"--data-dir or MEMAOP_TRITON_DATA_DIR"):
-        pretrained.load(None)
+        posts.load(None)
     with pytest.raises(DataError, match=r"tokenizer\.json"):
-        pretrained.load(tmp_path)
+        posts.load(tmp_path)
     with pytest.raises(DataError, match=r"model\.safetensors"):
-        pretrained.task(tmp_path).network.build()
+        cheap_scores.TASKS["minilm"].located(tmp_path).network.build()

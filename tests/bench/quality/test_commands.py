@@ -3,7 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
-from memaop_triton.bench.studies.quality import commands, step_times, tables, tuning
+from memaop_triton.bench.studies.quality import batches, commands, step_times, tables, tuning
 from memaop_triton.bench.studies.quality.schemes import Cell
 from memaop_triton.bench.studies.quality.step_times import StepTime
 from memaop_triton.bench.studies.quality.training import Outcome, Score, Trainer
@@ -85,7 +85,7 @@ def test_tuning_goes_on_where_it_was(task, tmp_path, monkeypatch):
         return Outcome(Score(1.0, 100 * candidate.optimizer.lr), (), 0, 1.0)
 
     monkeypatch.setattr(tuning, "train", train)
-    monkeypatch.setattr(tuning.data, "_TUNING_IMAGES", 100)
+    monkeypatch.setattr(batches, "_TUNING_IMAGES", 100)
     path = tmp_path / "tuning.csv"
     output = invoke("--output", tmp_path, "tune").output
     assert "tiny: 0.012 is best, 0.003 is used" in output
@@ -137,3 +137,21 @@ def test_a_stopped_run_goes_on_where_it_was_and_is_reported(store, monkeypatch):
     assert {len(points) for by in store.curves().values() for points in by.values()} == {10}
     assert "quality.html" in invoke(*output, "report").output
     assert (store.folder / "tiny-curves.svg").exists()
+
+
+def test_noise_is_measured_for_what_was_run_or_named(store):
+    output = ("--output", store.folder)
+    assert invoke(*output, "calibrate").output == ""  # nothing has been run
+    invoke(
+        *output, "run", "--scheme", "priority", "--scheme", "topk", "--ratio", "1/4", "--seeds", 1
+    )
+    first = invoke(*output, "calibrate").output
+    assert [line[:24] for line in first.splitlines()[::9]] == [
+        "tiny step 2: priority 1/",
+        "tiny step 20: priority 1",
+    ]
+    assert "topk" not in first
+    assert invoke(*output, "calibrate").output == ""
+    named = invoke(*output, "calibrate", "--scheme", "budget", "--ratio", "1/2").output
+    assert named.count("budget 1/2") == 10
+    assert "priority" not in named

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memaop_triton.bench.studies.quality import data
-from memaop_triton.bench.studies.quality.data import Batch, ImageData, TextData
+from memaop_triton.bench.studies.quality.batches import Batch, ImageData, TextData
 from memaop_triton.bench.studies.quality.networks import Gpt, Vit
 from memaop_triton.bench.studies.quality.schemes import SCHEMES, Cell, cells, value_of
 from memaop_triton.bench.studies.quality.tasks import TASKS
@@ -23,13 +23,13 @@ DATA_DIR = os.environ.get("MEMAOP_TRITON_DATA_DIR")
 @pytest.mark.skipif(not DATA_DIR, reason="MEMAOP_TRITON_DATA_DIR is not set")
 @pytest.mark.parametrize("name", TASKS)
 def test_two_steps_on_real_data(name):
-    task = dataclasses.replace(TASKS[name], batch=4)
+    task = dataclasses.replace(TASKS[name].located(Path(DATA_DIR)), batch=4)
     source = data.load(task, Path(DATA_DIR))
     trainer = Trainer(task, Cell(name, "subspace", "1/8").config, 0)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     generator = torch.Generator().manual_seed(0)
     losses = [trainer.step(batch) for batch in source.batches(4, 2, generator)]
-    classes = 65 if task.metric == "loss" else 10
+    classes = 20 if name == "minilm" else 65 if task.metric == "loss" else 10
     assert losses[0] == pytest.approx(math.log(classes), rel=0.1)  # it knows nothing yet
     after = trainer.model.parameters()
     assert not any(torch.equal(p, q) for p, q in zip(before, after, strict=True) if p.dim() > 1)
@@ -37,7 +37,7 @@ def test_two_steps_on_real_data(name):
     assert [n for n, m in linear.items() if not isinstance(m, MemAOPLinear)] == ["head"]
     x, y = source.sample
     assert math.isfinite(evaluate(trainer.model, Batch(x[:2], y[:2])).loss)
-    assert source.held_out.y.numel() >= (50_000 if task.metric == "loss" else 10_000)
+    assert source.held_out.y.numel() >= (50_000 if task.metric == "loss" else 7_500)
     assert y.numel() in (2_000, 64 * 128)
 
 

@@ -1,17 +1,12 @@
-"""A pretrained BERT that is fine-tuned on 20 Newsgroups: network, weights, tokens, and the task.
+"""A BERT with the pretrained weights of sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0).
 
-Files, in the data directory: `minilm/model.safetensors` and `minilm/tokenizer.json` of
-sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), and `newsgroups20_train.tsv.gz` and
-`newsgroups20_test.tsv.gz` with a line `label<TAB>lower-case words` for every post. They are read by
-hand, so that neither transformers nor tokenizers has to be installed.
+They are read by hand from `minilm/model.safetensors` in the data directory, so that transformers
+need not be installed.
 """
 
 from __future__ import annotations
 
-import functools
-import gzip
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,12 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memaop_triton.bench.studies.quality.data import Batch, ImageData
-from memaop_triton.bench.studies.quality.tasks import Optimizer, Task
 from memaop_triton.experiments.data import DATA_DIR_VARIABLE, DataError
 
-CONTEXT = 64
-_PAD, _UNKNOWN, _CLS, _SEP = 0, 100, 101, 102
+PAD = 0  # the token where there is none
 
 
 @dataclass(frozen=True)
@@ -33,7 +25,7 @@ class MiniLm:
     """BERT of six layers with its pretrained weights, and a classifier on its first token.
 
     Attributes:
-        folder: Where the weights are.
+        folder: Where the weights are; `Task.located` sets it.
         width: Of the residual stream.
         depth: Layers.
         heads: Of the attention.
@@ -42,7 +34,7 @@ class MiniLm:
         positions: Most tokens of a text.
     """
 
-    folder: Path = field(repr=False)
+    folder: Path | None = field(default=None, repr=False)
     width: int = 384
     depth: int = 6
     heads: int = 12
@@ -51,9 +43,15 @@ class MiniLm:
     positions: int = 512
 
     def build(self) -> nn.Module:
-        """[B, T] tokens (int64, 0 where there is none) to [B, classes]."""
+        """[B, T] tokens (int64, 0 where there is none) to [B, classes].
+
+        Raises:
+            DataError: There are no weights in the folder.
+        """
         model = _Bert(self)
-        weights = _read_safetensors(self.folder / "model.safetensors")
+        weights = _read_safetensors(
+            existing(folder_of(self.folder) / "minilm" / "model.safetensors")
+        )
         named = {_our_name(name): value for name, value in weights.items()}
         head = {f"head.{name}": value for name, value in model.head.state_dict().items()}
         model.load_state_dict(
@@ -62,71 +60,8 @@ class MiniLm:
         return model
 
 
-def task(data_dir: Path | None) -> Task:
-    """Fine-tuning at the usual rate, 2,048 tokens a step."""
-    network = MiniLm(_folder(data_dir) / "minilm")
-    optimizer = Optimizer("adamw", 1e-4, weight_decay=0.01, floor=0.0)
-    title = "BERT (MiniLM, 6 layers, d=384), pretrained, on 20 Newsgroups"
-    return Task("minilm", title, "newsgroups20", network, optimizer, 32, 170, "accuracy")
-
-
-def load(data_dir: Path | None) -> ImageData:
-    """The posts of 20 Newsgroups as `CONTEXT` tokens each, and their classes.
-
-    Raises:
-        DataError: A file is missing.
-    """
-    return _posts(_folder(data_dir))
-
-
-@functools.cache
-def _posts(folder: Path) -> ImageData:
-    vocabulary = json.loads(_existing(folder / "minilm" / "tokenizer.json").read_text("utf-8"))
-    number: dict[str, int] = vocabulary["model"]["vocab"]
-    parts = {}
-    for name in ("train", "test"):
-        path = _existing(folder / f"newsgroups20_{name}.tsv.gz")
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
-        parts[name] = [line.split("\t", 1) for line in lines]
-    labels = {label: i for i, label in enumerate(sorted({label for label, _ in parts["train"]}))}
-    train, test = (
-        Batch(
-            torch.tensor([tokens(text.split(), number) for _, text in part]),
-            torch.tensor([labels[label] for label, _ in part]),
-        )
-        for part in parts.values()
-    )
-    return ImageData(train, test)
-
-
-def tokens(words: Iterable[str], number: dict[str, int]) -> list[int]:
-    """`CONTEXT` numbers for a text: its start, word pieces, and an end, filled up with 0.
-
-    A word is cut into the longest pieces that the vocabulary has, from its start on.
-    """
-    found = [_CLS]
-    for word in words:
-        found += _pieces(word, number)
-        if len(found) >= CONTEXT:
-            break
-    found = [*found[: CONTEXT - 1], _SEP]
-    return found + [_PAD] * (CONTEXT - len(found))
-
-
-def _pieces(word: str, number: dict[str, int]) -> list[int]:
-    found, start = [], 0
-    while start < len(word):
-        prefix = "##" if start else ""
-        ends = range(len(word), start, -1)
-        end = next((e for e in ends if prefix + word[start:e] in number), None)
-        if end is None:
-            return [_UNKNOWN]
-        found.append(number[prefix + word[start:end]])
-        start = end
-    return found
-
-
-def _folder(data_dir: Path | None) -> Path:
+def folder_of(data_dir: Path | None) -> Path:
+    """The data directory, or a `DataError` that says how to name one."""
     if data_dir is None:
         raise DataError(
             "the pretrained BERT and 20 Newsgroups are not downloaded: name the directory that "
@@ -135,7 +70,8 @@ def _folder(data_dir: Path | None) -> Path:
     return data_dir
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """The same path, or a `DataError` if there is no such file."""
     if not path.is_file():
         raise DataError(f"there is no file {path}, which the study of the pretrained BERT reads.")
     return path
@@ -143,7 +79,7 @@ def _existing(path: Path) -> Path:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors by name, as float32: a length, a JSON table of contents, and the numbers."""
-    content = _existing(path).read_bytes()
+    content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     dtypes = {"F16": np.float16, "F32": np.float32}
     found = {}
@@ -208,7 +144,7 @@ class _Bert(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.words(tokens) + self.positions.weight[: tokens.shape[1]] + self.kinds.weight[0]
         x = self.norm(x)
-        is_token = (tokens != _PAD)[:, None, None, :]
+        is_token = (tokens != PAD)[:, None, None, :]
         for block in self.blocks:
             x = block(x, is_token)
         out: Tensor = self.head(x[:, 0])
