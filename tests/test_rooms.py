@@ -19,6 +19,7 @@ ORDER = [
     ("backward",),
     ("nn",),
     ("monitor", "plan", "distributed"),
+    ("auto",),
     ("convert",),
     ("__init__",),
     ("experiments",),

@@ -21,7 +21,8 @@ from memaop_triton.bench.studies.quality.training import ALLOCATE_EVERY, ALLOCAT
 from memaop_triton.dispatch import row_norms
 from memaop_triton.flops import RANK_STEP, SubspaceCost, weight_grad_flops
 from memaop_triton.memory.choice import Choice
-from memaop_triton.monitor.allocate import Option, best_options
+from memaop_triton.monitor.allocate import best_options
+from memaop_triton.monitor.hull import Option
 
 NO_SUBSPACE = Choice("input", 0)
 #: Policies whose variance is Σ s²(1/p − 1); those of others follow from their draws.
