@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -58,43 +59,43 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
+_FIRST_ARGUMENT = 9  # after the grid, the stream, two handles and what a profiler would take
+
+
 class _Repeated(NamedTuple):
     """A launch in a recording.
 
     Attributes:
         program: As Triton compiled it.
-        run: What launches it, after grid and stream.
-        handles: What that takes first: the function on the device, and its metadata.
-        grid: Number of programs along each of three axes.
-        arguments: All of them, numbers where the addresses and scalars of a call go.
-        addresses: Of the argument at a place, the region that it lies in, and where in it.
-        scalars: Of the argument at a place, which of the call's scalars it is.
+        run: What launches it.
+        pick: Takes the arguments of `run` out of the values of a call.
     """
 
     program: Any
     run: Callable[..., None]
-    handles: tuple[Any, ...]
-    grid: tuple[int, int, int]
-    arguments: list[Any]
-    addresses: list[tuple[int, int, int]]
-    scalars: list[tuple[int, int]]
+    pick: Callable[[list[Any]], tuple[Any, ...]]
 
 
 class Recording:
     """The launches of one call of a function, for calls on other tensors like those.
 
     Regions of memory are numbered: first the call's tensors, then its results, last what it used in
-    between, of which one allocation holds all.
+    between, of which one allocation holds all. The values of a call, out of which each launch picks
+    its arguments, are the stream, addresses, the call's scalars, and what never changes.
     """
 
     def __init__(
         self,
         launches: list[_Repeated],
+        addresses: list[tuple[int, int]],
+        constants: list[Any],
         results: list[tuple[tuple[int, ...], torch.dtype] | None],
         temporary: int,
         device: torch.device,
     ) -> None:
         self._launches = launches
+        self._addresses = addresses  # regions, and where in them
+        self._constants = constants
         self._results = results
         self._temporary = temporary
         self._device = device
@@ -119,17 +120,15 @@ class Recording:
         starts.append(between.data_ptr())
         active = driver.active
         stream = active.get_current_stream(active.get_current_device())
-        is_watched = bool(knobs.runtime.launch_enter_hook.calls)  # by a profiler
-        for program, run, handles, grid, template, addresses, places in self._launches:
-            arguments = template.copy()
-            for place, region, offset in addresses:
-                arguments[place] = starts[region] + offset
-            for place, which in places:
-                arguments[place] = scalars[which]
-            if is_watched:
-                program[grid](*arguments, stream=stream)
-            else:
-                run(*grid, stream, *handles, *arguments)
+        addresses = [starts[region] + offset for region, offset in self._addresses]
+        values = [stream, *addresses, *scalars, *self._constants]
+        if knobs.runtime.launch_enter_hook.calls:  # watched by a profiler
+            for program, _, pick in self._launches:
+                arguments = pick(values)
+                program[arguments[:3]](*arguments[_FIRST_ARGUMENT:], stream=stream)
+        else:
+            for _, run, pick in self._launches:
+                run(*pick(values))
         return results
 
 
@@ -186,51 +185,91 @@ class _Recorder:
         made = [a for a in results if a is not None]
         if not self.is_repeatable or not self._noted or not all(a.is_contiguous() for a in made):
             return None
-        known = {a.data_ptr(): i for i, a in enumerate((*self._tensors, *made))}
-        if len(known) < len(self._tensors) + len(made):
+        regions = (*self._tensors, *made)
+        if len({a.data_ptr() for a in regions}) < len(regions):
             return None  # two of them share their memory
-        ours: dict[int, list[int]] = {}  # regions that lie in a storage
-        starts = [*known]
-        for region, a in enumerate((*self._tensors, *made)):
-            ours.setdefault(_storage(a), []).append(region)
-        last, size = len(known), 0
-        between: dict[int, int] = {}  # a temporary's place, by the address of its storage
+        values = _Values(regions)
         launches = []
         for kernel, program, grid, named in self._noted:
-            arguments, addresses, scalars = [], [], []
-            for place, name in enumerate(kernel.arg_names):
+            places = [values.constant(n) for n in (*grid, 1, 1)[:3]]
+            places.append(_STREAM)
+            handles = (program.function, program.packed_metadata, None, None, None)
+            places.extend(values.constant(handle) for handle in handles)
+            for name in kernel.arg_names:
                 value = named[name]
                 if isinstance(value, Tensor):
-                    address = value.data_ptr()
-                    start = _storage(value)
-                    if address in known:
-                        addresses.append((place, known[address], 0))
-                    elif start in ours:  # a part of a region
-                        if len(ours[start]) > 1:
-                            return None
-                        (region,) = ours[start]
-                        addresses.append((place, region, address - starts[region]))
-                    else:
-                        if start not in between:
-                            between[start] = size
-                            size += -(-value.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
-                        addresses.append((place, last, between[start] + address - start))
-                    value = 0
+                    place = values.address(value)
                 elif name in self._varying:
-                    if (name, value) not in self._scalars:
-                        return None
-                    scalars.append((place, self._scalars.index((name, value))))
-                elif value is not None and not isinstance(value, (int, float, str)):
+                    varies = (name, value) in self._scalars
+                    place = (_SCALAR, self._scalars.index((name, value))) if varies else None
+                else:
+                    is_fixed = value is None or isinstance(value, (int, float, str))
+                    place = values.constant(value) if is_fixed else None
+                if place is None:
                     return None
-                arguments.append(value)
-            x, y, z = (*grid, 1, 1)[:3]
-            # Without metadata and hooks of a profiler.
-            handles = (program.function, program.packed_metadata, None, None, None)
-            launches.append(
-                _Repeated(program, program.run, handles, (x, y, z), arguments, addresses, scalars)
-            )
+                places.append(place)
+            launches.append((program, places))
+        first = {_STREAM[0]: 0, _ADDRESS: 1}
+        first[_SCALAR] = 1 + len(values.addresses)
+        first[_CONSTANT] = first[_SCALAR] + len(self._scalars)
+        repeated = [
+            _Repeated(program, program.run, itemgetter(*(first[kind] + i for kind, i in places)))
+            for program, places in launches
+        ]
         shapes = [None if a is None else (tuple(a.shape), a.dtype) for a in results]
-        return Recording(launches, shapes, size, self._tensors[0].device)
+        device = self._tensors[0].device
+        held = values.addresses, values.constants
+        return Recording(repeated, *held, shapes, values.temporary, device)
+
+
+# Kinds of values in a recording, each with a number of its own within its kind.
+_ADDRESS, _SCALAR, _CONSTANT = "address", "scalar", "constant"
+_STREAM = ("stream", 0)
+_Place = tuple[str, int]
+
+
+class _Values:
+    """What the arguments of recorded launches are taken from, while they are taken down.
+
+    Args:
+        regions: The tensors and results of the call.
+    """
+
+    def __init__(self, regions: tuple[Tensor, ...]) -> None:
+        self.addresses: list[tuple[int, int]] = []
+        self.constants: list[Any] = []
+        self.temporary = 0  # bytes
+        self._regions = {a.data_ptr(): number for number, a in enumerate(regions)}
+        self._starts = [*self._regions]
+        self._within: dict[int, list[int]] = {}  # the regions in a storage
+        for number, a in enumerate(regions):
+            self._within.setdefault(_storage(a), []).append(number)
+        self._between: dict[int, int] = {}  # the place of a storage among what lies in between
+
+    def constant(self, value: Any) -> _Place:
+        """The place of a value that stays as it is."""
+        self.constants.append(value)
+        return _CONSTANT, len(self.constants) - 1
+
+    def address(self, a: Tensor) -> _Place | None:
+        """The place of a tensor's address; `None` if it is not known which region it is in."""
+        address, storage = a.data_ptr(), _storage(a)
+        if address in self._regions:
+            found = self._regions[address], 0
+        elif storage in self._within:  # a part of a region
+            if len(self._within[storage]) > 1:
+                return None
+            (region,) = self._within[storage]
+            found = region, address - self._starts[region]
+        else:
+            if storage not in self._between:
+                self._between[storage] = self.temporary
+                size = a.untyped_storage().nbytes()
+                self.temporary += -(-size // _ALIGNMENT) * _ALIGNMENT
+            found = len(self._starts), self._between[storage] + address - storage
+        if found not in self.addresses:
+            self.addresses.append(found)
+        return _ADDRESS, self.addresses.index(found)
 
 
 def _storage(a: Tensor) -> int:

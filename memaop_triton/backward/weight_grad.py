@@ -6,6 +6,7 @@ configuration names, in plain PyTorch and C (`steps_torch`) or in Triton (`steps
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
@@ -119,8 +120,11 @@ def _steps_for(x: Tensor, memory: Memory | None) -> ModuleType:
     """`steps_torch`, or `steps_triton`, which is imported only where it is used."""
     rank = memory.rank if isinstance(memory, SubspaceMemory) else 0
     memory_dtype = memory.dtype if isinstance(memory, ResidualMemory) else None
-    if not runs_triton(x, rank=rank, memory_dtype=memory_dtype):
-        return steps_torch
+    return _steps_triton() if runs_triton(x, rank=rank, memory_dtype=memory_dtype) else steps_torch
+
+
+@functools.cache
+def _steps_triton() -> ModuleType:
     from memaop_triton.backward import steps_triton
 
     return steps_triton

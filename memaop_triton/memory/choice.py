@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ class Choice(NamedTuple):
     rank: int
 
 
+#: Shares of rows, and variances.
+Curve = list[list[float]]
 #: K that a choice leaves beside the cost of its subspace.
 RowsOf = Callable[[Choice], int]
 
@@ -58,11 +61,13 @@ class Measured(NamedTuple):
 
     Attributes:
         rows: M.
-        curves: Of the scores under each choice, as `score_curves` gives them, for all M rows.
+        curves: Of the scores under each choice, as `score_curves` gives them.
+        scale: What its variances are to be multiplied by, because some rows stood for all.
     """
 
     rows: int
-    curves: Tensor
+    curves: list[Curve]
+    scale: float
 
 
 class SubspaceChoice:
@@ -152,18 +157,16 @@ class SubspaceChoice:
             rows_of_input_grad: The same of a sampled dX.
         """
         assert self.arriving is not None
-        rows, curves = self.arriving[0], self.arriving[1].get()
+        rows, curves = self.arriving[0], self.arriving[1].get().tolist()
         self.arriving = None
-        if not curves.isfinite().all():  # a row was not finite: no use
-            return
-        read = -(-rows // refresh_stride(rows, self.max_rank))
-        curves[:, 1] *= rows / read
-        self.measured = Measured(rows, curves)
+        if not math.isfinite(math.fsum(itertools.chain(*itertools.chain(*curves)))):
+            return  # a row was not finite: no use
+        self._take(rows, curves)
         now = Choice(self.side, self.rank)
         self.side, self.rank = _better_choice(now, self.variances(rows_of))
         if "grad" in self.sides:
             choices = [Choice("grad", rank) for rank in self.ranks]
-            variance = _variances(choices, rows, curves[-len(choices) :], rows_of_input_grad)
+            variance = self._variances(choices, curves[-len(choices) :], rows_of_input_grad)
             now = Choice("grad", self.input_grad_rank)
             self.input_grad_rank = _better_choice(now, variance).rank
 
@@ -171,7 +174,22 @@ class SubspaceChoice:
         """The variance of dW under every choice, by the last measurement."""
         assert self.measured is not None
         choices = [Choice(side, rank) for side in self.sides for rank in self.ranks]
-        return _variances(choices, *self.measured, rows_of)
+        return self._variances(choices, self.measured.curves, rows_of)
+
+    def _take(self, rows: int, curves: list[Curve]) -> None:
+        read = -(-rows // refresh_stride(rows, self.max_rank))
+        self.measured = Measured(rows, curves, rows / read)
+
+    def _variances(
+        self, choices: list[Choice], curves: list[Curve], rows_of: RowsOf
+    ) -> dict[Choice, float]:
+        """The variance of the estimate by choice; `curves` has at least these."""
+        assert self.measured is not None
+        rows, _, scale = self.measured
+        return {
+            choice: scale * variance_at(rows_of(choice) / rows, *curve)
+            for choice, curve in zip(choices, curves, strict=False)
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Contents for a checkpoint."""
@@ -183,7 +201,10 @@ class SubspaceChoice:
         if self.arriving is not None:
             state |= {"arriving_rows": self.arriving[0], "arriving": self.arriving[1].get()}
         if self.measured is not None:
-            state |= {"measured_rows": self.measured.rows, "measured": self.measured.curves}
+            state |= {
+                "measured_rows": self.measured.rows,
+                "measured": torch.tensor(self.measured.curves),
+            }
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -194,7 +215,7 @@ class SubspaceChoice:
         if "arriving" in state:
             self.arriving = state["arriving_rows"], Arriving(state["arriving"].clone())
         if "measured" in state:
-            self.measured = Measured(state["measured_rows"], state["measured"].clone())
+            self._take(state["measured_rows"], state["measured"].tolist())
 
 
 def score_curves(bases: Mapping[str, Basis], ranks: list[int], x: Tensor, g: Tensor) -> Tensor:
@@ -214,16 +235,6 @@ def score_curves(bases: Mapping[str, Basis], ranks: list[int], x: Tensor, g: Ten
         if side == "grad":
             variance_curves_(curves[-count:], z, rest, None, basis.features, ranks)
     return curves
-
-
-def _variances(
-    choices: list[Choice], measured_rows: int, curves: Tensor, rows_of: RowsOf
-) -> dict[Choice, float]:
-    """The variance of the estimate by choice, but for a factor; `curves` has at least these."""
-    return {
-        choice: variance_at(rows_of(choice) / measured_rows, *curve)
-        for choice, curve in zip(choices, curves.tolist(), strict=False)
-    }
 
 
 def _better_choice(now: Choice, variance: Mapping[Choice, float]) -> Choice:
