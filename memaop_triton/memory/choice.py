@@ -203,7 +203,7 @@ class SubspaceChoice:
         if self.measured is not None:
             state |= {
                 "measured_rows": self.measured.rows,
-                "measured": torch.tensor(self.measured.curves),
+                "measured": torch.tensor(self.measured.curves, dtype=torch.float64),
             }
         return state
 
