@@ -15,6 +15,7 @@ _here = _Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "env.py").is_file():
     __path__.append(str(_here.parent))
 
+from memaop_triton.auto.report import auto_freeze, model_report
 from memaop_triton.config import MemAOPConfig, Projected, Rows, Sampled, Subspace
 from memaop_triton.convert import convert_, revert_
 from memaop_triton.memory.kinds import ResidualMemory, SubspaceMemory
@@ -48,10 +49,12 @@ __all__ = [
     "SubspaceMemory",
     "allocate_",
     "attach_optimizer",
+    "auto_freeze",
     "convert_",
     "load_memory_state_dict",
     "memaop_linear",
     "memory_state_dict",
+    "model_report",
     "monitor",
     "new_memory",
     "plan",

@@ -153,7 +153,9 @@ class MemAOPConfig:
     """How a linear layer computes the weight gradient dW = Gᵀ X from K of its M rows.
 
     Args:
-        ratio: K/M, in (0, 1]. Defaults to 1/8 if `k` and `budget` are not given.
+        ratio: K/M, in (0, 1]. Defaults to 1/8 if `k` and `budget` are not given. `"auto"`, for
+            `convert_` and unbiased selections with an exact dX: layers start exact, and the library
+            finds out which of them are worth sampling, and how many rows (`memaop_triton.auto`).
         k: K itself, a number of rows, instead of `ratio`. A batch of at most `k` rows is exact.
         budget: Instead of `ratio` and `k`: floating-point operations of dW as a fraction of the
             dense 2 M N P, in (0, 1), with everything counted (`memaop_triton.flops`). Unless the
@@ -191,7 +193,7 @@ class MemAOPConfig:
         TypeError: An argument is of the wrong type.
     """
 
-    ratio: float | None = None
+    ratio: float | str | None = None
     k: int | None = None
     selection: str = "priority"
     memory: Subspace | Rows | str | None = "subspace"
@@ -235,11 +237,18 @@ class MemAOPConfig:
         elif self.k is not None:
             check_count("k", self.k, "rows")
         elif self.ratio is not None:
-            check_fraction("ratio", self.ratio, "it is K/M, 0.125 for 1/8")
+            if not self.is_auto:
+                check_fraction("ratio", self.ratio, "it is K/M, 0.125 for 1/8, or 'auto'")
         else:
             _check_budget("budget", self.budget, "leave the layer dense")
 
     def _check_combinations(self) -> None:
+        if self.is_auto and not (self.is_unbiased and self.grad_input is None):
+            raise ValueError(
+                "ratio='auto' knows what the noise of an unbiased selection costs, and nothing of "
+                f"selection={self.selection!r} with grad_input={self.grad_input_name!r}: give "
+                "these layers a number."
+            )
         if self.row_memory is not None and self.is_unbiased:
             raise ValueError(
                 f"memory={self.memory_name!r} with the unbiased selection={self.selection!r} would "
@@ -282,6 +291,11 @@ class MemAOPConfig:
         config = cls(ratio=ratio, k=k, selection=selection, memory=memory)
         check_name("memory", config.memory_name, ("residual", "none"))
         return config
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the ratio is left to the library."""
+        return self.ratio == "auto"
 
     @property
     def is_unbiased(self) -> bool:
@@ -350,6 +364,10 @@ class MemAOPConfig:
         rounding = 0.5
         if self.k is not None:
             wanted = float(self.k)
+        elif isinstance(self.ratio, str):
+            raise ValueError(
+                "ratio='auto' is no number of rows: convert_(model, config) finds one."
+            )
         elif self.ratio is not None:
             wanted = self.ratio * rows
         else:  # down, to stay within the budget

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from memaop_triton.auto.controller import control
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.nn.layer_choice import Chosen, choose_layers, converted_layers, naming
 from memaop_triton.nn.linear import MemAOPLinear
@@ -35,6 +36,9 @@ def convert_(
     Layers stay the same objects: Parameters, names, hooks, `state_dict` and references to them are
     untouched, so an optimizer made before or after works alike.
 
+    Layers whose configuration has `ratio="auto"` are decided about together: `memaop_triton.auto`
+    says how, and `model_report` what came of it.
+
     Args:
         model: Any module; it may itself be a linear layer.
         config: For every layer that `overrides` does not name; `MemAOPConfig()` if `None`.
@@ -58,7 +62,8 @@ def convert_(
     Raises:
         ValueError: No layer is left to convert, a layer is converted already, a pattern matches
             nothing, or a layer has its own forward pass; `only_if_faster` without
-            `example_inputs`, or the reverse; or as `plan`. Nothing is converted then.
+            `example_inputs`, or the reverse, or with `ratio="auto"`; or as `plan`. Nothing is
+            converted then.
         TypeError: `model` is not a module, or a configuration not a `MemAOPConfig`.
     """
     if only_if_faster and example_inputs is None:
@@ -72,10 +77,19 @@ def convert_(
             "measured."
         )
     chosen = choose_layers(model, config, filter_fn, overrides)
+    undecided = {name: found for name, found in chosen.items() if found[1].is_auto}
+    if only_if_faster and undecided:
+        raise ValueError(
+            "only_if_faster=True measures a given number of rows; ratio='auto' measures by itself, "
+            "and leaves dense what would not get faster."
+        )
     if only_if_faster:
         chosen = _faster_ones(model, chosen, example_inputs, loss_fn)
     for module, layer_config in chosen.values():
-        MemAOPLinear.adopt_(module, layer_config)
+        exact = layer_config.spending(ratio=1.0) if layer_config.is_auto else layer_config
+        MemAOPLinear.adopt_(module, exact)
+    if undecided:
+        control(undecided)
     return model
 
 

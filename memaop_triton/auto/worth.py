@@ -1,11 +1,12 @@
 """What a choice of rows is worth: dense's progress per second, and the choice that has most.
 
 A sampled gradient has a variance V beside the mean square D of the exact one. A step then makes
-1 − V/D of the progress of an exact step, at the learning rate that is best for that: the linear
-term of the loss stays, and the quadratic one grows from D to D + V. What counts is progress per
-second:
+D/(D + V) of the progress of an exact step: the linear term of the loss stays, and the quadratic one
+grows from D to D + V, at a learning rate that suits it (McCandlish et al., arXiv 1812.06162; of the
+formulas that were compared with training runs, docs/quality.md, the one that misses least). What
+counts is progress per second:
 
-    E = (T_exact / T) · (1 − V/D)
+    E = (T_exact / T) · D/(D + V)
 
 Variances, squares and savings of layers add up.
 """
@@ -21,6 +22,8 @@ from memaop_triton.monitor.hull import Option, lower_hull, slope
 
 #: The share of an exact gradient.
 EXACT = 1.0
+#: V/D above which the progress is not known well enough to bet on it.
+MOST_NOISE = 0.5
 
 
 class Layer(NamedTuple):
@@ -55,15 +58,15 @@ class Worth(NamedTuple):
 
 def progress_of(noise: float) -> float:
     """The progress of a step with this V/D, as a fraction of an exact step's."""
-    return max(0.0, 1 - noise)
+    return 1 / (1 + noise)
 
 
 def best_choice(layers: Mapping[str, Layer], seconds: float) -> Worth:
     """The choice of most progress per second; all exact, if nothing is better.
 
     T·(D + V) is quasi-concave in a mixture of options, so the best choice is a vertex of the path
-    on which variance is bought at the lowest price per second, layer by layer. E may rise and fall
-    several times along it.
+    on which seconds are bought at the lowest price in variance, layer by layer. E may rise and fall
+    several times along it. Choices above `MOST_NOISE` are left out.
 
     Args:
         layers: By name. No layer is given an option whose V is above its own D: an optimizer that
@@ -71,7 +74,7 @@ def best_choice(layers: Mapping[str, Layer], seconds: float) -> Worth:
         seconds: Of a step in which all layers are exact.
     """
     square = sum(layer.square for layer in layers.values())
-    path = _path(layers, seconds, square)
+    path = [worth for worth in _path(layers, seconds, square) if worth.noise <= MOST_NOISE]
     return max(path, key=lambda worth: worth.progress)
 
 

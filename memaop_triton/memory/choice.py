@@ -132,8 +132,13 @@ class SubspaceChoice:
             g: [M, P].
             iterate: Whether the bases take a power iteration before.
         """
-        rows = x.shape[0]
-        stride = refresh_stride(rows, self.max_rank)
+        self.arriving = x.shape[0], Arriving(self.curves_of(bases, x, g, iterate=iterate))
+
+    def curves_of(
+        self, bases: Mapping[str, Basis], x: Tensor, g: Tensor, *, iterate: bool
+    ) -> Tensor:
+        """The `score_curves` of some of the rows of a batch; arguments as for `measure`."""
+        stride = refresh_stride(x.shape[0], self.max_rank)
         if stride > 1:
             x, g = x[::stride], g[::stride]
 
@@ -147,7 +152,7 @@ class SubspaceChoice:
         what = ("choice of a subspace", *bases, self.is_rank_open, iterate)
         held = [a for basis in bases.values() for a in basis.tensors(x)]
         (curves,) = repeated(what, follow, (x, g, *held))
-        self.arriving = rows, Arriving(curves)
+        return curves
 
     def choose(self, rows_of: RowsOf, rows_of_input_grad: RowsOf) -> None:
         """Choose side and rank by the newest measurement that has reached the host.

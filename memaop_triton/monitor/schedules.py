@@ -46,7 +46,7 @@ class RatioScheduler:
         """The ratio of every layer by name, NaN for one that has `k` rows."""
         configs = {name: layer.config for name, layer in self._layers.items()}
         return {
-            name: math.nan if config.ratio is None else config.ratio
+            name: config.ratio if isinstance(config.ratio, float | int) else math.nan
             for name, config in configs.items()
         }
 

@@ -50,6 +50,8 @@ class LayerState:
             after its factors were added.
         observer: Records the backward passes, if a `Monitor` watches the layer. Copies are
             not watched.
+        controller: Who sets `config` from step to step, if it is `ratio="auto"`. Copies have none.
+        is_native: Whether the layer computes as `nn.Linear` does, without an operator of ours.
     """
 
     memory: Memory | None
@@ -57,6 +59,8 @@ class LayerState:
     factors: list[Factors] | None = None
     on_weight_grad: Callable[[Tensor], None] | None = None
     observer: Observer | None = None
+    controller: object | None = None
+    is_native: bool = False
 
     def __init__(self, config: MemAOPConfig, memory: Memory | None) -> None:
         self.config = config
@@ -71,6 +75,11 @@ class LayerState:
         if self.handle.device != device:
             self.handle = torch.empty_like(self.handle, device=device)
             self.order = _order(device)
+
+    def release(self) -> None:
+        """Leave the configuration to whoever sets it next, and not to a controller."""
+        self.controller = None
+        self.is_native = False
 
     def fit(self, in_features: int, out_features: int) -> None:
         """Make the memory one for a weight of this size; it is emptied if it was another's."""

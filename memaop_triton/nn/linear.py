@@ -139,6 +139,7 @@ class MemAOPLinear(nn.Linear):
             TypeError: `ratio` is not a number.
         """
         config = self.config.spending(ratio=ratio)
+        self.layer_state.release()
         if self.config.leaves_rank_open and isinstance(self.memory, SubspaceMemory):
             assert config.subspace is not None
             kept = dataclasses.replace(config.subspace, rank=self.memory.keep_rank())
@@ -158,11 +159,17 @@ class MemAOPLinear(nn.Linear):
             TypeError: `budget` is not a number.
         """
         self.layer_state.config = self.config.spending(budget=budget)
+        self.layer_state.release()
         if isinstance(self.memory, SubspaceMemory):
             self.memory.change_budget(self.config)
 
     def _set_config(self, config: MemAOPConfig) -> None:
         check_config(config)
+        if config.is_auto:
+            raise ValueError(
+                "ratio='auto' compares all layers of a model: convert_(model, config) takes it, a "
+                "layer by itself needs a number."
+            )
         memory = new_memory(config, self.in_features, self.out_features)
         self.layer_state = LayerState(config, memory)
         # Not `self.weight`: a parametrised one would be computed.
@@ -180,7 +187,7 @@ class MemAOPLinear(nn.Linear):
     def _forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):
             return _traced(self, input)
-        if not self.training:
+        if not self.training or self.layer_state.is_native:
             return F.linear(input, self.weight, self.bias)
         x, weight, bias = prepared(input, self.weight, self.bias)
         if _is_distributed(weight) and torch.is_grad_enabled():

@@ -1,0 +1,128 @@
+"""What one step of the optimizer shows of a layer: how noisy each number of rows would be."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memaop_triton.backward.step import Operands, ProjectedRows
+from memaop_triton.dispatch import row_norms
+from memaop_triton.flops import refresh_stride
+from memaop_triton.memory.kinds import Memory, SubspaceMemory
+from memaop_triton.nn.layer_state import LayerState
+from memaop_triton.plan.layer_timing import Use
+from memaop_triton.sampling.selection import Selection
+from memaop_triton.sampling.variance import variance_at, variance_curve
+
+
+class Seen(NamedTuple):
+    """One step of a layer.
+
+    Attributes:
+        uses: What each backward pass of the layer computed.
+        curves: Of each pass the `variance_curve` of every subspace that it might use, or the one
+            without: variances in the units of the gradients, of all rows.
+        computed: ‖Σ dW‖² over the passes, as computed.
+        shares: K/M of each pass; 1 where it was exact.
+    """
+
+    uses: list[Use]
+    curves: list[list[list[list[float]]]]
+    computed: float
+    shares: list[float]
+
+    def variance_of(self, share: float) -> float:
+        """V of the step with this share of the rows, by the best subspace."""
+        return sum(min(variance_at(share, *curve) for curve in of_pass) for of_pass in self.curves)
+
+    @property
+    def square(self) -> float:
+        """D of the step, an estimate: the square of what was computed less its variance."""
+        variance = sum(
+            min(variance_at(share, *curve) for curve in of_pass)
+            for share, of_pass in zip(self.shares, self.curves, strict=True)
+        )
+        return max(0.0, self.computed - variance)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step is of use."""
+        total = self.computed + sum(sum(sum(v) for v in c) for p in self.curves for c in p)
+        return total - total == 0
+
+
+class StepObserver:
+    """Takes note of the backward passes of one layer in one step; an `Observer` of its state.
+
+    Nothing is read on the host until `read`.
+    """
+
+    is_due = True
+
+    def __init__(self, state: LayerState) -> None:
+        self._state = state
+        self._uses: list[Use] = []
+        self._shares: list[float] = []
+        self._curves: list[Tensor] = []
+        self._sum: Tensor | None = None
+
+    def begin_step(self, device: torch.device) -> None:
+        """Every pass is observed."""
+
+    def observe(
+        self,
+        operands: Operands,
+        selection: Selection,
+        dw: Tensor,
+        scores: Tensor | None = None,
+        projected: ProjectedRows | None = None,
+    ) -> None:
+        """Take note of a pass that sampled its rows."""
+        self._note(operands, dw, self._state.memory)
+
+    def observe_exact(self, operands: Operands, dw: Tensor, memory: Memory | None) -> None:
+        """Take note of a pass that computed all of them."""
+        self._note(operands, dw, memory)
+
+    def _note(self, operands: Operands, dw: Tensor, memory: Memory | None) -> None:
+        x, g = operands.x, operands.g
+        (rows, n), p = x.shape, g.shape[1]
+        # dX is exact in any case, and does not count.
+        use = Use(rows, n, p, x.dtype, x.device, True, operands.bias_grad, needs_input=False)
+        self._uses.append(use)
+        self._shares.append(operands.k / rows)
+        rank = memory.choice.max_rank if isinstance(memory, SubspaceMemory) else 0
+        stride = refresh_stride(rows, rank)
+        few = x[::stride], g[::stride]
+        if isinstance(memory, SubspaceMemory) and rank:
+            curves = _curves_beside(memory, *few)
+        else:
+            curves = variance_curve(row_norms(few[0]) * row_norms(few[1]))[None]
+        curves[:, 1] *= rows / len(few[0])
+        self._curves.append(curves.double())
+        # Passes add up to the gradient that the optimizer sees.
+        dw = dw.float() if dw.dtype != torch.float64 else dw
+        self._sum = dw.clone() if self._sum is None else self._sum.add_(dw)
+
+    def read(self) -> Seen | None:
+        """What was seen; `None` if the layer computed no gradient in the step."""
+        if self._sum is None:
+            return None
+        curves = torch.stack(self._curves).tolist()
+        computed = torch.linalg.vector_norm(self._sum).double().square().item()
+        return Seen(self._uses, curves, computed, self._shares)
+
+
+def _curves_beside(memory: SubspaceMemory, x: Tensor, g: Tensor) -> Tensor:
+    """Of what the bases of a memory leave, which then follow these rows."""
+    bases, rank = memory.bases, memory.choice.max_rank
+    rows = {side: x if side == "input" else g for side in bases}
+    for side, basis in bases.items():
+        basis.of(rows[side], rank)  # the first batch makes it
+    choices = len(memory.choice.sides) * len(memory.choice.ranks)
+    curves = memory.choice.curves_of(bases, x, g, iterate=False)[:choices]
+    for side, basis in bases.items():
+        basis.iterate(rows[side], basis.project(rows[side], rank)[0])
+    return curves

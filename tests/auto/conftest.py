@@ -1,0 +1,74 @@
+"""A training whose time is computed instead of measured."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from memaop_triton import MemAOPConfig, convert_
+from memaop_triton.auto import clock
+from memaop_triton.auto.savings import Savings
+
+N = 16
+
+
+class Training:
+    """A small net that learns a linear map, and a clock that goes forward by what a step takes.
+
+    Args:
+        rows: Of a batch.
+        noise: Of the targets, whose gradients point anywhere.
+        true: What a layer's sampled gradient really takes of the dense one's time, by share.
+        said: What it is measured to take when it is timed by itself.
+        config: Of all layers.
+    """
+
+    def __init__(self, monkeypatch, rows, noise, true, said=None, config=None, width=N):
+        self.now, self.rows, self.noise, self.true = 0.0, rows, noise, true
+        self.modes = []
+        fake = SimpleNamespace(perf_counter=lambda: self.now)
+        monkeypatch.setattr(clock, "time", fake)
+
+        def measured(savings, use, config):
+            return 1.0, (said or true)(config.ratio)
+
+        monkeypatch.setattr(Savings, "_measured", measured)
+        torch.manual_seed(0)
+        self.target = nn.Linear(width, width)
+        self.model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+        convert_(self.model, config or MemAOPConfig(ratio="auto", memory="none"))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
+
+    @property
+    def controller(self):
+        return self.model[0].layer_state.controller
+
+    @property
+    def linears(self):
+        return self.model[0], self.model[2]
+
+    def loss(self):
+        x = torch.randn(self.rows, self.target.in_features)
+        with torch.no_grad():
+            y = self.target(x)
+        y = y + self.noise * torch.randn_like(y)
+        return (self.model(x) - y).square().mean()
+
+    def step(self, count=1):
+        for _ in range(count):
+            self.optimizer.zero_grad()
+            self.loss().backward()
+            ratios = [layer.config.ratio for layer in self.linears]
+            self.modes.append(max(1 / r for r in ratios) > 1)
+            # A third of the time is that of the layers' weight gradients.
+            self.now += 4.0 + sum(1.0 if r == 1 else self.true(r) for r in ratios)
+            self.optimizer.step()
+
+
+@pytest.fixture
+def training(monkeypatch):
+    def make(*args, **kwargs):
+        return Training(monkeypatch, *args, **kwargs)
+
+    return make
