@@ -229,16 +229,13 @@ class Controller:
 
     def cautious_progress(self, worth: Worth) -> float:
         """Progress per second at the upper end of a 90 % interval of the noise."""
-        looks = min(len(seen) for seen in self.seen.values() if seen)
+        looks = min(len(self.seen[name]) for name in worth.shares)
         noises = []
         for look in range(1, looks + 1):
-            ones = {name: seen[-look] for name, seen in self.seen.items() if seen}
+            ones = {name: self.seen[name][-look] for name in worth.shares}
             square = sum(one.square for one in ones.values())
-            variance = sum(
-                one.variance_of(worth.shares[name])
-                for name, one in ones.items()
-                if worth.shares.get(name, EXACT) < EXACT
-            )
+            sampled = {name: share for name, share in worth.shares.items() if share < EXACT}
+            variance = sum(ones[name].variance_of(share) for name, share in sampled.items())
             noises.append(variance / square if square > 0 else math.inf)
         if worth.noise == 0:
             return worth.progress

@@ -8,7 +8,7 @@ from memaop_triton.auto.observing import StepObserver
 from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.sampling.selection import inclusion_probabilities
 
-M, N, P = 300, 24, 40
+M, N, P = 320, 24, 40
 
 
 def batch(seed=0):
@@ -34,7 +34,7 @@ def test_variance_without_a_memory(ratio):
         p = inclusion_probabilities(scores, round(share * M))
         exact = (scores.square() * (1 / p - 1)).sum().item()
         assert exact <= seen.variance_of(share) * (1 + 1e-3)
-        assert seen.variance_of(share) == pytest.approx(exact, rel=0.1)
+        assert seen.variance_of(share) < exact + 0.02 * scores.square().sum()
     assert seen.variance_of(1.0) == 0
 
 

@@ -209,7 +209,7 @@ class Cell(NamedTuple):
         config = self.config
         if config is None or not SCHEMES[self.scheme].allocates:
             return None
-        return config.budget or config.ratio
+        return config.budget or (None if isinstance(config.ratio, str) else config.ratio)
 
 
 def value_of(ratio: str) -> float:
