@@ -17,7 +17,9 @@ from memaop_triton.config import SCORES
 from memaop_triton.flops import SCORED_BLOCK as BLOCK
 from memaop_triton.flops import columns_read
 from memaop_triton.kernels.cpu import torch_ops
+from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
+from memaop_triton.sampling.variance import variance_curve
 from tests.pairwise import pairwise
 from tests.schemes import UNBIASED
 
@@ -185,8 +187,10 @@ def test_an_observer_is_told_the_norms_of_whole_rows(kind):
     observer = LayerObserver(1, 0.0, x.device)
     weight_and_bias_grad(x, g, config, observer=observer)
     norms = x.norm(dim=1) * g.norm(dim=1)
-    torch.testing.assert_close(observer.read()[0][0], norms.sum())
-    torch.testing.assert_close(observer.read()[0][1], norms.square().sum())
+    sums, _ = observer.read()
+    torch.testing.assert_close(sums[Figures._fields.index("score_sum")], norms.sum())
+    curve = sums[len(Figures._fields) : -1]
+    torch.testing.assert_close(curve, variance_curve(norms).flatten())
 
 
 def test_shards_raise_the_scores_of_whole_rows(monkeypatch):

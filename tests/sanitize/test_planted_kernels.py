@@ -97,7 +97,7 @@ FAULTS = {
             pack,
             "* count)[:, None] + columns[None, :]",
             "* count)[:, None] + (columns % COLUMNS)[None, :]",
-            "rows", "race", "pg_ptr",
+            "rows", "race",  # of either matrix
         ),
         Fault(pack, "mask=wanted & carried[:, None], other=0)", "mask=wanted, other=0)", "rows"),
         Fault(pack, "factor[:, None] * m.to(tl.float32)", "m.to(tl.float32)", "rows"),
@@ -216,7 +216,7 @@ SHARED_FAULTS = {
             select_shared,
             "above = tl.sum(tl.load(totals_ptr + others, mask=others < program, other=0), 0)",
             "above = 0",
-            "selection", "race", "indices_ptr",
+            "selection", "race",  # of indices and weights alike
         ),
         Fault(
             select_shared,
