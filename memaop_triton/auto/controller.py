@@ -44,8 +44,7 @@ SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 WORTH_A_CHANGE = 1.02
 
 _FIRST_LOOKS = (4, 8, 12)  # steps that are observed before the first decision, at the next step
-_LOOK_EVERY = 25  # steps from one observed step to the next, later on
-_LOOKS = 4  # that a decision is based on: noise changes as training goes on
+_LOOKS = 4  # that a decision is based on, evenly spaced: noise changes as training goes on
 _WINDOW = 8  # steps of one mode in a trial
 _WINDOWS = 4  # of a trial, sampled ones first
 _REVIEW_AFTER = 100  # steps
@@ -155,7 +154,9 @@ class Controller:
     def _is_observed(self, step: int) -> bool:
         if self.phase in ("trial", "frozen"):
             return False
-        return step in _FIRST_LOOKS or (step > _FIRST_LOOKS[-1] and step % _LOOK_EVERY == 0)
+        if step <= _FIRST_LOOKS[-1]:
+            return step in _FIRST_LOOKS
+        return (self._decide_at - step) % (self._patience // _LOOKS) == 0
 
     def _read(self) -> None:
         """Take what the step that has ended showed."""
@@ -219,12 +220,11 @@ class Controller:
         if not seen:
             return None
         square = statistics.fmean(one.square for one in seen)
-        dense = self._savings.dense_seconds(seen[-1].uses, self._configs[name][SHARES[0]])
-        options = [Option(EXACT, dense, 0.0)]
-        for share in SHARES:
-            variance = statistics.fmean(one.variance_of(share) for one in seen)
-            config = self._configs[name][share]
-            options.append(Option(share, self._savings.seconds(seen[-1].uses, config), variance))
+        seconds = self._savings.seconds(seen[-1].uses, self._configs[name])
+        options = [
+            Option(share, seconds[share], statistics.fmean(one.variance_of(share) for one in seen))
+            for share in (EXACT, *SHARES)
+        ]
         return Layer(options, square)
 
     def cautious_progress(self, worth: Worth) -> float:
@@ -262,11 +262,8 @@ class Controller:
         """Of a layer's weight gradients in a step, dense and now; `None` before a decision."""
         if self.predicted is None or not self.seen[name]:
             return None
-        uses, share = self.seen[name][-1].uses, self.shares[name]
-        dense = self._savings.dense_seconds(uses, self._configs[name][SHARES[0]])
-        if share == EXACT:
-            return dense, dense
-        return dense, self._savings.seconds(uses, self._configs[name][share])
+        seconds = self._savings.seconds(self.seen[name][-1].uses, self._configs[name])
+        return seconds[EXACT], seconds[self.shares[name]]
 
     def summary(self) -> str:
         """What is decided, in one line."""

@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.plan.layer_timing import Use, measure
+from memaop_triton.plan.layer_timing import Use, measure_each
 from memaop_triton.plan.observing import generators_restored
 
-# Seconds that the calls of one shape and configuration are timed for, about.
-_BUDGET = 0.03
+# Seconds that the calls of one shape are timed for, about, and each call at least. A trial follows.
+_BUDGET = 0.02
+_SHORTEST = 0.5e-3
 
 
 class Savings:
-    """Times of weight gradients, each measured once; layers of one shape share them."""
+    """Times of weight gradients by K/M, each measured once; layers of one shape share them."""
 
     def __init__(self) -> None:
-        self._times: dict[tuple[Use, MemAOPConfig], tuple[float, float]] = {}
+        self._times: dict[tuple[Use, MemAOPConfig], dict[float, float]] = {}
 
-    def seconds(self, uses: Iterable[Use], config: MemAOPConfig) -> float:
-        """Of all passes of a layer in a step, under `config`; dense's where that is faster."""
-        return sum(min(self._measured(use, config)) for use in uses)
+    def seconds(
+        self, uses: Iterable[Use], configs: Mapping[float, MemAOPConfig]
+    ) -> dict[float, float]:
+        """Of all passes of a layer in a step.
 
-    def dense_seconds(self, uses: Iterable[Use], config: MemAOPConfig) -> float:
-        """Of the same passes by `nn.Linear`, measured beside those of `config`."""
-        return sum(self._measured(use, config)[0] for use in uses)
+        Args:
+            uses: The passes.
+            configs: Of the layer by K/M; 1 is dense.
+        """
+        total = dict.fromkeys(configs, 0.0)
+        for use in uses:
+            for share, seconds in self._of(use, configs).items():
+                total[share] += seconds
+        return total
 
-    def _measured(self, use: Use, config: MemAOPConfig) -> tuple[float, float]:
-        """Of dense and of `config`: as much faster than dense as it was in the same rounds."""
-        key = (use, config)
+    def _of(self, use: Use, configs: Mapping[float, MemAOPConfig]) -> dict[float, float]:
+        key = (use, configs[1.0])  # the others differ in the rows only
         if key not in self._times:
-            with generators_restored([use.device]):
-                found = measure(use, config, _BUDGET)
-            dense, ours = statistics.median(found.dense), statistics.median(found.ours)
-            # Dense's time of a shape is one number, whatever it was measured beside.
-            first = next((d for (u, _), (d, _) in self._times.items() if u == use), dense)
-            self._times[key] = first, ours * first / dense
+            self._times[key] = self._measured(use, configs)
         return self._times[key]
+
+    def _measured(self, use: Use, configs: Mapping[float, MemAOPConfig]) -> dict[float, float]:
+        sampled = {share: config for share, config in configs.items() if share < 1}
+        with generators_restored([use.device]):
+            found = measure_each(use, list(sampled.values()), _BUDGET, _SHORTEST)
+        times = {1.0: statistics.median(found[0].dense)}
+        for share, one in zip(sampled, found, strict=True):
+            times[share] = statistics.median(one.ours)
+        return times

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from memaop_triton.config import MemAOPConfig
 from memaop_triton.memory.kinds import SubspaceMemory
 from memaop_triton.nn.functional import no_autocast
 from memaop_triton.nn.linear import MemAOPLinear
-from memaop_triton.plan.timing import time_in_turn
+from memaop_triton.plan.timing import SHORTEST_SECONDS, time_in_turn
 
 _NEVER = 1 << 30
 # Of the time for a layer. The additional time of its forward pass is small and quickly measured.
@@ -64,23 +64,43 @@ def measure(use: Use, config: MemAOPConfig, budget: float) -> Measurement:
     Draws from the default generators. Work on first use, as the tuning of kernels on a GPU, is not
     part of the times and is not counted in the budget.
     """
+    (found,) = measure_each(use, [config], budget)
+    return found
+
+
+def measure_each(
+    use: Use,
+    configs: Sequence[MemAOPConfig],
+    budget: float,
+    shortest: float = SHORTEST_SECONDS,
+) -> list[Measurement]:
+    """`measure` for several configurations in turn, beside one dense layer.
+
+    `shortest` is that of `time_in_turn`.
+    """
     # This also switches gradients on, even if the caller has switched them off.
     with torch.inference_mode(False), no_autocast(use.device.type):
         dense, x = _layer(use), _rows(use, use.in_features).requires_grad_(use.needs_input)
         g = _rows(use, use.out_features)
-        intervals = _refresh_intervals(config)
-        layers = [
-            _with_interval(MemAOPLinear.from_linear(dense, config), steps) for steps, _ in intervals
-        ]
+        made = [
+            [(weight, _with_interval(MemAOPLinear.from_linear(dense, config), steps))
+             for steps, weight in _refresh_intervals(config)]
+            for config in configs
+        ]  # fmt: skip
+        layers = [layer for intervals in made for _, layer in intervals]
         calls = [_backward(layer, x, g) for layer in (dense, *layers)]
-        dense_times, *our_times = time_in_turn(calls, use.device, budget * (1 - _FORWARD_SHARE))
-        extra = _forward_overhead(use, config, budget * _FORWARD_SHARE)
-    ours = [
-        extra + sum(weight * t for (_, weight), t in zip(intervals, times, strict=True))
-        for times in zip(*our_times, strict=True)
-    ]
-    memory = layers[0].memory
-    return Measurement(dense_times, ours, 0 if memory is None else memory.nbytes)
+        for_calls, for_forward = budget * (1 - _FORWARD_SHARE), budget * _FORWARD_SHARE
+        dense_times, *our_times = time_in_turn(calls, use.device, for_calls, shortest)
+        extra = _forward_overhead(use, configs[0], for_forward, shortest)
+    found = []
+    times_of = iter(our_times)
+    for intervals in made:
+        weighted = [[weight * t for t in next(times_of)] for weight, _ in intervals]
+        memory = intervals[0][1].memory
+        held = 0 if memory is None else memory.nbytes
+        ours = [extra + sum(parts) for parts in zip(*weighted, strict=True)]
+        found.append(Measurement(dense_times, ours, held))
+    return found
 
 
 def _refresh_intervals(config: MemAOPConfig) -> list[tuple[int, float]]:
@@ -118,11 +138,11 @@ def _backward(layer: nn.Linear, x: Tensor, g: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(y, wanted, g, retain_graph=True)
 
 
-def _forward_overhead(use: Use, config: MemAOPConfig, budget: float) -> float:
+def _forward_overhead(use: Use, config: MemAOPConfig, budget: float, shortest: float) -> float:
     """Additional seconds of a `MemAOPLinear`'s forward pass, measured on a tiny layer."""
     small = use._replace(rows=1, in_features=8, out_features=8)
     dense, x = _layer(small), _rows(small, 8).requires_grad_()
     ours = MemAOPLinear.from_linear(dense, config)
-    times = time_in_turn([lambda: dense(x), lambda: ours(x)], use.device, budget)
+    times = time_in_turn([lambda: dense(x), lambda: ours(x)], use.device, budget, shortest)
     without, with_ours = map(statistics.median, times)
     return max(0.0, with_ours - without)

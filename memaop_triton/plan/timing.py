@@ -38,7 +38,10 @@ def elapsed(call: Callable[[], object], device: torch.device, repeats: int = 1) 
 
 
 def time_in_turn(
-    calls: Sequence[Callable[[], object]], device: torch.device, budget: float
+    calls: Sequence[Callable[[], object]],
+    device: torch.device,
+    budget: float,
+    shortest: float = SHORTEST_SECONDS,
 ) -> list[list[float]]:
     """Times of several calls, taken in turn, so that drifts in speed affect all alike.
 
@@ -46,6 +49,7 @@ def time_in_turn(
         calls: What to time. Each is called before, so that work done on first use is not timed.
         device: Where the work is done.
         budget: Seconds to spend, about. There are at least three rounds, however long they take.
+        shortest: Seconds that shorter calls are repeated for.
 
     Returns:
         For each call its seconds in every round.
@@ -55,8 +59,7 @@ def time_in_turn(
     # One time is too inaccurate to say how often a short call has to be repeated.
     guesses = [min(elapsed(call, device) for _ in range(2)) for call in calls]
     repeats = [
-        min(MOST_REPEATS, max(1, math.ceil(SHORTEST_SECONDS / max(guess, 1e-9))))
-        for guess in guesses
+        min(MOST_REPEATS, max(1, math.ceil(shortest / max(guess, 1e-9)))) for guess in guesses
     ]
     one_round = sum(guess * count for guess, count in zip(guesses, repeats, strict=True))
     rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(budget / max(one_round, 1e-9))))

@@ -30,8 +30,8 @@ class Training:
         fake = SimpleNamespace(perf_counter=lambda: self.now)
         monkeypatch.setattr(clock, "time", fake)
 
-        def measured(savings, use, config):
-            return 1.0, (said or true)(config.ratio)
+        def measured(savings, use, configs):
+            return {share: 1.0 if share == 1 else (said or true)(share) for share in configs}
 
         monkeypatch.setattr(Savings, "_measured", measured)
         torch.manual_seed(0)
