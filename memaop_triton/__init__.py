@@ -16,7 +16,8 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "env.py").is
     __path__.append(str(_here.parent))
 
 from memaop_triton.auto.report import auto_freeze, model_report
-from memaop_triton.config import MemAOPConfig, Projected, Rows, Sampled, Subspace
+from memaop_triton.config import MemAOPConfig
+from memaop_triton.config.parts import Projected, Rows, Sampled, Subspace
 from memaop_triton.convert import convert_, revert_
 from memaop_triton.memory.kinds import ResidualMemory, SubspaceMemory
 from memaop_triton.monitor.allocate import allocate_

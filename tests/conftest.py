@@ -7,7 +7,7 @@ import torch
 
 from memaop_triton import dispatch
 from memaop_triton.backward import step
-from memaop_triton.config import MEMORIES, ROW_MEMORIES
+from memaop_triton.config.parts import MEMORIES, ROW_MEMORIES
 from memaop_triton.kernels.cpu import native_step
 from memaop_triton.sampling.selection import Selection
 from tests.schemes import LEGAL, UNBIASED, label

@@ -2,16 +2,8 @@
 
 import dataclasses
 
-from memaop_triton.config import (
-    MEMORIES,
-    ROW_MEMORIES,
-    SELECTIONS,
-    UNBIASED_SELECTIONS,
-    MemAOPConfig,
-    Projected,
-    Rows,
-    Subspace,
-)
+from memaop_triton.config import SELECTIONS, UNBIASED_SELECTIONS, MemAOPConfig
+from memaop_triton.config.parts import MEMORIES, ROW_MEMORIES, Projected, Rows, Subspace
 
 UNBIASED = [{"selection": name} for name in UNBIASED_SELECTIONS]
 PAPER = [{"selection": name} for name in SELECTIONS if name not in UNBIASED_SELECTIONS]

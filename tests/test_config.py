@@ -7,15 +7,8 @@ import pytest
 import torch
 
 from memaop_triton import MemAOPConfig
-from memaop_triton.config import (
-    MEMORIES,
-    ROW_MEMORIES,
-    SELECTIONS,
-    UNBIASED_SELECTIONS,
-    Rows,
-    Sampled,
-    Subspace,
-)
+from memaop_triton.config import SELECTIONS, UNBIASED_SELECTIONS
+from memaop_triton.config.parts import MEMORIES, ROW_MEMORIES, Rows, Sampled, Subspace
 from memaop_triton.sampling.selection import select
 
 # What is built, its arguments, the error, and words of its message.

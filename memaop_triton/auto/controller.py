@@ -43,7 +43,7 @@ SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 #: Progress per second over dense's that is worth a change.
 WORTH_A_CHANGE = 1.02
 
-_FIRST_LOOKS = (4, 8, 12)  # steps that are observed before the first decision, at the next step
+_FIRST_LOOKS = (5, 9, 13)  # steps that are observed; after the last one comes the first decision
 _LOOKS = 4  # that a decision is based on, evenly spaced: noise changes as training goes on
 _WINDOW = 8  # steps of one mode in a trial
 _WINDOWS = 4  # of a trial, sampled ones first
@@ -91,7 +91,7 @@ class Controller:
         self._watchers: dict[str, Observer | None] = {}
         self._is_sampled = False
         self._window: list[str | None] = []  # kinds of the steps of a trial that are to come
-        self._decide_at = _FIRST_LOOKS[-1] + 1
+        self._decide_at = _FIRST_LOOKS[-1]
         self._patience = _REVIEW_AFTER
         self._owners: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._kind: str | None = None  # of the step that is running

@@ -18,7 +18,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from memaop_triton.config import MemAOPConfig, Subspace
+from memaop_triton.config import MemAOPConfig
+from memaop_triton.config.parts import Subspace
 from memaop_triton.errors import CommandError
 from memaop_triton.experiments.data import DATA_DIR_VARIABLE
 

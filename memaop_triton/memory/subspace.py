@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memaop_triton.config import SIDES, MemAOPConfig
+from memaop_triton.config import MemAOPConfig
+from memaop_triton.config.parts import SIDES
 from memaop_triton.errors import check_name
 from memaop_triton.flops import REFRESHES_PER_CHOICE, SubspaceCost
 from memaop_triton.kernels import targets

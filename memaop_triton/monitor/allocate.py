@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from memaop_triton.config import MemAOPConfig, Sampled
+from memaop_triton.config import MemAOPConfig
+from memaop_triton.config.parts import Sampled
 from memaop_triton.flops import input_grad_flops, weight_grad_flops
 from memaop_triton.memory.kinds import SubspaceMemory
 from memaop_triton.monitor.diagnostics import LayerDiagnostics

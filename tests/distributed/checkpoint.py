@@ -7,7 +7,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from memaop_triton import convert_, memory_state_dict
-from memaop_triton.config import MEMORIES, ROW_MEMORIES
+from memaop_triton.config.parts import MEMORIES, ROW_MEMORIES
 from memaop_triton.distributed.checkpoint import load_memory, memory_entries
 from tests.distributed.checks import case, shared_folder
 from tests.distributed.resume_worker import differences

@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from memaop_triton import memory_state_dict
-from memaop_triton.config import MEMORIES
+from memaop_triton.config.parts import MEMORIES
 from memaop_triton.distributed.checkpoint import load_memory, memory_entries
 from tests.distributed.checkpoint import comes_back, converted, refused, save, trained
 from tests.distributed.resume_worker import differences

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from memaop_triton import MemAOPConfig, convert_, dispatch, flops, monitor, new_memory
 from memaop_triton.backward import steps_triton
 from memaop_triton.backward.weight_grad import weight_and_bias_grad, weight_grad
-from memaop_triton.config import ROW_MEMORIES
+from memaop_triton.config.parts import ROW_MEMORIES
 from memaop_triton.kernels.draws import draw_seed
 from memaop_triton.kernels.gpu import launch
 from memaop_triton.monitor.estimates import Figures

@@ -62,7 +62,7 @@ def test_elapsed_is_the_mean_of_the_repeats(monkeypatch):
 def test_a_refresh_counts_for_its_share_and_the_forward_pass_for_what_it_adds(
     monkeypatch, memory, ours, held
 ):
-    def time_in_turn(calls, device, budget):
+    def time_in_turn(calls, device, budget, shortest):
         for call in calls:
             call()
         return results.pop(0)[: len(calls)]
@@ -74,6 +74,20 @@ def test_a_refresh_counts_for_its_share_and_the_forward_pass_for_what_it_adds(
     assert found.dense == [3.0, 4.0]
     assert found.ours == pytest.approx([ours + 0.4] * 2)
     assert found.memory_bytes == held
+
+
+def test_several_configurations_are_timed_beside_one_dense_layer(monkeypatch):
+    def time_in_turn(calls, device, budget, shortest):
+        assert shortest == 1e-4
+        return [[float(number)] * 2 for number in range(len(calls))]
+
+    monkeypatch.setattr(layer_timing, "time_in_turn", time_in_turn)
+    configs = [MemAOPConfig(memory="none"), MemAOPConfig(memory=Subspace(refresh_every=2))]
+    use = Use(9, 8, 8, torch.float32, CPU)
+    found = layer_timing.measure_each(use, configs, 1.0, 1e-4)
+    # Dense, one without a memory, one without and one with a refresh; and 1 for the forward pass.
+    assert [one.dense for one in found] == [[0.0] * 2] * 2
+    assert [one.ours for one in found] == [[2.0] * 2, [3.5] * 2]
 
 
 def test_how_often_a_timed_layer_refreshes_changes_nothing_else():
@@ -100,7 +114,7 @@ def test_how_often_a_timed_layer_refreshes_changes_nothing_else():
 def test_what_is_timed_is_what_is_wanted(monkeypatch, needs, dtype):
     results = []
 
-    def time_in_turn(calls, device, budget):
+    def time_in_turn(calls, device, budget, shortest):
         # Rows have the dtype that they were seen in: nothing casts them a second time.
         assert not torch.is_autocast_enabled("cpu")
         results.append([call() for call in calls])
