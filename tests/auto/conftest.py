@@ -38,15 +38,12 @@ class Training:
         self.target = nn.Linear(width, width)
         self.model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
         convert_(self.model, config or MemAOPConfig(ratio="auto", memory="none"))
+        self.linears = self.model[0], self.model[2]
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
 
     @property
     def controller(self):
-        return self.model[0].layer_state.controller
-
-    @property
-    def linears(self):
-        return self.model[0], self.model[2]
+        return self.linears[0].layer_state.controller
 
     def loss(self):
         x = torch.randn(self.rows, self.target.in_features)

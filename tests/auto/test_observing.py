@@ -38,6 +38,18 @@ def test_variance_without_a_memory(ratio):
     assert seen.variance_of(1.0) == 0
 
 
+@pytest.mark.parametrize("memory", ["none", "subspace"])
+def test_some_rows_of_a_large_batch_stand_for_all(memory):
+    torch.manual_seed(0)
+    x, g = torch.randn(8192, N), torch.randn(8192, P)
+    config = MemAOPConfig(ratio=1.0, memory=memory)
+    seen, _ = seen_by(config, (x, g))
+    scores = x.norm(dim=1) * g.norm(dim=1)
+    p = inclusion_probabilities(scores, 2048)
+    exact = (scores.square() * (1 / p - 1)).sum().item()
+    assert (0.5 if memory == "subspace" else 0.95) < seen.variance_of(1 / 4) / exact < 1.05
+
+
 def test_square_of_the_gradient_is_that_of_dense_on_average():
     x, g = batch()
     dense = (g.T @ x).square().sum().item()
