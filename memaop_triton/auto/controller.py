@@ -90,7 +90,9 @@ class Controller:
         self._observers: dict[str, StepObserver] = {}
         self._watchers: dict[str, Observer | None] = {}
         self._is_sampled = False
-        self._window: list[str | None] = []  # kinds of the steps of a trial that are to come
+        # Kinds of the steps of a trial that are to come. The times of the first steps of a mode,
+        # which have kinds of their own, are not looked at.
+        self._window: list[str] = []
         self._decide_at = _FIRST_LOOKS[-1]
         self._patience = _REVIEW_AFTER
         self._owners: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
@@ -136,13 +138,13 @@ class Controller:
     def _prepare(self) -> None:
         """The modes of the next step."""
         is_observed = self._is_observed(self.steps + 1)
-        kind: str | None = "sampled" if self.phase == "sampling" else "exact"
+        kind = "sampled" if self.phase == "sampling" else "exact"
         if self.phase == "trial":
             kind = self._window.pop(0)
         self._is_sampled = kind in ("sampled", "settling") or (
             self.phase == "frozen" and any(share < EXACT for share in self.shares.values())
         )
-        self._kind = None if is_observed or kind in ("settling", "resting") else kind
+        self._kind = None if is_observed else kind
         for name, state in self._ours():
             share = self.shares[name] if self._is_sampled else EXACT
             state.config = self._configs[name][share]

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 
 import pytest
 import torch
@@ -69,6 +70,23 @@ def test_a_gain_that_is_not_there_is_taken_back_and_tried_again_later(training):
     assert sum(run.modes) == 16, "not again within twice the time"
     run.step(60)
     assert sum(run.modes) == 32
+
+
+def test_the_first_step_of_a_mode_does_not_count(training):
+    run = training(**EASY, true=fast)
+    run.settling = 50.0
+    run.step(60)
+    assert run.controller.realised == pytest.approx(run.controller.predicted.progress, rel=0.05)
+
+
+def test_steps_that_are_not_finite_are_not_learned_from(training):
+    run = training(**EASY, true=fast)
+    run.step(4)
+    run.noise = math.inf
+    run.step()  # observed, and the end of this training
+    run.step(60)
+    assert not any(run.controller.seen.values())
+    assert not any(run.modes)
 
 
 def test_layers_that_would_not_get_faster_stay_dense(training):

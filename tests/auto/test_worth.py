@@ -77,6 +77,10 @@ def test_slower_options_are_not_taken():
     assert best_choice({"a": slow}, 4.0).shares == {"a": EXACT}
 
 
+def test_savings_that_add_up_to_more_than_a_step_are_not_believed():
+    assert best_choice({"a": layer(1.0, 0.0, 1.0)}, 0.5).speedup == pytest.approx(10)
+
+
 def test_gradients_that_are_zero():
     found = best_choice({"a": layer(1.0, 0.0, 0.0)}, 4.0)
     assert found.shares == {"a": 1 / 8}
