@@ -29,9 +29,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from memaop_triton.auto.clock import StepClock
 from memaop_triton.auto.observing import Seen, StepObserver
 from memaop_triton.auto.savings import Savings
-from memaop_triton.auto.worth import EXACT, Layer, Worth, best_choice, progress_of
-from memaop_triton.backward.step import Observer
+from memaop_triton.auto.worth import EXACT, Layer, Worth, best_choice, progress_of, worth_of
 from memaop_triton.config import MemAOPConfig
+from memaop_triton.kernels import targets
 from memaop_triton.monitor.hull import Option
 from memaop_triton.nn.layer_state import LayerState
 from memaop_triton.nn.linear import MemAOPLinear
@@ -88,7 +88,6 @@ class Controller:
         self._savings = Savings()
         self._clock: StepClock | None = None
         self._observers: dict[str, StepObserver] = {}
-        self._watchers: dict[str, Observer | None] = {}
         self._is_sampled = False
         # Kinds of the steps of a trial that are to come. The times of the first steps of a mode,
         # which have kinds of their own, are not looked at.
@@ -108,8 +107,12 @@ class Controller:
         is_ours = self._owners.get(optimizer)
         if is_ours is None:
             is_ours = self._owners[optimizer] = self._is_led_by(optimizer)
-        if is_ours:
+        if is_ours and not targets.is_capturing(self._device):
             self._end_step()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._states.values())).handle.device
 
     def _is_led_by(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether it updates the first trainable weight of ours: steps are counted by that one."""
@@ -125,14 +128,17 @@ class Controller:
 
     def _end_step(self) -> None:
         if self._clock is None:
-            self._clock = StepClock(next(iter(self._states.values())).handle.device)
+            self._clock = StepClock(self._device)
         self._clock.tick(self._kind)
         self.steps += 1
         self._read()
-        if self.phase == "trial" and not self._window:
-            self._judge()
-        elif self.phase in ("exact", "sampling") and self.steps >= self._decide_at:
-            self._decide()
+        is_tried = self.phase == "trial" and not self._window
+        if is_tried or (self.phase in ("exact", "sampling") and self.steps >= self._decide_at):
+            if is_tried:
+                self._judge()
+            else:
+                self._decide()
+            self._decide_at = self.steps + self._patience
         self._prepare()
 
     def _prepare(self) -> None:
@@ -150,8 +156,7 @@ class Controller:
             state.config = self._configs[name][share]
             state.is_native = share == EXACT and not is_observed
             if is_observed:
-                self._watchers[name] = state.observer
-                state.observer = self._observers[name] = StepObserver(state)
+                state.step_observer = self._observers[name] = StepObserver(state)
 
     def _is_observed(self, step: int) -> bool:
         if self.phase in ("trial", "frozen"):
@@ -163,7 +168,7 @@ class Controller:
     def _read(self) -> None:
         """Take what the step that has ended showed."""
         for name, observer in self._observers.items():
-            self._states[name].observer = self._watchers.pop(name)
+            self._states[name].step_observer = None
             seen = observer.read()
             if seen is not None and seen.is_finite:
                 self.seen[name].append(seen)
@@ -173,9 +178,11 @@ class Controller:
 
     def _decide(self) -> None:
         assert self._clock is not None
-        self._decide_at = self.steps + self._patience
         times = self._clock.seconds("exact")
-        if _is_distributed() or len(times) < 3:
+        if _is_distributed():
+            self.obstacle = "processes of a distributed run do not decide yet"
+            return
+        if len(times) < 3:
             return
         exact = statistics.median(times)
         layers = {name: found for name, _ in self._ours() if (found := self._layer(name))}
@@ -189,8 +196,11 @@ class Controller:
             self._wait_longer()
             return
         shares = dict.fromkeys(self._states, EXACT) | best.shares
-        if self.phase == "sampling" and shares == self.shares:
-            return
+        if self.phase == "sampling":
+            now = worth_of(layers, self.shares, exact)
+            if now.progress >= WORTH_A_CHANGE and best.progress < WORTH_A_CHANGE * now.progress:
+                self.predicted = now
+                return
         self._change("trial", shares)
         one = ["settling", *["sampled"] * (_WINDOW - 1)]
         other = ["resting", *["exact"] * (_WINDOW - 1)]
@@ -211,7 +221,6 @@ class Controller:
         else:
             self._change("exact", dict.fromkeys(self._states, EXACT))
             self._wait_longer()
-        self._decide_at = self.steps + self._patience
 
     def _wait_longer(self) -> None:
         self._patience = min(2 * self._patience, _LONGEST_REVIEW)
@@ -270,7 +279,7 @@ class Controller:
     def summary(self) -> str:
         """What is decided, in one line."""
         if self.predicted is None:
-            return "exact: nothing is known yet"
+            return f"exact: {self.obstacle or 'nothing is known yet'}"
         count = sum(share < EXACT for share in self.shares.values())
         which = f"sampling {count} of {len(self.shares)} layers"
         unit = "times dense's progress per second"

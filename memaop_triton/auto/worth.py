@@ -78,6 +78,18 @@ def best_choice(layers: Mapping[str, Layer], seconds: float) -> Worth:
     return max(path, key=lambda worth: worth.progress)
 
 
+def worth_of(layers: Mapping[str, Layer], shares: Mapping[str, float], seconds: float) -> Worth:
+    """What a choice comes to; the arguments are those of `best_choice`, and K/M by layer."""
+    left, variance = seconds, 0.0
+    for name, layer in layers.items():
+        options = {option.share: option for option in layer.options}
+        chosen = options[shares[name]]
+        left -= options[EXACT].cost - chosen.cost
+        variance += chosen.variance
+    square = sum(layer.square for layer in layers.values())
+    return _worth(shares, seconds, left, variance, square)
+
+
 def _path(layers: Mapping[str, Layer], seconds: float, square: float) -> Iterator[Worth]:
     """From all exact to the fastest options, the cheapest variance per second first."""
     hulls = {}

@@ -50,6 +50,7 @@ class LayerState:
             after its factors were added.
         observer: Records the backward passes, if a `Monitor` watches the layer. Copies are
             not watched.
+        step_observer: Records those of one step, in the place of the other.
         controller: Who sets `config` from step to step, if it is `ratio="auto"`. Copies have none.
         is_native: Whether the layer computes as `nn.Linear` does, without an operator of ours.
     """
@@ -59,6 +60,7 @@ class LayerState:
     factors: list[Factors] | None = None
     on_weight_grad: Callable[[Tensor], None] | None = None
     observer: Observer | None = None
+    step_observer: Observer | None = None
     controller: object | None = None
     is_native: bool = False
 

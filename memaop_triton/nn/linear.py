@@ -201,6 +201,8 @@ class MemAOPLinear(nn.Linear):
         config = self.config
         given = ((name, getattr(config, name)) for name in ("k", "budget", "ratio"))
         budget = next(f"{name}={value:g}" for name, value in given if value is not None)
+        if self.layer_state.controller is not None:
+            budget = f"ratio=auto, {'exact' if config.ratio == 1 else f'{config.ratio:g}'} now"
         parts = [super().extra_repr(), budget, f"selection={config.selection}"]
         parts.append(f"memory={config.memory_name}")
         if isinstance(self.memory, SubspaceMemory):

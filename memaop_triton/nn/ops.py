@@ -59,7 +59,7 @@ def _gradients(
         selection=selection,
         shards=state.shards,
         factors=state.factors,
-        observer=state.observer,
+        observer=state.step_observer or state.observer,
     )
     if state.on_weight_grad is not None:
         state.on_weight_grad(gradients.weight)

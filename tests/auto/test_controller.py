@@ -183,6 +183,7 @@ def test_a_training_that_gets_noisy_is_exact_again(training):
     run.step(60)
     assert run.controller.phase == "sampling"
     run.noise, run.rows = 100.0, 16
+    run.optimizer.param_groups[0]["lr"] = 0.0  # at which noise like this would end everything
     run.step(300)
     assert run.controller.phase == "exact"
 
@@ -197,16 +198,39 @@ def test_decisions_are_logged(training, caplog):
 
 def test_a_monitor_and_evaluations_go_on(training):
     run = training(**EASY, true=fast)
+    run.step(4)  # the next one is observed
     watch = monitor(run.model, every=1, starving=1e9)
-    for _ in range(70):
+    for _ in range(66):
         run.step()
         run.model.eval()
         run.model(torch.randn(4, 16))
         run.model.train()
     assert run.controller.phase == "sampling"
     assert watch.read()["0"].observations > 20
-    watch.close()
+    run.step(94 - run.controller.steps)
+    watch.close()  # before one that is observed
+    run.step(2)
     assert run.model[0].layer_state.observer is None
+
+
+def test_a_choice_that_is_hardly_better_than_the_one_in_use_is_not_tried(training):
+    run = training(**EASY, true=fast)
+    run.step(60)
+    before = dict(run.controller.shares)
+    FAST[1 / 2] -= 0.01
+    try:
+        run.step(300)
+    finally:
+        FAST[1 / 2] += 0.01
+    assert all(run.modes[45:])
+    assert run.controller.shares == before
+
+
+def test_it_shows_that_the_ratio_is_left_to_the_library(training):
+    run = training(**EASY, true=fast)
+    assert "ratio=auto, exact now" in repr(run.model)
+    run.step(60)
+    assert "ratio=auto, 0." in repr(run.model)
 
 
 def test_a_copy_is_exact_and_a_reverted_model_dense(training):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from memaop_triton.auto.worth import EXACT, MOST_NOISE, Layer, best_choice, progress_of
+from memaop_triton.auto.worth import EXACT, MOST_NOISE, Layer, best_choice, progress_of, worth_of
 from memaop_triton.monitor.hull import Option
 
 SHARES = (EXACT, 1 / 2, 1 / 4, 1 / 8)
@@ -59,6 +59,15 @@ def test_what_it_says_of_a_choice():
     assert found.seconds == pytest.approx(4 - (1 - 0.45))
     assert found.noise == pytest.approx(0.02 * 3 / 2)
     assert found.progress == pytest.approx(found.speedup / (1 + found.noise))
+
+
+def test_the_worth_of_a_given_choice_is_that_of_the_path():
+    layers = {"a": layer(1.0, 0.02, 1.0), "b": layer(1.0, 0.1, 1.0)}
+    found = best_choice(layers, 4.0)
+    again = worth_of(layers, found.shares, 4.0)
+    assert again.shares == found.shares
+    assert again[1:] == pytest.approx(found[1:])
+    assert worth_of(layers, dict.fromkeys(layers, EXACT), 4.0).progress == 1
 
 
 def test_dense_is_kept_where_noise_costs_more_than_time_saves():
