@@ -13,7 +13,7 @@ Every layer starts exact, as an `nn.Linear`. From one step of the optimizer to t
 
 `model_report(model)` says what was decided and why, and so does the logger `memaop_triton.auto`
 (level INFO) when a decision changes. `auto_freeze(model)` ends it; as decisions hang on measured
-times, two runs may decide differently before. Steps are those of the `torch.optim.Optimizer` that
-holds the first trainable weight. Not yet covered: in a distributed run all layers stay exact, a
-copy of the model is exact and undecided, and decisions are in no checkpoint.
+times, two runs may decide differently before. `memory_state_dict` saves decisions. Steps are those
+of the `torch.optim.Optimizer` that holds the first trainable weight. Not yet covered: in a
+distributed run all layers stay exact, and a copy of the model is exact and undecided.
 """

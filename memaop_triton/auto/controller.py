@@ -12,7 +12,6 @@ and checkpointed passes of a step agree:
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import statistics
@@ -29,7 +28,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from memaop_triton.auto.clock import StepClock
 from memaop_triton.auto.observing import Seen, StepObserver
 from memaop_triton.auto.savings import Savings
-from memaop_triton.auto.worth import EXACT, Layer, Worth, best_choice, progress_of, worth_of
+from memaop_triton.auto.worth import (
+    EXACT,
+    WORTH_A_CHANGE,
+    Layer,
+    Worth,
+    best_choice,
+    obstacle_to,
+    progress_of,
+    worth_of,
+)
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels import targets
 from memaop_triton.monitor.hull import Option
@@ -40,8 +48,6 @@ _log = logging.getLogger("memaop_triton.auto")
 
 #: K/M that a layer may get.
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
-#: Progress per second over dense's that is worth a change.
-WORTH_A_CHANGE = 1.02
 
 _FIRST_LOOKS = (5, 9, 13)  # steps that are observed; after the last one comes the first decision
 _LOOKS = 4  # that a decision is based on, evenly spaced: noise changes as training goes on
@@ -49,7 +55,6 @@ _WINDOW = 8  # steps of one mode in a trial
 _WINDOWS = 4  # of a trial, sampled ones first
 _REVIEW_AFTER = 100  # steps
 _LONGEST_REVIEW = 1600
-_MOST_FACTOR = 100  # by which noise might be reduced
 # One-sided 90 % quantiles of Student's t for one degree of freedom, two, and so on.
 _STUDENT = (3.078, 1.886, 1.638)
 
@@ -190,7 +195,7 @@ class Controller:
             return
         best = best_choice(layers, exact)
         self.predicted = best
-        self.obstacle = _obstacle(layers, exact)
+        self.obstacle = obstacle_to(layers, exact)
         if self.cautious_progress(best) < WORTH_A_CHANGE:
             self._change("exact", dict.fromkeys(self._states, EXACT))
             self._wait_longer()
@@ -260,6 +265,48 @@ class Controller:
         if phase != before:
             _log.info("step %d: %s", self.steps, self.summary())
 
+    # Saving. -------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was decided, as numbers and strings. A trial that is under way is not."""
+        is_decided = self.phase in ("sampling", "frozen")
+        return {
+            "phase": self.phase if is_decided else "exact",
+            "shares": dict(self.shares) if is_decided else dict.fromkeys(self.shares, EXACT),
+            "steps": self.steps,
+            "patience": self._patience,
+            "predicted": None if self.predicted is None else list(self.predicted[1:]),
+            "realised": self.realised,
+            "speedup": self.speedup,
+            "obstacle": self.obstacle,
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise `ValueError` if `state` is of other layers."""
+        odd = sorted(state["shares"].keys() ^ self.shares.keys())
+        if odd:
+            raise ValueError(f"decisions are about other layers: {odd}.")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what another controller of the same layers decided.
+
+        Raises:
+            ValueError: They are other layers.
+        """
+        self.check_state(state)
+        self.phase, self.shares = state["phase"], dict(state["shares"])
+        self.steps, self._patience = state["steps"], state["patience"]
+        predicted = state["predicted"]
+        self.predicted = None if predicted is None else Worth(dict(self.shares), *predicted)
+        self.realised, self.speedup = state["realised"], state["speedup"]
+        self.obstacle = state["obstacle"]
+        for seen in self.seen.values():
+            seen.clear()
+        self._clock, self._window = None, []
+        self._read()
+        self._decide_at = max(_FIRST_LOOKS[-1], self.steps + self._patience)
+        self._prepare()
+
     # What users see. -----------------------------------------------------------------------------
 
     def freeze(self) -> None:
@@ -299,27 +346,6 @@ def control(layers: Mapping[str, tuple[nn.Linear, MemAOPConfig]]) -> Controller:
     _controllers.add(controller)
     _listen()
     return controller
-
-
-def _obstacle(layers: Mapping[str, Layer], exact: float) -> str:
-    """What keeps sampling from being worth it, if it is not."""
-    quieter = 1.0
-    while quieter < _MOST_FACTOR:
-        quieter *= 1.25
-        options = {name: _quieter(layer, quieter) for name, layer in layers.items()}
-        if best_choice(options, exact).progress >= WORTH_A_CHANGE:
-            return (
-                f"the noise of sampling would have to be {quieter:.1f} times smaller, as with so "
-                "much larger batches"
-            )
-    return "the layers are too small to get faster"
-
-
-def _quieter(layer: Layer, factor: float) -> Layer:
-    options = [
-        dataclasses.replace(option, variance=option.variance / factor) for option in layer.options
-    ]
-    return layer._replace(options=options)
 
 
 def _state_of(layer: nn.Linear) -> LayerState:

@@ -13,6 +13,7 @@ Variances, squares and savings of layers add up.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +23,11 @@ from memaop_triton.monitor.hull import Option, lower_hull, slope
 
 #: The share of an exact gradient.
 EXACT = 1.0
+#: Progress per second over dense's that is worth a change.
+WORTH_A_CHANGE = 1.02
 #: V/D above which the progress is not known well enough to bet on it.
 MOST_NOISE = 0.5
+_MOST_FACTOR = 100  # by which noise might be reduced
 
 
 class Layer(NamedTuple):
@@ -88,6 +92,27 @@ def worth_of(layers: Mapping[str, Layer], shares: Mapping[str, float], seconds: 
         variance += chosen.variance
     square = sum(layer.square for layer in layers.values())
     return _worth(shares, seconds, left, variance, square)
+
+
+def obstacle_to(layers: Mapping[str, Layer], seconds: float) -> str:
+    """What keeps sampling from being worth it, in words; arguments as for `best_choice`."""
+    quieter = 1.0
+    while quieter < _MOST_FACTOR:
+        quieter *= 1.25
+        less = {name: _quieter(layer, quieter) for name, layer in layers.items()}
+        if best_choice(less, seconds).progress >= WORTH_A_CHANGE:
+            return (
+                f"the noise of sampling would have to be {quieter:.1f} times smaller, as with so "
+                "much larger batches"
+            )
+    return "the layers are too small to get faster"
+
+
+def _quieter(layer: Layer, factor: float) -> Layer:
+    options = [
+        dataclasses.replace(option, variance=option.variance / factor) for option in layer.options
+    ]
+    return layer._replace(options=options)
 
 
 def _path(layers: Mapping[str, Layer], seconds: float, square: float) -> Iterator[Worth]:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,22 @@ _states: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDiction
 _MAX_STATES_WITHOUT_MEMORY = 256
 # Configurations that one memory is used with in turn.
 _MAX_STATES_OF_A_MEMORY = 16
+
+
+class Controller(Protocol):
+    """Decides about the ratios of some layers, and sets their configurations."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was decided, as tensors, numbers and strings."""
+        ...
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise `ValueError` if `state` is of other layers."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what another one of the same layers decided."""
+        ...
 
 
 class LayerState:
@@ -61,7 +77,7 @@ class LayerState:
     on_weight_grad: Callable[[Tensor], None] | None = None
     observer: Observer | None = None
     step_observer: Observer | None = None
-    controller: object | None = None
+    controller: Controller | None = None
     is_native: bool = False
 
     def __init__(self, config: MemAOPConfig, memory: Memory | None) -> None:
