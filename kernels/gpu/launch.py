@@ -8,6 +8,7 @@ recorded once (`record`); its `Recording` launches the same programs on other te
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable
 from operator import itemgetter
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Passed explicitly, because Triton 3.9 asks for it.
 OPTIONS = {"enable_fp_fusion": True}
@@ -81,13 +83,15 @@ class Recording:
 
     Regions of memory are numbered: first the call's tensors, then its results, last what it used in
     between, of which one allocation holds all. The values of a call, out of which each launch picks
-    its arguments, are the stream, addresses, the call's scalars, and what never changes.
+    its arguments, are the stream, addresses, the call's scalars, descriptors of its tensors, and
+    what never changes.
     """
 
     def __init__(
         self,
         launches: list[_Repeated],
         addresses: list[tuple[int, int]],
+        descriptors: list[tuple[int, dict[str, Any]]],
         constants: list[Any],
         results: list[tuple[tuple[int, ...], torch.dtype] | None],
         temporary: int,
@@ -95,6 +99,7 @@ class Recording:
     ) -> None:
         self._launches = launches
         self._addresses = addresses  # regions, and where in them
+        self._descriptors = descriptors  # regions of tensors, and how they are divided into tiles
         self._constants = constants
         self._results = results
         self._temporary = temporary
@@ -121,7 +126,8 @@ class Recording:
         active = driver.active
         stream = active.get_current_stream(active.get_current_device())
         addresses = [starts[region] + offset for region, offset in self._addresses]
-        values = [stream, *addresses, *scalars, *self._constants]
+        described = [TensorDescriptor(tensors[i], **tiles) for i, tiles in self._descriptors]
+        values = [stream, *addresses, *scalars, *described, *self._constants]
         if knobs.runtime.launch_enter_hook.calls:  # watched by a profiler
             for program, _, pick in self._launches:
                 arguments = pick(values)
@@ -202,6 +208,8 @@ class _Recorder:
                 elif name in self._varying:
                     varies = (name, value) in self._scalars
                     place = (_SCALAR, self._scalars.index((name, value))) if varies else None
+                elif isinstance(value, TensorDescriptor):
+                    place = values.descriptor(value, len(self._tensors))
                 else:
                     is_fixed = value is None or isinstance(value, (int, float, str))
                     place = values.constant(value) if is_fixed else None
@@ -211,19 +219,20 @@ class _Recorder:
             launches.append((program, places))
         first = {_STREAM[0]: 0, _ADDRESS: 1}
         first[_SCALAR] = 1 + len(values.addresses)
-        first[_CONSTANT] = first[_SCALAR] + len(self._scalars)
+        first[_DESCRIPTOR] = first[_SCALAR] + len(self._scalars)
+        first[_CONSTANT] = first[_DESCRIPTOR] + len(values.descriptors)
         repeated = [
             _Repeated(program, program.run, itemgetter(*(first[kind] + i for kind, i in places)))
             for program, places in launches
         ]
         shapes = [None if a is None else (tuple(a.shape), a.dtype) for a in results]
         device = self._tensors[0].device
-        held = values.addresses, values.constants
+        held = values.addresses, values.descriptors, values.constants
         return Recording(repeated, *held, shapes, values.temporary, device)
 
 
 # Kinds of values in a recording, each with a number of its own within its kind.
-_ADDRESS, _SCALAR, _CONSTANT = "address", "scalar", "constant"
+_ADDRESS, _SCALAR, _DESCRIPTOR, _CONSTANT = "address", "scalar", "descriptor", "constant"
 _STREAM = ("stream", 0)
 _Place = tuple[str, int]
 
@@ -237,6 +246,7 @@ class _Values:
 
     def __init__(self, regions: tuple[Tensor, ...]) -> None:
         self.addresses: list[tuple[int, int]] = []
+        self.descriptors: list[tuple[int, dict[str, Any]]] = []
         self.constants: list[Any] = []
         self.temporary = 0  # bytes
         self._regions = {a.data_ptr(): number for number, a in enumerate(regions)}
@@ -250,6 +260,19 @@ class _Values:
         """The place of a value that stays as it is."""
         self.constants.append(value)
         return _CONSTANT, len(self.constants) - 1
+
+    def descriptor(self, described: TensorDescriptor, tensors: int) -> _Place | None:
+        """The place of a descriptor; `None` unless it is of one of the call's tensors as it is.
+
+        Of the regions, the first `tensors` are these.
+        """
+        region = self._regions.get(described.base.data_ptr(), tensors)
+        if region >= tensors:
+            return None
+        fields = [field.name for field in dataclasses.fields(described)]
+        tiles = {name: getattr(described, name) for name in fields if name != "base"}
+        self.descriptors.append((region, tiles))
+        return _DESCRIPTOR, len(self.descriptors) - 1
 
     def address(self, a: Tensor) -> _Place | None:
         """The place of a tensor's address; `None` if it is not known which region it is in."""

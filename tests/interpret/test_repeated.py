@@ -115,6 +115,21 @@ def test_repeated_steps_are_those_steps(scheme, block_rows, dtype, repeating, mo
     assert len(repeating) == expected
 
 
+@pytest.mark.parametrize("memory", ["none", "residual"])
+def test_blocks_by_descriptor_are_repeated(memory, repeating, tensor_copies, monkeypatch):
+    """Each call describes its own operands: X and G, or the slots of the memory."""
+    config = flat_config(ratio=1 / 4, selection="topk", memory=memory, block_rows=16)
+    found = steps_of(config, dtype=torch.float16)
+    assert len(repeating) == 3
+    assert [len(recording._descriptors) for recording in repeating] == [2] * 3
+
+    monkeypatch.setattr(launch, "record", lambda function, *_: (function(), None))
+    repeated.forget()
+    for one, other in zip(found, steps_of(config, dtype=torch.float16), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert len(repeating) == 3
+
+
 def test_what_a_recording_depends_on(repeating):
     """Shapes, strides, alignment, dtype, the configuration and choices of tiles."""
     config = flat_config(ratio=1 / 4, memory="none", selection="topk")
