@@ -56,9 +56,11 @@ def launch(
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes a device the current one, if it is not."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+    return contextlib.nullcontext() if _is_current(device) else torch.cuda.device(device)
+
+
+def _is_current(device: torch.device) -> bool:
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
 _FIRST_ARGUMENT = 9  # after the grid, the stream, two handles and what a profiler would take
@@ -105,12 +107,14 @@ class Recording:
         self._temporary = temporary
         self._device = device
 
-    def __call__(self, tensors: tuple[Tensor, ...], scalars: tuple[Any, ...]) -> list[Any]:
+    def __call__(self, tensors: tuple[Tensor, ...], scalars: list[Any]) -> list[Any]:
         """The results, from tensors and scalars in the order in which `record` took them."""
-        with _on(self._device):
+        if _is_current(self._device):
+            return self._launch(tensors, scalars)
+        with torch.cuda.device(self._device):
             return self._launch(tensors, scalars)
 
-    def _launch(self, tensors: tuple[Tensor, ...], scalars: tuple[Any, ...]) -> list[Any]:
+    def _launch(self, tensors: tuple[Tensor, ...], scalars: list[Any]) -> list[Any]:
         device = self._device
         starts = [a.data_ptr() for a in tensors]
         results: list[Tensor | None] = []

@@ -47,7 +47,7 @@ def repeated(
     )
     found, _ = _recordings.get(key, (0, None))
     if isinstance(found, launch.Recording):
-        return found(tensors, tuple(value for _, value in scalars))
+        return found(tensors, [value for _, value in scalars])
     is_fixed = any(isinstance(value, Tensor) for _, value in scalars)  # in the capture of a graph
     if is_fixed or found == _ATTEMPTS:
         return function()

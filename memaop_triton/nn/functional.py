@@ -47,10 +47,14 @@ class _MemAOPLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        gradients: tuple[Tensor | None, ...]
         # Casts were made in the forward pass, in whichever autocast region backward is called.
-        with _no_grad(), no_autocast(grad_output.device.type):
-            saved = ctx.saved_tensors
-            gradients: tuple[Tensor | None, ...] = _backward(ctx, grad_output, *saved)
+        if torch.is_grad_enabled() or _is_autocast(grad_output.device.type):
+            with torch.no_grad(), no_autocast(grad_output.device.type):
+                gradients = _backward(ctx, grad_output, *saved)
+        else:
+            gradients = _backward(ctx, grad_output, *saved)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             sources = (grad_output, *saved)
             gradients = tuple(
@@ -119,11 +123,12 @@ def _wanted_gradients(ctx: Any) -> tuple[bool, bool, bool]:
     needed: tuple[bool, bool, bool] = ctx.needs_input_grad[:3]
     if torch.compiler.is_compiling():  # a compiled backward pass is one piece
         return needed
-    x, weight, bias = (
-        is_needed and _is_delivered(node)
-        for is_needed, (node, _) in zip(needed, ctx.next_functions[:3], strict=True)
+    (x, _), (weight, _), (bias, _), *_ = ctx.next_functions
+    return (
+        needed[0] and _is_delivered(x),
+        needed[1] and _is_delivered(weight),
+        needed[2] and _is_delivered(bias),
     )
-    return x, weight, bias
 
 
 def _is_delivered(node: Any) -> bool:
@@ -168,11 +173,6 @@ def _backward(
     if dx is not None and grad_output.dim() != 2:
         dx = dx.reshape(*grad_output.shape[:-1], dx.shape[-1])
     return dx, dw if wants_weight else None, db if wants_bias else None
-
-
-def _no_grad() -> contextlib.AbstractContextManager[Any]:
-    """Switches gradients off, if they are on: `create_graph=True`."""
-    return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
 
 
 def _as_rows(a: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def prepared(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands checked, and cast under autocast."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _is_autocast(device):
         x, weight = _autocast(x), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
     _check_operands(x, weight, bias)
@@ -258,9 +258,13 @@ def linear_of_state(
 
 def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """Switches autocast off for a type of device, if it is on."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return (
+        torch.autocast(device, enabled=False) if _is_autocast(device) else contextlib.nullcontext()
+    )
+
+
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _autocast(a: Tensor) -> Tensor:

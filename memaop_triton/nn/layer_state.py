@@ -96,8 +96,9 @@ class LayerState:
 
     def release(self) -> None:
         """Leave the configuration to whoever sets it next, and not to a controller."""
-        self.controller = None
-        self.is_native = False
+        if self.controller is not None:
+            self.controller = None
+            self.is_native = False
 
     def fit(self, in_features: int, out_features: int) -> None:
         """Make the memory one for a weight of this size; it is emptied if it was another's."""
