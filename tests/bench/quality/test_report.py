@@ -17,6 +17,7 @@ CELLS = 1 + 3 + len(RATIOS) * sum(scheme.make is not None for scheme in SCHEMES.
 OURS, TOPK = Cell("tiny", "subspace", "1/8"), Cell("tiny", "topk", "1/8")
 
 
+@pytest.mark.slow  # it draws all pictures and fits every formula
 def test_the_committed_page_is_that_of_the_committed_results(tmp_path):
     for path in RESULTS.glob("*.csv"):
         shutil.copy(path, tmp_path)
