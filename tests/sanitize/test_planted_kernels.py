@@ -13,9 +13,18 @@ import pytest
 import torch
 import triton
 
-from memaop_triton.kernels.gpu import orthonormal, pack, select, select_shared, selection_keys
+from memaop_triton.kernels.gpu import (
+    orthonormal,
+    pack,
+    select,
+    select_shared,
+    selection_keys,
+    sums,
+    variance_curve,
+)
+from tests.curve_checks import check_curves
 from tests.judging import drawn_blocks
-from tests.kernel_checks import check_packed
+from tests.kernel_checks import check_packed, check_whole_gradient
 from tests.orthonormal_checks import check_product
 from tests.selecting import check_bernoulli, check_selection, share_among_programs
 
@@ -51,6 +60,8 @@ CHECKS = {
     "blocks": lambda: packed(70, drawn_blocks([1, 4], 16)),
     "basis": partial(check_product, "rank r/2", (150, 10), device="cuda"),
     "basis of one row": partial(check_product, "one row", (70, 33), device="cuda"),
+    "curves": partial(check_curves, 45, 6, torch.bfloat16, device="cuda"),
+    "parts": partial(check_whole_gradient, 30, torch.bfloat16, split=2, device="cuda"),
     "selection": partial(check_selection, "priority", device="cuda"),
     "selection among ties": partial(check_selection, "topk", device="cuda"),
     "selection of blocks": partial(check_selection, "priority", 4, device="cuda"),
@@ -144,6 +155,43 @@ FAULTS = {
         ),
         Fault(orthonormal, "unit / tl.sqrt(pivots)[:, None]", "unit", "basis"),
         Fault(orthonormal, "random * lost[None, :]", "random * 0", "basis of one row"),
+    ],
+    "variance_curve_kernel": [
+        Fault(
+            variance_curve,
+            "rest = tl.load(rest_ptr + row, mask=inside, other=0)",
+            "rest = tl.load(rest_ptr + row)",
+            "curves", "oob_read", "rest_ptr",
+        ),
+        Fault(
+            variance_curve,
+            "curves_ptr += program * 2 * POINTS",
+            "curves_ptr += program * POINTS",
+            "curves", "race", "curves_ptr",
+        ),
+        Fault(
+            variance_curve,
+            "curves_ptr += program * 2 * POINTS",
+            "curves_ptr += (program + 1) * 2 * POINTS",
+            "curves", "oob_write", "curves_ptr",
+        ),
+        Fault(variance_curve, "tl.maximum(at - score, 0)", "(at - score)", "curves"),
+        Fault(variance_curve, "first + program * STEP, rank)", "first + program, rank)", "curves"),
+    ],
+    "add_up_kernel": [
+        Fault(
+            sums,
+            "total -= tl.load(minus_ptr, mask=inside, other=0)",
+            "total -= tl.load(minus_ptr)",
+            "parts", "oob_read", "minus_ptr",
+        ),
+        Fault(
+            sums,
+            "tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=inside)",
+            "tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty))",
+            "parts", "oob_write", "out_ptr",
+        ),
+        Fault(sums, "minus_ptr += count", "minus_ptr += 0", "parts"),
     ],
     "select_kernel": [
         Fault(
@@ -260,7 +308,7 @@ def test_faults_of_several_programs(gpu, kernel, fault, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_without_a_fault(check, monkeypatch, tmp_path):
-    for module in (pack, orthonormal, selection_keys, select_shared, select):
+    for module in (pack, orthonormal, variance_curve, sums, selection_keys, select_shared, select):
         compile_anew(monkeypatch, tmp_path, module)
     CHECKS[check]()
 
