@@ -93,7 +93,6 @@ class Controller:
         self._savings = Savings()
         self._clock: StepClock | None = None
         self._observers: dict[str, StepObserver] = {}
-        self._is_sampled = False
         # Kinds of the steps of a trial that are to come. The times of the first steps of a mode,
         # which have kinds of their own, are not looked at.
         self._window: list[str] = []
@@ -152,19 +151,17 @@ class Controller:
         kind = "sampled" if self.phase == "sampling" else "exact"
         if self.phase == "trial":
             kind = self._window.pop(0)
-        self._is_sampled = kind in ("sampled", "settling") or (
-            self.phase == "frozen" and any(share < EXACT for share in self.shares.values())
-        )
+        is_sampled = self.phase == "frozen" or kind in ("sampled", "settling")
         self._kind = None if is_observed else kind
         for name, state in self._ours():
-            share = self.shares[name] if self._is_sampled else EXACT
+            share = self.shares[name] if is_sampled else EXACT
             state.config = self._configs[name][share]
             state.is_native = share == EXACT and not is_observed
             if is_observed:
                 state.step_observer = self._observers[name] = StepObserver(state)
 
     def _is_observed(self, step: int) -> bool:
-        if self.phase in ("trial", "frozen"):
+        if self.phase in ("trial", "frozen") or _is_distributed():
             return False
         if step <= _FIRST_LOOKS[-1]:
             return step in _FIRST_LOOKS

@@ -35,16 +35,19 @@ class Seen(NamedTuple):
 
     def variance_of(self, share: float) -> float:
         """V of the step with this share of the rows, by the best subspace."""
-        return sum(min(variance_at(share, *curve) for curve in of_pass) for of_pass in self.curves)
+        return self._variance([share] * len(self.uses))
 
     @property
     def square(self) -> float:
         """D of the step, an estimate: the square of what was computed less its variance."""
-        variance = sum(
+        return max(0.0, self.computed - self._variance(self.shares))
+
+    def _variance(self, shares: list[float]) -> float:
+        """V with a share for each pass."""
+        return sum(
             min(variance_at(share, *curve) for curve in of_pass)
-            for share, of_pass in zip(self.shares, self.curves, strict=True)
+            for share, of_pass in zip(shares, self.curves, strict=True)
         )
-        return max(0.0, self.computed - variance)
 
     @property
     def is_finite(self) -> bool:
@@ -124,5 +127,5 @@ def _curves_beside(memory: SubspaceMemory, x: Tensor, g: Tensor) -> Tensor:
     choices = len(memory.choice.sides) * len(memory.choice.ranks)
     curves = memory.choice.curves_of(bases, x, g, iterate=False)[:choices]
     for side, basis in bases.items():
-        basis.iterate(rows[side], basis.project(rows[side], rank)[0])
+        basis.follow(rows[side])
     return curves

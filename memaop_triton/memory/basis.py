@@ -94,6 +94,10 @@ class Basis:
         assert self._q is not None
         return (self._q, self.by_row(like, self.rank)) if runs_triton(like) else (self._q,)
 
+    def follow(self, a: Tensor) -> None:
+        """One power iteration of all columns by the rows `a` ([M, features])."""
+        self.iterate(a, self.project(a, self.rank)[0])
+
     def iterate(self, a: Tensor, z: Tensor, is_due: Tensor | bool = True) -> None:
         """One power iteration of the first r columns, by some of the rows `a` ([M, features]).
 

@@ -145,8 +145,7 @@ class SubspaceChoice:
         def follow() -> tuple[Tensor]:
             if iterate:
                 for side, basis in bases.items():
-                    a = x if side == "input" else g
-                    basis.iterate(a, basis.project(a, self.max_rank)[0])
+                    basis.follow(x if side == "input" else g)
             return (score_curves(bases, self.ranks, x, g),)
 
         what = ("choice of a subspace", *bases, self.is_rank_open, iterate)

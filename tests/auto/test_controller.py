@@ -18,6 +18,7 @@ from memaop_triton import (
     plan,
     revert_,
 )
+from memaop_triton.auto import controller
 from memaop_triton.auto.observing import Seen
 
 FAST = {1 / 2: 0.6, 1 / 4: 0.35, 1 / 8: 0.2, 1 / 16: 0.15}
@@ -231,6 +232,15 @@ def test_it_shows_that_the_ratio_is_left_to_the_library(training):
     assert "ratio=auto, exact now" in repr(run.model)
     run.step(60)
     assert "ratio=auto, 0." in repr(run.model)
+
+
+def test_in_a_distributed_run_layers_stay_exact_and_say_so(training, monkeypatch):
+    monkeypatch.setattr(controller, "_is_distributed", lambda: True)
+    run = training(**EASY, true=fast)
+    run.step(60)
+    assert not any(run.modes)
+    assert not any(run.controller.seen.values()), "nothing is observed in vain"
+    assert model_report(run.model).startswith("exact: processes of a distributed run do not")
 
 
 def test_a_copy_is_exact_and_a_reverted_model_dense(training):

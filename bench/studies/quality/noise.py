@@ -17,7 +17,7 @@ from memaop_triton import MemAOPConfig
 from memaop_triton.bench.studies.quality import data, tables
 from memaop_triton.bench.studies.quality.capture import Rows, capture
 from memaop_triton.bench.studies.quality.tasks import TASKS
-from memaop_triton.dispatch import project_rows, row_norms
+from memaop_triton.dispatch import row_norms
 from memaop_triton.flops import RANK_STEP, SubspaceCost
 from memaop_triton.memory.basis import Basis
 from memaop_triton.memory.choice import Choice
@@ -117,5 +117,5 @@ def basis_of(rows: torch.Tensor, rank: int) -> Basis:
     """A basis after some power iterations on these rows ([M, features])."""
     basis = Basis(rows.shape[1], rank)
     for _ in range(_ITERATIONS):
-        basis.iterate(rows, project_rows(rows, basis.of(rows, rank))[0])
+        basis.follow(rows)
     return basis

@@ -18,6 +18,7 @@ from statistics import fmean, variance
 
 import numpy as np
 
+from memaop_triton.auto.worth import progress_of
 from memaop_triton.bench.studies.quality.calibration import StepNoise
 from memaop_triton.bench.studies.quality.results import Results
 from memaop_triton.bench.studies.quality.schemes import DENSE_SHARES, SHORTER, Cell, value_of
@@ -89,8 +90,8 @@ def at_dense_rate(noise: float) -> float:
 
 
 def at_retuned_rate(noise: float) -> float:
-    """1/(1 + ν): the same at the rate that is best for the noise."""
-    return 1 / (1 + noise)
+    """1/(1 + ν): the same at the rate that is best for the noise; what `ratio="auto"` goes by."""
+    return progress_of(noise)
 
 
 def with_adam(noise: float) -> float:
