@@ -18,8 +18,9 @@ ORDER = [
     ("memory",),
     ("backward",),
     ("nn",),
-    ("monitor", "plan", "distributed"),
+    ("monitor", "distributed"),
     ("auto",),
+    ("plan",),
     ("convert",),
     ("__init__",),
     ("experiments",),
@@ -29,7 +30,7 @@ ORDER = [
 ]
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # Rooms of one level that know nothing of each other; those of the ground are one room.
-APART = {"kernels.gpu", "kernels.cpu", "monitor", "plan", "distributed"}
+APART = {"kernels.gpu", "kernels.cpu", "monitor", "distributed"}
 # (importing module, imported module): why this one import goes upwards.
 ALLOWED_UPWARDS = {
     ("bench.studies.quality.commands", "commands.common"): "its own command line, never installed",

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memaop_triton.auto.layer_timing import Use
 from memaop_triton.backward.step import Operands, ProjectedRows
 from memaop_triton.dispatch import row_norms
 from memaop_triton.flops import refresh_stride
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
 from memaop_triton.nn.layer_state import LayerState
-from memaop_triton.plan.layer_timing import Use
 from memaop_triton.sampling.selection import Selection
 from memaop_triton.sampling.variance import variance_at, variance_curve
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping
 
+from memaop_triton.auto.layer_timing import Use, measure_each
+from memaop_triton.auto.timing import generators_restored
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.plan.layer_timing import Use, measure_each
-from memaop_triton.plan.observing import generators_restored
 
 # Seconds that the calls of one shape are timed for, about, and each call at least. A trial follows.
 _BUDGET = 0.02

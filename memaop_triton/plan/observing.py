@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from memaop_triton.auto.layer_timing import Use
+from memaop_triton.auto.timing import elapsed, generators_restored
 from memaop_triton.nn.layer_choice import quoted
 from memaop_triton.nn.linear import MemAOPLinear
-from memaop_triton.plan.layer_timing import Use
-from memaop_triton.plan.timing import elapsed
 
 
 def observe(
@@ -137,19 +135,6 @@ def _training(model: nn.Module) -> Iterator[None]:
         eager = torch.compiler.set_stance("force_eager")
     with alone, eager, torch.inference_mode(False):  # which switches gradients on as well
         yield
-
-
-@contextlib.contextmanager
-def generators_restored(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Put the default generators of Python, NumPy, torch and of these devices back afterwards."""
-    gpus = {device.index for device in devices if device.type == "cuda"}
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=sorted(gpus)):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def _is_expanded(a: Tensor) -> bool:

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from memaop_triton.auto.layer_timing import Measurement, Use, measure
+from memaop_triton.auto.timing import generators_restored
 from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.nn.layer_choice import Chosen, Filter, choose_layers, quoted
-from memaop_triton.plan.layer_timing import Measurement, Use, measure
-from memaop_triton.plan.observing import generators_restored, observe
+from memaop_triton.plan.observing import observe
 from memaop_triton.plan.result import LayerPlan, Plan, Spread, Verdict
 
 TIME_BUDGET = 10.0

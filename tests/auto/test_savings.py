@@ -6,7 +6,7 @@ import torch
 
 from memaop_triton import MemAOPConfig
 from memaop_triton.auto import savings
-from memaop_triton.plan.layer_timing import Measurement, Use
+from memaop_triton.auto.layer_timing import Measurement, Use
 
 CPU = torch.device("cpu")
 CONFIGS = {

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from memaop_triton import Sampled, Subspace
+from memaop_triton.auto.layer_timing import Measurement, Use
 from memaop_triton.commands import cli, loading
 from memaop_triton.plan import planning
-from memaop_triton.plan.layer_timing import Measurement, Use
 
 MODELS = """
 import torch

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from memaop_triton.auto.layer_timing import Measurement
 from memaop_triton.plan import planning
-from memaop_triton.plan.layer_timing import Measurement
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memaop_triton import MemAOPConfig, plan
-from memaop_triton.plan import planning, timing
-from memaop_triton.plan.layer_timing import Use
+from memaop_triton.auto import timing
+from memaop_triton.auto.layer_timing import Use
+from memaop_triton.plan import planning
 from memaop_triton.plan.observing import observe
 from memaop_triton.plan.result import Verdict
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memaop_triton.bench.studies.quality import posts
 from memaop_triton.bench.studies.quality.batches import Batch, Data, ImageData, TextData
-from memaop_triton.bench.studies.quality.bert import MiniLm
 from memaop_triton.bench.studies.quality.networks import Gpt
 from memaop_triton.bench.studies.quality.tasks import Task
+from memaop_triton.experiments.bert import MiniLm
 from memaop_triton.experiments.data import DataError, load_images, load_text
+from memaop_triton.experiments.posts import load_texts
 
 _HELD_OUT = 0.05  # of a text
 
@@ -26,7 +26,8 @@ def load(task: Task, data_dir: Path | None) -> Data:
         CommandError: scikit-learn is needed to fetch it and not installed.
     """
     if isinstance(task.network, MiniLm):
-        return posts.load(data_dir)
+        texts = load_texts(task.data, data_dir)
+        return ImageData(Batch(texts.x_train, texts.y_train), Batch(texts.x_test, texts.y_test))
     if not isinstance(task.network, Gpt):
         return _images(task.data, data_dir)
     codes, count = _codes(task.data, data_dir)

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from memaop_triton.bench.studies.quality.bert import MiniLm
 from memaop_triton.bench.studies.quality.networks import Gpt, Mlp, Network, Vit
+from memaop_triton.experiments.bert import MiniLm
 
 Metric = Literal["accuracy", "loss"]
 

@@ -1,5 +1,6 @@
 """The study of cheap scores: variances against draws, what is resumed, the pretrained BERT."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 
 from memaop_triton import MemAOPConfig
 from memaop_triton.backward.weight_grad import weight_grad
-from memaop_triton.bench.studies.quality import bert, cheap_scores, posts
+from memaop_triton.bench.studies.quality import cheap_scores
 from memaop_triton.bench.studies.quality.capture import Rows
 from memaop_triton.bench.studies.quality.cheap_scores import Time, added_variance, scores_of
 from memaop_triton.bench.studies.quality.schemes import code_of
 from memaop_triton.config import SCORES
+from memaop_triton.experiments import bert, posts
 from memaop_triton.experiments.data import DataError
 from tests.bench.quality import tiny
 
@@ -151,19 +153,24 @@ def test_the_pretrained_network_has_its_weights_and_reads_no_padding(folder):
         ("blocks.0.norm2.weight", "encoder.layer.0.output.LayerNorm.weight"),
     ):
         assert torch.equal(own[ours], weights[theirs].float())
-    batch = posts.load(path).train
-    assert batch.y.tolist() == [1, 0]
-    assert batch.x[1, :4].tolist() == [101, 5, 6, 100]
-    whole = model(batch.x)
-    assert whole.shape == (2, 3)
-    torch.testing.assert_close(model(batch.x[:, :5]), whole)
-    assert not torch.allclose(model(batch.x[:, :2]), whole)
+    texts = posts.load_texts("newsgroups20", path)
+    assert texts.y_train.tolist() == texts.y_test.tolist() == [1, 0]
+    x = texts.x_train
+    assert x[1, :4].tolist() == [101, 5, 6, 100]
+    mean = dataclasses.replace(sizes, pooling="mean").build()
+    mean.load_state_dict(model.state_dict())
+    for network in (model, mean):
+        whole = network(x)
+        assert whole.shape == (2, 3)
+        torch.testing.assert_close(network(x[:, :5]), whole)
+        assert not torch.allclose(network(x[:, :2]), whole)
+    assert not torch.allclose(model(x), mean(x))
 
 
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(DataError, match=r"--data-dir or MEMAOP_TRITON_DATA_DIR"):
-        posts.load(None)
+        posts.load_texts("newsgroups20", None)
     with pytest.raises(DataError, match=r"tokenizer\.json"):
-        posts.load(tmp_path)
+        posts.load_texts("newsgroups20", tmp_path)
     with pytest.raises(DataError, match=r"model\.safetensors"):
         cheap_scores.TASKS["minilm"].located(tmp_path).network.build()

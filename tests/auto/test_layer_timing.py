@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from memaop_triton import MemAOPConfig, MemAOPLinear, Subspace
-from memaop_triton.plan import layer_timing, timing
-from memaop_triton.plan.layer_timing import Use
+from memaop_triton.auto import layer_timing, timing
+from memaop_triton.auto.layer_timing import Use
 
 CPU = torch.device("cpu")
 

@@ -1,8 +1,9 @@
-"""20 Newsgroups as the tokens of a pretrained BERT.
+"""Classified texts as the tokens of a pretrained BERT.
 
-Files, in the data directory: `minilm/tokenizer.json` of all-MiniLM-L6-v2, and
-`newsgroups20_train.tsv.gz` and `newsgroups20_test.tsv.gz` with a line `label<TAB>lower-case words`
-for every post. They are read by hand, so that tokenizers need not be installed.
+Files, in the data directory: `minilm/tokenizer.json` of all-MiniLM-L6-v2, and for a data set NAME
+`NAME_train.tsv.gz` and `NAME_test.tsv.gz` with a line `label<TAB>lower-case words` for every text:
+`newsgroups20` (20 Newsgroups) and `reuters_r8` (Reuters-21578, the eight largest classes). They are
+read by hand, so that tokenizers need not be installed.
 """
 
 from __future__ import annotations
@@ -12,43 +13,62 @@ import gzip
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from memaop_triton.bench.studies.quality.batches import Batch, ImageData
-from memaop_triton.bench.studies.quality.bert import PAD, existing, folder_of
+from memaop_triton.experiments.bert import PAD, existing, folder_of
 
 CONTEXT = 64
 _UNKNOWN, _CLS, _SEP = 100, 101, 102
 
 
-def load(data_dir: Path | None) -> ImageData:
-    """The posts of 20 Newsgroups as `CONTEXT` tokens each, and their classes.
+class Texts(NamedTuple):
+    """A set of texts of `CONTEXT` tokens each, and their classes, numbered by name.
+
+    Attributes:
+        x_train: [texts, CONTEXT] int64.
+        y_train: [texts] int64.
+        x_test: [test texts, CONTEXT] int64.
+        y_test: [test texts] int64.
+    """
+
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+
+def load_texts(name: str, data_dir: Path | None) -> Texts:
+    """The data set `"newsgroups20"` or `"reuters_r8"`.
 
     Raises:
         DataError: A file is missing.
     """
-    return _posts(folder_of(data_dir))
+    return _read(name, folder_of(data_dir))
 
 
 @functools.cache
-def _posts(folder: Path) -> ImageData:
+def _read(name: str, folder: Path) -> Texts:
     vocabulary = json.loads(existing(folder / "minilm" / "tokenizer.json").read_text("utf-8"))
     number: dict[str, int] = vocabulary["model"]["vocab"]
     parts = {}
-    for name in ("train", "test"):
-        path = existing(folder / f"newsgroups20_{name}.tsv.gz")
+    for part in ("train", "test"):
+        path = existing(folder / f"{name}_{part}.tsv.gz")
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
-        parts[name] = [line.split("\t", 1) for line in lines]
+        parts[part] = [line.split("\t", 1) for line in lines]
     labels = {label: i for i, label in enumerate(sorted({label for label, _ in parts["train"]}))}
-    train, test = (
-        Batch(
-            torch.tensor([tokens(text.split(), number) for _, text in part]),
-            torch.tensor([labels[label] for label, _ in part]),
+    return Texts(
+        *(
+            torch.tensor(values)
+            for part in parts.values()
+            for values in (
+                [tokens(text.split(), number) for _, text in part],
+                [labels[label] for label, _ in part],
+            )
         )
-        for part in parts.values()
     )
-    return ImageData(train, test)
 
 
 def tokens(words: Iterable[str], number: dict[str, int]) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ PAD = 0  # the token where there is none
 
 @dataclass(frozen=True)
 class MiniLm:
-    """BERT of six layers with its pretrained weights, and a classifier on its first token.
+    """BERT of six layers with its pretrained weights, and a classifier on top.
 
     Attributes:
         folder: Where the weights are; `Task.located` sets it.
@@ -30,6 +31,7 @@ class MiniLm:
         depth: Layers.
         heads: Of the attention.
         classes: Of the new output layer.
+        pooling: What is classified: the output of the first token, or the mean over all tokens.
         vocabulary: Different tokens.
         positions: Most tokens of a text.
     """
@@ -39,6 +41,7 @@ class MiniLm:
     depth: int = 6
     heads: int = 12
     classes: int = 20
+    pooling: Literal["cls", "mean"] = "cls"
     vocabulary: int = 30_522
     positions: int = 512
 
@@ -64,8 +67,8 @@ def folder_of(data_dir: Path | None) -> Path:
     """The data directory, or a `DataError` that says how to name one."""
     if data_dir is None:
         raise DataError(
-            "the pretrained BERT and 20 Newsgroups are not downloaded: name the directory that "
-            f"holds them with --data-dir or {DATA_DIR_VARIABLE}."
+            "the pretrained BERT and its texts are not downloaded: name the directory that holds "
+            f"them with --data-dir or {DATA_DIR_VARIABLE}."
         )
     return data_dir
 
@@ -73,7 +76,7 @@ def folder_of(data_dir: Path | None) -> Path:
 def existing(path: Path) -> Path:
     """The same path, or a `DataError` if there is no such file."""
     if not path.is_file():
-        raise DataError(f"there is no file {path}, which the study of the pretrained BERT reads.")
+        raise DataError(f"there is no file {path}, which fine-tuning a pretrained BERT reads.")
     return path
 
 
@@ -134,6 +137,7 @@ class _Block(nn.Module):
 class _Bert(nn.Module):
     def __init__(self, sizes: MiniLm) -> None:
         super().__init__()
+        self.takes_mean = sizes.pooling == "mean"
         self.words = nn.Embedding(sizes.vocabulary, sizes.width)
         self.positions = nn.Embedding(sizes.positions, sizes.width)
         self.kinds = nn.Embedding(2, sizes.width)
@@ -144,8 +148,13 @@ class _Bert(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.words(tokens) + self.positions.weight[: tokens.shape[1]] + self.kinds.weight[0]
         x = self.norm(x)
-        is_token = (tokens != PAD)[:, None, None, :]
+        is_token = tokens != PAD
         for block in self.blocks:
-            x = block(x, is_token)
-        out: Tensor = self.head(x[:, 0])
+            x = block(x, is_token[:, None, None, :])
+        if self.takes_mean:
+            weight = is_token / is_token.sum(1, keepdim=True)
+            x = (x * weight[..., None]).sum(1)
+        else:
+            x = x[:, 0]
+        out: Tensor = self.head(x)
         return out

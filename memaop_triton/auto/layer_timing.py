@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from memaop_triton.auto.timing import SHORTEST_SECONDS, time_in_turn
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.memory.kinds import SubspaceMemory
 from memaop_triton.nn.functional import no_autocast
 from memaop_triton.nn.linear import MemAOPLinear
-from memaop_triton.plan.timing import SHORTEST_SECONDS, time_in_turn
 
 _NEVER = 1 << 30
 # Of the time for a layer. The additional time of its forward pass is small and quickly measured.

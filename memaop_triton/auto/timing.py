@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 #: Shorter calls are repeated until they take this long, so that the clock's resolution and single
@@ -71,3 +74,16 @@ def time_in_turn(
         for i in order if number % 2 == 0 else reversed(order):
             times[i].append(elapsed(calls[i], device, repeats[i]))
     return times
+
+
+@contextlib.contextmanager
+def generators_restored(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Put the default generators of Python, NumPy, torch and of these devices back afterwards."""
+    gpus = {device.index for device in devices if device.type == "cuda"}
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=sorted(gpus)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
