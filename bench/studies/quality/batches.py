@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_TUNING_IMAGES = 10_000
-_SAMPLE_IMAGES = 2_000
+#: The class of a target that does not count.
+MASKED = -100
+
 _SAMPLE_SEQUENCES = 64
 
 
@@ -23,7 +24,7 @@ class Batch(NamedTuple):
 
     Attributes:
         x: [B, pixels] float32, or [B, T] characters, int64.
-        y: [B] or [B, T], int64.
+        y: [B] or [B, T], int64; `MASKED` where nothing is to be predicted.
     """
 
     x: Tensor
@@ -32,23 +33,25 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageData:
-    """Batches of images to train on, and images held out to judge by.
+    """Batches of images or texts to train on, and others held out to judge by.
 
-    Images come in shuffled passes; a batch may hold the end of one and the start of the next.
+    They come in shuffled passes; a batch may hold the end of one and the start of the next.
 
     Attributes:
         train: All that batches are made of.
         held_out: All that a run is judged by.
+        sample_size: How many of these the points of a curve are of.
     """
 
     train: Batch
     held_out: Batch
+    sample_size: int = 2_000
 
     @property
     def sample(self) -> Batch:
-        """2,000 of the held-out images, always the same, for curves."""
+        """Some of those held out, always the same, for curves."""
         order = torch.randperm(len(self.held_out.y), generator=torch.Generator().manual_seed(0))
-        chosen = order[:_SAMPLE_IMAGES]
+        chosen = order[: self.sample_size]
         return Batch(self.held_out.x[chosen], self.held_out.y[chosen])
 
     def batches(self, size: int, steps: int, generator: torch.Generator) -> Iterator[Batch]:
@@ -61,10 +64,10 @@ class ImageData:
             yield Batch(self.train.x[rows], self.train.y[rows])
 
     def for_tuning(self) -> ImageData:
-        """The last 10,000 training images held out."""
+        """The last sixth of the training set held out."""
         x, y = self.train
-        cut = len(y) - _TUNING_IMAGES
-        return ImageData(Batch(x[:cut], y[:cut]), Batch(x[cut:], y[cut:]))
+        cut = len(y) - len(y) // 6
+        return ImageData(Batch(x[:cut], y[:cut]), Batch(x[cut:], y[cut:]), self.sample_size)
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,20 @@ class TextData:
         train: [characters] int64.
         rest: [characters] int64, held out.
         context: Characters of a sequence.
+        prompt: Of these, how many at its start are not predicted.
     """
 
     train: Tensor
     rest: Tensor
     context: int
+    prompt: int = 0
 
     @property
     def held_out(self) -> Batch:
         """All whole sequences of the part held out."""
         count = (len(self.rest) - 1) // self.context
         rows = torch.arange(count)[:, None] * self.context + torch.arange(self.context)
-        return Batch(self.rest[rows], self.rest[rows + 1])
+        return self._batch(self.rest, rows)
 
     @property
     def sample(self) -> Batch:
@@ -101,12 +106,17 @@ class TextData:
         for _ in range(steps):
             last = len(self.train) - self.context
             rows = torch.randint(last, (size, 1), generator=generator) + along
-            yield Batch(self.train[rows], self.train[rows + 1])
+            yield self._batch(self.train, rows)
 
     def for_tuning(self) -> TextData:
         """As much of the training text's end held out as is of the whole text."""
         cut = len(self.train) - len(self.rest)
-        return TextData(self.train[:cut], self.train[cut:], self.context)
+        return TextData(self.train[:cut], self.train[cut:], self.context, self.prompt)
+
+    def _batch(self, text: Tensor, rows: Tensor) -> Batch:
+        y = text[rows + 1]
+        y[:, : self.prompt] = MASKED
+        return Batch(text[rows], y)
 
 
 Data = ImageData | TextData

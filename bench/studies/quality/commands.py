@@ -16,13 +16,22 @@ from memaop_triton.bench.studies.quality import (
     calibration,
     cheap_scores,
     crossterms,
+    decided,
     noise,
     running,
     step_times,
     tables,
     tuning,
 )
-from memaop_triton.bench.studies.quality.schemes import ALL_RATIOS, RATIO, SCHEMES, value_of
+from memaop_triton.bench.studies.quality.schemes import (
+    ALL_RATIOS,
+    AUTO,
+    RATIO,
+    SCHEMES,
+    WHOLE,
+    Cell,
+    value_of,
+)
 from memaop_triton.bench.studies.quality.step_times import StepTime
 from memaop_triton.bench.studies.quality.store import RESULTS, Run, Store
 from memaop_triton.bench.studies.quality.tasks import TASKS
@@ -88,7 +97,7 @@ def run(
     """Train what has not been trained yet; it may be stopped and started again at any time."""
     folders: _Folders = context.obj
     store, console = Store(folders.results), Console()
-    cells = running.wanted(task, scheme, ratio)
+    cells = [cell for cell in running.wanted(task, scheme, ratio) if cell.scheme != AUTO]
     left = running.pending(cells, seeds, store.runs())
     every = seeds * len(cells)
     console.print(f"{every - len(left)} of {every} runs are there")
@@ -103,6 +112,22 @@ def run(
             )
             bar.advance(overall)
             _print(console, f"{name}: {_result(done)}")
+
+
+@app.command()
+def decide(
+    context: typer.Context,
+    task: Tasks = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every task.")] = running.SEEDS,
+) -> None:
+    """Train with ratio="auto" what is still to do, on a machine that does nothing else."""
+    folders: _Folders = context.obj
+    store, console = Store(folders.results), Console()
+    cells = [Cell(name, AUTO, WHOLE) for name in task or TASKS]
+    for job in running.pending(cells, seeds, store.runs()):
+        done, line = decided.do(job, store, folders.data)
+        _print(console, f"{line.task} seed {line.seed}: {_result(done)}, {line.share:.3f} of dense")
+        _print(console, f"  {line.sampled} of {line.steps} steps sampled; {line.summary}")
 
 
 @app.command()

@@ -16,6 +16,10 @@ from memaop_triton.experiments.data import DataError, load_images, load_text
 from memaop_triton.experiments.posts import load_texts
 
 _HELD_OUT = 0.05  # of a text
+_PROMPTED = "-prompted"  # ends the name of a text of which half of each sequence is a prompt
+# A BERT reads a text in some ten milliseconds: it is judged by at most so many, evenly spread, and
+# its curves by some of these.
+_JUDGED_TEXTS, _TEXTS_OF_A_CURVE = 2_500, 300
 
 
 def load(task: Task, data_dir: Path | None) -> Data:
@@ -26,18 +30,26 @@ def load(task: Task, data_dir: Path | None) -> Data:
         CommandError: scikit-learn is needed to fetch it and not installed.
     """
     if isinstance(task.network, MiniLm):
-        texts = load_texts(task.data, data_dir)
-        return ImageData(Batch(texts.x_train, texts.y_train), Batch(texts.x_test, texts.y_test))
+        return _texts(task.data, data_dir)
     if not isinstance(task.network, Gpt):
         return _images(task.data, data_dir)
-    codes, count = _codes(task.data, data_dir)
+    codes, count = _codes(task.data.removesuffix(_PROMPTED), data_dir)
     if count > task.network.vocabulary:
         raise DataError(
             f"{task.data} has {count} different characters, the network of {task.name} takes "
             f"{task.network.vocabulary}."
         )
     cut = len(codes) - round(_HELD_OUT * len(codes))
-    return TextData(codes[:cut], codes[cut:], task.network.context)
+    context = task.network.context
+    prompt = context // 2 if task.data.endswith(_PROMPTED) else 0
+    return TextData(codes[:cut], codes[cut:], context, prompt)
+
+
+def _texts(name: str, data_dir: Path | None) -> ImageData:
+    texts = load_texts(name, data_dir)
+    every = max(1, len(texts.y_test) // _JUDGED_TEXTS)
+    held_out = Batch(texts.x_test[::every], texts.y_test[::every])
+    return ImageData(Batch(texts.x_train, texts.y_train), held_out, _TEXTS_OF_A_CURVE)
 
 
 @functools.cache

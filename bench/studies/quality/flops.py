@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ class Flops(NamedTuple):
 
     weight_grads: float
     backward: float
+
+
+#: Of steps that are not alike.
+UNKNOWN = Flops(math.nan, math.nan)
 
 
 def count(task: Task, config: MemAOPConfig | None, batch: Batch) -> Flops:

@@ -8,6 +8,7 @@ from pathlib import Path
 from memaop_triton.bench.report import text, writing
 from memaop_triton.bench.report.document import Bullets, Document, Section
 from memaop_triton.bench.studies.quality import evidence, results, sections, worth
+from memaop_triton.bench.studies.quality.deciding_section import deciding_section
 from memaop_triton.bench.studies.quality.results import Results
 from memaop_triton.bench.studies.quality.running import SEEDS
 from memaop_triton.bench.studies.quality.schemes import cells
@@ -47,6 +48,7 @@ def document(found: Results) -> Document:
         " ".join(_missing(found)),
         (
             sections.overview_section(found),
+            deciding_section(found),
             sections.equal_time_section(found),
             Section("reading", "How to read this", [reading]),
             *(sections.task_section(found, task) for task in TASKS.values()),

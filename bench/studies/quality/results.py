@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -12,8 +13,10 @@ import numpy as np
 from memaop_triton.bench.studies.quality import tables
 from memaop_triton.bench.studies.quality.calibration import StepNoise
 from memaop_triton.bench.studies.quality.crossterms import CrossTerms
+from memaop_triton.bench.studies.quality.decided import Decided
 from memaop_triton.bench.studies.quality.noise import Noise
 from memaop_triton.bench.studies.quality.schemes import (
+    AUTO,
     DENSE,
     DENSE_SHARES,
     SHORTER,
@@ -41,6 +44,7 @@ class Results:
         cross_terms: Of the experiment on frozen weights.
         noise: Of single steps.
         calibration: Noise all along runs of dense.
+        decided: Times of runs in which the library decides, by task and seed.
         stale: Runs that were left out.
     """
 
@@ -52,6 +56,7 @@ class Results:
     cross_terms: list[CrossTerms]
     noise: list[Noise]
     calibration: list[StepNoise]
+    decided: dict[str, dict[int, Decided]]
     stale: int
 
     def metrics(self, cell: Cell) -> dict[int, float]:
@@ -80,8 +85,28 @@ class Results:
         dense = self._dense_within(self.times[cell].share, cell.task, kind)
         return paired(self.metrics(cell), dense, TASKS[cell.task].sign)
 
+    def auto_at_equal_time(self, task: str, kind: str) -> Difference | None:
+        """Of the runs in which the library decides to dense in the same seconds, each run's own.
+
+        Beyond dense's own time it goes on in a straight line.
+        """
+        auto, dense = self.metrics(Cell(task, AUTO, WHOLE)), {}
+        for seed, line in self.decided[task].items():
+            points = self._dense_points(task, kind).get(seed, [])
+            if len(points) > 1 and points[0][0] <= line.share:
+                dense[seed] = _interpolated(line.share, points)
+        return paired(auto, dense, TASKS[task].sign)
+
     def _dense_within(self, share: float, task: str, kind: str) -> dict[int, float]:
         """By seed, what dense reaches in a share of its time."""
+        return {
+            seed: _interpolated(share, points)
+            for seed, points in self._dense_points(task, kind).items()
+            if points[0][0] <= share <= 1
+        }
+
+    def _dense_points(self, task: str, kind: str) -> dict[int, list[tuple[float, float]]]:
+        """By seed, shares of dense's time, from the least to all, and what dense reaches then."""
         by_share = {1.0: self.metrics(Cell(task, DENSE, WHOLE))}
         for one in DENSE_SHARES[kind]:
             cell = Cell(task, kind, one)
@@ -89,13 +114,10 @@ class Results:
                 by_share[value_of(one)] = self.metrics(cell)
             elif cell in self.times:
                 by_share[self.times[cell].share] = self.metrics(cell)
-        found = {}
-        for seed in by_share[1.0]:
-            points = sorted((at, ends[seed]) for at, ends in by_share.items() if seed in ends)
-            shares, values = zip(*points, strict=True)
-            if shares[0] <= share <= 1:
-                found[seed] = float(np.interp(share, shares, values))
-        return found
+        return {
+            seed: sorted((at, ends[seed]) for at, ends in by_share.items() if seed in ends)
+            for seed in by_share[1.0]
+        }
 
     def any_run(self, cell: Cell) -> Run | None:
         """One of a cell's runs, for what is the same in all of them."""
@@ -117,6 +139,15 @@ class Results:
         ]
 
 
+def _interpolated(share: float, points: Sequence[tuple[float, float]]) -> float:
+    """Linearly between points in order, and beyond the last one like before it."""
+    shares, values = zip(*points, strict=True)
+    if share <= shares[-1]:
+        return float(np.interp(share, shares, values))
+    slope = (values[-1] - values[-2]) / (shares[-1] - shares[-2])
+    return float(values[-1] + slope * (share - shares[-1]))
+
+
 def load(folder: Path) -> Results:
     """Read what is there of the files of results.
 
@@ -131,6 +162,10 @@ def load(folder: Path) -> Results:
         one for one in tables.read(folder / "seconds.csv", StepTime) if one.cell.has_code(one.code)
     ]
     machines = [(one.cpu, one.threads) for one in times]
+    decided: dict[str, dict[int, Decided]] = defaultdict(dict)
+    for line in tables.read(folder / "decided.csv", Decided):
+        if Cell(line.task, AUTO, WHOLE).has_code(line.code):
+            decided[line.task][line.seed] = line
     most = max(machines, key=machines.count, default=None)
     return Results(
         dict(runs),
@@ -141,5 +176,6 @@ def load(folder: Path) -> Results:
         tables.read(folder / "crossterms.csv", CrossTerms),
         tables.read(folder / "noise.csv", Noise),
         tables.read(folder / "calibration.csv", StepNoise),
+        dict(decided),
         store.stale(),
     )

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from memaop_triton.bench.studies.quality import data, flops
 from memaop_triton.bench.studies.quality.flops import Flops
-from memaop_triton.bench.studies.quality.schemes import DENSE, Cell, cells
+from memaop_triton.bench.studies.quality.schemes import AUTO, DENSE, ROTATING, Cell, cells
 from memaop_triton.bench.studies.quality.store import Run, Store
 from memaop_triton.bench.studies.quality.tasks import TASKS
-from memaop_triton.bench.studies.quality.training import train
+from memaop_triton.bench.studies.quality.training import Outcome, train
 
 SEEDS = 3  # of every cell by default
 
@@ -58,7 +58,13 @@ def do(
     task = cell.problem.located(data_dir)
     source = data.load(task, data_dir)
     counted = _flops(cell, data_dir)
-    outcome = train(task, cell.config, seed, source, progress, allocated=cell.allocated)
+    outcome = train(cell.trainer(task, seed), source, progress)
+    return keep(job, counted, outcome, store)
+
+
+def keep(job: Job, counted: Flops, outcome: Outcome, store: Store) -> Run:
+    """Put what a run gave into the store."""
+    cell, seed = job
     run = Run(
         *cell,
         seed,
@@ -76,6 +82,8 @@ def do(
 def _flops(cell: Cell, data_dir: Path | None) -> Flops:
     task = cell.problem.located(data_dir)
     batch = data.first_batch(data.load(task, data_dir), task.batch)
+    if cell.scheme in (AUTO, ROTATING):  # their steps are not alike
+        return flops.UNKNOWN
     counted = flops.count(task, cell.config, batch)
     share = task.batch / TASKS[cell.task].batch
     return counted._replace(weight_grads=share * counted.weight_grads)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from memaop_triton import MemAOPConfig, Rows, Subspace
 from memaop_triton.bench.studies.quality.tasks import TASKS, Task
+from memaop_triton.bench.studies.quality.training import Trainer
 
 #: Raise it when `training` or `data` changes what a run gives.
 PROTOCOL = 1
@@ -20,10 +21,15 @@ WHOLE = "1"  # the ratio of dense
 SHORTER = "dense-shorter"
 #: Dense, in as many steps of fewer rows: the other way to make a step cheaper.
 SMALLER = "dense-smaller"
+#: The library decides; the ratio is `WHOLE`. What it decides hangs on times, so that these runs
+#: need the machine for themselves (`decided`).
+AUTO = "auto"
+#: In each step so many of the layers have an exact gradient, and the others none.
+ROTATING = "rotating"
 #: Of the steps, and of the rows.
-DENSE_SHARES = {SHORTER: ("3/4", "1/2", "1/4"), SMALLER: ("3/4", "1/2", "1/4")}
+DENSE_SHARES = dict.fromkeys((SHORTER, SMALLER), ("7/8", "3/4", "1/2", "1/4"))
 RATIOS = ("1/2", "1/4", "1/8", "1/16", "1/32")
-ALL_RATIOS = ("3/4", *RATIOS)
+ALL_RATIOS = ("7/8", "3/4", *RATIOS)
 #: Where all schemes are compared, and where those that sample dX as well are.
 RATIO, RATIO_OF_BOTH = "1/8", "1/4"
 
@@ -37,17 +43,24 @@ class Scheme:
         label: For readers.
         make: From a ratio to the configuration; `None` for dense.
         allocates: Whether the ratio is a budget that `allocate_` spreads over the layers.
+        rotates: Whether it is the share of the layers that are trained in a step.
     """
 
     name: str
     label: str
     make: Callable[[float], MemAOPConfig] | None = None
     allocates: bool = False
+    rotates: bool = False
 
     @property
     def cheapens_both(self) -> bool:
         """Whether dX is sampled or projected too."""
         return self.make is not None and self.make(1 / 8).grad_input_name != "exact"
+
+    @property
+    def has_ratios(self) -> bool:
+        """Whether it samples K of M rows, with a ratio that is given."""
+        return self.make is not None and self.name != AUTO
 
 
 def _rows(
@@ -74,6 +87,8 @@ SCHEMES = {
         Scheme(DENSE, "dense"),
         Scheme(SHORTER, "dense, fewer steps"),
         Scheme(SMALLER, "dense, smaller batch"),
+        Scheme(ROTATING, "dense, layers in turn", rotates=True),
+        Scheme(AUTO, "the library decides", lambda ratio: MemAOPConfig(ratio="auto")),
         Scheme("budget", "default in a budget", _budget()),
         Scheme("subspace", "priority + subspace", _rows("priority", "subspace")),
         Scheme("priority", "priority", _rows("priority", "none")),
@@ -124,6 +139,9 @@ SCHEMES = {
 _MEDIUM = ("fashion", "vit", "gpt-128")
 _MAIN = ("budget", "budget-allocated", "priority", "topk-residual", "topk-signed", _BEST_OF_BOTH)
 _AT_EQUAL_TIME = ("1/8", "1/4", "1/2")
+_DENSE_IN_LONG_TASKS = {SHORTER: ("3/4", "1/2", "1/4"), SMALLER: ("3/4", "1/2", "1/4")}
+_DENSE_BESIDE_AUTO = {SHORTER: ("7/8", "3/4"), SMALLER: ("7/8", "3/4")}
+_DECIDED = {AUTO: (WHOLE,)}
 _BOTH = {
     "budget-both": (RATIO_OF_BOTH,),
     "budget-projected": (RATIO_OF_BOTH,),
@@ -136,10 +154,16 @@ _IN_LONG_TASKS = {
     "topk-residual": ("1/8",),
     "topk-signed": ("1/8",),
     **_BOTH,
-    **DENSE_SHARES,
+    **_DENSE_IN_LONG_TASKS,
+    **_DECIDED,
 }
-_FINE_TUNING = {"budget-allocated": ("1/4",), "priority": _AT_EQUAL_TIME, **DENSE_SHARES}
-_WITH_LARGER_BATCHES = {"budget": ("1/8",), **_BOTH, **DENSE_SHARES}
+_DECISIVE = {
+    **_DECIDED,
+    **_DENSE_BESIDE_AUTO,
+    ROTATING: ("1/4",),
+    "budget-allocated": _AT_EQUAL_TIME,
+}
+_WITH_LARGER_BATCHES = {"budget": ("1/8",), **_BOTH, **_DENSE_IN_LONG_TASKS, **_DECIDED}
 _FEW_CELLS = {
     "gpt-512": _IN_LONG_TASKS,
     "gpt-256": _IN_LONG_TASKS,
@@ -147,7 +171,7 @@ _FEW_CELLS = {
     "gpt-128-256": _WITH_LARGER_BATCHES,
     "fashion-1024": _WITH_LARGER_BATCHES,
     "vit-512": _WITH_LARGER_BATCHES,
-    "minilm": _FINE_TUNING,
+    **dict.fromkeys(("mlp", "minilm", "minilm-mean", "r8", "r8-mean", "gpt-prompted"), _DECISIVE),
 }
 LONG_TASKS = tuple(_FEW_CELLS)
 
@@ -180,8 +204,8 @@ class Cell(NamedTuple):
 
     @property
     def has_own_steps(self) -> bool:
-        """Whether a step takes another time than one of dense."""
-        return self.scheme not in (DENSE, SHORTER)
+        """Whether all steps take another time than those of dense, and the same one."""
+        return self.scheme not in (DENSE, SHORTER, AUTO)
 
     @property
     def config(self) -> MemAOPConfig | None:
@@ -197,7 +221,7 @@ class Cell(NamedTuple):
     @property
     def code(self) -> str:
         """Short hash of all that determines the result of a seed."""
-        return code_of(self.problem, self.config, self.allocated)
+        return code_of(self.problem, self.config, self.allocated, self.rotating)
 
     def has_code(self, code: str) -> bool:
         """Whether a result of that code is of the present task and configuration."""
@@ -210,6 +234,15 @@ class Cell(NamedTuple):
         if config is None or not SCHEMES[self.scheme].allocates:
             return None
         return config.budget or (None if isinstance(config.ratio, str) else config.ratio)
+
+    @property
+    def rotating(self) -> float | None:
+        """The share of the layers that are trained in a step, if not all are."""
+        return value_of(self.ratio) if SCHEMES[self.scheme].rotates else None
+
+    def trainer(self, task: Task, seed: int) -> Trainer:
+        """What trains `problem`, located, as the scheme has it."""
+        return Trainer(task, self.config, seed, allocated=self.allocated, rotating=self.rotating)
 
 
 def value_of(ratio: str) -> float:
@@ -229,17 +262,25 @@ def cells(task: str) -> list[Cell]:
 
 def _ratios(task: str, scheme: str) -> tuple[str, ...]:
     """Those of a scheme in a task that has no table of its own."""
-    if scheme == DENSE:
+    if scheme in (DENSE, ROTATING):
         return ()
+    if scheme == AUTO:
+        return (WHOLE,)
     if scheme in DENSE_SHARES:
-        return DENSE_SHARES[scheme] if task in _MEDIUM or scheme == SHORTER else ()
+        of_all = scheme == SHORTER or task in _MEDIUM
+        return _DENSE_IN_LONG_TASKS[scheme] if of_all else ()
     if task not in _MEDIUM or scheme in _MAIN:
         return RATIOS
     return (RATIO_OF_BOTH if SCHEMES[scheme].cheapens_both else RATIO,)
 
 
-def code_of(task: Task, config: MemAOPConfig | None, allocated: float | None = None) -> str:
-    """Short hash of a task, a configuration and the budget that is spread over layers.
+def code_of(
+    task: Task,
+    config: MemAOPConfig | None,
+    allocated: float | None = None,
+    rotating: float | None = None,
+) -> str:
+    """Short hash of a task, a configuration, the budget of `allocate_`, and the share of layers.
 
     A setting that is `None` does not count, nor one of `_LATER` with that value, so that one that
     is added to the library later changes nothing here unless it is used.
@@ -247,6 +288,7 @@ def code_of(task: Task, config: MemAOPConfig | None, allocated: float | None = N
     settings = [] if config is None else sorted(_settings_of(config))
     content = f"{PROTOCOL} {task!r} {settings!r}"
     content += "" if allocated is None else f" allocated {allocated}"
+    content += "" if rotating is None else f" rotating {rotating}"
     return hashlib.sha256(content.encode()).hexdigest()[:10]
 
 

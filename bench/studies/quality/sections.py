@@ -17,6 +17,7 @@ from memaop_triton.bench.studies.quality.schemes import (
     DENSE,
     RATIO,
     RATIO_OF_BOTH,
+    ROTATING,
     SCHEMES,
     SHORTER,
     SMALLER,
@@ -54,7 +55,9 @@ def overview_section(results: Results) -> Section:
 
     def table(cheapens_both: bool, ratio: str, caption: str) -> Table | str:
         names = [
-            name for name, one in SCHEMES.items() if one.make and one.cheapens_both == cheapens_both
+            name
+            for name, one in SCHEMES.items()
+            if one.has_ratios and one.cheapens_both == cheapens_both
         ]
         return _table(
             _labelled(names),
@@ -100,7 +103,7 @@ def _at_equal_time(results: Results, cell: Cell, kind: str) -> Entry:
     if difference is None:
         return NOTHING if time is None else Entry("–", f"{time.share:.2f}× time")
     assert time is not None
-    return _entry(TASKS[cell.task], difference, f"{time.share:.2f}× time")
+    return entry_of(TASKS[cell.task], difference, f"{time.share:.2f}× time")
 
 
 def _labelled(schemes: Iterable[str]) -> dict[str, str]:
@@ -189,10 +192,11 @@ def _difference(results: Results, cell: Cell) -> Entry:
     difference = results.difference(cell)
     if difference is None:
         return NOTHING
-    return _entry(task, difference, f"{difference.better} of {difference.pairs} better")
+    return entry_of(task, difference, f"{difference.better} of {difference.pairs} better")
 
 
-def _entry(task: Task, difference: Difference, sub: str) -> Entry:
+def entry_of(task: Task, difference: Difference, sub: str = "") -> Entry:
+    """A mean difference and its half-width."""
     mean = number(task, difference.mean, signed=True)
     if difference.pairs == 1:
         return Entry(f"{mean} ± ?", sub)
@@ -210,6 +214,8 @@ def _cost(results: Results, cell: Cell) -> Entry:
     times = "not timed" if time is None else f"{time.share:.2f}× time"
     if cell.scheme == SMALLER:
         return Entry(f"{cell.ratio} of the rows", times)
+    if cell.scheme == ROTATING:
+        return Entry(f"{cell.ratio} of the layers", times)
     flops = "FLOPs ?" if run is None else f"{run.weight_grads:.3f}"
     return Entry(flops, times)
 

@@ -90,7 +90,7 @@ def measure(cell: Cell, data_dir: Path | None, rounds: int | None = None) -> Ste
     assert cell.has_own_steps
     period = 1 if config is None else config.period
     rounds = rounds or (ROUNDS if period == 1 else LONG_ROUNDS)
-    trainers = {True: Trainer(task, None, 0), False: Trainer(own, config, 0, cell.allocated)}
+    trainers = {True: Trainer(task, None, 0), False: cell.trainer(own, 0)}
     warm_up = WARM_UP if cell.allocated is None else ALLOCATE_EVERY
     steps = warm_up + rounds * period
     source = data.load(task, data_dir)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memaop_triton import MemAOPConfig, allocate_, attach_optimizer, convert_, monitor
-from memaop_triton.bench.studies.quality.batches import Batch, Data
+from memaop_triton.bench.studies.quality.batches import MASKED, Batch, Data
+from memaop_triton.bench.studies.quality.rotation import Rotation
 from memaop_triton.bench.studies.quality.tasks import Task
 from memaop_triton.monitor.allocate import DEFAULT_BUDGETS
 
@@ -54,12 +55,14 @@ class Outcome:
         curve: As it went.
         diverged_at: The step whose loss was not finite, which ended the run; 0 if there is none.
         seconds: Of the whole run with evaluations, on a machine that may have done other things.
+        step_seconds: Of every step by itself, on the same machine.
     """
 
     score: Score
     curve: tuple[Point, ...]
     diverged_at: int
     seconds: float
+    step_seconds: tuple[float, ...] = ()
 
 
 class Seeds(NamedTuple):
@@ -85,13 +88,26 @@ class Trainer:
         seed: Of the weights. The global generator is left as it was.
         allocated: Share of the dense layers' FLOPs that `allocate_` spreads over them from time to
             time; `None` leaves all with the rows that `config` gives them.
+        rotating: Share of the layers that get their exact gradient in a step, the others none;
+            `None` for all.
+
+    Attributes:
+        seconds: Of every step that was taken.
     """
 
     def __init__(
-        self, task: Task, config: MemAOPConfig | None, seed: int, allocated: float | None = None
+        self,
+        task: Task,
+        config: MemAOPConfig | None,
+        seed: int,
+        *,
+        allocated: float | None = None,
+        rotating: float | None = None,
     ) -> None:
         self.task = task
+        self.seed = seed
         self.allocated = allocated
+        self.seconds: list[float] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(Seeds.of(seed).weights)
             self.model = task.network.build()
@@ -105,9 +121,26 @@ class Trainer:
         self.monitor = (
             None if allocated is None else monitor(self.model, every=5, starving=math.inf)
         )
+        self.rotation = None if rotating is None else Rotation(self._layers(), rotating)
+
+    def _layers(self) -> list[nn.Module]:
+        """The linear layers that schemes apply to."""
+        return [
+            layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, nn.Linear) and name not in self.task.left_dense
+        ]
 
     def step(self, batch: Batch) -> float:
         """Take one step, unless the loss is not finite; the loss before it."""
+        start = time.perf_counter()
+        value = self._step(batch)
+        self.seconds.append(time.perf_counter() - start)
+        return value
+
+    def _step(self, batch: Batch) -> float:
+        if self.rotation is not None:
+            self.rotation.turn()
         self.optimizer.zero_grad()
         loss = loss_of(self.model, batch)
         value = loss.item()
@@ -124,18 +157,11 @@ class Trainer:
 
 
 def train(
-    task: Task,
-    config: MemAOPConfig | None,
-    seed: int,
-    data: Data,
-    progress: Callable[[int], None] = lambda step: None,
-    *,
-    allocated: float | None = None,
+    trainer: Trainer, data: Data, progress: Callable[[int], None] = lambda step: None
 ) -> Outcome:
-    """Train from `seed`; `progress` is called with the number of every step taken."""
+    """Take all steps of a new trainer; `progress` is called with the number of every step taken."""
     start = time.perf_counter()
-    seeds = Seeds.of(seed)
-    trainer = Trainer(task, config, seed, allocated)
+    task, seeds = trainer.task, Seeds.of(trainer.seed)
     points = curve_points(task)
     curve: list[Point] = []
     sample = data.sample
@@ -155,7 +181,8 @@ def train(
         score = evaluate(trainer.model, data.held_out)
         if not math.isfinite(score.loss):
             diverged_at = task.steps
-    return Outcome(score, tuple(curve), diverged_at, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Outcome(score, tuple(curve), diverged_at, seconds, tuple(trainer.seconds))
 
 
 def curve_points(task: Task) -> list[int]:
@@ -164,8 +191,8 @@ def curve_points(task: Task) -> list[int]:
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of a batch, in nats."""
-    return F.cross_entropy(model(batch.x).flatten(0, -2), batch.y.flatten())
+    """Mean cross-entropy of a batch over the targets that are not `MASKED`, in nats."""
+    return F.cross_entropy(model(batch.x).flatten(0, -2), batch.y.flatten(), ignore_index=MASKED)
 
 
 @torch.no_grad()
@@ -176,9 +203,10 @@ def evaluate(model: nn.Module, batch: Batch) -> Score:
     with evaluating(model):
         for x, y in zip(batch.x.split(rows), batch.y.split(rows), strict=True):
             logits = model(x).flatten(0, -2)
-            loss += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
-            correct += (logits.argmax(1) == y.flatten()).sum().item()
-    count = batch.y.numel()
+            targets = y.flatten()
+            loss += F.cross_entropy(logits, targets, reduction="sum", ignore_index=MASKED).item()
+            correct += (logits.argmax(1) == targets).sum().item()
+    count = (batch.y != MASKED).sum().item()
     return Score(loss / count, 100 * correct / count)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from memaop_triton.bench.studies.quality import data, tables
 from memaop_triton.bench.studies.quality.schemes import LONG_TASKS, code_of
 from memaop_triton.bench.studies.quality.tasks import Task
-from memaop_triton.bench.studies.quality.training import train
+from memaop_triton.bench.studies.quality.training import Trainer, train
 
 # A run of the long tasks takes a quarter of an hour.
 FACTORS, SEEDS = (1 / 4, 1 / 2, 1, 2, 4), 2
@@ -59,7 +59,7 @@ def tune(task: Task, path: Path, data_dir: Path | None) -> Iterator[Trial]:
         code = code_of(candidate, None)
         for seed in range(FEW_SEEDS if task.name in LONG_TASKS else SEEDS):
             if (code, seed) not in known:
-                score = train(candidate, None, seed, source).score
+                score = train(Trainer(candidate, None, seed), source).score
                 trial = Trial(task.name, candidate.optimizer.lr, seed, code, *score)
                 # A trial of another code stays: its column `code` identifies it.
                 tables.update(path, Trial, [trial], lambda one: one[:4])

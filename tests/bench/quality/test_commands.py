@@ -3,7 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
-from memaop_triton.bench.studies.quality import batches, commands, step_times, tables, tuning
+from memaop_triton.bench.studies.quality import commands, step_times, tables, tuning
 from memaop_triton.bench.studies.quality.schemes import Cell
 from memaop_triton.bench.studies.quality.step_times import StepTime
 from memaop_triton.bench.studies.quality.training import Outcome, Score, Trainer
@@ -79,13 +79,12 @@ def test_best_rate_follows_the_metric():
 def test_tuning_goes_on_where_it_was(task, tmp_path, monkeypatch):
     taken = []
 
-    def train(candidate, config, seed, source):
-        assert config is None
-        taken.append((candidate.optimizer.lr, seed))
-        return Outcome(Score(1.0, 100 * candidate.optimizer.lr), (), 0, 1.0)
+    def train(trainer, source):
+        lr = trainer.task.optimizer.lr
+        taken.append((lr, trainer.seed))
+        return Outcome(Score(1.0, 100 * lr), (), 0, 1.0)
 
     monkeypatch.setattr(tuning, "train", train)
-    monkeypatch.setattr(batches, "_TUNING_IMAGES", 100)
     path = tmp_path / "tuning.csv"
     output = invoke("--output", tmp_path, "tune").output
     assert "tiny: 0.012 is best, 0.003 is used" in output

@@ -29,16 +29,16 @@ def test_two_steps_on_real_data(name):
     before = [p.detach().clone() for p in trainer.model.parameters()]
     generator = torch.Generator().manual_seed(0)
     losses = [trainer.step(batch) for batch in source.batches(4, 2, generator)]
-    classes = 20 if name == "minilm" else 65 if task.metric == "loss" else 10
-    assert losses[0] == pytest.approx(math.log(classes), rel=0.1)  # it knows nothing yet
+    classes = getattr(task.network, "classes", 65 if isinstance(task.network, Gpt) else 10)
+    assert losses[0] == pytest.approx(math.log(classes), rel=0.15)  # it knows nothing yet
     after = trainer.model.parameters()
     assert not any(torch.equal(p, q) for p, q in zip(before, after, strict=True) if p.dim() > 1)
     linear = {n: m for n, m in trainer.model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert [n for n, m in linear.items() if not isinstance(m, MemAOPLinear)] == ["head"]
     x, y = source.sample
     assert math.isfinite(evaluate(trainer.model, Batch(x[:2], y[:2])).loss)
-    assert source.held_out.y.numel() >= (50_000 if task.metric == "loss" else 7_500)
-    assert y.numel() in (2_000, 64 * 128)
+    assert source.held_out.y.numel() >= (50_000 if isinstance(task.network, Gpt) else 2_000)
+    assert y.numel() in (300, 2_000, 64 * 128)
 
 
 def test_text_targets_are_the_next_characters():
@@ -67,7 +67,7 @@ def test_tuning_never_sees_what_is_held_out():
     images = Batch(torch.arange(12_000.0)[:, None], torch.zeros(12_000, dtype=torch.int64))
     source = ImageData(images, Batch(-images.x, images.y))
     tuning = source.for_tuning()
-    assert len(tuning.held_out.y) == 10_000
+    assert len(tuning.held_out.y) == 2_000
     assert torch.equal(torch.cat([tuning.train.x, tuning.held_out.x]), images.x)
     assert len(source.sample.y) == 2_000
     assert torch.equal(source.sample.x, source.sample.x)
@@ -96,8 +96,11 @@ def test_every_cell_has_a_configuration_of_its_own(task):
     configs = {}
     for cell in cells(task):
         config = cell.config
-        assert (config is None) == cell.scheme.startswith("dense")
-        if config is not None:
+        assert (config is None) == (cell.scheme == "rotating" or cell.scheme.startswith("dense"))
+        assert cell.rotating == (value_of(cell.ratio) if cell.scheme == "rotating" else None)
+        if cell.scheme == "auto":
+            assert config.is_auto
+        elif config is not None:
             share = config.ratio or config.budget / 0.9
             assert share == pytest.approx(value_of(cell.ratio))
             assert SCHEMES[cell.scheme].cheapens_both == (config.grad_input_name != "exact")

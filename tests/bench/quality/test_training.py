@@ -31,7 +31,7 @@ def test_runs_of_a_seed_share_weights_and_batches(source, monkeypatch):
     for config, seed in ((None, 3), (QUARTER, 3), (PLAIN, 3), (SIGNED, 3), (None, 4)):
         torch.manual_seed(len(runs))  # what came before does not matter
         runs.append(list(Trainer(LONG, config, seed).model.parameters()))
-        train(LONG, config, seed, source)
+        train(Trainer(LONG, config, seed), source)
     dense, *same, other = runs
     assert len(dense) == 6 + 2 * LONG.steps
     for one in same:
@@ -42,7 +42,7 @@ def test_runs_of_a_seed_share_weights_and_batches(source, monkeypatch):
 
 def test_a_run_repeats_and_leaves_the_generator_alone(source):
     before = torch.get_rng_state()
-    one, again, other = (train(tiny.TASK, QUARTER, seed, source) for seed in (0, 0, 1))
+    one, again, other = (train(Trainer(tiny.TASK, QUARTER, seed), source) for seed in (0, 0, 1))
     assert (one.score, one.curve) == (again.score, again.curve)
     assert one.score != other.score
     assert torch.equal(before, torch.get_rng_state())
@@ -50,7 +50,7 @@ def test_a_run_repeats_and_leaves_the_generator_alone(source):
 
 
 def test_training_learns(source):
-    outcome = train(dataclasses.replace(tiny.TASK, steps=200), None, 0, source)
+    outcome = train(Trainer(dataclasses.replace(tiny.TASK, steps=200), None, 0), source)
     assert outcome.score.accuracy > 85
     assert outcome.diverged_at == 0
 
@@ -67,7 +67,7 @@ def test_the_score_is_the_mean_over_all_data(source, monkeypatch):
     monkeypatch.setattr(
         training, "evaluate", lambda model, batch: used.append(batch.x) or evaluate(model, batch)
     )
-    train(tiny.TASK, None, 0, source)
+    train(Trainer(tiny.TASK, None, 0), source)
     expected = [source.sample.x] * 10 + [x]
     assert len(used) == len(expected)
     assert all(map(torch.equal, used, expected))
@@ -75,7 +75,7 @@ def test_the_score_is_the_mean_over_all_data(source, monkeypatch):
 
 def test_a_loss_that_is_not_finite_ends_the_run(source):
     task = dataclasses.replace(tiny.with_lr(1e30), steps=60)
-    outcome = train(task, None, 0, source)
+    outcome = train(Trainer(task, None, 0), source)
     assert 1 < outcome.diverged_at < 60
     assert math.isnan(outcome.score.loss)
     assert all(point.step < outcome.diverged_at for point in outcome.curve)
@@ -87,9 +87,9 @@ def test_rows_are_allocated_after_fifty_steps_and_again(source, monkeypatch):
         training, "allocate_", lambda *args: calls.append(allocate(*args)) or calls[-1]
     )
     task = dataclasses.replace(tiny.TASK, steps=120)
-    even = train(task, PLAIN, 0, source)
+    even = train(Trainer(task, PLAIN, 0), source)
     assert not calls
-    uneven = train(task, PLAIN, 0, source, allocated=1 / 4)
+    uneven = train(Trainer(task, PLAIN, 0, allocated=1 / 4), source)
     assert [set(ratios) for ratios in calls] == [{"hidden1", "hidden2"}] * 2
     assert even.curve[3] == uneven.curve[3]  # step 48
     assert even.score != uneven.score
