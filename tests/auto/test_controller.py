@@ -50,12 +50,15 @@ def test_where_noise_costs_more_than_time_saves_everything_stays_exact(training)
     assert summary.startswith("dense is best here: the noise of sampling would have to be")
 
 
-@pytest.mark.parametrize(("task", "factor", "samples"), [(EASY, 4e3, False), (HARD, 1e-3, True)])
-def test_the_noise_decides(task, factor, samples, training, monkeypatch):
-    """With another factor on V the same training is decided the other way."""
-    original = Seen.variance_of
-    monkeypatch.setattr(Seen, "variance_of", lambda self, share: factor * original(self, share))
-    run = training(**task, true=fast)
+@pytest.mark.parametrize(
+    ("rows", "factor", "samples"),
+    [(256, 1, True), (256, 4, False), (64, 1, False), (64, 1 / 4, True)],
+)
+def test_the_noise_decides(rows, factor, samples, training, monkeypatch):
+    """With four times the V, or a fourth, the same training is decided the other way."""
+    original = Seen._variance
+    monkeypatch.setattr(Seen, "_variance", lambda self, shares: factor * original(self, shares))
+    run = training(rows, noise=0.3, true=lambda ratio: ratio)
     run.step(60)
     assert any(run.modes) == samples
 

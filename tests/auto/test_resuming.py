@@ -1,6 +1,7 @@
 """Decisions that are saved, and a run that goes on from them."""
 
 import io
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from memaop_triton import (
     memory_state_dict,
     model_report,
 )
+from tests.auto import resume_worker
+from tests.distributed.launch import launch, succeeds
 
 EASY = {"rows": 512, "noise": 0.0}
 FAST = {1 / 2: 0.6, 1 / 4: 0.35, 1 / 8: 0.2, 1 / 16: 0.15}
@@ -61,6 +64,13 @@ def test_a_frozen_run_resumes_bit_for_bit(memory, training):
     assert model_report(other.model).splitlines()[0] == model_report(run.model).splitlines()[0]
     for ours, theirs in zip(other.model.parameters(), run.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.slow  # two processes of ten seconds
+def test_a_killed_run_is_resumed_by_another_process_bit_for_bit(tmp_path):
+    status, output = launch(resume_worker.__file__, "killed", tmp_path)
+    assert status == -signal.SIGKILL, output
+    succeeds(resume_worker.__file__, "resumed", tmp_path)
 
 
 def test_a_sampling_run_goes_on_sampling_and_is_reviewed(training):
