@@ -33,6 +33,9 @@ def convert_(
 ) -> M:
     """Turn the linear layers of `model` into `MemAOPLinear`, in place.
 
+    By default the library finds out by measurements which of them are worth sampling, and how many
+    rows: all start exact, as `nn.Linear` is, and stay so where dense is best.
+
     Layers stay the same objects: Parameters, names, hooks, `state_dict` and references to them are
     untouched, so an optimizer made before or after works alike.
 
@@ -41,7 +44,8 @@ def convert_(
 
     Args:
         model: Any module; it may itself be a linear layer.
-        config: For every layer that `overrides` does not name; `MemAOPConfig()` if `None`.
+        config: For every layer that `overrides` does not name; `MemAOPConfig(ratio="auto")` if
+            `None`.
         filter_fn: `filter_fn(module, fqn)`, called with every `nn.Linear` of the model (subclasses
             included) and its qualified name; layers for which it is false stay dense. By default
             the layers whose class is exactly `nn.Linear` (or was, before `fully_shard`), and a
@@ -76,12 +80,13 @@ def convert_(
             "example_inputs and loss_fn have no meaning without only_if_faster=True: nothing is "
             "measured."
         )
+    config = MemAOPConfig(ratio="auto") if config is None else config
     chosen = choose_layers(model, config, filter_fn, overrides)
     undecided = {name: found for name, found in chosen.items() if found[1].is_auto}
     if only_if_faster and undecided:
         raise ValueError(
-            "only_if_faster=True measures a given number of rows; ratio='auto' measures by itself, "
-            "and leaves dense what would not get faster."
+            "only_if_faster=True measures a given number of rows: pass config=MemAOPConfig(...). "
+            "ratio='auto', the default, measures by itself, and leaves dense what would not gain."
         )
     if only_if_faster:
         chosen = _faster_ones(model, chosen, example_inputs, loss_fn)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from memaop_triton import MemAOPConfig, MemAOPLinear, convert_, revert_
+from memaop_triton.auto.controller import Controller
 
 CONFIG = MemAOPConfig(k=3, memory="none")
 EXACT = MemAOPConfig(k=99, memory="none")
@@ -96,13 +97,21 @@ def test_tied_modules_and_weights_stay_tied():
     model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("a", "same weight", "config")})
     model["b"] = model["a"]
     model["same weight"].weight = model["a"].weight
-    convert_(model, overrides={"[bs]*": OTHER})
+    convert_(model, MemAOPConfig(), overrides={"[bs]*": OTHER})
     assert model["a"] is model["b"]
     assert configs(model) == {"a": OTHER, "same weight": OTHER, "config": MemAOPConfig()}
     assert model["same weight"].weight is model["a"].weight
     assert model["same weight"].memory is not model["a"].memory
     revert_(model)
     assert type(model["a"]) is nn.Linear
+
+
+def test_by_default_the_library_decides():
+    model = convert_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), overrides={"1": OTHER})
+    assert isinstance(model[0].layer_state.controller, Controller)
+    assert model[0].layer_state.is_native
+    assert model[1].layer_state.controller is None
+    assert configs(model) == {"0": MemAOPConfig(ratio=1.0), "1": OTHER}
 
 
 def test_model_that_is_itself_a_linear_layer():

@@ -267,7 +267,7 @@ def test_closing_twice_and_after_the_model_was_reverted():
     revert_(model)
     first.close()
     assert first.read()["0"].observations == 1
-    convert_(model)
+    convert_(model, MemAOPConfig())
     second = monitor(model)
     first.close()  # must not stop the second
     train(model, batches(1))

@@ -90,7 +90,7 @@ def test_gradient_transforms():
 
 
 def test_second_derivatives_are_refused():
-    layer = convert_(nn.Linear(20, 8))
+    layer = convert_(nn.Linear(20, 8), MemAOPConfig())
     x = torch.randn(48, 20, requires_grad=True)
 
     def loss(a):

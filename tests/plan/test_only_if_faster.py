@@ -10,6 +10,7 @@ from torch import nn
 from memaop_triton import MemAOPConfig, MemAOPLinear, convert_
 
 X = torch.ones(20, 8)
+CONFIG = MemAOPConfig()
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def test_the_losers_stay_dense_and_are_named(measured, caplog, recwarn):
         caplog.clear()
         model = net()
         with caplog.at_level(logging.INFO, "memaop_triton.convert"):
-            assert convert_(model, only_if_faster=True, example_inputs=X) is model
+            assert convert_(model, CONFIG, only_if_faster=True, example_inputs=X) is model
         assert converted(model) == names
         losers = ["left dense, because conversion makes them no faster: 3"]
         assert caplog.messages == (losers if measured.times else [])
@@ -41,7 +42,7 @@ def test_the_losers_stay_dense_and_are_named(measured, caplog, recwarn):
 def test_each_layer_keeps_its_configuration():
     model, other = net(), MemAOPConfig(k=3)
     overrides = {"0": None, "2": other}
-    convert_(model, overrides=overrides, only_if_faster=True, example_inputs=X)
+    convert_(model, CONFIG, overrides=overrides, only_if_faster=True, example_inputs=X)
     assert converted(model) == ["2"]
     assert model[2].config == other
 
@@ -49,7 +50,7 @@ def test_each_layer_keeps_its_configuration():
 def test_where_none_gets_faster_a_warning_says_so():
     model = net()[3:]
     with pytest.warns(UserWarning, match="nothing is converted: none of 1 layer") as caught:
-        convert_(model, only_if_faster=True, example_inputs=torch.ones(20, 16))
+        convert_(model, CONFIG, only_if_faster=True, example_inputs=torch.ones(20, 16))
     assert caught[0].filename == __file__
     assert not converted(model)
 
@@ -57,7 +58,7 @@ def test_where_none_gets_faster_a_warning_says_so():
 def test_loss_fn_is_used():
     model = nn.ModuleDict({"a": nn.Linear(8, 16), "b": nn.Linear(8, 16)})
     model.forward = lambda x: (model["a"](x), model["b"](x))
-    convert_(model, only_if_faster=True, example_inputs=X, loss_fn=lambda y: y[1].sum())
+    convert_(model, CONFIG, only_if_faster=True, example_inputs=X, loss_fn=lambda y: y[1].sum())
     assert converted(model) == ["b"]
 
 
@@ -70,7 +71,7 @@ def test_the_first_process_decides_for_all(monkeypatch):
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
-    assert converted(convert_(net(), only_if_faster=True, example_inputs=X)) == ["2"]
+    assert converted(convert_(net(), CONFIG, only_if_faster=True, example_inputs=X)) == ["2"]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,12 @@ def test_the_first_process_decides_for_all(monkeypatch):
         ({"example_inputs": X}, "no meaning without only_if_faster=True"),
         ({"loss_fn": torch.sum}, "no meaning without only_if_faster=True"),
         # An error of the model itself.
-        ({"only_if_faster": True, "example_inputs": X[:, 1:]}, "cannot be multiplied"),
+        (
+            {"config": CONFIG, "only_if_faster": True, "example_inputs": X[:, 1:]},
+            "cannot be multiplied",
+        ),
+        # What it would measure is not said.
+        ({"only_if_faster": True, "example_inputs": X}, r"pass config=MemAOPConfig"),
     ],
 )
 def test_what_goes_wrong_converts_nothing(arguments, message):
