@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,49 +76,40 @@ def measure_each(
 ) -> list[Measurement]:
     """`measure` for several configurations in turn, beside one dense layer.
 
-    `shortest` is that of `time_in_turn`.
+    They may differ in their numbers of rows only: what a refresh of the subspace takes is measured
+    for the first one, and is the same for all. `shortest` is that of `time_in_turn`.
     """
     # This also switches gradients on, even if the caller has switched them off.
     with torch.inference_mode(False), no_autocast(use.device.type):
         dense, x = _layer(use), _rows(use, use.in_features).requires_grad_(use.needs_input)
         g = _rows(use, use.out_features)
-        made = [
-            [(weight, _with_interval(MemAOPLinear.from_linear(dense, config), steps))
-             for steps, weight in _refresh_intervals(config)]
-            for config in configs
-        ]  # fmt: skip
-        layers = [layer for intervals in made for _, layer in intervals]
-        calls = [_backward(layer, x, g) for layer in (dense, *layers)]
+        ours = [MemAOPLinear.from_linear(dense, config) for config in configs]
+        timed: list[nn.Linear] = [dense, *ours]
+        # A refresh happens in one of `period` steps, too rarely to be in enough of the rounds. So
+        # steps without any are timed, and beside them steps with one each.
+        period = configs[0].period
+        if period > 1:
+            timed.append(MemAOPLinear.from_linear(dense, configs[0]))
+            for layer, interval in zip(timed[1:], [*[_NEVER] * len(ours), 1], strict=True):
+                _set_interval(layer, interval)
+        calls = [_backward(layer, x, g) for layer in timed]
         for_calls, for_forward = budget * (1 - _FORWARD_SHARE), budget * _FORWARD_SHARE
-        dense_times, *our_times = time_in_turn(calls, use.device, for_calls, shortest)
+        dense_times, *times = time_in_turn(calls, use.device, for_calls, shortest)
         extra = _forward_overhead(use, configs[0], for_forward, shortest)
+    if period > 1:
+        refreshing, first = (statistics.median(of_layer) for of_layer in (times[-1], times[0]))
+        extra += max(0.0, refreshing - first) / period
     found = []
-    times_of = iter(our_times)
-    for intervals in made:
-        weighted = [[weight * t for t in next(times_of)] for weight, _ in intervals]
-        memory = intervals[0][1].memory
-        held = 0 if memory is None else memory.nbytes
-        ours = [extra + sum(parts) for parts in zip(*weighted, strict=True)]
-        found.append(Measurement(dense_times, ours, held))
+    for layer, of_layer in zip(ours, times, strict=False):
+        held = 0 if layer.memory is None else layer.memory.nbytes
+        found.append(Measurement(dense_times, [extra + one for one in of_layer], held))
     return found
 
 
-def _refresh_intervals(config: MemAOPConfig) -> list[tuple[int, float]]:
-    """The refresh intervals that are timed, and the weight of each in the mean step.
-
-    A refresh happens in one of `period` steps, too rarely to be in enough of the rounds. So steps
-    without any and steps with one each are timed apart.
-    """
-    if config.period == 1:
-        return [(1, 1.0)]
-    frequency = 1 / config.period
-    return [(_NEVER, 1 - frequency), (1, frequency)]
-
-
-def _with_interval(layer: MemAOPLinear, refresh_every: int) -> MemAOPLinear:
+def _set_interval(layer: nn.Linear, refresh_every: int) -> None:
+    assert isinstance(layer, MemAOPLinear)
     if isinstance(layer.memory, SubspaceMemory):
         layer.memory.set_refresh_interval(refresh_every)
-    return layer
 
 
 def _layer(use: Use) -> nn.Linear:
@@ -133,9 +124,24 @@ def _rows(use: Use, columns: int) -> Tensor:
 
 
 def _backward(layer: nn.Linear, x: Tensor, g: Tensor) -> Callable[[], object]:
-    y = layer(x)
+    # With `grad_outputs` PyTorch would import its symbolic shapes first, a third of a second.
+    loss = _Loss.apply(layer(x), g)
     wanted = [t for t in (layer.weight, layer.bias, x) if t.requires_grad]
-    return lambda: torch.autograd.grad(y, wanted, g, retain_graph=True)
+    return lambda: torch.autograd.grad(loss, wanted, retain_graph=True)
+
+
+class _Loss(torch.autograd.Function):
+    """A number whose gradient by `y` is `g`."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, g: Tensor) -> Tensor:
+        ctx.save_for_backward(g)
+        return y.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        (g,) = ctx.saved_tensors
+        return g, None
 
 
 def _forward_overhead(use: Use, config: MemAOPConfig, budget: float, shortest: float) -> float:

@@ -82,12 +82,13 @@ def test_several_configurations_are_timed_beside_one_dense_layer(monkeypatch):
         return [[float(number)] * 2 for number in range(len(calls))]
 
     monkeypatch.setattr(layer_timing, "time_in_turn", time_in_turn)
-    configs = [MemAOPConfig(memory="none"), MemAOPConfig(memory=Subspace(refresh_every=2))]
+    memory = Subspace(refresh_every=2)
+    configs = [MemAOPConfig(ratio=ratio, memory=memory) for ratio in (1 / 2, 1 / 4)]
     use = Use(9, 8, 8, torch.float32, CPU)
     found = layer_timing.measure_each(use, configs, 1.0, 1e-4)
-    # Dense, one without a memory, one without and one with a refresh; and 1 for the forward pass.
+    # Dense, both without a refresh, the first one with a refresh; and 1 for the forward pass.
     assert [one.dense for one in found] == [[0.0] * 2] * 2
-    assert [one.ours for one in found] == [[2.0] * 2, [3.5] * 2]
+    assert [one.ours for one in found] == [[1 + 1 + (3 - 1) / 2] * 2, [1 + 2 + (3 - 1) / 2] * 2]
 
 
 def test_how_often_a_timed_layer_refreshes_changes_nothing_else():
@@ -95,7 +96,8 @@ def test_how_often_a_timed_layer_refreshes_changes_nothing_else():
     sizes = set()
     for steps, refreshes in ((layer_timing._NEVER, 0), (3, 2), (1, 5)):
         torch.manual_seed(0)
-        layer = layer_timing._with_interval(MemAOPLinear(64, 96, config=config), steps)
+        layer = MemAOPLinear(64, 96, config=config)
+        layer_timing._set_interval(layer, steps)
         bases = []
         for _ in range(6):
             x = torch.randn(512, 2) @ torch.randn(2, 64)
