@@ -266,6 +266,22 @@ def test_gradients_are_on_whatever_the_caller_has_switched_off(monkeypatch, off)
     assert found.layers[0].dense_seconds > 0
 
 
+def test_a_real_plan_of_what_is_left_to_the_library():
+    """On every path once, the measuring of times included."""
+    model = nn.Sequential(nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 3))
+    data = torch.randn(3, 64, 32)
+    found = plan(
+        model, example_inputs=data[0], batches=data[1:], loss_fn=lambda y: y.square().mean()
+    )
+    assert found.predicted.progress >= 1
+    for row in found.layers:
+        assert [option.share for option in row.options] == [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
+        assert all(option.seconds > 0 for option in row.options)
+        assert all(option.noise > 0 for option in row.options[1:])
+        assert row.share in (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
+    assert type(model[0]) is nn.Linear
+
+
 def test_a_real_plan(monkeypatch):
     """Every part of it once, for real; how fast anything is does not matter here."""
     monkeypatch.setattr(timing, "SHORTEST_SECONDS", 0.0)
