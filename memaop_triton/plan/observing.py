@@ -231,8 +231,9 @@ def _loss_of(output: object) -> Tensor | None:
         found = output[0] if output else None
     elif not isinstance(output, Tensor):
         found = getattr(output, "loss", None)
-    is_loss = isinstance(found, Tensor) and found.dim() == 0 and found.is_floating_point()
-    return found if is_loss and found.requires_grad else None
+    if not isinstance(found, Tensor) or found.dim() > 0:
+        return None
+    return found if found.is_floating_point() and found.requires_grad else None
 
 
 def _summed(output: object) -> list[Tensor]:
