@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,8 @@ _UNKNOWN = (
     "let the model return its loss"
 )
 
+_UNSEEN = "no finite gradient in training mode was seen"
+
 
 class Decision(NamedTuple):
     """What `ratio="auto"` would come to.
@@ -51,7 +53,10 @@ class Decision(NamedTuple):
 
 
 def decide(
-    requests: Iterable[LayerRequest], noise: Noise | None, step_seconds: float | None
+    requests: Sequence[LayerRequest],
+    noise: Noise | None,
+    step_seconds: float | None,
+    total: int,
 ) -> Decision:
     """Choose among exact gradients and the shares of rows that a layer may get.
 
@@ -60,11 +65,11 @@ def decide(
         noise: `None` if it is unknown.
         step_seconds: Of a forward and backward pass while these layers are exact; `None` only if
             there is no noise.
+        total: How many layers have `ratio="auto"`, those with nothing to gain included.
     """
     savings = Savings()
     known: dict[str, Layer] = {}
     seconds: dict[str, dict[float, float]] = {}
-    requests = list(requests)
     for request in requests:
         configs = {share: request.config.spending(ratio=share) for share in (EXACT, *SHARES)}
         # dX is exact in any case, and does not count.
@@ -76,11 +81,13 @@ def decide(
     predicted, text, remarks = None, _UNKNOWN, ""
     if noise is not None:
         assert step_seconds is not None
-        predicted, text = _choice(known, step_seconds, len(requests))
+        predicted, text = _choice(known, step_seconds, total)
         remarks = _remarks(noise)
     shares = {} if predicted is None else predicted.shares
     rows = {
-        request.name: _row(request, seconds[request.name], known.get(request.name), shares)
+        request.name: request.row(Verdict.LEAVE_DENSE, note=_UNSEEN)
+        if noise is not None and request.name not in known
+        else _row(request, seconds[request.name], known.get(request.name), shares)
         for request in requests
     }
     return Decision(rows, predicted, text, remarks)

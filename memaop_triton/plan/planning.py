@@ -168,12 +168,13 @@ def _planned(
     }
     rows |= _judged_each([r for r in left if not r.config.is_auto], time_budget)
     predicted, text, remarks = None, "", ""
-    if any(request.config.is_auto for request in requests):
+    total = sum(request.config.is_auto for request in requests)
+    if total:
         exact = None
         if step_seconds is not None:  # the layers with a given number of rows are as they will be
             exact = step_seconds - sum(row.saved_seconds for row in rows.values())
         undecided = [request for request in left if request.config.is_auto]
-        found, predicted, text, remarks = decide(undecided, noise, exact)
+        found, predicted, text, remarks = decide(undecided, noise, exact, total)
         rows |= found
     devices = {use.device for request in left for use in request.uses}
     return Plan(

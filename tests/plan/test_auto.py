@@ -221,6 +221,29 @@ def test_layers_with_a_ratio_of_their_own_are_as_they_are_set(measured):
         assert words in str(one)
 
 
+def test_layers_in_evaluation_mode_and_frozen_ones_stay_exact_and_count_as_layers():
+    model = nn.Sequential(*(nn.Linear(N, N) for _ in range(3)))
+    model[1].eval()
+    model[2].requires_grad_(False)
+    found = plan(model, PLAIN, example_inputs=batches(1)[0], loss_fn=mean_square)
+    assert [row.note for row in found.layers] == [
+        "",
+        "no finite gradient in training mode was seen",
+        "weight is frozen",
+    ]
+    assert found.decision.endswith("sampling 1 of 3 layers")
+    assert "exact: weight is frozen" in str(found)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_noise_is_seen_whatever_the_caller_has_switched_off(off):
+    layer, config = nn.Linear(N, P), MemAOPConfig(ratio="auto")
+    data = batches(2)
+    with off():
+        found = plan(layer, config, example_inputs=data[0], batches=data[1:], loss_fn=mean_square)
+    assert found.layers[0].options[1].noise > 0
+
+
 # What is a loss
 
 
@@ -305,6 +328,7 @@ def test_batches_that_are_not_finite_are_not_read():
     )
     only = plan(layer, PLAIN, example_inputs=bad, loss_fn=mean_square)
     assert only.predicted is None
+    assert (only.layers[0].verdict, only.layers[0].options) == (Verdict.LEAVE_DENSE, ())
     assert only.decision.startswith("nothing to decide")
 
 
