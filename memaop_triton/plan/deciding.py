@@ -28,6 +28,7 @@ from memaop_triton.plan.result import LayerPlan, OptionPlan, Verdict
 
 #: A smaller gain does not count: with other contents of the caches it may be a loss.
 LEAST_GAIN = 1.02
+_ROUNDS = 5
 _UNKNOWN = (
     "the noise of sampling is unknown, because the sum of the outputs is no loss: pass loss_fn, or "
     "let the model return its loss"
@@ -67,14 +68,9 @@ def decide(
             there is no noise.
         total: How many layers have `ratio="auto"`, those with nothing to gain included.
     """
-    savings = Savings()
     known: dict[str, Layer] = {}
-    seconds: dict[str, dict[float, float]] = {}
+    seconds = _seconds(requests)
     for request in requests:
-        configs = {share: request.config.spending(ratio=share) for share in (EXACT, *SHARES)}
-        # dX is exact in any case, and does not count.
-        uses = [u._replace(needs_input=False) for u in request.uses.elements() if u.needs_weight]
-        seconds[request.name] = savings.seconds(uses, configs)
         seen = noise.seen[request.name] if noise is not None else []
         if seen:
             known[request.name] = _layer(seen, seconds[request.name])
@@ -91,6 +87,26 @@ def decide(
         for request in requests
     }
     return Decision(rows, predicted, text, remarks)
+
+
+def _seconds(requests: Sequence[LayerRequest]) -> dict[str, dict[float, float]]:
+    """Of the weight gradients of a step, by layer and K/M.
+
+    Timed as in training, and the median of several rounds: there, trials correct an odd time.
+    """
+    found: dict[str, list[dict[float, float]]] = {request.name: [] for request in requests}
+    for savings in (Savings() for _ in range(_ROUNDS)):
+        for request in requests:
+            configs = {share: request.config.spending(ratio=share) for share in (EXACT, *SHARES)}
+            # dX is exact in any case, and does not count.
+            uses = [
+                u._replace(needs_input=False) for u in request.uses.elements() if u.needs_weight
+            ]
+            found[request.name].append(savings.seconds(uses, configs))
+    return {
+        name: {share: statistics.median(one[share] for one in rounds) for share in rounds[0]}
+        for name, rounds in found.items()
+    }
 
 
 def _layer(seen: list[Seen], seconds: Mapping[float, float]) -> Layer:

@@ -31,7 +31,7 @@ from memaop_triton.plan.request import LayerRequest
 from memaop_triton.plan.result import LayerPlan, Plan, Spread, Verdict
 
 TIME_BUDGET = 10.0
-_TIMED_STEPS = 3  # where the time of a step decides
+_TIMED_STEPS = 5  # where the time of a step decides
 
 
 def plan(
@@ -77,7 +77,7 @@ def plan(
             runs, so that a generator can hand the batch's targets to `loss_fn`.
         time_budget: Seconds for measuring the layers with a given number of rows, about. Each
             distinct shape takes at least three rounds, however long they are. Work on first use is
-            not counted. With `ratio="auto"` a shape is timed as in training, for some 50 ms.
+            not counted. With `ratio="auto"` a shape is timed for about a quarter of a second.
 
     Returns:
         For each layer its shape, times, memory and a verdict. `print` shows a table.

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memaop_triton import MemAOPConfig, Subspace, convert_, plan
 from memaop_triton.auto.worth import progress_of
+from memaop_triton.plan import deciding
 from memaop_triton.plan.planning import plan_shapes
 from memaop_triton.plan.result import Verdict
 from memaop_triton.sampling.selection import inclusion_probabilities
@@ -205,6 +206,21 @@ def test_layers_that_get_no_faster_are_left_alone(savings):
     assert found.decision == "dense is best here: the layers are too small to get faster"
 
 
+def test_an_odd_time_does_not_decide(monkeypatch, savings):
+    rounds = []
+
+    class Disturbed:
+        def __init__(self):
+            rounds.append(self)
+
+        def seconds(self, uses, configs):
+            return savings | ({1.0: 100.0} if len(rounds) in (1, 4) else {})
+
+    monkeypatch.setattr(deciding, "Savings", Disturbed)
+    found = plan(Fitting(), example_inputs=batches(1)[0])
+    assert {row.dense_seconds for row in found.layers} == {savings[1.0]}
+
+
 def test_layers_with_a_ratio_of_their_own_are_as_they_are_set(measured):
     """What they save is of the step that the others are compared with."""
     x, model = batches(1)[0], Fitting()
@@ -316,7 +332,7 @@ def test_a_generator_hands_each_batch_its_targets():
         return (output - targets[0]).square().mean()
 
     plan(nn.Linear(N, P), PLAIN, example_inputs=batches(1)[0], batches=more(), loss_fn=loss_fn)
-    assert ran == [0.0] * 5 + [1.0, 2.0]
+    assert ran == [0.0] * 7 + [1.0, 2.0]
 
 
 def test_batches_that_are_not_finite_are_not_read():
