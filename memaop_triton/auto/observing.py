@@ -12,6 +12,7 @@ from memaop_triton.backward.step import Operands, ProjectedRows
 from memaop_triton.dispatch import row_norms
 from memaop_triton.flops import refresh_stride
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
+from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.nn.layer_state import LayerState
 from memaop_triton.sampling.selection import Selection
 from memaop_triton.sampling.variance import variance_at, variance_curve
@@ -59,13 +60,16 @@ class Seen(NamedTuple):
 class StepObserver:
     """Takes note of the backward passes of one layer in one step; an `Observer` of its state.
 
-    Nothing is read on the host until `read`.
+    Nothing is read on the host until `read`. A monitor's observer, whose place this one takes, is
+    told everything: it hears of no other exact pass, which computes as `nn.Linear` does.
     """
 
     is_due = True
 
     def __init__(self, state: LayerState) -> None:
         self._state = state
+        watching = state.observer
+        self._watching = watching if isinstance(watching, LayerObserver) else None
         self._uses: list[Use] = []
         self._shares: list[float] = []
         self._curves: list[Tensor] = []
@@ -73,6 +77,8 @@ class StepObserver:
 
     def begin_step(self, device: torch.device) -> None:
         """Every pass is observed."""
+        if self._watching is not None:
+            self._watching.is_due = True
 
     def observe(
         self,
@@ -84,10 +90,14 @@ class StepObserver:
     ) -> None:
         """Take note of a pass that sampled its rows."""
         self._note(operands, dw, self._state.memory)
+        if self._watching is not None:
+            self._watching.observe(operands, selection, dw, scores, projected)
 
     def observe_exact(self, operands: Operands, dw: Tensor, memory: Memory | None) -> None:
         """Take note of a pass that computed all of them."""
         self._note(operands, dw, memory)
+        if self._watching is not None:  # after the first pass has made the basis of its memory
+            self._watching.observe_exact(operands, dw, memory)
 
     def _note(self, operands: Operands, dw: Tensor, memory: Memory | None) -> None:
         x, g = operands.x, operands.g
@@ -115,7 +125,10 @@ class StepObserver:
             return None
         curves = torch.stack(self._curves).tolist()
         computed = torch.linalg.vector_norm(self._sum).double().square().item()
-        return Seen(self._uses, curves, computed, self._shares)
+        seen = Seen(self._uses, curves, computed, self._shares)
+        if self._watching is not None and seen.is_finite:
+            self._watching.looks.append(seen)
+        return seen
 
 
 def _curves_beside(memory: SubspaceMemory, x: Tensor, g: Tensor) -> Tensor:

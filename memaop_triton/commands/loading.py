@@ -7,7 +7,7 @@ import inspect
 import operator
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,49 @@ def _make_input(text: str, default: torch.dtype, device: torch.device) -> tuple[
 
 
 def load_model(reference: str) -> nn.Module:
-    """The model that `package.module:function` makes; modules of the current folder are found.
+    """The model that `package.module:function` makes, or that it is.
 
     Errors of the user's code are raised unchanged.
 
     Raises:
-        CommandError: It does not exist, needs arguments, or returns no `nn.Module`.
+        CommandError: As `load`, or the function needs arguments, or returns no `nn.Module`.
     """
-    where = f"--model={reference!r}"
+    option = "--model"
+    target = load(option, reference)
+    model = target if isinstance(target, nn.Module) else _called(target, option, reference)
+    if not isinstance(model, nn.Module):
+        raise CommandError(
+            f"{option}={reference!r} returned {type(model).__name__}, not a torch.nn.Module."
+        )
+    return model
+
+
+def load_batches(reference: str, device: torch.device) -> list[Any]:
+    """All batches that `package.module:function` returns, with their tensors on `device`.
+
+    Errors of the user's code are raised unchanged.
+
+    Raises:
+        CommandError: As `load`, or the function needs arguments, or returns no batches.
+    """
+    option = "--batches"
+    found = _called(load(option, reference), option, reference)
+    batches = [_moved(batch, device) for batch in found] if isinstance(found, Iterable) else []
+    if not batches or isinstance(found, Tensor | Mapping):
+        raise CommandError(
+            f"{option}={reference!r} returned {type(found).__name__}, not a list of batches with "
+            "at least one."
+        )
+    return batches
+
+
+def load(option: str, reference: str) -> Any:
+    """What `package.module:name` is; modules of the current folder are found.
+
+    Raises:
+        CommandError: It does not exist. The message names `option`.
+    """
+    where = f"{option}={reference!r}"
     module_name, _, attribute = reference.partition(":")
     if not module_name or not attribute:
         raise CommandError(
@@ -112,18 +147,29 @@ def load_model(reference: str) -> nn.Module:
             f"{where}: {error}, neither installed nor in the current folder."
         ) from None
     try:
-        target: Any = operator.attrgetter(attribute)(module)
+        return operator.attrgetter(attribute)(module)
     except AttributeError as error:
         raise CommandError(f"{where}: {error}.") from None
-    if isinstance(target, nn.Module):
-        return target
+
+
+def _called(function: Any, option: str, reference: str) -> Any:
+    """What a function without arguments returns."""
     try:
-        inspect.signature(target).bind()
+        inspect.signature(function).bind()
     except (TypeError, ValueError) as error:
         raise CommandError(
-            f"{where} must be callable without arguments ({error}): name a function that is."
+            f"{option}={reference!r} must be callable without arguments ({error}): name a function "
+            "that is."
         ) from None
-    model = target()
-    if not isinstance(model, nn.Module):
-        raise CommandError(f"{where} returned {type(model).__name__}, not a torch.nn.Module.")
-    return model
+    return function()
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device; tuples stand for lists too."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: _moved(value, device) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(_moved(value, device) for value in batch)
+    return batch

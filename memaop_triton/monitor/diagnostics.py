@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from memaop_triton.sampling.variance import variance_at
@@ -56,6 +56,10 @@ class LayerDiagnostics:
         memory_norm: √(Σ s² of what a row memory holds / Σ s² of the batch's own rows), norms of
             outer products; `None` without one.
         staleness: Mean number of passes since a slot was emptied; `None` without a row memory.
+        auto_ratio: K/M that the library gives the layer, 1 for an exact gradient; `None` unless it
+            has `ratio="auto"`.
+        auto_noise: V/D with this K/M or, where it is 1, with half of them, by the steps that the
+            decision is based on (`memaop_triton.auto`). NaN if none was since this monitor began.
     """
 
     rows: int
@@ -75,6 +79,8 @@ class LayerDiagnostics:
     outside_subspace: float | None = None
     memory_norm: float | None = None
     staleness: float | None = None
+    auto_ratio: float | None = None
+    auto_noise: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -134,14 +140,24 @@ class LayerDiagnostics:
         return None
 
 
-def diagnostics_table(layers: Mapping[str, LayerDiagnostics], starving: float) -> Table:
-    """A row for every layer; those that starve are red."""
+def diagnostics_table(
+    layers: Mapping[str, LayerDiagnostics], starving: float, summaries: Sequence[str] = ()
+) -> Table:
+    """A row for every layer; those that starve are red.
+
+    Args:
+        layers: By name.
+        starving: As for `LayerDiagnostics.complaint`.
+        summaries: Lines below the table; with any there are columns for `ratio="auto"`.
+    """
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    caption = "\n".join(summaries)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
     table.add_column("layer", overflow="fold")
-    for heading in ("K of M", "captured", "eff. rows", "sampling / batch variance", "memory"):
+    headings = ["K of M", "captured", "eff. rows", "sampling / batch variance", "memory"]
+    for heading in [*headings, *(("auto K/M", "noise V/D") if summaries else ())]:
         table.add_column(heading, justify="right")
     for name, layer in layers.items():
         noise = layer.relative_variance
@@ -152,9 +168,18 @@ def diagnostics_table(layers: Mapping[str, LayerDiagnostics], starving: float) -
             f"{layer.effective_sample_size:.4g}",
             "biased" if math.isnan(noise) else f"{noise:.3g}",
             _memory(layer),
+            *(_decided(layer) if summaries else ()),
             style="red" if layer.complaint(starving) else None,
         )
     return table
+
+
+def _decided(layer: LayerDiagnostics) -> tuple[str, str]:
+    ratio, noise = layer.auto_ratio, layer.auto_noise
+    if ratio is None or noise is None:
+        return "–", "–"
+    share = "exact" if ratio == 1 else f"1/{round(1 / ratio)}"
+    return share, "–" if math.isnan(noise) else f"{noise:.3g}"
 
 
 def _memory(layer: LayerDiagnostics) -> str:

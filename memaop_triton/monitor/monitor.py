@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from memaop_triton.memory.kinds import SubspaceMemory
 from memaop_triton.monitor.diagnostics import LayerDiagnostics, diagnostics_table
 from memaop_triton.monitor.estimates import Figures
-from memaop_triton.monitor.observer import LayerObserver
+from memaop_triton.monitor.observer import LayerObserver, Look
 from memaop_triton.nn.layer_choice import converted_layers
 from memaop_triton.nn.layer_state import LayerState
 from memaop_triton.sampling.variance import POINTS
@@ -37,6 +37,8 @@ def monitor(
 
     Results and random draws stay the same. Every `every`-th backward pass of a layer is observed,
     on its device and without a host synchronisation; only the methods of `Monitor` read the device.
+    With `ratio="auto"`, passes that compute as `nn.Linear` does are not observed, and all those are
+    that the library looks at for its decisions.
 
     Args:
         model: A model with converted layers; those that are converted later are not watched.
@@ -111,8 +113,14 @@ class Monitor:
         }
 
     def table(self) -> Table:
-        """The layers as a table of rich; synchronises and warns as `read`."""
-        return diagnostics_table(self.read(), self.starving)
+        """The layers as a table of rich; synchronises and warns as `read`.
+
+        With `ratio="auto"` it has K/M as decided and the noise V/D of layers, and below it the
+        decision in one line, as `model_report` does.
+        """
+        controllers = (state.controller for state, _ in self._watched.values())
+        summaries = [c.summary() for c in dict.fromkeys(controllers) if c is not None]
+        return diagnostics_table(self.read(), self.starving, summaries)
 
     @contextlib.contextmanager
     def live(self, console: Console | None = None) -> Iterator[Callable[[], None]]:
@@ -174,6 +182,10 @@ def _diagnostics(state: LayerState, observer: LayerObserver) -> LayerDiagnostics
         optional["staleness"] = 0.0 if ages is None else float(ages.double().mean())
     is_biased = observer.k < observer.rows and not config.is_unbiased
     dropped = max(0.0, mean.score_sum - mean.computed_score_sum)
+    if state.controller is not None:
+        assert isinstance(config.ratio, float)
+        optional["auto_ratio"] = config.ratio
+        optional["auto_noise"] = _noise(observer.looks, config.ratio)
     return LayerDiagnostics(
         rows=observer.rows,
         k=observer.k,
@@ -191,6 +203,13 @@ def _diagnostics(state: LayerState, observer: LayerObserver) -> LayerDiagnostics
         variance_curve=(tuple(means[-2 * POINTS : -POINTS]), tuple(means[-POINTS:])),
         **optional,
     )
+
+
+def _noise(looks: Sequence[Look], ratio: float) -> float:
+    """V/D with this K/M, or with half of the rows where it is 1."""
+    square = sum(look.square for look in looks)
+    variance = sum(look.variance_of(ratio if ratio < 1 else 0.5) for look in looks)
+    return variance / square if square > 0 else math.nan
 
 
 def _fraction(part: float, whole: float) -> float:

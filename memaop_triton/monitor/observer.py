@@ -6,7 +6,8 @@ have computed. It makes no host synchronisation; only reading does.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import deque
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,19 @@ from memaop_triton.monitor.estimates import (
 )
 from memaop_triton.sampling.selection import Selection
 from memaop_triton.sampling.variance import POINTS, variance_curve
+
+
+class Look(Protocol):
+    """What `ratio="auto"` saw of a layer in one step of the optimizer."""
+
+    @property
+    def square(self) -> float:
+        """D, the squared norm of the exact gradient."""
+        ...
+
+    def variance_of(self, share: float) -> float:
+        """V of this share of the rows."""
+        ...
 
 
 class LayerObserver:
@@ -50,6 +64,7 @@ class LayerObserver:
         rows: M of the last observed step, 0 before it.
         k: Rows that it computed.
         ages: [slots], int32: steps since each slot of a row memory was emptied; `None` without.
+        looks: The newest that a decision of `ratio="auto"` is based on.
     """
 
     def __init__(self, every: int, smoothing: float, device: torch.device) -> None:
@@ -59,6 +74,7 @@ class LayerObserver:
         self.rows = 0
         self.k = 0
         self.ages: Tensor | None = None
+        self.looks: deque[Look] = deque(maxlen=4)
         self._steps = 0
         self._next = 0
         self._observations = 0

@@ -36,6 +36,10 @@ _MAX_STATES_OF_A_MEMORY = 16
 class Controller(Protocol):
     """Decides about the ratios of some layers, and sets their configurations."""
 
+    def summary(self) -> str:
+        """What is decided, in one line."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What was decided, as tensors, numbers and strings."""
         ...

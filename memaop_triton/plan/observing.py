@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +24,35 @@ from memaop_triton.nn.layer_choice import quoted
 from memaop_triton.nn.linear import MemAOPLinear
 
 
+class Observed(NamedTuple):
+    """What a training step showed.
+
+    Attributes:
+        uses: For every layer, by name, its uses and how often each occurs.
+        seconds: Of a forward and backward pass of the whole model.
+        has_loss: Whether its gradients were those of a loss.
+    """
+
+    uses: dict[str, Counter[Use]]
+    seconds: float
+    has_loss: bool
+
+
 def observe(
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
     example_inputs: object,
     loss_fn: Callable[[Any], Tensor] | None = None,
-) -> tuple[dict[str, Counter[Use]], float]:
-    """Run a training step twice, without the update: once to observe, once for the time.
+    timed: int = 1,
+) -> Observed:
+    """Run a training step without the update: once to observe, and `timed` times for the time.
 
     Args:
         model: In training mode; one in evaluation mode is put in training mode for this.
         layers: The layers to observe, by name.
         example_inputs: As for `plan`.
         loss_fn: As for `plan`.
-
-    Returns:
-        For every layer its uses and how often each occurs, by the layer's name; and the seconds of
-        a forward and backward pass of the whole model.
+        timed: The median is taken.
 
     Raises:
         TypeError: `example_inputs` is of another type.
@@ -47,28 +60,38 @@ def observe(
     """
     uses: dict[str, Counter[Use]] = {name: Counter() for name in layers}
 
-    def step() -> None:
-        run_backward(model, example_inputs, loss_fn)
+    def step() -> bool:
+        return run_backward(model, example_inputs, loss_fn)
 
     with untouched(model, example_inputs):
         with contextlib.ExitStack() as stack:
             for name, layer in layers.items():
                 hook = _counting(name, uses[name])
                 stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
-            step()
-        model.zero_grad()
+            has_loss = step()
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        return uses, elapsed(step, device)
+        times = []
+        for _ in range(timed):
+            model.zero_grad()
+            times.append(elapsed(step, device))
+        return Observed(uses, statistics.median(times), has_loss)
 
 
 def run_backward(
     model: nn.Module, example_inputs: object, loss_fn: Callable[[Any], Tensor] | None = None
-) -> None:
-    """Run a model forward and backward; the arguments and errors are those of `observe`."""
+) -> bool:
+    """Run a model forward and backward; the arguments and errors are those of `observe`.
+
+    Returns:
+        Whether it was a loss whose gradients were computed: that of `loss_fn`, or one that the
+        model returns. Otherwise it was the sum of all outputs.
+    """
     arguments, keywords = _call_arguments(example_inputs)
     output = model(*arguments, **keywords)
-    losses = _losses(output, loss_fn)
-    torch.autograd.backward(losses, [torch.ones_like(t) for t in losses])
+    loss = _loss_of(output) if loss_fn is None else _checked(loss_fn(output))
+    summed = _summed(output) if loss is None else [loss]
+    torch.autograd.backward(summed, [torch.ones_like(t) for t in summed])
+    return loss is not None
 
 
 @contextlib.contextmanager
@@ -191,22 +214,37 @@ def _call_arguments(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, 
     )
 
 
-def _losses(output: object, loss_fn: Callable[[Any], Tensor] | None) -> list[Tensor]:
-    """What to differentiate."""
-    if loss_fn is not None:
-        loss = loss_fn(output)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise ValueError(
-                f"loss_fn must return a tensor of one element that requires a gradient, got {loss}."
-            )
-        return [loss]
-    losses = [t for t in _tensors(output) if t.is_floating_point() and t.requires_grad]
-    if not losses:
+def _checked(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise ValueError(
+            f"loss_fn must return a tensor of one element that requires a gradient, got {loss}."
+        )
+    return loss
+
+
+def _loss_of(output: object) -> Tensor | None:
+    """The loss that a model returns: a scalar, alone, first of several, or by the name "loss"."""
+    found: object = output
+    if isinstance(output, Mapping):
+        found = output.get("loss")
+    elif isinstance(output, tuple | list):
+        found = output[0] if output else None
+    elif not isinstance(output, Tensor):
+        found = getattr(output, "loss", None)
+    if not isinstance(found, Tensor) or found.dim() > 0:
+        return None
+    return found if found.is_floating_point() and found.requires_grad else None
+
+
+def _summed(output: object) -> list[Tensor]:
+    """Tensors of an output without a loss, whose sum stands for one."""
+    summed = [t for t in _tensors(output) if t.is_floating_point() and t.requires_grad]
+    if not summed:
         raise ValueError(
             "example_inputs lead to no floating-point tensor that requires a gradient in the "
             f"model's output, a {type(output).__name__}: pass loss_fn, which makes a scalar of it."
         )
-    return losses
+    return summed
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

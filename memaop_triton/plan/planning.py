@@ -1,6 +1,7 @@
-"""Which layers of a model get faster by conversion, measured: `plan`.
+"""Which layers of a model get faster by conversion, measured, and are worth it: `plan`.
 
-A layer's time is that of its backward pass (dW, and db and dX where they are required) on random
+Layers with `ratio="auto"` are decided about together, in `memaop_triton.plan.deciding`. Of another
+layer the time is that of its backward pass (dW, and db and dX where they are required) on random
 rows of the shape that a training step of the model has, plus what the forward pass of a
 `MemAOPLinear` takes longer than that of an `nn.Linear`. Dense and ours are timed in turn, and every
 round gives a ratio. Layers with the same shapes, configuration and gradients share one measurement.
@@ -8,12 +9,13 @@ round gives a ratio. Layers with the same shapes, configuration and gradients sh
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +23,15 @@ from torch import Tensor, nn
 from memaop_triton.auto.layer_timing import Measurement, Use, measure
 from memaop_triton.auto.timing import generators_restored
 from memaop_triton.config import MemAOPConfig, check_config
-from memaop_triton.nn.layer_choice import Chosen, Filter, choose_layers, quoted
+from memaop_triton.nn.layer_choice import Chosen, Filter, choose_layers
+from memaop_triton.plan.deciding import LEAST_GAIN, decide
+from memaop_triton.plan.noise import Noise, observe_noise
 from memaop_triton.plan.observing import observe
+from memaop_triton.plan.request import LayerRequest
 from memaop_triton.plan.result import LayerPlan, Plan, Spread, Verdict
 
 TIME_BUDGET = 10.0
-#: A smaller gain does not count: with other contents of the caches it may be a loss.
-LEAST_GAIN = 1.02
+_TIMED_STEPS = 5  # where the time of a step decides
 
 
 def plan(
@@ -38,26 +42,42 @@ def plan(
     filter_fn: Filter | None = None,
     overrides: Mapping[str, MemAOPConfig | None] | None = None,
     loss_fn: Callable[[Any], Tensor] | None = None,
+    batches: Iterable[object] = (),
     time_budget: float = TIME_BUDGET,
 ) -> Plan:
     """Measure which linear layers of `model` `convert_` would make faster, and by how much.
 
-    The model is run forward and backward twice, without an update. Afterwards parameters,
+    With `ratio="auto"`, the default, it shows before training what the library would decide: the
+    noise V/D and the time of each share of the rows, and the choice that promises most of dense's
+    progress per second. The noise is that at the weights that the model has now. It grows as
+    training goes on, and what is best now may not be later. In training the library looks again,
+    and asks the clock whether what it chose is faster.
+
+    The model is run forward and backward a few times, without an update. Afterwards parameters,
     gradients, buffers, modes and random generators are as before. It needs memory for a training
     step and a copy of the parameters. Call this under the autocast and with the number of threads
     that training uses, before the model is wrapped or divided for several processes.
 
     Args:
         model: A dense model, on the device that trains it.
-        config: As for `convert_`.
+        config: For every layer that `overrides` does not name; `MemAOPConfig(ratio="auto")` if
+            `None`. A given number of rows is timed against dense; its noise is not looked at.
         example_inputs: What a training step hands to the model, with training's batch size: a
             tensor, a tuple of arguments, or a dictionary of keyword arguments.
         filter_fn: As for `convert_`.
         overrides: As for `convert_`.
-        loss_fn: From the model's output to a scalar loss. By default the sum of all floating-point
-            tensors in the output, also those in tuples, dictionaries and dataclasses.
-        time_budget: Seconds for measuring, about. Each distinct shape takes at least three rounds,
-            however long they are. Work on first use is not counted.
+        loss_fn: From the model's output to a scalar loss. By default the loss in the output: itself
+            if it is a scalar, the first of several, or what is named `"loss"`, as in models of
+            Hugging Face. Without either, gradients are those of the sum of all floating-point
+            tensors in the output; times are right then, and the noise is unknown.
+        batches: For `ratio="auto"`: a few more of what `example_inputs` is one of. V and D are
+            averaged over all of them. A layer with a subspace needs at least one, because the first
+            batch makes its bases and would show too little noise beside them; without one, V is
+            shown as it is without a subspace. They are taken one by one, each before the model
+            runs, so that a generator can hand the batch's targets to `loss_fn`.
+        time_budget: Seconds for measuring the layers with a given number of rows, about. Each
+            distinct shape takes at least three rounds, however long they are. Work on first use is
+            not counted. With `ratio="auto"` a shape is timed for about a quarter of a second.
 
     Returns:
         For each layer its shape, times, memory and a verdict. `print` shows a table.
@@ -70,8 +90,9 @@ def plan(
     """
     if not (time_budget > 0 and math.isfinite(time_budget)):
         raise ValueError(f"time_budget={time_budget} must be a positive number of seconds.")
+    config = MemAOPConfig(ratio="auto") if config is None else config
     chosen = choose_layers(model, config, filter_fn, overrides)
-    return plan_chosen(model, chosen, example_inputs, loss_fn, time_budget)
+    return plan_chosen(model, chosen, example_inputs, loss_fn, time_budget, batches)
 
 
 def plan_chosen(
@@ -80,15 +101,23 @@ def plan_chosen(
     example_inputs: object,
     loss_fn: Callable[[Any], Tensor] | None = None,
     time_budget: float = TIME_BUDGET,
+    batches: Iterable[object] = (),
 ) -> Plan:
     """`plan` for layers that are already chosen."""
     layers = {name: layer for name, (layer, _) in chosen.items()}
-    uses, seconds = observe(model, layers, example_inputs, loss_fn)
-    wanted = [
-        _Layer(name, layer.in_features, layer.out_features, config, uses[name])
+    is_auto = any(config.is_auto for _, config in chosen.values())
+    timed = _TIMED_STEPS if is_auto else 1
+    uses, seconds, has_loss = observe(model, layers, example_inputs, loss_fn, timed)
+    requests = [
+        LayerRequest(name, layer.in_features, layer.out_features, config, uses[name])
         for name, (layer, config) in chosen.items()
     ]
-    return _planned(wanted, seconds, time_budget)
+    undecided = [r.name for r in requests if r.config.is_auto and not r.nothing_to_gain()]
+    noise = None
+    if undecided and has_loss:
+        every = itertools.chain([example_inputs], batches)
+        noise = observe_noise(model, {name: chosen[name] for name in undecided}, every, loss_fn)
+    return _planned(requests, seconds, time_budget, noise)
 
 
 def plan_shapes(
@@ -103,7 +132,8 @@ def plan_shapes(
 
     Args:
         shapes: (M, N, P) of each.
-        config: For all of them; `MemAOPConfig()` if `None`.
+        config: For all of them; `MemAOPConfig()` if `None`. With `ratio="auto"` the times of its
+            shares are shown.
         dtype: Of the rows and the weight.
         device: Where to measure.
         time_budget: As for `plan`.
@@ -114,71 +144,64 @@ def plan_shapes(
     config = MemAOPConfig() if config is None else config
     check_config(config)
     device = torch.empty(0, device=device).device  # "cuda" has a number
-    wanted = []
+    requests = []
     for m, n, p in shapes:
         if min(m, n, p) < 1:
             raise ValueError(f"shape {m}x{n}x{p} must be M×N×P, all at least 1.")
         use = Use(m, n, p, dtype, device)
-        wanted.append(_Layer(f"{m}x{n}x{p}", n, p, config, Counter([use])))
-    return _planned(wanted, None, time_budget)
+        requests.append(LayerRequest(f"{m}x{n}x{p}", n, p, config, Counter([use])))
+    return _planned(requests, None, time_budget)
 
 
-class _Layer(NamedTuple):
-    name: str
-    in_features: int
-    out_features: int
-    config: MemAOPConfig
-    uses: Counter[Use]
-
-
-def _planned(layers: list[_Layer], step_seconds: float | None, time_budget: float) -> Plan:
-    notes = {layer.name: _nothing_to_gain(layer) for layer in layers}
-    cases = dict.fromkeys(
-        (use, layer.config) for layer in layers if not notes[layer.name] for use in layer.uses
+def _planned(
+    requests: list[LayerRequest],
+    step_seconds: float | None,
+    time_budget: float,
+    noise: Noise | None = None,
+) -> Plan:
+    """Measure layers, judge those with a given number of rows, and decide about the others."""
+    notes = {request.name: request.nothing_to_gain() for request in requests}
+    left = [request for request in requests if not notes[request.name]]
+    rows = {
+        request.name: request.row(Verdict.LEAVE_DENSE, note=notes[request.name])
+        for request in requests
+    }
+    rows |= _judged_each([r for r in left if not r.config.is_auto], time_budget)
+    predicted, text, remarks = None, "", ""
+    total = sum(request.config.is_auto for request in requests)
+    if total:
+        exact = None
+        if step_seconds is not None:  # the layers with a given number of rows are as they will be
+            exact = step_seconds - sum(row.saved_seconds for row in rows.values())
+        undecided = [request for request in left if request.config.is_auto]
+        found, predicted, text, remarks = decide(undecided, noise, exact, total)
+        rows |= found
+    devices = {use.device for request in left for use in request.uses}
+    return Plan(
+        tuple(rows.values()),
+        step_seconds,
+        ", ".join(sorted(map(_device_name, devices))),
+        predicted,
+        text,
+        remarks,
     )
-    devices = {use.device for use, _ in cases}
+
+
+def _judged_each(requests: list[LayerRequest], time_budget: float) -> dict[str, LayerPlan]:
+    """Verdicts by layer, dense and converted timed in turn."""
+    cases = dict.fromkeys((use, request.config) for request in requests for use in request.uses)
     end = time.perf_counter() + time_budget
     measured = {}
-    with generators_restored(devices):
+    with generators_restored({use.device for use, _ in cases}):
         for number, case in enumerate(cases):
             left = max(0.0, end - time.perf_counter())
             measured[case] = measure(*case, left / (len(cases) - number))
-    rows = tuple(
-        _row(layer, Verdict.LEAVE_DENSE, note=note)
-        if (note := notes[layer.name])
-        else _judged(layer, measured)
-        for layer in layers
-    )
-    return Plan(rows, step_seconds, ", ".join(sorted(map(_device_name, devices))))
+    return {request.name: _judged(request, measured) for request in requests}
 
 
-def _nothing_to_gain(layer: _Layer) -> str:
-    """Why a layer need not be measured, or "" if it must be.
-
-    Raises:
-        ValueError: It is on a device where nothing can be measured.
-    """
-    for use in layer.uses:
-        if use.device.type not in ("cpu", "cuda"):
-            raise ValueError(
-                f"layer {quoted(layer.name)} works on device {str(use.device)!r}: move the model "
-                "to a CPU or a GPU, to be measured there."
-            )
-    config, uses = layer.config, layer.uses
-    if not uses:
-        return "no gradient in this step"
-    if all(use.rows * use.in_features * use.out_features == 0 for use in uses):
-        return "empty"
-    if config.grad_input is None and not any(use.needs_weight for use in uses):
-        return "weight is frozen"
-    if config.row_memory is None and all(
-        config.num_rows(u.rows, u.in_features, u.out_features) == u.rows for u in uses
-    ):
-        return "K = M"
-    return ""
-
-
-def _judged(layer: _Layer, measured: Mapping[tuple[Use, MemAOPConfig], Measurement]) -> LayerPlan:
+def _judged(
+    layer: LayerRequest, measured: Mapping[tuple[Use, MemAOPConfig], Measurement]
+) -> LayerPlan:
     """The verdict on a layer; with several uses in a step, on all of them together."""
     found = [(count, measured[use, layer.config]) for use, count in layer.uses.items()]
     # A measurement may have fewer rounds than another.
@@ -192,28 +215,12 @@ def _judged(layer: _Layer, measured: Mapping[tuple[Use, MemAOPConfig], Measureme
         verdict = Verdict.LEAVE_DENSE
     else:
         verdict = Verdict.TOO_CLOSE
-    return _row(
-        layer,
+    return layer.row(
         verdict,
         dense_seconds=statistics.median(dense),
         ours_seconds=statistics.median(ours),
         speedup=Spread(median, q1, q3),
         memory_bytes=max(m.memory_bytes for _, m in found),
-    )
-
-
-def _row(layer: _Layer, verdict: Verdict, **times: Any) -> LayerPlan:
-    uses = layer.uses
-    return LayerPlan(
-        name=layer.name,
-        rows=tuple(sorted({use.rows for use in uses})),
-        in_features=layer.in_features,
-        out_features=layer.out_features,
-        dtypes=tuple(sorted({str(use.dtype).removeprefix("torch.") for use in uses})),
-        calls=uses.total(),
-        config=layer.config,
-        verdict=verdict,
-        **times,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from memaop_triton.auto.worth import EXACT, Worth
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.units import human_bytes, milliseconds
 
@@ -31,6 +32,21 @@ class Verdict(StrEnum):
     CONVERT = "convert"
     LEAVE_DENSE = "leave dense"
     TOO_CLOSE = "too close to call"
+    UNKNOWN = "noise unknown"
+
+
+class OptionPlan(NamedTuple):
+    """What a layer with `ratio="auto"` may get.
+
+    Attributes:
+        share: K/M, 1 for an exact gradient.
+        seconds: Of all its weight gradients in a step.
+        noise: V/D of the layer by itself; `None` if it is unknown.
+    """
+
+    share: float
+    seconds: float
+    noise: float | None
 
 
 @dataclass(frozen=True)
@@ -45,12 +61,17 @@ class LayerPlan:
         dtypes: Of its rows, by name.
         calls: Backward passes through it in one step.
         config: What it was measured with.
-        verdict: `Verdict.CONVERT` if it gets faster.
+        verdict: `Verdict.CONVERT` if it gets faster, or would be sampled by `ratio="auto"`.
         dense_seconds: Of all its backward passes in a step, dense; `None` if nothing was measured.
+            With `ratio="auto"` of its weight gradients alone.
         ours_seconds: The same, converted, including the additional time of the forward passes.
-        speedup: dense / ours over the rounds, `None` if nothing was measured.
+        speedup: dense / ours over the rounds, `None` if nothing was measured or with
+            `ratio="auto"`.
         memory_bytes: What it would hold between steps.
         note: Why nothing was measured.
+        share: K/M that `ratio="auto"` would choose, 1 for an exact gradient; `None` otherwise, and
+            if the noise is unknown.
+        options: What it would choose from; empty otherwise.
     """
 
     name: str
@@ -66,6 +87,8 @@ class LayerPlan:
     speedup: Spread | None = None
     memory_bytes: int = 0
     note: str = ""
+    share: float | None = None
+    options: tuple[OptionPlan, ...] = ()
 
     @property
     def saved_seconds(self) -> float:
@@ -86,6 +109,7 @@ class LayerPlan:
         """Numbers, strings and lists, for JSON."""
         content = dataclasses.asdict(self)
         content["speedup"] = None if self.speedup is None else self.speedup._asdict()
+        content["options"] = [option._asdict() for option in self.options]
         content["config"] |= {
             "memory": self.config.memory_name,
             "memory_settings": _settings(self.config.memory),
@@ -104,15 +128,22 @@ class Plan:
         step_seconds: Of a forward and backward pass of the whole model as it is, `None` if there
             was no model.
         devices: What it was measured on.
+        predicted: What `ratio="auto"` would come to; `None` without such layers, and if their noise
+            is unknown. Its speed-up is that of forward and backward pass, without the optimizer.
+        decision: The same in one line; "" without such layers.
+        remarks: On their noise, in sentences.
     """
 
     layers: tuple[LayerPlan, ...]
     step_seconds: float | None
     devices: str
+    predicted: Worth | None = None
+    decision: str = ""
+    remarks: str = ""
 
     @property
     def faster(self) -> tuple[str, ...]:
-        """Names of the layers that get faster by conversion.
+        """Names of the layers that get faster by conversion, or that `ratio="auto"` would sample.
 
         `convert_(model, config, filter_fn=lambda module, fqn: fqn in plan.faster)` converts them.
         """
@@ -135,6 +166,8 @@ class Plan:
             "step_seconds": self.step_seconds,
             "saved_seconds": self.saved_seconds,
             "memory_bytes": self.memory_bytes,
+            "predicted": None if self.predicted is None else self.predicted._asdict(),
+            "decision": self.decision,
             "layers": [row.to_dict() for row in self.layers],
         }
 
@@ -142,50 +175,96 @@ class Plan:
         from rich.console import Console
 
         console = Console(width=1000, color_system=None)
+        fixed, auto = self._rows(is_auto=False), self._rows(is_auto=True)
         with console.capture() as printed:
-            console.print(self._table(), self.summary(), sep="\n")
+            if fixed or not auto:
+                console.print(self._table(fixed))
+            if auto:
+                console.print(self._auto_table(auto))
+            console.print(self.summary())
         lines = printed.get().splitlines()
         return "\n".join(line.rstrip() for line in lines).strip("\n")
 
+    def _rows(self, *, is_auto: bool) -> list[LayerPlan]:
+        return [row for row in self.layers if row.config.is_auto == is_auto]
+
     def summary(self) -> str:
-        """The plan in words: layers that get faster, memory, time of a step."""
-        count = len(self.faster)
-        text = f"{count} of {len(self.layers)} layers get faster"
-        if count:
-            text += (
-                f", saving about {milliseconds(self.saved_seconds)} ms a step and holding "
-                f"{human_bytes(self.memory_bytes)}"
-            )
+        """The plan in words: the decision, layers that get faster, memory, time of a step."""
+        lines = [f"{self.decision[:1].upper()}{self.decision[1:]}."] if self.decision else []
+        lines += [self.remarks] if self.remarks else []
+        fixed = self._rows(is_auto=False)
+        if fixed or not lines:
+            lines.append(_gain_of(fixed))
         if self.step_seconds is None:
-            return f"{text}."
-        now = f"{milliseconds(self.step_seconds)} ms"
-        if not count:
-            return f"{text}. Forward and backward pass of the whole model: {now}."
+            return "\n".join(lines)
+        step = f"Forward and backward pass of the whole model: {milliseconds(self.step_seconds)} ms"
+        if not self.faster:
+            return "\n".join([*lines, f"{step}."])
         then = max(0.0, self.step_seconds - self.saved_seconds)
         ratio = f" ({self.step_seconds / then:.2f}×)" if then else ""
-        return (
-            f"{text}.\nForward and backward pass of the whole model: {now}, with them converted "
-            f"about {milliseconds(then)} ms{ratio}."
-        )
+        step += f", with them converted about {milliseconds(then)} ms{ratio}."
+        return "\n".join([*lines, step])
 
-    def _table(self) -> Table:
+    def _table(self, rows: Iterable[LayerPlan]) -> Table:
+        table = self._new_table("backward passes of a step")
+        for name in ("calls", "dense ms", "ours ms", "speed-up \\[quartiles]", "held"):
+            table.add_column(name, justify="right", overflow="fold")
+        table.add_column("verdict", overflow="fold")
+        for row in rows:
+            table.add_row(*_cells(row))
+        return table
+
+    def _auto_table(self, rows: Sequence[LayerPlan]) -> Table:
+        """Milliseconds and, in parentheses, noise of every share that a layer may get."""
+        table = self._new_table('weight gradients of a step with ratio="auto", ms (noise V/D)')
+        shares = dict.fromkeys(option.share for row in rows for option in row.options)
+        names = [_share(share) for share in shares if share < EXACT]
+        for name in ("calls", "exact", *names, "choice"):
+            table.add_column(name, justify="right", overflow="fold")
+        for row in rows:
+            options = [_option(option) for option in row.options] or ["–"] * len(shares)
+            table.add_row(row.name or "(the model)", row.shape, str(row.calls), *options, _why(row))
+        return table
+
+    def _new_table(self, title: str) -> Table:
         from rich import box
         from rich.table import Table
 
         table = Table(
             box=box.SIMPLE_HEAD,
             pad_edge=False,
-            title=f"backward passes of a step, on {self.devices}" if self.devices else None,
+            title=f"{title}, on {self.devices}" if self.devices else None,
             title_justify="left",
         )
         table.add_column("layer", overflow="fold")
         table.add_column("M×N×P", overflow="fold")
-        for name in ("calls", "dense ms", "ours ms", "speed-up [quartiles]", "held"):
-            table.add_column(name, justify="right", overflow="fold")
-        table.add_column("verdict", overflow="fold")
-        for row in self.layers:
-            table.add_row(*_cells(row))
         return table
+
+
+def _gain_of(rows: Sequence[LayerPlan]) -> str:
+    faster = [row for row in rows if row.verdict is Verdict.CONVERT]
+    text = f"{len(faster)} of {len(rows)} layers get faster"
+    if faster:
+        text += (
+            f", saving about {milliseconds(sum(row.saved_seconds for row in faster))} ms a step "
+            f"and holding {human_bytes(sum(row.memory_bytes for row in faster))}"
+        )
+    return f"{text}."
+
+
+def _share(share: float) -> str:
+    return "exact" if share == EXACT else f"1/{round(1 / share)}"
+
+
+def _option(option: OptionPlan) -> str:
+    noise = "" if option.noise is None or option.share == EXACT else f" ({option.noise:.2g})"
+    return f"{milliseconds(option.seconds)}{noise}"
+
+
+def _why(row: LayerPlan) -> str:
+    if row.note:
+        return f"exact: {row.note}"
+    return row.verdict if row.share is None else _share(row.share)
 
 
 def _settings(part: object) -> dict[str, Any]:

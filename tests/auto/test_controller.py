@@ -15,7 +15,6 @@ from memaop_triton import (
     convert_,
     model_report,
     monitor,
-    plan,
     revert_,
 )
 from memaop_triton.auto import controller
@@ -275,12 +274,6 @@ def test_a_copy_is_exact_and_a_reverted_model_dense(training):
                 example_inputs=torch.randn(2, 4),
             ),
             "measures by itself",
-        ),
-        (
-            lambda: plan(
-                nn.Linear(4, 4), MemAOPConfig(ratio="auto"), example_inputs=torch.randn(2, 4)
-            ),
-            "no number of rows",
         ),
     ],
 )

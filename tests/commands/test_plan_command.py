@@ -31,6 +31,28 @@ class Tokens(nn.Module):
 ready = mlp()
 number = 3
 
+def batches():
+    torch.manual_seed(0)
+    for _ in range(3):
+        yield torch.randn(64, 8)
+
+def square(output):
+    return output.square().mean()
+
+def none():
+    return []
+
+def table():
+    return {"x": torch.ones(4, 8)}
+
+def token_batches():
+    return [{"ids": torch.arange(6).view(2, 3), "mask": torch.ones(2, 3) > 0}] * 2
+
+class WithLoss(Tokens):
+    def forward(self, ids, mask):
+        logits = super().forward(ids, mask)["logits"]
+        return {"loss": logits.square().mean(), "logits": logits}
+
 def with_argument(width):
     return mlp()
 
@@ -81,8 +103,47 @@ def test_a_model_from_the_current_folder(models, measured, capsys):
 
 def test_inputs_by_name_and_of_integers_and_a_dtype(models, measured):
     options = ["--input", "ids=3x4:int64:7", "--input", "mask=3x4:bool", "--dtype", "bfloat16"]
-    assert cli.run(["plan", "--model", "plan_models:Tokens", *options]) == 0
+    assert cli.run(["plan", "--model", "plan_models:Tokens", "--ratio", "0.5", *options]) == 0
     assert [(use.rows, use.dtype) for use, _, _ in measured] == [(12, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "is_known"),
+    [
+        ("mlp", ["--batches", "plan_models:batches", "--loss", "plan_models:square"], True),
+        ("mlp", ["--batches", "plan_models:batches"], False),
+        ("WithLoss", ["--batches", "plan_models:token_batches"], True),
+        ("WithLoss", ["--input", "ids=3x4:int64:7", "--input", "mask=3x4:bool"], False),
+    ],
+)
+def test_what_auto_would_decide_is_shown_where_there_are_batches_and_a_loss(
+    models, capsys, model, data, is_known
+):
+    """It is the default; random inputs are no batches, whatever the model returns."""
+    options = ["--model", f"plan_models:{model}", *data, "--json", "plan.json"]
+    assert cli.run(["plan", *options]) == 0
+    output, content = capsys.readouterr().out, json.loads((models / "plan.json").read_text())
+    assert 'ratio="auto"' in output
+    assert ("The noise of sampling is unknown" in output) != is_known
+    assert ("give --batches, and --loss" in output) == ("--input" in data)
+    assert ("dense is best here" in content["decision"]) == is_known, "so small a layer"
+    for layer in content["layers"]:
+        assert layer["config"]["ratio"] == "auto"
+        assert [option["share"] for option in layer["options"]] == [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
+        assert all((option["noise"] is not None) == is_known for option in layer["options"])
+
+
+def test_where_auto_cannot_be_the_default_it_is_an_eighth(models, measured):
+    options = ["--model", "plan_models:mlp", "--input", "64x8", "--grad-input", "sampled"]
+    assert cli.run(["plan", *options]) == 0
+    assert {config.ratio for _, config, _ in measured} == {1 / 8}
+
+
+def test_times_of_every_share_of_a_shape(capsys):
+    assert cli.run(["plan", "--shape", "64x8x4", "--device", "cpu", "--ratio", "auto"]) == 0
+    output = capsys.readouterr().out
+    assert "1/16" in output
+    assert "--batches" not in output
 
 
 def test_shapes(measured, capsys):
@@ -110,7 +171,24 @@ MLP = ["--model", "plan_models:mlp", "--input"]
     [
         ([], "give --model, or at least one --shape"),
         (["--model", "m:f", *SHAPE], "not both"),
-        (["--model", "m:f"], "--model and --input belong together"),
+        (["--model", "m:f"], "--model is called with --input, or with --batches"),
+        ([*MLP, "4x8", "--batches", "plan_models:batches"], "give one of them"),
+        ([*SHAPE, "--input", "4x8"], "belong to a --model"),
+        ([*SHAPE, "--batches", "plan_models:batches"], "belong to a --model"),
+        ([*MLP, "4x8", "--loss", "plan_models:square"], "--loss needs --batches"),
+        (
+            [*MLP[:2], "--batches", "plan_models:nothing"],
+            "returned NoneType, not a list of batches",
+        ),
+        ([*MLP[:2], "--batches", "plan_models:none"], "returned list, not a list of batches"),
+        ([*MLP[:2], "--batches", "plan_models:table"], "returned dict, not a list of batches"),
+        ([*MLP[:2], "--batches", "plan_models:number"], "3 is not a callable object"),
+        (
+            [*MLP[:2], "--batches", "plan_models:batches", "--loss", "plan_models:los"],
+            "--loss='plan_models:los': module 'plan_models' has no attribute 'los'",
+        ),
+        ([*SHAPE, "--ratio", "car"], "neither a number nor 'auto'"),
+        ([*SHAPE, "--ratio", "auto", "--selection", "topk", "--memory", "none"], "ratio='auto'"),
         (["--shape", "0x8x8"], "--shape='0x8x8' is not MxNxP"),
         ([*SHAPE, "--ratio", "2"], "--ratio"),
         ([*SHAPE, "--budget", "0"], "--budget"),

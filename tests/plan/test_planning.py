@@ -18,6 +18,7 @@ from memaop_triton.plan.result import Verdict
 
 CPU = torch.device("cpu")
 X = torch.ones(3, 4)
+FIXED = MemAOPConfig()
 
 
 class Net(nn.Module):
@@ -158,7 +159,7 @@ def test_a_divided_weight_and_a_shape_without_rows_cannot_be_planned():
 
 def test_equal_layers_share_a_measurement_and_the_budget_is_divided(measured):
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)), nn.Linear(8, 2))
-    plan(model, example_inputs=torch.randn(9, 8), time_budget=30.0)
+    plan(model, FIXED, example_inputs=torch.randn(9, 8), time_budget=30.0)
     seen = [(use.needs_input, use.out_features) for use, _, _ in measured.asked]
     assert seen == [(False, 8), (True, 8), (True, 2)]
     assert measured.asked[0][2] == pytest.approx(10.0, rel=0.1)
@@ -167,9 +168,9 @@ def test_equal_layers_share_a_measurement_and_the_budget_is_divided(measured):
 def test_each_layer_is_measured_with_its_configuration(measured):
     other = MemAOPConfig(k=2)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
-    found = plan(model, example_inputs=torch.randn(9, 8), overrides={"1": other, "2": None})
-    assert [row.config for row in found.layers] == [MemAOPConfig(), other]
-    assert [config for _, config, _ in measured.asked] == [MemAOPConfig(), other]
+    found = plan(model, FIXED, example_inputs=torch.randn(9, 8), overrides={"1": other, "2": None})
+    assert [row.config for row in found.layers] == [FIXED, other]
+    assert [config for _, config, _ in measured.asked] == [FIXED, other]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_a_frozen_weight_gains_by_sampled_input_gradients(measured):
 )
 def test_a_verdict_needs_more_than_the_spread(measured, dense, ours, verdict):
     measured.times[9, 8, 8] = dense, ours
-    found = plan(nn.Linear(8, 8), example_inputs=torch.randn(9, 8))
+    found = plan(nn.Linear(8, 8), FIXED, example_inputs=torch.randn(9, 8))
     assert verdicts(found) == {"": verdict}
     assert found.faster == (("",) if verdict == "convert" else ())
 
@@ -220,7 +221,8 @@ def test_a_layer_with_several_uses_is_judged_by_their_sum(measured):
 
     measured.times[9, 8, 8] = [4.0, 5.0, 6.0], [1.0, 1.0, 1.0]
     measured.times[3, 8, 8] = [1.0, 1.0, 1.0, 1.0], [8.0, 8.0, 8.0, 8.0]
-    (row,) = plan(net(uneven, layer=nn.Linear(8, 8)), example_inputs=torch.randn(9, 8)).layers
+    model = net(uneven, layer=nn.Linear(8, 8))
+    (row,) = plan(model, FIXED, example_inputs=torch.randn(9, 8)).layers
     assert (row.calls, row.rows, row.shape) == (3, (3, 9), "3–9×8×8")
     assert (row.dense_seconds, row.ours_seconds) == (11.0, 10.0)
     assert row.speedup == pytest.approx((1.1, 1.0, 1.2))
@@ -231,7 +233,7 @@ def test_the_step_is_estimated_from_the_layers_that_are_converted(measured):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
     measured.times[9, 8, 8] = [0.4] * 3, [0.1] * 3
     measured.times[9, 8, 4] = [0.1] * 3, [0.4] * 3
-    found = plan(model, example_inputs=torch.randn(9, 8))
+    found = plan(model, FIXED, example_inputs=torch.randn(9, 8))
     assert found.saved_seconds == pytest.approx(0.6)
     assert found.memory_bytes == 1800
     assert found.step_seconds > 0
@@ -262,6 +264,22 @@ def test_gradients_are_on_whatever_the_caller_has_switched_off(monkeypatch, off)
         found = plan(model, example_inputs=x, time_budget=0.01)
     assert found.layers[0].calls == 1
     assert found.layers[0].dense_seconds > 0
+
+
+def test_a_real_plan_of_what_is_left_to_the_library():
+    """On every path once, the measuring of times included."""
+    model = nn.Sequential(nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 3))
+    data = torch.randn(3, 64, 32)
+    found = plan(
+        model, example_inputs=data[0], batches=data[1:], loss_fn=lambda y: y.square().mean()
+    )
+    assert found.predicted.progress >= 1
+    for row in found.layers:
+        assert [option.share for option in row.options] == [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
+        assert all(option.seconds > 0 for option in row.options)
+        assert all(option.noise > 0 for option in row.options[1:])
+        assert row.share in (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
+    assert type(model[0]) is nn.Linear
 
 
 def test_a_real_plan(monkeypatch):

@@ -71,8 +71,16 @@ def fingerprint(model):
     }
 
 
+def square(output):
+    return output.square().mean()
+
+
+FIXED = {"config": MemAOPConfig()}
+AUTO = {"loss_fn": square, "batches": [torch.ones(6, 4), torch.randn(6, 4)]}
+
+
 @pytest.fixture(autouse=True)
-def _quick(measured):
+def _quick(measured, savings):
     """Measuring takes no time."""
 
 
@@ -92,11 +100,12 @@ def in_evaluation(model):
     model.drop.train()
 
 
+@pytest.mark.parametrize("settings", [FIXED, AUTO], ids=["fixed", "auto"])
 @pytest.mark.parametrize("failure", [None, "in the forward pass", "in the backward pass"])
 @pytest.mark.parametrize(
     "prepare", [lambda m: None, with_a_history, in_evaluation], ids=["new", "used", "evaluation"]
 )
-def test_a_planned_model_is_what_it_was(prepare, failure):
+def test_a_planned_model_is_what_it_was(prepare, failure, settings):
     model = Busy()
     prepare(model)
     model.failure, model.modes = failure, []
@@ -104,8 +113,14 @@ def test_a_planned_model_is_what_it_was(prepare, failure):
     x.grad = kept = torch.ones(6, 4)
     before = fingerprint(model)
     with pytest.raises(KeyError) if failure else contextlib.nullcontext():
-        found = plan(model, example_inputs={"x": x}, filter_fn=lambda m, _: type(m) is nn.Linear)
+        found = plan(
+            model,
+            example_inputs={"x": x},
+            filter_fn=lambda m, _: type(m) is nn.Linear,
+            **settings,
+        )
         assert found.layers[0].calls == 1
+        assert (found.predicted is None) == (settings is FIXED)
     after = fingerprint(model)
     for what, value in before.items():
         assert after[what] == value, what
@@ -120,15 +135,34 @@ def test_what_is_frozen_in_a_model_in_training_stays_frozen(training, inside):
     model, seen = Busy().train(training), []
     model.norm.eval()
     model.norm.register_forward_hook(lambda *_: seen.append([model.training, model.norm.training]))
-    plan(model, example_inputs=torch.randn(6, 4))
+    plan(model, MemAOPConfig(), example_inputs=torch.randn(6, 4))
     assert seen == [inside, inside]
+    plan(model, example_inputs=torch.randn(6, 4), loss_fn=square)
+    assert seen[2:] == [inside] * 7, "once to see uses, five times for time, once for noise"
+
+
+@pytest.mark.parametrize("failure", ["in the forward pass", "in the backward pass"])
+def test_a_batch_that_fails_while_noise_is_observed_leaves_nothing_behind(failure):
+    model = Busy()
+
+    def batches():
+        torch.rand(1)  # as a loader draws that shuffles
+        yield torch.randn(6, 4)
+        model.failure = failure
+        yield torch.randn(6, 4)
+
+    before = fingerprint(model)
+    with pytest.raises(KeyError):
+        plan(model, example_inputs=torch.ones(6, 4), loss_fn=square, batches=batches())
+    assert fingerprint(model) == before
+    assert type(model.layer) is type(model.head) is nn.Linear
 
 
 def test_an_optimizer_that_steps_in_the_backward_pass_rests():
     model, steps = nn.Linear(4, 4), []
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(steps.append)
-    plan(model, example_inputs=torch.ones(6, 4))
+    plan(model, example_inputs=torch.ones(6, 4), loss_fn=square)
     assert not steps
     model(torch.ones(6, 4)).sum().backward()
     assert len(steps) == 2
@@ -150,7 +184,7 @@ def test_other_processes_hear_nothing(tmp_path):
         x = torch.ones(6, 4)
         model(x).sum().backward()
         before = fingerprint(model)
-        plan(model, example_inputs=x)
+        plan(model, example_inputs=x, loss_fn=square)
         assert len(sent) == 1
         assert fingerprint(model) == before
         model(x).sum().backward()
