@@ -96,6 +96,9 @@ def test_config_is_frozen_hashable_and_comparable():
         ({"block_rows": 64}, 128, 64),
         ({"block_rows": 16}, 256, 32),
         ({"block_rows": 64}, 1000, 128),
+        ({"ratio": 1, "block_rows": 16}, 20, 20),
+        ({"k": 20, "block_rows": 16}, 20, 20),
+        ({"k": 19, "block_rows": 16}, 20, 16),
     ],
 )
 def test_num_rows(settings, rows, expected):

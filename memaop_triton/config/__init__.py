@@ -249,6 +249,8 @@ class MemAOPConfig:
     ) -> int:
         """K for a batch of `rows` rows: whole blocks, at least one, and at most `rows`.
 
+        Where all rows are asked for it is M, also if the last block is not whole.
+
         Args:
             rows: M.
             in_features: N; used with a budget only, like the next two.
@@ -269,6 +271,8 @@ class MemAOPConfig:
             rounding = 0.0
             sizes = rows, in_features, out_features
             wanted = rows_within(self.budget, *sizes, subspace, self.numbers_scored(*sizes[1:]))
+        if wanted >= rows:
+            return rows
         blocks = math.floor(wanted / self.block_rows + rounding)
         return min(rows, max(1, blocks) * self.block_rows)
 
