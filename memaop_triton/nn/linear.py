@@ -230,6 +230,11 @@ class MemAOPLinear(nn.Linear):
         self.layer_state.convert(fn)
         return self
 
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        if self.layer_state.controller is not None:
+            self.layer_state.controller.adopt(self)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.dense_class is nn.Linear:
             return super().__reduce_ex__(protocol)
