@@ -35,7 +35,7 @@ class SeenByAll(NamedTuple):
         uses: What each backward pass of the layer computed in this process.
         computed: ‖mean of Σ dW‖², estimated by its sketch.
         included: The variance that `computed` has from passes that sampled their rows.
-        variances: V by K/M.
+        variances: V by K/M below 1.
     """
 
     uses: list[Use]
@@ -45,7 +45,7 @@ class SeenByAll(NamedTuple):
 
     def variance_of(self, share: float) -> float:
         """V of the step with this share of the rows."""
-        return self.variances[share]
+        return 0.0 if share >= 1 else self.variances[share]
 
     @property
     def square(self) -> float:

@@ -313,7 +313,10 @@ class Controller:
 
     def _go_on_from(self, state: Mapping[str, Any]) -> None:
         self._stop_observing()
-        self.phase, self.steps, self._patience = state["phase"], state["steps"], state["patience"]
+        self.phase, self._patience = state["phase"], state["patience"]
+        # Before the first decision there is nothing to go on from.
+        is_decided = self.phase == "frozen" or state["steps"] >= _FIRST_LOOKS[-1]
+        self.steps = state["steps"] if is_decided else 0
         predicted = state["predicted"]
         self.predicted = None if predicted is None else Worth(dict(state["shares"]), *predicted)
         self.realised, self.speedup = state["realised"], state["speedup"]
@@ -321,7 +324,7 @@ class Controller:
         for seen in self.seen.values():
             seen.clear()
         self._clock, self._window, self._is_checked = None, [], False
-        self._decide_at = max(_FIRST_LOOKS[-1], self.steps + self._patience)
+        self._decide_at = self.steps + self._patience if is_decided else _FIRST_LOOKS[-1]
 
     # What users see. -----------------------------------------------------------------------------
 

@@ -68,10 +68,13 @@ class Training:
         y = y + self.noise * torch.randn_like(y)
         return (self.model(x) - y).square().mean()
 
+    def backward(self):
+        self.loss().backward()
+
     def step(self, count=1):
         for _ in range(count):
             self.optimizer.zero_grad()
-            self.loss().backward()
+            self.backward()
             ratios = [layer.config.ratio for layer in self.linears]
             self.modes.append(max(1 / r for r in ratios) > 1)
             if self.modes[-2:] in ([False, True], [True, False]):
