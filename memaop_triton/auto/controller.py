@@ -199,12 +199,12 @@ class Controller:
 
     def _read(self) -> None:
         """Take what the step that has ended showed, to all processes together."""
-        among = {name: self.divided_among(name) for name in self._states}
-        ours = [name for name in self._ours() if among[name] == 1]
-        observers = {name: self._observers[name] for name in ours if name in self._observers}
+        among = {name: self.divided_among(name) for name in self._ours()}
+        whole = [name for name, count in among.items() if count == 1]
+        observers = {name: self._observers[name] for name in whole if name in self._observers}
         self._stop_observing()
         # The processes that divide a layer have the same rows, and draw alike.
-        self._evidence.read(observers, max(among.values()), self._device)
+        self._evidence.read(observers, max(among.values(), default=1), self._device)
 
     def _stop_observing(self) -> None:
         for name in self._observers:
@@ -214,7 +214,7 @@ class Controller:
 
     def divided_among(self, name: str) -> int:
         """The processes among which tensor parallelism divides a layer, which then stays exact."""
-        layer = self._layers[name]()
+        layer = self._layers[name]() if self._states[name].controller is self else None
         return 1 if layer is None else divided_among(layer)
 
     # Decisions. ----------------------------------------------------------------------------------

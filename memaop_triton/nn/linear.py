@@ -91,6 +91,7 @@ class MemAOPLinear(nn.Linear):
             ValueError: The layer was parametrised after it was converted.
         """
         self.check_revertible()
+        self.layer_state.release()
         del self.layer_state
         self.__class__ = _dense_class_of(type(self))  # type: ignore[assignment]
         return self
