@@ -151,6 +151,18 @@ def check_what_is_not_finite_in_one_process_is_dropped_in_all():
         assert [len(seen) for seen in run.controller.seen.values()] == [2, 2]
 
 
+def check_a_ratio_given_in_one_process_leaves_the_layer_undecided_in_all():
+    for given_after, looks in ((3, 0), (9, 2)):
+        run = Plain()
+        for number in range(1, 14):
+            run.step()
+            if number == given_after and rank() == 1:
+                run.model["1"].set_ratio_(1 / 2)
+        assert [len(seen) for seen in run.controller.seen.values()] == [3, looks]
+        assert list(run.controller._evidence.layers()) == ["0"]
+        assert run.model["1"].config.ratio == (1 / 2 if rank() == 1 else 1)
+
+
 def check_different_layers_are_refused_in_all_processes():
     for options in (
         {"filter_fn": lambda module, name: rank() == 0 or name == "1"},
