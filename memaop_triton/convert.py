@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from memaop_triton.auto.agreement import Processes
 from memaop_triton.auto.controller import control
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.nn.layer_choice import Chosen, choose_layers, converted_layers, naming
@@ -30,6 +31,7 @@ def convert_(
     only_if_faster: bool = False,
     example_inputs: object = None,
     loss_fn: Callable[[Any], Tensor] | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> M:
     """Turn the linear layers of `model` into `MemAOPLinear`, in place.
 
@@ -59,6 +61,10 @@ def convert_(
         example_inputs: For `only_if_faster`: the inputs of the model in a training step, as for
             `plan`.
         loss_fn: For `only_if_faster`, as for `plan`; optional.
+        process_group: For `ratio="auto"`: the processes that train copies or shards of `model`,
+            all processes by default. They decide alike: all of them have to convert the same
+            layers, take the same number of optimizer steps, and load, freeze and copy alike,
+            because they exchange what they measured at the end of some of these steps.
 
     Returns:
         `model`.
@@ -66,8 +72,8 @@ def convert_(
     Raises:
         ValueError: No layer is left to convert, a layer is converted already, a pattern matches
             nothing, or a layer has its own forward pass; `only_if_faster` without
-            `example_inputs`, or the reverse, or with `ratio="auto"`; or as `plan`. Nothing is
-            converted then.
+            `example_inputs`, or the reverse, or with `ratio="auto"`; `process_group` without it,
+            or one that this process is not in; or as `plan`. Nothing is converted then.
         TypeError: `model` is not a module, or a configuration not a `MemAOPConfig`.
     """
     if only_if_faster and example_inputs is None:
@@ -88,13 +94,20 @@ def convert_(
             "only_if_faster=True measures a given number of rows: pass config=MemAOPConfig(...). "
             "ratio='auto', the default, measures by itself, and leaves dense what would not gain."
         )
+    if process_group is not None and not undecided:
+        raise ValueError(
+            "process_group has no meaning without ratio='auto': nothing else is decided by several "
+            "processes together."
+        )
+    if process_group is not None and dist.get_rank(process_group) < 0:
+        raise ValueError("process_group must be one that this process belongs to.")
     if only_if_faster:
         chosen = _faster_ones(model, chosen, example_inputs, loss_fn)
     for module, layer_config in chosen.values():
         exact = layer_config.spending(ratio=1.0) if layer_config.is_auto else layer_config
         MemAOPLinear.adopt_(module, exact)
     if undecided:
-        control(undecided)
+        control(undecided, Processes(process_group))
     return model
 
 

@@ -14,6 +14,13 @@ Every layer starts exact, as an `nn.Linear`. From one step of the optimizer to t
 `model_report(model)` says what was decided and why, and so does the logger `memaop_triton.auto`
 (level INFO) when a decision changes. `auto_freeze(model)` ends it; as decisions hang on measured
 times, two runs may decide differently before. `memory_state_dict` saves decisions. Steps are those
-of the `torch.optim.Optimizer` that holds the first trainable weight. Not yet covered: in a
-distributed run all layers stay exact, and a copy of the model is exact and undecided.
+of the `torch.optim.Optimizer` that holds the first trainable weight.
+
+The processes of a data-parallel run (`DistributedDataParallel`, `fully_shard`) decide alike, by the
+mean of their gradients and times. They exchange these at the end of the first step, of observed
+steps, and of those with a decision, so all processes of the group (`convert_(process_group=)`, all
+by default) have to convert the same layers and take the same number of steps, and to load, freeze
+and copy alike. Layers that tensor parallelism divides stay exact. A copy of a model
+(`copy.deepcopy`, pickling) goes on from the same decisions, and is decided about by itself where an
+optimizer trains it; an average of weights that no optimizer steps stays as it is.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -48,8 +49,8 @@ class StepClock:
         return list(self._seconds.get(kind, ()))
 
     def median(self, kind: str) -> float:
-        """Of these; evaluations and other breaks between two steps do not move it."""
-        return statistics.median(self.seconds(kind))
+        """Of these; evaluations and other breaks between two steps do not move it. NaN of none."""
+        return statistics.median(self.seconds(kind) or [math.nan])
 
     def forget(self, kind: str) -> None:
         """Drop the intervals of a kind."""

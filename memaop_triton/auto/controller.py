@@ -14,24 +14,22 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor, nn
 
+from memaop_triton.auto.agreement import Processes, SeenByAll, divided_among
 from memaop_triton.auto.clock import StepClock
+from memaop_triton.auto.evidence import LOOKS, Evidence
 from memaop_triton.auto.observing import Seen, StepObserver
-from memaop_triton.auto.savings import Savings
+from memaop_triton.auto.optimizer_steps import OptimizerSteps
 from memaop_triton.auto.worth import (
     EXACT,
     WORTH_A_CHANGE,
-    Layer,
     Worth,
     best_choice,
     obstacle_to,
@@ -40,23 +38,16 @@ from memaop_triton.auto.worth import (
 )
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels import targets
-from memaop_triton.monitor.hull import Option
 from memaop_triton.nn.layer_state import LayerState
 from memaop_triton.nn.linear import MemAOPLinear
 
 _log = logging.getLogger("memaop_triton.auto")
 
-#: K/M that a layer may get.
-SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
-
 _FIRST_LOOKS = (5, 9, 13)  # steps that are observed; after the last one comes the first decision
-_LOOKS = 4  # that a decision is based on, evenly spaced: noise changes as training goes on
 _WINDOW = 8  # steps of one mode in a trial
 _WINDOWS = 4  # of a trial, sampled ones first
 _REVIEW_AFTER = 100  # steps
 _LONGEST_REVIEW = 1600
-# One-sided 90 % quantiles of Student's t for one degree of freedom, two, and so on.
-_STUDENT = (3.078, 1.886, 1.638)
 
 
 class Controller:
@@ -64,6 +55,7 @@ class Controller:
 
     Args:
         layers: By qualified name, each with the configuration that was asked for.
+        processes: Those that decide alike.
 
     Attributes:
         phase: "exact", "trial", "sampling" or "frozen".
@@ -74,23 +66,22 @@ class Controller:
         obstacle: Why nothing is sampled, if nothing is.
     """
 
-    def __init__(self, layers: Mapping[str, tuple[nn.Linear, MemAOPConfig]]) -> None:
+    def __init__(
+        self, layers: Mapping[str, tuple[nn.Linear, MemAOPConfig]], processes: Processes
+    ) -> None:
         self.phase = "exact"
-        self.shares: dict[str, float] = dict.fromkeys(layers, EXACT)
+        self.shares: dict[str, float] = {}
         self.predicted: Worth | None = None
         self.realised: float | None = None
         self.speedup: float | None = None
         self.obstacle = ""
         self.steps = 0
-        self.seen: dict[str, deque[Seen]] = {name: deque(maxlen=_LOOKS) for name in layers}
-        self._states = {name: _state_of(layer) for name, (layer, _) in layers.items()}
-        self._layers = [weakref.ref(layer) for layer, _ in layers.values()]
-        # One object for each, because what is recorded of a step belongs to its configuration.
-        self._configs = {
-            name: {share: config.spending(ratio=share) for share in (EXACT, *SHARES)}
-            for name, (_, config) in layers.items()
-        }
-        self._savings = Savings()
+        self._processes = processes
+        self._is_checked = False  # that all processes have the same layers and decisions
+        self._states: dict[str, LayerState] = {}
+        self._layers: dict[str, Callable[[], MemAOPLinear | None]] = {}
+        self._asked: dict[str, MemAOPConfig] = {}
+        self._evidence = Evidence(processes)
         self._clock: StepClock | None = None
         self._observers: dict[str, StepObserver] = {}
         # Kinds of the steps of a trial that are to come. The times of the first steps of a mode,
@@ -98,44 +89,75 @@ class Controller:
         self._window: list[str] = []
         self._decide_at = _FIRST_LOOKS[-1]
         self._patience = _REVIEW_AFTER
-        self._owners: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-        self._kind: str | None = None  # of the step that is running
-        for state in self._states.values():
-            state.controller = self
+        # Of the step that is running.
+        self._kind: str | None = None
+        self._is_observed = self._is_sampled = False
+        for name, (layer, config) in layers.items():
+            assert isinstance(layer, MemAOPLinear)
+            self._add(name, layer, config, EXACT)
+        self._optimizer_steps = OptimizerSteps(self._first_weight, self._optimizer_stepped)
         self._prepare()
+
+    def _add(self, name: str, layer: MemAOPLinear, config: MemAOPConfig, share: float) -> None:
+        state = self._states[name] = layer.layer_state
+        state.controller, state.name = self, name
+        self._layers[name] = weakref.ref(layer)
+        self._asked[name] = config
+        self._evidence.add_layer(name, config, (layer.out_features, layer.in_features))
+        self.shares[name] = share
+
+    # Copies. -------------------------------------------------------------------------------------
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The controller of a copy, which begins with no layers: they come one by one.
+        return _resumed, (self._asked, self.state_dict(), self._processes)
+
+    def resume(self, asked: Mapping[str, MemAOPConfig], state: Mapping[str, Any]) -> None:
+        """Go on from what another controller decided, without layers as yet."""
+        self._asked, self._decided = dict(asked), dict(state["shares"])
+        self._go_on_from(state)
+        self._prepare()
+
+    def adopt(self, layer: nn.Linear) -> None:
+        """Decide for a copied layer, whose state came with a copy of its controller."""
+        assert isinstance(layer, MemAOPLinear)
+        name = layer.layer_state.name
+        if self._states.get(name) is not layer.layer_state:  # else a shallow copy
+            self._add(name, layer, self._asked[name], self._decided[name])
+            self._set_mode(name)
 
     # The end of a step. --------------------------------------------------------------------------
 
-    def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        """Called after the step of any optimizer."""
-        is_ours = self._owners.get(optimizer)
-        if is_ours is None:
-            is_ours = self._owners[optimizer] = self._is_led_by(optimizer)
-        if is_ours and not targets.is_capturing(self._device):
+    def _optimizer_stepped(self) -> None:
+        if not targets.is_capturing(self._device):
             self._end_step()
 
     @property
     def _device(self) -> torch.device:
         return next(iter(self._states.values())).handle.device
 
-    def _is_led_by(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether it updates the first trainable weight of ours: steps are counted by that one."""
-        layers = (layer() for layer in self._layers)
-        weights = (layer._parameters.get("weight") for layer in layers if layer is not None)
-        leader = next((w for w in weights if w is not None and w.requires_grad), None)
-        groups = optimizer.param_groups
-        return any(parameter is leader for group in groups for parameter in group["params"])
+    def _first_weight(self) -> Tensor | None:
+        """The first one that is trained: steps are those of its optimizer."""
+        layers = [layer for find in self._layers.values() if (layer := find()) is not None]
+        weights = (layer._parameters.get("weight") for layer in layers)
+        return next((w for w in weights if w is not None and w.requires_grad), None)
 
-    def _ours(self) -> list[tuple[str, LayerState]]:
+    def _ours(self) -> list[str]:
         """The layers that have not been given a ratio of their own since."""
-        return [(name, s) for name, s in self._states.items() if s.controller is self]
+        return [name for name, state in self._states.items() if state.controller is self]
 
     def _end_step(self) -> None:
         if self._clock is None:
             self._clock = StepClock(self._device)
         self._clock.tick(self._kind)
         self.steps += 1
-        self._read()
+        if not self._is_checked:
+            decided = self.phase, self.steps, self._decide_at, self._patience, self.shares
+            description = f"{self._evidence.description()} {decided}"
+            self._processes.check_alike(description, self._device)
+            self._is_checked = True
+        if self._is_observed:
+            self._read()
         is_tried = self.phase == "trial" and not self._window
         if is_tried or (self.phase in ("exact", "sampling") and self.steps >= self._decide_at):
             if is_tried:
@@ -147,53 +169,72 @@ class Controller:
 
     def _prepare(self) -> None:
         """The modes of the next step."""
-        is_observed = self._is_observed(self.steps + 1)
+        self._is_observed = self._is_to_be_observed(self.steps + 1)
         kind = "sampled" if self.phase == "sampling" else "exact"
         if self.phase == "trial":
             kind = self._window.pop(0)
-        is_sampled = self.phase == "frozen" or kind in ("sampled", "settling")
-        self._kind = None if is_observed else kind
-        for name, state in self._ours():
-            share = self.shares[name] if is_sampled else EXACT
-            state.config = self._configs[name][share]
-            state.is_native = share == EXACT and not is_observed
-            if is_observed:
-                state.step_observer = self._observers[name] = StepObserver(state)
+        self._is_sampled = self.phase == "frozen" or kind in ("sampled", "settling")
+        self._kind = None if self._is_observed else kind
+        for name in self._ours():
+            self._set_mode(name)
 
-    def _is_observed(self, step: int) -> bool:
-        if self.phase in ("trial", "frozen") or _is_distributed():
+    def _set_mode(self, name: str) -> None:
+        state = self._states[name]
+        share = self.shares[name] if self._is_sampled else EXACT
+        is_observed = self._is_observed and self.divided_among(name) == 1
+        state.config = self._evidence.configs[name][share]
+        is_dense = share == EXACT and state.config.grad_input is None
+        state.is_native = is_dense and not is_observed
+        if is_observed:
+            # The seeds of sketches differ by layer and step, and are the same in all processes.
+            seed = (self.steps + 1) * len(self._asked) + list(self._asked).index(name)
+            observer = StepObserver(state, self._processes.sketcher(seed))
+            state.step_observer = self._observers[name] = observer
+
+    def _is_to_be_observed(self, step: int) -> bool:
+        if self.phase in ("trial", "frozen"):
             return False
         if step <= _FIRST_LOOKS[-1]:
             return step in _FIRST_LOOKS
-        return (self._decide_at - step) % (self._patience // _LOOKS) == 0
+        return (self._decide_at - step) % (self._patience // LOOKS) == 0
 
     def _read(self) -> None:
-        """Take what the step that has ended showed."""
-        for name, observer in self._observers.items():
+        """Take what the step that has ended showed, to all processes together."""
+        among = {name: self.divided_among(name) for name in self._ours()}
+        whole = [name for name, count in among.items() if count == 1]
+        observers = {name: self._observers[name] for name in whole if name in self._observers}
+        self._stop_observing()
+        # The processes that divide a layer have the same rows, and draw alike.
+        self._evidence.read(observers, max(among.values(), default=1), self._device)
+
+    def _stop_observing(self) -> None:
+        for name in self._observers:
             self._states[name].step_observer = None
-            seen = observer.read()
-            if seen is not None and seen.is_finite:
-                self.seen[name].append(seen)
         self._observers = {}
+        self._is_observed = False
+
+    def divided_among(self, name: str) -> int:
+        """The processes among which tensor parallelism divides a layer, which then stays exact."""
+        layer = self._layers[name]() if self._states[name].controller is self else None
+        return 1 if layer is None else divided_among(layer)
 
     # Decisions. ----------------------------------------------------------------------------------
 
     def _decide(self) -> None:
         assert self._clock is not None
         times = self._clock.seconds("exact")
-        if _is_distributed():
-            self.obstacle = "processes of a distributed run do not decide yet"
+        exact = self._evidence.time(self._ours(), times, self._device)
+        layers = self._evidence.layers()
+        if math.isnan(exact):
             return
-        if len(times) < 3:
-            return
-        exact = statistics.median(times)
-        layers = {name: found for name, _ in self._ours() if (found := self._layer(name))}
         if not layers:
+            divided = [name for name in self._states if self.divided_among(name) > 1]
+            self.obstacle = "tensor parallelism divides the layers" if divided else ""
             return
         best = best_choice(layers, exact)
         self.predicted = best
         self.obstacle = obstacle_to(layers, exact)
-        if self.cautious_progress(best) < WORTH_A_CHANGE:
+        if self._evidence.cautious_progress(best) < WORTH_A_CHANGE:
             self._change("exact", dict.fromkeys(self._states, EXACT))
             self._wait_longer()
             return
@@ -214,10 +255,16 @@ class Controller:
         """Keep what was tried, or take it back."""
         assert self._clock is not None
         assert self.predicted is not None
-        self.speedup = self._clock.median("exact") / self._clock.median("sampled")
-        self.realised = self.speedup * progress_of(self.predicted.noise)
-        self.obstacle = f"sampled steps were measured to be worth {self.realised:.2f} of exact ones"
-        if self.realised >= WORTH_A_CHANGE:
+        medians = [self._clock.median(kind) for kind in ("exact", "sampled")]
+        exact, sampled = self._processes.mean(medians, self._device)
+        progress = exact / sampled * progress_of(self.predicted.noise)
+        if math.isnan(progress):  # a device that is many steps behind
+            self.speedup = self.realised = None
+            self.obstacle = "no times of sampled steps are known yet"
+        else:
+            self.speedup, self.realised = exact / sampled, progress
+            self.obstacle = f"sampled steps were measured to be worth {progress:.2f} of exact ones"
+        if progress >= WORTH_A_CHANGE:
             self._patience = _REVIEW_AFTER
             self._change("sampling", self.shares)
         else:
@@ -226,36 +273,6 @@ class Controller:
 
     def _wait_longer(self) -> None:
         self._patience = min(2 * self._patience, _LONGEST_REVIEW)
-
-    def _layer(self, name: str) -> Layer | None:
-        """What is known of a layer; `None` before it was seen."""
-        seen = self.seen[name]
-        if not seen:
-            return None
-        square = statistics.fmean(one.square for one in seen)
-        seconds = self._savings.seconds(seen[-1].uses, self._configs[name])
-        options = [
-            Option(share, seconds[share], statistics.fmean(one.variance_of(share) for one in seen))
-            for share in (EXACT, *SHARES)
-        ]
-        return Layer(options, square)
-
-    def cautious_progress(self, worth: Worth) -> float:
-        """Progress per second at the upper end of a 90 % interval of the noise."""
-        looks = min(len(self.seen[name]) for name in worth.shares)
-        noises = []
-        for look in range(1, looks + 1):
-            ones = {name: self.seen[name][-look] for name in worth.shares}
-            square = sum(one.square for one in ones.values())
-            sampled = {name: share for name, share in worth.shares.items() if share < EXACT}
-            variance = sum(ones[name].variance_of(share) for name, share in sampled.items())
-            noises.append(variance / square if square > 0 else math.inf)
-        if worth.noise == 0:
-            return worth.progress
-        if looks < 2:
-            return 0.0
-        error = statistics.stdev(noises) / math.sqrt(looks)
-        return worth.speedup * progress_of(statistics.fmean(noises) + _STUDENT[looks - 2] * error)
 
     def _change(self, phase: str, shares: dict[str, float]) -> None:
         before, self.phase, self.shares = self.phase, phase, shares
@@ -291,18 +308,24 @@ class Controller:
             ValueError: They are other layers.
         """
         self.check_state(state)
-        self.phase, self.shares = state["phase"], dict(state["shares"])
-        self.steps, self._patience = state["steps"], state["patience"]
+        self.shares = dict(state["shares"])
+        self._go_on_from(state)
+        self._prepare()
+
+    def _go_on_from(self, state: Mapping[str, Any]) -> None:
+        self._stop_observing()
+        self.phase, self._patience = state["phase"], state["patience"]
+        # Before the first decision there is nothing to go on from.
+        is_decided = self.phase == "frozen" or state["steps"] >= _FIRST_LOOKS[-1]
+        self.steps = state["steps"] if is_decided else 0
         predicted = state["predicted"]
-        self.predicted = None if predicted is None else Worth(dict(self.shares), *predicted)
+        self.predicted = None if predicted is None else Worth(dict(state["shares"]), *predicted)
         self.realised, self.speedup = state["realised"], state["speedup"]
         self.obstacle = state["obstacle"]
         for seen in self.seen.values():
             seen.clear()
-        self._clock, self._window = None, []
-        self._read()
-        self._decide_at = max(_FIRST_LOOKS[-1], self.steps + self._patience)
-        self._prepare()
+        self._clock, self._window, self._is_checked = None, [], False
+        self._decide_at = self.steps + self._patience if is_decided else _FIRST_LOOKS[-1]
 
     # What users see. -----------------------------------------------------------------------------
 
@@ -310,15 +333,20 @@ class Controller:
         """Keep what was decided last, from the next step on; no more clocks and observations."""
         if self.phase != "sampling":
             self.shares = dict.fromkeys(self._states, EXACT)
+        self._stop_observing()
         self._change("frozen", self.shares)
         self._prepare()
 
+    @property
+    def seen(self) -> dict[str, deque[Seen | SeenByAll]]:
+        """What the newest observed steps showed of each layer."""
+        return self._evidence.seen
+
     def seconds_of(self, name: str) -> tuple[float, float] | None:
         """Of a layer's weight gradients in a step, dense and now; `None` before a decision."""
-        if self.predicted is None or not self.seen[name]:
-            return None
-        seconds = self._savings.seconds(self.seen[name][-1].uses, self._configs[name])
-        return seconds[EXACT], seconds[self.shares[name]]
+        seconds = self._evidence.seconds[name]
+        is_known = self.predicted is not None and not math.isnan(seconds[EXACT])
+        return (seconds[EXACT], seconds[self.shares[name]]) if is_known else None
 
     def summary(self) -> str:
         """What is decided, in one line."""
@@ -334,35 +362,17 @@ class Controller:
         return f"dense is best here: {self.obstacle}"
 
 
-_controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
+def control(
+    layers: Mapping[str, tuple[nn.Linear, MemAOPConfig]], processes: Processes | None = None
+) -> Controller:
+    """Let a new controller decide for these layers from now on, all processes alike if `None`."""
+    return Controller(layers, Processes() if processes is None else processes)
 
 
-def control(layers: Mapping[str, tuple[nn.Linear, MemAOPConfig]]) -> Controller:
-    """Let a new controller decide for these layers from now on."""
-    controller = Controller(layers)
-    _controllers.add(controller)
-    _listen()
+def _resumed(
+    asked: Mapping[str, MemAOPConfig], state: Mapping[str, Any], processes: Processes
+) -> Controller:
+    """A controller that goes on from what another one decided, for layers that `adopt` brings."""
+    controller = Controller({}, processes)
+    controller.resume(asked, state)
     return controller
-
-
-def _state_of(layer: nn.Linear) -> LayerState:
-    assert isinstance(layer, MemAOPLinear)
-    return layer.layer_state
-
-
-def _listen() -> None:
-    global _handle
-    if _handle is None:
-        _handle = register_optimizer_step_post_hook(_stepped)
-
-
-_handle: Any = None
-
-
-def _stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for controller in list(_controllers):
-        controller.optimizer_stepped(optimizer)
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from memaop_triton.backward.step import Operands, ProjectedRows
 from memaop_triton.dispatch import row_norms
 from memaop_triton.flops import refresh_stride
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
-from memaop_triton.monitor.observer import LayerObserver
+from memaop_triton.monitor.observer import LayerObserver, Look
 from memaop_triton.nn.layer_state import LayerState
 from memaop_triton.sampling.selection import Selection
 from memaop_triton.sampling.variance import variance_at, variance_curve
@@ -41,7 +42,12 @@ class Seen(NamedTuple):
     @property
     def square(self) -> float:
         """D of the step, an estimate: the square of what was computed less its variance."""
-        return max(0.0, self.computed - self._variance(self.shares))
+        return max(0.0, self.computed - self.included)
+
+    @property
+    def included(self) -> float:
+        """The variance that `computed` has from passes that sampled their rows."""
+        return self._variance(self.shares)
 
     def _variance(self, shares: list[float]) -> float:
         """V with a share for each pass."""
@@ -62,18 +68,26 @@ class StepObserver:
 
     Nothing is read on the host until `read`. A monitor's observer, whose place this one takes, is
     told everything: it hears of no other exact pass, which computes as `nn.Linear` does.
+
+    Args:
+        state: Of the layer.
+        image: Linear; what is kept of every dW ([P, N], float32 or float64), all of it if `None`.
+
+    Attributes:
+        gradient: The sum of that over the passes; `None` before the first one.
     """
 
     is_due = True
 
-    def __init__(self, state: LayerState) -> None:
+    def __init__(self, state: LayerState, image: Callable[[Tensor], Tensor] | None = None) -> None:
         self._state = state
+        self._image = image
         watching = state.observer
         self._watching = watching if isinstance(watching, LayerObserver) else None
         self._uses: list[Use] = []
         self._shares: list[float] = []
         self._curves: list[Tensor] = []
-        self._sum: Tensor | None = None
+        self.gradient: Tensor | None = None
 
     def begin_step(self, device: torch.device) -> None:
         """Every pass is observed."""
@@ -117,18 +131,21 @@ class StepObserver:
         self._curves.append(curves.double())
         # Passes add up to the gradient that the optimizer sees.
         dw = dw.float() if dw.dtype != torch.float64 else dw
-        self._sum = dw.clone() if self._sum is None else self._sum.add_(dw)
+        dw = dw if self._image is None else self._image(dw)
+        self.gradient = dw.clone() if self.gradient is None else self.gradient.add_(dw)
 
     def read(self) -> Seen | None:
         """What was seen; `None` if the layer computed no gradient in the step."""
-        if self._sum is None:
+        if self.gradient is None:
             return None
         curves = torch.stack(self._curves).tolist()
-        computed = torch.linalg.vector_norm(self._sum).double().square().item()
-        seen = Seen(self._uses, curves, computed, self._shares)
-        if self._watching is not None and seen.is_finite:
+        computed = torch.linalg.vector_norm(self.gradient).double().square().item()
+        return Seen(self._uses, curves, computed, self._shares)
+
+    def tell(self, seen: Look) -> None:
+        """Hand what the step showed, to all processes together, on to the monitor."""
+        if self._watching is not None:
             self._watching.looks.append(seen)
-        return seen
 
 
 def _curves_beside(memory: SubspaceMemory, x: Tensor, g: Tensor) -> Tensor:

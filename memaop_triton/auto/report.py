@@ -18,7 +18,8 @@ def model_report(model: nn.Module) -> str:
     One line that sums it up, "1.14 times dense's progress per second, predicted 1.16; sampling 9 of
     14 layers", and one a layer: rows M of a pass, K/M in use, the noise V/D that this or, for an
     exact layer, half of the rows would have, and the milliseconds of its weight gradients in a
-    step, dense and as they are.
+    step, dense and as they are. Of several processes that decide together all print the same but
+    for the rows, which are their own.
 
     Raises:
         ValueError: No layer of `model` has `ratio="auto"`.
@@ -38,7 +39,8 @@ def auto_freeze(model: nn.Module) -> None:
     """Keep what was decided about the layers of `model` with `ratio="auto"`, from now on.
 
     No more observations, clocks and changes: as decisions hang on measured times, this is also how
-    a run is made repeatable. Layers that are being tried become exact.
+    a run is made repeatable. Layers that are being tried become exact. Of several processes that
+    decide together all have to call this, after the same step.
 
     Raises:
         ValueError: No layer of `model` has `ratio="auto"`.
@@ -59,12 +61,15 @@ def _controllers_of(model: nn.Module) -> list[Controller]:
 
 def _line(controller: Controller, name: str, share: float) -> str:
     seen = controller.seen[name]
+    if controller.divided_among(name) > 1:
+        return f"{'–':>9}{_share(share):>8}  divided by tensor parallelism"
     if not seen:
         return f"{'–':>9}{_share(share):>8}"
     square = statistics.fmean(one.square for one in seen)
     variance = statistics.fmean(one.variance_of(share if share < EXACT else 0.5) for one in seen)
     noise = f"{variance / square:.3g}" if square > 0 else "–"
-    line = f"{seen[-1].uses[0].rows:9}{_share(share):>8}{noise:>9}"
+    rows = seen[-1].uses[0].rows if seen[-1].uses else 0
+    line = f"{rows:9}{_share(share):>8}{noise:>9}"
     times = controller.seconds_of(name)
     if times is not None:
         dense, now = map(milliseconds, times)

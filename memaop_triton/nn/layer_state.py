@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.backward.step import Factors, Observer
@@ -34,7 +34,14 @@ _MAX_STATES_OF_A_MEMORY = 16
 
 
 class Controller(Protocol):
-    """Decides about the ratios of some layers, and sets their configurations."""
+    """Decides about the ratios of some layers, and sets their configurations.
+
+    A copy goes on from the same decisions, for the copies of these layers.
+    """
+
+    def adopt(self, layer: nn.Linear) -> None:
+        """Take over a layer that was copied together with this copy of a controller."""
+        ...
 
     def summary(self) -> str:
         """What is decided, in one line."""
@@ -71,7 +78,9 @@ class LayerState:
         observer: Records the backward passes, if a `Monitor` watches the layer. Copies are
             not watched.
         step_observer: Records those of one step, in the place of the other.
-        controller: Who sets `config` from step to step, if it is `ratio="auto"`. Copies have none.
+        controller: Who sets `config` from step to step, if it is `ratio="auto"`. Layers that are
+            copied together have a copy of theirs.
+        name: Of the layer, for its controller.
         is_native: Whether the layer computes as `nn.Linear` does, without an operator of ours.
     """
 
@@ -82,6 +91,7 @@ class LayerState:
     observer: Observer | None = None
     step_observer: Observer | None = None
     controller: Controller | None = None
+    name: str = ""
     is_native: bool = False
 
     def __init__(self, config: MemAOPConfig, memory: Memory | None) -> None:
@@ -118,7 +128,8 @@ class LayerState:
     def __reduce__(self) -> tuple[Any, ...]:
         # The handle of a copy is on the CPU until its layer moves it, because a file may be read
         # where the device does not exist.
-        return type(self), (self.config, self.memory)
+        kept = {"controller": self.controller, "name": self.name} if self.controller else None
+        return type(self), (self.config, self.memory), kept
 
 
 class _StateOfMemory(LayerState):

@@ -91,6 +91,7 @@ class MemAOPLinear(nn.Linear):
             ValueError: The layer was parametrised after it was converted.
         """
         self.check_revertible()
+        self.layer_state.release()
         del self.layer_state
         self.__class__ = _dense_class_of(type(self))  # type: ignore[assignment]
         return self
@@ -229,6 +230,11 @@ class MemAOPLinear(nn.Linear):
         super()._apply(fn, recurse)
         self.layer_state.convert(fn)
         return self
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        if self.layer_state.controller is not None:
+            self.layer_state.controller.adopt(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.dense_class is nn.Linear:

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from memaop_triton.auto.controller import SHARES
-from memaop_triton.auto.observing import Seen
+from memaop_triton.auto.evidence import SHARES, layer_of
 from memaop_triton.auto.savings import Savings
 from memaop_triton.auto.worth import (
     EXACT,
@@ -21,7 +20,6 @@ from memaop_triton.auto.worth import (
     worth_of,
 )
 from memaop_triton.memory.kinds import SubspaceMemory, new_memory
-from memaop_triton.monitor.hull import Option
 from memaop_triton.plan.noise import Noise
 from memaop_triton.plan.request import LayerRequest
 from memaop_triton.plan.result import LayerPlan, OptionPlan, Verdict
@@ -73,7 +71,7 @@ def decide(
     for request in requests:
         seen = noise.seen[request.name] if noise is not None else []
         if seen:
-            known[request.name] = _layer(seen, seconds[request.name])
+            known[request.name] = layer_of(seen, seconds[request.name])
     predicted, text, remarks = None, _UNKNOWN, ""
     if noise is not None:
         assert step_seconds is not None
@@ -107,14 +105,6 @@ def _seconds(requests: Sequence[LayerRequest]) -> dict[str, dict[float, float]]:
         name: {share: statistics.median(one[share] for one in rounds) for share in rounds[0]}
         for name, rounds in found.items()
     }
-
-
-def _layer(seen: list[Seen], seconds: Mapping[float, float]) -> Layer:
-    options = [
-        Option(share, cost, statistics.fmean(one.variance_of(share) for one in seen))
-        for share, cost in seconds.items()
-    ]
-    return Layer(options, statistics.fmean(one.square for one in seen))
 
 
 def _choice(layers: Mapping[str, Layer], seconds: float, total: int) -> tuple[Worth | None, str]:

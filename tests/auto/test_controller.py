@@ -17,7 +17,6 @@ from memaop_triton import (
     monitor,
     revert_,
 )
-from memaop_triton.auto import controller
 from memaop_triton.auto.observing import Seen
 
 FAST = {1 / 2: 0.6, 1 / 4: 0.35, 1 / 8: 0.2, 1 / 16: 0.15}
@@ -236,27 +235,27 @@ def test_it_shows_that_the_ratio_is_left_to_the_library(training):
     assert "ratio=auto, 0." in repr(run.model)
 
 
-def test_in_a_distributed_run_layers_stay_exact_and_say_so(training, monkeypatch):
-    monkeypatch.setattr(controller, "_is_distributed", lambda: True)
-    run = training(**EASY, true=fast)
-    run.step(60)
-    assert not any(run.modes)
-    assert not any(run.controller.seen.values()), "nothing is observed in vain"
-    assert model_report(run.model).startswith("exact: processes of a distributed run do not")
-
-
-def test_a_copy_is_exact_and_a_reverted_model_dense(training):
+def test_a_reverted_model_is_dense(training):
     run = training(**EASY, true=fast)
     run.step(3)
-    twin = copy.deepcopy(run.model)
-    assert twin[0].config.ratio == 1
-    with pytest.raises(ValueError, match="no layer of model has ratio='auto'"):
-        auto_freeze(twin)
     revert_(run.model)
     run.optimizer.zero_grad()
     run.loss().backward()
     run.optimizer.step()
     assert type(run.model[0]) is nn.Linear
+
+
+def test_layers_that_were_reverted_are_no_longer_decided_about(training):
+    run = training(**EASY, true=fast)
+    run.step(3)
+    decided = run.controller
+    revert_(run.model[0])
+    for _ in range(20):
+        run.loss().backward()
+        run.now += 1.0
+        run.optimizer.step()
+    assert [len(seen) for seen in decided.seen.values()] == [0, 3]
+    assert len(model_report(run.model).splitlines()) == 4
 
 
 @pytest.mark.parametrize(
@@ -280,3 +279,17 @@ def test_a_copy_is_exact_and_a_reverted_model_dense(training):
 def test_what_has_no_meaning_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_an_approximate_dx_that_was_asked_for_stays(training):
+    config = MemAOPConfig(ratio="auto", grad_input="projected")
+    run = training(**EASY, true=fast, config=config, width=64)
+    run.step(12)
+    second = run.linears[1]
+    assert second.config.projected == config.spending(ratio=1.0).projected
+    x, g = torch.randn(512, 64, requires_grad=True), torch.randn(512, 64)
+    (exact,) = torch.autograd.grad(nn.functional.linear(x, second.weight), x, g)
+    (projected,) = torch.autograd.grad(second(x), x, g)
+    assert not torch.allclose(projected, exact)
+    run.step(60)
+    assert run.controller.phase == "sampling"

@@ -3,12 +3,13 @@
 import functools
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
-from memaop_triton import MemAOPConfig
+from memaop_triton import MemAOPConfig, model_report
 from tests.distributed.checks import (
     PAPER,
     batch,
@@ -57,6 +58,28 @@ def check_fully_sharded_over_the_groups():
                 torch.testing.assert_close(whole(mine.grad), everywhere(theirs.grad).mean(0))
         assert model[0].memory.out_features == 4
         assert model[2].memory.in_features == 4
+
+
+def check_auto_leaves_layers_exact_that_are_divided_and_fully_sharded():
+    """That they are divided shows once they were observed; from then on they are native."""
+    model = nn.Sequential(*mlp(), nn.Tanh(), nn.Linear(6, 4, dtype=torch.float64))
+    auto = MemAOPConfig(ratio="auto", memory="none")
+    converted(parallelize_module(model, mesh()["tp"], plan()), auto)
+    for module in (model[0], model[2], model[4], model):
+        fully_shard(module, mesh=mesh()["dp"])
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    native = []
+    for number in range(14):
+        native.append([model[i].layer_state.is_native for i in (0, 2, 4)])
+        step(model, part_of_batch(number))
+        optimizer.step()
+    assert native == [[n != 4, n != 4, n not in (4, 8, 12)] for n in range(14)]
+    seen = model[0].layer_state.controller.seen
+    assert [len(found) for found in seen.values()] == [0, 0, 3]
+    assert everywhere(torch.tensor([s.square for s in seen["4"]])).unique(dim=0).shape[0] == 1
+    first, second, other = model_report(model).splitlines()[2:]
+    assert all(line.endswith("divided by tensor parallelism") for line in (first, second))
+    assert "divided" not in other
 
 
 def check_weights_placed_on_both_dimensions():
