@@ -122,7 +122,7 @@ def plan(
         raise CommandError(
             "--loss needs --batches: random inputs do not show the noise of training."
         )
-    may_be_auto = selection in UNBIASED_SELECTIONS and grad_input != "sampled"
+    may_be_auto = selection in UNBIASED_SELECTIONS and grad_input == "exact"
     default_ratio = "auto" if model is not None and may_be_auto else DEFAULT_RATIO
     config = config_of(
         rank,

@@ -137,10 +137,10 @@ class MemAOPConfig:
             check_budget("budget", self.budget, "leave the layer dense")
 
     def _check_combinations(self) -> None:
-        if self.is_auto and (not self.is_unbiased or isinstance(self.grad_input, Sampled)):
+        if self.is_auto and not (self.is_unbiased and self.grad_input is None):
             raise ValueError(
-                "ratio='auto' knows what the noise of an unbiased selection costs dW, and nothing "
-                f"of selection={self.selection!r} with grad_input={self.grad_input_name!r}: give "
+                "ratio='auto' knows what the noise of an unbiased selection costs, and nothing of "
+                f"selection={self.selection!r} with grad_input={self.grad_input_name!r}: give "
                 "these layers a number."
             )
         if self.row_memory is not None and self.is_unbiased:

@@ -279,17 +279,3 @@ def test_layers_that_were_reverted_are_no_longer_decided_about(training):
 def test_what_has_no_meaning_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_an_approximate_dx_that_was_asked_for_stays(training):
-    config = MemAOPConfig(ratio="auto", grad_input="projected")
-    run = training(**EASY, true=fast, config=config, width=64)
-    run.step(12)
-    second = run.linears[1]
-    assert second.config.projected == config.spending(ratio=1.0).projected
-    x, g = torch.randn(512, 64, requires_grad=True), torch.randn(512, 64)
-    (exact,) = torch.autograd.grad(nn.functional.linear(x, second.weight), x, g)
-    (projected,) = torch.autograd.grad(second(x), x, g)
-    assert not torch.allclose(projected, exact)
-    run.step(60)
-    assert run.controller.phase == "sampling"
