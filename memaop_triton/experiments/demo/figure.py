@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def save(path: Path, results: list[Result], training: Training) -> None:
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
     # The paper's is drawn first, below the others.
     for result in sorted(results, key=lambda one: one.scheme.key != "paper"):
-        for column, x in enumerate((result.steps, result.seconds_at_evaluations())):
+        axes: tuple[Sequence[float], ...] = (result.steps, result.seconds_at_evaluations())
+        for column, x in enumerate(axes):
             _draw(panels[0, column], x, np.array(result.losses), result.scheme.key)
             _draw(panels[1, column], x, 100 * np.array(result.accuracies), result.scheme.key)
     _style(panels)
@@ -51,7 +53,7 @@ def save(path: Path, results: list[Result], training: Training) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _draw(panel: Any, x: list[float], values: Any, key: str) -> None:
+def _draw(panel: Any, x: Sequence[float], values: Any, key: str) -> None:
     """One scheme's line and band; `values` is [seeds, points]."""
     (line,) = panel.plot(x, values.mean(0), marker=".", label=key, **_STYLES[key])
     if len(values) > 1:

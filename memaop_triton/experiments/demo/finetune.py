@@ -15,7 +15,7 @@ from memaop_triton.experiments.posts import CONTEXT, Texts
 _EVALUATIONS = 6
 #: Texts of the test set that are classified at every evaluation, drawn at random: all of 20
 #: Newsgroups would take as long as the training.
-TESTED = 1000
+TESTED = 500
 
 
 @dataclasses.dataclass(frozen=True)
