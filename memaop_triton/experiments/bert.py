@@ -7,6 +7,7 @@ need not be installed; without a directory they come from the Hugging Face hub.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -53,6 +54,7 @@ class MiniLm:
             DataError: There are no weights in the folder, or they could not be fetched.
         """
         model = _Bert(self)
+        weights: Mapping[str, Tensor]
         if self.folder is None:
             weights = hub.pretrained_weights()
         else:

@@ -22,8 +22,8 @@ _ELSEWHERE = (
 _Found = TypeVar("_Found")
 
 
-def pretrained_weights() -> dict[str, Tensor]:
-    """The model's weights as float32, by its own names.
+def pretrained_weights() -> Mapping[str, Tensor]:
+    """The model's weights, by its own names.
 
     Raises:
         DataError: transformers is not installed, or the download failed.
@@ -33,7 +33,7 @@ def pretrained_weights() -> dict[str, Tensor]:
 
     model = _fetched(f"the weights {MODEL}", lambda: AutoModel.from_pretrained(MODEL))
     weights: Mapping[str, Tensor] = model.state_dict()
-    return {name: value.float() for name, value in weights.items()}
+    return weights
 
 
 def tokens_of(texts: Iterable[str], context: int) -> list[list[int]]:

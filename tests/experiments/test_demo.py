@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from memaop_triton import MemAOPConfig, auto_freeze, convert_
+from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.commands import cli
 from memaop_triton.experiments import data
 from memaop_triton.experiments.bert import MiniLm
@@ -214,7 +215,14 @@ def test_seconds_are_of_all_steps_before_an_evaluation():
     assert result.step_median == statistics.median([1, 2, 4, 3, 2, 0])
 
 
-def test_costs_are_those_of_what_was_decided():
+def test_costs_are_those_of_what_was_decided(monkeypatch):
+    ratios = set()
+
+    def spied(x, g, config, memory):
+        ratios.add(config.ratio)
+        return weight_grad(x, g, config, memory)
+
+    monkeypatch.setattr(gradients, "weight_grad", spied)
     x, y = torch.randn(256, 128), torch.randint(10, (256,))
     models = [mlp.build_model(128, 128) for _ in range(3)]
     for model, ratio in zip(models[1:], ("auto", 0.25), strict=True):
@@ -226,6 +234,7 @@ def test_costs_are_those_of_what_was_decided():
     controller.shares = dict.fromkeys(names, 1.0) | {names[2]: 0.25}
     auto_freeze(models[1])
     dense, decided, sampled = gradients.costs_of(models, x, y)
+    assert ratios == {0.25}  # exact layers are timed as they are computed, by a plain GEMM
     assert dense.flops == 1
     # Of three layers of one size one is sampled, or all are.
     assert 1 - decided.flops == pytest.approx((1 - sampled.flops) / 3)
