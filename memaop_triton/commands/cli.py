@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from memaop_triton import __version__
-from memaop_triton.commands import benchmarks, cache, experiments, machine, planning, tuning
+from memaop_triton.commands import benchmarks, cache, demo, machine, paper, planning, tuning
 from memaop_triton.errors import CommandError
 
 PROGRAM = "memaop-triton"
@@ -36,8 +36,8 @@ def _root(
 
 
 for _command in (
-    experiments.demo,
-    experiments.reproduce,
+    demo.demo,
+    paper.reproduce,
     planning.plan,
     tuning.tune,
     benchmarks.bench,

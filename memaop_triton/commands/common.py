@@ -31,9 +31,9 @@ def positive(value: float | None) -> float | None:
     return value
 
 
-def ratio_in_range(value: float) -> float:
+def ratio_in_range(value: float | None) -> float | None:
     """Refuse a ratio outside (0, 1]."""
-    if not 0 < value <= 1:
+    if value is not None and not 0 < value <= 1:
         raise typer.BadParameter(f"{value} is not in (0, 1]: it is K/M, 0.125 for 1/8.")
     return value
 

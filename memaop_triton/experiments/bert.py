@@ -1,12 +1,13 @@
 """A BERT with the pretrained weights of sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0).
 
 They are read by hand from `minilm/model.safetensors` in the data directory, so that transformers
-need not be installed.
+need not be installed; without a directory they come from the Hugging Face hub.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memaop_triton.experiments.data import DATA_DIR_VARIABLE, DataError
+from memaop_triton.experiments import hub
+from memaop_triton.experiments.data import DataError
 
 PAD = 0  # the token where there is none
 
@@ -26,7 +28,7 @@ class MiniLm:
     """BERT of six layers with its pretrained weights, and a classifier on top.
 
     Attributes:
-        folder: Where the weights are; `Task.located` sets it.
+        folder: The data directory that holds the weights; `None` fetches them from the hub.
         width: Of the residual stream.
         depth: Layers.
         heads: Of the attention.
@@ -49,28 +51,20 @@ class MiniLm:
         """[B, T] tokens (int64, 0 where there is none) to [B, classes].
 
         Raises:
-            DataError: There are no weights in the folder.
+            DataError: There are no weights in the folder, or they could not be fetched.
         """
         model = _Bert(self)
-        weights = _read_safetensors(
-            existing(folder_of(self.folder) / "minilm" / "model.safetensors")
-        )
+        weights: Mapping[str, Tensor]
+        if self.folder is None:
+            weights = hub.pretrained_weights()
+        else:
+            weights = _read_safetensors(existing(self.folder / "minilm" / "model.safetensors"))
         named = {_our_name(name): value for name, value in weights.items()}
         head = {f"head.{name}": value for name, value in model.head.state_dict().items()}
         model.load_state_dict(
             {name: named[name] for name in model.state_dict().keys() - head} | head
         )
         return model
-
-
-def folder_of(data_dir: Path | None) -> Path:
-    """The data directory, or a `DataError` that says how to name one."""
-    if data_dir is None:
-        raise DataError(
-            "the pretrained BERT and its texts are not downloaded: name the directory that holds "
-            f"them with --data-dir or {DATA_DIR_VARIABLE}."
-        )
-    return data_dir
 
 
 def existing(path: Path) -> Path:

@@ -3,7 +3,8 @@
 Files, in the data directory: `minilm/tokenizer.json` of all-MiniLM-L6-v2, and for a data set NAME
 `NAME_train.tsv.gz` and `NAME_test.tsv.gz` with a line `label<TAB>lower-case words` for every text:
 `newsgroups20` (20 Newsgroups) and `reuters_r8` (Reuters-21578, the eight largest classes). They are
-read by hand, so that tokenizers need not be installed.
+read by hand, so that tokenizers need not be installed. Without a directory 20 Newsgroups comes
+through scikit-learn, with the tokenizer of the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memaop_triton.experiments.bert import PAD, existing, folder_of
+from memaop_triton.experiments import hub
+from memaop_triton.experiments.bert import PAD, existing
+from memaop_triton.experiments.data import DATA_DIR_VARIABLE, DataError
 
 CONTEXT = 64
 _UNKNOWN, _CLS, _SEP = 100, 101, 102
 
 
 class Texts(NamedTuple):
-    """A set of texts of `CONTEXT` tokens each, and their classes, numbered by name.
+    """A set of texts of T tokens each, and their classes, numbered by name.
 
     Attributes:
-        x_train: [texts, CONTEXT] int64.
+        x_train: [texts, T] int64.
         y_train: [texts] int64.
-        x_test: [test texts, CONTEXT] int64.
+        x_test: [test texts, T] int64.
         y_test: [test texts] int64.
     """
 
@@ -40,17 +43,22 @@ class Texts(NamedTuple):
     y_test: Tensor
 
 
-def load_texts(name: str, data_dir: Path | None) -> Texts:
+def load_texts(name: str, data_dir: Path | None, context: int = CONTEXT) -> Texts:
     """The data set `"newsgroups20"` or `"reuters_r8"`.
 
+    Args:
+        name: Which one.
+        data_dir: Holds the files; `None` fetches `newsgroups20`.
+        context: T, tokens of a text; longer ones are cut.
+
     Raises:
-        DataError: A file is missing.
+        DataError: A file is missing, or the download failed.
     """
-    return _read(name, folder_of(data_dir))
+    return _read(name, data_dir, context) if data_dir is not None else _fetch(name, context)
 
 
 @functools.cache
-def _read(name: str, folder: Path) -> Texts:
+def _read(name: str, folder: Path, context: int) -> Texts:
     vocabulary = json.loads(existing(folder / "minilm" / "tokenizer.json").read_text("utf-8"))
     number: dict[str, int] = vocabulary["model"]["vocab"]
     parts = {}
@@ -64,25 +72,38 @@ def _read(name: str, folder: Path) -> Texts:
             torch.tensor(values)
             for part in parts.values()
             for values in (
-                [tokens(text.split(), number) for _, text in part],
+                [tokens(text.split(), number, context) for _, text in part],
                 [labels[label] for label, _ in part],
             )
         )
     )
 
 
-def tokens(words: Iterable[str], number: dict[str, int]) -> list[int]:
-    """`CONTEXT` numbers for a text: its start, word pieces, and an end, filled up with 0.
+def _fetch(name: str, context: int) -> Texts:
+    if name != "newsgroups20":
+        raise DataError(
+            f"{name} is not downloaded by itself: name the directory that holds it with --data-dir "
+            f"or {DATA_DIR_VARIABLE}."
+        )
+    found = []
+    for part in ("train", "test"):
+        texts, labels = hub.newsgroups(part)
+        found += [torch.tensor(hub.tokens_of(texts, context)), torch.tensor(labels)]
+    return Texts(*found)
+
+
+def tokens(words: Iterable[str], number: dict[str, int], context: int = CONTEXT) -> list[int]:
+    """`context` numbers for a text: its start, word pieces, and an end, filled up with 0.
 
     A word is cut into the longest pieces that the vocabulary has, from its start on.
     """
     found = [_CLS]
     for word in words:
         found += _pieces(word, number)
-        if len(found) >= CONTEXT:
+        if len(found) >= context:
             break
-    found = [*found[: CONTEXT - 1], _SEP]
-    return found + [PAD] * (CONTEXT - len(found))
+    found = [*found[: context - 1], _SEP]
+    return found + [PAD] * (context - len(found))
 
 
 def _pieces(word: str, number: dict[str, int]) -> list[int]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from memaop_triton.commands import cli
-from memaop_triton.experiments import data, demo, paper, paper_report, published
+from memaop_triton.experiments import data, paper, paper_report, published
 from memaop_triton.experiments.data import DataError
 from memaop_triton.experiments.numbers import Value
 
@@ -107,56 +107,6 @@ def test_archive_of_images(tmp_path):
         spoil()
         with pytest.raises(DataError, match=words):
             data.load_images("mnist", tmp_path)
-
-
-def test_demo_writes_table_figure_and_numbers(tmp_path, capsys):
-    path = tmp_path / "sub" / "demo.json"
-    size = ["--seeds", "2", "--epochs", "1", "--width", "32", "--batch-size", "128"]
-    files = ["--output", str(tmp_path), "--json", str(path)]
-    assert cli.run(["demo", *size, "--ratio", "0.25", *files]) == 0
-    output, content = capsys.readouterr().out, json.loads(path.read_text())
-    labels = [scheme.label for scheme in demo.schemes(0.25)]
-    assert all(label in output for label in labels)
-    assert (tmp_path / "demo_digits_sgd.png").read_bytes().startswith(b"\x89PNG")
-    assert content["settings"]["width"] == 32
-    assert [scheme["label"] for scheme in content["schemes"]] == labels
-    for scheme in content["schemes"]:
-        assert len(scheme["accuracies"]) == len(scheme["curves"]) == 2
-        assert scheme["step_seconds"] > 0
-        assert scheme["weight_grad_seconds"] > 0
-        assert (scheme["weight_grad_flops"] == 1) == (scheme["key"] == "dense")
-        assert scheme["curves"][0]["steps"][-1] == 1437 // 128
-    memory = {scheme["key"]: scheme["memory_bytes"] for scheme in content["schemes"]}
-    assert memory["dense"] == memory["priority"] == 0
-    assert memory["default"] == 4 * 8 * ((64 + 32) + 2 * (32 + 32))
-    # A float32 row of x and g and a flag for each of the 128 rows of the three hidden layers.
-    assert memory["paper"] == 128 * (4 * (64 + 32 + 4 * 32) + 3)
-
-
-def test_demo_does_not_swing(tmp_path, monkeypatch):
-    # The defaults' rate, batches, length and seeds, on a narrower network for the sake of time.
-    pair = demo.schemes(0.125)[:2]
-    assert [scheme.key for scheme in pair] == ["dense", "default"]
-    monkeypatch.setattr(demo, "schemes", lambda ratio: pair)
-    path = tmp_path / "demo.json"
-    files = ["--output", str(tmp_path), "--json", str(path)]
-    assert cli.run(["demo", "--width", "256", *files]) == 0
-    for scheme in json.loads(path.read_text())["schemes"]:
-        accuracy = np.array([curve["accuracy"] for curve in scheme["curves"]])
-        # Rates and weights that let the network swing gave falls of 0.4 to 0.6.
-        assert (np.maximum.accumulate(accuracy, axis=1) - accuracy).max() < 0.15
-        assert (accuracy[:, -1] > 0.9).all()
-        assert len(accuracy) >= 3
-
-
-def test_demo_is_paired_and_reproducible():
-    images = data.load_images("digits")
-    settings = demo.Settings("digits", 1, 1, 1, 256, 16, "sgd", 0.1)
-    first, again = (demo.run_demo(settings, images) for _ in range(2))
-    for result, other in zip(first, again, strict=True):
-        assert result.losses == other.losses
-        # With every row computed all schemes are dense from the same start on the same batches.
-        assert result.losses[0] == pytest.approx(first[0].losses[0], rel=1e-4)
 
 
 def test_energy_preprocessing():

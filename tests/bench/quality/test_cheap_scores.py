@@ -1,6 +1,5 @@
-"""The study of cheap scores: variances against draws, what is resumed, the pretrained BERT."""
+"""The study of cheap scores: variances against draws, and what is resumed."""
 
-import dataclasses
 import json
 
 import pytest
@@ -13,11 +12,8 @@ from memaop_triton.bench.studies.quality.capture import Rows
 from memaop_triton.bench.studies.quality.cheap_scores import Time, added_variance, scores_of
 from memaop_triton.bench.studies.quality.schemes import code_of
 from memaop_triton.config import SCORES
-from memaop_triton.experiments import bert, posts
 from memaop_triton.experiments.data import DataError
 from tests.bench.quality import tiny
-
-VOCABULARY = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "play": 5, "##ing": 6, "##s": 7}
 
 
 @pytest.mark.parametrize("kind", SCORES)
@@ -89,88 +85,6 @@ def test_a_setting_that_came_later_makes_no_run_stale():
     assert code_of(tiny.TASK, before) == codes["norms"]
 
 
-def test_words_are_cut_into_the_longest_pieces():
-    found = posts.tokens(["plays", "playing", "plaything", "x"], VOCABULARY)
-    assert found[:8] == [101, 5, 7, 5, 6, 100, 100, 102]
-    assert found[8:] == [0] * 56
-    long = posts.tokens(["play"] * 100, VOCABULARY)
-    assert long == [101, *[5] * 62, 102]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Files of a BERT of width 8 and one layer, and of four posts."""
-    import gzip
-
-    generator = torch.Generator().manual_seed(0)
-    shapes = {
-        "embeddings.word_embeddings.weight": (110, 8),
-        "embeddings.position_embeddings.weight": (64, 8),
-        "embeddings.token_type_embeddings.weight": (2, 8),
-        "pooler.dense.weight": (8, 8),
-    }
-    layer = "encoder.layer.0."
-    sizes = {
-        **{f"{layer}attention.self.{name}": (8, 8) for name in ("query", "key", "value")},
-        f"{layer}attention.output.dense": (8, 8),
-        f"{layer}intermediate.dense": (32, 8),
-        f"{layer}output.dense": (8, 32),
-    }
-    norms = ("embeddings.", f"{layer}attention.output.", f"{layer}output.")
-    for name, (outputs, inputs) in sizes.items():
-        shapes |= {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-    for name in norms:
-        shapes |= {f"{name}LayerNorm.{part}": (8,) for part in ("weight", "bias")}
-    table, content, weights = {}, b"", {}
-    for name, shape in shapes.items():
-        weights[name] = torch.randn(shape, generator=generator).half()
-        numbers = weights[name].numpy().tobytes()
-        offsets = [len(content), len(content) + len(numbers)]
-        table[name] = {"dtype": "F16", "shape": shape, "data_offsets": offsets}
-        content += numbers
-    table["embeddings.position_ids"] = {"dtype": "I64", "shape": [0], "data_offsets": [0, 0]}
-    table["__metadata__"] = {"format": "pt"}
-    head = json.dumps(table).encode()
-    (tmp_path / "minilm").mkdir()
-    whole = len(head).to_bytes(8, "little") + head + content
-    (tmp_path / "minilm" / "model.safetensors").write_bytes(whole)
-    tokenizer = json.dumps({"model": {"vocab": VOCABULARY}})
-    (tmp_path / "minilm" / "tokenizer.json").write_text(tokenizer)
-    for part in ("train", "test"):
-        posts = "b\tplays\na\tplaying x\n"
-        (tmp_path / f"newsgroups20_{part}.tsv.gz").write_bytes(gzip.compress(posts.encode()))
-    return tmp_path, weights
-
-
-def test_the_pretrained_network_has_its_weights_and_reads_no_padding(folder):
-    path, weights = folder
-    sizes = bert.MiniLm(path, 8, 1, 2, classes=3, vocabulary=110, positions=64)
-    model = sizes.build()
-    own = dict(model.named_parameters())
-    for ours, theirs in (
-        ("blocks.0.value.weight", "encoder.layer.0.attention.self.value.weight"),
-        ("blocks.0.proj.bias", "encoder.layer.0.attention.output.dense.bias"),
-        ("blocks.0.norm2.weight", "encoder.layer.0.output.LayerNorm.weight"),
-    ):
-        assert torch.equal(own[ours], weights[theirs].float())
-    texts = posts.load_texts("newsgroups20", path)
-    assert texts.y_train.tolist() == texts.y_test.tolist() == [1, 0]
-    x = texts.x_train
-    assert x[1, :4].tolist() == [101, 5, 6, 100]
-    mean = dataclasses.replace(sizes, pooling="mean").build()
-    mean.load_state_dict(model.state_dict())
-    for network in (model, mean):
-        whole = network(x)
-        assert whole.shape == (2, 3)
-        torch.testing.assert_close(network(x[:, :5]), whole)
-        assert not torch.allclose(network(x[:, :2]), whole)
-    assert not torch.allclose(model(x), mean(x))
-
-
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"--data-dir or MEMAOP_TRITON_DATA_DIR"):
-        posts.load_texts("newsgroups20", None)
-    with pytest.raises(DataError, match=r"tokenizer\.json"):
-        posts.load_texts("newsgroups20", tmp_path)
+def test_a_task_reads_its_weights_from_the_data_directory(tmp_path):
     with pytest.raises(DataError, match=r"model\.safetensors"):
         cheap_scores.TASKS["minilm"].located(tmp_path).network.build()
