@@ -9,7 +9,7 @@ Every layer starts exact, as an `nn.Linear`. From one step of the optimizer to t
    E = (T_exact / T) · D/(D + V), which predicts the progress of trainings (docs/quality.md);
 4. where E is above 1.02 with a confidence of 90 %, takes four windows of eight steps, sampled and
    exact in turn, and keeps the choice if the measured times confirm it;
-5. reviews the decision every 100 steps, or ever more rarely where nothing was to be gained.
+5. reviews the decision after 100 steps, and ever more rarely where nothing was to be changed.
 
 `model_report(model)` says what was decided and why, and so does the logger `memaop_triton.auto`
 (level INFO) when a decision changes. `auto_freeze(model)` ends it; as decisions hang on measured

@@ -242,6 +242,7 @@ class Controller:
             now = worth_of(layers, self.shares, exact)
             if now.progress >= WORTH_A_CHANGE and best.progress < WORTH_A_CHANGE * now.progress:
                 self.predicted = now
+                self._wait_longer()
                 return
         self._change("trial", shares)
         one = ["settling", *["sampled"] * (_WINDOW - 1)]

@@ -17,7 +17,8 @@ from memaop_triton import (
     monitor,
     revert_,
 )
-from memaop_triton.auto.observing import Seen
+from memaop_triton.auto import controller
+from memaop_triton.auto.observing import Seen, StepObserver
 
 FAST = {1 / 2: 0.6, 1 / 4: 0.35, 1 / 8: 0.2, 1 / 16: 0.15}
 EASY, HARD = {"rows": 512, "noise": 0.0}, {"rows": 16, "noise": 30.0}
@@ -279,3 +280,18 @@ def test_layers_that_were_reverted_are_no_longer_decided_about(training):
 def test_what_has_no_meaning_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_choice_that_stays_is_reviewed_ever_more_rarely(training, monkeypatch):
+    observed, run = [], training(512, noise=0.3, true=fast)
+
+    def observer(*arguments):
+        observed.append(run.controller.steps + 1)
+        return StepObserver(*arguments)
+
+    monkeypatch.setattr(controller, "StepObserver", observer)
+    run.step(340)
+    # Decided after step 13, tried until 45; then four looks before each review.
+    reviews = [70, 95, 120, 145, 195, 245, 295]
+    assert [step for step in dict.fromkeys(observed) if step > 13] == reviews
+    assert all(run.modes[45:]), "no other trial"
