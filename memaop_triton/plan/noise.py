@@ -98,7 +98,7 @@ class _FirstLook:
         scores: Tensor | None = None,
         projected: ProjectedRows | None = None,
     ) -> None:
-        """Take note of a pass whose last block of rows was cut short, so that it is not exact."""
+        """Take note of a pass that sampled its rows."""
         self._alone.observe_exact(operands, dw, None)
         self._beside.observe(operands, selection, dw, scores, projected)
 
