@@ -7,8 +7,8 @@ Every layer starts exact, as an `nn.Linear`. From one step of the optimizer to t
 2. times the layers' gradients at their shapes, exact and sampled, some 50 ms a shape;
 3. looks for the choice that makes most of dense's progress per second,
    E = (T_exact / T) · D/(D + V), which predicts the progress of trainings (docs/quality.md);
-4. where E is above 1.02 with a confidence of 90 %, takes four windows of eight steps, sampled and
-   exact in turn, and keeps the choice if the measured times confirm it;
+4. where E is above 1.02 with a confidence of 90 %, takes four windows of eight or nine steps,
+   sampled and exact in turn, and keeps the choice if the measured times confirm it;
 5. reviews the decision after 100 steps, and ever more rarely where nothing was to be changed.
 
 `model_report(model)` says what was decided and why, and so does the logger `memaop_triton.auto`

@@ -10,6 +10,7 @@ from collections import deque
 import torch
 
 _KEPT = 32  # intervals of one kind
+_MOST_MEDIANS = 2  # that an interval counts for
 
 
 class StepClock:
@@ -48,9 +49,16 @@ class StepClock:
             self._add(waited, start.elapsed_time(end) / 1e3)
         return list(self._seconds.get(kind, ()))
 
-    def median(self, kind: str) -> float:
-        """Of these; evaluations and other breaks between two steps do not move it. NaN of none."""
-        return statistics.median(self.seconds(kind) or [math.nan])
+    def mean(self, kind: str) -> float:
+        """Of these, none of which counts for more than two medians; NaN of none.
+
+        So a refresh counts, and an evaluation or another break between two steps hardly.
+        """
+        seconds = self.seconds(kind)
+        if not seconds:
+            return math.nan
+        most = _MOST_MEDIANS * statistics.median(seconds)
+        return statistics.fmean(min(one, most) for one in seconds)
 
     def forget(self, kind: str) -> None:
         """Drop the intervals of a kind."""

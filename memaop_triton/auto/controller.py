@@ -12,6 +12,7 @@ and checkpointed passes of a step agree:
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import weakref
@@ -44,8 +45,10 @@ from memaop_triton.nn.linear import MemAOPLinear
 _log = logging.getLogger("memaop_triton.auto")
 
 _FIRST_LOOKS = (5, 9, 13)  # steps that are observed; after the last one comes the first decision
-_WINDOW = 8  # steps of one mode in a trial
-_WINDOWS = 4  # of a trial, sampled ones first
+# Windows of a trial, the first step of each apart. That of a sampled one refreshes a subspace, by
+# default, and its last step does so again, so that the others and one refresh are compared.
+_SAMPLED, _EXACT = ["settling", *["sampled"] * 8], ["resting", *["exact"] * 7]
+_WINDOWS = (_SAMPLED, _EXACT, _SAMPLED, _EXACT)
 _REVIEW_AFTER = 100  # steps
 _LONGEST_REVIEW = 1600
 
@@ -245,9 +248,7 @@ class Controller:
                 self._wait_longer()
                 return
         self._change("trial", shares)
-        one = ["settling", *["sampled"] * (_WINDOW - 1)]
-        other = ["resting", *["exact"] * (_WINDOW - 1)]
-        self._window = [kind for i in range(_WINDOWS) for kind in (one, other)[i % 2]]
+        self._window = list(itertools.chain.from_iterable(_WINDOWS))
         for kind in ("sampled", "exact"):
             self._clock.forget(kind)
 
@@ -255,8 +256,8 @@ class Controller:
         """Keep what was tried, or take it back."""
         assert self._clock is not None
         assert self.predicted is not None
-        medians = [self._clock.median(kind) for kind in ("exact", "sampled")]
-        exact, sampled = self._processes.mean(medians, self._device)
+        means = [self._clock.mean(kind) for kind in ("exact", "sampled")]
+        exact, sampled = self._processes.mean(means, self._device)
         progress = exact / sampled * progress_of(self.predicted.noise)
         if math.isnan(progress):  # a device that is many steps behind
             self.speedup = self.realised = None

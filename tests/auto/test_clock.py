@@ -1,5 +1,7 @@
 """Seconds between two steps."""
 
+import itertools
+import math
 import time
 
 import pytest
@@ -16,7 +18,7 @@ def test_intervals_by_kind():
         time.sleep(0.01)
         steps.tick(kind)
     assert [len(steps.seconds(kind)) for kind in ("exact", "sampled", "other")] == [1, 1, 0]
-    assert 0.01 <= steps.median("exact") < 10
+    assert 0.01 <= steps.mean("exact") < 10
     steps.forget("exact")
     assert steps.seconds("exact") == []
 
@@ -28,6 +30,16 @@ def test_only_the_newest_are_kept(monkeypatch):
     for _ in range(50):
         steps.tick("exact")
     assert steps.seconds("exact") == [2.0 * i + 1 for i in range(17, 49)]
+
+
+def test_a_refresh_counts_and_a_break_hardly(monkeypatch):
+    ends = itertools.accumulate([0, 4, 4, 4, 4, 4, 4, 4, 6, 4, 4, 4, 4, 4, 4, 4, 600])
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: float(next(ends)))
+    steps = StepClock(torch.device("cpu"))
+    for _ in range(17):
+        steps.tick("sampled")
+    assert steps.mean("sampled") == (14 * 4 + 6 + 8) / 16
+    assert math.isnan(steps.mean("exact"))
 
 
 class Event:

@@ -51,7 +51,7 @@ def test_a_copy_that_is_trained_is_decided_about(duplicate, training):
         take_over(run, twin)
         run.step(60)
         assert run.modes[:13] == [False] * 13
-        assert all(run.modes[45:])
+        assert all(run.modes[47:])
         assert controller_of(twin) is twin[2].layer_state.controller
         assert controller_of(twin).phase == "sampling"
         assert controller_of(original).steps == steps, "the original was not trained"

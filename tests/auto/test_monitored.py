@@ -55,7 +55,7 @@ def test_every_look_of_a_decision_counts_and_no_native_pass(training):
 
 def test_sampled_passes_are_observed_as_often_as_was_asked_for(training):
     run = training(**EASY, true=fast)
-    run.step(70)
+    run.step(72)
     with monitor(run.model, every=8, starving=1e9) as watch:
         run.step(20)  # without a look of the controller's
         (seen, _) = watch.read().values()

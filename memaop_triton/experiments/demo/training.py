@@ -7,8 +7,8 @@ slows them all alike.
 `ratio="auto"` takes the time from the end of one step to the end of the next, for which the step
 must follow at once. In a block only the first does not: its interval holds the other schemes'
 blocks and the evaluation. A block has at least `BLOCK` steps, so that at most one interval in eight
-is of no use, and two of the 14 of either kind that a trial compares; the medians that are
-compared lie among the others.
+is longer than its step. Of the 14 to 16 of either kind that a trial compares these are two or
+three, and none counts for more than two others.
 """
 
 from __future__ import annotations
