@@ -113,6 +113,11 @@ def _is_shown(cell: Cell) -> bool:
     return cell.ratio == (RATIO_OF_BOTH if SCHEMES[cell.scheme].cheapens_both else RATIO)
 
 
+def has_cost(cell: Cell) -> bool:
+    """Whether the FLOPs of a cell's steps are known: a scheme with a given ratio."""
+    return SCHEMES[cell.scheme].has_ratios
+
+
 @styled
 def trade_off(results: Results, task: Task) -> Figure:
     """Difference to dense against the FLOPs of the weight gradients, all schemes."""
@@ -121,7 +126,7 @@ def trade_off(results: Results, task: Task) -> Figure:
         samples = []
         for cell in cells(task.name):
             run, difference = results.any_run(cell), results.difference(cell)
-            if cell.scheme == name and cell.config and run and difference is not None:
+            if cell.scheme == name and has_cost(cell) and run and difference is not None:
                 known = difference.half_width if difference.pairs > 1 else 0.0
                 samples.append((run.weight_grads, difference.mean, known))
         if samples:

@@ -174,13 +174,15 @@ def task_section(results: Results, task: Task) -> Section:
                 columns=1,
                 file=f"{task.name}-curves.svg",
             ),
-            Chart(
+        ]
+        if any(plots.has_cost(cell) and results.difference(cell) for cell in others):
+            trade = Chart(
                 f"{task.title}: what is lost for what is saved",
                 plots.trade_off(results, task),
                 columns=1,
                 file=f"{task.name}-trade.svg",
-            ),
-        ]
+            )
+            blocks.append(trade)
     return Section(task.name, task.title, blocks)
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from memaop_triton.bench.studies.quality import decided, results, tables
+from memaop_triton.bench.studies.quality import decided, report, results, tables
 from memaop_triton.bench.studies.quality.batches import MASKED, Batch, TextData
 from memaop_triton.bench.studies.quality.decided import Decided
 from memaop_triton.bench.studies.quality.deciding_section import deciding_section
@@ -93,6 +93,15 @@ def test_verdicts_are_by_the_worse_end_of_the_interval(
     assert (time.text, time.sub) == (f"{share:.3f}", "50 % of steps sampled")
     assert (fewer.text, smaller.text, shown.text) == (difference, "–", verdict)
     assert said.text == "1.20, 1.10"
+
+
+def test_a_task_with_nothing_but_decisions_has_a_page(store):
+    store.add(*tiny.run())
+    store.add(*tiny.run(AUTO, WHOLE, weight_grads=math.nan))
+    tables.update(decided.path_in(store), Decided, [line(0, 0.9)], lambda one: one.seed)
+    written = {path.name for path in report.write(store.folder)}
+    assert "tiny-curves.svg" in written
+    assert "tiny-trade.svg" not in written, "it is over FLOPs, which are not known"
 
 
 def test_a_line_of_another_task_or_configuration_does_not_count(store):
