@@ -7,12 +7,14 @@ from tests.bench.quality import tiny
 
 
 @pytest.fixture
-def task(monkeypatch):
-    """The tiny task, as the only one there is."""
-    for name in list(TASKS):
-        monkeypatch.delitem(TASKS, name)
-    monkeypatch.setitem(TASKS, "tiny", tiny.TASK)
-    return tiny.TASK
+def task():
+    """The tiny task, as the only one there is; afterwards the others are in their order again."""
+    before = dict(TASKS)
+    TASKS.clear()
+    TASKS["tiny"] = tiny.TASK
+    yield tiny.TASK
+    TASKS.clear()
+    TASKS.update(before)
 
 
 @pytest.fixture
