@@ -49,6 +49,10 @@ class StepClock:
             self._add(waited, start.elapsed_time(end) / 1e3)
         return list(self._seconds.get(kind, ()))
 
+    def median(self, kind: str) -> float:
+        """Of these; evaluations and other breaks between two steps do not move it. NaN of none."""
+        return statistics.median(self.seconds(kind) or [math.nan])
+
     def mean(self, kind: str) -> float:
         """Of these, none of which counts for more than two medians; NaN of none.
 

@@ -256,8 +256,9 @@ class Controller:
         """Keep what was tried, or take it back."""
         assert self._clock is not None
         assert self.predicted is not None
-        means = [self._clock.mean(kind) for kind in ("exact", "sampled")]
-        exact, sampled = self._processes.mean(means, self._device)
+        # Exact steps are all alike. A break between two sampled ones counts against these.
+        seconds = [self._clock.median("exact"), self._clock.mean("sampled")]
+        exact, sampled = self._processes.mean(seconds, self._device)
         progress = exact / sampled * progress_of(self.predicted.noise)
         if math.isnan(progress):  # a device that is many steps behind
             self.speedup = self.realised = None

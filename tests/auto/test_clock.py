@@ -39,7 +39,9 @@ def test_a_refresh_counts_and_a_break_hardly(monkeypatch):
     for _ in range(17):
         steps.tick("sampled")
     assert steps.mean("sampled") == (14 * 4 + 6 + 8) / 16
+    assert steps.median("sampled") == 4
     assert math.isnan(steps.mean("exact"))
+    assert math.isnan(steps.median("exact"))
 
 
 class Event:
