@@ -65,7 +65,6 @@ class Controller:
         shares: K/M of every layer in sampled steps, 1 for an exact gradient.
         predicted: What `shares` promised when they were chosen; `None` before the first decision.
         realised: Measured progress per second over dense's, of the last trial.
-        speedup: Measured seconds of an exact step over a sampled one, of the last trial.
         obstacle: Why nothing is sampled, if nothing is.
     """
 
@@ -76,7 +75,6 @@ class Controller:
         self.shares: dict[str, float] = {}
         self.predicted: Worth | None = None
         self.realised: float | None = None
-        self.speedup: float | None = None
         self.obstacle = ""
         self.steps = 0
         self._processes = processes
@@ -261,10 +259,10 @@ class Controller:
         exact, sampled = self._processes.mean(seconds, self._device)
         progress = exact / sampled * progress_of(self.predicted.noise)
         if math.isnan(progress):  # a device that is many steps behind
-            self.speedup = self.realised = None
+            self.realised = None
             self.obstacle = "no times of sampled steps are known yet"
         else:
-            self.speedup, self.realised = exact / sampled, progress
+            self.realised = progress
             self.obstacle = f"sampled steps were measured to be worth {progress:.2f} of exact ones"
         if progress >= WORTH_A_CHANGE:
             self._patience = _REVIEW_AFTER
@@ -293,7 +291,6 @@ class Controller:
             "patience": self._patience,
             "predicted": None if self.predicted is None else list(self.predicted[1:]),
             "realised": self.realised,
-            "speedup": self.speedup,
             "obstacle": self.obstacle,
         }
 
@@ -322,7 +319,7 @@ class Controller:
         self.steps = state["steps"] if is_decided else 0
         predicted = state["predicted"]
         self.predicted = None if predicted is None else Worth(dict(state["shares"]), *predicted)
-        self.realised, self.speedup = state["realised"], state["speedup"]
+        self.realised = state["realised"]
         self.obstacle = state["obstacle"]
         for seen in self.seen.values():
             seen.clear()

@@ -99,8 +99,7 @@ class Evidence:
     def _agreed(self, measure: Callable[[], list[float]], device: torch.device) -> list[float]:
         try:
             numbers = measure()
-        except Exception:
-            # The others wait for this process.
+        except Exception:  # raised again, once the others, which wait for this process, know
             self._processes.mean(self._nothing(), device)
             raise
         return self._processes.mean(numbers, device)

@@ -36,14 +36,14 @@ class DataError(CommandError):
     """A data set is missing or is not what it should be."""
 
 
-class Images(NamedTuple):
-    """A classification set of ten classes; pixels are in [0, 1].
+class Examples(NamedTuple):
+    """A classification set; a row is an image of pixels in [0, 1], or the tokens of a text.
 
     Attributes:
-        x_train: [samples, pixels] float32.
-        y_train: [samples] int64.
-        x_test: [test samples, pixels] float32.
-        y_test: [test samples] int64.
+        x_train: [examples, pixels] float32 or [examples, tokens] int64.
+        y_train: [examples] int64.
+        x_test: [test examples, pixels or tokens].
+        y_test: [test examples] int64.
     """
 
     x_train: Tensor
@@ -52,7 +52,7 @@ class Images(NamedTuple):
     y_test: Tensor
 
 
-def load_images(name: str, data_dir: Path | None = None) -> Images:
+def load_images(name: str, data_dir: Path | None = None) -> Examples:
     """The data set `"digits"`, `"mnist"` or `"fashion_mnist"`.
 
     Args:
@@ -116,7 +116,7 @@ def load_text(name: str, data_dir: Path | None = None) -> str:
         raise DataError(f"{path} is not UTF-8 text ({error}): {source}.") from None
 
 
-def _digits() -> Images:
+def _digits() -> Examples:
     require_extra("demo", "sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -128,14 +128,14 @@ def _digits() -> Images:
     return _images(x_train, y_train, x_test, y_test)
 
 
-def _images(x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Images:
+def _images(x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Examples:
     def rows(x: Any) -> Tensor:
         return torch.from_numpy(np.asarray(x, np.float32).reshape(len(x), -1))
 
     def labels(y: Any) -> Tensor:
         return torch.from_numpy(np.asarray(y, np.int64))
 
-    return Images(rows(x_train), labels(y_train), rows(x_test), labels(y_test))
+    return Examples(rows(x_train), labels(y_train), rows(x_test), labels(y_test))
 
 
 def _existing(data_dir: Path, name: str, where_from: str) -> Path:
@@ -148,14 +148,14 @@ def _existing(data_dir: Path, name: str, where_from: str) -> Path:
     return path
 
 
-def _read_images(data_dir: Path, name: str) -> Images:
+def _read_images(data_dir: Path, name: str) -> Examples:
     path = _existing(data_dir, f"{name}.npz", _WITHOUT_FILES)
     try:
         with np.load(path) as archive:
-            x_train, y_train, x_test, y_test = (archive[field] for field in Images._fields)
+            x_train, y_train, x_test, y_test = (archive[field] for field in Examples._fields)
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"{path} is not an archive of {', '.join(Images._fields)}: {error}"
+            f"{path} is not an archive of {', '.join(Examples._fields)}: {error}"
         ) from None
     for x, y in ((x_train, y_train), (x_test, y_test)):
         if x.dtype != np.uint8 or x.ndim < 2 or y.shape != (len(x),) or y.max() >= CLASSES:
@@ -167,7 +167,7 @@ def _read_images(data_dir: Path, name: str) -> Images:
     return _images(x_train / scale, y_train, x_test / scale, y_test)
 
 
-def _fetch_images(name: str) -> Images:
+def _fetch_images(name: str) -> Examples:
     bunch = _fetch_openml(name, name=_OPENML_NAMES[name], version=1)
     x = np.asarray(bunch.data, np.float32) / np.float32(255)
     y = np.asarray(bunch.target).astype(np.int64)

@@ -14,36 +14,18 @@ import gzip
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from memaop_triton.experiments import hub
 from memaop_triton.experiments.bert import PAD, existing
-from memaop_triton.experiments.data import DATA_DIR_VARIABLE, DataError
+from memaop_triton.experiments.data import DATA_DIR_VARIABLE, DataError, Examples
 
 CONTEXT = 64
 _UNKNOWN, _CLS, _SEP = 100, 101, 102
 
 
-class Texts(NamedTuple):
-    """A set of texts of T tokens each, and their classes, numbered by name.
-
-    Attributes:
-        x_train: [texts, T] int64.
-        y_train: [texts] int64.
-        x_test: [test texts, T] int64.
-        y_test: [test texts] int64.
-    """
-
-    x_train: Tensor
-    y_train: Tensor
-    x_test: Tensor
-    y_test: Tensor
-
-
-def load_texts(name: str, data_dir: Path | None, context: int = CONTEXT) -> Texts:
+def load_texts(name: str, data_dir: Path | None, context: int = CONTEXT) -> Examples:
     """The data set `"newsgroups20"` or `"reuters_r8"`.
 
     Args:
@@ -58,7 +40,7 @@ def load_texts(name: str, data_dir: Path | None, context: int = CONTEXT) -> Text
 
 
 @functools.cache
-def _read(name: str, folder: Path, context: int) -> Texts:
+def _read(name: str, folder: Path, context: int) -> Examples:
     vocabulary = json.loads(existing(folder / "minilm" / "tokenizer.json").read_text("utf-8"))
     number: dict[str, int] = vocabulary["model"]["vocab"]
     parts = {}
@@ -67,7 +49,7 @@ def _read(name: str, folder: Path, context: int) -> Texts:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
         parts[part] = [line.split("\t", 1) for line in lines]
     labels = {label: i for i, label in enumerate(sorted({label for label, _ in parts["train"]}))}
-    return Texts(
+    return Examples(
         *(
             torch.tensor(values)
             for part in parts.values()
@@ -79,7 +61,7 @@ def _read(name: str, folder: Path, context: int) -> Texts:
     )
 
 
-def _fetch(name: str, context: int) -> Texts:
+def _fetch(name: str, context: int) -> Examples:
     if name != "newsgroups20":
         raise DataError(
             f"{name} is not downloaded by itself: name the directory that holds it with --data-dir "
@@ -89,7 +71,7 @@ def _fetch(name: str, context: int) -> Texts:
     for part in ("train", "test"):
         texts, labels = hub.newsgroups(part)
         found += [torch.tensor(hub.tokens_of(texts, context)), torch.tensor(labels)]
-    return Texts(*found)
+    return Examples(*found)
 
 
 def tokens(words: Iterable[str], number: dict[str, int], context: int = CONTEXT) -> list[int]:

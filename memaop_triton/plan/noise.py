@@ -11,19 +11,17 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from memaop_triton.auto.observing import Seen, StepObserver
 from memaop_triton.auto.timing import generators_restored
 from memaop_triton.auto.worth import EXACT
-from memaop_triton.backward.step import Operands, ProjectedRows
+from memaop_triton.backward.step import Operands
 from memaop_triton.memory.kinds import Memory
 from memaop_triton.nn.layer_choice import Chosen
 from memaop_triton.nn.layer_state import LayerState
 from memaop_triton.nn.linear import MemAOPLinear
 from memaop_triton.plan.observing import run_backward, untouched
-from memaop_triton.sampling.selection import Selection
 
 
 class Noise(NamedTuple):
@@ -79,46 +77,26 @@ def observe_noise(
     return Noise(later | bounds, count, bool(bounds))
 
 
-class _FirstLook:
+class _FirstLook(StepObserver):
     """Has the bases of a memory made, and sees the noise that there is without them."""
 
-    is_due = True
-
     def __init__(self, state: LayerState) -> None:
-        self._alone, self._beside = StepObserver(state), StepObserver(state)
-
-    def begin_step(self, device: torch.device) -> None:
-        """Every pass is observed."""
-
-    def observe(
-        self,
-        operands: Operands,
-        selection: Selection,
-        dw: Tensor,
-        scores: Tensor | None = None,
-        projected: ProjectedRows | None = None,
-    ) -> None:
-        """Take note of a pass that sampled its rows."""
-        self._alone.observe_exact(operands, dw, None)
-        self._beside.observe(operands, selection, dw, scores, projected)
+        super().__init__(state)
+        self._beside = StepObserver(state)
 
     def observe_exact(self, operands: Operands, dw: Tensor, memory: Memory | None) -> None:
         """Take note of a pass."""
-        self._alone.observe_exact(operands, dw, None)
+        super().observe_exact(operands, dw, None)
         self._beside.observe_exact(operands, dw, memory)
-
-    def read(self) -> Seen | None:
-        """As `StepObserver.read`, without a subspace."""
-        return self._alone.read()
 
 
 @contextlib.contextmanager
 def _observed(
     layers: Chosen, memories: dict[str, Memory | None], known: Iterable[str]
-) -> Iterator[dict[str, StepObserver | _FirstLook]]:
+) -> Iterator[dict[str, StepObserver]]:
     """Inside, the layers are converted and observed; the memories go from one batch to the next."""
     converted: list[MemAOPLinear] = []
-    observers: dict[str, StepObserver | _FirstLook] = {}
+    observers: dict[str, StepObserver] = {}
     known = set(known)
     try:
         for name, (linear, config) in layers.items():

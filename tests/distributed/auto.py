@@ -23,6 +23,7 @@ from memaop_triton import (
 from memaop_triton.auto.agreement import Processes
 from memaop_triton.auto.observing import Seen, StepObserver
 from memaop_triton.auto.savings import Savings
+from memaop_triton.auto.worth import progress_of
 from tests.auto.training import Training
 from tests.distributed.auto_cases import (
     AUTO,
@@ -53,7 +54,8 @@ def check_processes_with_different_clocks_decide_alike():
             if phase == "sampling":
                 # The means of a clock that says 4.3 of 6 and one that says 6.04 of 6, about.
                 sampled = 4 + sum(fast(r) + 1.02 for r in run.controller.shares.values()) / 2
-                assert run.controller.speedup == pytest.approx(6 / sampled)
+                worth = progress_of(run.controller.predicted.noise)
+                assert run.controller.realised == pytest.approx(worth * 6 / sampled)
 
 
 def check_by_itself_each_would_decide_otherwise():

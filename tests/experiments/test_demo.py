@@ -14,7 +14,7 @@ from memaop_triton.backward.weight_grad import weight_grad
 from memaop_triton.commands import cli
 from memaop_triton.experiments import data
 from memaop_triton.experiments.bert import MiniLm
-from memaop_triton.experiments.data import Images
+from memaop_triton.experiments.data import Examples
 from memaop_triton.experiments.demo import figure, gradients, mlp, training
 from memaop_triton.experiments.demo.training import BLOCK, Result, Scheme, Training
 from tests.experiments import tiny_bert
@@ -160,7 +160,7 @@ def recorded(steps, evaluations=20, is_decaying=True):
         network="tiny",
         settings={},
         schemes=schemes,
-        data=Images(x, y, x, y),
+        data=Examples(x, y, x, y),
         batch_size=4,
         steps=steps,
         seeds=1,

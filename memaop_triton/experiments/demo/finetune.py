@@ -9,8 +9,9 @@ import torch
 
 from memaop_triton import MemAOPConfig
 from memaop_triton.experiments.bert import MiniLm
+from memaop_triton.experiments.data import Examples
 from memaop_triton.experiments.demo.training import Scheme, Training, check_batch
-from memaop_triton.experiments.posts import CONTEXT, Texts
+from memaop_triton.experiments.posts import CONTEXT
 
 _EVALUATIONS = 6
 #: Texts of the test set that are classified at every evaluation, drawn at random: all of 20
@@ -43,7 +44,7 @@ def schemes(ratio: float) -> list[Scheme]:
     ]
 
 
-def training(settings: Settings, texts: Texts, sizes: MiniLm) -> Training:
+def training(settings: Settings, texts: Examples, sizes: MiniLm) -> Training:
     """The training that the settings describe; `sizes` says where the weights are.
 
     Raises:

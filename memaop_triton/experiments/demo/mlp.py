@@ -19,7 +19,7 @@ from typing import Literal
 from torch import nn, optim
 
 from memaop_triton import MemAOPConfig
-from memaop_triton.experiments.data import CLASSES, Images
+from memaop_triton.experiments.data import CLASSES, Examples
 from memaop_triton.experiments.demo.training import HEAD, Scheme, Training, check_batch
 
 #: The largest tried at which dense never fell by more than three points below its best on digits.
@@ -56,7 +56,7 @@ def schemes(ratio: float) -> list[Scheme]:
     ]
 
 
-def training(settings: Settings, images: Images) -> Training:
+def training(settings: Settings, images: Examples) -> Training:
     """The training that the settings describe.
 
     Raises:
@@ -88,7 +88,7 @@ def training(settings: Settings, images: Images) -> Training:
     )
 
 
-def standardise(data: Images) -> Images:
+def standardise(data: Examples) -> Examples:
     """The images with mean 0 and variance 1 over all pixels of the training set."""
     mean, sd = data.x_train.mean(), data.x_train.std()
     return data._replace(x_train=(data.x_train - mean) / sd, x_test=(data.x_test - mean) / sd)

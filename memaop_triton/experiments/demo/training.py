@@ -27,9 +27,8 @@ from torch import Tensor, nn
 
 from memaop_triton import MemAOPConfig, attach_optimizer, auto_freeze, convert_, model_report
 from memaop_triton.errors import CommandError
-from memaop_triton.experiments.data import Images
+from memaop_triton.experiments.data import Examples
 from memaop_triton.experiments.demo.gradients import Cost, costs_of
-from memaop_triton.experiments.posts import Texts
 
 BLOCK = 8  # steps that follow each other, at least
 HEAD = "head"  # the output layer of every network
@@ -69,7 +68,7 @@ class Training:
     network: str
     settings: dict[str, Any]
     schemes: Sequence[Scheme]
-    data: Images | Texts
+    data: Examples
     batch_size: int
     steps: int
     seeds: int
@@ -184,7 +183,7 @@ class _Runner:
         self.result.step_seconds[-1].append(time.perf_counter() - start)
 
     @torch.no_grad()
-    def evaluate(self, data: Images | Texts) -> float:
+    def evaluate(self, data: Examples) -> float:
         loss, correct = 0.0, 0
         for x, y in zip(data.x_test.split(256), data.y_test.split(256), strict=True):
             logits = self.model(x)
