@@ -27,11 +27,12 @@ from memaop_triton.kernels.env import cache_folder
 _log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent / "csrc"
-HEADERS = tuple(_FOLDER / name for name in ("lanes.h", "passes.h"))
+HEADERS = tuple(_FOLDER / name for name in ("lanes.h", "passes.h", "draws.h"))
 #: How matrices of rows may be stored, and the flag that compiles a file for these.
 KINDS = {"f32": "-DKIND_F32", "f64": "-DKIND_F64", "bf16": "-DKIND_BF16"}
 SOURCES = tuple(
-    _FOLDER / f"{name}.c" for name in ("rows", "projection", "gather_gemm", "selection", "step")
+    _FOLDER / f"{name}.c"
+    for name in ("rows", "projection", "gather_gemm", "selection", "step", "stash")
 )
 # Not -march=native: machines with different processors may share a cache directory.
 VECTOR_FLAGS = {
@@ -61,6 +62,8 @@ _OF_A_KIND = {
     "transposed_product": ("v", f"{_MATRIX} l {_MATRIX} pppp ll i"),
     "panel_size": ("l", "ll i"),
     "gather_gemm": ("i", f"{_MATRIX} {_MATRIX} pp {_MATRIX} {_MATRIX} p pp lllll ii"),
+    "stash_rows": ("v", f"{_MATRIX} {_MATRIX} {_MATRIX} l ppp u ll ii"),
+    "restore_rows": ("v", f"ppp {_MATRIX} {_MATRIX} l {_MATRIX} ll ii"),
     "step_room": ("l", "llll ii"),
     "step": (
         "v",

@@ -184,7 +184,7 @@ class Controller:
         share = self.shares[name] if self._is_sampled else EXACT
         is_observed = self._is_observed and self.divided_among(name) == 1
         state.config = self._evidence.configs[name][share]
-        state.is_native = share == EXACT and not is_observed
+        state.is_native = share == EXACT and not is_observed and state.config.stash == "exact"
         if is_observed:
             # The seeds of sketches differ by layer and step, and are the same in all processes.
             seed = (self.steps + 1) * len(self._asked) + list(self._asked).index(name)

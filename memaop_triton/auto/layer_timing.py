@@ -73,18 +73,22 @@ def measure_each(
     configs: Sequence[MemAOPConfig],
     budget: float,
     shortest: float = SHORTEST_SECONDS,
+    exact: MemAOPConfig | None = None,
 ) -> list[Measurement]:
     """`measure` for several configurations in turn, beside one dense layer.
 
     They may differ in their numbers of rows only: what a refresh of the subspace takes is measured
-    for the first one, and is the same for all. `shortest` is that of `time_in_turn`.
+    for the first one, and is the same for all. `shortest` is that of `time_in_turn`. With `exact`,
+    a layer of ours with this configuration takes the place of the dense one, and forward passes,
+    which are the same for all, are not compared.
     """
     # This also switches gradients on, even if the caller has switched them off.
     with torch.inference_mode(False), no_autocast(use.device.type):
         dense, x = _layer(use), _rows(use, use.in_features).requires_grad_(use.needs_input)
         g = _rows(use, use.out_features)
         ours = [MemAOPLinear.from_linear(dense, config) for config in configs]
-        timed: list[nn.Linear] = [dense, *ours]
+        beside = dense if exact is None else MemAOPLinear.from_linear(dense, exact)
+        timed: list[nn.Linear] = [beside, *ours]
         # A refresh happens in one of `period` steps, too rarely to be in enough of the rounds. So
         # steps without any are timed, and beside them steps with one each.
         period = configs[0].period
@@ -95,7 +99,9 @@ def measure_each(
         calls = [_backward(layer, x, g) for layer in timed]
         for_calls, for_forward = budget * (1 - _FORWARD_SHARE), budget * _FORWARD_SHARE
         dense_times, *times = time_in_turn(calls, use.device, for_calls, shortest)
-        extra = _forward_overhead(use, configs[0], for_forward, shortest)
+        extra = 0.0
+        if exact is None:
+            extra = _forward_overhead(use, configs[0], for_forward, shortest)
     if period > 1:
         refreshing, first = (statistics.median(of_layer) for of_layer in (times[-1], times[0]))
         extra += max(0.0, refreshing - first) / period
@@ -125,8 +131,13 @@ def _rows(use: Use, columns: int) -> Tensor:
 
 def _backward(layer: nn.Linear, x: Tensor, g: Tensor) -> Callable[[], object]:
     # With `grad_outputs` PyTorch would import its symbolic shapes first, a third of a second.
-    loss = _Loss.apply(layer(x), g)
     wanted = [t for t in (layer.weight, layer.bias, x) if t.requires_grad]
+    is_stashing = isinstance(layer, MemAOPLinear) and layer.config.stash != "exact"
+    if is_stashing:
+        # A leaf would be kept as it is, and what else is kept hangs on the basis of the memory,
+        # which the first backward pass makes.
+        torch.autograd.grad(_Loss.apply(layer(x.clone()), g), wanted)
+    loss = _Loss.apply(layer(x.clone() if is_stashing else x), g)
     return lambda: torch.autograd.grad(loss, wanted, retain_graph=True)
 
 
@@ -145,9 +156,13 @@ class _Loss(torch.autograd.Function):
 
 
 def _forward_overhead(use: Use, config: MemAOPConfig, budget: float, shortest: float) -> float:
-    """Additional seconds of a `MemAOPLinear`'s forward pass, measured on a tiny layer."""
-    small = use._replace(rows=1, in_features=8, out_features=8)
-    dense, x = _layer(small), _rows(small, 8).requires_grad_()
+    """Additional seconds of a `MemAOPLinear`'s forward pass.
+
+    Measured on a tiny layer, unless it reads its inputs, to keep them in another form.
+    """
+    if config.stash == "exact":
+        use = use._replace(rows=1, in_features=8, out_features=8)
+    dense, x = _layer(use), _rows(use, use.in_features).requires_grad_()
     ours = MemAOPLinear.from_linear(dense, config)
     times = time_in_turn([lambda: dense(x), lambda: ours(x)], use.device, budget, shortest)
     without, with_ours = map(statistics.median, times)

@@ -114,7 +114,7 @@ class StepObserver:
             self._watching.observe_exact(operands, dw, memory)
 
     def _note(self, operands: Operands, dw: Tensor, memory: Memory | None) -> None:
-        x, g = operands.x, operands.g
+        x, g = operands.inputs, operands.g
         (rows, n), p = x.shape, g.shape[1]
         # dX is exact in any case, and does not count.
         use = Use(rows, n, p, x.dtype, x.device, True, operands.bias_grad, needs_input=False)

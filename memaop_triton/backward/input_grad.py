@@ -31,11 +31,12 @@ from memaop_triton.dispatch import runs_triton
 from memaop_triton.flops import input_grad_flops, projected_input_grad_flops
 from memaop_triton.kernels.cpu.torch_ops import basis_scale, sampled_rows_mm
 from memaop_triton.memory.kinds import Memory, SubspaceMemory, rows_to_compute
+from memaop_triton.memory.stash import Stash
 from memaop_triton.sampling.selection import Selection, within
 
 
 def select_for_both(
-    x: Tensor | None,
+    x: Tensor | Stash | None,
     g: Tensor,
     config: MemAOPConfig,
     k: int,
@@ -46,8 +47,8 @@ def select_for_both(
     With `scores="columns"` the norms are of the columns of G that are read.
 
     Args:
-        x: [M, N], or `None` if there is no weight gradient. Read with `scores="norms"` only, for
-            rows that are not finite.
+        x: [M, N], or what is kept of it; `None` if there is no weight gradient. Read with
+            `scores="norms"` only, for rows that are not finite.
         g: [M, P].
         config: With an unbiased selection.
         k: How many.
@@ -56,7 +57,8 @@ def select_for_both(
     scores = dispatch.row_norms(parts_to_score(config.scores, g, g)[1])
     if x is not None and config.scores == "norms":
         # Nothing else of this path reads all of X, where a row that is not finite must show.
-        scores = scores.masked_fill(~dispatch.row_norms(x).isfinite(), torch.inf)
+        norms = x.rest_norms if isinstance(x, Stash) else dispatch.row_norms(x)
+        scores = scores.masked_fill(~norms.isfinite(), torch.inf)
     return _choose(scores, g, config, k, shards)
 
 

@@ -16,6 +16,7 @@ from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels.cpu.torch_ops import Projection, selected_rows
 from memaop_triton.memory.kinds import Memory
+from memaop_triton.memory.stash import Stash
 from memaop_triton.sampling.selection import Selection, cut, is_weighted, select, within
 
 
@@ -106,7 +107,7 @@ class Operands(NamedTuple):
     """What a step works on.
 
     Attributes:
-        x: Inputs, [M, N].
+        inputs: X, [M, N], or what is kept of it.
         g: Gradient of the loss with respect to the output, [M, P].
         config: What to compute.
         k: Rows to select.
@@ -117,7 +118,7 @@ class Operands(NamedTuple):
         observer: Takes note of the step, if the layer is observed.
     """
 
-    x: Tensor
+    inputs: Tensor | Stash
     g: Tensor
     config: MemAOPConfig
     k: int
@@ -126,6 +127,12 @@ class Operands(NamedTuple):
     shards: ProcessShards | None = None
     factors: list[Factors] | None = None
     observer: Observer | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """The inputs, where they are still there."""
+        assert isinstance(self.inputs, Tensor)
+        return self.inputs
 
     @property
     def is_observed(self) -> bool:
@@ -146,10 +153,20 @@ class Operands(NamedTuple):
         kind = self.config.scores
         return parts_to_score(kind, self.x, self.g, self.generator, whole_grad=whole_grad)
 
+    def norms_of_inputs(self) -> Tensor:
+        """Of the rows of X, [M]."""
+        x = self.inputs
+        return x.norms() if isinstance(x, Stash) else dispatch.row_norms(x)
+
+    def project_inputs(self, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """`dispatch.project_rows` of X."""
+        x = self.inputs
+        return x.project(basis) if isinstance(x, Stash) else dispatch.project_rows(x, basis)
+
     def scores_of_whole_rows(self, scores: Tensor) -> Tensor:
         """Scores of whole rows, from those of the columns that were read here: [M]."""
         whole = scores if self.shards is None else self.shards.all_reduce_scores(scores)
-        is_partial = misses_columns(self.config.scores, self.x.shape[1], self.g.shape[1])
+        is_partial = misses_columns(self.config.scores, self.inputs.shape[1], self.g.shape[1])
         return with_floor(whole) if is_partial else whole
 
     def select(self, scores: Tensor, *, cut_short: bool = True) -> Selection:

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from memaop_triton.backward import steps_torch
+from memaop_triton.backward import steps_stash, steps_torch
 from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.backward.step import Factors, Gradients, Observer, Operands
 from memaop_triton.config import MemAOPConfig
@@ -24,6 +24,7 @@ from memaop_triton.memory.kinds import (
     check_memory,
     rows_to_compute,
 )
+from memaop_triton.memory.stash import Stash
 from memaop_triton.sampling.selection import Selection
 
 
@@ -61,7 +62,7 @@ def weight_grad(
 
 
 def weight_and_bias_grad(
-    x: Tensor,
+    x: Tensor | Stash,
     g: Tensor,
     config: MemAOPConfig,
     memory: Memory | None = None,
@@ -76,6 +77,7 @@ def weight_and_bias_grad(
     """`weight_grad`, and with `bias_grad` also the exact db = Σ_m g_m ([P]).
 
     Args:
+        x: Inputs, or what is kept of them.
         shards: The processes that hold other columns of X or G: all select the same rows.
         factors: Receives the selected rows, weighted: two matrices whose product is dW; nothing
             where the gradient is exact.
@@ -84,8 +86,8 @@ def weight_and_bias_grad(
     _check_operands(x, g)
     check_memory(config, memory, x.shape[1], g.shape[1])
     (rows, n), p = x.shape, g.shape[1]
-    if x.numel() == 0 or g.numel() == 0:
-        return Gradients(x.new_zeros((p, n)), g.sum(0) if bias_grad else None)
+    if 0 in (rows, n, p):
+        return Gradients(g.new_zeros((p, n)), g.sum(0) if bias_grad else None)
     is_skipped = isinstance(memory, ResidualMemory) and memory.is_paused
     observer = None if is_skipped else observer
     if observer is not None:
@@ -97,8 +99,14 @@ def weight_and_bias_grad(
         if (memory.side, memory.rank) != choice:
             k = rows_to_compute(config, memory, rows, n, p)
     operands = Operands(x, g, config, k, bias_grad, generator, shards, factors, observer)
+    if isinstance(x, Stash):
+        if k < rows:
+            return steps_stash.sampled(operands, memory, selection)
+        result = steps_stash.exact(operands)
+        if observer is not None:
+            observer.observe_exact(operands, result.weight, memory)
+        return result
     step = _steps_for(x, memory)
-    result: Gradients
     # The memory is empty and every row is computed: nothing is left to store, no slots are made.
     is_untouched = isinstance(memory, ResidualMemory) and k == rows and memory.rows == 0
     if isinstance(memory, ResidualMemory) and not is_skipped and not is_untouched:
@@ -112,7 +120,7 @@ def weight_and_bias_grad(
     else:
         result = step.without_memory(operands, selection)
         if isinstance(memory, SubspaceMemory):
-            memory.end_step(x, x[:, :0])
+            memory.end_step(x)
     return result
 
 
@@ -130,12 +138,12 @@ def _steps_triton() -> ModuleType:
     return steps_triton
 
 
-def _check_operands(x: Tensor, g: Tensor) -> None:
-    if not x.is_floating_point():
+def _check_operands(x: Tensor | Stash, g: Tensor) -> None:
+    if not x.dtype.is_floating_point:
         raise TypeError(f"x must be of a floating-point dtype, got {x.dtype}.")
     if g.dtype != x.dtype:
         raise TypeError(f"g is {g.dtype} but x is {x.dtype}: they must agree.")
-    if x.dim() != 2 or g.dim() != 2 or x.shape[0] != g.shape[0]:
+    if len(x.shape) != 2 or g.dim() != 2 or x.shape[0] != g.shape[0]:
         raise ValueError(
             f"x must be [M, N] and g [M, P], got {tuple(x.shape)} and {tuple(g.shape)}: flatten "
             "the leading dimensions into rows."

@@ -33,6 +33,8 @@ SELECTIONS = ("topk", "weightedk", "randk", "uniform", "priority", "crs", "berno
 UNBIASED_SELECTIONS = ("uniform", "priority", "crs", "bernoulli", "wta")
 #: What rows are picked by: norms of whole rows, of an eighth of their columns, of G's rows alone.
 SCORES = ("norms", "columns", "grad")
+#: What is kept of X for the backward pass.
+STASHES = ("exact", "int8", "int4")
 BLOCK_ROWS = (1, 16, 32, 64, 128)
 
 
@@ -77,6 +79,11 @@ class MemAOPConfig:
             `grad_input="sampled"` dX and dW use one selection: by ‖g‖ whole (`"norms"`, which also
             looks for NaN in X, and `"grad"`, which does not), or by ‖g‖ over the columns of G that
             are read.
+        stash: How X is kept from the forward pass to the backward pass: `"exact"`, or `"int8"` or
+            `"int4"`, rounded at random to so many bits a number, where that frees memory
+            (`memaop_triton.memory.stash`). The mean of dW stays what it is, and rows are selected
+            as ever, by their norms; where K = M, dW is exact but for the rounding. Not with a
+            memory of rows.
 
     Attributes:
         memory: An object or `None`; strings are converted to objects.
@@ -95,11 +102,13 @@ class MemAOPConfig:
     block_rows: int = 1
     budget: float | None = None
     scores: str = "norms"
+    stash: str = "exact"
 
     def __post_init__(self) -> None:
         self._check_number_of_rows()
         check_name("selection", self.selection, SELECTIONS)
         check_name("scores", self.scores, SCORES)
+        check_name("stash", self.stash, STASHES)
         self._replace_name("memory", NAMED_MEMORIES, (Subspace, Rows))
         self._replace_name("grad_input", NAMED_GRAD_INPUTS, (Sampled, Projected))
         if type(self.block_rows) is not int or self.block_rows not in BLOCK_ROWS:
@@ -148,6 +157,11 @@ class MemAOPConfig:
                 f"memory={self.memory_name!r} with the unbiased selection={self.selection!r} would "
                 "count rows twice: use memory='subspace' or 'none', or a selection of the paper "
                 "('topk', 'weightedk', 'randk')."
+            )
+        if self.stash != "exact" and self.row_memory is not None:
+            raise ValueError(
+                f"stash={self.stash!r} saves nothing beside memory={self.memory_name!r}, which "
+                "holds a copy of all rows from step to step: use memory='subspace' or 'none'."
             )
         if self.scores != "norms" and self.memory is not None:
             raise ValueError(

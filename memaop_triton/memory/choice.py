@@ -123,16 +123,19 @@ class SubspaceChoice:
         self.input_grad_rank = min(self.input_grad_rank, max_rank)
         self.forget()
 
-    def measure(self, bases: Mapping[str, Basis], x: Tensor, g: Tensor, *, iterate: bool) -> None:
+    def measure(
+        self, bases: Mapping[str, Basis], x: Tensor, g: Tensor, rows: int, iterate: bool
+    ) -> None:
         """Measure the scores of a batch under every choice; they arrive on the host later.
 
         Args:
             bases: By side.
-            x: [M, N].
+            x: [M, N], or those of its rows that `refresh_stride` leaves, like those of `g`.
             g: [M, P].
+            rows: M.
             iterate: Whether the bases take a power iteration before.
         """
-        self.arriving = x.shape[0], Arriving(self.curves_of(bases, x, g, iterate=iterate))
+        self.arriving = rows, Arriving(self.curves_of(bases, x, g, iterate=iterate))
 
     def curves_of(
         self, bases: Mapping[str, Basis], x: Tensor, g: Tensor, *, iterate: bool

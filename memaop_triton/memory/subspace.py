@@ -12,13 +12,14 @@ from torch import Tensor
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.config.parts import SIDES
 from memaop_triton.errors import check_name
-from memaop_triton.flops import REFRESHES_PER_CHOICE, SubspaceCost
+from memaop_triton.flops import REFRESHES_PER_CHOICE, SubspaceCost, refresh_stride
 from memaop_triton.kernels import targets
 from memaop_triton.memory.basis import Basis, by_column
 from memaop_triton.memory.choice import Choice, SubspaceChoice
 from memaop_triton.memory.projection import GradProjection
 from memaop_triton.memory.refresh_clock import RefreshClock
 from memaop_triton.memory.saved_state import check_fields, check_shape
+from memaop_triton.memory.stash import Stash
 
 #: Number of rows to assume before the first batch.
 MANY_ROWS = 1 << 20
@@ -224,12 +225,16 @@ class SubspaceMemory:
         self.projection.clock.refresh_every = refresh_every
 
     def begin_step(
-        self, x: Tensor, g: Tensor, config: MemAOPConfig, generator: torch.Generator | None = None
+        self,
+        x: Tensor | Stash,
+        g: Tensor,
+        config: MemAOPConfig,
+        generator: torch.Generator | None = None,
     ) -> None:
         """Make the bases in the first step, and choose among them when that is due.
 
         Args:
-            x: [M, N].
+            x: [M, N], or what is kept of it.
             g: [M, P].
             config: The layer's.
             generator: Source of the first bases.
@@ -242,7 +247,7 @@ class SubspaceMemory:
         is_first = self.bases[self.side].q is None
         if is_first:
             for side, basis in self.bases.items():
-                basis.of(x if side == "input" else g, self.choice.max_rank, generator)
+                basis.of(self._some(x if side == "input" else g), self.choice.max_rank, generator)
         if not self.choice.is_open or targets.is_capturing(x.device):
             return
         step, every = self._clock.host_step, self._clock.refresh_every
@@ -251,9 +256,13 @@ class SubspaceMemory:
         every *= REFRESHES_PER_CHOICE
         is_new = self.choice.measured is None and self.choice.arriving is None
         if is_new or (step > 0 and step % every == 0):
-            self.choice.measure(self.bases, x, g, iterate=not is_first)
+            self.choice.measure(self.bases, self._some(x), self._some(g), len(g), not is_first)
             if self._arrives_at_once(x.device):
                 self._choose(config)
+
+    def _some(self, a: Tensor | Stash) -> Tensor:
+        """The rows of `a` that a power iteration reads."""
+        return a[:: refresh_stride(a.shape[0], self.choice.max_rank)]
 
     @staticmethod
     def _arrives_at_once(device: torch.device) -> bool:
@@ -298,14 +307,19 @@ class SubspaceMemory:
         if is_alone or self.side != "grad":
             self._clock.refresh(self.bases["grad"], g, z)
 
-    def end_step(self, a: Tensor, z: Tensor) -> None:
-        """Count a step that projected `a`, X or G, to z ∝ A Q; refresh Q when it is due.
+    def end_step(self, a: Tensor | Stash, z: Tensor | None = None) -> None:
+        """Count a step that projected `a`, X or G, to z ∝ A Q, and refresh Q when it is due.
 
-        Nothing is projected at rank 0, and z [M, 0].
+        Of rows that were not projected, those which that takes are projected here.
         """
         self._clock.count(a.device)
-        if self.rank:
-            self._clock.refresh(self.bases[self.side], a, z)
+        due = self._clock.is_due(a.device) if self.rank else False
+        if due is not False:
+            basis = self.bases[self.side]
+            if z is None or not isinstance(a, Tensor):
+                a = self._some(a)
+                z = basis.project(a, self.rank)[0]
+            basis.iterate(a, z, due)
 
     def fit(self, config: MemAOPConfig, in_features: int, out_features: int) -> None:
         """Become a memory for rows of these lengths, with the rank of `config`, if it is not."""

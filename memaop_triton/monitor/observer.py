@@ -117,12 +117,14 @@ class LayerObserver:
             return
         scores = projected = None
         if isinstance(memory, SubspaceMemory) and memory.basis is not None and memory.rank:
-            a, b = operands.x, operands.g
-            if memory.side == "grad":
-                a, b = b, a
-            z, rest = project_rows(a, memory.basis_of(a))
-            scores = rest * row_norms(b)
-            projected = ProjectedRows(rest, z, z[:0], a.shape[1])
+            g, features = operands.g, operands.inputs.shape[1]
+            if memory.side == "input":
+                z, rest = operands.project_inputs(memory.basis_of(g))
+                scores = rest * row_norms(g)
+            else:
+                z, rest = project_rows(g, memory.basis_of(g))
+                scores, features = rest * operands.norms_of_inputs(), g.shape[1]
+            projected = ProjectedRows(rest, z, z[:0], features)
         self._add(operands, None, dw, scores, projected)
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -154,12 +156,13 @@ class LayerObserver:
         scores: Tensor | None,
         projected: ProjectedRows | None,
     ) -> None:
-        x, g, config = operands.x, operands.g, operands.config
-        self.rows, self.k = x.shape[0], operands.k
-        own = (row_norms(x) * row_norms(g)).double() if scores is None else scores.double()
-        s, zero = own, own.new_zeros(())
-        if scores is not None and config.row_memory is not None:
-            own = (row_norms(x) * row_norms(g)).double()
+        g, config = operands.g, operands.config
+        self.rows, self.k = g.shape[0], operands.k
+        if scores is None or config.row_memory is not None:
+            own = (operands.norms_of_inputs() * row_norms(g)).double()
+        else:
+            own = scores.double()
+        s, zero = own if scores is None else scores.double(), own.new_zeros(())
         parts = _Parts(own.dot(own), zero, zero, zero)
         if projected is not None:
             parts = _parts_of(s, projected)

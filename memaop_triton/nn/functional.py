@@ -14,6 +14,7 @@ from memaop_triton.config import MemAOPConfig
 from memaop_triton.memory.kinds import Memory, check_memory
 from memaop_triton.nn import ops as ops  # registers torch.ops.memaop_triton
 from memaop_triton.nn.layer_state import LayerState, state_for
+from memaop_triton.nn.stashing import kept_of
 
 
 class _MemAOPLinearFunction(torch.autograd.Function):
@@ -28,18 +29,20 @@ class _MemAOPLinearFunction(torch.autograd.Function):
         order: Tensor,
         state: LayerState,
         memory: Memory | None,
+        *kept: Tensor,
     ) -> Tensor:
         return F.linear(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
-        x, weight, _, handle, order, state, memory = inputs
+        x, weight, _, handle, order, state, memory, *kept = inputs
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         # Out of the saved tensors: a graph writes to `order` between the backward passes of a layer
         # that is used twice. State and memory are kept alive.
         ctx.handle, ctx.order, ctx.state, ctx.memory = handle, order, state, memory
         ctx.approximates_dx = needs_x and state.config.grad_input is not None
-        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        x = x if needs_weight and not kept else None
+        ctx.save_for_backward(x, weight if needs_x else None, *kept)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
@@ -47,20 +50,22 @@ class _MemAOPLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        x, weight, *kept = ctx.saved_tensors
         gradients: tuple[Tensor | None, ...]
+        if kept and ctx.needs_input_grad[0]:
+            _check_not_differentiated()
         # Casts were made in the forward pass, in whichever autocast region backward is called.
         if torch.is_grad_enabled() or _is_autocast(grad_output.device.type):
             with torch.no_grad(), no_autocast(grad_output.device.type):
-                gradients = _backward(ctx, grad_output, *saved)
+                gradients = _backward(ctx, grad_output, x, weight, kept)
         else:
-            gradients = _backward(ctx, grad_output, *saved)
+            gradients = _backward(ctx, grad_output, x, weight, kept)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            sources = (grad_output, *saved)
+            sources = (grad_output, x, weight)
             gradients = tuple(
                 None if a is None else _DifferentiableOnce.apply(a, *sources) for a in gradients
             )
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, *(None for _ in kept)
 
 
 # autograd.Function.apply calls inspect.signature(forward) on every call; a cached one saves 20 µs.
@@ -105,6 +110,16 @@ class _DifferentiableOnce(torch.autograd.Function):
         )
 
 
+def _check_not_differentiated() -> None:
+    """Refuse `create_graph=True` where nothing is left that would link a gradient to the inputs."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "create_graph=True asks for gradients that can be differentiated by the inputs of a "
+            "MemAOPLinear, but it keeps none of them: use stash='exact', or call .eval() on the "
+            "layer."
+        )
+
+
 _BATCHED = (
     "a MemAOPLinear in training draws rows for each backward pass, so it cannot be batched by "
     "torch.func.vmap, torch.func.jacrev, torch.autograd.functional.jacobian(vectorize=True) or "
@@ -139,7 +154,7 @@ def _is_delivered(node: Any) -> bool:
 
 
 def _backward(
-    ctx: Any, grad_output: Tensor, x: Tensor | None, weight: Tensor | None
+    ctx: Any, grad_output: Tensor, x: Tensor | None, weight: Tensor | None, kept: list[Tensor]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if not torch.compiler.is_compiling():
         # `torch.autograd.grad(is_grads_batched=True)` hands in many gradients as one tensor.
@@ -149,10 +164,12 @@ def _backward(
     wants_x, wants_weight, wants_bias = _wanted_gradients(ctx)
     g = _as_rows(grad_output)
     rows = _as_rows(x) if x is not None and wants_weight else g.new_empty(0)
+    kept = kept if wants_weight else []
     dx = dw = db = None
     if wants_x and ctx.approximates_dx:
         dx, dw, db = torch.ops.memaop_triton.sampled_backward(
             rows,
+            kept,
             g,
             weight,
             ctx.handle,
@@ -166,7 +183,7 @@ def _backward(
             dx = g @ weight
         if wants_weight:
             dw, db = torch.ops.memaop_triton.weight_grad(
-                rows, g, ctx.handle, ctx.order, bias_grad=wants_bias
+                rows, kept, g, ctx.handle, ctx.order, bias_grad=wants_bias
             )
         elif wants_bias:
             db = g.sum(0)
@@ -213,9 +230,9 @@ def memaop_linear(
         TypeError: `x` is not floating point, or the dtypes differ.
         ValueError: The shapes do not fit, or `memory` is not of the kind that `config` specifies.
     """
-    x, weight, bias = prepared(x, weight, bias)
+    operands = prepared(x, weight, bias)
     check_memory(config, memory, weight.shape[1], weight.shape[0])
-    return linear_of_state(x, weight, bias, state_for(config, memory, x.device), memory)
+    return linear_of_state(*operands, state_for(config, memory, operands[0].device), memory, x)
 
 
 def prepared(
@@ -236,10 +253,12 @@ def linear_of_state(
     bias: Tensor | None,
     state: LayerState,
     memory: Memory | None = None,
+    source: Tensor | None = None,
 ) -> Tensor:
     """`memaop_linear` for operands that have been checked and a layer's state.
 
-    `memory` is that of a state which does not keep it alive.
+    `memory` is that of a state which does not keep it alive. `source` is what the layer was given,
+    if `x` was cast since.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return F.linear(x, weight, bias)
@@ -250,9 +269,17 @@ def linear_of_state(
         else:
             state.move(x.device)
             handle, order = state.handle, state.order
+    kept: tuple[Tensor, ...] = ()
+    if state.stash != "exact" and weight.requires_grad:
+        if torch.compiler.is_compiling():
+            # Each for itself: draws cannot be shared between operators of a graph.
+            rows, out_features = _as_rows(x.detach()), weight.shape[0]
+            kept = torch.ops.memaop_triton.stash(rows, handle, out_features=out_features)
+        else:
+            kept = kept_of(x, x if source is None else source, weight, state)
     is_taken_apart = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     function = _MemAOPLinearFunction if is_taken_apart else _EagerFunction
-    result: Tensor = function.apply(x, weight, bias, handle, order, state, memory)
+    result: Tensor = function.apply(x, weight, bias, handle, order, state, memory, *kept)
     return result
 
 

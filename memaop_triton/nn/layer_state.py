@@ -66,6 +66,8 @@ class LayerState:
     Attributes:
         config: What the backward pass computes.
         memory: The memory, kept between steps; `None` for `memory="none"`.
+        stash: What is kept of the inputs, as in `config`: apart from it, because ratios change and
+            a compiled graph need not know.
         handle: [number, 0], uint8: represents this object in a graph.
         order: [1], uint8, one per device: every operator that draws random numbers or changes a
             memory declares that it writes to this tensor, which keeps such operators in the order
@@ -96,6 +98,7 @@ class LayerState:
 
     def __init__(self, config: MemAOPConfig, memory: Memory | None) -> None:
         self.config = config
+        self.stash = config.stash
         self.memory = memory
         number = next(_numbers)
         _states[number] = self

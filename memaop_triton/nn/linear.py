@@ -195,7 +195,7 @@ class MemAOPLinear(nn.Linear):
             from memaop_triton.nn import tensor_parallel
 
             return tensor_parallel.linear(x, weight, bias, self.layer_state)
-        return linear_of_state(x, weight, bias, self.layer_state)
+        return linear_of_state(x, weight, bias, self.layer_state, source=input)
 
     def extra_repr(self) -> str:
         """The layer's sizes and the settings that differ between layers."""
@@ -210,6 +210,8 @@ class MemAOPLinear(nn.Linear):
             parts.append(f"rank={self.memory.rank}")
         if config.scores != "norms":
             parts.append(f"scores={config.scores}")
+        if config.stash != "exact":
+            parts.append(f"stash={config.stash}")
         if config.grad_input is not None:
             parts.append(f"grad_input={config.grad_input_name}")
         if config.projected is not None and config.projected.budget is not None:

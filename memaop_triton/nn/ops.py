@@ -1,17 +1,19 @@
 """The backward passes as operators, `torch.ops.memaop_triton.*`, for compilers and FLOP counters.
 
-Each takes the handle of a `LayerState`, whose memory it reads and updates, and declares that it
-writes to `order`: a compiler that reorders a program keeps these operators in sequence, so a
-compiled step draws the same numbers as an eager one. A gradient that is not required is returned
-with shape [0].
+Each takes the handle of a `LayerState`, whose memory it reads and updates. Those of the backward
+pass declare that they write to `order`: a compiler that reorders a program keeps these operators in
+sequence, so a compiled step draws the same numbers as an eager one. A gradient that is not required
+is returned with shape [0]. `stash` is what a compiled forward pass keeps of its inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from memaop_triton.backward.input_grad import (
@@ -24,9 +26,13 @@ from memaop_triton.backward.input_grad import (
 from memaop_triton.backward.step import Gradients
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.flops import weight_grad_flops
+from memaop_triton.kernels.cpu.stash import bytes_of_row, widths
+from memaop_triton.kernels.cpu.torch_ops import score_dtype
 from memaop_triton.memory.kinds import SubspaceMemory, rows_to_compute
+from memaop_triton.memory.stash import BITS, Stash
 from memaop_triton.nn import layer_state
 from memaop_triton.nn.layer_state import LayerState
+from memaop_triton.nn.stashing import new_stash, stash_of
 from memaop_triton.sampling.selection import Selection
 
 # Unsafe in the CUDA graphs that Inductor cuts a program into, because the operators keep tensors
@@ -39,16 +45,33 @@ _TAGS = (
 
 
 def _weight_grad(
-    x: Tensor, g: Tensor, handle: Tensor, order: Tensor, *, bias_grad: bool
+    x: Tensor,
+    kept: Sequence[Tensor],
+    g: Tensor,
+    handle: Tensor,
+    order: Tensor,
+    *,
+    bias_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dW [P, N] and db [P] from x [M, N] and g [M, P], as configured in `handle`'s state."""
+    """dW [P, N] and db [P] from x [M, N] and g [M, P], as configured in `handle`'s state.
+
+    `kept` is what is left of x, whose shape is [0] then.
+    """
     state = layer_state.find(handle.shape[0])
-    dw, db = _gradients(state, x, g, bias_grad)
+    dw, db = _gradients(state, _inputs(state, x, kept), g, bias_grad)
     return dw, g.new_empty(0) if db is None else db
 
 
+def _inputs(state: LayerState, x: Tensor, kept: Sequence[Tensor]) -> Tensor | Stash:
+    return stash_of(kept, state.config, x.dtype) if kept else x
+
+
 def _gradients(
-    state: LayerState, x: Tensor, g: Tensor, bias_grad: bool, selection: Selection | None = None
+    state: LayerState,
+    x: Tensor | Stash,
+    g: Tensor,
+    bias_grad: bool,
+    selection: Selection | None = None,
 ) -> Gradients:
     gradients = weight_and_bias_grad(
         x,
@@ -66,12 +89,16 @@ def _gradients(
     return gradients
 
 
-def _weight_grad_fake(x: Tensor, g: Tensor, *_: Any, bias_grad: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty((g.shape[1], x.shape[1])), g.new_empty(g.shape[1] if bias_grad else 0)
+def _weight_grad_fake(
+    x: Tensor, kept: Sequence[Tensor], g: Tensor, *_: Any, bias_grad: bool
+) -> tuple[Tensor, Tensor]:
+    columns = kept[-1].shape[1] if kept else x.shape[1]
+    return x.new_empty((g.shape[1], columns)), g.new_empty(g.shape[1] if bias_grad else 0)
 
 
 def _sampled_backward(
     x: Tensor,
+    kept: Sequence[Tensor],
     g: Tensor,
     weight: Tensor,
     handle: Tensor,
@@ -84,22 +111,25 @@ def _sampled_backward(
     """dX [M, N], sampled or projected, dW [P, N] and db [P] from x [M, N] and g [M, P].
 
     Sampled from the same rows, unless a subspace memory gives each scores of its own. `x` may have
-    shape [0] if no weight gradient is required. With a frozen weight there is no step of dW, so
-    that of dX advances the memory.
+    shape [0] if no weight gradient is required, or if it was `kept` in another form. With a frozen
+    weight there is no step of dW, so that of dX advances the memory.
     """
     state = layer_state.find(handle.shape[0])
     config, memory = state.config, state.memory
+    inputs = _inputs(state, x, kept)
     selection = dx = None
     is_empty = g.numel() == 0 or weight.numel() == 0
     k = 0 if is_empty else rows_to_compute(config, memory, len(g), weight.shape[1], g.shape[1])
     if is_empty or k == len(g):
         dx = g @ weight
     elif not isinstance(memory, SubspaceMemory):
-        selection = select_for_both(x if weight_grad else None, g, config, k, shards=state.shards)
+        selection = select_for_both(
+            inputs if weight_grad else None, g, config, k, shards=state.shards
+        )
         dx = sampled_input_grad(g, weight, selection, config)
     dw, db = x.new_empty(0), None
     if weight_grad:
-        dw, db = _gradients(state, x, g, bias_grad, selection)
+        dw, db = _gradients(state, inputs, g, bias_grad, selection)
     elif bias_grad:
         db = g.sum(0)
     if dx is None:
@@ -115,18 +145,66 @@ def _sampled_backward(
 
 
 def _sampled_backward_fake(
-    x: Tensor, g: Tensor, weight: Tensor, *_: Any, weight_grad: bool, bias_grad: bool, **__: Any
+    x: Tensor,
+    kept: Sequence[Tensor],
+    g: Tensor,
+    weight: Tensor,
+    *_: Any,
+    weight_grad: bool,
+    bias_grad: bool,
+    **__: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = g.new_empty((g.shape[0], weight.shape[1]))
-    dw = x.new_empty((g.shape[1], x.shape[1]) if weight_grad else 0)
+    dw = x.new_empty(weight.shape if weight_grad else 0)
     return dx, dw, g.new_empty(g.shape[1] if bias_grad else 0)
 
 
-for _name, _compute, _fake in (
-    ("memaop_triton::weight_grad", _weight_grad, _weight_grad_fake),
-    ("memaop_triton::sampled_backward", _sampled_backward, _sampled_backward_fake),
+def _stash(
+    x: Tensor, handle: Tensor, *, out_features: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of a `Stash` of x [M, N], for a weight with so many rows.
+
+    What is kept inside of a subspace has the rank of the memory's bases, whatever is in use. It
+    writes nothing: a compiler that divides a step into forward and backward pass could not order
+    writes of both.
+    """
+    state = layer_state.find(handle.shape[0])
+    rank = _rank_of_stash(state)
+    stash = new_stash(x, out_features, state)
+    *stored, z, expand = stash.tensors
+    padding = rank - len(expand)
+    z, expand = (F.pad(z, (0, padding)), F.pad(expand, (0, 0, 0, padding)))
+    numbers, scales, norms = stored
+    return numbers, scales, norms, z, expand
+
+
+def _stash_fake(x: Tensor, handle: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+    state = layer_state.find(handle.shape[0])
+    (rows, columns), rank = x.shape, _rank_of_stash(state)
+    bits = BITS[state.config.stash]
+    return (
+        x.new_empty((rows, bytes_of_row(columns, bits)), dtype=torch.uint8),
+        x.new_empty((rows, len(widths(columns))), dtype=torch.bfloat16),
+        x.new_empty(rows, dtype=score_dtype(x.dtype)),
+        x.new_empty((rows, rank), dtype=torch.bfloat16),
+        x.new_empty((rank, columns), dtype=torch.bfloat16),
+    )
+
+
+def _rank_of_stash(state: LayerState) -> int:
+    """A size that no step changes: a graph is compiled for it."""
+    memory = state.memory
+    if not isinstance(memory, SubspaceMemory) or memory.choice.is_rank_open:
+        return 0
+    return memory.choice.max_rank if "input" in memory.bases else 0
+
+
+for _name, _written, _compute, _fake in (
+    ("memaop_triton::stash", (), _stash, _stash_fake),
+    ("memaop_triton::weight_grad", ("order",), _weight_grad, _weight_grad_fake),
+    ("memaop_triton::sampled_backward", ("order",), _sampled_backward, _sampled_backward_fake),
 ):
-    _schema = torch.library.infer_schema(_compute, mutates_args=("order",))
+    _schema = torch.library.infer_schema(_compute, mutates_args=_written)
     torch.library.define(_name, _schema, tags=_TAGS)
     torch.library.impl(_name, "CompositeExplicitAutograd", _compute)
     torch.library.register_fake(_name, _fake)
@@ -137,9 +215,14 @@ for _name, _compute, _fake in (
 
 @register_flop_formula(torch.ops.memaop_triton.weight_grad)
 def _flops_of_weight_grad(
-    x: torch.Size, g: torch.Size, handle: torch.Size, *_: Any, **__: Any
+    x: torch.Size,
+    kept: Sequence[torch.Size],
+    g: torch.Size,
+    handle: torch.Size,
+    *_: Any,
+    **__: Any,
 ) -> int:
-    (m, n), p = x, g[1]
+    (m, p), n = g, kept[-1][1] if kept else x[1]
     state = layer_state.find(handle[0])
     k = rows_to_compute(state.config, state.memory, m, n, p)
     subspace = state.memory.cost if isinstance(state.memory, SubspaceMemory) else None
@@ -149,6 +232,7 @@ def _flops_of_weight_grad(
 @register_flop_formula(torch.ops.memaop_triton.sampled_backward)
 def _flops_of_sampled_backward(
     x: torch.Size,
+    kept: Sequence[torch.Size],
     g: torch.Size,
     weight: torch.Size,
     handle: torch.Size,
@@ -159,4 +243,4 @@ def _flops_of_sampled_backward(
     (m, p), n = g, weight[1]
     state = layer_state.find(handle[0])
     dx = flops_of_input_grad(state.config, state.memory, m, n, p)
-    return dx + (_flops_of_weight_grad(x, g, handle) if weight_grad else 0)
+    return dx + (_flops_of_weight_grad(x, kept, g, handle) if weight_grad else 0)

@@ -22,7 +22,7 @@ def use(rows):
 def test_passes_add_up_and_a_shape_is_timed_once(monkeypatch):
     asked = []
 
-    def measure_each(use, configs, budget, shortest):
+    def measure_each(use, configs, budget, shortest, exact):
         asked.append((use.rows, [config.ratio for config in configs]))
         return [Measurement([8.0, 9.0, 90.0], [16.0 * c.ratio] * 3, 0) for c in configs]
 

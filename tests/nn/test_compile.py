@@ -223,3 +223,43 @@ def test_export_of_the_forward_pass_is_that_of_a_dense_model(training, strict):
     assert set(exported.state_dict) == set(model.state_dict())
     x = torch.randn(7, 32)
     exactly(exported.module()(x), model(x))
+
+
+class Chain(nn.Module):
+    """Two layers of which each is fed by a tensor of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 64), nn.Linear(64, 8)
+
+    def forward(self, x):
+        return self.second(self.first(x + 1).sin())
+
+
+@pytest.mark.parametrize("memory", ["none", "subspace"])
+@pytest.mark.parametrize("stash", ["int8", "int4"])
+def test_a_stash(stash, memory):
+    config = flat_config(ratio=1 / 4, memory=memory, refresh_every=2, stash=stash)
+    eager, compiled = both(convert_(Chain(), config), "aot_eager", rows=(24, 24, 40, 16, 24, 64))
+    # Before there is a basis, a compiled layer keeps zeros inside of it, an eager one nothing.
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("grad_input", ["exact", "sampled"])
+def test_a_compiled_step_keeps_the_stash_and_not_the_inputs(grad_input):
+    config = MemAOPConfig(ratio=1 / 4, memory="none", stash="int4", grad_input=grad_input)
+    kept = {}
+
+    def pack(a):
+        kept[a.untyped_storage().data_ptr()] = a
+        return a
+
+    model = convert_(nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)), config)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda a: a):
+        y = compiled(torch.randn(512, 256, requires_grad=True) * 1)
+    y.sum().backward()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held = sum(a.untyped_storage().nbytes() for place, a in kept.items() if place not in weights)
+    assert held <= 2 * 512 * (128 + 8 + 4) + 1024

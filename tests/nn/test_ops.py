@@ -33,34 +33,57 @@ def state_for(**settings):
     return LayerState(config, new_memory(config, N, P))
 
 
+def inputs_for(state, x):
+    """`x` and what is kept of it: the one or the other."""
+    if state.stash == "exact":
+        return x, []
+    return torch.randn(0), list(ops.stash(x, state.handle, out_features=P))
+
+
+@pytest.mark.parametrize("stash", ["exact", "int4"])
 @pytest.mark.parametrize("bias_grad", [True, False])
 @pytest.mark.parametrize("settings", REPEATABLE, ids=label)
-def test_opcheck_weight_grad(settings, bias_grad):
-    state = state_for(**settings)
-    arguments = torch.randn(M, N), torch.randn(M, P), state.handle, state.order
+def test_opcheck_weight_grad(settings, bias_grad, stash):
+    if stash != "exact" and settings["memory"] == "residual":
+        pytest.skip("a memory of rows has no stash")
+    state = state_for(stash=stash, **settings)
+    inputs = inputs_for(state, torch.randn(M, N))
+    arguments = *inputs, torch.randn(M, P), state.handle, state.order
     torch.library.opcheck(ops.weight_grad.default, arguments, {"bias_grad": bias_grad})
 
 
+@pytest.mark.parametrize("stash", ["exact", "int8"])
 @pytest.mark.parametrize("weight_grad", [True, False])
 @pytest.mark.parametrize("bias_grad", [True, False])
 @pytest.mark.parametrize(
     ("memory", "grad_input"),
     [("none", "sampled"), ("subspace", "sampled"), ("subspace", "projected")],
 )
-def test_opcheck_sampled_backward(memory, grad_input, weight_grad, bias_grad):
-    state = state_for(memory=memory, grad_input=grad_input)
-    x = torch.randn(M, N) if weight_grad else torch.randn(0)
-    arguments = x, torch.randn(M, P), torch.randn(P, N), state.handle, state.order
+def test_opcheck_sampled_backward(memory, grad_input, weight_grad, bias_grad, stash):
+    state = state_for(memory=memory, grad_input=grad_input, stash=stash)
+    inputs = inputs_for(state, torch.randn(M, N)) if weight_grad else (torch.randn(0), [])
+    arguments = *inputs, torch.randn(M, P), torch.randn(P, N), state.handle, state.order
     settings = {"weight_grad": weight_grad, "bias_grad": bias_grad, "is_frozen": not weight_grad}
     torch.library.opcheck(ops.sampled_backward.default, arguments, settings)
 
 
-@pytest.mark.parametrize("name", ["weight_grad", "sampled_backward"])
-def test_only_the_order_is_written_and_operators_run_between_the_graphs_of_a_compiler(name):
+@pytest.mark.parametrize("memory", ["none", "subspace"])
+def test_opcheck_stash(memory):
+    """But for its values, which are drawn."""
+    state = state_for(memory=memory, stash="int4")
+    arguments = torch.randn(M, N), state.handle
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(ops.stash.default, arguments, {"out_features": P}, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("name", "writes"), [("weight_grad", ["order"]), ("sampled_backward", ["order"]), ("stash", [])]
+)
+def test_what_is_written_and_operators_run_between_the_graphs_of_a_compiler(name, writes):
     operator = getattr(ops, name).default
     arguments = operator._schema.arguments
     written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-    assert written == ["order"]
+    assert written == writes
     assert torch.Tag.cudagraph_unsafe in operator.tags
 
 
@@ -93,7 +116,7 @@ def test_memory_that_is_gone_before_backward():
     del state
     gc.collect()
     with pytest.raises(RuntimeError, match="memory of this backward pass is gone: keep the layer"):
-        ops.weight_grad(torch.randn(M, N), torch.randn(M, P), handle, order, bias_grad=False)
+        ops.weight_grad(torch.randn(M, N), [], torch.randn(M, P), handle, order, bias_grad=False)
 
 
 def flops(layer):
@@ -112,6 +135,9 @@ def test_flops_of_a_layer_are_those_of_its_gemms_and_its_subspace():
         ({"ratio": 1 / 4, "memory": "none", "grad_input": "sampled"}, 1.5 * gemm + norms),
     ):
         assert flops(MemAOPLinear(N, P, config=MemAOPConfig(**settings))) == expected
+    for stash in ("int4", "int8"):  # what restores the rows is not counted
+        config = MemAOPConfig(ratio=1 / 4, memory="none", stash=stash)
+        assert flops(MemAOPLinear(N, P, config=config)) == 2.25 * gemm + norms
     for side, kept in (("input", 0), ("grad", 0), ("auto", 3 * (N + P))):
         config = MemAOPConfig(ratio=1 / 4, memory=Subspace(rank=3, side=side, refresh_every=10))
         layer = MemAOPLinear(N, P, config=config)

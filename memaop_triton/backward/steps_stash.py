@@ -1,0 +1,126 @@
+"""One step of each memory whose inputs are kept as a `Stash`: on any device, in PyTorch or C.
+
+Rows are scored by their stored norms, and only those that are selected are restored. `exact` and a
+subspace of the gradients' side take all of them, some at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memaop_triton import dispatch
+from memaop_triton.backward.scores import parts_to_score
+from memaop_triton.backward.step import Gradients, Operands, ProjectedRows, rows_and_weights
+from memaop_triton.kernels.cpu import torch_ops as kernels
+from memaop_triton.memory.kinds import Memory, SubspaceMemory
+from memaop_triton.memory.stash import Stash
+from memaop_triton.sampling.selection import Selection
+
+
+def exact(operands: Operands) -> Gradients:
+    """dW from all rows."""
+    stash, g = _stash_of(operands), operands.g
+    return Gradients(stash.transposed_mm(g).to(g.dtype), operands.sum_rows())
+
+
+def sampled(operands: Operands, memory: Memory | None, selection: Selection | None) -> Gradients:
+    """dW from selected rows, and from all of them inside of a subspace, if there is one.
+
+    With a subspace of the inputs' side, that is the one whose part was kept, whatever the memory
+    holds by now. `selection` takes the place of scores where there is none.
+    """
+    assert memory is None or isinstance(memory, SubspaceMemory)
+    stash, g = _stash_of(operands), operands.g
+    if memory is not None and memory.side == "grad" and memory.rank:
+        gradients = _beside_gradients(operands, memory, selection)
+    elif stash.inside is not None:
+        gradients = _beside_inputs(operands, selection)
+    else:
+        gradients = _without_subspace(operands, selection)
+    if memory is not None:
+        memory.end_step(stash if memory.side == "input" else g)
+    return gradients
+
+
+def _without_subspace(operands: Operands, selection: Selection | None) -> Gradients:
+    stash, g, config = _stash_of(operands), operands.g, operands.config
+    scores = None
+    if selection is None:
+        read = parts_to_score(config.scores, g, g, operands.generator)[1]
+        norms = dispatch.row_norms(read)
+        scores = norms if config.scores == "grad" else _scores(norms, stash.rest_norms)
+        selection = operands.select(operands.scores_of_whole_rows(scores))
+    indices, weights = rows_and_weights(selection, config)
+    dw = _product(operands, stash.rest(indices), g.index_select(0, indices), weights)
+    operands.observe(selection, dw, scores)
+    return Gradients(dw, operands.sum_rows())
+
+
+def _beside_inputs(operands: Operands, selection: Selection | None) -> Gradients:
+    stash, g, config = _stash_of(operands), operands.g, operands.config
+    assert stash.inside is not None
+    z = stash.inside.z.to(g.dtype)
+    zg, g_norms, db = kernels.project_gradient(g, z, bias_grad=operands.bias_grad)
+    rest = stash.rest_norms
+    scores = _scores(g_norms, rest)
+    if selection is None:
+        selection = operands.select(operands.scores_of_whole_rows(scores))
+    indices, weights = rows_and_weights(selection, config)
+    # What was stored has no part inside any more, so nothing is taken from it.
+    expand = stash.inside.expand.t().to(g.dtype)
+    projection = kernels.Projection(expand, z.new_zeros((len(indices), z.shape[1])), zg)
+    rows = stash.rest(indices), g.index_select(0, indices)
+    dw = _product(operands, *rows, weights, projection)
+    projected = ProjectedRows(rest, z, zg, stash.shape[1]) if operands.is_observed else None
+    operands.observe(selection, dw, scores, projected)
+    return Gradients(dw, db)
+
+
+def _beside_gradients(
+    operands: Operands, memory: SubspaceMemory, selection: Selection | None
+) -> Gradients:
+    stash, g, config = _stash_of(operands), operands.g, operands.config
+    basis = memory.basis_of(g)
+    z, rest = dispatch.project_rows(g, basis)
+    zx = stash.transposed_mm(z)
+    scores = _scores(rest, stash.norms())
+    if selection is None:
+        selection = operands.select(operands.scores_of_whole_rows(scores))
+    indices, weights = rows_and_weights(selection, config)
+    expand = basis * kernels.basis_scale(g.shape[1])
+    projection = kernels.Projection(expand, z.index_select(0, indices), zx)
+    rows = g.index_select(0, indices), stash.rows(indices)
+    dw = _product(operands, *rows, weights, projection, exchanged=True)
+    projected = ProjectedRows(rest, z, zx, g.shape[1]) if operands.is_observed else None
+    operands.observe(selection, dw, scores, projected)
+    return Gradients(dw, operands.sum_rows())
+
+
+def _product(
+    operands: Operands,
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor | None,
+    projection: kernels.Projection | None = None,
+    *,
+    exchanged: bool = False,
+) -> Tensor:
+    """`kernels.gather_gemm` of rows that were gathered; `exchanged` if `a` is of G."""
+    every = torch.arange(len(a), device=a.device)
+    if operands.factors is not None:
+        ones = (
+            a.new_ones(len(a), dtype=kernels.score_dtype(a.dtype)) if weights is None else weights
+        )
+        operands.collect_factors(a, b, Selection(every, ones), projection, exchanged=exchanged)
+    return kernels.gather_gemm(a, b, every, weights, projection, transposed=exchanged)
+
+
+def _stash_of(operands: Operands) -> Stash:
+    assert isinstance(operands.inputs, Stash)
+    return operands.inputs
+
+
+def _scores(norms: Tensor, others: Tensor) -> Tensor:
+    """The product, +Inf for every row that is not finite."""
+    return (norms * others).nan_to_num_(nan=torch.inf, posinf=torch.inf)

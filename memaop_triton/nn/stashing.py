@@ -1,0 +1,155 @@
+"""When a layer keeps its inputs as a `Stash`, and when several layers share one.
+
+A stash frees memory only if the inputs themselves go. They stay where the operation that made them
+needs them for its own backward pass, as a ReLU does its result: such inputs are kept as they are.
+What a later operation keeps is not known here; `plan` finds that out.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from memaop_triton.config import MemAOPConfig
+from memaop_triton.memory.kinds import SubspaceMemory, rows_to_compute
+from memaop_triton.memory.stash import BITS, Stash
+from memaop_triton.nn.layer_state import LayerState
+
+# Nodes of the autograd graph that keep their result, and those whose result is a view of what they
+# were given.
+_KEEP_THEIR_RESULT = frozenset(
+    (
+        *("ReluBackward0", "SigmoidBackward0", "TanhBackward0", "SoftmaxBackward0"),
+        *("LogSoftmaxBackward0", "ExpBackward0", "Exp2Backward0", "Expm1Backward0"),
+        *("SqrtBackward0", "RsqrtBackward0", "ReciprocalBackward0"),
+        *("LeakyReluBackward1", "EluBackward1", "CeluBackward1"),  # in place
+        "ScaledDotProductFlashAttentionForCpuBackward0",
+        *("ScaledDotProductFlashAttentionBackward0", "ScaledDotProductEfficientAttentionBackward0"),
+        "ScaledDotProductCudnnAttentionBackward0",
+    )
+)
+_VIEWS = frozenset(
+    (
+        *("ViewBackward0", "UnsafeViewBackward0", "AliasBackward0", "ReshapeAliasBackward0"),
+        *("TransposeBackward0", "PermuteBackward0", "TBackward0", "SqueezeBackward0"),
+        *("SqueezeBackward1", "UnsqueezeBackward0", "SliceBackward0", "SelectBackward0"),
+        *("ExpandBackward0", "AsStridedBackward0", "UnflattenBackward0"),
+    )
+)
+_OF_A_LEAF = "torch::autograd::AccumulateGrad"
+# Layers that are fed by one tensor follow each other closely.
+_MOST_REMEMBERED = 8
+
+
+class _Made(NamedTuple):
+    """A stash that was made a moment ago; it holds none of these tensors.
+
+    Attributes:
+        source: The layer's argument.
+        version: Of it.
+        dtype: In which it was multiplied.
+        bits: Of the stash.
+        has_inside: Whether a part of the rows is kept beside it.
+        tensors: The stash's.
+    """
+
+    source: TensorWeakRef
+    version: int
+    dtype: torch.dtype
+    bits: int
+    has_inside: bool
+    tensors: tuple[TensorWeakRef, ...]
+
+
+_recent = threading.local()
+
+
+def kept_of(x: Tensor, source: Tensor, weight: Tensor, state: LayerState) -> tuple[Tensor, ...]:
+    """The tensors of a `Stash` of `x`; none if `x` itself is to be kept.
+
+    Args:
+        x: [..., N], as it is multiplied.
+        source: The layer's argument, of which autocast may have made `x`.
+        weight: [P, N].
+        state: Of the layer.
+    """
+    config = state.config
+    if config.stash == "exact" or x.numel() == 0 or weight.shape[0] == 0:
+        return ()
+    if x is source and _is_kept_anyway(x):
+        return ()
+    rows = x.detach().reshape(-1, x.shape[-1])
+    bits, basis = BITS[config.stash], _basis_for(rows, weight.shape[0], state)
+    found = _find(source, x.dtype, bits, wants_inside=basis is not None)
+    if found is not None:
+        return found
+    stash = Stash.of(rows, bits, basis)
+    _remember(source, x.dtype, bits, stash)
+    return stash.tensors
+
+
+def new_stash(rows: Tensor, out_features: int, state: LayerState) -> Stash:
+    """A stash of `rows` ([M, N]) that is shared with no other layer."""
+    return Stash.of(rows, BITS[state.config.stash], _basis_for(rows, out_features, state))
+
+
+def _basis_for(rows: Tensor, out_features: int, state: LayerState) -> Tensor | None:
+    """Of the subspace beside which the next backward pass will sample `rows` ([M, N])."""
+    memory = state.memory
+    if not isinstance(memory, SubspaceMemory):
+        return None
+    count, in_features = rows.shape
+    k = rows_to_compute(state.config, memory, count, in_features, out_features)
+    is_sampled = k < count and memory.side == "input" and memory.rank > 0
+    return memory.basis_of(rows) if is_sampled and memory.basis is not None else None
+
+
+def _is_kept_anyway(x: Tensor) -> bool:
+    """Whether whoever made `x` holds it until the backward pass."""
+    node: Any = x.grad_fn
+    if node is None:
+        return x.requires_grad  # a Parameter
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    return node is not None and (node.name() in _KEEP_THEIR_RESULT or node.name() == _OF_A_LEAF)
+
+
+def _find(
+    source: Tensor, dtype: torch.dtype, bits: int, *, wants_inside: bool
+) -> tuple[Tensor, ...] | None:
+    """The tensors of a stash of the same numbers, if they are still there."""
+    for made in getattr(_recent, "made", ()):
+        if made.source() is not source or made.version != source._version:
+            continue
+        if made.dtype == dtype and made.bits == bits and made.has_inside >= wants_inside:
+            tensors = [one() for one in made.tensors]
+            if all(isinstance(one, Tensor) for one in tensors):
+                return tuple(tensors)
+    return None
+
+
+def _remember(source: Tensor, dtype: torch.dtype, bits: int, stash: Stash) -> None:
+    if source.is_inference():
+        return
+    made = _Made(
+        TensorWeakRef(source),
+        source._version,
+        dtype,
+        bits,
+        stash.inside is not None,
+        tuple(map(TensorWeakRef, stash.tensors)),
+    )
+    if not hasattr(_recent, "made"):
+        _recent.made = deque(maxlen=_MOST_REMEMBERED)
+    _recent.made.appendleft(made)
+
+
+def stash_of(tensors: Sequence[Tensor], config: MemAOPConfig, dtype: torch.dtype) -> Stash:
+    """The stash of a layer's inputs, of which `kept_of` has given the tensors."""
+    return Stash.from_tensors(tensors, BITS[config.stash], dtype)
