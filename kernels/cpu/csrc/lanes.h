@@ -27,14 +27,12 @@ typedef double number;
 #define NAME(FUNCTION) FUNCTION##_f64
 #define EPSILON DBL_EPSILON
 #define SQRT sqrt
-#define FLOOR floor
 #elif defined(KIND_BF16)
 typedef uint16_t stored; /* the upper half of a float */
 typedef float number;
 #define NAME(FUNCTION) FUNCTION##_bf16
 #define EPSILON 0x1p-7f
 #define SQRT sqrtf
-#define FLOOR floorf
 #define IS_WIDENED 1
 #elif defined(KIND_F32)
 typedef float stored;
@@ -42,7 +40,6 @@ typedef float number;
 #define NAME(FUNCTION) FUNCTION##_f32
 #define EPSILON FLT_EPSILON
 #define SQRT sqrtf
-#define FLOOR floorf
 #else
 #error "one of KIND_F32, KIND_F64 and KIND_BF16 has to be defined"
 #endif

@@ -20,7 +20,7 @@ typedef union {
     number values[WIDE];
 } Block;
 
-/* Signs of the Hadamard matrix of LANES columns. */
+/* The Hadamard matrix of LANES columns over the root of WIDE. */
 typedef struct {
     vec rows[LANES];
 } Signs;
@@ -28,17 +28,18 @@ typedef struct {
 static void fill_signs(Signs *signs) {
     for (int i = 0; i < LANES; i++)
         for (int j = 0; j < LANES; j++)
-            signs->rows[i][j] = __builtin_popcount(i & j) % 2 ? -1 : 1;
+            signs->rows[i][j] = __builtin_popcount(i & j) % 2 ? -0.125f : 0.125f;
 }
 
 /* The product of WIDE numbers with their Hadamard matrix over its root: first within each vector, then
  * among the vectors. */
 INLINE void rotate_wide(Block *block, const Signs *signs) {
     for (int part = 0; part < PARTS; part++) {
-        vec sum = {0};
+        const number *values = block->values + part * LANES;
+        vec sums[2] = {{0}}; /* so that an addition need not wait for the one before it */
         for (int i = 0; i < LANES; i++)
-            sum += block->values[part * LANES + i] * (number)0.125 * signs->rows[i];
-        block->parts[part] = sum;
+            sums[i % 2] += values[i] * signs->rows[i];
+        block->parts[part] = sums[0] + sums[1];
     }
     for (int apart = 1; apart < PARTS; apart *= 2)
         for (int part = 0; part < PARTS; part++)
@@ -130,24 +131,24 @@ INLINE float scale_of(uint16_t half) {
     return both.value;
 }
 
-/* A number rounded down or up at random: 16 bits decide. */
-INLINE int32_t rounded_at_random(number value, uint32_t bits) {
-    return FLOOR(value + ((int32_t)bits + (number)0.5) * (number)0x1p-16);
+/* A number above -`offset` rounded down or up at random: 16 bits decide. Above zero to cut off is to
+ * round down, which takes one instruction. */
+INLINE int32_t rounded_at_random(number value, uint32_t bits, const int offset) {
+    return (int32_t)(value + (((int32_t)bits + (number)0.5) * (number)0x1p-16 + offset)) - offset;
 }
 
 /* Store a block that has been rotated; returns its squared norm as it is stored, NaN if a number of it
  * is not finite. */
 INLINE number round_block(const Block *block, const int width, const int bits, const uint32_t *words,
                           uint8_t *out, uint16_t *scale) {
-    const int most = bits == 8 ? 127 : 7, half = (width + 1) / 2;
+    const int most = bits == 8 ? 127 : 7, offset = most + 1, half = (width + 1) / 2;
     number largest = 0, other = 0; /* zero, or NaN */
+    _Pragma("omp simd reduction(max : largest) reduction(+ : other)")
     for (int i = 0; i < width; i++) {
         const number value = block->values[i], size = value < 0 ? -value : value;
         largest = size > largest ? size : largest;
+        other += value - value;
     }
-    _Pragma("omp simd reduction(+ : other)")
-    for (int i = 0; i < width; i++)
-        other += block->values[i] - block->values[i];
     *scale = scale_above(other == 0 ? largest / most : (number)NAN);
     const number step = scale_of(*scale);
     if (!(step <= LARGEST)) {
@@ -157,9 +158,9 @@ INLINE number round_block(const Block *block, const int width, const int bits, c
     const number inverse = 1 / step;
     int32_t steps[WIDE], squares = 0;
     for (int i = 0; i < half; i++)
-        steps[i] = rounded_at_random(block->values[i] * inverse, words[i] & 0xffff);
+        steps[i] = rounded_at_random(block->values[i] * inverse, words[i] & 0xffff, offset);
     for (int i = half; i < width; i++)
-        steps[i] = rounded_at_random(block->values[i] * inverse, words[i - half] >> 16);
+        steps[i] = rounded_at_random(block->values[i] * inverse, words[i - half] >> 16, offset);
     for (int i = 0; i < width; i++)
         squares += steps[i] * steps[i];
     if (bits == 8)
@@ -169,7 +170,7 @@ INLINE number round_block(const Block *block, const int width, const int bits, c
         for (int i = width; i < 2 * half; i++) /* of a block of one column */
             steps[i] = 0;
         for (int i = 0; i < half; i++)
-            out[i] = (steps[i] + 8) | (steps[i + half] + 8) << 4;
+            out[i] = (steps[i] + offset) | (steps[i + half] + offset) << 4;
     }
     return step * step * squares;
 }
