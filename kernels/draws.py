@@ -27,13 +27,27 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
         generator: Source of the seed; the device's default one if `None`.
     """
     if device.type != "cuda":
-        return int(torch.randint(_FIRST, 2 * _FIRST - 1, (1,), device=device, generator=generator))
+        return int(_drawn(device, generator))
     if targets.is_capturing(device):
-        return torch.randint(_FIRST, 2 * _FIRST - 1, (1,), device=device, generator=generator)
+        return _drawn(device, generator)
     if generator is None:
         index = torch.cuda.current_device() if device.index is None else device.index
         generator = torch.cuda.default_generators[index]
     return seed_of_state(generator)
+
+
+def draw_seed_tensor(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """`draw_seed` as a tensor, int64 [1] on `device`, to be kept beside what was drawn."""
+    if device.type != "cuda":
+        return _drawn(device, generator)
+    seed = draw_seed(device, generator)
+    if isinstance(seed, Tensor):
+        return seed
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def _drawn(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    return torch.randint(_FIRST, 2 * _FIRST - 1, (1,), device=device, generator=generator)
 
 
 def seed_of_state(generator: Any) -> int:

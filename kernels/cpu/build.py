@@ -63,7 +63,7 @@ _OF_A_KIND = {
     "panel_size": ("l", "ll i"),
     "gather_gemm": ("i", f"{_MATRIX} {_MATRIX} pp {_MATRIX} {_MATRIX} p pp lllll ii"),
     "stash_rows": ("v", f"{_MATRIX} {_MATRIX} {_MATRIX} l ppp u ll ii"),
-    "restore_rows": ("v", f"ppp {_MATRIX} {_MATRIX} l {_MATRIX} ll ii"),
+    "restore_rows": ("v", f"ppp {_MATRIX} {_MATRIX} l {_MATRIX} u ll ii"),
     "step_room": ("l", "llll ii"),
     "step": (
         "v",

@@ -1,11 +1,16 @@
 """Rows in 4 or 8 bits a number: how they are rounded, and restored.
 
 A row is cut into blocks of `BLOCK` columns, and what these leave into blocks of smaller powers of
-two. A block x has its numbers multiplied with the orthonormal Hadamard matrix H of its width, which
-spreads an outlier over all of them, and divided by a scale s such that none is above 2ᵇ⁻¹ − 1 for b
-bits. Each is then rounded to one of its two neighbours at random, such that its mean is itself:
+two. A block x is multiplied with the orthonormal Hadamard matrix H of its width, which spreads an
+outlier over all numbers, and divided by a scale s such that none is above 2ᵇ⁻¹ − 1 for b bits. The
+rest is subtractive dither (Roberts 1962; Schuchman 1964), with u uniform on (0, 1):
 
-    stored = ⌊x H / s + u⌋, u uniform on [0, 1)        restored = s · stored · H
+    stored = ⌊x H / s + u⌋        restored = s (stored + ½ − u) H
+
+The error is uniform, has mean zero and does not depend on x. Its variance s²/12 is half that of
+rounding to one of two neighbours at random. u is a function of a seed and the place of a number, so
+it is not stored: Philox 4x32-10 gives a block 32 words, which hold 16 bits for each column, those
+of the block's first half in their lower halves.
 
 The scale is a bfloat16 that was rounded up before the division. Where rows lie near a subspace with
 basis Q, what Q leaves of them is stored, and their products with Q are kept beside: the rounding
@@ -24,7 +29,7 @@ from torch import Tensor
 
 from memaop_triton.kernels.cpu.library import address, code_for, matrix, threads_for
 from memaop_triton.kernels.cpu.torch_ops import score_dtype
-from memaop_triton.kernels.draws import draw_seed
+from memaop_triton.kernels.draws import draw_seed_tensor
 
 #: Columns of the widest blocks.
 BLOCK = 64
@@ -33,6 +38,7 @@ BITS = (4, 8)
 # Below, the reciprocal of a scale has no finite value.
 _LEAST_SCALE = 2.0**-120
 _CHUNK_NUMBERS = 1 << 20
+_WORD = 0xFFFFFFFF
 
 
 class RoundedRows(NamedTuple):
@@ -44,11 +50,13 @@ class RoundedRows(NamedTuple):
         scales: [M, blocks], bfloat16; NaN for a block with a number that is not finite.
         norms: Of the rows as they will be restored, without what is kept beside, [M], in
             `score_dtype`; NaN where a scale is.
+        seed: What u follows from, [1], int64.
     """
 
     numbers: Tensor
     scales: Tensor
     norms: Tensor
+    seed: Tensor
 
 
 class Inside(NamedTuple):
@@ -96,14 +104,15 @@ def round_rows(
         x.new_empty((rows, bytes_of_row(columns, bits)), dtype=torch.uint8),
         x.new_empty((rows, len(widths(columns))), dtype=torch.bfloat16),
         x.new_empty(rows, dtype=score_dtype(x.dtype)),
+        draw_seed_tensor(x.device, generator),
     )
     code = code_for(x)
     if code is not None:
         plain = _plain(inside, code.number)
         code.call(
             "stash_rows",
-            *(*matrix(x), *_arguments(plain), *(a.data_ptr() for a in stored)),
-            *(draw_seed(x.device, generator), rows, columns, bits, threads_for(rows, columns)),
+            *(*matrix(x), *_arguments(plain), *(a.data_ptr() for a in stored[:3])),
+            *(int(stored.seed), rows, columns, bits, threads_for(rows, columns)),
         )
         return stored
     step = _chunk(columns)
@@ -112,7 +121,11 @@ def round_rows(
         chunk = x[here].to(stored.norms.dtype)
         if inside is not None:
             chunk = chunk.addmm(inside.z[here].to(chunk), inside.expand.to(chunk), alpha=-1)
-        _round(chunk, bits, RoundedRows(*(a[here] for a in stored)), generator)
+        places = torch.arange(first, first + len(chunk), device=x.device)
+        out = stored._replace(
+            numbers=stored.numbers[here], scales=stored.scales[here], norms=stored.norms[here]
+        )
+        _round(chunk, bits, out, places)
     return stored
 
 
@@ -143,15 +156,17 @@ def restore_rows(
         code.call(
             "restore_rows",
             *(stored.numbers.data_ptr(), stored.scales.data_ptr(), address(indices)),
-            *(*_arguments(plain), *matrix(out), rows, columns, bits),
+            *(*_arguments(plain), *matrix(out), int(stored.seed), rows, columns, bits),
             threads_for(rows, columns),
         )
         return out
     number, step = score_dtype(dtype), _chunk(columns)
+    if indices is None:
+        indices = torch.arange(rows, device=out.device)
     for first in range(0, rows, step):
         here = slice(first, first + step)
-        picked: slice | Tensor = here if indices is None else indices[here]
-        chunk = _restored(stored.numbers[picked], stored.scales[picked], bits, columns, number)
+        picked = indices[here]
+        chunk = _restored(stored, picked, bits, columns, number)
         if inside is not None:
             chunk = chunk.addmm(inside.z[picked].to(number), inside.expand.to(number))
         out[here] = chunk
@@ -172,8 +187,8 @@ def _arguments(inside: Inside | None) -> tuple[int | None, ...]:
     return *matrix(inside.z), *matrix(inside.expand), inside.z.shape[1]
 
 
-def _round(x: Tensor, bits: int, out: RoundedRows, generator: torch.Generator | None) -> None:
-    """Round the rows `x` into `out`."""
+def _round(x: Tensor, bits: int, out: RoundedRows, places: Tensor) -> None:
+    """Round the rows `x` into `out`; they are those at `places` of all rows."""
     most = 2 ** (bits - 1) - 1
     squares = torch.zeros_like(out.norms)
     for part in _parts(x.shape[1], bits):
@@ -181,9 +196,9 @@ def _round(x: Tensor, bits: int, out: RoundedRows, generator: torch.Generator | 
         blocks = blocks @ _hadamard(part.width, x.dtype, x.device)
         scales = _scale_above(blocks.abs().amax(2) / most)
         step = scales.to(x.dtype).unsqueeze(2)
-        draws = torch.rand(blocks.shape, dtype=x.dtype, device=x.device, generator=generator)
-        steps = torch.floor(blocks / step + draws)
-        squares += (step * steps).square_().sum((1, 2))
+        dither = _dither(out.seed, places, part, x)
+        steps = torch.floor(blocks / step + dither).clamp(max=most)
+        squares += (step * (steps + 0.5 - dither)).square_().sum((1, 2))
         steps = steps.nan_to_num_(0.0)
         if bits == 8:
             numbers = steps.to(torch.int8).view(torch.uint8)
@@ -198,8 +213,9 @@ def _round(x: Tensor, bits: int, out: RoundedRows, generator: torch.Generator | 
 
 
 def _restored(
-    numbers: Tensor, scales: Tensor, bits: int, columns: int, number: torch.dtype
+    stored: RoundedRows, places: Tensor, bits: int, columns: int, number: torch.dtype
 ) -> Tensor:
+    numbers, scales = stored.numbers[places], stored.scales[places]
     out = torch.empty((len(numbers), columns), dtype=number, device=numbers.device)
     for part in _parts(columns, bits):
         packed = numbers[:, part.bytes].unflatten(1, (part.blocks, -1))
@@ -207,10 +223,42 @@ def _restored(
             steps = packed.view(torch.int8).to(number)
         else:
             steps = torch.cat([packed & 15, packed >> 4], 2)[:, :, : part.width].to(number) - 8
+        steps += 0.5 - _dither(stored.seed, places, part, out)
         steps *= scales[:, part.scales].to(number).unsqueeze(2)
         blocks = steps @ _hadamard(part.width, number, numbers.device)
         out[:, part.columns] = blocks.flatten(1)
     return out
+
+
+def _dither(seed: Tensor, rows: Tensor, part: _Part, like: Tensor) -> Tensor:
+    """u of some blocks of these rows, [rows, blocks, width] in the dtype of `like`."""
+    blocks = torch.arange(part.scales.start, part.scales.stop, device=rows.device)
+    places = rows.unsqueeze(1) * part.blocks_of_row + blocks
+    counters = places.unsqueeze(2) * 8 + torch.arange(8, device=rows.device)
+    words = torch.stack(_philox(seed, counters), 3).flatten(2)
+    half = -(-part.width // 2)
+    halves = torch.cat([words[:, :, :half] & 0xFFFF, words[:, :, :half] >> 16], 2)
+    return (halves[:, :, : part.width].to(like.dtype) + 0.5) * 2.0**-16
+
+
+def _philox(seed: Tensor, counters: Tensor) -> list[Tensor]:
+    """Four words of Philox 4x32-10 for each of the counters (c, 0, 0, 0), as int64."""
+    low_key, high_key = seed & _WORD, seed >> 32 & _WORD
+    zeros = torch.zeros_like(counters)
+    state = [counters & _WORD, zeros, zeros, zeros]
+    for _ in range(10):
+        even, odd = (
+            state[0] * 0xD2511F53,
+            state[2] * 0xCD9E8D57,
+        )  # the bits of 64, whatever the sign
+        state = [
+            (odd >> 32 & _WORD) ^ state[1] ^ low_key,
+            odd & _WORD,
+            (even >> 32 & _WORD) ^ state[3] ^ high_key,
+            even & _WORD,
+        ]
+        low_key, high_key = low_key + 0x9E3779B9 & _WORD, high_key + 0xBB67AE85 & _WORD
+    return state
 
 
 class _Part(NamedTuple):
@@ -218,6 +266,7 @@ class _Part(NamedTuple):
 
     width: int
     blocks: int
+    blocks_of_row: int
     columns: slice
     bytes: slice
     scales: slice
@@ -231,7 +280,7 @@ def _parts(columns: int, bits: int) -> tuple[_Part, ...]:
         count = len(list(same))
         ends = column + count * width, byte + count * -(-width * bits // 8), scale + count
         slices = (slice(*both) for both in zip((column, byte, scale), ends, strict=True))
-        parts.append(_Part(width, count, *slices))
+        parts.append(_Part(width, count, len(widths(columns)), *slices))
         column, byte, scale = ends
     return tuple(parts)
 

@@ -1,8 +1,9 @@
 """What a layer keeps of its inputs between forward and backward pass, in a few bits a number.
 
-The rows of X are rounded at random (`kernels.cpu.stash`), so that in the mean a product with them
-is the exact one, and all of them are kept: which ones are multiplied is settled in the backward
-pass, where their scores are known. Beside a subspace of X with basis Q, what it leaves is rounded,
+The rows of X are rounded with a random dither (`kernels.cpu.stash`), so that in the mean a product
+with them is the exact one, and all of them are kept: which ones are multiplied is settled in the
+backward pass, where their scores are known. Beside a subspace of X with basis Q, what it leaves is
+rounded,
 
     X = Z E + (X − Z E),  E ∝ Qᵀ
 
@@ -79,8 +80,8 @@ class Stash:
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor], bits: int, dtype: torch.dtype) -> Stash:
         """From what `tensors` gave."""
-        numbers, scales, norms, z, expand = tensors
-        return cls(RoundedRows(numbers, scales, norms), bits, dtype, Inside(z, expand))
+        *stored, z, expand = tensors
+        return cls(RoundedRows(*stored), bits, dtype, Inside(z, expand))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -161,21 +161,20 @@ def _sampled_backward_fake(
 
 def _stash(
     x: Tensor, handle: Tensor, *, out_features: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The tensors of a `Stash` of x [M, N], for a weight with so many rows.
 
-    What is kept inside of a subspace has the rank of the memory's bases, whatever is in use. It
-    writes nothing: a compiler that divides a step into forward and backward pass could not order
-    writes of both.
+    What is kept inside of a subspace has the rank of the memory's bases, whatever is in use, and
+    nothing is where that may change. The operator writes nothing: a compiler that divides a step
+    into forward and backward pass could not order writes of both.
     """
     state = layer_state.find(handle.shape[0])
     rank = _rank_of_stash(state)
-    stash = new_stash(x, out_features, state)
-    *stored, z, expand = stash.tensors
+    stash = new_stash(x, out_features, state, has_inside=rank > 0)
+    numbers, scales, norms, seed, z, expand = stash.tensors
     padding = rank - len(expand)
-    z, expand = (F.pad(z, (0, padding)), F.pad(expand, (0, 0, 0, padding)))
-    numbers, scales, norms = stored
-    return numbers, scales, norms, z, expand
+    z, expand = F.pad(z, (0, padding)), F.pad(expand, (0, 0, 0, padding))
+    return numbers, scales, norms, seed, z, expand
 
 
 def _stash_fake(x: Tensor, handle: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
@@ -186,6 +185,7 @@ def _stash_fake(x: Tensor, handle: Tensor, *_: Any, **__: Any) -> tuple[Tensor, 
         x.new_empty((rows, bytes_of_row(columns, bits)), dtype=torch.uint8),
         x.new_empty((rows, len(widths(columns))), dtype=torch.bfloat16),
         x.new_empty(rows, dtype=score_dtype(x.dtype)),
+        x.new_empty(1, dtype=torch.int64),
         x.new_empty((rows, rank), dtype=torch.bfloat16),
         x.new_empty((rank, columns), dtype=torch.bfloat16),
     )

@@ -94,20 +94,32 @@ def kept_of(x: Tensor, source: Tensor, weight: Tensor, state: LayerState) -> tup
     return stash.tensors
 
 
-def new_stash(rows: Tensor, out_features: int, state: LayerState) -> Stash:
-    """A stash of `rows` ([M, N]) that is shared with no other layer."""
-    return Stash.of(rows, BITS[state.config.stash], _basis_for(rows, out_features, state))
+def new_stash(
+    rows: Tensor, out_features: int, state: LayerState, *, has_inside: bool = True
+) -> Stash:
+    """A stash of `rows` ([M, N]) that is shared with no other layer.
+
+    Nothing is kept inside of a subspace unless `has_inside`.
+    """
+    basis = _basis_for(rows, out_features, state) if has_inside else None
+    return Stash.of(rows, BITS[state.config.stash], basis)
 
 
 def _basis_for(rows: Tensor, out_features: int, state: LayerState) -> Tensor | None:
-    """Of the subspace beside which the next backward pass will sample `rows` ([M, N])."""
+    """Of the subspace of X that the memory keeps, where `rows` ([M, N]) will be sampled.
+
+    Also where dW is sampled beside a subspace of G: what is rounded is the smaller for it.
+    """
     memory = state.memory
     if not isinstance(memory, SubspaceMemory):
         return None
     count, in_features = rows.shape
     k = rows_to_compute(state.config, memory, count, in_features, out_features)
-    is_sampled = k < count and memory.side == "input" and memory.rank > 0
-    return memory.basis_of(rows) if is_sampled and memory.basis is not None else None
+    basis = memory.bases.get("input")
+    rank = memory.rank if memory.side == "input" else memory.choice.max_rank
+    if k == count or rank == 0 or basis is None or basis.q is None:
+        return None
+    return basis.columns(rows, rank)
 
 
 def _is_kept_anyway(x: Tensor) -> bool:

@@ -236,13 +236,18 @@ class Chain(nn.Module):
         return self.second(self.first(x + 1).sin())
 
 
-@pytest.mark.parametrize("memory", ["none", "subspace"])
+@pytest.mark.parametrize(
+    "settings", [{"memory": "none"}, {"memory": "subspace"}, {"side": "grad"}, {"budget": 0.4}]
+)
 @pytest.mark.parametrize("stash", ["int8", "int4"])
-def test_a_stash(stash, memory):
-    config = flat_config(ratio=1 / 4, memory=memory, refresh_every=2, stash=stash)
+def test_a_stash(stash, settings):
+    share = {} if "budget" in settings else {"ratio": 1 / 4}
+    config = flat_config(refresh_every=2, stash=stash, **share, **settings)
     eager, compiled = both(convert_(Chain(), config), "aot_eager", rows=(24, 24, 40, 16, 24, 64))
-    # Before there is a basis, a compiled layer keeps zeros inside of it, an eager one nothing.
-    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    if "budget" in settings:  # whose rank may change: a compiled layer keeps nothing beside
+        assert all(torch.isfinite(loss) for loss in compiled[0])
+    else:  # before there is a basis, a compiled layer keeps zeros inside of it
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 2
 
 
@@ -262,4 +267,4 @@ def test_a_compiled_step_keeps_the_stash_and_not_the_inputs(grad_input):
     y.sum().backward()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held = sum(a.untyped_storage().nbytes() for place, a in kept.items() if place not in weights)
-    assert held <= 2 * 512 * (128 + 8 + 4) + 1024
+    assert held <= 2 * (512 * (128 + 8 + 4) + 8)

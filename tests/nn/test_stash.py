@@ -64,7 +64,7 @@ def test_bytes_of_the_default_memory(dtype, most):
 def test_bytes_of_int8_are_a_quarter():
     ours = layer(MemAOPConfig(memory=None, stash="int8"))
     x = rows()
-    assert held_by(ours, x) == ROWS * (SIZE + 2 * SIZE // 64 + 4)
+    assert held_by(ours, x) == ROWS * (SIZE + 2 * SIZE // 64 + 4) + 8
 
 
 class Attention(nn.Module):
@@ -153,7 +153,7 @@ def test_what_its_maker_keeps_anyway_is_kept_as_it_is(name):
     ours = layer(MemAOPConfig(memory=None, stash="int4"))
     saved = ours(x).grad_fn.saved_tensors
     assert (saved[0] is not None) == (name in KEPT)
-    assert len(saved) == (2 if name in KEPT else 7)
+    assert len(saved) == (2 if name in KEPT else 8)
 
 
 def test_parameters_as_inputs_are_kept_as_they_are():
@@ -230,7 +230,7 @@ def test_autocast_shares_what_it_has_cast(dtype):
     model = convert_(Attention(), config)
     with torch.autocast("cpu", dtype):
         nbytes = held_by(model, rows(requires_grad=True))
-    stash = ROWS * (SIZE // 2 + 2 * SIZE // 64 + 4)
+    stash = ROWS * (SIZE // 2 + 2 * SIZE // 64 + 4) + 8
     weights = 3 * SIZE * SIZE * 2  # casts of the Parameters
     assert nbytes <= stash + weights
     assert model.q.weight.grad.dtype == torch.float32

@@ -3,7 +3,9 @@
  * A row is cut into blocks of 64 columns, and what these leave into blocks of smaller powers of two,
  * the largest first. A block is multiplied with the Hadamard matrix of its width over its root, which
  * spreads an outlier over all columns, and divided by a scale such that the largest number of the block
- * is at most 7, or 127. Every number is then rounded up or down at random, so that its mean is itself.
+ * is at most 7, or 127. A random number from (0, 1) is added, the sum is rounded down and stored, and
+ * what was added is taken off again, but for a half, when the number is restored: so the error is
+ * uniform on (-1/2, 1/2) whatever the number is.
  * A block of 4 bits has its first half in the lower halves of its bytes, and the rest in the upper ones.
  */
 
@@ -131,14 +133,17 @@ INLINE float scale_of(uint16_t half) {
     return both.value;
 }
 
-/* A number above -`offset` rounded down or up at random: 16 bits decide. Above zero to cut off is to
- * round down, which takes one instruction. */
-INLINE int32_t rounded_at_random(number value, uint32_t bits, const int offset) {
-    return (int32_t)(value + (((int32_t)bits + (number)0.5) * (number)0x1p-16 + offset)) - offset;
+/* What is added to each number of a block, from (0, 1): 16 bits of a word for two numbers. */
+INLINE void dither_of(const uint32_t *words, number *dither, const int width) {
+    const int half = (width + 1) / 2;
+    for (int i = 0; i < half; i++)
+        dither[i] = ((int32_t)(words[i] & 0xffff) + (number)0.5) * (number)0x1p-16;
+    for (int i = half; i < width; i++)
+        dither[i] = ((int32_t)(words[i - half] >> 16) + (number)0.5) * (number)0x1p-16;
 }
 
-/* Store a block that has been rotated; returns its squared norm as it is stored, NaN if a number of it
- * is not finite. */
+/* Store a block that has been rotated; returns its squared norm as it will be restored, NaN if a number
+ * of it is not finite. */
 INLINE number round_block(const Block *block, const int width, const int bits, const uint32_t *words,
                           uint8_t *out, uint16_t *scale) {
     const int most = bits == 8 ? 127 : 7, offset = most + 1, half = (width + 1) / 2;
@@ -156,23 +161,28 @@ INLINE number round_block(const Block *block, const int width, const int bits, c
         return step;
     }
     const number inverse = 1 / step;
-    int32_t steps[WIDE], squares = 0;
-    for (int i = 0; i < half; i++)
-        steps[i] = rounded_at_random(block->values[i] * inverse, words[i] & 0xffff, offset);
-    for (int i = half; i < width; i++)
-        steps[i] = rounded_at_random(block->values[i] * inverse, words[i - half] >> 16, offset);
-    for (int i = 0; i < width; i++)
-        squares += steps[i] * steps[i];
+    number dither[WIDE], square = 0;
+    dither_of(words, dither, width);
+    int32_t steps[WIDE]; /* plus `offset`, so that cutting off is rounding down */
+    for (int i = 0; i < width; i++) {
+        const int32_t sum = block->values[i] * inverse + (dither[i] + offset);
+        steps[i] = SMALLER(sum, offset + most); /* a sum of floats may be rounded up */
+    }
+    _Pragma("omp simd reduction(+ : square)")
+    for (int i = 0; i < width; i++) {
+        const number restored = steps[i] - offset + (number)0.5 - dither[i];
+        square += restored * restored;
+    }
     if (bits == 8)
         for (int i = 0; i < width; i++)
-            out[i] = steps[i];
+            out[i] = steps[i] - offset;
     else {
         for (int i = width; i < 2 * half; i++) /* of a block of one column */
-            steps[i] = 0;
+            steps[i] = offset;
         for (int i = 0; i < half; i++)
-            out[i] = (steps[i] + offset) | (steps[i + half] + offset) << 4;
+            out[i] = steps[i] | steps[i + half] << 4;
     }
-    return step * step * squares;
+    return step * step * square;
 }
 
 INLINE number stash_block(const stored *x, const number *z, const number *expand, long lde, long rank,
@@ -190,25 +200,44 @@ INLINE number stash_block(const stored *x, const number *z, const number *expand
     return round_block(&block, width, bits, words, out, scale);
 }
 
-INLINE void restore_block(const uint8_t *bytes, uint16_t scale, const number *z, const number *expand,
-                          long lde, long rank, const Signs *signs, stored *out, const int width,
-                          const int bits) {
+INLINE void restore_block(const uint8_t *bytes, uint16_t scale, const uint32_t *words, const number *z,
+                          const number *expand, long lde, long rank, const Signs *signs, stored *out,
+                          const int width, const int bits) {
     const number step = scale_of(scale);
     const int half = (width + 1) / 2;
+    number dither[WIDE];
+    dither_of(words, dither, width);
     Block block;
     if (bits == 8)
         for (int i = 0; i < width; i++)
-            block.values[i] = step * (int8_t)bytes[i];
+            block.values[i] = (int8_t)bytes[i];
     else {
         for (int i = 0; i < half; i++)
-            block.values[i] = step * ((bytes[i] & 15) - 8);
+            block.values[i] = (bytes[i] & 15) - 8;
         for (int i = half; i < width; i++)
-            block.values[i] = step * ((bytes[i - half] >> 4) - 8);
+            block.values[i] = (bytes[i - half] >> 4) - 8;
     }
+    for (int i = 0; i < width; i++)
+        block.values[i] = step * (block.values[i] + (number)0.5 - dither[i]);
     rotate(&block, width, signs);
     add_projection(&block, z, expand, lde, rank, width, 1);
     for (int i = 0; i < width; i++)
         out[i] = rounded(block.values[i]);
+}
+
+/* The random words of some blocks, of which those of the last one that was asked for are there. */
+typedef struct {
+    uint64_t seed;
+    long drawn;
+    uint32_t words[WORDS];
+} Random;
+
+INLINE const uint32_t *words_of(Random *random, long block) {
+    if (block / BLOCKS_DRAWN != random->drawn) {
+        random->drawn = block / BLOCKS_DRAWN;
+        random_words(random->seed, random->drawn * COUNTERS, random->words);
+    }
+    return random->words + block % BLOCKS_DRAWN * (WIDE / 2);
 }
 
 /* Rows x_i - z_i E rounded to `bits` each, their scales, and the norms of what was stored.
@@ -222,23 +251,17 @@ void NAME(stash_rows)(const stored *x, long ldx, const number *z, long ldz, cons
         const Share share = share_of(rows, threads);
         Signs signs;
         fill_signs(&signs);
-        uint32_t words[WORDS];
-        long drawn = -1;
+        Random random = {.seed = seed, .drawn = -1};
         for (long i = share.first; i < share.end; i++) {
             uint8_t *to = out + i * sizes.bytes;
             number square = 0;
             long j = 0;
             for (long b = 0; b < sizes.blocks; b++) {
                 const int width = width_of(columns - j);
-                const long place = i * sizes.blocks + b;
-                if (place / BLOCKS_DRAWN != drawn) {
-                    drawn = place / BLOCKS_DRAWN;
-                    random_words(seed, drawn * COUNTERS, words);
-                }
-                const uint32_t *random = words + place % BLOCKS_DRAWN * (WIDE / 2);
+                const uint32_t *words = words_of(&random, i * sizes.blocks + b);
                 uint16_t *scale = scales + i * sizes.blocks + b;
 #define STASH(WIDTH, BITS)                                                                              \
-    stash_block(x + i * ldx + j, z + i * ldz, expand + j, lde, rank, &signs, random, to, scale, WIDTH, BITS)
+    stash_block(x + i * ldx + j, z + i * ldz, expand + j, lde, rank, &signs, words, to, scale, WIDTH, BITS)
                 square += width < WIDE ? STASH(width, bits) : bits == 8 ? STASH(WIDE, 8) : STASH(WIDE, 4);
 #undef STASH
                 to += bytes_of(width, bits);
@@ -249,25 +272,28 @@ void NAME(stash_rows)(const stored *x, long ldx, const number *z, long ldz, cons
     }
 }
 
-/* Rows `indices` of what stash_rows has stored, plus z_i E: out [count, columns]. Without indices the
+/* Rows `indices` of what stash_rows has stored from `seed`, plus z_i E: out [count, columns]. Without indices the
  * first `count`; rank 0 leaves out the sum. */
 void NAME(restore_rows)(const uint8_t *from, const uint16_t *scales, const int64_t *indices,
                         const number *z, long ldz, const number *expand, long lde, long rank, stored *out,
-                        long ldo, long count, long columns, int bits, int threads) {
+                        long ldo, uint64_t seed, long count, long columns, int bits, int threads) {
     const Sizes sizes = sizes_of(columns, bits);
     _Pragma("omp parallel if (threads > 1)") {
         const Share share = share_of(count, threads);
         Signs signs;
         fill_signs(&signs);
+        Random random = {.seed = seed, .drawn = -1};
         for (long t = share.first; t < share.end; t++) {
             const long i = indices ? indices[t] : t;
             const uint8_t *bytes = from + i * sizes.bytes;
             long j = 0;
             for (long b = 0; b < sizes.blocks; b++) {
                 const int width = width_of(columns - j);
+                const uint32_t *words = words_of(&random, i * sizes.blocks + b);
                 const uint16_t scale = scales[i * sizes.blocks + b];
 #define RESTORE(WIDTH, BITS)                                                                            \
-    restore_block(bytes, scale, z + i * ldz, expand + j, lde, rank, &signs, out + t * ldo + j, WIDTH, BITS)
+    restore_block(bytes, scale, words, z + i * ldz, expand + j, lde, rank, &signs, out + t * ldo + j,   \
+                  WIDTH, BITS)
                 if (width < WIDE)
                     RESTORE(width, bits);
                 else if (bits == 8)
