@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from memaop_triton.auto.timing import SHORTEST_SECONDS, time_in_turn
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.memory.kinds import SubspaceMemory
+from memaop_triton.memory.kinds import Memory, SubspaceMemory
 from memaop_triton.nn.functional import no_autocast
 from memaop_triton.nn.linear import MemAOPLinear
 
@@ -86,14 +87,14 @@ def measure_each(
     with torch.inference_mode(False), no_autocast(use.device.type):
         dense, x = _layer(use), _rows(use, use.in_features).requires_grad_(use.needs_input)
         g = _rows(use, use.out_features)
-        ours = [MemAOPLinear.from_linear(dense, config) for config in configs]
+        ours = _layers_of(dense, configs, x, g)
         beside = dense if exact is None else MemAOPLinear.from_linear(dense, exact)
         timed: list[nn.Linear] = [beside, *ours]
         # A refresh happens in one of `period` steps, too rarely to be in enough of the rounds. So
         # steps without any are timed, and beside them steps with one each.
         period = configs[0].period
         if period > 1:
-            timed.append(MemAOPLinear.from_linear(dense, configs[0]))
+            timed.append(_layer_of(dense, configs[0], ours[0].memory))
             for layer, interval in zip(timed[1:], [*[_NEVER] * len(ours), 1], strict=True):
                 _set_interval(layer, interval)
         calls = [_backward(layer, x, g) for layer in timed]
@@ -110,6 +111,27 @@ def measure_each(
         held = 0 if layer.memory is None else layer.memory.nbytes
         found.append(Measurement(dense_times, [extra + one for one in of_layer], held))
     return found
+
+
+def _layers_of(
+    dense: nn.Linear, configs: Sequence[MemAOPConfig], x: Tensor, g: Tensor
+) -> list[MemAOPLinear]:
+    """A layer for each configuration, with the weight of `dense`.
+
+    A first step makes bases and chooses among them, which takes as long as many others. It is the
+    same for all, but for the rows that are left beside a choice: one layer takes it.
+    """
+    first = MemAOPLinear.from_linear(dense, configs[0])
+    if first.memory is not None:
+        _backward(first, x, g)()
+    return [first, *(_layer_of(dense, config, first.memory) for config in configs[1:])]
+
+
+def _layer_of(dense: nn.Linear, config: MemAOPConfig, memory: Memory | None) -> MemAOPLinear:
+    """A layer with the weight of `dense` and a copy of a memory."""
+    layer = MemAOPLinear.from_linear(dense, config)
+    layer.layer_state.memory = copy.deepcopy(memory)
+    return layer
 
 
 def _set_interval(layer: nn.Linear, refresh_every: int) -> None:

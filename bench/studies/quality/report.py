@@ -12,6 +12,7 @@ from memaop_triton.bench.studies.quality.deciding_section import deciding_sectio
 from memaop_triton.bench.studies.quality.results import Results
 from memaop_triton.bench.studies.quality.running import SEEDS
 from memaop_triton.bench.studies.quality.schemes import cells
+from memaop_triton.bench.studies.quality.stash_section import stash_section
 from memaop_triton.bench.studies.quality.tasks import TASKS
 
 TITLE = "What sampled weight gradients cost in quality"
@@ -49,6 +50,7 @@ def document(found: Results) -> Document:
         (
             sections.overview_section(found),
             deciding_section(found),
+            stash_section(found),
             sections.equal_time_section(found),
             Section("reading", "How to read this", [reading]),
             *(sections.task_section(found, task) for task in TASKS.values()),

@@ -26,6 +26,8 @@ SMALLER = "dense-smaller"
 AUTO = "auto"
 #: In each step so many of the layers have an exact gradient, and the others none.
 ROTATING = "rotating"
+#: What is kept of the inputs is rounded: of all rows (`WHOLE`), or of rows that are sampled.
+STASH = "stash-int4"
 #: Of the steps, and of the rows.
 DENSE_SHARES = dict.fromkeys((SHORTER, SMALLER), ("7/8", "3/4", "1/2", "1/4"))
 RATIOS = ("1/2", "1/4", "1/8", "1/16", "1/32")
@@ -59,8 +61,8 @@ class Scheme:
 
     @property
     def has_ratios(self) -> bool:
-        """Whether it samples K of M rows, with a ratio that is given."""
-        return self.make is not None and self.name != AUTO
+        """Whether it samples K of M rows with a ratio that is given, as a part of the grid."""
+        return self.make is not None and self.name not in (AUTO, STASH)
 
 
 def _rows(
@@ -91,6 +93,11 @@ SCHEMES = {
         Scheme(AUTO, "the library decides", lambda ratio: MemAOPConfig(ratio="auto")),
         Scheme("budget", "default in a budget", _budget()),
         Scheme("subspace", "priority + subspace", _rows("priority", "subspace")),
+        Scheme(
+            STASH,
+            "priority + subspace, int4 stash",
+            lambda ratio: MemAOPConfig(ratio=ratio, stash="int4"),
+        ),
         Scheme("priority", "priority", _rows("priority", "none")),
         Scheme("topk-residual", "topk + residual (paper)", _rows("topk", "residual")),
         Scheme("topk-signed", "topk + signed", _rows("topk", "signed")),
@@ -163,6 +170,8 @@ _DECISIVE = {
     ROTATING: ("1/4",),
     "budget-allocated": _AT_EQUAL_TIME,
 }
+_OF_STASH = (WHOLE, RATIO)
+_FINE_TUNING = {**_DECISIVE, "subspace": (RATIO,), STASH: _OF_STASH}
 _WITH_LARGER_BATCHES = {"budget": ("1/8",), **_BOTH, **_DENSE_IN_LONG_TASKS, **_DECIDED}
 _FEW_CELLS = {
     "gpt-512": _IN_LONG_TASKS,
@@ -171,7 +180,9 @@ _FEW_CELLS = {
     "gpt-128-256": _WITH_LARGER_BATCHES,
     "fashion-1024": _WITH_LARGER_BATCHES,
     "vit-512": _WITH_LARGER_BATCHES,
-    **dict.fromkeys(("mlp", "minilm", "minilm-mean", "r8", "r8-mean", "gpt-prompted"), _DECISIVE),
+    "mlp-mnist": {**_DECISIVE, SHORTER: ("3/4", "1/2"), SMALLER: ("3/4", "1/2")},
+    **dict.fromkeys(("mlp", "minilm-mean", "r8-mean", "gpt-prompted"), _DECISIVE),
+    **dict.fromkeys(("minilm", "r8"), _FINE_TUNING),
 }
 LONG_TASKS = tuple(_FEW_CELLS)
 
@@ -266,6 +277,8 @@ def _ratios(task: str, scheme: str) -> tuple[str, ...]:
         return ()
     if scheme == AUTO:
         return (WHOLE,)
+    if scheme == STASH:
+        return _OF_STASH if task == "gpt-128" else ()
     if scheme in DENSE_SHARES:
         of_all = scheme == SHORTER or task in _MEDIUM
         return _DENSE_IN_LONG_TASKS[scheme] if of_all else ()
@@ -293,7 +306,7 @@ def code_of(
 
 
 # Settings that came after the first runs, and what they were fixed to before.
-_LATER = {"scores": "norms"}
+_LATER = {"scores": "norms", "stash": "exact"}
 
 
 def _settings_of(part: Any, name: str = "") -> Iterator[tuple[str, str]]:
