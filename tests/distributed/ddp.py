@@ -9,6 +9,8 @@ from memaop_triton import MemAOPConfig, MemAOPLinear, memory_state_dict, revert_
 from tests.distributed import checks
 from tests.distributed.checks import PAPER, converted
 from tests.distributed.fsdp import (
+    ROUNDED,
+    assert_rounds_only,
     assert_trains_like_single_processes,
     blocks,
     linears,
@@ -58,3 +60,7 @@ def check_reverts_inside_the_wrapper():
     ours = revert_(wrapped())
     assert not any(isinstance(layer, MemAOPLinear) for layer in linears(ours))
     assert_trains_like_single_processes(converted(ours), converted(blocks()), steps=1)
+
+
+def check_inputs_in_a_few_bits():
+    assert_rounds_only(wrapped(ROUNDED))

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from memaop_triton import (
+    MemAOPConfig,
     MemAOPLinear,
     attach_optimizer,
     load_memory_state_dict,
@@ -21,6 +22,7 @@ from tests.distributed import checks
 from tests.distributed.checks import PAPER, batch, converted, everywhere, mlp, whole
 
 ROWS = 20
+ROUNDED = MemAOPConfig(ratio=1, memory="none", stash="int8")
 
 
 @functools.cache
@@ -61,6 +63,18 @@ def own_batch(step, dtype=torch.float64):
 
 def mean_over_processes(grad):
     return everywhere(grad).mean(0)
+
+
+def assert_rounds_only(ours):
+    """Gradients are those of dense layers, but for the rounding of what is kept of the inputs."""
+    reference, x = blocks(), own_batch(0)
+    for model in (ours, reference):
+        model(x).square().mean().backward()
+    errors = []
+    for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
+        exact = mean_over_processes(theirs.grad)
+        errors.append((whole(mine.grad) - exact).norm() / exact.norm())
+    assert 1e-6 < max(errors) < 0.02
 
 
 def assert_trains_like_single_processes(ours, reference, steps=3, dtype=torch.float64):
@@ -141,3 +155,8 @@ def check_revert_gives_the_dense_model_back():
             torch.testing.assert_close(whole(mine.grad), mean_over_processes(theirs.grad))
         # And once more: what was reverted can be converted.
         assert_trains_like_single_processes(converted(ours), converted(blocks()), steps=2)
+
+
+def check_inputs_in_a_few_bits():
+    for convert_first, by_layer in itertools.product((True, False), (True, False)):
+        assert_rounds_only(sharded(blocks(), convert_first, by_layer, ROUNDED))
