@@ -114,7 +114,7 @@ def test_rounding_adds_little_to_the_noise_of_sampling(stash, most, memory, batc
         config = MemAOPConfig(k=10, memory=kind, stash=name)
         torch.manual_seed(3)
         kept = memory_of(MemAOPConfig(k=10, memory=kind), steps, x, g)
-        draws = [gradients(config, copy.deepcopy(kept), x, g) for _ in range(1500)]
+        draws = [gradients(config, copy.deepcopy(kept), x, g) for _ in range(600)]
         noise[name] = torch.stack([(dw - exact).square().sum() for dw in draws])
     means = {name: errors.mean().item() for name, errors in noise.items()}
     bars = [errors.std().item() / math.sqrt(len(errors)) for errors in noise.values()]
@@ -181,3 +181,24 @@ def test_the_plain_function_takes_tensors_only_and_ignores_the_setting(batch):
     x, g = batch
     with_stash = MemAOPConfig(ratio=1, memory=None, stash="int4")
     assert torch.equal(weight_grad(x, g, with_stash), g.T @ x)
+
+
+@pytest.mark.parametrize("stash", STASHES)
+@pytest.mark.parametrize("side", ["input", "grad"])
+def test_the_memory_follows_the_rows_and_chooses_the_side_that_leaves_less(stash, side):
+    """Rows of one matrix lie near a plane that turns; those of the other lie anywhere."""
+    config = MemAOPConfig(k=20, memory=Subspace(2, "auto", 2), stash=stash)
+    memory = new_memory(config, INPUTS, OUTPUTS)
+    lengths = {"input": (INPUTS, OUTPUTS), "grad": (OUTPUTS, INPUTS)}[side]
+    for step in range(12):
+        turn = torch.eye(2, lengths[0], dtype=torch.float64).roll(2 * (step // 4), 1)
+        flat = torch.randn(400, 2, dtype=torch.float64) @ turn
+        flat += 0.02 * torch.randn_like(flat)
+        other = torch.randn(400, lengths[1], dtype=torch.float64)
+        x, g = (flat, other) if side == "input" else (other, flat)
+        gradients(config, memory, x, g)
+        assert memory.side == side
+        assert memory.step == step + 1
+        if step % 4 == 3:  # two refreshes after the last turn
+            basis = memory.basis
+            assert (flat - flat @ basis @ basis.T).norm() < 0.1 * flat.norm()
