@@ -269,16 +269,18 @@ def linear_of_state(
         else:
             state.move(x.device)
             handle, order = state.handle, state.order
+    is_compiling = torch.compiler.is_compiling()
+    is_transformed = not is_compiling and torch._C._are_functorch_transforms_active()
     kept: tuple[Tensor, ...] = ()
-    if state.stash != "exact" and weight.requires_grad:
-        if torch.compiler.is_compiling():
+    # A transform differentiates gradients by the inputs, whether it uses that or not.
+    if state.stash != "exact" and weight.requires_grad and not is_transformed:
+        if is_compiling:
             # Each for itself: draws cannot be shared between operators of a graph.
             rows, out_features = _as_rows(x.detach()), weight.shape[0]
             kept = torch.ops.memaop_triton.stash(rows, handle, out_features=out_features)
         else:
             kept = kept_of(x, x if source is None else source, weight, state)
-    is_taken_apart = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    function = _MemAOPLinearFunction if is_taken_apart else _EagerFunction
+    function = _MemAOPLinearFunction if is_compiling or is_transformed else _EagerFunction
     result: Tensor = function.apply(x, weight, bias, handle, order, state, memory, *kept)
     return result
 

@@ -295,3 +295,15 @@ def test_a_choice_that_stays_is_reviewed_ever_more_rarely(training, monkeypatch)
     reviews = [72, 97, 122, 147, 197, 247, 297]
     assert [step for step in dict.fromkeys(observed) if step > 13] == reviews
     assert all(run.modes[47:]), "no other trial"
+
+
+@pytest.mark.parametrize("memory", ["none", "subspace"])
+def test_a_stash_is_kept_in_exact_steps_too(training, memory):
+    config = MemAOPConfig(ratio="auto", memory=memory, stash="int8")
+    run = training(**EASY, true=fast, config=config)
+    x = torch.randn(run.rows, run.linears[0].in_features)
+    kept = [layer(torch.tanh(x)).grad_fn.saved_tensors for layer in run.linears]
+    assert all(tensors[2].dtype == torch.uint8 for tensors in kept)
+    run.step(60)
+    assert run.controller.phase == "sampling"
+    assert any(share < 1 for share in run.controller.shares.values())

@@ -355,3 +355,22 @@ def test_the_live_table_is_drawn_at_most_every_second(monkeypatch):
     text = console.export_text()
     for words in ("16 of 64", "biased", "× the batch", "outside"):
         assert words in text
+
+
+@pytest.mark.parametrize("side", ["input", "grad"])
+@pytest.mark.parametrize("ratio", [1 / 4, 1])
+def test_a_stash_shows_the_figures_of_what_was_kept(side, ratio):
+    found = {}
+    for stash in ("exact", "int8"):
+        torch.manual_seed(0)
+        model = net(torch.float64, ratio=ratio, side=side, stash=stash)
+        model[0].set_ratio_(1 / 4)
+        train(model, batches(2, dtype=torch.float64), lr=0)  # makes the bases
+        model[0].set_ratio_(ratio)
+        with monitor(model, every=1) as watch:
+            train(model, batches(200, dtype=torch.float64), lr=0)
+            found[stash] = watch.read()["0"]
+    for name in ("batch_variance", "score_sum", "gradient_square", "sampling_variance"):
+        ours, exact = getattr(found["int8"], name), getattr(found["exact"], name)
+        assert ours == pytest.approx(exact, rel=0.3), name
+    assert all(0 < figures.outside_subspace < 1 for figures in found.values())

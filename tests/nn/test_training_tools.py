@@ -1,5 +1,7 @@
 """Tools that training scripts use keep working: optimizers, hooks, torch.func, schedules."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -77,8 +79,10 @@ def test_rates_in_a_tensor_equal_rates_in_a_number(train_step):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_transforms():
-    model, dense = convert_(net(), EXACT), net()
+@pytest.mark.parametrize("stash", ["exact", "int4"])
+def test_gradient_transforms(stash):
+    """A stash could not be differentiated, so there is none."""
+    model, dense = convert_(net(), dataclasses.replace(EXACT, stash=stash)), net()
 
     def loss(parameters):
         return (torch.func.functional_call(model, parameters, (X,)) - Y).square().mean()
