@@ -114,7 +114,7 @@ def test_the_report_has_both_tables():
 
 def test_without_a_stash_nothing_is_said_about_bytes():
     plain = convert_(nn.Linear(SIZE, SIZE), MemAOPConfig(ratio=1 / 8))
-    with pytest.raises(ValueError, match="ratio='auto'.*None has a stash either"):
+    with pytest.raises(ValueError, match="None has a stash either"):
         model_report(plain)
     model = convert_(Block(), MemAOPConfig(ratio="auto", memory="none"))
     assert "kept" not in model_report(model)
