@@ -44,6 +44,11 @@ class Method:
         speedup: Dense's time over this one's.
         peak_bytes: Memory that a call holds at most beside its operands.
         cold: The speed-up with cold caches; `None` if not measured.
+        saved_bytes: Held between forward and backward pass. This and what follows is of cases of
+            the kind `memory` only.
+        resident_bytes: Held from step to step.
+        half_ms: Milliseconds of a step with half of the batch.
+        half_peak_bytes: `peak_bytes` of it.
     """
 
     name: str
@@ -53,6 +58,10 @@ class Method:
     speedup: Spread
     peak_bytes: int
     cold: Spread | None = None
+    saved_bytes: int = 0
+    resident_bytes: int = 0
+    half_ms: float = 0.0
+    half_peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Case:
     """One shape and ratio, and every method timed on it in turn.
 
     Attributes:
-        kind: What was timed: one of `WEIGHT_GRAD_KINDS`, `kernel`, `layer` or `step`.
+        kind: What was timed: one of `WEIGHT_GRAD_KINDS`, `kernel`, `layer`, `step` or `memory`.
         title: Its name for readers.
         m: Rows of X and G.
         n: Columns of X.
@@ -73,6 +82,7 @@ class Case:
         methods: By name, in the file's order.
         model: What network, for a step.
         wanted: The target speed-up, by method.
+        samples: Of a batch, where the kind is `memory`.
     """
 
     kind: str
@@ -88,6 +98,7 @@ class Case:
     methods: Mapping[str, Method]
     model: str | None = None
     wanted: Mapping[str, float] = field(default_factory=dict)
+    samples: int = 0
 
     def of_role(self, role: str) -> list[Method]:
         """Its methods of one role."""

@@ -1,0 +1,141 @@
+"""What training steps hold: a table, the largest batches, and where ours is behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from memaop_triton.bench.report import text
+from memaop_triton.bench.report.charts import bars
+from memaop_triton.bench.report.data import Case, Method, Run
+from memaop_triton.bench.report.document import NOTHING, Bullets, Cell, Chart, Section, Table
+from memaop_triton.bench.report.methods import ordered
+from memaop_triton.units import human_bytes
+
+#: In which the largest batch has to fit.
+AVAILABLE_BYTES = 16 << 30
+
+
+def largest_batch(case: Case, method: Method, available: int = AVAILABLE_BYTES) -> int | None:
+    """Samples of the largest batch whose step fits into `available` bytes.
+
+    The peak is taken to grow by the same number of bytes with every sample, from half of the
+    measured batch to all of it and on. `None` if it does not grow.
+    """
+    half = case.samples - case.samples // 2
+    growth = (method.peak_bytes - method.half_peak_bytes) / half
+    if growth <= 0:
+        return None
+    fixed = method.peak_bytes - growth * case.samples
+    return max(0, int((available - method.resident_bytes - fixed) / growth))
+
+
+def samples_per_second(case: Case, method: Method, samples: int) -> float:
+    """Of a batch of this size, if a step's time is a fixed part and one that grows with the batch.
+
+    Both come from the measured batch and half of it; neither is taken to be below 0.
+    """
+    half = case.samples - case.samples // 2
+    growth = max(0.0, method.ms.median - method.half_ms) / half
+    growth = min(growth, method.ms.median / case.samples)
+    fixed = method.ms.median - growth * case.samples
+    return 1e3 * samples / (fixed + growth * samples)
+
+
+def memory(run: Run) -> Section:
+    """The section of the cases that measure memory."""
+    cases = run.of_kind("memory")
+    section = Section("memory", "What a training step holds")
+    section.blocks.append(
+        "Held: what the forward pass allocates and is still there at its end, for the backward "
+        "pass, the output included. Peak: the most that a step holds beyond parameters, "
+        "gradients and the optimizer's state, forward, backward and AdamW. Both are counted "
+        "allocation by allocation, and so are exact and the same in every run; the resident set "
+        "of a process is neither, because what is freed does not go back to the system at once. "
+        f"The largest batch is that whose step fits into {human_bytes(AVAILABLE_BYTES)}, all "
+        "counted, and its samples a second are computed: bytes and times of the measured batch and "
+        "of half of it, continued in a straight line."
+    )
+    section.blocks.append(Chart("Training step", bars(cases)))
+    section.blocks.append(_table(cases))
+    behind = [line for case in cases for line in _behind(case)]
+    if behind:
+        section.blocks.append("Where ours is behind:")
+        section.blocks.append(Bullets(tuple(behind), len(behind)))
+    return section
+
+
+def _methods(case: Case) -> list[Method]:
+    return [case.dense, *ordered([m for m in case.methods.values() if m.role != "dense"])]
+
+
+def _table(cases: Sequence[Case]) -> Table:
+    lines = []
+    for case in cases:
+        found = _methods(case)
+        least_held = min(method.saved_bytes for method in found)
+        least_peak = min(method.peak_bytes for method in found)
+        for method in found:
+            batch = largest_batch(case, method)
+            rate = NOTHING
+            if batch:
+                per_second = samples_per_second(case, method, batch)
+                rate = Cell(f"{per_second:,.{0 if per_second >= 100 else 1}f}")
+            lines.append(
+                (
+                    Cell(case.title),
+                    Cell(method.name),
+                    _bytes(case, method, lambda m: m.saved_bytes, least_held),
+                    _bytes(case, method, lambda m: m.peak_bytes, least_peak),
+                    Cell(text.duration(method.ms.median)),
+                    _speed(method),
+                    NOTHING if batch is None else Cell(f"{batch:,}"),
+                    rate,
+                )
+            )
+    head = ("case", "method", "held", "peak", "time", "speed-up", "largest batch", "samples/s")
+    return Table(
+        head,
+        tuple(lines),
+        names=2,
+        caption="Below bytes the share of dense's, below the speed-up its quartiles. Bold: the "
+        "least bytes.",
+    )
+
+
+def _bytes(case: Case, method: Method, of: Callable[[Method], int], least: int) -> Cell:
+    mine, dense = of(method), of(case.dense)
+    share = "" if method.role == "dense" or not dense else text.percent(mine / dense)
+    return Cell(human_bytes(mine), share, "best" if mine == least else "")
+
+
+def _speed(method: Method) -> Cell:
+    if method.role == "dense":
+        return NOTHING
+    speed = method.speedup
+    tone = "bad" if speed.median < 1 else ""
+    return Cell(text.times(speed.median), text.span(speed.q1, speed.q3), tone)
+
+
+def _behind(case: Case) -> list[str]:
+    """One line for each method of ours that is slower than dense, or holds more than another."""
+    lines = []
+    for method in ordered(case.of_role("ours")):
+        faults = []
+        if method.speedup.median < 1:
+            faults.append(f"{text.times(method.speedup.median)} of dense's speed")
+        for what, of in _MEASURES.items():
+            less = [b.name for b in case.of_role("baseline") if of(b) < of(method)]
+            if of(method) > of(case.dense):
+                faults.append(f"a larger {what} than dense")
+            elif less:
+                names = ", ".join(f"`{name}`" for name in less)
+                faults.append(f"a larger {what} than {names}")
+        if faults:
+            lines.append(f"{case.title}: `{method.name}` has {', '.join(faults)}.")
+    return lines
+
+
+_MEASURES: dict[str, Callable[[Method], int]] = {
+    "graph": lambda method: method.saved_bytes,
+    "peak": lambda method: method.peak_bytes,
+}
