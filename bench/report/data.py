@@ -47,8 +47,8 @@ class Method:
         saved_bytes: Held between forward and backward pass. This and what follows is of cases of
             the kind `memory` only.
         resident_bytes: Held from step to step.
-        half_ms: Milliseconds of a step with half of the batch.
-        half_peak_bytes: `peak_bytes` of it.
+        small_ms: Milliseconds of a step with a smaller batch.
+        small_peak_bytes: `peak_bytes` of it.
     """
 
     name: str
@@ -60,8 +60,8 @@ class Method:
     cold: Spread | None = None
     saved_bytes: int = 0
     resident_bytes: int = 0
-    half_ms: float = 0.0
-    half_peak_bytes: int = 0
+    small_ms: float = 0.0
+    small_peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Case:
         model: What network, for a step.
         wanted: The target speed-up, by method.
         samples: Of a batch, where the kind is `memory`.
+        small_samples: Of the smaller one.
     """
 
     kind: str
@@ -99,6 +100,7 @@ class Case:
     model: str | None = None
     wanted: Mapping[str, float] = field(default_factory=dict)
     samples: int = 0
+    small_samples: int = 0
 
     def of_role(self, role: str) -> list[Method]:
         """Its methods of one role."""

@@ -18,11 +18,10 @@ AVAILABLE_BYTES = 16 << 30
 def largest_batch(case: Case, method: Method, available: int = AVAILABLE_BYTES) -> int | None:
     """Samples of the largest batch whose step fits into `available` bytes.
 
-    The peak is taken to grow by the same number of bytes with every sample, from half of the
-    measured batch to all of it and on. `None` if it does not grow.
+    The peak is taken to grow by the same number of bytes with every sample, from the smaller
+    measured batch to the larger one and on. `None` if it does not grow.
     """
-    half = case.samples - case.samples // 2
-    growth = (method.peak_bytes - method.half_peak_bytes) / half
+    growth = (method.peak_bytes - method.small_peak_bytes) / (case.samples - case.small_samples)
     if growth <= 0:
         return None
     fixed = method.peak_bytes - growth * case.samples
@@ -32,11 +31,11 @@ def largest_batch(case: Case, method: Method, available: int = AVAILABLE_BYTES) 
 def samples_per_second(case: Case, method: Method, samples: int) -> float:
     """Of a batch of this size, if a step's time is a fixed part and one that grows with the batch.
 
-    Both come from the measured batch and half of it; neither is taken to be below 0.
+    Both come from the two measured batches, and neither is taken to be below 0.
     """
-    half = case.samples - case.samples // 2
-    growth = max(0.0, method.ms.median - method.half_ms) / half
-    growth = min(growth, method.ms.median / case.samples)
+    most = method.ms.median / case.samples
+    growth = (method.ms.median - method.small_ms) / (case.samples - case.small_samples)
+    growth = min(max(growth, 0.0), most)
     fixed = method.ms.median - growth * case.samples
     return 1e3 * samples / (fixed + growth * samples)
 
@@ -47,13 +46,13 @@ def memory(run: Run) -> Section:
     section = Section("memory", "What a training step holds")
     section.blocks.append(
         "Held: what the forward pass allocates and is still there at its end, for the backward "
-        "pass, the output included. Peak: the most that a step holds beyond parameters, "
-        "gradients and the optimizer's state, forward, backward and AdamW. Both are counted "
-        "allocation by allocation, and so are exact and the same in every run; the resident set "
-        "of a process is neither, because what is freed does not go back to the system at once. "
-        f"The largest batch is that whose step fits into {human_bytes(AVAILABLE_BYTES)}, all "
-        "counted, and its samples a second are computed: bytes and times of the measured batch and "
-        "of half of it, continued in a straight line."
+        "pass, the output included. Peak: the most that a step holds beyond the parameters and the "
+        "optimizer's state: forward, backward and AdamW. Both are sums over the allocator's record "
+        "of a step. The resident set of a process would also show what was freed and did not go "
+        "back to the system. The largest batch is that whose step fits into "
+        f"{human_bytes(AVAILABLE_BYTES)}, all counted, and its samples a second are computed: "
+        "bytes and times of the measured batch and of a quarter of it, continued in a straight "
+        "line."
     )
     section.blocks.append(Chart("Training step", bars(cases)))
     section.blocks.append(_table(cases))

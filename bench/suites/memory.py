@@ -161,19 +161,21 @@ class Step:
         return y
 
     def __call__(self, samples: int) -> None:
-        """One step with a part of the batch."""
-        self.optimizer.zero_grad()
-        self.batch.grad = None
+        """One step with a part of the batch.
+
+        It begins without gradients and ends so: what a record of allocations did not see come, it
+        does not see go.
+        """
         self.forward(samples).backward(self.gradient[:samples])
         self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.batch.grad = None
 
     @property
     def resident_bytes(self) -> int:
-        """Held from step to step: parameters, gradients and the optimizer's state."""
-        parameters = list(self.model.parameters())
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        """Held from step to step: parameters and the optimizer's state."""
         state = [v for s in self.optimizer.state.values() for v in s.values()]
-        return sum(t.nbytes for t in (*parameters, *gradients, *state))
+        return sum(t.nbytes for t in (*self.model.parameters(), *state))
 
 
 def steps(training: Training, device: str, dtype: torch.dtype) -> dict[str, Step]:

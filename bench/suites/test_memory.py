@@ -34,21 +34,21 @@ def cases(suite, trainings, device, dtype):
 def test_memory(compare, benchmark, training, device, dtype):
     problem = Problem(training.rows, training.width, training.width, memory.RATIO, dtype, device)
     steps = memory.steps(training, device, dtype)
-    whole, half = training.samples, training.samples // 2
+    whole, few = training.samples, training.samples // 4
     # Peak and time of two batches, in the same rounds: a part of both does not grow with the batch.
     timed = memory.methods(steps, whole)
-    halves = {one.name: f"half: {one.name}" for one in timed}
-    for one in memory.methods(steps, half):
-        timed.append(dataclasses.replace(one, name=halves[one.name], role="baseline"))
+    smaller = {one.name: f"{few} of {whole}, {one.name}" for one in timed}
+    for one in memory.methods(steps, few):
+        timed.append(dataclasses.replace(one, name=smaller[one.name], role="baseline"))
     compare(problem, "memory", training.name, timed, model=training.name)
     clock = measure.clock_for(torch.device(device))
     found = benchmark.extra_info["methods"]
     for name, step in steps.items():
-        small = found.pop(halves[name])
+        small = found.pop(smaller[name])
         found[name] |= {
             "saved_bytes": clock.held_bytes(functools.partial(step.forward, whole)),
             "resident_bytes": step.resident_bytes,
-            "half_ms": small["ms"],
-            "half_peak_bytes": small["peak_bytes"],
+            "small_ms": small["ms"],
+            "small_peak_bytes": small["peak_bytes"],
         }
-    benchmark.extra_info["samples"] = whole
+    benchmark.extra_info.update(samples=whole, small_samples=few)
