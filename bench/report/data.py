@@ -46,9 +46,10 @@ class Method:
         cold: The speed-up with cold caches; `None` if not measured.
         saved_bytes: Held between forward and backward pass. This and what follows is of cases of
             the kind `memory` only.
-        resident_bytes: Held from step to step.
-        small_ms: Milliseconds of a step with a smaller batch.
-        small_peak_bytes: `peak_bytes` of it.
+        resident_bytes: Parameters, gradients and the optimizer's state.
+        batch_bytes: The most that forward and backward pass hold beside these.
+        small_batch_bytes: The same with a smaller batch.
+        small_ms: Milliseconds of a step with that.
     """
 
     name: str
@@ -60,8 +61,9 @@ class Method:
     cold: Spread | None = None
     saved_bytes: int = 0
     resident_bytes: int = 0
+    batch_bytes: int = 0
+    small_batch_bytes: int = 0
     small_ms: float = 0.0
-    small_peak_bytes: int = 0
 
 
 @dataclass(frozen=True)

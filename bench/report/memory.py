@@ -18,13 +18,13 @@ AVAILABLE_BYTES = 16 << 30
 def largest_batch(case: Case, method: Method, available: int = AVAILABLE_BYTES) -> int | None:
     """Samples of the largest batch whose step fits into `available` bytes.
 
-    The peak is taken to grow by the same number of bytes with every sample, from the smaller
-    measured batch to the larger one and on. `None` if it does not grow.
+    Forward and backward pass are taken to hold the same number of bytes more with every sample,
+    from the smaller measured batch to the larger one and on. `None` if they do not hold more.
     """
-    growth = (method.peak_bytes - method.small_peak_bytes) / (case.samples - case.small_samples)
+    growth = (method.batch_bytes - method.small_batch_bytes) / (case.samples - case.small_samples)
     if growth <= 0:
         return None
-    fixed = method.peak_bytes - growth * case.samples
+    fixed = method.batch_bytes - growth * case.samples
     return max(0, int((available - method.resident_bytes - fixed) / growth))
 
 
@@ -49,10 +49,10 @@ def memory(run: Run) -> Section:
         "pass, the output included. Peak: the most that a step holds beyond the parameters and the "
         "optimizer's state: forward, backward and AdamW. Both are sums over the allocator's record "
         "of a step. The resident set of a process would also show what was freed and did not go "
-        "back to the system. The largest batch is that whose step fits into "
-        f"{human_bytes(AVAILABLE_BYTES)}, all counted, and its samples a second are computed: "
-        "bytes and times of the measured batch and of a quarter of it, continued in a straight "
-        "line."
+        "back to the system. The largest batch is that whose forward and backward pass fit into "
+        f"{human_bytes(AVAILABLE_BYTES)} beside parameters, gradients and the optimizer's state. "
+        "It and its samples a second are computed: bytes and times of the measured batch and of a "
+        "quarter of it, continued in a straight line."
     )
     section.blocks.append(Chart("Training step", bars(cases)))
     section.blocks.append(_table(cases))

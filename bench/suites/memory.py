@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memaop_triton import MemAOPConfig, convert_
-from memaop_triton.bench.measure import Method
+from memaop_triton.bench.measure import Clock, Method
 from memaop_triton.bench.report.methods import BASELINES, OURS
 from memaop_triton.bench.suites.memory_baselines import (
     checkpoint_,
@@ -166,16 +166,34 @@ class Step:
         It begins without gradients and ends so: what a record of allocations did not see come, it
         does not see go.
         """
-        self.forward(samples).backward(self.gradient[:samples])
+        self.accumulate(samples)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.batch.grad = None
 
+    def accumulate(self, samples: int) -> None:
+        """Forward and backward with a part of the batch."""
+        self.forward(samples).backward(self.gradient[:samples])
+
+    def batch_peaks(self, clock: Clock, *samples: int) -> list[int]:
+        """Peaks of `accumulate` by number of samples, while there are gradients from before.
+
+        So they are what grows with the batch, and little else: neither gradients that come while
+        activations go, nor the optimizer's temporary tensors.
+        """
+        self.accumulate(samples[0])
+        peaks = [clock.peak_bytes(functools.partial(self.accumulate, one)) for one in samples]
+        self.optimizer.zero_grad()
+        self.batch.grad = None
+        return peaks
+
     @property
     def resident_bytes(self) -> int:
-        """Held from step to step: parameters and the optimizer's state."""
+        """There in every backward pass: parameters, gradients and the optimizer's state."""
+        parameters = list(self.model.parameters())
+        gradients = [p for p in parameters if p.requires_grad]  # of the same sizes
         state = [v for s in self.optimizer.state.values() for v in s.values()]
-        return sum(t.nbytes for t in (*self.model.parameters(), *state))
+        return sum(t.nbytes for t in (*parameters, *gradients, *state))
 
 
 def steps(training: Training, device: str, dtype: torch.dtype) -> dict[str, Step]:

@@ -35,7 +35,7 @@ def test_memory(compare, benchmark, training, device, dtype):
     problem = Problem(training.rows, training.width, training.width, memory.RATIO, dtype, device)
     steps = memory.steps(training, device, dtype)
     whole, few = training.samples, training.samples // 4
-    # Peak and time of two batches, in the same rounds: a part of both does not grow with the batch.
+    # Times of two batches, in the same rounds: a part of them does not grow with the batch.
     timed = memory.methods(steps, whole)
     smaller = {one.name: f"{few} of {whole}, {one.name}" for one in timed}
     for one in memory.methods(steps, few):
@@ -44,11 +44,12 @@ def test_memory(compare, benchmark, training, device, dtype):
     clock = measure.clock_for(torch.device(device))
     found = benchmark.extra_info["methods"]
     for name, step in steps.items():
-        small = found.pop(smaller[name])
+        peak, small_peak = step.batch_peaks(clock, whole, few)
         found[name] |= {
             "saved_bytes": clock.held_bytes(functools.partial(step.forward, whole)),
             "resident_bytes": step.resident_bytes,
-            "small_ms": small["ms"],
-            "small_peak_bytes": small["peak_bytes"],
+            "batch_bytes": peak,
+            "small_batch_bytes": small_peak,
+            "small_ms": found.pop(smaller[name])["ms"],
         }
     benchmark.extra_info.update(samples=whole, small_samples=few)

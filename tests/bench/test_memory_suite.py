@@ -124,9 +124,19 @@ def test_every_way_to_train_holds_less_than_dense_and_makes_a_step(training):
     assert held["checkpoint"] == min(held.values())
 
 
-def test_resident_bytes_are_parameters_and_two_moments():
+def test_the_peak_of_a_batch_grows_with_its_samples_and_nothing_else():
+    """Twice the samples, twice the bytes, also where the optimizer takes most of a step's peak."""
+    training = memory.blocks("GPT", 64, 2, 32, 8, causal=True)
+    for name, step in memory.steps(training, "cpu", torch.float32).items():
+        step(8)
+        one, two, three = step.batch_peaks(CLOCK, 8, 4, 2)
+        assert one - two == pytest.approx(2 * (two - three), rel=0.15), name
+        assert all(p.grad is None for p in step.model.parameters())
+
+
+def test_resident_bytes_are_parameters_gradients_and_two_moments():
     step = memory.steps(TINY[0], "cpu", torch.float32)["dense"]
     step(2)
     parameters = list(step.model.parameters())
     counts = len(parameters) * 4  # steps
-    assert step.resident_bytes == 3 * sum(p.nbytes for p in parameters) + counts
+    assert step.resident_bytes == 4 * sum(p.nbytes for p in parameters) + counts

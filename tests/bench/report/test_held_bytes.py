@@ -20,7 +20,8 @@ def case(**changes):
             "saved_bytes": held * MIB,
             "resident_bytes": 40 * MIB,
             "peak_bytes": (20 + 8 * held) * MIB,
-            "small_peak_bytes": (20 + 2 * held) * MIB,
+            "batch_bytes": (20 + 8 * held) * MIB,
+            "small_batch_bytes": (20 + 2 * held) * MIB,
             "small_ms": 35.0,
         }
         found["methods"][name] |= changes
@@ -34,7 +35,7 @@ def test_the_largest_batch_is_that_which_fits(saved):
         assert (40 + 20 + batch * held) * MIB <= AVAILABLE_BYTES
         assert (40 + 20 + (batch + 1) * held) * MIB > AVAILABLE_BYTES
     assert largest_batch(found, found.dense, 50 * MIB) == 0
-    (found,) = load(saved([case(small_peak_bytes=900 * MIB)])).cases
+    (found,) = load(saved([case(small_batch_bytes=900 * MIB)])).cases
     assert largest_batch(found, found.dense) is None
 
 
