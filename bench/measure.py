@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import random
 import statistics
 import time
@@ -88,15 +89,22 @@ class Clock:
             call()
             self._wait()
             return torch.cuda.max_memory_allocated() - before
-        with profile(profile_memory=True) as recorded:
-            call()
-        results: Any = recorded.kineto_results
-        events = [e for e in results.events() if e.name() == "[memory]"]
-        held = peak = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            peak = max(peak, held)
-        return peak
+        return max(itertools.accumulate(_allocations(call), initial=0))
+
+    def held_bytes(self, call: Callable[[], object]) -> int:
+        """What a call allocates and still holds when it returns, its result included.
+
+        Of a forward pass that is what autograd keeps, however it is kept. Counted like
+        `peak_bytes`.
+        """
+        if self.device.type == "cuda":
+            self._wait()
+            before = torch.cuda.memory_allocated()
+            result = call()
+            held = torch.cuda.memory_allocated() - before
+            del result
+            return held
+        return sum(_allocations(call))
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -210,6 +218,16 @@ def _block(method: Method, clock: Clock, calls: int) -> float:
     if calls > 1:
         method.call()
     return clock.seconds(method.call, calls)
+
+
+def _allocations(call: Callable[[], object]) -> list[int]:
+    """Bytes of every allocation on the CPU, and less than 0 of every release, in their order."""
+    with profile(profile_memory=True) as recorded:
+        result = call()
+    results: Any = recorded.kineto_results
+    del result  # held until the record ended
+    events = [e for e in results.events() if e.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
 
 
 def _flush(device: torch.device) -> None:

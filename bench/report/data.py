@@ -44,6 +44,12 @@ class Method:
         speedup: Dense's time over this one's.
         peak_bytes: Memory that a call holds at most beside its operands.
         cold: The speed-up with cold caches; `None` if not measured.
+        saved_bytes: Held between forward and backward pass. This and what follows is of cases of
+            the kind `memory` only.
+        resident_bytes: Parameters, gradients and the optimizer's state.
+        batch_bytes: The most that forward and backward pass hold beside these.
+        small_batch_bytes: The same with a smaller batch.
+        small_ms: Milliseconds of a step with that.
     """
 
     name: str
@@ -53,6 +59,11 @@ class Method:
     speedup: Spread
     peak_bytes: int
     cold: Spread | None = None
+    saved_bytes: int = 0
+    resident_bytes: int = 0
+    batch_bytes: int = 0
+    small_batch_bytes: int = 0
+    small_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class Case:
     """One shape and ratio, and every method timed on it in turn.
 
     Attributes:
-        kind: What was timed: one of `WEIGHT_GRAD_KINDS`, `kernel`, `layer` or `step`.
+        kind: What was timed: one of `WEIGHT_GRAD_KINDS`, `kernel`, `layer`, `step` or `memory`.
         title: Its name for readers.
         m: Rows of X and G.
         n: Columns of X.
@@ -73,6 +84,8 @@ class Case:
         methods: By name, in the file's order.
         model: What network, for a step.
         wanted: The target speed-up, by method.
+        samples: Of a batch, where the kind is `memory`.
+        small_samples: Of the smaller one.
     """
 
     kind: str
@@ -88,6 +101,8 @@ class Case:
     methods: Mapping[str, Method]
     model: str | None = None
     wanted: Mapping[str, float] = field(default_factory=dict)
+    samples: int = 0
+    small_samples: int = 0
 
     def of_role(self, role: str) -> list[Method]:
         """Its methods of one role."""

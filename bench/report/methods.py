@@ -56,6 +56,15 @@ OURS = {
         False,
         "residual",
     ),
+    "int8": Definition(
+        "As `default`; the inputs of layers are kept in 8 bits a number until the backward pass.",
+        True,
+        "subspace",
+    ),
+    "int4": Definition("As `int8`, in 4 bits a number.", True, "subspace"),
+    "int4-all": Definition(
+        "All rows, without a memory, from inputs kept in 4 bits a number.", True, "none"
+    ),
 }
 BASELINES = {
     "authors": Definition(
@@ -85,6 +94,24 @@ BASELINES = {
     "wta-crs": Definition(
         "The largest rows always, the rest by draws with replacement (Liu et al., WTA-CRS, 2023).",
         True,
+        "none",
+    ),
+    "checkpoint": Definition(
+        "Every block is computed once more in the backward pass, from its input (activation "
+        "checkpointing).",
+        True,
+        "none",
+    ),
+    "forward-wta": Definition(
+        "K rows of a layer's inputs are drawn in the forward pass by their norms alone, as by "
+        "`wta-crs`, and only these are kept.",
+        True,
+        "none",
+    ),
+    "saved-int8": Definition(
+        "Everything that autograd saves is rounded to the nearest of 8 bits, a scale for each row, "
+        "by saved-tensor hooks.",
+        False,
         "none",
     ),
 }

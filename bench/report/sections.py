@@ -18,6 +18,7 @@ from memaop_triton.bench.report.document import (
     Subheading,
 )
 from memaop_triton.bench.report.findings import Miss, by_place, findings
+from memaop_triton.bench.report.memory import memory
 from memaop_triton.bench.report.methods import methods_of
 from memaop_triton.bench.report.sweeps import (
     against_ratio,
@@ -46,6 +47,7 @@ def document(run: Run) -> Document:
         f"Not measured in this run: {absent}." if absent else "",
         tuple(section for section in sections if section.blocks),
         tuple(headline(run)),
+        "times of steps" if _is_of_memory(run) else "roofline, curves, maps",
     )
 
 
@@ -78,7 +80,13 @@ def _joined(values: Mapping[str, str | None]) -> str:
 
 
 def _sections(run: Run) -> list[Section]:
-    """Every section; those that the run has no numbers for are empty."""
+    """Every section; those that the run has no numbers for are empty.
+
+    Memory has a suite of its own, so it is missing in no other, and nothing is missing in that.
+    """
+    held = [memory(run)] if run.of_kind("memory") else []
+    if _is_of_memory(run):
+        return [*held, _method(run)]
     return [
         _findings(run),
         _weight_grad(run),
@@ -88,6 +96,7 @@ def _sections(run: Run) -> list[Section]:
         break_even(run),
         against_rows(run),
         _steps(run),
+        *held,
         _kernels(run),
         _overhead(run),
         _method(run),
@@ -191,8 +200,18 @@ def _overhead(run: Run) -> Section:
     return section
 
 
+def _is_of_memory(run: Run) -> bool:
+    return len(run.of_kind("memory")) == len(run.cases)
+
+
 def _method(run: Run) -> Section:
-    suite = run.name if run.name in ("quick", "cpu", "gpu") else _suite(run)
+    suite = run.name if run.name in ("quick", "cpu", "gpu", "memory") else _suite(run)
+    limit = (
+        "The limit is what no method with the same traffic can beat: a GEMM of K rows that lie "
+        "together, plus one pass over X and G. A row memory is read, updated and written in "
+        "that pass; a subspace adds the rows that its 2·M·q·(N+P) FLOPs would pay for. It is "
+        "measured in the same rounds."
+    )
     return Section(
         "method",
         "How it was measured, and how to repeat it",
@@ -201,10 +220,7 @@ def _method(run: Run) -> Section:
             "All methods of a case run in turn, round after round, in one process. A speed-up is "
             "dense's time over the method's in the same round, so that a machine that slows down "
             "slows both; shown are the median of the rounds and the quartiles.",
-            "The limit is what no method with the same traffic can beat: a GEMM of K rows that lie "
-            "together, plus one pass over X and G. A row memory is read, updated and written in "
-            "that pass; a subspace adds the rows that its 2·M·q·(N+P) FLOPs would pay for. It is "
-            "measured in the same rounds.",
+            *([] if _is_of_memory(run) else [limit]),
             "Unbiased means that the gradient's mean over draws is dense's gradient. A biased "
             "method can be as fast and still train worse: speed alone does not choose one.",
             tables.definitions(methods_of([c for c in run.cases if c.kind != "kernel"])),
@@ -213,4 +229,6 @@ def _method(run: Run) -> Section:
 
 
 def _suite(run: Run) -> str:
+    if _is_of_memory(run):
+        return "memory"
     return "gpu" if any(case.device != "cpu" for case in run.cases) else "cpu"

@@ -142,11 +142,16 @@ def wta_crs(x: Tensor, g: Tensor, k: int) -> Tensor:
     are one GEMM, which is faster. The code stores sampled rows in the forward pass and so uses the
     last step's norms of G; here they are this step's.
     """
-    scores = _scores(x, g)
+    chosen, weights = draw_winners_and_others(_scores(x, g), k)
+    return _weighted_product(x, g, chosen, weights)
+
+
+def draw_winners_and_others(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The rows of `wta_crs` for scores [M], and their weights: int64 [k], and [k]."""
     probabilities = scores / scores.sum()
     largest, order = probabilities.topk(k)
     share = torch.cat([largest.new_zeros(1), largest.cumsum(0)[:-1]])  # P_c for c = 0 … k − 1
-    draws = k - torch.arange(k, device=x.device)
+    draws = k - torch.arange(k, device=scores.device)
     certain = int(((1 - share) / draws).argmin())
     winners = order[:certain].sort().values
     rest = probabilities.index_fill(0, winners, 0)
@@ -155,7 +160,7 @@ def wta_crs(x: Tensor, g: Tensor, k: int) -> Tensor:
     weights = torch.cat(
         [torch.ones_like(largest[:certain]), mass / ((k - certain) * probabilities[drawn])]
     )
-    return _weighted_product(x, g, torch.cat([winners, drawn]), weights)
+    return torch.cat([winners, drawn]), weights
 
 
 def _scores(x: Tensor, g: Tensor) -> Tensor:

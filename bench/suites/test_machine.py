@@ -6,6 +6,8 @@ import torch
 from memaop_triton.bench import machine
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+# The memory of a step is measured on the GPU if there is one.
+ON_CPU, ON_GPU = ((), ("memory",)) if torch.cuda.is_available() else (("memory",), ())
 
 
 @pytest.mark.parametrize(
@@ -16,7 +18,7 @@ FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat
             (FLOAT32, FLOAT64),
             2048,
             512 << 20,
-            marks=pytest.mark.suite("quick", "cpu"),
+            marks=pytest.mark.suite("quick", "cpu", *ON_CPU),
             id="cpu",
         ),
         pytest.param(
@@ -24,7 +26,7 @@ FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat
             (BFLOAT16, FLOAT16, FLOAT32),
             8192,
             2 << 30,
-            marks=pytest.mark.suite("gpu"),
+            marks=pytest.mark.suite("gpu", *ON_GPU),
             id="gpu",
         ),
         pytest.param("cpu", (FLOAT32,), 64, 1 << 16, marks=pytest.mark.suite("smoke"), id="smoke"),

@@ -8,12 +8,15 @@ from torch import nn
 
 from memaop_triton.auto.controller import Controller
 from memaop_triton.auto.worth import EXACT
+from memaop_triton.monitor.kept import kept_lines
 from memaop_triton.nn.layer_choice import converted_layers
 from memaop_triton.units import milliseconds
 
+_NO_AUTO_LAYER = "no layer of model has ratio='auto': convert_(model, MemAOPConfig(ratio='auto'))."
+
 
 def model_report(model: nn.Module) -> str:
-    """What the library has decided about the layers of `model` with `ratio="auto"`, and why.
+    """What was decided about layers with `ratio="auto"`, and what those with a stash keep.
 
     One line that sums it up, "1.14 times dense's progress per second, predicted 1.16; sampling 9 of
     14 layers", and one a layer: rows M of a pass, K/M in use, the noise V/D that this or, for an
@@ -21,18 +24,25 @@ def model_report(model: nn.Module) -> str:
     step, dense and as they are. Of several processes that decide together all print the same but
     for the rows, which are their own.
 
+    Then, if layers have a stash, one line for each of them: what its last forward pass in training
+    kept of the inputs for the backward pass, and what a dense layer would have kept. What layers
+    share counts once.
+
     Raises:
-        ValueError: No layer of `model` has `ratio="auto"`.
+        ValueError: No layer of `model` has `ratio="auto"` or a stash.
     """
-    lines = []
-    for controller in _controllers_of(model):
+    lines, kept = [], kept_lines(model)
+    controllers = _controllers_of(model)
+    if not controllers and not kept:
+        raise ValueError(f"{_NO_AUTO_LAYER} None has a stash either.")
+    for controller in controllers:
         lines.append(controller.summary())
         width = max(len("layer"), *map(len, controller.shares))
         heading = f"{'M':>9}{'K/M':>8}{'noise':>9}{'dense, ms':>11}{'now, ms':>9}"
         lines.append(f"{'layer':{width}}{heading}")
         for name, share in controller.shares.items():
             lines.append(f"{name:{width}}{_line(controller, name, share)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *kept])
 
 
 def auto_freeze(model: nn.Module) -> None:
@@ -45,18 +55,16 @@ def auto_freeze(model: nn.Module) -> None:
     Raises:
         ValueError: No layer of `model` has `ratio="auto"`.
     """
-    for controller in _controllers_of(model):
+    controllers = _controllers_of(model)
+    if not controllers:
+        raise ValueError(_NO_AUTO_LAYER)
+    for controller in controllers:
         controller.freeze()
 
 
 def _controllers_of(model: nn.Module) -> list[Controller]:
     found = (layer.layer_state.controller for _, layer in converted_layers(model))
-    controllers = [c for c in dict.fromkeys(found) if isinstance(c, Controller)]
-    if not controllers:
-        raise ValueError(
-            "no layer of model has ratio='auto': convert_(model, MemAOPConfig(ratio='auto'))."
-        )
-    return controllers
+    return [c for c in dict.fromkeys(found) if isinstance(c, Controller)]
 
 
 def _line(controller: Controller, name: str, share: float) -> str:

@@ -53,7 +53,7 @@ class MiniLm:
         Raises:
             DataError: There are no weights in the folder, or they could not be fetched.
         """
-        model = _Bert(self)
+        model = self.build_untrained()
         weights: Mapping[str, Tensor]
         if self.folder is None:
             weights = hub.pretrained_weights()
@@ -65,6 +65,10 @@ class MiniLm:
             {name: named[name] for name in model.state_dict().keys() - head} | head
         )
         return model
+
+    def build_untrained(self) -> _Bert:
+        """The same with random weights."""
+        return _Bert(self)
 
 
 def existing(path: Path) -> Path:

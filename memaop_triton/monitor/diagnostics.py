@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from memaop_triton.monitor.kept import HEADING, KeptBytes, shown
 from memaop_triton.sampling.variance import variance_at
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class LayerDiagnostics:
             has `ratio="auto"`.
         auto_noise: V/D with this K/M or, where it is 1, with half of them, by the steps that the
             decision is based on (`memaop_triton.auto`). NaN if none was since this monitor began.
+        kept: Bytes that its last forward pass kept of the inputs; `None` without a stash.
     """
 
     rows: int
@@ -81,6 +83,7 @@ class LayerDiagnostics:
     staleness: float | None = None
     auto_ratio: float | None = None
     auto_noise: float | None = None
+    kept: KeptBytes | None = None
 
     @property
     def ratio(self) -> float:
@@ -143,7 +146,7 @@ class LayerDiagnostics:
 def diagnostics_table(
     layers: Mapping[str, LayerDiagnostics], starving: float, summaries: Sequence[str] = ()
 ) -> Table:
-    """A row for every layer; those that starve are red.
+    """A row for every layer; those that starve are red. With a stash, what is kept of inputs.
 
     Args:
         layers: By name.
@@ -157,7 +160,10 @@ def diagnostics_table(
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
     table.add_column("layer", overflow="fold")
     headings = ["K of M", "captured", "eff. rows", "sampling / batch variance", "memory"]
-    for heading in [*headings, *(("auto K/M", "noise V/D") if summaries else ())]:
+    has_stash = any(layer.kept is not None for layer in layers.values())
+    headings += ["auto K/M", "noise V/D"] if summaries else []
+    headings += [HEADING] if has_stash else []
+    for heading in headings:
         table.add_column(heading, justify="right")
     for name, layer in layers.items():
         noise = layer.relative_variance
@@ -169,6 +175,7 @@ def diagnostics_table(
             "biased" if math.isnan(noise) else f"{noise:.3g}",
             _memory(layer),
             *(_decided(layer) if summaries else ()),
+            *([shown(layer.kept)] if has_stash else []),
             style="red" if layer.complaint(starving) else None,
         )
     return table

@@ -14,6 +14,7 @@ from torch import nn
 from memaop_triton.memory.kinds import SubspaceMemory
 from memaop_triton.monitor.diagnostics import LayerDiagnostics, diagnostics_table
 from memaop_triton.monitor.estimates import Figures
+from memaop_triton.monitor.kept import KeptBytes, kept_bytes
 from memaop_triton.monitor.observer import LayerObserver, Look
 from memaop_triton.nn.layer_choice import converted_layers
 from memaop_triton.nn.layer_state import LayerState
@@ -91,7 +92,10 @@ class Monitor:
 
         Synchronises with the layers' devices, and warns of layers that compute too few rows.
         """
-        read = {name: _diagnostics(*watched) for name, watched in self._watched.items()}
+        kept = kept_bytes({name: state for name, (state, _) in self._watched.items()})
+        read = {
+            name: _diagnostics(*watched, kept.get(name)) for name, watched in self._watched.items()
+        }
         result = {name: layer for name, layer in read.items() if layer is not None}
         for name, layer in result.items():
             complaint = layer.complaint(self.starving)
@@ -116,7 +120,8 @@ class Monitor:
         """The layers as a table of rich; synchronises and warns as `read`.
 
         With `ratio="auto"` it has K/M as decided and the noise V/D of layers, and below it the
-        decision in one line, as `model_report` does.
+        decision in one line, as `model_report` does. Where layers have a stash, it has what they
+        keep of their inputs between forward and backward pass, and what dense layers would.
         """
         controllers = (state.controller for state, _ in self._watched.values())
         summaries = [c.summary() for c in dict.fromkeys(controllers) if c is not None]
@@ -163,7 +168,9 @@ class Monitor:
         self.close()
 
 
-def _diagnostics(state: LayerState, observer: LayerObserver) -> LayerDiagnostics | None:
+def _diagnostics(
+    state: LayerState, observer: LayerObserver, kept: KeptBytes | None
+) -> LayerDiagnostics | None:
     """What was observed of a layer, `None` if nothing was."""
     sums, counts = observer.read()
     *weighted, weight = sums.tolist()
@@ -201,6 +208,7 @@ def _diagnostics(state: LayerState, observer: LayerObserver) -> LayerDiagnostics
         batch_variance=max(0.0, mean.batch_variance),
         score_sum=mean.score_sum,
         variance_curve=(tuple(means[-2 * POINTS : -POINTS]), tuple(means[-POINTS:])),
+        kept=kept,
         **optional,
     )
 

@@ -13,7 +13,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,28 @@ class Controller(Protocol):
         ...
 
 
+class Kept(NamedTuple):
+    """What a layer with a stash kept of its inputs in its last forward pass.
+
+    Weak references tell what is the same for several layers: those of one tensor are one object,
+    as long as any of them exists.
+
+    Attributes:
+        input_bytes: Of the inputs as they were multiplied, which a dense layer keeps.
+        stash_bytes: Of what was kept in their place.
+        input: The inputs.
+        stash: A tensor of the stash; the inputs if they were kept as they are.
+        keeper: Who keeps the inputs for its own backward pass, so that they were kept as they are;
+            "" if there is a stash.
+    """
+
+    input_bytes: int
+    stash_bytes: int
+    input: weakref.ref[Tensor]
+    stash: weakref.ref[Tensor]
+    keeper: str = ""
+
+
 class LayerState:
     """Configuration and memory of one layer.
 
@@ -68,6 +90,7 @@ class LayerState:
         memory: The memory, kept between steps; `None` for `memory="none"`.
         stash: What is kept of the inputs, as in `config`: apart from it, because ratios change and
             a compiled graph need not know.
+        kept: What the last forward pass kept of the inputs, if there is a stash.
         handle: [number, 0], uint8: represents this object in a graph.
         order: [1], uint8, one per device: every operator that draws random numbers or changes a
             memory declares that it writes to this tensor, which keeps such operators in the order
@@ -87,6 +110,7 @@ class LayerState:
     """
 
     memory: Memory | None
+    kept: Kept | None = None
     shards: ProcessShards | None = None
     factors: list[Factors] | None = None
     on_weight_grad: Callable[[Tensor], None] | None = None

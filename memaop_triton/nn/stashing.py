@@ -8,6 +8,7 @@ What a later operation keeps is not known here; `plan` finds that out.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch.utils.weak import TensorWeakRef
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.memory.kinds import SubspaceMemory, rows_to_compute
 from memaop_triton.memory.stash import BITS, Stash
-from memaop_triton.nn.layer_state import LayerState
+from memaop_triton.nn.layer_state import Kept, LayerState
 
 # Nodes of the autograd graph that keep their result, and those whose result is a view of what they
 # were given.
@@ -71,7 +72,7 @@ _recent = threading.local()
 
 
 def kept_of(x: Tensor, source: Tensor, weight: Tensor, state: LayerState) -> tuple[Tensor, ...]:
-    """The tensors of a `Stash` of `x`; none if `x` itself is to be kept.
+    """The tensors of a `Stash` of `x`; none if `x` itself is to be kept. Recorded in `state.kept`.
 
     Args:
         x: [..., N], as it is multiplied.
@@ -82,27 +83,38 @@ def kept_of(x: Tensor, source: Tensor, weight: Tensor, state: LayerState) -> tup
     config = state.config
     if config.stash == "exact" or x.numel() == 0 or weight.shape[0] == 0:
         return ()
-    if x is source and _is_kept_anyway(x):
+    keeper = _keeper_of(x) if x is source else ""
+    if keeper:
+        itself = weakref.ref(x)
+        state.kept = Kept(x.nbytes, x.nbytes, itself, itself, keeper)
         return ()
     rows = x.detach().reshape(-1, x.shape[-1])
     bits, basis = BITS[config.stash], _basis_for(rows, weight.shape[0], state)
     found = _find(source, x.dtype, bits, wants_inside=basis is not None)
-    if found is not None:
-        return found
-    stash = Stash.of(rows, bits, basis)
-    _remember(source, x.dtype, bits, stash)
-    return stash.tensors
+    if found is None:
+        stash = Stash.of(rows, bits, basis)
+        _remember(source, x.dtype, bits, stash)
+        found = stash.tensors
+    state.kept = _record(x, found)
+    return found
 
 
 def new_stash(
     rows: Tensor, out_features: int, state: LayerState, *, has_inside: bool = True
 ) -> Stash:
-    """A stash of `rows` ([M, N]) that is shared with no other layer.
+    """A stash of `rows` ([M, N]) that is shared with no other layer; recorded in `state.kept`.
 
     Nothing is kept inside of a subspace unless `has_inside`.
     """
     basis = _basis_for(rows, out_features, state) if has_inside else None
-    return Stash.of(rows, BITS[state.config.stash], basis)
+    stash = Stash.of(rows, BITS[state.config.stash], basis)
+    state.kept = _record(rows, stash.tensors)
+    return stash
+
+
+def _record(x: Tensor, tensors: tuple[Tensor, ...]) -> Kept:
+    nbytes = sum(a.nbytes for a in tensors)
+    return Kept(x.nbytes, nbytes, weakref.ref(x), weakref.ref(tensors[0]))
 
 
 def _basis_for(rows: Tensor, out_features: int, state: LayerState) -> Tensor | None:
@@ -122,14 +134,19 @@ def _basis_for(rows: Tensor, out_features: int, state: LayerState) -> Tensor | N
     return basis.columns(rows, rank)
 
 
-def _is_kept_anyway(x: Tensor) -> bool:
-    """Whether whoever made `x` holds it until the backward pass."""
+def _keeper_of(x: Tensor) -> str:
+    """Who made `x` and holds it until the backward pass; "" if nobody does."""
     node: Any = x.grad_fn
     if node is None:
-        return x.requires_grad  # a Parameter
+        return "a leaf" if x.requires_grad else ""  # a Parameter
     while node is not None and node.name() in _VIEWS:
         node = node.next_functions[0][0]
-    return node is not None and (node.name() in _KEEP_THEIR_RESULT or node.name() == _OF_A_LEAF)
+    if node is None:
+        return ""
+    name: str = node.name()
+    if name == _OF_A_LEAF:
+        return "a leaf"
+    return name.partition("Backward")[0] if name in _KEEP_THEIR_RESULT else ""
 
 
 def _find(

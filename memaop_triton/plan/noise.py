@@ -20,8 +20,7 @@ from memaop_triton.backward.step import Operands
 from memaop_triton.memory.kinds import Memory
 from memaop_triton.nn.layer_choice import Chosen
 from memaop_triton.nn.layer_state import LayerState
-from memaop_triton.nn.linear import MemAOPLinear
-from memaop_triton.plan.observing import run_backward, untouched
+from memaop_triton.plan.observing import converted, run_backward, untouched
 
 
 class Noise(NamedTuple):
@@ -95,19 +94,16 @@ def _observed(
     layers: Chosen, memories: dict[str, Memory | None], known: Iterable[str]
 ) -> Iterator[dict[str, StepObserver]]:
     """Inside, the layers are converted and observed; the memories go from one batch to the next."""
-    converted: list[MemAOPLinear] = []
+    exact = {
+        name: (layer, config.spending(ratio=EXACT)) for name, (layer, config) in layers.items()
+    }
     observers: dict[str, StepObserver] = {}
     known = set(known)
-    try:
-        for name, (linear, config) in layers.items():
-            layer = MemAOPLinear.adopt_(linear, config.spending(ratio=EXACT))
-            converted.append(layer)
+    with converted(exact) as ours:
+        for name, layer in ours.items():
             state = layer.layer_state
             state.memory = memories.setdefault(name, state.memory)
             is_first = state.memory is not None and name not in known
             observer = _FirstLook(state) if is_first else StepObserver(state)
             state.step_observer = observers[name] = observer
         yield observers
-    finally:
-        for layer in converted:
-            layer.revert_()

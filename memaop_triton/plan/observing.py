@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from memaop_triton.auto.layer_timing import Use
 from memaop_triton.auto.timing import elapsed, generators_restored
-from memaop_triton.nn.layer_choice import quoted
+from memaop_triton.nn.layer_choice import Chosen, quoted
 from memaop_triton.nn.linear import MemAOPLinear
 
 
@@ -86,12 +86,36 @@ def run_backward(
         Whether it was a loss whose gradients were computed: that of `loss_fn`, or one that the
         model returns. Otherwise it was the sum of all outputs.
     """
+    summed, has_loss = run_forward(model, example_inputs, loss_fn)
+    torch.autograd.backward(summed, [torch.ones_like(t) for t in summed])
+    return has_loss
+
+
+def run_forward(
+    model: nn.Module, example_inputs: object, loss_fn: Callable[[Any], Tensor] | None = None
+) -> tuple[list[Tensor], bool]:
+    """Run a model forward; the arguments and errors are those of `observe`.
+
+    Returns:
+        What the backward pass begins from, the loss or all outputs, and whether it is a loss.
+    """
     arguments, keywords = _call_arguments(example_inputs)
     output = model(*arguments, **keywords)
     loss = _loss_of(output) if loss_fn is None else _checked(loss_fn(output))
-    summed = _summed(output) if loss is None else [loss]
-    torch.autograd.backward(summed, [torch.ones_like(t) for t in summed])
-    return loss is not None
+    return (_summed(output), False) if loss is None else ([loss], True)
+
+
+@contextlib.contextmanager
+def converted(layers: Chosen) -> Iterator[dict[str, MemAOPLinear]]:
+    """Inside, the layers are converted, each with its configuration; afterwards they are dense."""
+    made: dict[str, MemAOPLinear] = {}
+    try:
+        for name, (linear, config) in layers.items():
+            made[name] = MemAOPLinear.adopt_(linear, config)
+        yield made
+    finally:
+        for layer in made.values():
+            layer.revert_()
 
 
 @contextlib.contextmanager

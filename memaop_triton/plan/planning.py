@@ -9,6 +9,7 @@ round gives a ratio. Layers with the same shapes, configuration and gradients sh
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -25,6 +26,7 @@ from memaop_triton.auto.timing import generators_restored
 from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.nn.layer_choice import Chosen, Filter, choose_layers
 from memaop_triton.plan.deciding import LEAST_GAIN, decide
+from memaop_triton.plan.held import Held, measure_held
 from memaop_triton.plan.noise import Noise, observe_noise
 from memaop_triton.plan.observing import observe
 from memaop_triton.plan.request import LayerRequest
@@ -52,6 +54,10 @@ def plan(
     progress per second. The noise is that at the weights that the model has now. It grows as
     training goes on, and what is best now may not be later. In training the library looks again,
     and asks the clock whether what it chose is faster.
+
+    Where a configuration has a stash, it also shows the bytes that autograd holds for the backward
+    pass, dense and with all layers converted, and names the layers whose stash frees nothing
+    because somebody else keeps their inputs: `overrides` can give these `stash="exact"`.
 
     The model is run forward and backward a few times, without an update. Afterwards parameters,
     gradients, buffers, modes and random generators are as before. It needs memory for a training
@@ -117,7 +123,10 @@ def plan_chosen(
     if undecided and has_loss:
         every = itertools.chain([example_inputs], batches)
         noise = observe_noise(model, {name: chosen[name] for name in undecided}, every, loss_fn)
-    return _planned(requests, seconds, time_budget, noise)
+    held = None
+    if any(config.stash != "exact" for _, config in chosen.values()):
+        held = measure_held(model, chosen, example_inputs, loss_fn)
+    return _planned(requests, seconds, time_budget, noise, held)
 
 
 def plan_shapes(
@@ -158,6 +167,7 @@ def _planned(
     step_seconds: float | None,
     time_budget: float,
     noise: Noise | None = None,
+    held: Held | None = None,
 ) -> Plan:
     """Measure layers, judge those with a given number of rows, and decide about the others."""
     notes = {request.name: request.nothing_to_gain() for request in requests}
@@ -176,6 +186,9 @@ def _planned(
         undecided = [request for request in left if request.config.is_auto]
         found, predicted, text, remarks = decide(undecided, noise, exact, total)
         rows |= found
+    if held is not None:
+        for name, keeper in held.keepers.items():
+            rows[name] = dataclasses.replace(rows[name], input_kept_by=keeper)
     devices = {use.device for request in left for use in request.uses}
     return Plan(
         tuple(rows.values()),
@@ -184,6 +197,8 @@ def _planned(
         predicted,
         text,
         remarks,
+        None if held is None else held.dense,
+        None if held is None else held.converted,
     )
 
 

@@ -72,6 +72,8 @@ class LayerPlan:
         share: K/M that `ratio="auto"` would choose, 1 for an exact gradient; `None` otherwise, and
             if the noise is unknown.
         options: What it would choose from; empty otherwise.
+        input_kept_by: Who keeps the layer's inputs for the backward pass anyway, so that its stash
+            only adds: the name of a module, or "the loss"; "" if it frees them.
     """
 
     name: str
@@ -89,6 +91,7 @@ class LayerPlan:
     note: str = ""
     share: float | None = None
     options: tuple[OptionPlan, ...] = ()
+    input_kept_by: str = ""
 
     @property
     def saved_seconds(self) -> float:
@@ -132,6 +135,9 @@ class Plan:
             is unknown. Its speed-up is that of forward and backward pass, without the optimizer.
         decision: The same in one line; "" without such layers.
         remarks: On their noise, in sentences.
+        saved_bytes: Held by autograd between forward and backward pass of the whole model as it is;
+            `None` without a model, and if no configuration has a stash.
+        saved_bytes_converted: The same with all layers converted, those included that stay exact.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -140,6 +146,8 @@ class Plan:
     predicted: Worth | None = None
     decision: str = ""
     remarks: str = ""
+    saved_bytes: int | None = None
+    saved_bytes_converted: int | None = None
 
     @property
     def faster(self) -> tuple[str, ...]:
@@ -166,6 +174,8 @@ class Plan:
             "step_seconds": self.step_seconds,
             "saved_seconds": self.saved_seconds,
             "memory_bytes": self.memory_bytes,
+            "saved_bytes": self.saved_bytes,
+            "saved_bytes_converted": self.saved_bytes_converted,
             "predicted": None if self.predicted is None else self.predicted._asdict(),
             "decision": self.decision,
             "layers": [row.to_dict() for row in self.layers],
@@ -189,12 +199,16 @@ class Plan:
         return [row for row in self.layers if row.config.is_auto == is_auto]
 
     def summary(self) -> str:
-        """The plan in words: the decision, layers that get faster, memory, time of a step."""
+        """The plan in words: the decision, layers that get faster, memory, time of a step.
+
+        With a stash, what is held for the backward pass.
+        """
         lines = [f"{self.decision[:1].upper()}{self.decision[1:]}."] if self.decision else []
         lines += [self.remarks] if self.remarks else []
         fixed = self._rows(is_auto=False)
         if fixed or not lines:
             lines.append(_gain_of(fixed))
+        lines += self._held()
         if self.step_seconds is None:
             return "\n".join(lines)
         step = f"Forward and backward pass of the whole model: {milliseconds(self.step_seconds)} ms"
@@ -204,6 +218,25 @@ class Plan:
         ratio = f" ({self.step_seconds / then:.2f}×)" if then else ""
         step += f", with them converted about {milliseconds(then)} ms{ratio}."
         return "\n".join([*lines, step])
+
+    def _held(self) -> list[str]:
+        """What is held for the backward pass, and where a stash frees nothing."""
+        dense, ours = self.saved_bytes, self.saved_bytes_converted
+        if dense is None or ours is None:
+            return []
+        change = f" ({100 * (ours / dense - 1):+.0f} %)" if dense else ""
+        lines = [
+            f"Held for the backward pass: {human_bytes(dense)}, with these layers converted "
+            f"{human_bytes(ours)}{change}."
+        ]
+        count = sum(bool(row.input_kept_by) for row in self.layers)
+        if count:
+            whose = "1 layer frees" if count == 1 else f"{count} layers frees"
+            lines.append(
+                f'The stash of {whose} nothing, because the input is kept anyway: stash="exact" '
+                "by overrides holds less."
+            )
+        return lines
 
     def _table(self, rows: Iterable[LayerPlan]) -> Table:
         table = self._new_table("backward passes of a step")
@@ -263,8 +296,13 @@ def _option(option: OptionPlan) -> str:
 
 def _why(row: LayerPlan) -> str:
     if row.note:
-        return f"exact: {row.note}"
-    return row.verdict if row.share is None else _share(row.share)
+        return _with_keeper(f"exact: {row.note}", row)
+    return _with_keeper(row.verdict if row.share is None else _share(row.share), row)
+
+
+def _with_keeper(text: str, row: LayerPlan) -> str:
+    keeper = row.input_kept_by
+    return f"{text}; its input is kept anyway by {keeper}" if keeper else text
 
 
 def _settings(part: object) -> dict[str, Any]:
@@ -285,5 +323,5 @@ def _cells(row: LayerPlan) -> tuple[str, ...]:
         or_dash(row.ours_seconds, milliseconds),
         or_dash(row.speedup, lambda s: f"{s.median:.2f}× \\[{s.q1:.2f}, {s.q3:.2f}]"),
         or_dash(None if row.note else row.memory_bytes, human_bytes),
-        f"{row.verdict}: {row.note}" if row.note else str(row.verdict),
+        _with_keeper(f"{row.verdict}: {row.note}" if row.note else str(row.verdict), row),
     )

@@ -10,7 +10,17 @@ from memaop_triton.bench import run
 from memaop_triton.bench.report.data import load
 from memaop_triton.commands import cli
 
-KINDS = {"kernel", "dw", "layer", "step", "sweep_rows", "sweep_ratio", "sweep_width", "overhead"}
+KINDS = {
+    "kernel",
+    "dw",
+    "layer",
+    "step",
+    "sweep_rows",
+    "sweep_ratio",
+    "sweep_width",
+    "overhead",
+    "memory",
+}
 
 
 @pytest.fixture(scope="module")
