@@ -24,7 +24,9 @@ SUITES = {
     "quick": Suite("cpu", 1.5, "a look at every kind of benchmark, three minutes on two cores"),
     "cpu": Suite("cpu", 6.0, "everything on the CPU, eleven minutes on two cores"),
     "gpu": Suite("cuda", 2.0, "everything on a GPU"),
-    "memory": Suite("cpu", 6.0, "what a training step holds; on the GPU if there is one"),
+    "memory": Suite(
+        "cpu", 6.0, "what a training step holds, on a GPU if there is one; ten minutes on two cores"
+    ),
     # Shows in a few seconds that all of it runs; its numbers mean nothing.
     "smoke": Suite("cpu", 0.0, "tiny problems"),
 }

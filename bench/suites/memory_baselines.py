@@ -31,9 +31,7 @@ _SHORTEST_ROW = 16
 def checkpoint_(blocks: Iterable[nn.Module]) -> None:
     """Hold the inputs of `blocks` and compute them again in the backward pass."""
     for block in blocks:
-        block.forward = functools.partial(  # type: ignore[method-assign]
-            checkpoint, block.forward, use_reentrant=False
-        )
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def sample_in_forward_(model: nn.Module, ratio: float) -> None:
@@ -106,7 +104,7 @@ def compress_saved_(model: nn.Module) -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             return forward(*args)
 
-    model.forward = compressed  # type: ignore[method-assign]
+    model.forward = compressed
 
 
 def _pack(

@@ -9,13 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from memaop_triton import MemAOPConfig, convert_, model_report, monitor
+from memaop_triton.memory.stash import Stash
 from memaop_triton.monitor.kept import KeptBytes, kept_bytes
 from memaop_triton.nn.layer_choice import converted_layers
 
 ROWS, SIZE = 256, 128
 INT4 = MemAOPConfig(ratio=1 / 8, memory="none", stash="int4")
 DENSE = ROWS * SIZE * 4
-BITS = ROWS * (SIZE // 2 + 2 * SIZE // 64 + 4) + 8  # the seed
+BITS = Stash.of(torch.zeros(ROWS, SIZE), 4).nbytes
 
 
 class Block(nn.Module):

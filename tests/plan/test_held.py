@@ -9,13 +9,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memaop_triton import MemAOPConfig, Subspace, convert_, plan
+from memaop_triton.memory.stash import Stash
 from memaop_triton.plan import planning
 from memaop_triton.plan.held import measure_held
 
 M, N = 256, 128
 PLAIN = MemAOPConfig(ratio=1 / 8, memory="none", stash="int4")
 INPUT = M * N * 4
-BITS = M * (N // 2 + 2 * N // 64 + 4) + 8  # the seed
+BITS = Stash.of(torch.zeros(M, N), 4).nbytes
 
 
 @pytest.fixture(autouse=True)
