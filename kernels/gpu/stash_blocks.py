@@ -1,12 +1,14 @@
 """What the stash's kernels are made of: a row's blocks, their rotation, and rounding at random.
 
-T columns, 64 of them or what is left at the end of a row, hold blocks as wide as the powers of two
-that T is the sum of, the widest first. Column c, below T, is in the block as wide as the highest
-bit in which c and T differ, at the place that the bits of c below say.
+Hadamard's matrix of 64 columns is that of 32 four times, the last time negative: of the products a
+and b of a block's halves with the smaller one, those of the block are a + b and a - b. What blocks
+of 64 leave of a row is the block of 32, then the narrower ones. T ≤ 32 columns hold blocks as wide
+as the powers of two that T is the sum of, the widest first. Column c, below T, is in the block as
+wide as the highest bit in which c and T differ, at the place that the bits of c below say.
 
-Such a tile has 32 slots, each with a column of the lower half of a block and one of its upper half:
-two numbers that one byte of 4 bits each holds, and one random word rounds. A block of one column
-has no upper half.
+Half as many slots have a column of the lower half of a block and one of its upper half each: two
+numbers that one byte of 4 bits each holds, and one random word rounds. A block of one column has no
+upper half.
 """
 
 from __future__ import annotations
@@ -14,12 +16,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BLOCK = 64  # columns of the widest blocks; a narrower one's width is among the six bits below
-SLOTS = tl.constexpr(BLOCK // 2)
-NO_COLUMN = tl.constexpr(BLOCK)
+from memaop_triton.kernels.targets import Target
+
+WIDEST = 64  # columns of a block
+BLOCK = tl.constexpr(WIDEST)
+HALF = tl.constexpr(WIDEST // 2)  # columns of a tile that is rotated
+NO_COLUMN = tl.constexpr(WIDEST // 2)
 
 _LEAST_SCALE = tl.constexpr(2.0**-120)  # below, the reciprocal of a scale has no finite value
 _HALF_OF_LARGEST = tl.constexpr(float.fromhex("0x1.fffffep+126"))
+
+
+def exact(target: Target) -> str:
+    """The fastest precision in which products of bfloat16 numbers held as float32 are exact."""
+    return "tf32" if target.has_tf32 else "ieee"
 
 
 @triton.jit
@@ -33,16 +43,43 @@ def highest_bit(number):
 
 @triton.jit
 def columns_of_slots(T):
-    """Columns of the lower and the upper half, places in the block's half, and widths: [32] each.
+    """Columns of the lower and the upper half, places in the half, and widths, of 16 slots.
 
     `NO_COLUMN` where there is none.
     """
-    slot = tl.arange(0, SLOTS)
+    slot = tl.arange(0, HALF // 2)
     half = highest_bit(slot ^ (T >> 1))
     place = tl.where(half > 0, slot & (half - 1), 0)
     lower = 2 * slot - place
     upper = tl.where(slot < (T >> 1), lower + half, NO_COLUMN)
     return tl.where(lower < T, lower, NO_COLUMN), upper, place, tl.maximum(2 * half, 1)
+
+
+@triton.jit
+def end_of_row(N, part):
+    """First column and number of columns of the two tiles after the whole blocks of a row."""
+    left = N % BLOCK
+    wide = left & HALF
+    return N - left + part * wide, tl.where(part == 0, wide, left - wide)
+
+
+@triton.jit
+def columns_at(start, first, end, col, TILE: tl.constexpr, CUT: tl.constexpr):
+    """TILE columns of rows that begin at `start`; with CUT those from `end` on are zero."""
+    columns = first + tl.arange(0, TILE)
+    places = start[:, None] + columns.to(tl.int64)[None, :] * col
+    return tl.load(places, mask=(columns < end)[None, :], other=0) if CUT else tl.load(places)
+
+
+@triton.jit
+def expand_at(
+    expand_ptr, first, end, row, rank, TILE: tl.constexpr, CUT: tl.constexpr, RANK: tl.constexpr
+):
+    """TILE columns of E, whose rows are `row` apart, [RANK, TILE]; with CUT zero from `end` on."""
+    r = tl.arange(0, RANK)[:, None]
+    columns = first + tl.arange(0, TILE)[None, :]
+    wanted = (r < rank) & (columns < end) if CUT else r < rank
+    return tl.load(expand_ptr + r.to(tl.int64) * row + columns, mask=wanted, other=0)
 
 
 @triton.jit
@@ -64,28 +101,24 @@ def root_of(width):
 
 
 @triton.jit
-def rotated(value, lower_signs, upper_signs):
-    """Sums of the columns of `value` ([R, 64]) with these signs ([64, 32], float16), and a unit.
+def rotated(value, signs):
+    """The product of `value` ([R, 32]) with signs ([32, S], float16), in float32.
 
-    What the sums, [R, 32] each, are multiples of: a power of two for each row. Numbers of 16 bits
-    have exact products with signs. float32 is divided by a power of two near the row's largest
-    number, and two float16 numbers then hold what float32 has beside that largest number.
+    Numbers of 16 bits have exact products with signs. float32 is divided by a power of two near the
+    row's largest number, and two float16 numbers then hold what float32 has beside that one.
     """
     if value.dtype == tl.float32:
         largest = tl.minimum(tl.maximum(tl.max(tl.abs(value), 1), 2.0**-100), 2.0**126)
         exponent = largest.to(tl.uint32, bitcast=True) & 0x7F800000
         # Up to 2⁸ or 2⁹: the lower number is then none that float16 has few bits for.
         scaled = value * ((262 << 23) - exponent).to(tl.float32, bitcast=True)[:, None]
-        upper_bits = scaled.to(tl.float16)
-        lower_bits = (scaled - upper_bits.to(tl.float32)).to(tl.float16)
-        lower = tl.dot(upper_bits, lower_signs, tl.dot(lower_bits, lower_signs))
-        upper = tl.dot(upper_bits, upper_signs, tl.dot(lower_bits, upper_signs))
+        upper = scaled.to(tl.float16)
+        lower = (scaled - upper.to(tl.float32)).to(tl.float16)
         unit = (exponent - (8 << 23)).to(tl.float32, bitcast=True)
+        product = tl.dot(upper, signs, tl.dot(lower, signs)) * unit[:, None]
     else:
-        lower = tl.dot(value, lower_signs.to(value.dtype))
-        upper = tl.dot(value, upper_signs.to(value.dtype))
-        unit = tl.full((value.shape[0],), 1.0, tl.float32)
-    return lower, upper, unit
+        product = tl.dot(value, signs.to(value.dtype))
+    return product
 
 
 @triton.jit
