@@ -125,25 +125,26 @@ def _store_narrow(
     low = rotated(value, lower_signs) * root
     high = rotated(value, upper_signs) * root
     sizes = tl.maximum(tl.abs(low), tl.abs(high))
+    sizes = tl.where(sizes < float("inf"), sizes, float("inf"))  # `tl.max` passes over NaN
     step = tl.full(sizes.shape, 1.0, tl.float32)
     before = tl.zeros(width.shape, tl.int32)  # blocks of the tile before a slot's
     count = 0
     for bit in tl.static_range(6):
-        exists = (T >> (5 - bit)) & 1
+        exists = (T & (32 >> bit)) != 0
         mine = width == (32 >> bit)
         largest = tl.max(tl.where(mine[None, :], sizes, 0), 1)
         scale, own = scale_above(largest, MOST)
-        tl.store(scales + count, scale, mask=row_ok & (exists == 1))
+        tl.store(scales + count, scale, mask=row_ok & exists)
         step = tl.where(mine[None, :], own[:, None], step)
         before = tl.where(mine, count, before)
-        count += exists
+        count += exists.to(tl.int32)
     words = word_at(key, place[:, None] + before[None, :], index[None, :])
     squares = _store_slots(numbers, low, high, step, words, row_ok, lower, upper, first, BITS, True)
     return tl.sum(squares, 1)
 
 
 @triton.jit(do_not_specialize=["M", "seed"])
-def round_kernel(
+def stash_kernel(
     x_ptr, expand_ptr, z_ptr, numbers_ptr, scales_ptr, norms_ptr, seed, M, N, rank, inverse, x_row,
     x_col, e_row, numbers_row, blocks,
     BITS: tl.constexpr, ROWS: tl.constexpr, TAIL: tl.constexpr, RANK: tl.constexpr,
@@ -250,7 +251,7 @@ def round_rows(
         x.new_empty((rows, rank), dtype=torch.bfloat16) if rank else None,
     )
     launch.launch(
-        round_kernel,
+        stash_kernel,
         (triton.cdiv(rows, ROWS),),
         x_ptr=x, expand_ptr=expand, z_ptr=stored.z, numbers_ptr=stored.numbers,
         scales_ptr=stored.scales.view(torch.uint16), norms_ptr=stored.norms,
