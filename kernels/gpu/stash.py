@@ -244,6 +244,7 @@ def round_rows(
     rank = 0 if expand is None else expand.shape[0]
     row_bytes = columns if bits == 8 else -(-columns // 2)
     blocks = columns // WIDEST + (columns % WIDEST).bit_count()
+    suits = columns % WIDEST == 0 and is_aligned(x)
     stored = Rounded(
         x.new_empty((rows, row_bytes), dtype=torch.uint8),
         x.new_empty((rows, blocks), dtype=torch.bfloat16),
@@ -260,7 +261,6 @@ def round_rows(
         e_row=0 if expand is None else expand.stride(0), numbers_row=row_bytes, blocks=blocks,
         BITS=bits, ROWS=ROWS, TAIL=columns % WIDEST > 0,
         RANK=padded_rank(rank) if rank else 0, EXACT=exact(targets.current(x.device)),
-        num_warps=WARPS if columns % WIDEST == 0 and is_aligned(x) else WARPS_OF_OTHERS,
-        num_stages=3,
+        num_warps=WARPS if suits else WARPS_OF_OTHERS, num_stages=3 if suits else 1,
     )  # fmt: skip
     return stored

@@ -32,7 +32,7 @@ from memaop_triton.kernels.gpu.stash_blocks import (
 from memaop_triton.kernels.tuning.config import padded_rank
 
 ROWS, WARPS = 64, 4  # of a program
-COLUMNS, GATHERED_COLUMNS = 512, 64  # of X, of G
+COLUMNS, GATHERED_COLUMNS = 512, 32  # of X, of G
 
 
 class Restored(NamedTuple):
@@ -265,6 +265,6 @@ def _restore(
         BITS=bits, ROWS=ROWS, COLUMNS=COLUMNS, G_COLUMNS=GATHERED_COLUMNS,
         TAIL=columns % WIDEST > 0, RANK=padded_rank(rank) if rank else 0,
         EXACT=exact(targets.current(numbers.device)),
-        num_warps=2 * WARPS if columns % WIDEST else WARPS, num_stages=3,
+        num_warps=2 * WARPS if columns % WIDEST else WARPS, num_stages=2,
     )  # fmt: skip
     return restored
