@@ -258,7 +258,7 @@ def _restore(
         numbers_ptr=numbers, scales_ptr=scales, z_ptr=z if rank else None,
         expand_ptr=expand if rank else None, x_ptr=restored.x, index_ptr=indices, g_ptr=g,
         weight_ptr=weights, gathered_ptr=restored.g if p else None,
-        M=rows, K=k, N=columns, P=p, rank=rank, e_row=expand.stride(0) if rank else 0,
+        M=rows, K=k, N=columns, P=p, rank=rank, e_row=0 if expand is None else expand.stride(0),
         numbers_row=numbers.shape[1],
         blocks=scales.shape[1],
         g_row=0 if g is None else g.stride(0), g_col=0 if g is None else g.stride(1),
