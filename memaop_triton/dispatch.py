@@ -24,7 +24,7 @@ from memaop_triton.kernels import env, targets
 from memaop_triton.kernels.cpu import stash as cpu_stash
 from memaop_triton.kernels.cpu import torch_ops
 from memaop_triton.kernels.cpu.stash import Inside, RoundedRows
-from memaop_triton.kernels.draws import NOT_DRAWN, draw_seed
+from memaop_triton.kernels.draws import NOT_DRAWN, draw_seed, draw_seed_tensor
 from memaop_triton.sampling.selection import Selection, is_weighted, select
 from memaop_triton.sampling.variance import FIRST_POWER, variance_curve
 
@@ -129,9 +129,10 @@ def round_rows(
         return cpu_stash.round_rows(x, bits, inside, generator), inside
     from memaop_triton.kernels.gpu import stash
 
-    found = stash.round_rows(x, bits, draw_seed(x.device, generator), expand, scale)
+    seed = draw_seed_tensor(x.device, generator)
+    found = stash.round_rows(x, bits, seed, expand, scale)
     inside = None if found.z is None or expand is None else Inside(found.z, expand)
-    return RoundedRows(found.numbers, found.scales, found.norms), inside
+    return RoundedRows(found.numbers, found.scales, found.norms, seed), inside
 
 
 def restore_rows(
@@ -158,7 +159,7 @@ def restore_rows(
     from memaop_triton.kernels.gpu import stash_restore
 
     picked = None if indices is None else indices.contiguous()
-    tensors = stored.numbers, stored.scales
+    tensors = stored.numbers, stored.scales, stored.seed
     return stash_restore.restore_rows(tensors, bits, columns, dtype, picked, inside)
 
 

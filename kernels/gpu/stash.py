@@ -28,13 +28,13 @@ from memaop_triton.kernels.gpu.stash_blocks import (
     WIDEST,
     columns_at,
     columns_of_slots,
+    dithered,
     end_of_row,
     exact,
     expand_at,
     hadamard_signs,
     root_of,
     rotated,
-    rounded_at_random,
     scale_above,
     word_at,
     words_of_block,
@@ -81,21 +81,23 @@ def _store_slots(
     numbers, low, high, step, words, row_ok, lower, upper, first,
     BITS: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """Round low / step and high / step at random, and store them; their squares.
+    """Round low / step and high / step, dithered, and store them; their squares once restored.
 
     `numbers` are the starts of rows, `first` the column that the tile begins with, `lower` and
     `upper` the columns of its slots; with CUT there are some without. Zeros are stored where the
     step is not finite.
     """
     inverse = tl.div_rn(1.0, step)
-    low_bits, low = rounded_at_random(low * inverse, words & 0xFFFF, BITS)
-    high_bits, high = rounded_at_random(high * inverse, words >> 16, BITS)
+    low_bits, low = dithered(low * inverse, words & 0xFFFF, BITS)
+    high_bits, high = dithered(high * inverse, words >> 16, BITS)
     is_finite = step < float("inf")
     has_lower = row_ok[:, None]
     has_upper = has_lower
     if CUT:
         has_upper = has_lower & (upper != NO_COLUMN)[None, :]
         has_lower = has_lower & (lower != NO_COLUMN)[None, :]
+        low = tl.where(has_lower, low, 0)
+        high = tl.where(has_upper, high, 0)
     if BITS == 4:
         slots = first // 2 + tl.arange(0, low.shape[1])
         packed = tl.where(is_finite, low_bits | (high_bits << 4), 0).to(tl.uint8)

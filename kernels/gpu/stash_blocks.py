@@ -1,4 +1,4 @@
-"""What the stash's kernels are made of: a row's blocks, their rotation, and rounding at random.
+"""What the stash's kernels are made of: a row's blocks, their rotation, and their dither.
 
 Hadamard's matrix of 64 columns is that of 32 four times, the last time negative: of the products a
 and b of a block's halves with the smaller one, those of the block are a + b and a - b. What blocks
@@ -134,22 +134,27 @@ def scale_above(largest, MOST: tl.constexpr):
 
 
 @triton.jit
-def rounded_at_random(value, noise, BITS: tl.constexpr):
-    """`value` rounded down or up by 16 random bits, such that its mean is itself.
+def dither_of(noise):
+    """u from (0, 1) (float32), by 16 random bits: the middles of 2¹⁶ equal parts."""
+    return ((noise << 7) | 0x3F800000).to(tl.float32, bitcast=True) - (1 - 2.0**-17)
 
-    Returns the number plus 2ᵇ⁻¹ (uint32, b bits) and the number itself (float32). A sum in
-    [2ᵇ, 2ᵇ⁺¹) has its integer part in the first b bits of its mantissa. To convert it would take
-    units of which a processor has few.
+
+@triton.jit
+def dithered(value, noise, BITS: tl.constexpr):
+    """⌊value + u⌋, and what that is restored to, ⌊value + u⌋ + ½ − u.
+
+    The first is returned plus 2ᵇ⁻¹ (uint32, b bits), the second is float32. A sum in [2ᵇ, 2ᵇ⁺¹) has
+    its integer part in the first b bits of its mantissa. To convert it would take units of which a
+    processor has few.
     """
     ZERO: tl.constexpr = (1 << BITS) + (1 << (BITS - 1))
     BELOW: tl.constexpr = 23 - BITS
-    # In [1, 2), and half of the last bit, so that the mean of all draws is 1/2.
-    drawn = ((noise << 7) | 0x3F800000).to(tl.float32, bitcast=True) + (ZERO - 1 + 2.0**-17)
+    u = dither_of(noise)
     # A number that was 2ᵇ⁻¹ − 1 but for an error of float32 is not to become the next one.
-    total = tl.minimum(value + drawn, (2 << BITS) - 2.0**-BELOW)
+    total = tl.minimum(value + (u + ZERO), (2 << BITS) - 2.0**-BELOW)
     bits = total.to(tl.uint32, bitcast=True) >> BELOW
     number = (bits << BELOW).to(tl.float32, bitcast=True) - ZERO
-    return bits & ((1 << BITS) - 1), number
+    return bits & ((1 << BITS) - 1), number + (0.5 - u)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Rows that `stash.py` has stored: those that were selected, as a GEMM takes them.
 
-Signs and stored numbers are integers, so their products are exact; they are multiplied by scales
-afterwards. The rows of G are gathered and weighted by other programs of the same launch, so that a
-library's GEMM takes both: `pack.py` says why.
+The dither that was added before the rounding is drawn again, from the same seed, and taken off; the
+scales are multiplied by last. The rows of G are gathered and weighted by other programs of the same
+launch, so that a library's GEMM takes both: `pack.py` says why.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ from torch import Tensor
 
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.gpu import launch
+from memaop_triton.kernels.gpu.primitives import value_of
 from memaop_triton.kernels.gpu.stash_blocks import (
     BLOCK,
     HALF,
     NO_COLUMN,
     WIDEST,
     columns_of_slots,
+    dither_of,
     end_of_row,
     exact,
     expand_at,
     hadamard_signs,
     highest_bit,
     root_of,
+    rotated,
+    word_at,
+    words_of_block,
 )
 from memaop_triton.kernels.tuning.config import padded_rank
 
@@ -43,8 +48,11 @@ class Restored(NamedTuple):
 
 
 @triton.jit
-def _numbers_at(start, first, lower, upper, exists, BITS: tl.constexpr, CUT: tl.constexpr):
-    """Both numbers of each slot, as float16; with CUT there are slots without."""
+def _numbers_at(start, first, lower, upper, exists, words, BITS: tl.constexpr, CUT: tl.constexpr):
+    """Both numbers of each slot in float32, without their dither; with CUT there are slots without.
+
+    `words` are the random ones of the slots.
+    """
     has_lower = exists[:, None]
     has_upper = has_lower
     if CUT:
@@ -60,7 +68,9 @@ def _numbers_at(start, first, lower, upper, exists, BITS: tl.constexpr, CUT: tl.
         high = tl.load(start[:, None] + (first + upper)[None, :], mask=has_upper, other=0)
         low = low.to(tl.int8, bitcast=True)
         high = high.to(tl.int8, bitcast=True)
-    return low.to(tl.float16), high.to(tl.float16)
+    low = low.to(tl.float32) + (0.5 - dither_of(words & 0xFFFF))
+    high = high.to(tl.float32) + (0.5 - dither_of(words >> 16))
+    return low, high
 
 
 @triton.jit
@@ -79,23 +89,30 @@ def _store_columns(
 
 @triton.jit
 def _restore_narrow(
-    numbers, scales, z, expand_ptr, out, exists, wanted, first, T, e_row, rank,
+    numbers, scales, z, expand_ptr, out, exists, wanted, key, block, first, T, e_row, rank,
     BITS: tl.constexpr, RANK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """T columns in narrow blocks; `scales` is where the scale of the first one is."""
+    """T columns in narrow blocks, of which `block` is the place of the first one.
+
+    `scales` is where its scale is.
+    """
     columns = tl.arange(0, HALF)
-    lower, upper, _, _ = columns_of_slots(T)
+    lower, upper, index, width_of_slot = columns_of_slots(T)
     lower_signs = hadamard_signs(columns[None, :], lower[:, None], T).to(tl.float16)
     upper_signs = hadamard_signs(columns[None, :], upper[:, None], T).to(tl.float16)
     width = tl.maximum(highest_bit(columns ^ T), 1)
     before = tl.zeros(width.shape, tl.int32)  # blocks of the tile before a column's
+    before_slot = tl.zeros(width_of_slot.shape, tl.int32)
     for bit in tl.static_range(6):
         before += tl.where(width < (32 >> bit), (T >> (5 - bit)) & 1, 0)
+        before_slot += tl.where(width_of_slot < (32 >> bit), (T >> (5 - bit)) & 1, 0)
+    words = word_at(key, block[:, None] + before_slot[None, :], index[None, :])
     is_inside = (columns < T)[None, :]
     steps = scales[:, None] + before[None, :]
     step = tl.load(steps, mask=exists[:, None] & is_inside, other=0).to(tl.float32)
-    low, high = _numbers_at(numbers, first, lower, upper, exists, BITS, True)
-    value = tl.dot(high, upper_signs, tl.dot(low, lower_signs)) * (step * root_of(width)[None, :])
+    low, high = _numbers_at(numbers, first, lower, upper, exists, words, BITS, True)
+    value = (rotated(low, lower_signs) + rotated(high, upper_signs)) * step
+    value *= root_of(width)[None, :]
     _store_columns(
         out, value, z, expand_ptr, wanted, first, first + T, e_row, rank, True, RANK, EXACT
     )
@@ -103,8 +120,8 @@ def _restore_narrow(
 
 @triton.jit
 def _restore_tile(
-    numbers_ptr, scales_ptr, z_ptr, expand_ptr, out_ptr, rows, exists, place, wanted, tile, N, rank,
-    e_row, numbers_row, blocks,
+    numbers_ptr, scales_ptr, z_ptr, expand_ptr, out_ptr, rows, exists, place, wanted, seed, tile, N,
+    rank, e_row, numbers_row, blocks,
     BITS: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr, RANK: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -112,6 +129,8 @@ def _restore_tile(
     numbers = numbers_ptr + rows.to(tl.int64) * numbers_row
     scales = scales_ptr + rows.to(tl.int64) * blocks
     out = out_ptr + place.to(tl.int64) * N
+    first_block = rows.to(tl.int64) * blocks
+    key = value_of(seed)
     z = None
     if RANK > 0:
         r = tl.arange(0, RANK)
@@ -124,19 +143,20 @@ def _restore_tile(
     block_end = tl.minimum((tile + 1) * (COLUMNS // BLOCK), whole)
     for block in range(tile * (COLUMNS // BLOCK), block_end):
         first = block * BLOCK
-        low, high = _numbers_at(numbers, first, lower, upper, exists, BITS, False)
+        words = words_of_block(key, first_block + block)
+        low, high = _numbers_at(numbers, first, lower, upper, exists, words, BITS, False)
         step = tl.load(scales + block, mask=exists, other=0).to(tl.float32)[:, None] * 0.125
-        left = tl.dot(low + high, signs) * step
+        left = rotated(low + high, signs) * step
         _store_columns(out, left, z, expand_ptr, wanted, first, N, e_row, rank, False, RANK, EXACT)
-        right = tl.dot(low - high, signs) * step
+        right = rotated(low - high, signs) * step
         first += HALF
         _store_columns(out, right, z, expand_ptr, wanted, first, N, e_row, rank, False, RANK, EXACT)
     if TAIL and whole // (COLUMNS // BLOCK) == tile:
         for part in range(0, 2):
             first, T = end_of_row(N, part)
             _restore_narrow(
-                numbers, scales + whole, z, expand_ptr, out, exists, wanted, first, T, e_row, rank,
-                BITS, RANK, EXACT,
+                numbers, scales + whole, z, expand_ptr, out, exists, wanted, key,
+                first_block + whole, first, T, e_row, rank, BITS, RANK, EXACT,
             )  # fmt: skip
             whole += T >> 5
 
@@ -159,10 +179,10 @@ def _gather_tile(
     tl.store(out_places, g, mask=wanted[:, None] & is_inside)
 
 
-@triton.jit(do_not_specialize=["M", "K"])
+@triton.jit(do_not_specialize=["M", "K", "seed"])
 def restore_kernel(
     numbers_ptr, scales_ptr, z_ptr, expand_ptr, x_ptr, index_ptr, g_ptr, weight_ptr, gathered_ptr,
-    M, K, N, P, rank, e_row, numbers_row, blocks, g_row, g_col,
+    seed, M, K, N, P, rank, e_row, numbers_row, blocks, g_row, g_col,
     BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, G_COLUMNS: tl.constexpr,
     TAIL: tl.constexpr, RANK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -177,8 +197,8 @@ def restore_kernel(
     tiles_of_x = tl.cdiv(N, COLUMNS)
     if g_ptr is None or tile < tiles_of_x:
         _restore_tile(
-            numbers_ptr, scales_ptr, z_ptr, expand_ptr, x_ptr, rows, exists, place, wanted, tile, N,
-            rank, e_row, numbers_row, blocks, BITS, COLUMNS, TAIL, RANK, EXACT,
+            numbers_ptr, scales_ptr, z_ptr, expand_ptr, x_ptr, rows, exists, place, wanted, seed,
+            tile, N, rank, e_row, numbers_row, blocks, BITS, COLUMNS, TAIL, RANK, EXACT,
         )  # fmt: skip
     else:
         _gather_tile(
@@ -188,7 +208,7 @@ def restore_kernel(
 
 
 def restore_rows(
-    stored: tuple[Tensor, Tensor],
+    stored: tuple[Tensor, Tensor, Tensor],
     bits: int,
     columns: int,
     dtype: torch.dtype,
@@ -198,7 +218,7 @@ def restore_rows(
     """Rows that `round_rows` stored, [K, N]; all of them without indices.
 
     Args:
-        stored: Numbers and scales.
+        stored: Numbers, scales, and the seed, int64 [1] on the device.
         bits: Of the numbers.
         columns: N.
         dtype: Of the result: float16, bfloat16 or float32.
@@ -210,7 +230,7 @@ def restore_rows(
 
 
 def restore_both(
-    stored: tuple[Tensor, Tensor],
+    stored: tuple[Tensor, Tensor, Tensor],
     bits: int,
     columns: int,
     g: Tensor,
@@ -221,7 +241,7 @@ def restore_both(
     """The selected rows of X and, weighted, of G: what a plain GEMM takes, in the dtype of G.
 
     Args:
-        stored: Numbers and scales of X, as for `restore_rows`.
+        stored: Numbers, scales and seed of X, as for `restore_rows`.
         bits: Of the numbers.
         columns: N.
         g: [M, P], float16, bfloat16 or float32, any strides.
@@ -233,7 +253,7 @@ def restore_both(
 
 
 def _restore(
-    stored: tuple[Tensor, Tensor],
+    stored: tuple[Tensor, Tensor, Tensor],
     bits: int,
     columns: int,
     dtype: torch.dtype,
@@ -242,7 +262,7 @@ def _restore(
     g: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Restored:
-    numbers, scales = stored
+    numbers, scales, seed = stored
     rows = len(scales)
     k = rows if indices is None else indices.numel()
     p = 0 if g is None else g.shape[1]
@@ -258,7 +278,8 @@ def _restore(
         numbers_ptr=numbers, scales_ptr=scales, z_ptr=z if rank else None,
         expand_ptr=expand if rank else None, x_ptr=restored.x, index_ptr=indices, g_ptr=g,
         weight_ptr=weights, gathered_ptr=restored.g if p else None,
-        M=rows, K=k, N=columns, P=p, rank=rank, e_row=0 if expand is None else expand.stride(0),
+        seed=seed, M=rows, K=k, N=columns, P=p, rank=rank,
+        e_row=0 if expand is None else expand.stride(0),
         numbers_row=numbers.shape[1],
         blocks=scales.shape[1],
         g_row=0 if g is None else g.stride(0), g_col=0 if g is None else g.stride(1),

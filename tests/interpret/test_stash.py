@@ -14,6 +14,7 @@ from tests.stash_checks import (
     check_extremes,
     check_not_finite,
     check_rounded,
+    kept,
     new_subspace,
 )
 
@@ -62,7 +63,9 @@ def test_the_mean_over_draws_is_the_row(bits, rank, mean_agrees):
     for seed in range(4):
         stored = stash.round_rows(rows, bits, SEED + seed, expand, scale)
         inside = None if rank == 0 else (stored.z, expand)
-        restored = stash_restore.restore_rows(stored[:2], bits, 80, x.dtype, None, inside)
+        restored = stash_restore.restore_rows(
+            kept(stored, SEED + seed), bits, 80, x.dtype, None, inside
+        )
         draws += restored.double().view(60, 4, 80).unbind()
     mean_agrees(draws, x.double())
 
@@ -71,10 +74,10 @@ def test_the_mean_over_draws_is_the_row(bits, rank, mean_agrees):
 def test_no_rows(bits):
     stored = stash.round_rows(torch.empty(0, 70), bits, SEED)
     assert stored.norms.shape == (0,)
-    assert stash_restore.restore_rows(stored[:2], bits, 70, torch.float32).shape == (0, 70)
+    assert stash_restore.restore_rows(kept(stored), bits, 70, torch.float32).shape == (0, 70)
     full = stash.round_rows(torch.randn(3, 70), bits, SEED)
     nothing = torch.empty(0, dtype=torch.int64)
-    both = stash_restore.restore_both(full[:2], bits, 70, torch.randn(3, 5), nothing)
+    both = stash_restore.restore_both(kept(full), bits, 70, torch.randn(3, 5), nothing)
     assert (both.x.shape, both.g.shape) == ((0, 70), (0, 5))
 
 
@@ -87,7 +90,7 @@ def test_what_is_moved(bits, rank, traffic):
     stored = stash.round_rows(x, bits, SEED, expand, scale)
     indices = torch.arange(0, rows, 4)
     inside = (stored.z, expand) if rank else None
-    stash_restore.restore_both(stored[:2], bits, n, g, indices, torch.ones(k), inside)
+    stash_restore.restore_both(kept(stored), bits, n, g, indices, torch.ones(k), inside)
     rounding, restoring = traffic
     side = {"z_ptr": 2 * rows * rank} if rank else {}
     numbers, scales = rows * n * bits // 8, 2 * rows * n // 64
@@ -97,7 +100,7 @@ def test_what_is_moved(bits, rank, traffic):
     assert rounding.written == written | side
     part = k / rows
     read = {"numbers_ptr": numbers * part, "scales_ptr": scales * part, "g_ptr": 2 * k * p}
-    read |= {"index_ptr": 8 * k, "weight_ptr": 4 * k}
+    read |= {"index_ptr": 8 * k, "weight_ptr": 4 * k, "seed": 8}
     read |= {"z_ptr": 2 * k * rank, "expand_ptr": 2 * rank * n} if rank else {}
     assert restoring.read == read
     assert restoring.written == {"x_ptr": 2 * k * n, "gathered_ptr": 2 * k * p}
