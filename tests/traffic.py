@@ -117,7 +117,7 @@ class _Meter:
 
     def mark(self, pointers, mask, size, kind):
         """Note an access of `size` bytes at each pointer under the mask; 0 reads, 1 writes."""
-        live = np.broadcast_to(mask, pointers.shape).astype(bool)  # integers, of a scalar
+        live = np.broadcast_to(mask, pointers.shape)
         left = pointers[live].astype(np.int64)
         for start, *marks in self.buffers.values():
             offsets = left - start

@@ -131,15 +131,16 @@ def _store_narrow(
     step = tl.full(sizes.shape, 1.0, tl.float32)
     before = tl.zeros(width.shape, tl.int32)  # blocks of the tile before a slot's
     count = 0
+    widths = tl.full(row_ok.shape, 0, tl.int32) + T  # a mask that is one number is not taken
     for bit in tl.static_range(6):
-        exists = (T & (32 >> bit)) != 0
+        exists = (widths & (32 >> bit)) != 0
         mine = width == (32 >> bit)
         largest = tl.max(tl.where(mine[None, :], sizes, 0), 1)
         scale, own = scale_above(largest, MOST)
         tl.store(scales + count, scale, mask=row_ok & exists)
         step = tl.where(mine[None, :], own[:, None], step)
         before = tl.where(mine, count, before)
-        count += exists.to(tl.int32)
+        count += (T >> (5 - bit)) & 1
     words = word_at(key, place[:, None] + before[None, :], index[None, :])
     squares = _store_slots(numbers, low, high, step, words, row_ok, lower, upper, first, BITS, True)
     return tl.sum(squares, 1)
