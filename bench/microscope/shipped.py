@@ -76,7 +76,8 @@ def stashes(n: int = N) -> Iterator[Case]:
                 shown=False,
             )
             numbers = empty(M, -(-n * bits // 8), dtype=torch.uint8)
-            stored = numbers, empty(M, n // 64 + (n % 64).bit_count(), dtype=torch.bfloat16)
+            scales = empty(M, n // 64 + (n % 64).bit_count(), dtype=torch.bfloat16)
+            stored = numbers, scales, scalars()["seed"]
             inside = None if expand is None else (empty(M, rank, dtype=torch.bfloat16), expand)
             rows = given["g"], given["indices"], weights, inside
             yield Case(

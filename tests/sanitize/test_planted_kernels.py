@@ -113,6 +113,7 @@ FAULTS = {
         Fault(stash, "words >> 16, BITS", "words & 0xFFFF, BITS", "stash in C"),
         Fault(stash, "high = (left - right) * 0.125", "high = (right - left) * 0.125", "stash"),
         Fault(stash, "before = tl.where(mine, count, before)", "before += 0", "stash in C"),
+        Fault(stash, "high = tl.where(has_upper, high, 0)", "high = high", "stash"),
     ],
     "restore_kernel": [
         Fault(
@@ -121,7 +122,8 @@ FAULTS = {
             "exists = wanted & (rows < M + 1)",
             "stash", "oob_read", "z_ptr",
         ),
-        Fault(stash_restore, "tl.dot(low - high, signs)", "tl.dot(low + high, signs)", "stash"),
+        Fault(stash_restore, "rotated(low - high, signs)", "rotated(low + high, signs)", "stash"),
+        Fault(stash_restore, "dither_of(words >> 16)", "dither_of(words & 0xFFFF)", "stash"),
         Fault(stash_restore, "g.to(tl.float32) * weight[:, None]", "g.to(tl.float32)", "stash"),
         Fault(stash_restore, "(packed >> 4).to(tl.int8) - 8", "(packed >> 4).to(tl.int8)", "stash"),
         Fault(stash_restore, "value = tl.dot(z, e, value, ", "value = tl.dot(z, e, ", "stash"),
@@ -278,41 +280,6 @@ FAULTS = {
 }  # fmt: skip
 # With the units shared among several programs.
 SHARED_FAULTS = {
-    "stash_kernel": [
-        Fault(
-            stash,
-            "start = x_ptr + tl.minimum(rows, M - 1).to(tl.int64) * x_row",
-            "start = x_ptr + (rows + 8).to(tl.int64) * x_row",
-            "stash", "oob_read", "x_ptr",
-        ),
-        Fault(
-            stash,
-            "tl.store(norms_ptr + rows, tl.sqrt(square), mask=row_ok)",
-            "tl.store(norms_ptr + rows, tl.sqrt(square))",
-            "stash", "oob_write", "norms_ptr",
-        ),
-        Fault(
-            stash,
-            "has_lower = has_lower & (lower != NO_COLUMN)[None, :]",
-            "has_lower = has_lower & (lower >= 0)[None, :]",
-            "stash of bytes", "oob_write", "numbers_ptr",
-        ),
-        Fault(stash, "words >> 16, BITS", "words & 0xFFFF, BITS", "stash in C"),
-        Fault(stash, "high = (left - right) * 0.125", "high = (right - left) * 0.125", "stash"),
-        Fault(stash, "before = tl.where(mine, count, before)", "before += 0", "stash in C"),
-    ],
-    "restore_kernel": [
-        Fault(
-            stash_restore,
-            "exists = wanted & (rows < M)",
-            "exists = wanted & (rows < M + 1)",
-            "stash", "oob_read", "scales_ptr",
-        ),
-        Fault(stash_restore, "tl.dot(low - high, signs)", "tl.dot(low + high, signs)", "stash"),
-        Fault(stash_restore, "g.to(tl.float32) * weight[:, None]", "g.to(tl.float32)", "stash"),
-        Fault(stash_restore, "(packed >> 4).to(tl.int8) - 8", "(packed >> 4).to(tl.int8)", "stash"),
-        Fault(stash_restore, "value = tl.dot(z, e, value, ", "value = tl.dot(z, e, ", "stash"),
-    ],
     "digit_kernel": [
         Fault(
             select_shared,
