@@ -163,6 +163,33 @@ def restore_rows(
     return stash_restore.restore_rows(tensors, bits, columns, dtype, picked, inside)
 
 
+def restore_both(
+    stored: RoundedRows, bits: int, columns: int, g: Tensor, indices: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows of X as `restore_rows`, the same rows of G, and weights that are left to multiply by.
+
+    On a GPU one launch makes both, and has multiplied the rows of G by the weights; but in float16,
+    whose range they might leave.
+
+    Args:
+        stored: Of X, with this number of columns.
+        bits: Of its numbers.
+        columns: N.
+        g: [M, P].
+        indices: [K] int64, in [0, M).
+        weights: [K] or `None`.
+    """
+    if not runs_triton(g):
+        x = cpu_stash.restore_rows(stored, bits, columns, g.dtype, indices)
+        return x, g.index_select(0, indices), weights
+    from memaop_triton.kernels.gpu import stash_restore
+
+    now, later = (None, weights) if g.dtype == torch.float16 else (weights, None)
+    tensors = stored.numbers, stored.scales, stored.seed
+    both = stash_restore.restore_both(tensors, bits, columns, g, indices.contiguous(), now)
+    return both.x, both.g, later
+
+
 def power_iteration_(
     q: Tensor,
     a: Tensor,

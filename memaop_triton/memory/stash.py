@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from memaop_triton.dispatch import project_rows, restore_rows, round_rows
+from memaop_triton.dispatch import project_rows, restore_both, restore_rows, round_rows
 from memaop_triton.kernels.cpu.stash import Inside, RoundedRows
 from memaop_triton.kernels.cpu.torch_ops import score_dtype
 
@@ -110,9 +110,11 @@ class Stash:
         length = torch.linalg.vector_norm(expand) / len(expand) ** 0.5
         return torch.hypot(self.rest_norms, length * torch.linalg.vector_norm(z, dim=1))
 
-    def rest(self, indices: Tensor) -> Tensor:
-        """These rows less what is inside, [K, N]."""
-        return restore_rows(self._stored, self._bits, self.shape[1], self.dtype, indices)
+    def rest_and_rows_of(
+        self, g: Tensor, indices: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows less what is inside, [K, N], those of `g`, [K, P], and weights still to apply."""
+        return restore_both(self._stored, self._bits, self.shape[1], g, indices, weights)
 
     def rows(self, indices: Tensor) -> Tensor:
         """These rows, [K, N]."""
