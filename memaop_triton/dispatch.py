@@ -21,8 +21,10 @@ from torch import Tensor
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.flops import MAX_RANK, RANK_STEP
 from memaop_triton.kernels import env, targets
+from memaop_triton.kernels.cpu import stash as cpu_stash
 from memaop_triton.kernels.cpu import torch_ops
-from memaop_triton.kernels.draws import NOT_DRAWN, draw_seed
+from memaop_triton.kernels.cpu.stash import Inside, RoundedRows
+from memaop_triton.kernels.draws import NOT_DRAWN, draw_seed, draw_seed_tensor
 from memaop_triton.sampling.selection import Selection, is_weighted, select
 from memaop_triton.sampling.variance import FIRST_POWER, variance_curve
 
@@ -97,6 +99,95 @@ def project_rows(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         basis = basis.contiguous()
     projected = subspace.project(x, basis, torch_ops.basis_scale(x.shape[1]))
     return projected.z, projected.rest
+
+
+def round_rows(
+    x: Tensor,
+    bits: int,
+    basis: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[RoundedRows, Inside | None]:
+    """The rows of `x` in `bits` bits a number, less Z E if there is a basis, and Z and E.
+
+    Args:
+        x: [M, N], floating point. A row that is not finite has a norm of NaN.
+        bits: 4 or 8.
+        basis: Q, [N, q] in the dtype of `x`, orthonormal columns. E = s Qᵀ and Z = X Q / s, with
+            s = `basis_scale(N)`, are bfloat16; the Triton kernel computes Z from E.
+        generator: Source of the draws; the device's default one if `None`.
+    """
+    columns = x.shape[1]
+    expand, scale = None, torch_ops.basis_scale(columns)
+    if basis is not None:
+        # Rows that start at multiples of 16 bytes, whatever N is.
+        room = x.new_empty((basis.shape[1], -(-columns // 8) * 8), dtype=torch.bfloat16)
+        expand = room[:, :columns].copy_(basis.t() * scale)
+    if not runs_triton(x, rank=0 if basis is None else basis.shape[1]):
+        inside = None
+        if basis is not None and expand is not None:
+            inside = Inside(project_rows(x, basis)[0].bfloat16(), expand)
+        return cpu_stash.round_rows(x, bits, inside, generator), inside
+    from memaop_triton.kernels.gpu import stash
+
+    seed = draw_seed_tensor(x.device, generator)
+    found = stash.round_rows(x, bits, seed, expand, scale)
+    inside = None if found.z is None or expand is None else Inside(found.z, expand)
+    return RoundedRows(found.numbers, found.scales, found.norms, seed), inside
+
+
+def restore_rows(
+    stored: RoundedRows,
+    bits: int,
+    columns: int,
+    dtype: torch.dtype,
+    indices: Tensor | None = None,
+    inside: Inside | None = None,
+) -> Tensor:
+    """The rows `indices` of what `round_rows` has stored, or all of them: [K, N].
+
+    Args:
+        stored: Of rows with this number of columns.
+        bits: Of its numbers.
+        columns: N.
+        dtype: Of the result.
+        indices: [K] int64, in [0, M).
+        inside: What is added to the rows, as `round_rows` returned it.
+    """
+    rank = 0 if inside is None else inside.z.shape[1]
+    if not runs_triton(stored.norms, rank=rank):
+        return cpu_stash.restore_rows(stored, bits, columns, dtype, indices, inside)
+    from memaop_triton.kernels.gpu import stash_restore
+
+    picked = None if indices is None else indices.contiguous()
+    tensors = stored.numbers, stored.scales, stored.seed
+    return stash_restore.restore_rows(tensors, bits, columns, dtype, picked, inside)
+
+
+def restore_both(
+    stored: RoundedRows, bits: int, columns: int, g: Tensor, indices: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows of X as `restore_rows`, the same rows of G, and weights that are left to multiply by.
+
+    On a GPU one launch makes both, and has multiplied the rows of G by the weights; but in float16,
+    whose range they might leave.
+
+    Args:
+        stored: Of X, with this number of columns.
+        bits: Of its numbers.
+        columns: N.
+        g: [M, P].
+        indices: [K] int64, in [0, M).
+        weights: [K] or `None`.
+    """
+    if not runs_triton(g):
+        x = cpu_stash.restore_rows(stored, bits, columns, g.dtype, indices)
+        return x, g.index_select(0, indices), weights
+    from memaop_triton.kernels.gpu import stash_restore
+
+    now, later = (None, weights) if g.dtype == torch.float16 else (weights, None)
+    tensors = stored.numbers, stored.scales, stored.seed
+    both = stash_restore.restore_both(tensors, bits, columns, g, indices.contiguous(), now)
+    return both.x, both.g, later
 
 
 def power_iteration_(

@@ -22,6 +22,8 @@ from bench.microscope.cases import (
     scalars,
     weighting,
 )
+from bench.microscope.shipped import stashes
+from memaop_triton.kernels.gpu import stash
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.kernels.gpu.pack import COLUMNS, ROWS, pack_rows
 from memaop_triton.kernels.gpu.score import accumulate_and_score, row_scores
@@ -50,7 +52,7 @@ def awkward_cases(target: Target) -> list[Case]:
         for name, (tiles, given) in gemms.items()
         for tile in tiles[: 2 if name == "odd extents" else 1]
     ]
-    return [*found, *_packed(), *_subspace(uneven[-1]), *_row_passes(target)]
+    return [*found, *_packed(), *_rounded(), *_subspace(uneven[-1]), *_row_passes(target)]
 
 
 def _packed() -> Iterator[Case]:
@@ -62,6 +64,14 @@ def _packed() -> Iterator[Case]:
     ):
         call = partial(pack_rows, slots, **given, **scalars(), signed=True)
         yield Case(f"pack, {name}", tile, call, HALF)
+
+
+def _rounded() -> Iterator[Case]:
+    yield from stashes(ODD)
+    tile = RowConfig(stash.ROWS, stash.WIDEST, stash.WARPS_OF_OTHERS)
+    for name, given in (("strided", strided(operands(HALF))), ("far", far())):
+        call = partial(stash.round_rows, given["x"], 4, scalars()["seed"])
+        yield Case(f"round, {name}", tile, call, HALF)
 
 
 def _subspace(small: GemmConfig) -> Iterator[Case]:

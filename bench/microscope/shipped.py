@@ -12,6 +12,7 @@ from bench.microscope.cases import (
     RANK,
     SHORT,
     Case,
+    K,
     M,
     N,
     P,
@@ -21,10 +22,13 @@ from bench.microscope.cases import (
     scalars,
     weighting,
 )
+from memaop_triton.kernels.gpu import stash, stash_restore
 from memaop_triton.kernels.gpu.gather_gemm import gather_gemm
 from memaop_triton.kernels.gpu.pack import COLUMNS, ROWS, pack_rows
 from memaop_triton.kernels.gpu.rescale import rescale_
 from memaop_triton.kernels.gpu.score import accumulate_and_score, accumulate_rest, row_scores
+from memaop_triton.kernels.gpu.stash import round_rows
+from memaop_triton.kernels.gpu.stash_restore import restore_both
 from memaop_triton.kernels.gpu.subspace import project, project_gradient, transposed_mm
 from memaop_triton.kernels.targets import Target
 from memaop_triton.kernels.tuning import defaults
@@ -51,7 +55,38 @@ def cases(target: Target) -> list[Case]:
     pack = partial(pack_rows, memory(torch.bfloat16), **operands(torch.bfloat16), **scalars())
     tile = RowConfig(ROWS, COLUMNS, 4)  # which is fixed, and has no loop
     found.append(Case("pack", tile, pack, torch.bfloat16, shown=False))
-    return [*found, *_row_passes(target)]
+    return [*found, *stashes(), *_row_passes(target)]
+
+
+def stashes(n: int = N) -> Iterator[Case]:
+    """Rows of `n` columns rounded and restored: few bits and many, without a basis and with two."""
+    at_odd = "" if n == N else ", odd extents"
+    for dtype in (torch.bfloat16, torch.float32):
+        given = operands(dtype, n)
+        weights = empty(K, dtype=torch.float32)
+        for bits, rank in ((4, 0), (8, 0), (4, RANK), (8, RANKS[-1])):
+            expand = empty(rank, -(-n // 8) * 8, dtype=torch.bfloat16)[:, :n] if rank else None
+            title = f"{bits} bits, rank {rank}" + at_odd
+            call = partial(round_rows, given["x"], bits, scalars()["seed"], expand, 64.0)
+            yield Case(
+                f"round to {title}",
+                RowConfig(stash.ROWS, stash.WIDEST, stash.WARPS),
+                call,
+                dtype,
+                shown=False,
+            )
+            numbers = empty(M, -(-n * bits // 8), dtype=torch.uint8)
+            scales = empty(M, n // 64 + (n % 64).bit_count(), dtype=torch.bfloat16)
+            stored = numbers, scales, scalars()["seed"]
+            inside = None if expand is None else (empty(M, rank, dtype=torch.bfloat16), expand)
+            rows = given["g"], given["indices"], weights, inside
+            yield Case(
+                f"restore from {title}",
+                RowConfig(stash_restore.ROWS, stash_restore.COLUMNS, stash_restore.WARPS),
+                partial(restore_both, stored, bits, n, *rows),
+                dtype,
+                shown=False,
+            )
 
 
 def _gather(target: Target, dtype: torch.dtype, precision: str) -> Iterator[Case]:

@@ -52,7 +52,7 @@ def _without_subspace(operands: Operands, selection: Selection | None) -> Gradie
         scores = norms if config.scores == "grad" else _scores(norms, stash.rest_norms)
         selection = operands.select(operands.scores_of_whole_rows(scores))
     indices, weights = rows_and_weights(selection, config)
-    dw = _product(operands, stash.rest(indices), g.index_select(0, indices), weights)
+    dw = _product(operands, *stash.rest_and_rows_of(g, indices, weights))
     operands.observe(selection, dw, scores)
     return Gradients(dw, operands.sum_rows())
 
@@ -70,8 +70,7 @@ def _beside_inputs(operands: Operands, selection: Selection | None) -> Gradients
     # What was stored has no part inside any more, so nothing is taken from it.
     expand = stash.inside.expand.t().to(g.dtype)
     projection = kernels.Projection(expand, z.new_zeros((len(indices), z.shape[1])), zg)
-    rows = stash.rest(indices), g.index_select(0, indices)
-    dw = _product(operands, *rows, weights, projection)
+    dw = _product(operands, *stash.rest_and_rows_of(g, indices, weights), projection)
     projected = ProjectedRows(rest, z, zg, stash.shape[1]) if operands.is_observed else None
     operands.observe(selection, dw, scores, projected)
     return Gradients(dw, db)

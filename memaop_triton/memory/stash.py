@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from memaop_triton.dispatch import project_rows
-from memaop_triton.kernels.cpu.stash import Inside, RoundedRows, restore_rows, round_rows
-from memaop_triton.kernels.cpu.torch_ops import basis_scale, score_dtype
+from memaop_triton.dispatch import project_rows, restore_both, restore_rows, round_rows
+from memaop_triton.kernels.cpu.stash import Inside, RoundedRows
+from memaop_triton.kernels.cpu.torch_ops import score_dtype
 
 #: Bits of a number by the name of the setting.
 BITS = {"int8": 8, "int4": 4}
@@ -68,14 +68,11 @@ class Stash:
             basis: Q, [N, q] in the dtype of `x`, near the span of which the rows lie.
             generator: Source of the draws.
         """
-        if basis is None:
+        stored, inside = round_rows(x, bits, basis, generator)
+        if inside is None:
             nothing = x.new_empty(0, dtype=torch.bfloat16)
             inside = Inside(nothing.view(len(x), 0), nothing.view(0, x.shape[1]))
-        else:
-            z = project_rows(x, basis)[0]
-            expand = basis.t() * basis_scale(x.shape[1])
-            inside = Inside(z.bfloat16(), expand.bfloat16().contiguous())
-        return cls(round_rows(x, bits, inside, generator), bits, x.dtype, inside)
+        return cls(stored, bits, x.dtype, inside)
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor], bits: int, dtype: torch.dtype) -> Stash:
@@ -113,9 +110,11 @@ class Stash:
         length = torch.linalg.vector_norm(expand) / len(expand) ** 0.5
         return torch.hypot(self.rest_norms, length * torch.linalg.vector_norm(z, dim=1))
 
-    def rest(self, indices: Tensor) -> Tensor:
-        """These rows less what is inside, [K, N]."""
-        return restore_rows(self._stored, self._bits, self.shape[1], self.dtype, indices)
+    def rest_and_rows_of(
+        self, g: Tensor, indices: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows less what is inside, [K, N], those of `g`, [K, P], and weights still to apply."""
+        return restore_both(self._stored, self._bits, self.shape[1], g, indices, weights)
 
     def rows(self, indices: Tensor) -> Tensor:
         """These rows, [K, N]."""

@@ -35,7 +35,11 @@ def test_norms_are_those_of_whole_rows_and_of_what_was_rounded(stash):
     made, _ = stash
     every = torch.arange(ROWS)
     torch.testing.assert_close(made.norms(), made[:].norm(dim=1), rtol=0.01, atol=0)
-    torch.testing.assert_close(made.rest_norms, made.rest(every).norm(dim=1))
+    g, weights = torch.randn(ROWS, 3, dtype=torch.float64), torch.rand(ROWS)
+    rest, rows, left = made.rest_and_rows_of(g, every, weights)
+    torch.testing.assert_close(made.rest_norms, rest.norm(dim=1))
+    assert torch.equal(rows, g)
+    assert left is weights
     if made.inside is not None:
         assert (made.rest_norms < 0.9 * made.norms()).double().mean() > 0.9
 

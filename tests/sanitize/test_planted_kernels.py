@@ -19,6 +19,8 @@ from memaop_triton.kernels.gpu import (
     select,
     select_shared,
     selection_keys,
+    stash,
+    stash_restore,
     sums,
     variance_curve,
 )
@@ -27,6 +29,7 @@ from tests.judging import drawn_blocks
 from tests.kernel_checks import check_packed, check_whole_gradient
 from tests.orthonormal_checks import check_product
 from tests.selecting import check_bernoulli, check_selection, share_among_programs
+from tests.stash_checks import check_rounded
 
 pytestmark = pytest.mark.parametrize("gpu", [80], indirect=True, ids=["sm_80"])
 
@@ -66,6 +69,9 @@ CHECKS = {
     "selection among ties": partial(check_selection, "topk", device="cuda"),
     "selection of blocks": partial(check_selection, "priority", 4, device="cuda"),
     "draws": partial(check_bernoulli, device="cuda"),
+    "stash": partial(check_rounded, (40, 75), 4, torch.bfloat16, "padded", rank=3, device="cuda"),
+    "stash in C": partial(check_rounded, (9, 75), 8, torch.float32, compare=True, device="cuda"),
+    "stash of bytes": partial(check_rounded, (9, 75), 8, torch.bfloat16, device="cuda"),
 }
 
 
@@ -85,6 +91,43 @@ class Fault(NamedTuple):
 
 
 FAULTS = {
+    "stash_kernel": [
+        Fault(
+            stash,
+            "start = x_ptr + tl.minimum(rows, M - 1).to(tl.int64) * x_row",
+            "start = x_ptr + (rows + 8).to(tl.int64) * x_row",
+            "stash", "oob_read", "x_ptr",
+        ),
+        Fault(
+            stash,
+            "tl.store(norms_ptr + rows, tl.sqrt(square), mask=row_ok)",
+            "tl.store(norms_ptr + rows, tl.sqrt(square))",
+            "stash", "oob_write", "norms_ptr",
+        ),
+        Fault(
+            stash,
+            "has_lower = has_lower & (lower != NO_COLUMN)[None, :]",
+            "has_lower = has_lower & (lower >= 0)[None, :]",
+            "stash of bytes", "oob_write", "numbers_ptr",
+        ),
+        Fault(stash, "words >> 16, BITS", "words & 0xFFFF, BITS", "stash in C"),
+        Fault(stash, "high = (left - right) * 0.125", "high = (right - left) * 0.125", "stash"),
+        Fault(stash, "before = tl.where(mine, count, before)", "before += 0", "stash in C"),
+        Fault(stash, "high = tl.where(has_upper, high, 0)", "high = high", "stash"),
+    ],
+    "restore_kernel": [
+        Fault(
+            stash_restore,
+            "exists = wanted & (rows < M)",
+            "exists = wanted & (rows < M + 1)",
+            "stash", "oob_read", "z_ptr",
+        ),
+        Fault(stash_restore, "rotated(low - high, signs)", "rotated(low + high, signs)", "stash"),
+        Fault(stash_restore, "dither_of(words >> 16)", "dither_of(words & 0xFFFF)", "stash"),
+        Fault(stash_restore, "g.to(tl.float32) * weight[:, None]", "g.to(tl.float32)", "stash"),
+        Fault(stash_restore, "(packed >> 4).to(tl.int8) - 8", "(packed >> 4).to(tl.int8)", "stash"),
+        Fault(stash_restore, "value = tl.dot(z, e, value, ", "value = tl.dot(z, e, ", "stash"),
+    ],
     "pack_kernel": [
         Fault(
             pack,
@@ -308,7 +351,9 @@ def test_faults_of_several_programs(gpu, kernel, fault, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_without_a_fault(check, monkeypatch, tmp_path):
-    for module in (pack, orthonormal, variance_curve, sums, selection_keys, select_shared, select):
+    stashes = stash, stash_restore
+    selections = selection_keys, select_shared, select
+    for module in (pack, orthonormal, variance_curve, sums, *stashes, *selections):
         compile_anew(monkeypatch, tmp_path, module)
     CHECKS[check]()
 
