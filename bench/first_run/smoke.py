@@ -151,6 +151,7 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     from tests.curve_checks import check_curves
     from tests.judging import SMALL, drawn_blocks
     from tests.orthonormal_checks import check_product
+    from tests.stash_checks import check_rounded
 
     at = {"device": device}
     rows = torch.arange(0, 45, 3)
@@ -186,6 +187,8 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         "variance curves": partial(check_curves, 70, 6, dtype, **at),
         "whole gradient": partial(checks.check_whole_gradient, 30, dtype, split=2, **at),
         "rescale": partial(check_rescale, dtype, device),
+        "stash": partial(check_rounded, (45, 75), 4, dtype, rank=3, **at),
+        "stash of bytes": partial(check_rounded, (33, 128), 8, dtype, **at),
     }  # fmt: skip
     if dtype == torch.float32:
         calls["gather GEMM, scaled weights"] = partial(
