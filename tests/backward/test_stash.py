@@ -60,7 +60,7 @@ def test_the_mean_is_dense(stash, unbiased, memory, block_rows, batch, mean_agre
     config = MemAOPConfig(k=10, memory=kind, block_rows=block_rows, stash=stash, **unbiased)
     x, g = batch
     kept = memory_of(config, steps, x, g)
-    draws = [gradients(config, copy.deepcopy(kept), x, g) for _ in range(400)]
+    draws = [gradients(config, copy.deepcopy(kept), x, g) for _ in range(200)]
     mean_agrees(draws, g.T @ x)
 
 
@@ -74,7 +74,7 @@ def test_the_mean_is_dense_where_two_forward_passes_come_before_a_backward_pass(
     config = MemAOPConfig(k=10, memory=kind, stash=stash)
     x, g = batch
     kept = memory_of(config, steps, x, g)
-    draws = [gradients(config, copy.deepcopy(kept), x, g, uses=2) for _ in range(400)]
+    draws = [gradients(config, copy.deepcopy(kept), x, g, uses=2) for _ in range(200)]
     mean_agrees(draws, 2 * g.T @ x)
 
 
@@ -83,7 +83,7 @@ def test_the_mean_is_dense_where_two_forward_passes_come_before_a_backward_pass(
 def test_the_mean_is_dense_with_cheap_scores(stash, scores, batch, mean_agrees):
     config = MemAOPConfig(k=10, memory=None, stash=stash, scores=scores)
     x, g = batch
-    mean_agrees([gradients(config, None, x, g) for _ in range(400)], g.T @ x)
+    mean_agrees([gradients(config, None, x, g) for _ in range(200)], g.T @ x)
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -94,7 +94,7 @@ def test_with_all_rows_only_the_rounding_is_left(stash, memory, batch, mean_agre
     config = MemAOPConfig(ratio=1, memory=kind, stash=stash)
     x, g = batch
     kept = memory_of(sampling, steps, x, g)
-    draws = [gradients(config, kept, x, g) for _ in range(300)]
+    draws = [gradients(config, kept, x, g) for _ in range(200)]
     exact = g.T @ x
     mean_agrees(draws, exact)
     rounding = torch.stack([(dw - exact).square().sum() for dw in draws]).mean()

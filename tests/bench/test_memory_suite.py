@@ -97,7 +97,12 @@ def test_compressed_tensors_are_close_and_take_a_quarter():
     assert held == M * (N + 4) + M * (P + 4) + M * P * 4
 
 
-@pytest.mark.parametrize("training", TINY, ids=["gpt", "lora", "minilm"])
+@pytest.mark.parametrize(
+    "training",
+    # The vocabulary of a BERT takes seconds.
+    [*TINY[:2], pytest.param(TINY[2], marks=pytest.mark.slow)],
+    ids=["gpt", "lora", "minilm"],
+)
 def test_every_way_to_train_holds_less_than_dense_and_makes_a_step(training):
     made = memory.steps(training, "cpu", torch.float32)
     methods = {one.name: one for one in memory.methods(made, training.samples)}

@@ -52,6 +52,7 @@ def test_extreme_numbers(bits, dtype):
     check_extremes(bits, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("rank", [0, 3])
 def test_the_mean_over_draws_is_the_row(bits, rank, mean_agrees):
@@ -130,6 +131,7 @@ def dense_and_ours(config, memory, dtype):
     return g.double().T @ x.double(), gradient
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize(
     ("name", "memory", "dtype"),
