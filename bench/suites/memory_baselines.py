@@ -40,12 +40,16 @@ def sample_in_forward_(model: nn.Module, ratio: float) -> None:
     As WTA-CRS does, rows are drawn before G is known. Its released code remembers norms of G from
     the last time that a sample was seen; without such a memory scores are ‖x_m‖, as here.
     """
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear) and layer.weight.requires_grad:
-            layer.forward = functools.partial(_sampled, layer, ratio)  # type: ignore[method-assign]
+    for module in model.modules():
+        if _is_trained_linear(module):
+            module.forward = functools.partial(_sampled, module, ratio)
 
 
-def _sampled(layer: nn.Linear, ratio: float, x: Tensor) -> Tensor:
+def _is_trained_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and module.weight.requires_grad
+
+
+def _sampled(layer: nn.Module, ratio: float, x: Tensor) -> Tensor:
     result: Tensor = _SampledInForward.apply(x, layer.weight, layer.bias, ratio)
     return result
 

@@ -33,8 +33,6 @@ from memaop_triton.kernels.draws import draw_seed_tensor
 
 #: Columns of the widest blocks.
 BLOCK = 64
-#: How many bits a number may have.
-BITS = (4, 8)
 # Below, the reciprocal of a scale has no finite value.
 _LEAST_SCALE = 2.0**-120
 _CHUNK_NUMBERS = 1 << 20
@@ -95,7 +93,7 @@ def round_rows(
     Args:
         x: [M, N], floating point. A number that is not finite makes its block NaN, as do numbers
             beyond the range of float32.
-        bits: One of `BITS`.
+        bits: 4 or 8.
         inside: What is not to be stored.
         generator: Source of the draws; the device's default one if `None`.
     """
@@ -247,10 +245,8 @@ def _philox(seed: Tensor, counters: Tensor) -> list[Tensor]:
     zeros = torch.zeros_like(counters)
     state = [counters & _WORD, zeros, zeros, zeros]
     for _ in range(10):
-        even, odd = (
-            state[0] * 0xD2511F53,
-            state[2] * 0xCD9E8D57,
-        )  # the bits of 64, whatever the sign
+        # The product's 64 bits, whatever its sign is.
+        even, odd = state[0] * 0xD2511F53, state[2] * 0xCD9E8D57
         state = [
             (odd >> 32 & _WORD) ^ state[1] ^ low_key,
             odd & _WORD,

@@ -82,6 +82,11 @@ def columns_of(a: Tensor, seed: int | Tensor) -> Tensor:
     return blocks[:, first : first + count * apart : apart]
 
 
+def product_of_norms(norms: Tensor, others: Tensor) -> Tensor:
+    """Scores from the norms of X's and G's rows, [M]; +Inf where that is not finite, as 0·Inf."""
+    return (norms * others).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+
+
 def with_floor(scores: Tensor) -> Tensor:
     """Scores that are all above zero: a tenth of their mean more, or equal ones if all are zero.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memaop_triton import dispatch
-from memaop_triton.backward.scores import parts_to_score
+from memaop_triton.backward.scores import parts_to_score, product_of_norms
 from memaop_triton.backward.step import Gradients, Operands, ProjectedRows, rows_and_weights
 from memaop_triton.kernels.cpu import torch_ops as kernels
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
@@ -49,7 +49,7 @@ def _without_subspace(operands: Operands, selection: Selection | None) -> Gradie
     if selection is None:
         read = parts_to_score(config.scores, g, g, operands.generator)[1]
         norms = dispatch.row_norms(read)
-        scores = norms if config.scores == "grad" else _scores(norms, stash.rest_norms)
+        scores = norms if config.scores == "grad" else product_of_norms(norms, stash.rest_norms)
         selection = operands.select(operands.scores_of_whole_rows(scores))
     indices, weights = rows_and_weights(selection, config)
     dw = _product(operands, *stash.rest_and_rows_of(g, indices, weights))
@@ -63,7 +63,7 @@ def _beside_inputs(operands: Operands, selection: Selection | None) -> Gradients
     z = stash.inside.z.to(g.dtype)
     zg, g_norms, db = kernels.project_gradient(g, z, bias_grad=operands.bias_grad)
     rest = stash.rest_norms
-    scores = _scores(g_norms, rest)
+    scores = product_of_norms(g_norms, rest)
     if selection is None:
         selection = operands.select(operands.scores_of_whole_rows(scores))
     indices, weights = rows_and_weights(selection, config)
@@ -83,7 +83,7 @@ def _beside_gradients(
     basis = memory.basis_of(g)
     z, rest = dispatch.project_rows(g, basis)
     zx = stash.transposed_mm(z)
-    scores = _scores(rest, stash.norms())
+    scores = product_of_norms(rest, stash.norms())
     if selection is None:
         selection = operands.select(operands.scores_of_whole_rows(scores))
     indices, weights = rows_and_weights(selection, config)
@@ -118,8 +118,3 @@ def _product(
 def _stash_of(operands: Operands) -> Stash:
     assert isinstance(operands.inputs, Stash)
     return operands.inputs
-
-
-def _scores(norms: Tensor, others: Tensor) -> Tensor:
-    """The product, +Inf for every row that is not finite."""
-    return (norms * others).nan_to_num_(nan=torch.inf, posinf=torch.inf)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memaop_triton.backward.scores import product_of_norms
 from memaop_triton.backward.step import Gradients, Operands, ProjectedRows, rows_and_weights
 from memaop_triton.kernels.cpu import native_step
 from memaop_triton.kernels.cpu import torch_ops as kernels
@@ -51,7 +52,7 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
         scores, selection, dw = step.scores, Selection(step.indices, step.weights), step.product
         whole_scores = scores
     else:
-        scores = _scores(
+        scores = product_of_norms(
             kernels.accumulate_and_score(mx, x, carry), kernels.accumulate_and_score(mg, g, carry)
         )
         whole_scores, dw = operands.scores_of_whole_rows(scores), None
@@ -84,7 +85,7 @@ def with_subspace(
     else:
         z, rest = kernels.project_rows(a, basis)
         zb, b_norms, db = kernels.project_gradient(b, z, bias_grad=wants_sums)
-        scores, dw = _scores(rest.clone() if operands.is_observed else rest, b_norms), None
+        scores, dw = product_of_norms(rest, b_norms), None
         if selection is None:
             selection = operands.select(operands.scores_of_whole_rows(scores))
     if dw is None or operands.factors is not None:
@@ -133,9 +134,4 @@ def _in_one_call(
 def _row_scores(x: Tensor | None, g: Tensor) -> Tensor:
     """The scores of the parts of X and G that are read, ‖g_m‖ without X."""
     norms = kernels.row_norms(g)
-    return norms if x is None else _scores(kernels.row_norms(x), norms)
-
-
-def _scores(x_norms: Tensor, g_norms: Tensor) -> Tensor:
-    """‖x_m‖·‖g_m‖ in place of the first, +Inf for every row that is not finite, 0·Inf too."""
-    return x_norms.mul_(g_norms).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    return norms if x is None else product_of_norms(kernels.row_norms(x), norms)

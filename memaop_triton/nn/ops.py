@@ -63,7 +63,7 @@ def _weight_grad(
 
 
 def _inputs(state: LayerState, x: Tensor, kept: Sequence[Tensor]) -> Tensor | Stash:
-    return stash_of(kept, state.config, x.dtype) if kept else x
+    return stash_of(kept, state, x.dtype) if kept else x
 
 
 def _gradients(
@@ -180,7 +180,7 @@ def _stash(
 def _stash_fake(x: Tensor, handle: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
     state = layer_state.find(handle.shape[0])
     (rows, columns), rank = x.shape, _rank_of_stash(state)
-    bits = BITS[state.config.stash]
+    bits = BITS[state.stash]
     return (
         x.new_empty((rows, bytes_of_row(columns, bits)), dtype=torch.uint8),
         x.new_empty((rows, len(widths(columns))), dtype=torch.bfloat16),

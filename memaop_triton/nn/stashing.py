@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from memaop_triton.config import MemAOPConfig
 from memaop_triton.memory.kinds import SubspaceMemory, rows_to_compute
 from memaop_triton.memory.stash import BITS, Stash
 from memaop_triton.nn.layer_state import Kept, LayerState
@@ -78,10 +77,9 @@ def kept_of(x: Tensor, source: Tensor, weight: Tensor, state: LayerState) -> tup
         x: [..., N], as it is multiplied.
         source: The layer's argument, of which autocast may have made `x`.
         weight: [P, N].
-        state: Of the layer.
+        state: Of a layer that has a stash.
     """
-    config = state.config
-    if config.stash == "exact" or x.numel() == 0 or weight.shape[0] == 0:
+    if x.numel() == 0 or weight.shape[0] == 0:
         return ()
     keeper = _keeper_of(x) if x is source else ""
     if keeper:
@@ -89,7 +87,7 @@ def kept_of(x: Tensor, source: Tensor, weight: Tensor, state: LayerState) -> tup
         state.kept = Kept(x.nbytes, x.nbytes, itself, itself, keeper)
         return ()
     rows = x.detach().reshape(-1, x.shape[-1])
-    bits, basis = BITS[config.stash], _basis_for(rows, weight.shape[0], state)
+    bits, basis = BITS[state.stash], _basis_for(rows, weight.shape[0], state)
     found = _find(source, x.dtype, bits, wants_inside=basis is not None)
     if found is None:
         stash = Stash.of(rows, bits, basis)
@@ -107,7 +105,7 @@ def new_stash(
     Nothing is kept inside of a subspace unless `has_inside`.
     """
     basis = _basis_for(rows, out_features, state) if has_inside else None
-    stash = Stash.of(rows, BITS[state.config.stash], basis)
+    stash = Stash.of(rows, BITS[state.stash], basis)
     state.kept = _record(rows, stash.tensors)
     return stash
 
@@ -179,6 +177,6 @@ def _remember(source: Tensor, dtype: torch.dtype, bits: int, stash: Stash) -> No
     _recent.made.appendleft(made)
 
 
-def stash_of(tensors: Sequence[Tensor], config: MemAOPConfig, dtype: torch.dtype) -> Stash:
+def stash_of(tensors: Sequence[Tensor], state: LayerState, dtype: torch.dtype) -> Stash:
     """The stash of a layer's inputs, of which `kept_of` has given the tensors."""
-    return Stash.from_tensors(tensors, BITS[config.stash], dtype)
+    return Stash.from_tensors(tensors, BITS[state.stash], dtype)

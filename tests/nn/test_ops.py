@@ -40,13 +40,13 @@ def inputs_for(state, x):
     return torch.randn(0), list(ops.stash(x, state.handle, out_features=P))
 
 
-@pytest.mark.parametrize("stash", ["exact", "int4"])
+WITH_A_STASH = [one | {"stash": "int4"} for one in REPEATABLE if one["memory"] != "residual"]
+
+
 @pytest.mark.parametrize("bias_grad", [True, False])
-@pytest.mark.parametrize("settings", REPEATABLE, ids=label)
-def test_opcheck_weight_grad(settings, bias_grad, stash):
-    if stash != "exact" and settings["memory"] == "residual":
-        pytest.skip("a memory of rows has no stash")
-    state = state_for(stash=stash, **settings)
+@pytest.mark.parametrize("settings", REPEATABLE + WITH_A_STASH, ids=label)
+def test_opcheck_weight_grad(settings, bias_grad):
+    state = state_for(**settings)
     inputs = inputs_for(state, torch.randn(M, N))
     arguments = *inputs, torch.randn(M, P), state.handle, state.order
     torch.library.opcheck(ops.weight_grad.default, arguments, {"bias_grad": bias_grad})

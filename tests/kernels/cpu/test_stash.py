@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from memaop_triton.kernels.cpu.stash import (
-    BITS,
     Inside,
     bytes_of_row,
     restore_rows,
@@ -19,6 +18,7 @@ from tests.pairwise import pairwise
 
 COLUMNS = [1, 2, 3, 16, 64, 80, 127, 200]
 MOST = {4: 7, 8: 127}
+BITS = tuple(MOST)
 
 
 def hadamard(width):
