@@ -30,6 +30,9 @@ _BLOCK_SECONDS = 0.01
 # In a call that takes longer, the caches hold no data of the call before it.
 _LONG_CALL_SECONDS = 0.05
 _FLUSHED_BYTES = 256 << 20
+# A size that nothing else is likely to have first and last.
+_MARK_BYTES = 4099
+_MOST_RECORDINGS = 5
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,9 @@ class Clock:
         On a CPU every allocation and release of PyTorch's allocator is recorded, those inside
         operators too. What libraries allocate on their own, like the packed panels of a GEMM, is
         not.
+
+        Raises:
+            RuntimeError: PyTorch's profiler lost events in every of several recordings.
         """
         if self.device.type == "cuda":
             self._wait()
@@ -221,13 +227,23 @@ def _block(method: Method, clock: Clock, calls: int) -> float:
 
 
 def _allocations(call: Callable[[], object]) -> list[int]:
-    """Bytes of every allocation on the CPU, and less than 0 of every release, in their order."""
-    with profile(profile_memory=True) as recorded:
-        result = call()
-    results: Any = recorded.kineto_results
-    del result  # held until the record ended
-    events = [e for e in results.events() if e.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
+    """Bytes of every allocation on the CPU, and less than 0 of every release, in their order.
+
+    The profiler compares two clocks, and drops what seems to lie outside of the recording; now
+    and then that is all. A known allocation before the call and its release after it tell.
+    """
+    for _ in range(_MOST_RECORDINGS):
+        with profile(profile_memory=True) as recorded:
+            mark = torch.empty(_MARK_BYTES, dtype=torch.uint8)
+            result = call()
+            del mark
+        results: Any = recorded.kineto_results
+        del result  # held until the record ended
+        events = [e for e in results.events() if e.name() == "[memory]"]
+        found = [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
+        if len(found) > 1 and (found[0], found[-1]) == (_MARK_BYTES, -_MARK_BYTES):
+            return found[1:-1]
+    raise RuntimeError(f"{_MOST_RECORDINGS} recordings of PyTorch's profiler were incomplete.")
 
 
 def _flush(device: torch.device) -> None:

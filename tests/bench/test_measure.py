@@ -1,7 +1,9 @@
 """How the benchmarks take times: fake clocks for the arithmetic, real calls for the memory."""
 
+import itertools
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +114,29 @@ def test_peak_memory_of_a_call():
         return held, second, third
 
     assert CLOCK.peak_bytes(call) == 4 * (5 << 20)
+
+
+def losing(monkeypatch, lost):
+    """Let the profiler lose a slice of the events of the recordings that `lost` names."""
+    recordings = iter(lost)
+
+    class Profile(measure.profile):
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            events = [e for e in self.kineto_results.events() if e.name() == "[memory]"]
+            kept = events[next(recordings, slice(None))]
+            self.kineto_results = SimpleNamespace(events=lambda: kept)
+
+    monkeypatch.setattr(measure, "profile", Profile)
+
+
+@pytest.mark.parametrize("kept", [slice(0), slice(-1), slice(-2, None)])
+def test_a_recording_that_lost_events_is_taken_again(monkeypatch, kept):
+    losing(monkeypatch, [kept, kept])
+    assert CLOCK.peak_bytes(lambda: torch.empty(1 << 20, dtype=torch.uint8)) == 1 << 20
+    losing(monkeypatch, itertools.repeat(kept))
+    with pytest.raises(RuntimeError, match="incomplete"):
+        CLOCK.held_bytes(lambda: torch.empty(1 << 20, dtype=torch.uint8))
 
 
 def test_peak_memory_of_a_backward_pass_inside_operators():
