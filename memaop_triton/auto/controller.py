@@ -4,8 +4,9 @@ It lives from one step of the optimizer to the next. At the end of each it takes
 what was observed, and sets the mode of every layer for the whole next step, so that accumulated
 and checkpointed passes of a step agree:
 
-- *exact*: all layers compute like `nn.Linear`. A few steps are observed; then the layers' calls are
-  timed at their shapes, and the choice of most progress per second is found.
+- *exact*: all layers compute like `nn.Linear`. The first seconds of a training are left alone, so
+  that a short one does not pay for decisions that it cannot use. Then a few steps are observed, the
+  layers' calls are timed at their shapes, and the choice of most progress per second is found.
 - *trial*: if that promises a gain, windows of sampled and of exact steps take turns.
 - *sampling*: if the measured gain holds, the choice stays. It is reviewed from time to time.
 """
@@ -23,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memaop_triton.auto.agenda import LEFT_ALONE, Agenda
 from memaop_triton.auto.agreement import Processes, SeenByAll, divided_among
 from memaop_triton.auto.clock import StepClock
-from memaop_triton.auto.evidence import LOOKS, Evidence
+from memaop_triton.auto.evidence import Evidence
 from memaop_triton.auto.observing import Seen, StepObserver
 from memaop_triton.auto.optimizer_steps import OptimizerSteps
 from memaop_triton.auto.worth import (
@@ -44,13 +46,11 @@ from memaop_triton.nn.linear import MemAOPLinear
 
 _log = logging.getLogger("memaop_triton.auto")
 
-_FIRST_LOOKS = (5, 9, 13)  # steps that are observed; after the last one comes the first decision
 # Windows of a trial, the first step of each apart. That of a sampled one refreshes a subspace, by
 # default, and its last step does so again, so that the others and one refresh are compared.
 _SAMPLED, _EXACT = ["settling", *["sampled"] * 8], ["resting", *["exact"] * 7]
 _WINDOWS = (_SAMPLED, _EXACT, _SAMPLED, _EXACT)
-_REVIEW_AFTER = 100  # steps
-_LONGEST_REVIEW = 1600
+_NOTHING_YET = f"a training is left alone for its first {LEFT_ALONE:g} seconds"
 
 
 class Controller:
@@ -88,8 +88,8 @@ class Controller:
         # Kinds of the steps of a trial that are to come. The times of the first steps of a mode,
         # which have kinds of their own, are not looked at.
         self._window: list[str] = []
-        self._decide_at = _FIRST_LOOKS[-1]
-        self._patience = _REVIEW_AFTER
+        self._agenda = Agenda()
+        self._cost_of_a_look = math.nan  # that an observed step takes more, in exact ones
         # Of the step that is running.
         self._kind: str | None = None
         self._is_observed = self._is_sampled = False
@@ -153,29 +153,34 @@ class Controller:
         self._clock.tick(self._kind)
         self.steps += 1
         if not self._is_checked:
-            decided = self.phase, self.steps, self._decide_at, self._patience, self.shares
+            decided = self.phase, self.steps, self._agenda.patience, self.shares
             description = f"{self._evidence.description()} {decided}"
             self._processes.check_alike(description, self._device)
             self._is_checked = True
         if self._is_observed:
             self._read()
         is_tried = self.phase == "trial" and not self._window
-        if is_tried or (self.phase in ("exact", "sampling") and self.steps >= self._decide_at):
+        has_looks = self.phase in ("exact", "sampling")
+        if is_tried or (has_looks and self._agenda.decides_after(self.steps)):
             if is_tried:
                 self._judge()
             else:
                 self._decide()
-            self._decide_at = self.steps + self._patience
+            self._agenda.wait(self.steps, self._cost_of_a_look)
+        elif has_looks and self._agenda.asks_for_seconds(self.steps):
+            (seconds,) = self._processes.mean([self._clock.median("exact")], self._device)
+            self._agenda.begin(self.steps, seconds)
         self._prepare()
 
     def _prepare(self) -> None:
         """The modes of the next step."""
-        self._is_observed = self._is_to_be_observed(self.steps + 1)
+        has_looks = self.phase in ("exact", "sampling")
+        self._is_observed = has_looks and self.steps + 1 in self._agenda.looks
         kind = "sampled" if self.phase == "sampling" else "exact"
         if self.phase == "trial":
             kind = self._window.pop(0)
         self._is_sampled = self.phase == "frozen" or kind in ("sampled", "settling")
-        self._kind = None if self._is_observed else kind
+        self._kind = "observed" if self._is_observed else kind
         for name in self._ours():
             self._set_mode(name)
 
@@ -190,13 +195,6 @@ class Controller:
             seed = (self.steps + 1) * len(self._asked) + list(self._asked).index(name)
             observer = StepObserver(state, self._processes.sketcher(seed))
             state.step_observer = self._observers[name] = observer
-
-    def _is_to_be_observed(self, step: int) -> bool:
-        if self.phase in ("trial", "frozen"):
-            return False
-        if step <= _FIRST_LOOKS[-1]:
-            return step in _FIRST_LOOKS
-        return (self._decide_at - step) % (self._patience // LOOKS) == 0
 
     def _read(self) -> None:
         """Take what the step that has ended showed, to all processes together."""
@@ -222,8 +220,9 @@ class Controller:
 
     def _decide(self) -> None:
         assert self._clock is not None
-        times = self._clock.seconds("exact")
-        exact = self._evidence.time(self._ours(), times, self._device)
+        times, observed = self._clock.seconds("exact"), self._clock.median("observed")
+        exact, observed = self._evidence.time(self._ours(), times, observed, self._device)
+        self._cost_of_a_look = observed / exact - 1
         layers = self._evidence.layers()
         if math.isnan(exact):
             return
@@ -236,14 +235,14 @@ class Controller:
         self.obstacle = obstacle_to(layers, exact)
         if self._evidence.cautious_progress(best) < WORTH_A_CHANGE:
             self._change("exact", dict.fromkeys(self._states, EXACT))
-            self._wait_longer()
+            self._agenda.gain_confidence()
             return
         shares = dict.fromkeys(self._states, EXACT) | best.shares
         if self.phase == "sampling":
             now = worth_of(layers, self.shares, exact)
             if now.progress >= WORTH_A_CHANGE and best.progress < WORTH_A_CHANGE * now.progress:
                 self.predicted = now
-                self._wait_longer()
+                self._agenda.gain_confidence()
                 return
         self._change("trial", shares)
         self._window = list(itertools.chain.from_iterable(_WINDOWS))
@@ -255,8 +254,10 @@ class Controller:
         assert self._clock is not None
         assert self.predicted is not None
         # Exact steps are all alike. A break between two sampled ones counts against these.
-        seconds = [self._clock.median("exact"), self._clock.mean("sampled")]
-        exact, sampled = self._processes.mean(seconds, self._device)
+        seconds = [self._clock.median("exact"), self._clock.median("observed")]
+        seconds.append(self._clock.mean("sampled"))
+        exact, observed, sampled = self._processes.mean(seconds, self._device)
+        self._cost_of_a_look = observed / exact - 1
         progress = exact / sampled * progress_of(self.predicted.noise)
         if math.isnan(progress):  # a device that is many steps behind
             self.realised = None
@@ -265,14 +266,11 @@ class Controller:
             self.realised = progress
             self.obstacle = f"sampled steps were measured to be worth {progress:.2f} of exact ones"
         if progress >= WORTH_A_CHANGE:
-            self._patience = _REVIEW_AFTER
+            self._agenda.start_over()
             self._change("sampling", self.shares)
         else:
             self._change("exact", dict.fromkeys(self._states, EXACT))
-            self._wait_longer()
-
-    def _wait_longer(self) -> None:
-        self._patience = min(2 * self._patience, _LONGEST_REVIEW)
+            self._agenda.gain_confidence()
 
     def _change(self, phase: str, shares: dict[str, float]) -> None:
         before, self.phase, self.shares = self.phase, phase, shares
@@ -288,7 +286,7 @@ class Controller:
             "phase": self.phase if is_decided else "exact",
             "shares": dict(self.shares) if is_decided else dict.fromkeys(self.shares, EXACT),
             "steps": self.steps,
-            "patience": self._patience,
+            "patience": self._agenda.patience,
             "predicted": None if self.predicted is None else list(self.predicted[1:]),
             "realised": self.realised,
             "obstacle": self.obstacle,
@@ -313,10 +311,7 @@ class Controller:
 
     def _go_on_from(self, state: Mapping[str, Any]) -> None:
         self._stop_observing()
-        self.phase, self._patience = state["phase"], state["patience"]
-        # Before the first decision there is nothing to go on from.
-        is_decided = self.phase == "frozen" or state["steps"] >= _FIRST_LOOKS[-1]
-        self.steps = state["steps"] if is_decided else 0
+        self.phase, self._agenda = state["phase"], Agenda(state["patience"])
         predicted = state["predicted"]
         self.predicted = None if predicted is None else Worth(dict(state["shares"]), *predicted)
         self.realised = state["realised"]
@@ -324,7 +319,11 @@ class Controller:
         for seen in self.seen.values():
             seen.clear()
         self._clock, self._window, self._is_checked = None, [], False
-        self._decide_at = self.steps + self._patience if is_decided else _FIRST_LOOKS[-1]
+        # Before the first decision there is nothing to go on from.
+        is_decided = self.phase == "frozen" or predicted is not None
+        self.steps = state["steps"] if is_decided else 0
+        if is_decided:
+            self._agenda.wait(self.steps)
 
     # What users see. -----------------------------------------------------------------------------
 
@@ -350,7 +349,7 @@ class Controller:
     def summary(self) -> str:
         """What is decided, in one line."""
         if self.predicted is None:
-            return f"exact: {self.obstacle or 'nothing is known yet'}"
+            return f"exact: {self.obstacle or _NOTHING_YET}"
         count = sum(share < EXACT for share in self.shares.values())
         which = f"sampling {count} of {len(self.shares)} layers"
         unit = "times dense's progress per second"

@@ -70,26 +70,36 @@ class Evidence:
                 self.seen[name].append(seen)
                 observers[name].tell(seen)
 
-    def time(self, names: Collection[str], steps: Sequence[float], device: torch.device) -> float:
-        """Time the options of these layers, and return the seconds of an exact step.
+    def time(
+        self,
+        names: Collection[str],
+        exact: Sequence[float],
+        observed: float,
+        device: torch.device,
+    ) -> tuple[float, float]:
+        """Time the options of layers, and return the seconds of an exact and of an observed step.
 
-        The mean over the processes; NaN if one of them knows too little.
+        Means over the processes; NaN if one of them knows too little.
 
         Args:
             names: Of layers.
-            steps: Seconds of exact steps.
+            exact: Seconds of exact steps.
+            observed: Seconds of an observed step.
             device: Of the layers.
         """
-        exact, *seconds = self._agreed(lambda: self._measured(names, steps), device)
+        measured = self._agreed(lambda: self._measured(names, exact, observed), device)
+        of_exact, of_observed, *seconds = measured
         for number, name in enumerate(self.seen):
             of_layer = seconds[number * len(_OPTIONS) : (number + 1) * len(_OPTIONS)]
             self.seconds[name] = dict(zip(_OPTIONS, of_layer, strict=True))
-        return exact
+        return of_exact, of_observed
 
-    def _measured(self, names: Collection[str], steps: Sequence[float]) -> list[float]:
-        if len(steps) < _FEWEST_TIMES:
+    def _measured(
+        self, names: Collection[str], exact: Sequence[float], observed: float
+    ) -> list[float]:
+        if len(exact) < _FEWEST_TIMES:
             return self._nothing()
-        numbers = [statistics.median(steps)]
+        numbers = [statistics.median(exact), observed]
         for name, seen in self.seen.items():
             is_known = name in names and bool(seen)
             seconds = self._savings.seconds(seen[-1].uses, self.configs[name]) if is_known else {}
@@ -105,7 +115,7 @@ class Evidence:
         return self._processes.mean(numbers, device)
 
     def _nothing(self) -> list[float]:
-        return [math.nan] * (1 + len(self.seen) * len(_OPTIONS))
+        return [math.nan] * (2 + len(self.seen) * len(_OPTIONS))
 
     def layers(self) -> dict[str, Layer]:
         """Of those layers that were seen and timed in all processes."""

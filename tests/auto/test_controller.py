@@ -40,6 +40,22 @@ def test_where_the_batch_is_large_layers_are_sampled_and_the_measured_gain_is_to
     assert run.modes == [*[False] * 13, *windows, *[True] * 13]
 
 
+def test_short_trainings_are_left_alone_and_looks_cost_little(training):
+    run = training(**EASY, true=fast)
+    run.scale = 0.01  # 0.06 seconds a step, and as much again for a look
+    run.look = 0.06
+    run.step(49)
+    assert not any(run.controller.seen.values())
+    assert model_report(run.model).startswith("exact: a training is left alone for its first 3 sec")
+    run.step(9)
+    assert [len(seen) for seen in run.controller.seen.values()] == [3, 3]
+    run.step(400)
+    assert run.controller.phase == "sampling"
+    looks = [step for step, took in enumerate(run.seconds, 1) if took > 0.1]
+    # Of a trial 34 steps, then one in 50.
+    assert looks == [50, 54, 58, 142, 192, 242, 292, 342, 392, 442]
+
+
 def test_where_noise_costs_more_than_time_saves_everything_stays_exact(training):
     run = training(**HARD, true=fast)
     run.step(150)

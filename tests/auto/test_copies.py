@@ -47,7 +47,7 @@ def test_a_copy_that_is_trained_is_decided_about(duplicate, training):
         run.step(steps)
         original, twin = run.model, duplicate(run.model)
         assert "ratio=auto, exact now" in repr(twin)
-        assert model_report(twin).startswith("exact: nothing is known yet")
+        assert model_report(twin).startswith("exact: a training is left alone")
         take_over(run, twin)
         run.step(60)
         assert run.modes[:13] == [False] * 13

@@ -30,7 +30,7 @@ def test_the_table_shows_what_the_report_says(training, task, shares, memory):
     run = training(**task, true=fast, config=MemAOPConfig(ratio="auto", memory=memory))
     with monitor(run.model, every=1000, starving=1e9) as watch:
         run.step(4)
-        assert "exact: nothing is known yet" in text_of(watch)
+        assert "exact: a training is left alone for its first 3 seconds" in text_of(watch)
         run.step(56)
         text, (summary, _, *lines) = text_of(watch), model_report(run.model).splitlines()
     assert summary in " ".join(text.split()), "wrapped to the width of the table"

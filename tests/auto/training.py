@@ -27,6 +27,9 @@ class Training:
     Attributes:
         modes: Of every step whether something was sampled.
         settling: What the first step of a mode takes in addition.
+        look: The same of an observed step.
+        scale: Of the seconds of all steps.
+        seconds: Of every step.
     """
 
     def __init__(
@@ -41,7 +44,8 @@ class Training:
         wrap=lambda model: model,
     ):
         self.now, self.rows, self.noise, self.true = 0.0, rows, noise, true
-        self.modes, self.settling = [], 0.0
+        self.modes, self.seconds = [], []
+        self.settling, self.look, self.scale = 0.0, 0.0, 1.0
         fake = SimpleNamespace(perf_counter=lambda: self.now)
         monkeypatch.setattr(clock, "time", fake)
 
@@ -77,8 +81,12 @@ class Training:
             self.backward()
             ratios = [layer.config.ratio for layer in self.linears]
             self.modes.append(max(1 / r for r in ratios) > 1)
-            if self.modes[-2:] in ([False, True], [True, False]):
-                self.now += self.settling
             # A third of the time is that of the layers' weight gradients.
-            self.now += 4.0 + sum(1.0 if r == 1 else self.true(r) for r in ratios)
+            seconds = 4.0 + sum(1.0 if r == 1 else self.true(r) for r in ratios)
+            if self.modes[-2:] in ([False, True], [True, False]):
+                seconds += self.settling
+            if self.linears[0].layer_state.step_observer is not None:
+                seconds += self.look / self.scale
+            self.seconds.append(self.scale * seconds)
+            self.now += self.seconds[-1]
             self.optimizer.step()

@@ -314,9 +314,10 @@ def check_one_reduction_for_each_look_and_one_for_each_decision():
             run.step()
             counts.append(dist.all_reduce.call_count)
         at = [n for n, (a, b) in enumerate(zip([0, *counts], counts, strict=False), 1) if b > a]
-        # The first comparison; looks, at the last of which is the decision; the end of the trial.
-        assert at == [1, 5, 9, 13, 47]
-        assert counts[-1] == 6
+        # The first comparison; what a step takes; looks, at the last of which is the decision; the
+        # end of the trial.
+        assert at == [1, 4, 5, 9, 13, 47]
+        assert counts[-1] == 7
 
 
 def check_the_group_is_all_processes_by_default():

@@ -107,7 +107,7 @@ def test_the_report_without_layers_that_decide_is_the_table_of_bytes(block):
 def test_the_report_has_both_tables():
     model = convert_(Block(), MemAOPConfig(ratio="auto", memory="none", stash="int4"))
     lines = model_report(model).splitlines()
-    assert lines[0].startswith("exact: nothing is known yet")
+    assert lines[0].startswith("exact: a training is left alone")
     assert [line.split() for line in lines[-3:]] == (
         [["after", "–"], ["exact", "–"], ["sum", "0", "(0)"]]
     )
