@@ -6,12 +6,14 @@ is judged by has not been used for tuning.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 #: The class of a target that does not count.
 MASKED = -100
@@ -41,11 +43,13 @@ class ImageData:
         train: All that batches are made of.
         held_out: All that a run is judged by.
         sample_size: How many of these the points of a curve are of.
+        shift: Pixels by which images to train on, square ones, are moved at most, to either side.
     """
 
     train: Batch
     held_out: Batch
     sample_size: int = 2_000
+    shift: int = 0
 
     @property
     def sample(self) -> Batch:
@@ -61,13 +65,25 @@ class ImageData:
             if len(left) < size:
                 left = torch.cat([left, torch.randperm(len(self.train.y), generator=generator)])
             rows, left = left[:size], left[size:]
-            yield Batch(self.train.x[rows], self.train.y[rows])
+            x = self.train.x[rows]
+            yield Batch(_moved(x, self.shift, generator) if self.shift else x, self.train.y[rows])
 
     def for_tuning(self) -> ImageData:
         """The last sixth of the training set held out."""
         x, y = self.train
         cut = len(y) - len(y) // 6
-        return ImageData(Batch(x[:cut], y[:cut]), Batch(x[cut:], y[cut:]), self.sample_size)
+        train, rest = Batch(x[:cut], y[:cut]), Batch(x[cut:], y[cut:])
+        return ImageData(train, rest, self.sample_size, self.shift)
+
+
+def _moved(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Square images, [B, side²], each by a random number of pixels; what comes in is zero."""
+    side = math.isqrt(x.shape[1])
+    padded = F.pad(x.view(-1, side, side), (most,) * 4)
+    down, right = torch.randint(2 * most + 1, (2, len(x), 1, 1), generator=generator)
+    along = torch.arange(side)
+    image = torch.arange(len(x)).view(-1, 1, 1)
+    return padded[image, down + along.view(-1, 1), right + along].flatten(1)
 
 
 @dataclass(frozen=True)

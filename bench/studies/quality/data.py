@@ -17,6 +17,8 @@ from memaop_triton.experiments.posts import load_texts
 
 _HELD_OUT = 0.05  # of a text
 _PROMPTED = "-prompted"  # ends the name of a text of which half of each sequence is a prompt
+_SHIFTED = "-shifted"  # ends the name of images that are moved by up to so many pixels
+_SHIFT = 2
 # A BERT reads a text in some ten milliseconds: it is judged by at most so many, evenly spread, and
 # its curves by some of these.
 _JUDGED_TEXTS, _TEXTS_OF_A_CURVE = 2_500, 300
@@ -54,8 +56,9 @@ def _texts(name: str, data_dir: Path | None) -> ImageData:
 
 @functools.cache
 def _images(name: str, data_dir: Path | None) -> ImageData:
-    images = load_images(name, data_dir)
-    return ImageData(Batch(images.x_train, images.y_train), Batch(images.x_test, images.y_test))
+    images = load_images(name.removesuffix(_SHIFTED), data_dir)
+    train, test = Batch(images.x_train, images.y_train), Batch(images.x_test, images.y_test)
+    return ImageData(train, test, shift=_SHIFT if name.endswith(_SHIFTED) else 0)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from memaop_triton.auto import agenda
 from memaop_triton.bench.studies.quality import decided, report, results, tables
 from memaop_triton.bench.studies.quality.batches import MASKED, Batch, TextData
 from memaop_triton.bench.studies.quality.decided import Decided
@@ -42,7 +43,8 @@ def line(seed, share, **others):
     return Decided(**values | others)
 
 
-def test_a_run_is_kept_with_its_times_beside_dense(store, source):
+def test_a_run_is_kept_with_its_times_beside_dense(store, source, monkeypatch):
+    monkeypatch.setattr(agenda, "LEFT_ALONE", 0.0)
     run, found = decided.do(Job(CELL, 3), store, None)
     assert (run.cell, run.seed) == (CELL, 3)
     assert math.isnan(run.weight_grads)

@@ -63,6 +63,27 @@ def test_a_pass_shows_every_image_once():
     assert all(torch.equal(x.flatten().long(), y) for x, y in batches)
 
 
+def test_images_are_moved_by_up_to_two_pixels():
+    x = torch.zeros(400, 6, 6)
+    x[:, 2:4, 2:4] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    train = Batch(x.flatten(1), torch.arange(400))
+    still, moved = (
+        next(ImageData(train, train, shift=shift).batches(400, 1, torch.Generator().manual_seed(0)))
+        for shift in (0, 2)
+    )
+    assert torch.equal(still.y, moved.y)
+    assert torch.equal(still.x[0], train.x[still.y[0]])
+    corners = []
+    for image in moved.x.view(-1, 6, 6):
+        (corner,) = (image == 1).nonzero().tolist()
+        corners.append(tuple(corner))
+        rows, columns = (slice(place, place + 2) for place in corner)
+        assert image[rows, columns].tolist() == [[1, 2], [3, 4]]
+        assert image.sum() == 10
+    assert set(corners) == {(down, right) for down in range(5) for right in range(5)}
+    assert ImageData(train, train, shift=2).for_tuning().shift == 2
+
+
 def test_tuning_never_sees_what_is_held_out():
     images = Batch(torch.arange(12_000.0)[:, None], torch.zeros(12_000, dtype=torch.int64))
     source = ImageData(images, Batch(-images.x, images.y))
