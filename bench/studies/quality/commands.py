@@ -26,10 +26,9 @@ from memaop_triton.bench.studies.quality import (
 from memaop_triton.bench.studies.quality.schemes import (
     ALL_RATIOS,
     AUTO,
+    AUTO_STASH,
     RATIO,
     SCHEMES,
-    WHOLE,
-    Cell,
     value_of,
 )
 from memaop_triton.bench.studies.quality.step_times import StepTime
@@ -97,7 +96,8 @@ def run(
     """Train what has not been trained yet; it may be stopped and started again at any time."""
     folders: _Folders = context.obj
     store, console = Store(folders.results), Console()
-    cells = [cell for cell in running.wanted(task, scheme, ratio) if cell.scheme != AUTO]
+    wanted = running.wanted(task, scheme, ratio)
+    cells = [cell for cell in wanted if not SCHEMES[cell.scheme].decides]
     left = running.pending(cells, seeds, store.runs())
     every = seeds * len(cells)
     console.print(f"{every - len(left)} of {every} runs are there")
@@ -118,12 +118,14 @@ def run(
 def decide(
     context: typer.Context,
     task: Tasks = None,
+    stash: Annotated[bool, typer.Option(help="Keep inputs in four bits.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every task.")] = running.SEEDS,
 ) -> None:
     """Train with ratio="auto" what is still to do, on a machine that does nothing else."""
     folders: _Folders = context.obj
     store, console = Store(folders.results), Console()
-    cells = [Cell(name, AUTO, WHOLE) for name in task or TASKS]
+    scheme = AUTO_STASH if stash else AUTO
+    cells = [cell for cell in running.wanted(task, [scheme]) if cell.scheme == scheme]
     for job in running.pending(cells, seeds, store.runs()):
         done, line = decided.do(job, store, folders.data)
         _print(console, f"{line.task} seed {line.seed}: {_result(done)}, {line.share:.3f} of dense")

@@ -19,7 +19,7 @@ from memaop_triton.bench.studies.quality import data, tables
 from memaop_triton.bench.studies.quality.batches import Batch
 from memaop_triton.bench.studies.quality.flops import UNKNOWN
 from memaop_triton.bench.studies.quality.running import Job, keep
-from memaop_triton.bench.studies.quality.schemes import AUTO, WHOLE, Cell
+from memaop_triton.bench.studies.quality.schemes import WHOLE, Cell
 from memaop_triton.bench.studies.quality.store import Run, Store
 from memaop_triton.bench.studies.quality.training import Trainer, curve_points, train
 from memaop_triton.kernels.cpu.processor import processor_name
@@ -34,6 +34,7 @@ class Decided(NamedTuple):
 
     Attributes:
         task: Its name.
+        scheme: Of those that decide.
         seed: Of the run.
         code: Of task and configuration.
         cpu: Model name.
@@ -50,6 +51,7 @@ class Decided(NamedTuple):
     """
 
     task: str
+    scheme: str
     seed: int
     code: str
     cpu: str
@@ -90,6 +92,7 @@ def do(
     sampled = [number for number in sampled if number <= len(outcome.step_seconds)]
     line = Decided(
         cell.task,
+        cell.scheme,
         seed,
         cell.code,
         processor_name(),
@@ -114,7 +117,7 @@ def path_in(store: Store) -> Path:
 
 
 def _key(line: Decided) -> tuple[object, ...]:
-    return (*Cell(line.task, AUTO, WHOLE).place, line.seed)
+    return (*Cell(line.task, line.scheme, WHOLE).place, line.seed)
 
 
 def controller_of(model: nn.Module) -> Controller:

@@ -168,7 +168,7 @@ def load(folder: Path) -> Results:
     machines = [(one.cpu, one.threads) for one in times]
     decided: dict[str, dict[int, Decided]] = defaultdict(dict)
     for line in tables.read(folder / "decided.csv", Decided):
-        if Cell(line.task, AUTO, WHOLE).has_code(line.code):
+        if line.scheme == AUTO and Cell(line.task, AUTO, WHOLE).has_code(line.code):
             decided[line.task][line.seed] = line
     most = max(machines, key=machines.count, default=None)
     return Results(

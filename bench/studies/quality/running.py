@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from memaop_triton.bench.studies.quality import data, flops
 from memaop_triton.bench.studies.quality.flops import Flops
-from memaop_triton.bench.studies.quality.schemes import AUTO, DENSE, ROTATING, Cell, cells
+from memaop_triton.bench.studies.quality.schemes import DENSE, SCHEMES, Cell, cells
 from memaop_triton.bench.studies.quality.store import Run, Store
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.training import Outcome, train
@@ -82,7 +82,8 @@ def keep(job: Job, counted: Flops, outcome: Outcome, store: Store) -> Run:
 def _flops(cell: Cell, data_dir: Path | None) -> Flops:
     task = cell.problem.located(data_dir)
     batch = data.first_batch(data.load(task, data_dir), task.batch)
-    if cell.scheme in (AUTO, ROTATING):  # their steps are not alike
+    scheme = SCHEMES[cell.scheme]
+    if scheme.decides or scheme.rotates:  # their steps are not alike
         return flops.UNKNOWN
     counted = flops.count(task, cell.config, batch)
     share = task.batch / TASKS[cell.task].batch

@@ -24,6 +24,7 @@ SMALLER = "dense-smaller"
 #: The library decides; the ratio is `WHOLE`. What it decides hangs on times, so that these runs
 #: need the machine for themselves (`decided`).
 AUTO = "auto"
+AUTO_STASH = "auto-int4"
 #: In each step so many of the layers have an exact gradient, and the others none.
 ROTATING = "rotating"
 #: What is kept of the inputs is rounded: of all rows (`WHOLE`), or of rows that are sampled.
@@ -62,7 +63,12 @@ class Scheme:
     @property
     def has_ratios(self) -> bool:
         """Whether it samples K of M rows with a ratio that is given, as a part of the grid."""
-        return self.make is not None and self.name not in (AUTO, STASH)
+        return self.make is not None and self.name not in (AUTO, STASH, AUTO_STASH)
+
+    @property
+    def decides(self) -> bool:
+        """Whether the library sets the ratio."""
+        return self.make is not None and self.make(1 / 8).is_auto
 
 
 def _rows(
@@ -97,6 +103,11 @@ SCHEMES = {
             STASH,
             "priority + subspace, int4 stash",
             lambda ratio: MemAOPConfig(ratio=ratio, stash="int4"),
+        ),
+        Scheme(
+            AUTO_STASH,
+            "the library decides, int4 stash",
+            lambda ratio: MemAOPConfig(ratio="auto", stash="int4"),
         ),
         Scheme("priority", "priority", _rows("priority", "none")),
         Scheme("topk-residual", "topk + residual (paper)", _rows("topk", "residual")),
@@ -172,7 +183,7 @@ _DECISIVE = {
 }
 _NEARLY_ALWAYS_RIGHT = {**_DECISIVE, SHORTER: ("3/4", "1/2"), SMALLER: ("3/4", "1/2")}
 _OF_STASH = (WHOLE, RATIO)
-_FINE_TUNING = {**_DECISIVE, "subspace": (RATIO,), STASH: _OF_STASH}
+_FINE_TUNING = {**_DECISIVE, "subspace": (RATIO,), STASH: _OF_STASH, AUTO_STASH: (WHOLE,)}
 _WITH_LARGER_BATCHES = {"budget": ("1/8",), **_BOTH, **_DENSE_IN_LONG_TASKS, **_DECIDED}
 _FEW_CELLS = {
     "gpt-512": _IN_LONG_TASKS,
@@ -217,7 +228,7 @@ class Cell(NamedTuple):
     @property
     def has_own_steps(self) -> bool:
         """Whether all steps take another time than those of dense, and the same one."""
-        return self.scheme not in (DENSE, SHORTER, AUTO)
+        return self.scheme not in (DENSE, SHORTER) and not SCHEMES[self.scheme].decides
 
     @property
     def config(self) -> MemAOPConfig | None:
@@ -278,8 +289,8 @@ def _ratios(task: str, scheme: str) -> tuple[str, ...]:
         return ()
     if scheme == AUTO:
         return (WHOLE,)
-    if scheme == STASH:
-        return _OF_STASH if task == "gpt-128" else ()
+    if scheme in (STASH, AUTO_STASH):
+        return {STASH: _OF_STASH, AUTO_STASH: (WHOLE,)}[scheme] if task == "gpt-128" else ()
     if scheme in DENSE_SHARES:
         of_all = scheme == SHORTER or task in _MEDIUM
         return _DENSE_IN_LONG_TASKS[scheme] if of_all else ()

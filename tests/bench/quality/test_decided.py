@@ -26,6 +26,7 @@ def line(seed, share, **others):
     """A line of a run whose steps take a share of dense's."""
     values = {
         "task": "tiny",
+        "scheme": AUTO,
         "seed": seed,
         "code": CELL.code,
         "cpu": "A CPU",

@@ -119,8 +119,9 @@ def test_every_cell_has_a_configuration_of_its_own(task):
         config = cell.config
         assert (config is None) == (cell.scheme == "rotating" or cell.scheme.startswith("dense"))
         assert cell.rotating == (value_of(cell.ratio) if cell.scheme == "rotating" else None)
-        if cell.scheme == "auto":
+        if cell.scheme.startswith("auto"):
             assert config.is_auto
+            assert (config.stash == "int4") == (cell.scheme == "auto-int4")
         elif config is not None:
             share = config.ratio or config.budget / 0.9
             assert share == pytest.approx(value_of(cell.ratio))
