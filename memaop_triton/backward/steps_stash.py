@@ -1,4 +1,4 @@
-"""One step of each memory whose inputs are kept as a `Stash`: on any device, in PyTorch or C.
+"""One step of each memory whose inputs are kept as a `Stash`.
 
 Rows are scored by their stored norms, and only those that are selected are restored. `exact` and a
 subspace of the gradients' side take all of them, some at a time.
@@ -6,13 +6,17 @@ subspace of the gradients' side take all of them, some at a time.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from memaop_triton import dispatch
+from memaop_triton.backward import stash_torch
 from memaop_triton.backward.scores import parts_to_score, product_of_norms
-from memaop_triton.backward.step import Gradients, Operands, ProjectedRows, rows_and_weights
-from memaop_triton.kernels.cpu import torch_ops as kernels
+from memaop_triton.backward.step import Gradients, Operands, ProjectedRows
+from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale, score_dtype
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
 from memaop_triton.memory.stash import Stash
 from memaop_triton.sampling.selection import Selection
@@ -44,32 +48,30 @@ def sampled(operands: Operands, memory: Memory | None, selection: Selection | No
 
 
 def _without_subspace(operands: Operands, selection: Selection | None) -> Gradients:
-    stash, g, config = _stash_of(operands), operands.g, operands.config
+    stash, g, config, parts = _stash_of(operands), operands.g, operands.config, _parts_for(operands)
     scores = None
     if selection is None:
         read = parts_to_score(config.scores, g, g, operands.generator)[1]
         norms = dispatch.row_norms(read)
         scores = norms if config.scores == "grad" else product_of_norms(norms, stash.rest_norms)
-        selection = operands.select(operands.scores_of_whole_rows(scores))
-    indices, weights = rows_and_weights(selection, config)
+        selection = parts.select(operands, operands.scores_of_whole_rows(scores))
+    indices, weights = parts.weights_of(operands, selection)
     dw = _product(operands, *stash.rest_and_rows_of(g, indices, weights))
     operands.observe(selection, dw, scores)
     return Gradients(dw, operands.sum_rows())
 
 
 def _beside_inputs(operands: Operands, selection: Selection | None) -> Gradients:
-    stash, g, config = _stash_of(operands), operands.g, operands.config
+    stash, g, parts = _stash_of(operands), operands.g, _parts_for(operands)
     assert stash.inside is not None
-    z = stash.inside.z.to(g.dtype)
-    zg, g_norms, db = kernels.project_gradient(g, z, bias_grad=operands.bias_grad)
-    rest = stash.rest_norms
-    scores = product_of_norms(g_norms, rest)
+    z, rest = stash.inside.z.to(g.dtype), stash.rest_norms
+    zg, scores, db = parts.project_gradient(operands, z, rest)
     if selection is None:
-        selection = operands.select(operands.scores_of_whole_rows(scores))
-    indices, weights = rows_and_weights(selection, config)
+        selection = parts.select(operands, operands.scores_of_whole_rows(scores))
+    indices, weights = parts.weights_of(operands, selection)
     # What was stored has no part inside any more, so nothing is taken from it.
     expand = stash.inside.expand.t().to(g.dtype)
-    projection = kernels.Projection(expand, z.new_zeros((len(indices), z.shape[1])), zg)
+    projection = Projection(expand, z.new_zeros((len(indices), z.shape[1])), zg)
     dw = _product(operands, *stash.rest_and_rows_of(g, indices, weights), projection)
     projected = ProjectedRows(rest, z, zg, stash.shape[1]) if operands.is_observed else None
     operands.observe(selection, dw, scores, projected)
@@ -79,16 +81,16 @@ def _beside_inputs(operands: Operands, selection: Selection | None) -> Gradients
 def _beside_gradients(
     operands: Operands, memory: SubspaceMemory, selection: Selection | None
 ) -> Gradients:
-    stash, g, config = _stash_of(operands), operands.g, operands.config
+    stash, g, parts = _stash_of(operands), operands.g, _parts_for(operands)
     basis = memory.basis_of(g)
     z, rest = dispatch.project_rows(g, basis)
     zx = stash.transposed_mm(z)
     scores = product_of_norms(rest, stash.norms())
     if selection is None:
-        selection = operands.select(operands.scores_of_whole_rows(scores))
-    indices, weights = rows_and_weights(selection, config)
-    expand = basis * kernels.basis_scale(g.shape[1])
-    projection = kernels.Projection(expand, z.index_select(0, indices), zx)
+        selection = parts.select(operands, operands.scores_of_whole_rows(scores))
+    indices, weights = parts.weights_of(operands, selection)
+    expand = basis * basis_scale(g.shape[1])
+    projection = Projection(expand, z.index_select(0, indices), zx)
     rows = g.index_select(0, indices), stash.rows(indices)
     dw = _product(operands, *rows, weights, projection, exchanged=True)
     projected = ProjectedRows(rest, z, zx, g.shape[1]) if operands.is_observed else None
@@ -101,18 +103,31 @@ def _product(
     a: Tensor,
     b: Tensor,
     weights: Tensor | None,
-    projection: kernels.Projection | None = None,
+    projection: Projection | None = None,
     *,
     exchanged: bool = False,
 ) -> Tensor:
-    """`kernels.gather_gemm` of rows that were gathered; `exchanged` if `a` is of G."""
-    every = torch.arange(len(a), device=a.device)
+    """The parts' `product`, of rows that are collected where factors are."""
     if operands.factors is not None:
-        ones = (
-            a.new_ones(len(a), dtype=kernels.score_dtype(a.dtype)) if weights is None else weights
-        )
-        operands.collect_factors(a, b, Selection(every, ones), projection, exchanged=exchanged)
-    return kernels.gather_gemm(a, b, every, weights, projection, transposed=exchanged)
+        ones = a.new_ones(len(a), dtype=score_dtype(a.dtype)) if weights is None else weights
+        every = Selection(torch.arange(len(a), device=a.device), ones)
+        operands.collect_factors(a, b, every, projection, exchanged=exchanged)
+    dw: Tensor = _parts_for(operands).product(a, b, weights, projection, exchanged=exchanged)
+    return dw
+
+
+def _parts_for(operands: Operands) -> ModuleType:
+    """`stash_torch`, or `stash_triton`, which is imported only where it is used."""
+    stash = _stash_of(operands)
+    rank = 0 if stash.inside is None else stash.inside.z.shape[1]
+    return _stash_triton() if dispatch.runs_triton(operands.g, rank=rank) else stash_torch
+
+
+@functools.cache
+def _stash_triton() -> ModuleType:
+    from memaop_triton.backward import stash_triton
+
+    return stash_triton
 
 
 def _stash_of(operands: Operands) -> Stash:

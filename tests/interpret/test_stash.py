@@ -151,6 +151,9 @@ def test_layers_run_through_the_kernels_and_their_mean_is_dense(
     kernels = [one.kernel for one in traffic]
     assert kernels.count("stash_kernel") == 24
     assert kernels.count("restore_kernel") >= 24
+    assert kernels.count("select_kernel") == 24
+    if memory is not None and memory.side == "input":  # a basis comes with the first step
+        assert kernels.count("combine_kernel") == 23
     if dtype == torch.float32:
         mean_agrees(draws, exact)
     else:  # whose results are rounded

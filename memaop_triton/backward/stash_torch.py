@@ -1,0 +1,43 @@
+"""What a step with a stash does besides restoring rows, in PyTorch or C; as in `stash_triton`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memaop_triton.backward.scores import product_of_norms
+from memaop_triton.backward.step import Operands, rows_and_weights
+from memaop_triton.kernels.cpu import torch_ops as kernels
+from memaop_triton.kernels.cpu.torch_ops import Projection
+from memaop_triton.sampling.selection import Selection
+
+
+def select(operands: Operands, scores: Tensor) -> Selection:
+    """K of the rows with these scores, [M]."""
+    return operands.select(scores)
+
+
+def weights_of(operands: Operands, selection: Selection) -> tuple[Tensor, Tensor | None]:
+    """Rows to multiply, and weights; `None` where all are 1."""
+    return rows_and_weights(selection, operands.config)
+
+
+def project_gradient(
+    operands: Operands, z: Tensor, rest: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Zᵀ G [q, P] for z [M, q], ‖g_m‖·rest_m [M], and db [P] if it is required."""
+    zg, norms, db = kernels.project_gradient(operands.g, z, bias_grad=operands.bias_grad)
+    return zg, product_of_norms(norms, rest), db
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor | None,
+    projection: Projection | None = None,
+    *,
+    exchanged: bool = False,
+) -> Tensor:
+    """`gather_gemm` of rows that were gathered; `exchanged` if `a` is of G."""
+    every = torch.arange(len(a), device=a.device)
+    return kernels.gather_gemm(a, b, every, weights, projection, transposed=exchanged)

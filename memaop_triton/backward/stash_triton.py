@@ -1,0 +1,60 @@
+"""What a step with a stash does besides restoring rows, by the Triton kernels; as `stash_torch`.
+
+No value is read on the host, but where a block of rows is cut short.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memaop_triton.backward import stash_torch
+from memaop_triton.backward.step import Operands, rows_and_weights
+from memaop_triton.kernels.cpu.torch_ops import Projection
+from memaop_triton.kernels.gpu import subspace
+from memaop_triton.sampling.selection import Selection
+
+
+def select(operands: Operands, scores: Tensor) -> Selection:
+    """K of the rows with these scores, [M]; all of them exist."""
+    return operands.select(scores, cut_short=len(scores) % operands.config.block_rows > 0)
+
+
+def weights_of(operands: Operands, selection: Selection) -> tuple[Tensor, Tensor | None]:
+    """Rows to multiply, and weights; `None` where all are 1. Rows of weight 0 stay."""
+    return rows_and_weights(selection, operands.config, drop=False)
+
+
+def project_gradient(
+    operands: Operands, z: Tensor, rest: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Zᵀ G [q, P] for z [M, q], ‖g_m‖·rest_m [M], and db [P] if it is required."""
+    g = operands.g
+    parts, scores, sums = subspace.project_gradient(g, z, rest, bias_grad=operands.bias_grad)
+    return parts.sum(0).t(), scores, None if sums is None else sums.total()
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor | None,
+    projection: Projection | None = None,
+    *,
+    exchanged: bool = False,
+) -> Tensor:
+    """`gather_gemm` of rows that were gathered; `exchanged` if `a` is of G.
+
+    Rows of X have no part inside of their subspace, rows of G still have theirs. A library's GEMM
+    takes both as they are; only float16, whose range weighted rows might leave, goes another way.
+    """
+    if weights is not None and a.dtype == torch.float16:
+        return stash_torch.product(a, b, weights, projection, exchanged=exchanged)
+    if weights is not None:
+        b = (b * weights.unsqueeze(1)).to(b.dtype)
+    if projection is None:
+        return b.t() @ a
+    expand, z, zb = projection
+    zb = zb.to(a.dtype)
+    if exchanged:
+        return torch.addmm(expand @ zb, torch.addmm(a, z, expand.t(), alpha=-1).t(), b)
+    return torch.addmm(zb.t() @ expand.t(), b.t(), a)
