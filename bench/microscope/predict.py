@@ -9,7 +9,7 @@ measured.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from bench.microscope.report import table
 from memaop_triton import MemAOPConfig
-from memaop_triton.kernels.gpu import select
+from memaop_triton.kernels.gpu import select, stash, stash_restore
 from memaop_triton.kernels.targets import TARGETS, Target
 from memaop_triton.kernels.tuning import defaults
 from memaop_triton.kernels.tuning.config import Problem
@@ -37,6 +37,10 @@ DTYPE = torch.bfloat16
 # Instructions that a warp of the selection kernel issues for each key of its threads, counted in
 # the code for sm_90: to draw, 31 times to compare and add, and to store what is taken.
 SELECTION = {"priority": 44 + 31 * 4.2 + 93, "topk": 9 + 31 * 4.2 + 64, "randk": 29 + 31 * 4.2 + 65}
+# Instructions that a warp of the stash's kernels issues for a tile of its program's rows and 64
+# columns of bfloat16 in 4 bits, by target: to round them without a subspace and beside one of 16
+# dimensions, and to restore them. A test compares them with the compiled loops.
+ROUNDING = {"sm_90": (1052, 1451, 949), "gfx942": (895, 1251, 722)}
 PARTS = ("score", "memory", "subspace", "select", "GEMM")
 INTRODUCTION = """\
 # PREDICTED times on GPUs
@@ -68,6 +72,19 @@ GATHERED = """\
 Rows that lie in memory as they are multiplied (no memory, a subspace, a row memory whose sums were
 scored) are gathered while the GEMM loads them. That is what this compares with copies side by side
 and the vendor's GEMM at the rate of large products, which a product of few rows does not reach.
+"""
+STASHES = """\
+## PREDICTED: inputs in four bits
+
+A layer with `stash="int4"`, in microseconds, `priority` at r = 1/8.
+
+- *round*: all rows in the forward pass, beside a subspace with Z.
+- *score*, *select*: as above, but norms of X are stored already, and Z too, so only G is read; with
+  a refresh of the subspace as above.
+- *restore*: the selected rows of X, and those of G, gathered and weighted.
+- *GEMM*: the vendor's, with the part inside of the subspace.
+- *layer*: its three products, dW sampled, without a stash and with one; *of it*: the second over
+  the first.
 """
 ASSUMPTIONS = """\
 ## What is assumed
@@ -164,13 +181,71 @@ def pack(target: Target, k: int, n: int, p: int, operands: int = 1) -> float:
     return LAUNCH + moved / target.chip.memory_rate
 
 
+@dataclass(frozen=True)
+class Stashed:
+    """What a sampled layer with a stash takes, by parts, in seconds."""
+
+    round: float
+    score: float
+    select: float
+    restore: float
+    product: float
+
+    @property
+    def seconds(self) -> float:
+        """All of it: what the forward pass takes more, and dW."""
+        return self.round + self.score + self.select + self.restore + self.product
+
+
+def stashed(target: Target, shape: tuple[int, int, int], config: MemAOPConfig) -> Stashed:
+    """The shape (M, N, P), launch by launch as `backward/steps_stash.py` makes them."""
+    (m, n, p), size = shape, DTYPE.itemsize
+    k, chip = config.num_rows(m), target.chip
+    rank = 0 if config.subspace is None else config.rank_for(m, n, p)
+    plain, beside, restoring = ROUNDING[target.name]
+    stored = n / 2 + 2 * n / 64
+    # Z takes a pass over X of its own.
+    read = (2 if rank else 1) * n * size
+    rounding = _by_programs(
+        target, m / stash.ROWS, n, beside if rank else plain, stash.WARPS, m * (read + stored)
+    )
+    restoring_x = _by_programs(
+        target,
+        k / stash_restore.ROWS,
+        n,
+        restoring,
+        stash_restore.WARPS,
+        k * (stored + n * size + 2 * p * size),
+    )
+    product = dense_product(target, k, n, p)
+    if rank:
+        problem = Problem("transposed_mm", DTYPE, m, m, p, 0, rank=rank, flags=("norms",))
+        refresh = shipped(replace(problem, n=n, flags=()), target).seconds + 5 * LAUNCH
+        score = shipped(problem, target).seconds + refresh / config.period
+        product += 2 * LAUNCH + 2.0 * rank * n * p / chip.flops("half")
+    else:
+        score = LAUNCH + m * p * size / chip.memory_rate
+    chosen = selection(config.selection, m, target)
+    return Stashed(rounding, score, chosen, restoring_x, product)
+
+
+def _by_programs(
+    target: Target, programs: float, columns: int, instructions: float, warps: int, moved: float
+) -> float:
+    """Seconds of a launch whose programs issue so many instructions for every 64 columns."""
+    issued = programs * columns / 64 * instructions * warps
+    busy = issued / (SCHEDULERS * target.processors * 1e9 * target.chip.clock)
+    times = sorted((busy, moved / target.chip.memory_rate))
+    return LAUNCH + times[1] + UNHIDDEN * times[0]
+
+
 def page() -> str:
     """The whole page."""
     targets = (TARGETS["sm_90"], TARGETS["gfx942"])
     lines = [INTRODUCTION]
     for target in targets:
         lines += [f"## PREDICTED: {target.chip.name}, dW alone\n", _calls(target), ""]
-    lines += [GATHERED, _gathered(targets), ""]
+    lines += [GATHERED, _gathered(targets), "", STASHES, _stashes(targets), ""]
     return "\n".join([*lines, _assumptions(targets)])
 
 
@@ -188,6 +263,31 @@ def _gathered(targets: tuple[Target, ...]) -> str:
                     shape = f"{k} x {width} x {width}"
                     times = shipped(gemm, target).seconds, plain
                     yield shape, target.chip.name, *map(_micro, times)
+
+    return table(head, body())
+
+
+def _stashes(targets: tuple[Target, ...]) -> str:
+    head = ("PREDICTED, M x N x P", "chip", "setting", "round", "score", "select", "restore")
+    head = (*head, "GEMM", "layer", "with a stash", "of it")
+
+    def body() -> Iterator[tuple[str, ...]]:
+        for target in targets:
+            for shape in SHAPES:
+                exact = 2 * dense_product(target, *shape)
+                for memory in ("none", "subspace"):
+                    config = MemAOPConfig(ratio=1 / 8, memory=memory, stash="int4")
+                    ours = stashed(target, shape, config)
+                    parts = ours.round, ours.score, ours.select, ours.restore, ours.product
+                    without = exact + weight_grad(target, shape, config).seconds
+                    beside = exact + ours.seconds
+                    yield (
+                        " x ".join(map(str, shape)),
+                        target.chip.name,
+                        f"`{memory}`",
+                        *map(_micro, (*parts, without, beside)),
+                        f"{beside / without:.2f}",
+                    )
 
     return table(head, body())
 

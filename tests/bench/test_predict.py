@@ -1,7 +1,7 @@
 """The page of predicted times: current, and consistent with its text."""
 
 from bench.microscope import predict
-from bench.microscope.predict import PAGE, SETTINGS, SHAPES, dense_product, weight_grad
+from bench.microscope.predict import PAGE, SETTINGS, SHAPES, dense_product, stashed, weight_grad
 from memaop_triton import MemAOPConfig
 from memaop_triton.kernels.targets import TARGETS
 from tests.judging import figures
@@ -32,3 +32,17 @@ def test_what_the_page_says_in_words_is_above_what_cannot_be_avoided():
         assert plain > one_pass + product / 8
         assert topk > 3 * one_pass + product / 8
         assert randk > 2.5 * one_pass + product / 8
+
+
+def test_a_stash_is_predicted_above_what_cannot_be_avoided():
+    m, n, p = SHAPES[0]
+    for target in (TARGETS["sm_90"], TARGETS["gfx942"]):
+        without, beside = (
+            stashed(target, SHAPES[0], MemAOPConfig(ratio=1 / 8, memory=memory, stash="int4"))
+            for memory in ("none", "subspace")
+        )
+        assert without.seconds < beside.seconds
+        assert without.round > 2.5 * m * n / target.chip.memory_rate  # 2 bytes read, ½ written
+        assert without.score > 2 * m * p / target.chip.memory_rate
+        product = 2 * m * n * p / target.chip.flops("half")
+        assert without.product > product / 8

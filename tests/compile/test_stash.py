@@ -6,6 +6,7 @@ import torch
 from bench.microscope.building import by_name
 from bench.microscope.compiling import compile_call
 from bench.microscope.counts import copy_bits
+from bench.microscope.predict import ROUNDING
 from bench.microscope.reading import read
 from memaop_triton.kernels.gpu import stash
 from memaop_triton.kernels.targets import TARGETS
@@ -32,3 +33,12 @@ def test_a_product_with_signs_takes_the_matrix_units_and_half_of_what_64_columns
     (count,) = loop.matrix.values()
     warps = threads // 32
     assert count * warps * 16 * 8 * 16 == stash.ROWS * 2 * 32 * 32
+
+
+@pytest.mark.parametrize("target", list(ROUNDING))
+def test_predictions_count_what_is_compiled(target):
+    titles = "round to 4 bits, rank 0, 32x", "round to 4 bits, rank 16, 32x"
+    titles = *titles, "restore from 4 bits, rank 0, 64x"
+    counted = [loop_of(target, title)[0].instructions for title in titles]
+    # Triton's versions differ a little.
+    assert counted == pytest.approx(ROUNDING[target], rel=0.1)
