@@ -25,7 +25,7 @@ from memaop_triton.monitor.monitor import Monitor, StarvedLayerWarning, monitor
 from memaop_triton.monitor.schedules import RatioScheduler
 from memaop_triton.nn.functional import memaop_linear
 from memaop_triton.nn.layer_state import new_memory
-from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.nn.linear import MemAOPLayer, MemAOPLinear
 from memaop_triton.nn.optim import attach_optimizer
 from memaop_triton.nn.state import load_memory_state_dict, memory_state_dict, reset_memory
 from memaop_triton.plan.planning import plan
@@ -38,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FactorAllGather",
     "MemAOPConfig",
+    "MemAOPLayer",
     "MemAOPLinear",
     "Monitor",
     "Projected",

@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from memaop_triton.auto.agreement import Processes
 from memaop_triton.auto.controller import control
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.nn.layer_choice import Chosen, choose_layers, converted_layers, naming
-from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.nn.layer_choice import (
+    Chosen,
+    adopt_,
+    choose_layers,
+    converted_layers,
+    naming,
+)
 from memaop_triton.plan.planning import plan_chosen
 
 M = TypeVar("M", bound=nn.Module)
@@ -105,7 +110,7 @@ def convert_(
         chosen = _faster_ones(model, chosen, example_inputs, loss_fn)
     for module, layer_config in chosen.values():
         exact = layer_config.spending(ratio=1.0) if layer_config.is_auto else layer_config
-        MemAOPLinear.adopt_(module, exact)
+        adopt_(module, exact)
     if undecided:
         control(undecided, Processes(process_group))
     return model

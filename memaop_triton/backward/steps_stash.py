@@ -21,7 +21,8 @@ from memaop_triton.sampling.selection import Selection
 def exact(operands: Operands) -> Gradients:
     """dW from all rows."""
     stash, g = _stash_of(operands), operands.g
-    return Gradients(stash.transposed_mm(g).to(g.dtype), operands.sum_rows())
+    dw = stash.transposed_mm(g, transposed=operands.is_transposed).to(g.dtype)
+    return Gradients(operands.oriented(dw), operands.sum_rows())
 
 
 def sampled(operands: Operands, memory: Memory | None, selection: Selection | None) -> Gradients:
@@ -105,14 +106,16 @@ def _product(
     *,
     exchanged: bool = False,
 ) -> Tensor:
-    """`kernels.gather_gemm` of rows that were gathered; `exchanged` if `a` is of G."""
+    """dW by `kernels.gather_gemm` of rows that were gathered; `exchanged` if `a` is of G."""
     every = torch.arange(len(a), device=a.device)
     if operands.factors is not None:
         ones = (
             a.new_ones(len(a), dtype=kernels.score_dtype(a.dtype)) if weights is None else weights
         )
         operands.collect_factors(a, b, Selection(every, ones), projection, exchanged=exchanged)
-    return kernels.gather_gemm(a, b, every, weights, projection, transposed=exchanged)
+    transposed = exchanged != operands.is_transposed
+    product = kernels.gather_gemm(a, b, every, weights, projection, transposed=transposed)
+    return operands.oriented(product)
 
 
 def _stash_of(operands: Operands) -> Stash:

@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 )
 
 from memaop_triton.nn.layer_choice import Chosen
-from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.nn.linear import MemAOPLayer
 from memaop_triton.plan.observing import converted, run_backward, run_forward, untouched
 
 # Of what `ratio="auto"` samples; what a layer keeps hardly depends on it.
@@ -152,12 +152,12 @@ class _Graph:
     def _enter(self, module: nn.Module, args: Any) -> None:
         name = self._names.get(id(module))
         self._called.append(self._caller if name is None else name or "the model itself")
-        if isinstance(module, MemAOPLinear) and module.training:
+        if isinstance(module, MemAOPLayer) and module.training:
             module.layer_state.kept = None
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._called.pop()
-        if isinstance(module, MemAOPLinear) and module.training:
+        if isinstance(module, MemAOPLayer) and module.training:
             kept = module.layer_state.kept
             x = None if kept is None or kept.keeper else kept.input()
             if x is not None:  # else it was cast for this layer, and the cast is gone in any case

@@ -20,8 +20,8 @@ from torch.nn.parameter import is_lazy
 
 from memaop_triton.auto.layer_timing import Use
 from memaop_triton.auto.timing import elapsed, generators_restored
-from memaop_triton.nn.layer_choice import Chosen, quoted
-from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.nn.layer_choice import Chosen, adopt_, quoted, sizes_of
+from memaop_triton.nn.linear import MemAOPLayer
 
 
 class Observed(NamedTuple):
@@ -40,7 +40,7 @@ class Observed(NamedTuple):
 
 def observe(
     model: nn.Module,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, nn.Module],
     example_inputs: object,
     loss_fn: Callable[[Any], Tensor] | None = None,
     timed: int = 1,
@@ -106,12 +106,12 @@ def run_forward(
 
 
 @contextlib.contextmanager
-def converted(layers: Chosen) -> Iterator[dict[str, MemAOPLinear]]:
+def converted(layers: Chosen) -> Iterator[dict[str, MemAOPLayer]]:
     """Inside, the layers are converted, each with its configuration; afterwards they are dense."""
-    made: dict[str, MemAOPLinear] = {}
+    made: dict[str, MemAOPLayer] = {}
     try:
         for name, (linear, config) in layers.items():
-            made[name] = MemAOPLinear.adopt_(linear, config)
+            made[name] = adopt_(linear, config)
         yield made
     finally:
         for layer in made.values():
@@ -147,7 +147,7 @@ def untouched(model: nn.Module, inputs: object = None) -> Iterator[None]:
         if not model.training:
             model.train()
         for module in modules:
-            if isinstance(module, MemAOPLinear):
+            if isinstance(module, MemAOPLayer):
                 module.training = False  # exact: no draws, and the memory is not used
         for leaf in leaves:
             leaf.grad = None
@@ -199,21 +199,21 @@ def _counting(name: str, uses: Counter[Use]) -> Callable[..., None]:
     """
 
     def hook(
-        layer: nn.Linear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+        layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
     ) -> None:
         if not output.requires_grad:
             return
-        weight, bias = layer.weight, layer.bias
+        weight: Any = layer.weight
+        bias: Any = layer.bias
         if hasattr(weight, "device_mesh"):
             raise ValueError(
                 f"layer {quoted(name)}: its weight is a DTensor, divided among processes. Measure "
                 "the model before tensor parallelism or fully_shard divides it."
             )
-        x = args[0] if args else kwargs["input"]
+        (x,) = args or kwargs.values()
         use = Use(
             output.numel() // max(1, output.shape[-1]),
-            layer.in_features,
-            layer.out_features,
+            *sizes_of(layer),
             output.dtype,
             output.device,
             weight.requires_grad,

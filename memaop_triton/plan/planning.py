@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from memaop_triton.auto.layer_timing import Measurement, Use, measure
 from memaop_triton.auto.timing import generators_restored
 from memaop_triton.config import MemAOPConfig, check_config
-from memaop_triton.nn.layer_choice import Chosen, Filter, choose_layers
+from memaop_triton.nn.layer_choice import Chosen, Filter, choose_layers, sizes_of
 from memaop_triton.plan.deciding import LEAST_GAIN, decide
 from memaop_triton.plan.held import Held, measure_held
 from memaop_triton.plan.noise import Noise, observe_noise
@@ -115,7 +115,7 @@ def plan_chosen(
     timed = _TIMED_STEPS if is_auto else 1
     uses, seconds, has_loss = observe(model, layers, example_inputs, loss_fn, timed)
     requests = [
-        LayerRequest(name, layer.in_features, layer.out_features, config, uses[name])
+        LayerRequest(name, *sizes_of(layer), config, uses[name])
         for name, (layer, config) in chosen.items()
     ]
     undecided = [r.name for r in requests if r.config.is_auto and not r.nothing_to_gain()]
