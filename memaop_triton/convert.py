@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from memaop_triton.auto.agreement import Processes
 from memaop_triton.auto.controller import control
 from memaop_triton.config import MemAOPConfig
+from memaop_triton.nn.coverage import Coverage, LowCoverageWarning, coverage_of
 from memaop_triton.nn.layer_choice import (
     Chosen,
     adopt_,
@@ -106,13 +107,15 @@ def convert_(
         )
     if process_group is not None and dist.get_rank(process_group) < 0:
         raise ValueError("process_group must be one that this process belongs to.")
+    covered = None
     if only_if_faster:
-        chosen = _faster_ones(model, chosen, example_inputs, loss_fn)
+        chosen, covered = _faster_ones(model, chosen, example_inputs, loss_fn)
     for module, layer_config in chosen.values():
         exact = layer_config.spending(ratio=1.0) if layer_config.is_auto else layer_config
         adopt_(module, exact)
     if undecided:
         control(undecided, Processes(process_group))
+    _warn_if_low(coverage_of(model) if covered is None else covered)
     return model
 
 
@@ -139,8 +142,11 @@ def _faster_ones(
     chosen: Chosen,
     example_inputs: object,
     loss_fn: Callable[[Any], Tensor] | None,
-) -> Chosen:
-    """The layers of `chosen` that get faster by conversion, the same in all processes."""
+) -> tuple[Chosen, Coverage | None]:
+    """The layers of `chosen` that get faster by conversion, the same in all processes.
+
+    And how much of the model all of `chosen` are.
+    """
     measured = plan_chosen(model, chosen, example_inputs, loss_fn)
     _log.debug("%s", measured)
     names = [measured.faster]
@@ -155,4 +161,13 @@ def _faster_ones(
         )
     elif slower:
         _log.info("left dense, because conversion makes them no faster: %s", ", ".join(slower))
-    return {name: chosen[name] for name in names[0]}
+    return {name: chosen[name] for name in names[0]}, measured.coverage
+
+
+def _warn_if_low(coverage: Coverage) -> None:
+    if coverage.is_low:
+        warnings.warn(
+            f"{coverage.summary()} memaop_triton.coverage(model) shows all of it.",
+            LowCoverageWarning,
+            stacklevel=3,
+        )
