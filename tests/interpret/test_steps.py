@@ -109,6 +109,38 @@ def test_steps_equal_those_in_pytorch(
             torch.testing.assert_close(one.q @ one.q.T, other.q @ other.q.T, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "block_rows"),
+    [
+        (SIDES[0], 1),
+        (SIDES[1], 16),
+        ({"selection": "priority", "memory": "none"}, 16),
+        ({"selection": "bernoulli", "memory": "none"}, 1),
+        ({"selection": "topk", "memory": "residual"}, 1),
+        ({"selection": "randk", "memory": "signed"}, 1),
+    ],
+)
+def test_a_transposed_gradient_is_the_same_one_in_another_order(scheme, block_rows, generator):
+    m, n, p = 37, 16, 33
+    config = flat_config(ratio=1 / 4, rank=4, refresh_every=2, block_rows=block_rows, **scheme)
+    data, results = batches((m, n, p), count=2), []
+    for is_transposed in (True, False):
+        memory, draws = new_memory(config, n, p), generator(3)
+        results.append(
+            [
+                weight_and_bias_grad(
+                    *batch, config, memory, generator=draws, is_transposed=is_transposed
+                )
+                for batch in data
+            ]
+        )
+    for (ours, our_db), (theirs, their_db) in zip(*results, strict=True):
+        assert ours.t().is_contiguous()
+        assert theirs.is_contiguous()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * m**0.5)
+        torch.testing.assert_close(our_db, their_db)
+
+
 @pytest.mark.parametrize("selection", ["randk", "topk", "weightedk"])
 @pytest.mark.parametrize("memory", ["residual", "signed"])
 @pytest.mark.parametrize("block_rows", [1, 16])
