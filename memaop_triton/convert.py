@@ -115,7 +115,10 @@ def convert_(
         adopt_(module, exact)
     if undecided:
         control(undecided, Processes(process_group))
-    _warn_if_low(coverage_of(model) if covered is None else covered)
+    if covered is None:
+        _warn_if_low(coverage_of(model), "Converted layers")
+    else:
+        _warn_if_low(covered, "Layers that could be converted")
     return model
 
 
@@ -164,10 +167,10 @@ def _faster_ones(
     return {name: chosen[name] for name in names[0]}, measured.coverage
 
 
-def _warn_if_low(coverage: Coverage) -> None:
+def _warn_if_low(coverage: Coverage, layers: str) -> None:
     if coverage.is_low:
         warnings.warn(
-            f"{coverage.summary()} memaop_triton.coverage(model) shows all of it.",
+            f"{coverage.summary(layers)} memaop_triton.coverage(model) shows all of it.",
             LowCoverageWarning,
             stacklevel=3,
         )
