@@ -39,7 +39,12 @@ def convert_(
     loss_fn: Callable[[Any], Tensor] | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> M:
-    """Turn the linear layers of `model` into `MemAOPLinear`, in place.
+    """Convert the linear layers of `model`, in place.
+
+    These are `nn.Linear`, which becomes a `MemAOPLinear`, and `Conv1D` of Hugging Face's
+    transformers; both are `MemAOPLayer` then. A `LowCoverageWarning` says if more than half of the
+    model's weight gradients are out of reach, being those of experts or convolutions; `coverage`
+    shows by class what was left.
 
     By default the library finds out by measurements which of them are worth sampling, and how many
     rows: all start exact, as `nn.Linear` is, and stay so where dense is best.
@@ -54,10 +59,10 @@ def convert_(
         model: Any module; it may itself be a linear layer.
         config: For every layer that `overrides` does not name; `MemAOPConfig(ratio="auto")` if
             `None`.
-        filter_fn: `filter_fn(module, fqn)`, called with every `nn.Linear` of the model (subclasses
+        filter_fn: `filter_fn(module, fqn)`, called with every linear layer of the model (subclasses
             included) and its qualified name; layers for which it is false stay dense. By default
-            the layers whose class is exactly `nn.Linear` (or was, before `fully_shard`), and a
-            warning names the others.
+            the layers whose class is exactly `nn.Linear` or `Conv1D` (or was, before
+            `fully_shard`), and a warning names the others.
         overrides: Configuration by name pattern (shell style, `"blocks.*.mlp.*"`), `None` to leave
             a layer dense. Of several patterns that match, the last one counts.
         only_if_faster: Measure first, as `plan` does, and leave the layers dense that conversion
@@ -123,7 +128,7 @@ def convert_(
 
 
 def revert_(model: M) -> M:
-    """Turn every `MemAOPLinear` of `model` back into the dense layer it was, in place.
+    """Turn every converted layer of `model` back into the dense layer it was, in place.
 
     Raises:
         ValueError: The model has none, or a layer was parametrised after it was converted. Nothing
