@@ -160,9 +160,16 @@ def _weights_and_owners(
     that are not alone with their table.
     """
     modules = dict(model.named_modules())
+    # Which computes with the weight of its last layer without calling the layer.
+    attention = {
+        id(module.out_proj): module
+        for module in modules.values()
+        if isinstance(module, nn.MultiheadAttention)
+    }
     owners: dict[int, list[nn.Module]] = {}
     for name, module in modules.items():
         owner = modules[_PARAMETRIZATIONS.sub("", name)]
+        owner = attention.get(id(owner), owner)
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(owner)
     for weight in trainable_weights(model):
@@ -181,6 +188,8 @@ def _reason_to_leave(owner: nn.Module, weight: nn.Parameter) -> str:
         return _CONVERTIBLE
     if isinstance(owner, _ConvNd):
         return "a convolution"
+    if isinstance(owner, nn.MultiheadAttention):
+        return "packed projections, computed without layers"
     if weight.dim() > 2:
         return f"Parameters of {weight.dim()} dimensions"
     return "not a linear layer"

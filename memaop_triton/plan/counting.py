@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -100,7 +100,7 @@ class CountingProducts(TorchDispatchMode):
 
 
 def address_of(tensor: Tensor) -> int | None:
-    """Of the tensor's storage; `None` if it has none."""
-    if tensor.layout != torch.strided:
+    """Of the tensor's storage; `None` if it has none of its own, as a `DTensor` has not."""
+    if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
         return None
     return tensor.untyped_storage().data_ptr() or None

@@ -36,7 +36,8 @@ def coverage(
 
     Raises:
         TypeError: `model` is not a module, or `example_inputs` is of another type.
-        ValueError: `loss_fn` without `example_inputs`; nothing in the output can be differentiated.
+        ValueError: `loss_fn` without `example_inputs`; nothing in the output can be differentiated,
+            or a Parameter is divided among processes.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -44,5 +45,12 @@ def coverage(
         if loss_fn is not None:
             raise ValueError("loss_fn has no meaning without example_inputs: nothing is run.")
         return coverage_of(model)
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"parameter {name!r} is a DTensor, divided among processes, whose products cannot "
+                "be counted here: leave out example_inputs, or call this before tensor parallelism "
+                "or fully_shard divides the model."
+            )
     flops = observe(model, {}, example_inputs, loss_fn, timed=0).flops
     return coverage_of(model, flops.by_id, is_estimate=flops.is_estimate)

@@ -2,13 +2,14 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from memaop_triton import MemAOPConfig, convert_, revert_
+from memaop_triton import MemAOPConfig, convert_, coverage, revert_
 from memaop_triton.nn.conv1d import MemAOPConv1D
 from tests import transposed
 from tests.distributed.checks import batch, everywhere, seed, whole
@@ -49,6 +50,9 @@ def check_a_fully_sharded_layer_computes_what_it_does_alone():
         if not convert_first:
             convert_(ours, exact)
         assert isinstance(ours[0], MemAOPConv1D)
+        assert coverage(ours).share == 1, "sizes are those of the whole weights"
+        with pytest.raises(ValueError, match=r"'0\.weight' is a DTensor, divided among processes"):
+            coverage(ours, x)
         ours(x).square().sum().backward()
         model.zero_grad()
         model(x).square().sum().backward()

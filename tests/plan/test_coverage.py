@@ -127,6 +127,21 @@ def test_convolutions_count_at_every_position():
     assert found.left["Conv2d"].reason == "a convolution"
 
 
+def test_attention_that_calls_no_layers_is_named():
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    with pytest.warns(UserWarning, match="NonDynamicallyQuantizableLinear"):
+        convert_(model, EXACT)
+    taken, left = 2 * 8 * 16, 4 * 8 * 8
+    for found in (coverage(model), coverage(model, torch.randn(3, 5, 8))):
+        assert found.share == taken / (taken + left)
+        assert list(found.left) == ["MultiheadAttention"]
+        assert found.left["MultiheadAttention"].parameters == 2
+    revert_(model)
+    # Its last layer has no part in it, converted or not.
+    convert_(model, EXACT, filter_fn=lambda module, name: True)
+    assert coverage(model).share == taken / (taken + left)
+
+
 def test_a_weight_of_several_modules_counts_once_and_a_table_not_at_all():
     model = nn.Sequential(nn.Embedding(50, N), nn.Linear(N, N), nn.Linear(N, 50, bias=False))
     model[2].weight = model[0].weight
