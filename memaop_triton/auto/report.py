@@ -10,7 +10,7 @@ from torch import nn
 from memaop_triton.auto.controller import Controller
 from memaop_triton.auto.worth import EXACT
 from memaop_triton.monitor.kept import kept_lines
-from memaop_triton.nn.coverage import Coverage, coverage_of, trainable_weights
+from memaop_triton.nn.coverage import Coverage, coverage_of, elements_of_weights
 from memaop_triton.nn.layer_choice import converted_layers
 from memaop_triton.units import milliseconds
 
@@ -81,8 +81,8 @@ def _coverage(model: nn.Module) -> Coverage:
     if not any(rows.values()):
         return coverage_of(model)
     most = statistics.median_low(rows.values())
-    weights = trainable_weights(model)
-    amounts = {id(w): 2.0 * w.numel() * rows.get(id(w), most) for w in weights}
+    elements = elements_of_weights(model)
+    amounts = {weight: 2 * count * rows.get(weight, most) for weight, count in elements.items()}
     found = coverage_of(model, amounts)
     return dataclasses.replace(found, is_estimate=bool(found.left))
 

@@ -2,13 +2,13 @@
 
 Counted are the trainable Parameters of two and more dimensions, each once however many modules
 share it. The table of an embedding has no product in its backward pass and does not count, unless
-a layer shares it.
+a layer shares it, or a product was seen.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -128,54 +128,57 @@ def coverage_of(
     """
     taken = total = 0.0
     left: dict[str, list[tuple[float, str]]] = {}
-    for weight, owner in _weights_and_owners(model, is_taken):
-        amount = weight.numel() if amounts is None else amounts.get(id(weight), 0.0)
+    if amounts is None:
+        amounts = elements_of_weights(model)
+        unit = ELEMENTS
+    else:
+        unit = FLOPS
+    owners = _owners_of(model)
+    for weight in trainable_weights(model):
+        owner = next(filter(is_taken, owners[id(weight)]), owners[id(weight)][0])
+        amount = amounts.get(id(weight), 0.0)
         total += amount
         if is_taken(owner):
             taken += amount
         elif amount:
-            found = amount, _reason_to_leave(owner, weight)
-            left.setdefault(_class_name(owner), []).append(found)
+            reason = _reason_to_leave(owner, weight)
+            left.setdefault(_class_name(owner), []).append((amount, reason))
     of_classes = {}
-    for name, found in left.items():
-        part, reason = sum(amount for amount, _ in found) / total, found[0][1]
-        of_classes[name] = Left(part, len(found), reason, reason in (_CONVERTIBLE, _SUBCLASS))
+    for name, weights in left.items():
+        part, reason = sum(amount for amount, _ in weights) / total, weights[0][1]
+        of_classes[name] = Left(part, len(weights), reason, reason in (_CONVERTIBLE, _SUBCLASS))
     largest_first = sorted(of_classes.items(), key=lambda named: -named[1].share)
     share = taken / total if total else 1.0
-    unit = ELEMENTS if amounts is None else FLOPS
     return Coverage(share, unit, dict(largest_first), is_estimate)
 
 
 def trainable_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The Parameters that count, each once; tables of embeddings included."""
+    """The Parameters of two and more dimensions, each once; tables of embeddings included."""
     return [p for p in model.parameters() if p.requires_grad and not is_lazy(p) and p.dim() > 1]
 
 
-def _weights_and_owners(
-    model: nn.Module, is_taken: Callable[[nn.Module], bool]
-) -> Iterator[tuple[nn.Parameter, nn.Module]]:
-    """Every weight that counts, and the module that it belongs to.
+def elements_of_weights(model: nn.Module) -> dict[int, float]:
+    """Their numbers of elements by id; without the tables that only embeddings have."""
+    owners = _owners_of(model)
+    weights = trainable_weights(model)
+    return {id(w): w.numel() for w in weights if not isinstance(owners[id(w)][0], _TABLES)}
 
-    Of several modules one that is taken, else one that is no embedding. Of embeddings only those
-    that are not alone with their table.
-    """
+
+def _owners_of(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """The modules that have a Parameter, by its id; embeddings last."""
     modules = dict(model.named_modules())
-    # Which computes with the weight of its last layer without calling the layer.
-    attention = {
-        id(module.out_proj): module
-        for module in modules.values()
-        if isinstance(module, nn.MultiheadAttention)
-    }
+    attentions = [m for m in modules.values() if isinstance(m, nn.MultiheadAttention)]
+    # They compute with the weight of their last layer without calling the layer.
+    in_its_place: dict[int, nn.Module] = {id(one.out_proj): one for one in attentions}
     owners: dict[int, list[nn.Module]] = {}
     for name, module in modules.items():
-        owner = modules[_PARAMETRIZATIONS.sub("", name)]
-        owner = attention.get(id(owner), owner)
+        parent = modules[_PARAMETRIZATIONS.sub("", name)]
+        owner = in_its_place.get(id(parent)) or parent
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(owner)
-    for weight in trainable_weights(model):
-        candidates = [m for m in owners[id(weight)] if not isinstance(m, _TABLES)]
-        if candidates:
-            yield weight, next(filter(is_taken, candidates), candidates[0])
+    for found in owners.values():
+        found.sort(key=lambda module: isinstance(module, _TABLES))
+    return owners
 
 
 def _reason_to_leave(owner: nn.Module, weight: nn.Parameter) -> str:

@@ -21,7 +21,8 @@ _aten = torch.ops.aten
 _COPIES = frozenset((_aten._to_copy, _aten.clone))
 # What picks the matrices of experts from a weight of three dimensions. Of two it is a table.
 _GATHERS = frozenset((_aten.index, _aten.index_select))
-_WITHOUT_PRODUCT = _GATHERS | {_aten.embedding, _aten._embedding_bag, _aten.add, _aten.cat}
+_LOOK_UPS = frozenset((_aten.embedding, _aten.embedding_renorm_, _aten._embedding_bag))
+_WITHOUT_PRODUCT = _GATHERS | _LOOK_UPS | {_aten.add, _aten.cat}
 # Rows that come in groups, each multiplied by a matrix of its own; not in PyTorch's counter.
 _GROUPED = frozenset(("aten::_grouped_mm", "transformers::grouped_mm_fallback"))
 

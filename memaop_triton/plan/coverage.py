@@ -19,7 +19,8 @@ def coverage(
     """How much of the weight gradients of `model` its converted layers compute, and what is left.
 
     Counted are trainable Parameters of two and more dimensions, once where modules share them. The
-    table of an embedding does not count, unless a layer shares it.
+    table of an embedding does not count, unless a layer shares it, or the model was seen to
+    multiply by it.
 
     Args:
         model: Any module. Without a converted layer the share is 0.

@@ -160,6 +160,19 @@ def test_a_weight_of_several_modules_counts_once_and_a_table_not_at_all():
     assert list(found.left) == ["Linear"]
 
 
+def test_a_table_that_the_model_multiplies_by_counts_once_that_is_seen():
+    class Tied(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x)) @ self[0].weight.t()
+
+    model = convert_(Tied(nn.Embedding(50, N, max_norm=1.0), nn.Linear(N, N)), EXACT)
+    assert coverage(model).share == 1
+    found = coverage(model, torch.arange(8))
+    assert found.share == N / (N + 50)
+    assert found.left["Embedding"].reason == "not a linear layer"
+    assert not found.is_estimate
+
+
 def test_frozen_weights_do_not_count():
     model = convert_(nn.Sequential(nn.Linear(N, N), nn.Linear(N, P)), EXACT, overrides={"0": None})
     model[0].requires_grad_(False)
