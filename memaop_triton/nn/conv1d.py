@@ -7,10 +7,12 @@ It computes y = x W + b with a weight of shape [in_features, out_features], the 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
+import torch.fx
 from torch import Tensor, nn
 
-from memaop_triton.nn.linear import MemAOPLayer
+from memaop_triton.nn.linear import MemAOPLayer, traced
 
 
 class MemAOPConv1D(MemAOPLayer):
@@ -39,9 +41,12 @@ class MemAOPConv1D(MemAOPLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
+        dense: Callable[[Tensor], Tensor] = super().forward
+        if isinstance(x, torch.fx.Proxy):
+            call: Tensor = traced(self, x, dense)
+            return call
         if not self.training or self.layer_state.is_native:
-            y: Tensor = super().forward(x)
-            return y
+            return dense(x)
         return self._compute(x, self.weight.t())
 
     __repr__ = nn.Module.__repr__  # that of Conv1D shows its sizes only

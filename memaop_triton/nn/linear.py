@@ -255,20 +255,20 @@ class MemAOPLinear(MemAOPLayer, nn.Linear):
     @torch.jit.unused
     def _forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):
-            return _traced(self, input)
+            return traced(self, input, lambda x: F.linear(x, self.weight, self.bias))
         if not self.training or self.layer_state.is_native:
             return F.linear(input, self.weight, self.bias)
         return self._compute(input, self.weight)
 
 
-def _traced(layer: MemAOPLinear, input: Any) -> Any:
+def traced(layer: MemAOPLayer, input: Any, dense: Callable[[Any], Any]) -> Any:
     """A call of the layer in a graph of `torch.fx`, as for any layer of `torch.nn`.
 
-    Of a layer that is traced by itself its forward pass.
+    Of a layer that is traced by itself its forward pass, which is `dense`.
     """
     tracer = input.tracer
     if tracer.root is layer:
-        return F.linear(input, layer.weight, layer.bias)
+        return dense(input)
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
 
 

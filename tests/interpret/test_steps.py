@@ -113,7 +113,7 @@ def test_steps_equal_those_in_pytorch(
     ("scheme", "block_rows"),
     [
         (SIDES[0], 1),
-        (SIDES[1], 16),
+        pytest.param(SIDES[1], 16, marks=pytest.mark.slow),
         ({"selection": "priority", "memory": "none"}, 16),
         ({"selection": "bernoulli", "memory": "none"}, 1),
         ({"selection": "topk", "memory": "residual"}, 1),

@@ -308,6 +308,15 @@ def test_what_cannot_be_converted(conv):
         revert_(layer)
 
 
+def test_a_traced_model_calls_the_layer(conv):
+    model = convert_(nn.Sequential(conv, nn.Tanh()), MemAOPConfig(ratio=1 / 4))
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.op for node in graph.graph.nodes][1:3] == ["call_module"] * 2
+    graph(torch.randn(M, N)).square().sum().backward()
+    assert isinstance(graph.get_submodule("0"), MemAOPConv1D)
+    assert conv.weight.grad.is_contiguous()
+
+
 def test_without_transformers_it_is_any_module(monkeypatch, conv):
     monkeypatch.delitem(sys.modules, "transformers.pytorch_utils")
     with pytest.raises(ValueError, match="no layer to convert: 0 linear layers in Conv1D"):

@@ -154,6 +154,10 @@ def test_a_weight_of_several_modules_counts_once_and_a_table_not_at_all():
         assert found.share == head / (head + inner)
         assert list(found.left) == ["Linear"]
     revert_(model)
+    twins = nn.Sequential(nn.Linear(N, N), nn.Linear(N, N))
+    twins[0].weight = twins[1].weight
+    convert_(twins, EXACT, overrides={"0": None})
+    assert coverage(twins).share == 1, "one of them is converted"
     convert_(model, EXACT, overrides={"2": None})
     found = coverage(model, x)
     assert found.share == pytest.approx(N / (50 + N))
