@@ -1,6 +1,8 @@
 """Models of Hugging Face's transformers, built from their configurations."""
 
 import copy
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from memaop_triton import (
     plan,
     revert_,
 )
+from memaop_triton.auto import clock
 from memaop_triton.nn.conv1d import MemAOPConv1D
 
 transformers = pytest.importorskip(
@@ -185,11 +188,13 @@ def test_checkpoints_load_either_way(tmp_path):
     assert torch.equal(copy.deepcopy(model)(**inputs).logits, logits)
 
 
-def test_plan_and_report():
+def test_plan_and_report(monkeypatch):
     model, inputs = gpt2(), batch()
     found = plan(model, MemAOPConfig(ratio=1 / 4), example_inputs=inputs, time_budget=0.01)
     assert len(found.layers) == 9
     assert found.coverage.share == 1
+    # Steps of a second each: the fifth one is observed.
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=itertools.count(0.0).__next__))
     convert_(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(6):

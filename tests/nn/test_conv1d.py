@@ -2,8 +2,10 @@
 
 import copy
 import io
+import itertools
 import pickle
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from memaop_triton import (
     plan,
     revert_,
 )
+from memaop_triton.auto import clock
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.bench.measure import Clock
 from memaop_triton.memory.kinds import new_memory
@@ -278,12 +281,14 @@ def test_monitors_and_allocation_take_it(conv):
     assert {layer.config.ratio for layer in (model[0], model[2])} != {1 / 4}
 
 
-def test_plan_measures_it_and_auto_decides(conv):
+def test_plan_measures_it_and_auto_observes(conv, monkeypatch):
     model = nn.Sequential(conv, nn.Tanh(), Conv1D(8, P))
     x = torch.randn(M, N)
     found = plan(model, MemAOPConfig(ratio=1 / 8), example_inputs={"input": x}, time_budget=0.01)
     assert [layer.shape for layer in found.layers] == [f"{M}×{N}×{P}", f"{M}×{P}×8"]
     assert found.coverage.share == 1.0
+    # Steps of a second each: the fifth one is observed.
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=itertools.count(0.0).__next__))
     convert_(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for x in batches(10):
@@ -292,6 +297,7 @@ def test_plan_measures_it_and_auto_decides(conv):
         optimizer.zero_grad()
     controller = model[0].layer_state.controller
     assert [len(seen) for seen in controller.seen.values()] == [2, 2]
+    assert all(one.square > 0 for seen in controller.seen.values() for one in seen)
     assert "Converted layers compute 100 % of the FLOPs" in model_report(model)
 
 
