@@ -23,11 +23,13 @@ from memaop_triton.memory.kinds import ResidualMemory, SubspaceMemory
 from memaop_triton.monitor.allocate import allocate_
 from memaop_triton.monitor.monitor import Monitor, StarvedLayerWarning, monitor
 from memaop_triton.monitor.schedules import RatioScheduler
+from memaop_triton.nn.coverage import Coverage, LowCoverageWarning
 from memaop_triton.nn.functional import memaop_linear
 from memaop_triton.nn.layer_state import new_memory
-from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.nn.linear import MemAOPLayer, MemAOPLinear
 from memaop_triton.nn.optim import attach_optimizer
 from memaop_triton.nn.state import load_memory_state_dict, memory_state_dict, reset_memory
+from memaop_triton.plan.coverage import coverage
 from memaop_triton.plan.planning import plan
 
 if _TYPE_CHECKING:
@@ -36,8 +38,11 @@ if _TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Coverage",
     "FactorAllGather",
+    "LowCoverageWarning",
     "MemAOPConfig",
+    "MemAOPLayer",
     "MemAOPLinear",
     "Monitor",
     "Projected",
@@ -52,6 +57,7 @@ __all__ = [
     "attach_optimizer",
     "auto_freeze",
     "convert_",
+    "coverage",
     "load_memory_state_dict",
     "memaop_linear",
     "memory_state_dict",

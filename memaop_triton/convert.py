@@ -13,8 +13,14 @@ from torch import Tensor, nn
 from memaop_triton.auto.agreement import Processes
 from memaop_triton.auto.controller import control
 from memaop_triton.config import MemAOPConfig
-from memaop_triton.nn.layer_choice import Chosen, choose_layers, converted_layers, naming
-from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.nn.coverage import Coverage, LowCoverageWarning, coverage_of
+from memaop_triton.nn.layer_choice import (
+    Chosen,
+    adopt_,
+    choose_layers,
+    converted_layers,
+    naming,
+)
 from memaop_triton.plan.planning import plan_chosen
 
 M = TypeVar("M", bound=nn.Module)
@@ -33,7 +39,12 @@ def convert_(
     loss_fn: Callable[[Any], Tensor] | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> M:
-    """Turn the linear layers of `model` into `MemAOPLinear`, in place.
+    """Convert the linear layers of `model`, in place.
+
+    These are `nn.Linear`, which becomes a `MemAOPLinear`, and `Conv1D` of Hugging Face's
+    transformers; both are `MemAOPLayer` then. A `LowCoverageWarning` says if more than half of the
+    model's weight gradients are out of reach, being those of experts or convolutions; `coverage`
+    shows by class what was left.
 
     By default the library finds out by measurements which of them are worth sampling, and how many
     rows: all start exact, as `nn.Linear` is, and stay so where dense is best.
@@ -48,10 +59,10 @@ def convert_(
         model: Any module; it may itself be a linear layer.
         config: For every layer that `overrides` does not name; `MemAOPConfig(ratio="auto")` if
             `None`.
-        filter_fn: `filter_fn(module, fqn)`, called with every `nn.Linear` of the model (subclasses
+        filter_fn: `filter_fn(module, fqn)`, called with every linear layer of the model (subclasses
             included) and its qualified name; layers for which it is false stay dense. By default
-            the layers whose class is exactly `nn.Linear` (or was, before `fully_shard`), and a
-            warning names the others.
+            the layers whose class is exactly `nn.Linear` or `Conv1D` (or was, before
+            `fully_shard`), and a warning names the others.
         overrides: Configuration by name pattern (shell style, `"blocks.*.mlp.*"`), `None` to leave
             a layer dense. Of several patterns that match, the last one counts.
         only_if_faster: Measure first, as `plan` does, and leave the layers dense that conversion
@@ -101,18 +112,23 @@ def convert_(
         )
     if process_group is not None and dist.get_rank(process_group) < 0:
         raise ValueError("process_group must be one that this process belongs to.")
+    covered = None
     if only_if_faster:
-        chosen = _faster_ones(model, chosen, example_inputs, loss_fn)
+        chosen, covered = _faster_ones(model, chosen, example_inputs, loss_fn)
     for module, layer_config in chosen.values():
         exact = layer_config.spending(ratio=1.0) if layer_config.is_auto else layer_config
-        MemAOPLinear.adopt_(module, exact)
+        adopt_(module, exact)
     if undecided:
         control(undecided, Processes(process_group))
+    if covered is None:
+        _warn_if_low(coverage_of(model), "Converted layers")
+    else:
+        _warn_if_low(covered, "Layers that could be converted")
     return model
 
 
 def revert_(model: M) -> M:
-    """Turn every `MemAOPLinear` of `model` back into the dense layer it was, in place.
+    """Turn every converted layer of `model` back into the dense layer it was, in place.
 
     Raises:
         ValueError: The model has none, or a layer was parametrised after it was converted. Nothing
@@ -134,8 +150,11 @@ def _faster_ones(
     chosen: Chosen,
     example_inputs: object,
     loss_fn: Callable[[Any], Tensor] | None,
-) -> Chosen:
-    """The layers of `chosen` that get faster by conversion, the same in all processes."""
+) -> tuple[Chosen, Coverage | None]:
+    """The layers of `chosen` that get faster by conversion, the same in all processes.
+
+    And how much of the model all of `chosen` are.
+    """
     measured = plan_chosen(model, chosen, example_inputs, loss_fn)
     _log.debug("%s", measured)
     names = [measured.faster]
@@ -150,4 +169,13 @@ def _faster_ones(
         )
     elif slower:
         _log.info("left dense, because conversion makes them no faster: %s", ", ".join(slower))
-    return {name: chosen[name] for name in names[0]}
+    return {name: chosen[name] for name in names[0]}, measured.coverage
+
+
+def _warn_if_low(coverage: Coverage, layers: str) -> None:
+    if coverage.is_low:
+        warnings.warn(
+            f"{coverage.summary(layers)} memaop_triton.coverage(model) shows all of it.",
+            LowCoverageWarning,
+            stacklevel=3,
+        )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from memaop_triton.auto.layer_timing import Use
 from memaop_triton.auto.observing import Seen, StepObserver
-from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.nn.linear import MemAOPLayer
 
 #: Rows and columns of a sketch at most, the bits of one random number.
 SKETCH = 64
@@ -213,7 +213,7 @@ def _signs(count: int, generator: torch.Generator, like: Tensor) -> Tensor:
     return (2 * bits - 1).to(like.dtype) / math.sqrt(SKETCH)
 
 
-def divided_among(layer: MemAOPLinear) -> int:
+def divided_among(layer: MemAOPLayer) -> int:
     """The processes among which tensor parallelism may divide a layer's weight; 1 if it does not.
 
     A layer that is fully sharded on top shows it from its first sampled or observed pass on.

@@ -42,7 +42,7 @@ from memaop_triton.auto.worth import (
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels import targets
 from memaop_triton.nn.layer_state import LayerState
-from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.nn.linear import MemAOPLayer
 
 _log = logging.getLogger("memaop_triton.auto")
 
@@ -69,7 +69,7 @@ class Controller:
     """
 
     def __init__(
-        self, layers: Mapping[str, tuple[nn.Linear, MemAOPConfig]], processes: Processes
+        self, layers: Mapping[str, tuple[nn.Module, MemAOPConfig]], processes: Processes
     ) -> None:
         self.phase = "exact"
         self.shares: dict[str, float] = {}
@@ -80,7 +80,7 @@ class Controller:
         self._processes = processes
         self._is_checked = False  # that all processes have the same layers and decisions
         self._states: dict[str, LayerState] = {}
-        self._layers: dict[str, Callable[[], MemAOPLinear | None]] = {}
+        self._layers: dict[str, Callable[[], MemAOPLayer | None]] = {}
         self._asked: dict[str, MemAOPConfig] = {}
         self._evidence = Evidence(processes)
         self._clock: StepClock | None = None
@@ -94,12 +94,12 @@ class Controller:
         self._kind: str | None = None
         self._is_observed = self._is_sampled = False
         for name, (layer, config) in layers.items():
-            assert isinstance(layer, MemAOPLinear)
+            assert isinstance(layer, MemAOPLayer)
             self._add(name, layer, config, EXACT)
         self._optimizer_steps = OptimizerSteps(self._first_weight, self._optimizer_stepped)
         self._prepare()
 
-    def _add(self, name: str, layer: MemAOPLinear, config: MemAOPConfig, share: float) -> None:
+    def _add(self, name: str, layer: MemAOPLayer, config: MemAOPConfig, share: float) -> None:
         state = self._states[name] = layer.layer_state
         state.controller, state.name = self, name
         self._layers[name] = weakref.ref(layer)
@@ -119,9 +119,9 @@ class Controller:
         self._go_on_from(state)
         self._prepare()
 
-    def adopt(self, layer: nn.Linear) -> None:
+    def adopt(self, layer: nn.Module) -> None:
         """Decide for a copied layer, whose state came with a copy of its controller."""
-        assert isinstance(layer, MemAOPLinear)
+        assert isinstance(layer, MemAOPLayer)
         name = layer.layer_state.name
         if self._states.get(name) is not layer.layer_state:  # else a shallow copy
             self._add(name, layer, self._asked[name], self._decided[name])
@@ -361,7 +361,7 @@ class Controller:
 
 
 def control(
-    layers: Mapping[str, tuple[nn.Linear, MemAOPConfig]], processes: Processes | None = None
+    layers: Mapping[str, tuple[nn.Module, MemAOPConfig]], processes: Processes | None = None
 ) -> Controller:
     """Let a new controller decide for these layers from now on, all processes alike if `None`."""
     return Controller(layers, Processes() if processes is None else processes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from memaop_triton.auto.controller import Controller
 from memaop_triton.auto.worth import EXACT
 from memaop_triton.monitor.kept import kept_lines
+from memaop_triton.nn.coverage import Coverage, coverage_of, elements_of_weights
 from memaop_triton.nn.layer_choice import converted_layers
 from memaop_triton.units import milliseconds
 
@@ -28,6 +30,11 @@ def model_report(model: nn.Module) -> str:
     kept of the inputs for the backward pass, and what a dense layer would have kept. What layers
     share counts once.
 
+    Last, the share of the weight gradients' FLOPs that all converted layers together compute, exact
+    or not, and what was left, as `coverage` counts it: at the rows that were observed. What was
+    left is not observed and is taken to meet as many rows as most layers. Before any batch was
+    observed it is the share of the weights' elements.
+
     Raises:
         ValueError: No layer of `model` has `ratio="auto"` or a stash.
     """
@@ -42,7 +49,7 @@ def model_report(model: nn.Module) -> str:
         lines.append(f"{'layer':{width}}{heading}")
         for name, share in controller.shares.items():
             lines.append(f"{name:{width}}{_line(controller, name, share)}")
-    return "\n".join([*lines, *kept])
+    return "\n".join([*lines, *kept, _coverage(model).summary()])
 
 
 def auto_freeze(model: nn.Module) -> None:
@@ -60,6 +67,24 @@ def auto_freeze(model: nn.Module) -> None:
         raise ValueError(_NO_AUTO_LAYER)
     for controller in controllers:
         controller.freeze()
+
+
+def _coverage(model: nn.Module) -> Coverage:
+    """By the FLOPs of the newest observed step, if there was one."""
+    rows: dict[int, int] = {}
+    for _, layer in converted_layers(model):
+        state, weight = layer.layer_state, layer._parameters.get("weight")
+        seen = state.controller.seen[state.name] if isinstance(state.controller, Controller) else ()
+        if seen and weight is not None:
+            uses = seen[-1].uses
+            rows[id(weight)] = rows.get(id(weight), 0) + sum(use.rows for use in uses)
+    if not any(rows.values()):
+        return coverage_of(model)
+    most = statistics.median_low(rows.values())
+    elements = elements_of_weights(model)
+    amounts = {weight: 2 * count * rows.get(weight, most) for weight, count in elements.items()}
+    found = coverage_of(model, amounts)
+    return dataclasses.replace(found, is_estimate=bool(found.left))
 
 
 def _controllers_of(model: nn.Module) -> list[Controller]:

@@ -31,6 +31,7 @@ def project_gradient(
 
 
 def product(
+    operands: Operands,
     a: Tensor,
     b: Tensor,
     weights: Tensor | None,
@@ -38,6 +39,8 @@ def product(
     *,
     exchanged: bool = False,
 ) -> Tensor:
-    """`gather_gemm` of rows that were gathered; `exchanged` if `a` is of G."""
+    """dW by `gather_gemm` of rows that were gathered; `exchanged` if `a` is of G."""
     every = torch.arange(len(a), device=a.device)
-    return kernels.gather_gemm(a, b, every, weights, projection, transposed=exchanged)
+    transposed = exchanged != operands.is_transposed
+    dw = kernels.gather_gemm(a, b, every, weights, projection, transposed=transposed)
+    return operands.oriented(dw)

@@ -35,6 +35,7 @@ def project_gradient(
 
 
 def product(
+    operands: Operands,
     a: Tensor,
     b: Tensor,
     weights: Tensor | None,
@@ -42,19 +43,21 @@ def product(
     *,
     exchanged: bool = False,
 ) -> Tensor:
-    """`gather_gemm` of rows that were gathered; `exchanged` if `a` is of G.
+    """dW of rows that were gathered; `exchanged` if `a` is of G.
 
     Rows of X have no part inside of their subspace, rows of G still have theirs. A library's GEMM
     takes both as they are; only float16, whose range weighted rows might leave, goes another way.
     """
     if weights is not None and a.dtype == torch.float16:
-        return stash_torch.product(a, b, weights, projection, exchanged=exchanged)
+        return stash_torch.product(operands, a, b, weights, projection, exchanged=exchanged)
     if weights is not None:
         b = (b * weights.unsqueeze(1)).to(b.dtype)
     if projection is None:
-        return b.t() @ a
+        return operands.product(a, b)
     expand, z, zb = projection
     zb = zb.to(a.dtype)
     if exchanged:
-        return torch.addmm(expand @ zb, torch.addmm(a, z, expand.t(), alpha=-1).t(), b)
-    return torch.addmm(zb.t() @ expand.t(), b.t(), a)
+        a, b = b, torch.addmm(a, z, expand.t(), alpha=-1)
+    inside = expand @ zb if exchanged else zb.t() @ expand.t()
+    left, right = (a, b) if operands.is_transposed else (b, a)
+    return operands.oriented(torch.addmm(operands.oriented(inside), left.t(), right))

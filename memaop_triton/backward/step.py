@@ -116,6 +116,8 @@ class Operands(NamedTuple):
         shards: The processes that hold the other columns of these rows, if there are any.
         factors: Takes the pair of matrices whose product dW is, if they are collected.
         observer: Takes note of the step, if the layer is observed.
+        is_transposed: Whether dW is to be a view of dWᵀ, [N, P] and contiguous, which the factors
+            are those of then.
     """
 
     inputs: Tensor | Stash
@@ -127,6 +129,7 @@ class Operands(NamedTuple):
     shards: ProcessShards | None = None
     factors: list[Factors] | None = None
     observer: Observer | None = None
+    is_transposed: bool = False
 
     @property
     def x(self) -> Tensor:
@@ -143,6 +146,14 @@ class Operands(NamedTuple):
     def is_alone(self) -> bool:
         """Whether nobody else takes part in this step: no processes, collector or observer."""
         return self.shards is None and self.factors is None and not self.is_observed
+
+    def product(self, x: Tensor, g: Tensor) -> Tensor:
+        """dW from all rows of `x` and `g`, laid out in memory as it is to be."""
+        return self.oriented(x.t() @ g if self.is_transposed else g.t() @ x)
+
+    def oriented(self, product: Tensor) -> Tensor:
+        """dW of what lies in memory, or the reverse: transposed if `is_transposed`."""
+        return product.t() if self.is_transposed else product
 
     def sum_rows(self) -> Tensor | None:
         """The bias gradient by a pass of its own, if it is wanted."""
@@ -202,7 +213,8 @@ class Operands(NamedTuple):
         if self.factors is not None:
             indices, weights = within(selection, x.shape[0])
             both = selected_rows(x, g, indices, weights, projection)
-            self.factors.append(Factors(*(reversed(both) if exchanged else both)))
+            swaps = exchanged != self.is_transposed
+            self.factors.append(Factors(*(reversed(both) if swaps else both)))
 
     def observe(
         self,

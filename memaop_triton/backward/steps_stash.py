@@ -25,7 +25,8 @@ from memaop_triton.sampling.selection import Selection
 def exact(operands: Operands) -> Gradients:
     """dW from all rows."""
     stash, g = _stash_of(operands), operands.g
-    return Gradients(stash.transposed_mm(g).to(g.dtype), operands.sum_rows())
+    dw = stash.transposed_mm(g, transposed=operands.is_transposed).to(g.dtype)
+    return Gradients(operands.oriented(dw), operands.sum_rows())
 
 
 def sampled(operands: Operands, memory: Memory | None, selection: Selection | None) -> Gradients:
@@ -107,12 +108,13 @@ def _product(
     *,
     exchanged: bool = False,
 ) -> Tensor:
-    """The parts' `product`, of rows that are collected where factors are."""
+    """dW by the parts' `product`, of rows that are collected where factors are."""
     if operands.factors is not None:
         ones = a.new_ones(len(a), dtype=score_dtype(a.dtype)) if weights is None else weights
         every = Selection(torch.arange(len(a), device=a.device), ones)
         operands.collect_factors(a, b, every, projection, exchanged=exchanged)
-    dw: Tensor = _parts_for(operands).product(a, b, weights, projection, exchanged=exchanged)
+    product = _parts_for(operands).product
+    dw: Tensor = product(operands, a, b, weights, projection, exchanged=exchanged)
     return dw
 
 

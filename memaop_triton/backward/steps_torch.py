@@ -19,10 +19,11 @@ from memaop_triton.sampling.selection import Selection
 
 def without_memory(operands: Operands, selection: Selection | None) -> Gradients:
     """dW from the selected rows; `selection` takes the place of scores."""
-    x, g, config = operands.x, operands.g, operands.config
+    x, g, config, transposed = operands.x, operands.g, operands.config, operands.is_transposed
     scores = dw = None
     if selection is None:
-        step = _in_one_call(operands, x, g) if config.scores == "norms" else None
+        by_norms = config.scores == "norms"
+        step = _in_one_call(operands, x, g, transposed=transposed) if by_norms else None
         if step is not None:
             scores, selection, dw = step.scores, Selection(step.indices, step.weights), step.product
         else:
@@ -30,7 +31,9 @@ def without_memory(operands: Operands, selection: Selection | None) -> Gradients
             selection = operands.select(operands.scores_of_whole_rows(scores))
     operands.collect_factors(x, g, selection)
     if dw is None:
-        dw = kernels.gather_gemm(x, g, *rows_and_weights(selection, config))
+        rows = rows_and_weights(selection, config)
+        dw = kernels.gather_gemm(x, g, *rows, transposed=transposed)
+    dw = operands.oriented(dw)
     operands.observe(selection, dw, scores)
     return Gradients(dw, operands.sum_rows())
 
@@ -47,7 +50,9 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
     if memory.signed:
         signs = torch.empty_like(carry).bernoulli_(0.5, generator=operands.generator)
         carry *= signs.mul_(2).sub_(1)
-    step = _in_one_call(operands, mx, mg, added=native_step.Added(x, g, carry))
+    transposed = operands.is_transposed
+    added = native_step.Added(x, g, carry)
+    step = _in_one_call(operands, mx, mg, added=added, transposed=transposed)
     if step is not None:
         scores, selection, dw = step.scores, Selection(step.indices, step.weights), step.product
         whole_scores = scores
@@ -59,7 +64,8 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
         selection = operands.select(whole_scores)
     operands.collect_factors(mx, mg, selection)
     if dw is None:
-        dw = kernels.gather_gemm(mx, mg, selection.indices)
+        dw = kernels.gather_gemm(mx, mg, selection.indices, transposed=transposed)
+    dw = operands.oriented(dw)
     filled.fill_(True)
     memory.empty(selection.indices, whole_scores)
     operands.observe(selection, dw, scores)
@@ -75,9 +81,10 @@ def with_subspace(
     a, b = (x, g) if memory.side == "input" else (g, x)
     basis = memory.basis_of(a)
     wants_sums = operands.bias_grad and b is g
+    transposed = (a is g) != operands.is_transposed
     step = None
     if selection is None:
-        step = _in_one_call(operands, a, b, basis, sums=wants_sums, transposed=a is g)
+        step = _in_one_call(operands, a, b, basis, sums=wants_sums, transposed=transposed)
     if step is not None:
         rest, scores, z, zb = step.rest, step.scores, step.z, step.zb
         db, dw = step.sums, step.product
@@ -93,7 +100,8 @@ def with_subspace(
         operands.collect_factors(a, b, selection, projection, exchanged=a is g)
     if dw is None:
         rows = rows_and_weights(selection, config)
-        dw = kernels.gather_gemm(a, b, *rows, projection, transposed=a is g)
+        dw = kernels.gather_gemm(a, b, *rows, projection, transposed=transposed)
+    dw = operands.oriented(dw)
     projected = ProjectedRows(rest, z, zb, a.shape[1]) if operands.is_observed else None
     operands.observe(selection, dw, scores, projected)
     memory.end_step(a, z)

@@ -35,7 +35,7 @@ def without_memory(operands: Operands, selection: Selection | None) -> Gradients
     seed = None if selection is not None else _seed(operands)
     if selection is not None or not operands.is_alone:
         return _without_memory(operands, selection, seed)
-    dw, db = _repeated(
+    dw, db = _repeated_gradients(
         "no memory",
         operands,
         lambda: _without_memory(operands, None, seed),
@@ -58,7 +58,8 @@ def _without_memory(
         sums = None
         chosen = _given(operands, selection)
     operands.collect_factors(x, g, chosen.selection)
-    dw = gather_gemm(
+    dw = _multiply(
+        operands,
         x,
         g,
         chosen.selection.indices,
@@ -144,7 +145,7 @@ def with_row_memory(operands: Operands, memory: ResidualMemory) -> Gradients:
         return _with_unscored_rows(operands, update, tensors, scalars)
     if not operands.is_alone:
         return _with_scored_rows(operands, update)
-    dw, db = _repeated(
+    dw, db = _repeated_gradients(
         "scored rows",
         operands,
         lambda: _with_scored_rows(operands, update),
@@ -186,12 +187,12 @@ def _with_scored_rows(operands: Operands, update: _Update) -> Gradients:
         bias_grad=operands.bias_grad,
     )
     selection = _select(operands, scores, update.seed_of_selection, filled=filled).selection
-    dw = gather_gemm(
+    dw = _multiply(
+        operands,
         mx,
         mg,
         selection.indices,
         block_rows=config.block_rows,
-        out=torch.empty((g.shape[1], x.shape[1]), dtype=x.dtype, device=x.device),
         sums=sums,
         input_precision=_precision(x, mx),
     )
@@ -215,9 +216,9 @@ def _with_unscored_rows(
         packed_x, packed_g, db = _repeated(
             "unscored rows", operands, lambda: _packed(operands, update)[:3], tensors, scalars
         )
-        return Gradients(packed_g.t() @ packed_x, db)
+        return Gradients(operands.product(packed_x, packed_g), db)
     packed_x, packed_g, db, chosen = _packed(operands, update)
-    dw = packed_g.t() @ packed_x
+    dw = operands.product(packed_x, packed_g)
     scores = None
     if operands.is_observed:
         # The sums of selected rows are not stored, so their scores are those of the batch's rows.
@@ -271,7 +272,7 @@ def with_subspace(
     if selection is not None or not operands.is_alone:
         dw, db, z = _with_basis(operands, basis, selection, seed, exchanged=a is g)
     else:
-        dw, db, z = _repeated(
+        dw, db, z = _repeated_gradients(
             "basis of G" if a is g else "basis of X",
             operands,
             lambda: _with_basis(operands, basis, None, seed, exchanged=a is g),
@@ -308,13 +309,46 @@ def _with_basis(
         operands.collect_factors(a, b, selection, projection, exchanged=exchanged)
     rows: dict[str, Any] = {"block_rows": config.block_rows, "is_padded": _is_padded(config)}
     c = subspace.correction(parts, z, b, selection.indices, weights, **rows)
-    correction = Correction(c, basis, scale, is_of_g=exchanged)
-    dw = gather_gemm(x, g, selection.indices, weights, correction=correction, sums=sums, **rows)
+    correction = Correction(c, basis, scale, is_of_g=exchanged != operands.is_transposed)
+    more: dict[str, Any] = {"correction": correction, "sums": sums, **rows}
+    dw = _multiply(operands, x, g, selection.indices, weights, **more)
     projected = None
     if operands.is_observed:
         projected = ProjectedRows(rest, z, parts.sum(0), a.shape[1])
     operands.observe(selection, dw, scores, projected)
     return dw, None if sums is None else sums.out, z
+
+
+def _multiply(
+    operands: Operands,
+    x: Tensor,
+    g: Tensor,
+    indices: Tensor,
+    weights: Tensor | RowWeights | None = None,
+    **more: Any,
+) -> Tensor:
+    """dW in the dtype of the inputs by `gather_gemm`, laid out in memory as it is to be."""
+    a, b = (g, x) if operands.is_transposed else (x, g)
+    out = a.new_empty((b.shape[1], a.shape[1]), dtype=operands.x.dtype)
+    return operands.oriented(gather_gemm(a, b, indices, weights, out=out, **more))
+
+
+def _repeated_gradients(
+    name: str,
+    operands: Operands,
+    function: Callable[[], tuple[Tensor | None, ...]],
+    tensors: tuple[Tensor, ...],
+    scalars: tuple[tuple[str, Any], ...],
+) -> Any:
+    """`_repeated` of a function that returns dW first, which is recorded as it lies in memory."""
+
+    def stored() -> tuple[Tensor | None, ...]:
+        dw, *others = function()
+        assert dw is not None
+        return operands.oriented(dw), *others
+
+    dw, *others = _repeated(name, operands, stored, tensors, scalars)
+    return operands.oriented(dw), *others
 
 
 def _repeated(
@@ -326,7 +360,7 @@ def _repeated(
 ) -> Any:
     """What a part of a step by this name returns; the arguments are those of `repeated`."""
     config = operands.config
-    what = (name, id(config), operands.k, operands.bias_grad)
+    what = (name, id(config), operands.k, operands.bias_grad, operands.is_transposed)
     return repeated(what, function, tensors, scalars, config)
 
 

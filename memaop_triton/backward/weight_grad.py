@@ -73,6 +73,7 @@ def weight_and_bias_grad(
     shards: ProcessShards | None = None,
     factors: list[Factors] | None = None,
     observer: Observer | None = None,
+    is_transposed: bool = False,
 ) -> Gradients:
     """`weight_grad`, and with `bias_grad` also the exact db = Σ_m g_m ([P]).
 
@@ -82,12 +83,14 @@ def weight_and_bias_grad(
         factors: Receives the selected rows, weighted: two matrices whose product is dW; nothing
             where the gradient is exact.
         observer: Records the step, unless the batch is empty or the memory is skipped.
+        is_transposed: Return dW as a view of dWᵀ, [N, P], which is contiguous.
     """
     _check_operands(x, g)
     check_memory(config, memory, x.shape[1], g.shape[1])
     (rows, n), p = x.shape, g.shape[1]
     if 0 in (rows, n, p):
-        return Gradients(g.new_zeros((p, n)), g.sum(0) if bias_grad else None)
+        dw = g.new_zeros((n, p)).t() if is_transposed else g.new_zeros((p, n))
+        return Gradients(dw, g.sum(0) if bias_grad else None)
     is_skipped = isinstance(memory, ResidualMemory) and memory.is_paused
     observer = None if is_skipped else observer
     if observer is not None:
@@ -98,7 +101,9 @@ def weight_and_bias_grad(
         memory.begin_step(x, g, config, generator)
         if (memory.side, memory.rank) != choice:
             k = rows_to_compute(config, memory, rows, n, p)
-    operands = Operands(x, g, config, k, bias_grad, generator, shards, factors, observer)
+    operands = Operands(
+        x, g, config, k, bias_grad, generator, shards, factors, observer, is_transposed
+    )
     if isinstance(x, Stash):
         if k < rows:
             return steps_stash.sampled(operands, memory, selection)
@@ -112,7 +117,7 @@ def weight_and_bias_grad(
     if isinstance(memory, ResidualMemory) and not is_skipped and not is_untouched:
         result = step.with_row_memory(operands, memory)
     elif k == rows:
-        result = Gradients(g.t() @ x, operands.sum_rows())
+        result = Gradients(operands.product(x, g), operands.sum_rows())
         if observer is not None:
             observer.observe_exact(operands, result.weight, memory)
     elif isinstance(memory, SubspaceMemory) and memory.rank:

@@ -138,13 +138,18 @@ class Stash:
         z, rest = (torch.cat(both) for both in zip(*parts, strict=True))
         return z, rest
 
-    def transposed_mm(self, a: Tensor) -> Tensor:
-        """Aᵀ X, [q, N] in `score_dtype`, for a [M, q]: a product that takes every row."""
+    def transposed_mm(self, a: Tensor, *, transposed: bool = False) -> Tensor:
+        """Aᵀ X, [q, N] in `score_dtype`, for a [M, q]: a product that takes every row.
+
+        Xᵀ A if `transposed`; either is contiguous.
+        """
         dtype = score_dtype(self.dtype)
-        product = torch.zeros((a.shape[1], self.shape[1]), dtype=dtype, device=self.device)
+        shape = (self.shape[1], a.shape[1]) if transposed else (a.shape[1], self.shape[1])
+        product = torch.zeros(shape, dtype=dtype, device=self.device)
         for here, rows in self.chunks():
+            left, right = (rows, a[here]) if transposed else (a[here], rows)
             if self.dtype == dtype:
-                product.addmm_(a[here].t(), rows)
+                product.addmm_(left.t(), right)
             else:
-                product += (a[here].t() @ rows).to(dtype)
+                product += (left.t() @ right).to(dtype)
         return product

@@ -16,7 +16,7 @@ from memaop_triton.monitor.diagnostics import LayerDiagnostics
 from memaop_triton.monitor.hull import Option, lower_hull, slope
 from memaop_triton.monitor.monitor import Monitor
 from memaop_triton.nn.layer_choice import converted_layers
-from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.nn.linear import MemAOPLayer
 
 #: Ratios to choose from. Each is twice the one before: a few sizes are tuned on a GPU, not many.
 DEFAULT_RATIOS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -142,7 +142,7 @@ def best_options(options: Mapping[str, Sequence[Option]], budget: float) -> dict
 
 
 def _options(
-    layer: MemAOPLinear, seen: LayerDiagnostics, ratios: Sequence[float] | None, uses: float
+    layer: MemAOPLayer, seen: LayerDiagnostics, ratios: Sequence[float] | None, uses: float
 ) -> list[Option]:
     """What a layer may get, with its FLOPs and variance in as many uses."""
     has_budget = layer.config.budget is not None
@@ -156,7 +156,7 @@ def _options(
 
 
 def _outcome(
-    layer: MemAOPLinear, seen: LayerDiagnostics, config: MemAOPConfig
+    layer: MemAOPLayer, seen: LayerDiagnostics, config: MemAOPConfig
 ) -> tuple[float, float]:
     """FLOPs and variance of a layer's gradients under another configuration."""
     rows, n, p, memory = seen.rows, layer.in_features, layer.out_features, layer.memory
@@ -176,6 +176,6 @@ def _outcome(
     return float(flops), variance
 
 
-def _dense_flops(layer: MemAOPLinear, rows: int) -> float:
+def _dense_flops(layer: MemAOPLayer, rows: int) -> float:
     halves = 2 if isinstance(layer.config.grad_input, Sampled) else 1
     return 2.0 * rows * layer.in_features * layer.out_features * halves

@@ -177,13 +177,20 @@ def _backward(
             weight_grad=wants_weight,
             bias_grad=wants_bias,
             is_frozen=not ctx.needs_input_grad[1],
+            transposed=ctx.state.is_transposed,
         )
     else:
         if wants_x and weight is not None:
             dx = g @ weight
         if wants_weight:
             dw, db = torch.ops.memaop_triton.weight_grad(
-                rows, kept, g, ctx.handle, ctx.order, bias_grad=wants_bias
+                rows,
+                kept,
+                g,
+                ctx.handle,
+                ctx.order,
+                bias_grad=wants_bias,
+                transposed=ctx.state.is_transposed,
             )
         elif wants_bias:
             db = g.sum(0)

@@ -7,15 +7,59 @@ import difflib
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 from torch import nn
 
 from memaop_triton.config import MemAOPConfig, check_config
-from memaop_triton.nn.linear import MemAOPLinear, check_adoptable, class_below_fsdp
+from memaop_triton.nn.conv1d import MemAOPConv1D, conv1d_class
+from memaop_triton.nn.linear import (
+    MemAOPLayer,
+    MemAOPLinear,
+    adopt,
+    check_adoptable,
+    class_below_fsdp,
+)
 
 #: `filter_fn(module, fqn)`: whether a linear layer is taken.
 Filter = Callable[[nn.Module, str], bool]
-Chosen = dict[str, tuple[nn.Linear, MemAOPConfig]]
+Chosen = dict[str, tuple[nn.Module, MemAOPConfig]]
+
+
+class Kind(NamedTuple):
+    """A dense class whose layers can be converted, and what they become."""
+
+    dense: type[nn.Module]
+    ours: type[MemAOPLayer]
+
+
+def kind_of(layer: nn.Module) -> Kind | None:
+    """That of a linear layer, dense or converted; `None` for any other module."""
+    if isinstance(layer, nn.Linear):
+        return Kind(nn.Linear, MemAOPLinear)
+    conv1d = conv1d_class()
+    if conv1d is not None and isinstance(layer, conv1d):
+        return Kind(conv1d, MemAOPConv1D)
+    return None
+
+
+def sizes_of(layer: nn.Module) -> tuple[int, int]:
+    """N and P of a linear layer, dense or converted."""
+    if isinstance(layer, nn.Linear | MemAOPLayer):
+        return layer.in_features, layer.out_features
+    weight = layer.get_parameter("weight")  # of a Conv1D
+    return weight.shape[0], weight.shape[1]
+
+
+def adopt_(layer: nn.Module, config: MemAOPConfig) -> MemAOPLayer:
+    """Turn a dense linear layer into a converted one, in place.
+
+    Raises:
+        ValueError: It has a forward pass of its own, or is converted already.
+    """
+    kind = kind_of(layer)
+    assert kind is not None
+    return adopt(layer, kind.dense, kind.ours, config)
 
 
 def choose_layers(
@@ -46,10 +90,10 @@ def choose_layers(
                 f"overrides[{pattern!r}] must be a MemAOPConfig or None, got {value!r}."
             )
 
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {n: m for n, m in model.named_modules() if kind_of(m) is not None}
     is_taken = _is_plain_or_converted if filter_fn is None else filter_fn
     taken = {n: m for n, m in linears.items() if is_taken(m, n)}
-    twice = [quoted(name) for name, module in taken.items() if isinstance(module, MemAOPLinear)]
+    twice = [quoted(name) for name, module in taken.items() if isinstance(module, MemAOPLayer)]
     if twice:
         raise ValueError(
             f"model is converted already: {', '.join(twice)}. Call revert_(model) first, or leave "
@@ -59,25 +103,27 @@ def choose_layers(
     others = [f"{quoted(n)} ({type(m).__name__})" for n, m in linears.items() if n not in taken]
     if filter_fn is None and others:
         warnings.warn(
-            f"left as they are, being subclasses of nn.Linear: {', '.join(others)}. "
+            f"left as they are, being subclasses of linear layers: {', '.join(others)}. "
             "A filter_fn can take them.",
             stacklevel=3,
         )
     if not chosen:
         raise ValueError(
-            f"model has no layer to convert: {len(linears)} nn.Linear in {type(model).__name__}, "
-            f"{len(taken)} taken by the filter, none left after overrides."
+            f"model has no layer to convert: {len(linears)} linear layers in "
+            f"{type(model).__name__}, {len(taken)} taken by the filter, none left after overrides."
         )
     for name, (module, _) in chosen.items():
         with naming(name):
-            check_adoptable(module)
+            kind = kind_of(module)
+            assert kind is not None
+            check_adoptable(module, kind.dense)
     return chosen
 
 
-def converted_layers(model: nn.Module) -> Iterator[tuple[str, MemAOPLinear]]:
-    """Qualified name and layer of every `MemAOPLinear` in `model`."""
+def converted_layers(model: nn.Module) -> Iterator[tuple[str, MemAOPLayer]]:
+    """Qualified name and layer of every converted layer in `model`."""
     for name, module in model.named_modules():
-        if isinstance(module, MemAOPLinear):
+        if isinstance(module, MemAOPLayer):
             yield name, module
 
 
@@ -96,12 +142,14 @@ def quoted(name: str) -> str:
 
 
 def _is_plain_or_converted(module: nn.Module, _: str) -> bool:
-    return class_below_fsdp(type(module)) is nn.Linear or isinstance(module, MemAOPLinear)
+    kind = kind_of(module)
+    is_plain = kind is not None and class_below_fsdp(type(module)) is kind.dense
+    return is_plain or isinstance(module, MemAOPLayer)
 
 
 def _apply_overrides(
     model: nn.Module,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, nn.Module],
     config: MemAOPConfig,
     overrides: Mapping[str, MemAOPConfig | None],
 ) -> Chosen:

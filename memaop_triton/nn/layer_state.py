@@ -39,7 +39,7 @@ class Controller(Protocol):
     A copy goes on from the same decisions, for the copies of these layers.
     """
 
-    def adopt(self, layer: nn.Linear) -> None:
+    def adopt(self, layer: nn.Module) -> None:
         """Take over a layer that was copied together with this copy of a controller."""
         ...
 
@@ -96,17 +96,19 @@ class LayerState:
             memory declares that it writes to this tensor, which keeps such operators in the order
             of the program, also in a compiled graph.
         shards: The processes among which the columns of X or G are divided, if they are.
-        factors: While a list, every backward pass adds the pair of matrices whose product its dW
-            is; `None` if they are not collected.
-        on_weight_grad: Called with the dW ([P, N]) of every backward pass, exact ones included,
-            after its factors were added.
+        factors: While a list, every backward pass adds the pair of matrices whose product is the
+            gradient of the weight as it is stored; `None` if they are not collected.
+        on_weight_grad: Called with the gradient of the weight as it is stored, of every backward
+            pass, exact ones included, after its factors were added.
         observer: Records the backward passes, if a `Monitor` watches the layer. Copies are
             not watched.
         step_observer: Records those of one step, in the place of the other.
         controller: Who sets `config` from step to step, if it is `ratio="auto"`. Layers that are
             copied together have a copy of theirs.
         name: Of the layer, for its controller.
-        is_native: Whether the layer computes as `nn.Linear` does, without an operator of ours.
+        is_native: Whether the layer computes as a dense one does, without an operator of ours.
+        is_transposed: Whether the weight is stored as [N, P]. Its dW is [P, N] all the same, a view
+            of what is contiguous as the weight is.
     """
 
     memory: Memory | None
@@ -120,8 +122,11 @@ class LayerState:
     name: str = ""
     is_native: bool = False
 
-    def __init__(self, config: MemAOPConfig, memory: Memory | None) -> None:
+    def __init__(
+        self, config: MemAOPConfig, memory: Memory | None, *, is_transposed: bool = False
+    ) -> None:
         self.config = config
+        self.is_transposed = is_transposed
         self.stash = config.stash
         self.memory = memory
         number = next(_numbers)
@@ -155,8 +160,10 @@ class LayerState:
     def __reduce__(self) -> tuple[Any, ...]:
         # The handle of a copy is on the CPU until its layer moves it, because a file may be read
         # where the device does not exist.
-        kept = {"controller": self.controller, "name": self.name} if self.controller else None
-        return type(self), (self.config, self.memory), kept
+        kept: dict[str, Any] = {"is_transposed": True} if self.is_transposed else {}
+        if self.controller is not None:
+            kept |= {"controller": self.controller, "name": self.name}
+        return type(self), (self.config, self.memory), kept or None
 
 
 class _StateOfMemory(LayerState):

@@ -1,11 +1,11 @@
-"""The drop-in layer `MemAOPLinear`, and the classes of converted layers."""
+"""The drop-in layer `MemAOPLinear`, what all converted layers share, and their classes."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from collections.abc import Callable
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, Self, TypeGuard, TypeVar, cast
 
 import torch
 import torch.fx
@@ -18,73 +18,30 @@ from memaop_triton.nn.functional import linear_of_state, prepared
 from memaop_triton.nn.layer_state import LayerState
 
 M = TypeVar("M", bound=nn.Module)
+L = TypeVar("L", bound="MemAOPLayer")
 
 
-class MemAOPLinear(nn.Linear):
-    """`torch.nn.Linear` whose backward pass is computed as configured by `config`.
+class MemAOPLayer(nn.Module):
+    """What all converted layers are: a dense layer with a backward pass as `config` configures it.
 
-    Parameters, `state_dict` and forward pass are those of `nn.Linear`. The approximation applies in
-    training mode; after `.eval()` the gradients are exact and the memory is not used. A scripted
-    layer (`torch.jit.script`) is a dense one. Call `reset_memory` on a copy that is not trained, or
-    it holds a copy of the memory too.
-
-    The arguments are those of `nn.Linear`, and `config`: `MemAOPConfig()` if `None`.
+    Parameters, `state_dict` and forward pass are those of the dense layer. The approximation
+    applies in training mode; after `.eval()` the gradients are exact and the memory is not used.
+    Call `reset_memory` on a copy that is not trained, or it holds a copy of the memory too.
     """
 
     #: What `revert_` turns the layer back into.
-    dense_class: type[nn.Linear] = nn.Linear
+    dense_class: type[nn.Module]
+    #: Whose forward pass it has.
+    kind: type[MemAOPLayer]
+    #: Whether the weight is stored as [in_features, out_features].
+    is_transposed = False
 
+    in_features: int
+    out_features: int
+    weight: Tensor
     layer_state: LayerState
 
-    # Left out by torch.jit.script, which makes a dense layer.
-    __jit_ignored_attributes__ = ("dense_class", "layer_state")
-    __jit_unused_properties__ = ("config", "memory")
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        config: MemAOPConfig | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._set_config(MemAOPConfig() if config is None else config)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, config: MemAOPConfig | None = None) -> MemAOPLinear:
-        """A new layer that shares the Parameters of `linear` and keeps its hooks and mode.
-
-        Raises:
-            TypeError: `linear` is not an `nn.Linear`.
-            ValueError: `linear` is a subclass with a forward pass of its own, or not initialised.
-        """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}.")
-        # Shallow, one level deeper than copy.copy: the dictionaries of parameters and hooks are
-        # copied, what they hold is shared.
-        twin = type(linear).__new__(type(linear))
-        for name, value in vars(linear).items():
-            vars(twin)[name] = value.copy() if isinstance(value, dict) else value
-        return cls.adopt_(twin, config)
-
-    @staticmethod
-    def adopt_(linear: nn.Linear, config: MemAOPConfig | None = None) -> MemAOPLinear:
-        """Turn `linear` itself into a `MemAOPLinear`: the same object, its class exchanged.
-
-        Raises:
-            ValueError: As `from_linear`, or `linear` is a `MemAOPLinear` already.
-        """
-        config = MemAOPConfig() if config is None else config
-        check_config(config)
-        check_adoptable(linear)
-        linear.__class__ = _class_for(type(linear))
-        assert isinstance(linear, MemAOPLinear)
-        linear._set_config(config)
-        return linear
-
-    def revert_(self) -> nn.Linear:
+    def revert_(self) -> nn.Module:
         """Turn this layer back into the dense class it came from; the memory is dropped.
 
         Raises:
@@ -122,7 +79,8 @@ class MemAOPLinear(nn.Linear):
         if _is_distributed(weight) and not getattr(self, "_is_fsdp_managed_module", False):
             from memaop_triton.nn import tensor_parallel
 
-            self.layer_state.fit(*tensor_parallel.local_sizes(weight))
+            outputs_first = weight.t() if self.is_transposed else weight
+            self.layer_state.fit(*tensor_parallel.local_sizes(outputs_first))
         return self.layer_state.memory
 
     def set_ratio_(self, ratio: float) -> None:
@@ -164,6 +122,15 @@ class MemAOPLinear(nn.Linear):
         if isinstance(self.memory, SubspaceMemory):
             self.memory.change_budget(self.config)
 
+    def _compute(self, input: Tensor, weight: Tensor) -> Tensor:
+        """The forward pass in training; `weight` is [out_features, in_features]."""
+        x, weight, bias = prepared(input, weight, cast("Tensor | None", self.bias))
+        if _is_distributed(weight) and torch.is_grad_enabled():
+            from memaop_triton.nn import tensor_parallel
+
+            return tensor_parallel.linear(x, weight, bias, self.layer_state)
+        return linear_of_state(x, weight, bias, self.layer_state, source=input)
+
     def _set_config(self, config: MemAOPConfig) -> None:
         check_config(config)
         if config.is_auto:
@@ -172,30 +139,10 @@ class MemAOPLinear(nn.Linear):
                 "layer by itself needs a number."
             )
         memory = new_memory(config, self.in_features, self.out_features)
-        self.layer_state = LayerState(config, memory)
+        self.layer_state = LayerState(config, memory, is_transposed=self.is_transposed)
         # Not `self.weight`: a parametrised one would be computed.
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         self.layer_state.move(device)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features]."""
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return F.linear(input, self.weight, self.bias)
-        else:  # noqa: RET505, TorchScript leaves out this branch, and nothing that follows it
-            return self._forward(input)
-
-    @torch.jit.unused
-    def _forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, torch.fx.Proxy):
-            return _traced(self, input)
-        if not self.training or self.layer_state.is_native:
-            return F.linear(input, self.weight, self.bias)
-        x, weight, bias = prepared(input, self.weight, self.bias)
-        if _is_distributed(weight) and torch.is_grad_enabled():
-            from memaop_triton.nn import tensor_parallel
-
-            return tensor_parallel.linear(x, weight, bias, self.layer_state)
-        return linear_of_state(x, weight, bias, self.layer_state, source=input)
 
     def extra_repr(self) -> str:
         """The layer's sizes and the settings that differ between layers."""
@@ -204,7 +151,8 @@ class MemAOPLinear(nn.Linear):
         budget = next(f"{name}={value:g}" for name, value in given if value is not None)
         if self.layer_state.controller is not None:
             budget = f"ratio=auto, {'exact' if config.ratio == 1 else f'{config.ratio:g}'} now"
-        parts = [super().extra_repr(), budget, f"selection={config.selection}"]
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        parts = [super().extra_repr() or sizes, budget, f"selection={config.selection}"]
         parts.append(f"memory={config.memory_name}")
         if isinstance(self.memory, SubspaceMemory):
             parts.append(f"rank={self.memory.rank}")
@@ -218,17 +166,17 @@ class MemAOPLinear(nn.Linear):
             parts.append(f"projection_budget={config.projected.budget:g}")
         return ", ".join(parts)
 
-    def _replicate_for_data_parallel(self) -> MemAOPLinear:
+    def _replicate_for_data_parallel(self) -> Self:
         if self.training:
             raise RuntimeError(
                 "nn.DataParallel copies a layer to several devices in every step, and the copies "
                 "would share one memory and one source of draws: use "
                 "torch.nn.parallel.DistributedDataParallel, or .eval() for exact gradients."
             )
-        replica: MemAOPLinear = super()._replicate_for_data_parallel()
+        replica: Self = super()._replicate_for_data_parallel()
         return replica
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemAOPLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.layer_state.convert(fn)
         return self
@@ -241,18 +189,86 @@ class MemAOPLinear(nn.Linear):
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.dense_class is nn.Linear:
             return super().__reduce_ex__(protocol)
-        # The class of a converted subclass is made on demand and cannot be found by its name.
-        return _blank, (self.dense_class,), self.__getstate__()
+        # Other classes of converted layers are made on demand and cannot be found by their names.
+        return _blank, (self.dense_class, self.kind), self.__getstate__()
 
 
-def _traced(layer: MemAOPLinear, input: Any) -> Any:
+class MemAOPLinear(MemAOPLayer, nn.Linear):
+    """`torch.nn.Linear` whose backward pass is computed as configured by `config`.
+
+    A scripted layer (`torch.jit.script`) is a dense one.
+
+    The arguments are those of `nn.Linear`, and `config`: `MemAOPConfig()` if `None`.
+    """
+
+    dense_class: type[nn.Module] = nn.Linear
+
+    # Left out by torch.jit.script, which makes a dense layer.
+    __jit_ignored_attributes__ = ("dense_class", "is_transposed", "kind", "layer_state")
+    __jit_unused_properties__ = ("config", "memory")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: MemAOPConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._set_config(MemAOPConfig() if config is None else config)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: MemAOPConfig | None = None) -> MemAOPLinear:
+        """A new layer that shares the Parameters of `linear` and keeps its hooks and mode.
+
+        Raises:
+            TypeError: `linear` is not an `nn.Linear`.
+            ValueError: `linear` is a subclass with a forward pass of its own, or not initialised.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}.")
+        # Shallow, one level deeper than copy.copy: the dictionaries of parameters and hooks are
+        # copied, what they hold is shared.
+        twin = type(linear).__new__(type(linear))
+        for name, value in vars(linear).items():
+            vars(twin)[name] = value.copy() if isinstance(value, dict) else value
+        return cls.adopt_(twin, config)
+
+    @staticmethod
+    def adopt_(linear: nn.Linear, config: MemAOPConfig | None = None) -> MemAOPLinear:
+        """Turn `linear` itself into a `MemAOPLinear`: the same object, its class exchanged.
+
+        Raises:
+            ValueError: As `from_linear`, or `linear` is a `MemAOPLinear` already.
+        """
+        return adopt(linear, nn.Linear, MemAOPLinear, config)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return F.linear(input, self.weight, self.bias)
+        else:  # noqa: RET505, TorchScript leaves out this branch, and nothing that follows it
+            return self._forward(input)
+
+    @torch.jit.unused
+    def _forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, torch.fx.Proxy):
+            return traced(self, input, lambda x: F.linear(x, self.weight, self.bias))
+        if not self.training or self.layer_state.is_native:
+            return F.linear(input, self.weight, self.bias)
+        return self._compute(input, self.weight)
+
+
+def traced(layer: MemAOPLayer, input: Any, dense: Callable[[Any], Any]) -> Any:
     """A call of the layer in a graph of `torch.fx`, as for any layer of `torch.nn`.
 
-    Of a layer that is traced by itself its forward pass.
+    Of a layer that is traced by itself its forward pass, which is `dense`.
     """
     tracer = input.tracer
     if tracer.root is layer:
-        return F.linear(input, layer.weight, layer.bias)
+        return dense(input)
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
 
 
@@ -261,52 +277,80 @@ def _is_distributed(a: Tensor | None) -> TypeGuard[Tensor]:
     return hasattr(a, "device_mesh")
 
 
-def check_adoptable(linear: nn.Linear) -> None:
-    """Raise `ValueError` if `linear` cannot become a `MemAOPLinear`."""
-    name = type(linear).__name__
-    if isinstance(linear, MemAOPLinear):
+def adopt(
+    layer: nn.Module, dense: type[nn.Module], kind: type[L], config: MemAOPConfig | None = None
+) -> L:
+    """Turn `layer` itself into a converted layer: the same object, its class exchanged.
+
+    Args:
+        layer: Of the class `dense`, or of a subclass.
+        dense: Whose forward pass is replaced.
+        kind: What a layer of the class `dense` becomes.
+        config: `MemAOPConfig()` if `None`.
+
+    Raises:
+        ValueError: As `check_adoptable`.
+    """
+    config = MemAOPConfig() if config is None else config
+    check_config(config)
+    check_adoptable(layer, dense)
+    layer.__class__ = _class_for(type(layer), kind)
+    assert isinstance(layer, kind)
+    layer._set_config(config)
+    return layer
+
+
+def check_adoptable(layer: nn.Module, dense: type[nn.Module]) -> None:
+    """Raise `ValueError` if `layer`, a `dense` one, cannot be converted."""
+    name = type(layer).__name__
+    if isinstance(layer, MemAOPLayer):
         raise ValueError(f"{name} is converted already: revert_ it first.")
-    if isinstance(linear.weight, nn.UninitializedParameter):
+    if isinstance(layer.weight, nn.UninitializedParameter):
         raise ValueError(f"{name} is not initialised: run one forward pass first.")
     ours = ("config", "memory", "layer_state")
-    taken = [attribute for attribute in ours if hasattr(linear, attribute)]
+    taken = [attribute for attribute in ours if hasattr(layer, attribute)]
     if taken:
         raise ValueError(
-            f"{name} has an attribute {taken[0]!r} of its own, which MemAOPLinear would replace: "
+            f"{name} has an attribute {taken[0]!r} of its own, which conversion would replace: "
             "rename it, or leave the layer out with filter_fn."
         )
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+    if has_own_forward(layer, dense):
         raise ValueError(
-            f"{name} has a forward pass of its own, which MemAOPLinear would replace: leave it out "
+            f"{name} has a forward pass of its own, which conversion would replace: leave it out "
             "with filter_fn, or call memaop_linear inside it."
         )
 
 
-def _blank(dense_class: type[nn.Linear]) -> MemAOPLinear:
-    new_class = _class_for(dense_class)
+def has_own_forward(layer: nn.Module, dense: type[nn.Module]) -> bool:
+    """Whether a layer computes something else than the class `dense`, of which it is."""
+    return type(layer).forward is not dense.forward or "forward" in vars(layer)
+
+
+def _blank(dense_class: type[nn.Module], kind: type[MemAOPLayer]) -> MemAOPLayer:
+    new_class = _class_for(dense_class, kind)
     return new_class.__new__(new_class)
 
 
-def _class_for(dense_class: type[nn.Linear]) -> type[MemAOPLinear]:
-    """The `MemAOPLinear` that keeps everything of `dense_class` but the forward pass."""
+def _class_for(dense_class: type[nn.Module], kind: type[MemAOPLayer]) -> type[MemAOPLayer]:
+    """The class that keeps everything of `dense_class` but its forward pass, which is `kind`'s."""
     if dense_class not in _classes:
         below = class_below_fsdp(dense_class)
-        new_class: type[MemAOPLinear]
+        new_class: type[MemAOPLayer]
         if below is not dense_class:
-            new_class = _with_fsdp_of(dense_class, _class_for(below))
+            new_class = _with_fsdp_of(dense_class, _class_for(below, kind))
         else:
-            new_class = type(f"MemAOP{dense_class.__name__}", (MemAOPLinear, dense_class), {})
-        new_class.dense_class = dense_class
+            new_class = type(f"MemAOP{dense_class.__name__}", (kind, dense_class), {})
+        new_class.dense_class, new_class.kind = dense_class, kind
         _classes[dense_class] = new_class
     return _classes[dense_class]
 
 
-def _dense_class_of(converted_class: type[MemAOPLinear]) -> type[nn.Linear] | None:
+def _dense_class_of(converted_class: type[MemAOPLayer]) -> type[nn.Module] | None:
     """What a class was before conversion; `None` if something else than FSDP came on top."""
     dense_class = converted_class.dense_class
-    if converted_class is _class_for(dense_class):
+    if converted_class is _classes[dense_class]:
         return dense_class
-    if class_below_fsdp(converted_class) is _class_for(dense_class):
+    if class_below_fsdp(converted_class) is _classes[dense_class]:
         return _with_fsdp_of(converted_class, dense_class)
     return None
 
@@ -332,5 +376,5 @@ def _with_fsdp_of(sharded_class: type[nn.Module], below: type[M]) -> type[M]:
     return _sharded_classes[key]
 
 
-_classes: dict[type[nn.Linear], type[MemAOPLinear]] = {nn.Linear: MemAOPLinear}
+_classes: dict[type[nn.Module], type[MemAOPLayer]] = {nn.Linear: MemAOPLinear}
 _sharded_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[Any]] = {}

@@ -52,13 +52,15 @@ def _weight_grad(
     order: Tensor,
     *,
     bias_grad: bool,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """dW [P, N] and db [P] from x [M, N] and g [M, P], as configured in `handle`'s state.
 
-    `kept` is what is left of x, whose shape is [0] then.
+    `kept` is what is left of x, whose shape is [0] then. With `transposed` dW is a view of what is
+    contiguous as [N, P].
     """
     state = layer_state.find(handle.shape[0])
-    dw, db = _gradients(state, _inputs(state, x, kept), g, bias_grad)
+    dw, db = _gradients(state, _inputs(state, x, kept), g, bias_grad, transposed)
     return dw, g.new_empty(0) if db is None else db
 
 
@@ -71,6 +73,7 @@ def _gradients(
     x: Tensor | Stash,
     g: Tensor,
     bias_grad: bool,
+    transposed: bool,
     selection: Selection | None = None,
 ) -> Gradients:
     gradients = weight_and_bias_grad(
@@ -83,17 +86,29 @@ def _gradients(
         shards=state.shards,
         factors=state.factors,
         observer=state.step_observer or state.observer,
+        is_transposed=transposed,
     )
     if state.on_weight_grad is not None:
-        state.on_weight_grad(gradients.weight)
+        dw = gradients.weight
+        state.on_weight_grad(dw.t() if transposed else dw)
     return gradients
 
 
 def _weight_grad_fake(
-    x: Tensor, kept: Sequence[Tensor], g: Tensor, *_: Any, bias_grad: bool
+    x: Tensor,
+    kept: Sequence[Tensor],
+    g: Tensor,
+    *_: Any,
+    bias_grad: bool,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     columns = kept[-1].shape[1] if kept else x.shape[1]
-    return x.new_empty((g.shape[1], columns)), g.new_empty(g.shape[1] if bias_grad else 0)
+    dw = _new_weight_grad(x, g.shape[1], columns, transposed)
+    return dw, g.new_empty(g.shape[1] if bias_grad else 0)
+
+
+def _new_weight_grad(x: Tensor, p: int, n: int, transposed: bool) -> Tensor:
+    return x.new_empty((n, p)).t() if transposed else x.new_empty((p, n))
 
 
 def _sampled_backward(
@@ -107,12 +122,13 @@ def _sampled_backward(
     weight_grad: bool,
     bias_grad: bool,
     is_frozen: bool,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dX [M, N], sampled or projected, dW [P, N] and db [P] from x [M, N] and g [M, P].
 
     Sampled from the same rows, unless a subspace memory gives each scores of its own. `x` may have
     shape [0] if no weight gradient is required, or if it was `kept` in another form. With a frozen
-    weight there is no step of dW, so that of dX advances the memory.
+    weight there is no step of dW, so that of dX advances the memory. `transposed` as above.
     """
     state = layer_state.find(handle.shape[0])
     config, memory = state.config, state.memory
@@ -129,7 +145,7 @@ def _sampled_backward(
         dx = sampled_input_grad(g, weight, selection, config)
     dw, db = x.new_empty(0), None
     if weight_grad:
-        dw, db = _gradients(state, inputs, g, bias_grad, selection)
+        dw, db = _gradients(state, inputs, g, bias_grad, transposed, selection)
     elif bias_grad:
         db = g.sum(0)
     if dx is None:
@@ -152,10 +168,12 @@ def _sampled_backward_fake(
     *_: Any,
     weight_grad: bool,
     bias_grad: bool,
+    transposed: bool = False,
     **__: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = g.new_empty((g.shape[0], weight.shape[1]))
-    dw = x.new_empty(weight.shape if weight_grad else 0)
+    p, n = weight.shape
+    dw = _new_weight_grad(x, p, n, transposed) if weight_grad else x.new_empty(0)
     return dx, dw, g.new_empty(g.shape[1] if bias_grad else 0)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from memaop_triton.memory.kinds import ResidualMemory
 from memaop_triton.nn.layer_choice import converted_layers
-from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.nn.linear import MemAOPLayer
 
 
 def attach_optimizer(
@@ -65,7 +65,7 @@ def attach_optimizer(
             )
 
 
-def _weight_parameters(layer: MemAOPLinear) -> list[nn.Parameter]:
+def _weight_parameters(layer: MemAOPLayer) -> list[nn.Parameter]:
     """The Parameter `weight`, or what it is computed from (parametrised, pruned)."""
     bias = ("bias", "parametrizations.bias.")
     return [p for name, p in layer.named_parameters() if not name.startswith(bias)]

@@ -21,7 +21,8 @@ from torch.nn.modules.module import (
 )
 
 from memaop_triton.nn.layer_choice import Chosen
-from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.nn.linear import MemAOPLayer
+from memaop_triton.plan.counting import address_of
 from memaop_triton.plan.observing import converted, run_backward, run_forward, untouched
 
 # Of what `ratio="auto"` samples; what a layer keeps hardly depends on it.
@@ -105,7 +106,7 @@ class _Graph:
     def __init__(self, model: nn.Module) -> None:
         self._names = {id(module): name for name, module in model.named_modules()}
         lasting = (*model.parameters(), *model.buffers())
-        self._lasting = {_address(tensor) for tensor in lasting}
+        self._lasting = {address_of(tensor) for tensor in lasting}
         self._called: list[str] = []  # the modules that are running, outermost first
         # In the order in which they were saved; those of a part that is gone are dead.
         self._saved: list[weakref.ref[_Saved]] = []
@@ -132,14 +133,14 @@ class _Graph:
         keeper: dict[int | None, str] = {}
         for reference in self._saved:
             saved = reference()
-            address = None if saved is None else _address(saved.tensor)
+            address = None if saved is None else address_of(saved.tensor)
             if saved is None or address is None or address in self._lasting:
                 continue
             sizes[address] = saved.tensor.untyped_storage().nbytes()
             keeper.setdefault(address, saved.module)
         keepers = {}
         for name, inputs in self._inputs.items():
-            found = [keeper.get(_address(x)) for x in inputs]
+            found = [keeper.get(address_of(x)) for x in inputs]
             if found[0] is not None and None not in found:
                 keepers[name] = found[0]
         return _Counted(sum(sizes.values()), keepers)
@@ -152,12 +153,12 @@ class _Graph:
     def _enter(self, module: nn.Module, args: Any) -> None:
         name = self._names.get(id(module))
         self._called.append(self._caller if name is None else name or "the model itself")
-        if isinstance(module, MemAOPLinear) and module.training:
+        if isinstance(module, MemAOPLayer) and module.training:
             module.layer_state.kept = None
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._called.pop()
-        if isinstance(module, MemAOPLinear) and module.training:
+        if isinstance(module, MemAOPLayer) and module.training:
             kept = module.layer_state.kept
             x = None if kept is None or kept.keeper else kept.input()
             if x is not None:  # else it was cast for this layer, and the cast is gone in any case
@@ -166,10 +167,3 @@ class _Graph:
     @property
     def _caller(self) -> str:
         return self._called[-1] if self._called else "the loss"
-
-
-def _address(tensor: Tensor) -> int | None:
-    """Of the tensor's storage; `None` if it has none."""
-    if tensor.layout != torch.strided:
-        return None
-    return tensor.untyped_storage().data_ptr() or None

@@ -20,8 +20,10 @@ from torch.nn.parameter import is_lazy
 
 from memaop_triton.auto.layer_timing import Use
 from memaop_triton.auto.timing import elapsed, generators_restored
-from memaop_triton.nn.layer_choice import Chosen, quoted
-from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.nn.coverage import trainable_weights
+from memaop_triton.nn.layer_choice import Chosen, adopt_, quoted, sizes_of
+from memaop_triton.nn.linear import MemAOPLayer
+from memaop_triton.plan.counting import CountingProducts, WeightFlops
 
 
 class Observed(NamedTuple):
@@ -31,16 +33,18 @@ class Observed(NamedTuple):
         uses: For every layer, by name, its uses and how often each occurs.
         seconds: Of a forward and backward pass of the whole model.
         has_loss: Whether its gradients were those of a loss.
+        flops: Of the gradients of all trainable weights, those of other modules included.
     """
 
     uses: dict[str, Counter[Use]]
     seconds: float
     has_loss: bool
+    flops: WeightFlops
 
 
 def observe(
     model: nn.Module,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, nn.Module],
     example_inputs: object,
     loss_fn: Callable[[Any], Tensor] | None = None,
     timed: int = 1,
@@ -52,7 +56,7 @@ def observe(
         layers: The layers to observe, by name.
         example_inputs: As for `plan`.
         loss_fn: As for `plan`.
-        timed: The median is taken.
+        timed: The median is taken; 0 seconds if it is not timed at all.
 
     Raises:
         TypeError: `example_inputs` is of another type.
@@ -63,30 +67,39 @@ def observe(
     def step() -> bool:
         return run_backward(model, example_inputs, loss_fn)
 
+    weights = trainable_weights(model)
+    products = CountingProducts(weights)
     with untouched(model, example_inputs):
         with contextlib.ExitStack() as stack:
             for name, layer in layers.items():
                 hook = _counting(name, uses[name])
                 stack.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
-            has_loss = step()
+            has_loss = run_backward(model, example_inputs, loss_fn, products)
+        flops = products.of_those_with_gradients(weights)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         times = []
         for _ in range(timed):
             model.zero_grad()
             times.append(elapsed(step, device))
-        return Observed(uses, statistics.median(times), has_loss)
+        return Observed(uses, statistics.median(times) if times else 0.0, has_loss, flops)
 
 
 def run_backward(
-    model: nn.Module, example_inputs: object, loss_fn: Callable[[Any], Tensor] | None = None
+    model: nn.Module,
+    example_inputs: object,
+    loss_fn: Callable[[Any], Tensor] | None = None,
+    watching: contextlib.AbstractContextManager[Any] | None = None,
 ) -> bool:
     """Run a model forward and backward; the arguments and errors are those of `observe`.
+
+    The forward pass is run inside of `watching`.
 
     Returns:
         Whether it was a loss whose gradients were computed: that of `loss_fn`, or one that the
         model returns. Otherwise it was the sum of all outputs.
     """
-    summed, has_loss = run_forward(model, example_inputs, loss_fn)
+    with watching or contextlib.nullcontext():
+        summed, has_loss = run_forward(model, example_inputs, loss_fn)
     torch.autograd.backward(summed, [torch.ones_like(t) for t in summed])
     return has_loss
 
@@ -106,12 +119,12 @@ def run_forward(
 
 
 @contextlib.contextmanager
-def converted(layers: Chosen) -> Iterator[dict[str, MemAOPLinear]]:
+def converted(layers: Chosen) -> Iterator[dict[str, MemAOPLayer]]:
     """Inside, the layers are converted, each with its configuration; afterwards they are dense."""
-    made: dict[str, MemAOPLinear] = {}
+    made: dict[str, MemAOPLayer] = {}
     try:
         for name, (linear, config) in layers.items():
-            made[name] = MemAOPLinear.adopt_(linear, config)
+            made[name] = adopt_(linear, config)
         yield made
     finally:
         for layer in made.values():
@@ -147,7 +160,7 @@ def untouched(model: nn.Module, inputs: object = None) -> Iterator[None]:
         if not model.training:
             model.train()
         for module in modules:
-            if isinstance(module, MemAOPLinear):
+            if isinstance(module, MemAOPLayer):
                 module.training = False  # exact: no draws, and the memory is not used
         for leaf in leaves:
             leaf.grad = None
@@ -199,21 +212,21 @@ def _counting(name: str, uses: Counter[Use]) -> Callable[..., None]:
     """
 
     def hook(
-        layer: nn.Linear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+        layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
     ) -> None:
         if not output.requires_grad:
             return
-        weight, bias = layer.weight, layer.bias
+        weight: Any = layer.weight
+        bias: Any = layer.bias
         if hasattr(weight, "device_mesh"):
             raise ValueError(
                 f"layer {quoted(name)}: its weight is a DTensor, divided among processes. Measure "
                 "the model before tensor parallelism or fully_shard divides it."
             )
-        x = args[0] if args else kwargs["input"]
+        (x,) = args or kwargs.values()
         use = Use(
             output.numel() // max(1, output.shape[-1]),
-            layer.in_features,
-            layer.out_features,
+            *sizes_of(layer),
             output.dtype,
             output.device,
             weight.requires_grad,

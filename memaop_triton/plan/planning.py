@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from memaop_triton.auto.layer_timing import Measurement, Use, measure
 from memaop_triton.auto.timing import generators_restored
 from memaop_triton.config import MemAOPConfig, check_config
-from memaop_triton.nn.layer_choice import Chosen, Filter, choose_layers
+from memaop_triton.nn.coverage import coverage_of
+from memaop_triton.nn.layer_choice import Chosen, Filter, choose_layers, sizes_of
 from memaop_triton.plan.deciding import LEAST_GAIN, decide
 from memaop_triton.plan.held import Held, measure_held
 from memaop_triton.plan.noise import Noise, observe_noise
@@ -113,20 +114,28 @@ def plan_chosen(
     layers = {name: layer for name, (layer, _) in chosen.items()}
     is_auto = any(config.is_auto for _, config in chosen.values())
     timed = _TIMED_STEPS if is_auto else 1
-    uses, seconds, has_loss = observe(model, layers, example_inputs, loss_fn, timed)
+    uses, seconds, has_loss, flops = observe(model, layers, example_inputs, loss_fn, timed)
+    every = set(map(id, layers.values()))
+    coverage = coverage_of(
+        model,
+        flops.by_id,
+        lambda module: id(module) in every,
+        is_estimate=flops.is_estimate,
+    )
     requests = [
-        LayerRequest(name, layer.in_features, layer.out_features, config, uses[name])
+        LayerRequest(name, *sizes_of(layer), config, uses[name])
         for name, (layer, config) in chosen.items()
     ]
     undecided = [r.name for r in requests if r.config.is_auto and not r.nothing_to_gain()]
     noise = None
     if undecided and has_loss:
-        every = itertools.chain([example_inputs], batches)
-        noise = observe_noise(model, {name: chosen[name] for name in undecided}, every, loss_fn)
+        inputs = itertools.chain([example_inputs], batches)
+        noise = observe_noise(model, {name: chosen[name] for name in undecided}, inputs, loss_fn)
     held = None
     if any(config.stash != "exact" for _, config in chosen.values()):
         held = measure_held(model, chosen, example_inputs, loss_fn)
-    return _planned(requests, seconds, time_budget, noise, held)
+    found = _planned(requests, seconds, time_budget, noise, held)
+    return dataclasses.replace(found, coverage=coverage)
 
 
 def plan_shapes(

@@ -12,6 +12,7 @@ import torch
 
 from memaop_triton.auto.worth import EXACT, Worth
 from memaop_triton.config import MemAOPConfig
+from memaop_triton.nn.coverage import Coverage
 from memaop_triton.units import human_bytes, milliseconds
 
 if TYPE_CHECKING:
@@ -138,6 +139,8 @@ class Plan:
         saved_bytes: Held by autograd between forward and backward pass of the whole model as it is;
             `None` without a model, and if no configuration has a stash.
         saved_bytes_converted: The same with all layers converted, those included that stay exact.
+        coverage: How much of the model's weight gradients `layers` compute, by FLOPs of the batch;
+            `None` without a model.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -148,6 +151,7 @@ class Plan:
     remarks: str = ""
     saved_bytes: int | None = None
     saved_bytes_converted: int | None = None
+    coverage: Coverage | None = None
 
     @property
     def faster(self) -> tuple[str, ...]:
@@ -178,6 +182,7 @@ class Plan:
             "saved_bytes_converted": self.saved_bytes_converted,
             "predicted": None if self.predicted is None else self.predicted._asdict(),
             "decision": self.decision,
+            "coverage": None if self.coverage is None else self.coverage.to_dict(),
             "layers": [row.to_dict() for row in self.layers],
         }
 
@@ -201,7 +206,7 @@ class Plan:
     def summary(self) -> str:
         """The plan in words: the decision, layers that get faster, memory, time of a step.
 
-        With a stash, what is held for the backward pass.
+        With a stash, what is held for the backward pass; how much of the model the layers are.
         """
         lines = [f"{self.decision[:1].upper()}{self.decision[1:]}."] if self.decision else []
         lines += [self.remarks] if self.remarks else []
@@ -209,6 +214,8 @@ class Plan:
         if fixed or not lines:
             lines.append(_gain_of(fixed))
         lines += self._held()
+        if self.coverage is not None:
+            lines.append(self.coverage.summary("These layers"))
         if self.step_seconds is None:
             return "\n".join(lines)
         step = f"Forward and backward pass of the whole model: {milliseconds(self.step_seconds)} ms"

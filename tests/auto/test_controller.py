@@ -272,7 +272,7 @@ def test_layers_that_were_reverted_are_no_longer_decided_about(training):
         run.now += 1.0
         run.optimizer.step()
     assert [len(seen) for seen in decided.seen.values()] == [0, 3]
-    assert len(model_report(run.model).splitlines()) == 4
+    assert len(model_report(run.model).splitlines()) == 5
 
 
 @pytest.mark.parametrize(

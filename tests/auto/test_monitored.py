@@ -32,7 +32,7 @@ def test_the_table_shows_what_the_report_says(training, task, shares, memory):
         run.step(4)
         assert "exact: a training is left alone for its first 3 seconds" in text_of(watch)
         run.step(56)
-        text, (summary, _, *lines) = text_of(watch), model_report(run.model).splitlines()
+        text, (summary, _, *lines, _) = text_of(watch), model_report(run.model).splitlines()
     assert summary in " ".join(text.split()), "wrapped to the width of the table"
     for line in lines:
         name, rows, share, noise, *_ = line.split()

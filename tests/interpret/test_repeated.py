@@ -131,6 +131,33 @@ def test_blocks_by_descriptor_are_repeated(memory, repeating, tensor_copies, mon
     assert len(repeating) == 3
 
 
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"selection": "priority", "memory": "none"},
+        {"selection": "priority", "memory": "subspace"},
+        {"selection": "topk", "memory": "residual"},
+        {"selection": "randk", "memory": "residual"},
+    ],
+    ids=label,
+)
+def test_steps_with_a_transposed_gradient_are_repeated(scheme, repeating):
+    """Each as its own: the two have other results of the same operands."""
+    config = flat_config(ratio=1 / 4, rank=4, refresh_every=1000, **scheme)
+    results = []
+    for is_transposed in (True, False, True):
+        memory, found = new_memory(config, N, N), []
+        torch.manual_seed(5)
+        for _ in range(3):
+            x, g = torch.randn(M, N), torch.randn(M, N)
+            found.append(weight_and_bias_grad(x, g, config, memory, is_transposed=is_transposed))
+        results.append(found)
+    assert len(repeating) >= 2 + 2 + 3
+    for first, other, again in zip(*results, strict=True):
+        torch.testing.assert_close(first.weight, other.weight, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(first, again, rtol=0, atol=0)
+
+
 def test_what_a_recording_depends_on(repeating):
     """Shapes, strides, alignment, dtype, the configuration and choices of tiles."""
     config = flat_config(ratio=1 / 4, memory="none", selection="topk")

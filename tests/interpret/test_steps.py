@@ -13,6 +13,7 @@ from memaop_triton.backward.weight_grad import weight_and_bias_grad, weight_grad
 from memaop_triton.config.parts import ROW_MEMORIES
 from memaop_triton.kernels.draws import draw_seed
 from memaop_triton.kernels.gpu import launch
+from memaop_triton.memory.stash import Stash
 from memaop_triton.monitor.estimates import Figures
 from memaop_triton.monitor.observer import LayerObserver
 from memaop_triton.nn import ops
@@ -107,6 +108,64 @@ def test_steps_equal_those_in_pytorch(
     elif memory is not None and reference.basis is not None:
         for one, other in zip(memory.bases.values(), reference.bases.values(), strict=True):
             torch.testing.assert_close(one.q @ one.q.T, other.q @ other.q.T, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "block_rows"),
+    [
+        (SIDES[0], 1),
+        pytest.param(SIDES[1], 16, marks=pytest.mark.slow),
+        ({"selection": "priority", "memory": "none"}, 16),
+        ({"selection": "bernoulli", "memory": "none"}, 1),
+        ({"selection": "topk", "memory": "residual"}, 1),
+        ({"selection": "randk", "memory": "signed"}, 1),
+    ],
+)
+def test_a_transposed_gradient_is_the_same_one_in_another_order(scheme, block_rows, generator):
+    m, n, p = 37, 16, 33
+    config = flat_config(ratio=1 / 4, rank=4, refresh_every=2, block_rows=block_rows, **scheme)
+    data, results = batches((m, n, p), count=2), []
+    for is_transposed in (True, False):
+        memory, draws = new_memory(config, n, p), generator(3)
+        results.append(
+            [
+                weight_and_bias_grad(
+                    *batch, config, memory, generator=draws, is_transposed=is_transposed
+                )
+                for batch in data
+            ]
+        )
+    for (ours, our_db), (theirs, their_db) in zip(*results, strict=True):
+        assert ours.t().is_contiguous()
+        assert theirs.is_contiguous()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * m**0.5)
+        torch.testing.assert_close(our_db, their_db)
+
+
+@pytest.mark.parametrize("has_inside", [False, True])
+@pytest.mark.parametrize("side", [None, "grad"])
+@pytest.mark.parametrize("selection", ["priority", "topk"])
+def test_a_transposed_gradient_of_a_stash_is_the_same_one(side, selection, has_inside, generator):
+    m, n, p = 37, 16, 33
+    scheme = {"memory": "none"} if side is None else {"memory": "subspace", "side": side}
+    config = flat_config(ratio=1 / 4, rank=4, selection=selection, **scheme)
+    basis = torch.linalg.qr(torch.randn(n, 4)).Q if has_inside else None
+    data = [(Stash.of(x, 8, basis), g) for x, g in batches((m, n, p), count=2)]
+    results = []
+    for is_transposed in (True, False):
+        memory, draws, found = new_memory(config, n, p), generator(3), []
+        for stash, g in data:
+            found.append(
+                weight_and_bias_grad(
+                    stash, g, config, memory, generator=draws, is_transposed=is_transposed
+                )
+            )
+        results.append(found)
+    for (ours, our_db), (theirs, their_db) in zip(*results, strict=True):
+        assert ours.t().is_contiguous()
+        assert theirs.is_contiguous()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * m**0.5)
+        torch.testing.assert_close(our_db, their_db)
 
 
 @pytest.mark.parametrize("selection", ["randk", "topk", "weightedk"])
