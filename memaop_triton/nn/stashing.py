@@ -3,6 +3,10 @@
 A stash frees memory only if the inputs themselves go. They stay where the operation that made them
 needs them for its own backward pass, as a ReLU does its result: such inputs are kept as they are.
 What a later operation keeps is not known here; `plan` finds that out.
+
+An input that was cast or dropped out for one layer is made of a tensor that feeds others too. Who
+makes it says so (`made_from`), and the stash is one of that tensor: beside it, only the mask of
+dropout is the layer's own.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +22,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from memaop_triton.memory.kinds import SubspaceMemory, rows_to_compute
+from memaop_triton.memory.mask import Mask
 from memaop_triton.memory.stash import BITS, Stash
 from memaop_triton.nn.layer_state import Kept, LayerState
 
@@ -67,7 +72,76 @@ class _Made(NamedTuple):
     tensors: tuple[TensorWeakRef, ...]
 
 
+class _Origin(NamedTuple):
+    """What a tensor was made of a moment ago; it holds none of these tensors.
+
+    Attributes:
+        made: The tensor.
+        version: Of it.
+        source: What it was made of.
+        source_version: Of that.
+        mask: The tensors of dropout's `Mask`; none if it was cast only.
+    """
+
+    made: TensorWeakRef
+    version: int
+    source: TensorWeakRef
+    source_version: int
+    mask: tuple[TensorWeakRef, ...]
+
+
 _recent = threading.local()
+
+
+def made_from(made: Tensor, source: Tensor, mask: Mask | None = None) -> None:
+    """Say what a tensor that layers will be given was made of.
+
+    Args:
+        made: This tensor, [..., N].
+        source: Of the same shape; it may be of another dtype. If it was made of a third one, then
+            so was `made`.
+        mask: Of dropout, if it lies between the two.
+    """
+    if made.is_inference() or source.is_inference():
+        return
+    first, mask_before = _origin_of(source)
+    if mask_before is not None:  # two of them are one dropout with a mask that nobody has
+        return
+    origin = _Origin(
+        TensorWeakRef(made),
+        made._version,
+        TensorWeakRef(first),
+        first._version,
+        tuple(map(TensorWeakRef, mask or ())),
+    )
+    _newest("origins").appendleft(origin)
+
+
+def _origin_of(a: Tensor) -> tuple[Tensor, Mask | None]:
+    """What `made_from` said; the tensor itself if that was nothing, or is not true any more."""
+    for origin in _newest("origins"):
+        if origin.made() is a and origin.version == a._version:
+            source, mask = origin.source(), _alive(origin.mask)
+            is_gone = not isinstance(source, Tensor) or mask is None
+            if is_gone or source._version != origin.source_version:
+                break
+            return source, Mask(*mask) if mask else None
+    return a, None
+
+
+def _alive(references: Iterable[TensorWeakRef]) -> tuple[Tensor, ...] | None:
+    """The tensors, if all of them still exist."""
+    tensors = [one() for one in references]
+    found = tuple(one for one in tensors if isinstance(one, Tensor))
+    return found if len(found) == len(tensors) else None
+
+
+def _newest(kind: str) -> deque[Any]:
+    """What this thread remembers of a kind, newest first."""
+    if not hasattr(_recent, kind):
+        setattr(_recent, kind, deque(maxlen=_MOST_REMEMBERED))
+    found: deque[Any] = getattr(_recent, kind)
+    return found
 
 
 def kept_of(x: Tensor, source: Tensor, weight: Tensor, state: LayerState) -> tuple[Tensor, ...]:
@@ -75,26 +149,41 @@ def kept_of(x: Tensor, source: Tensor, weight: Tensor, state: LayerState) -> tup
 
     Args:
         x: [..., N], as it is multiplied.
-        source: The layer's argument, of which autocast may have made `x`.
+        source: The layer's argument, of which autocast may have made `x`; `made_from` may have said
+            what this was made of.
         weight: [P, N].
         state: Of a layer that has a stash.
     """
     if x.numel() == 0 or weight.shape[0] == 0:
         return ()
+    source, mask = _origin_of(source)
     keeper = _keeper_of(x) if x is source else ""
     if keeper:
         itself = weakref.ref(x)
         state.kept = Kept(x.nbytes, x.nbytes, itself, itself, keeper)
         return ()
+    if mask is not None:
+        return _kept_beside_mask(x, source, mask, state)
     rows = x.detach().reshape(-1, x.shape[-1])
     bits, basis = BITS[state.stash], _basis_for(rows, weight.shape[0], state)
-    found = _find(source, x.dtype, bits, wants_inside=basis is not None)
+    found = _find(source, x.dtype, bits, inside=(False, True) if basis is None else (True,))
     if found is None:
-        stash = Stash.of(rows, bits, basis)
-        _remember(source, x.dtype, bits, stash)
-        found = stash.tensors
+        found = _remembered(source, x.dtype, bits, Stash.of(rows, bits, basis))
     state.kept = _record(x, found)
     return found
+
+
+def _kept_beside_mask(
+    x: Tensor, source: Tensor, mask: Mask, state: LayerState
+) -> tuple[Tensor, ...]:
+    """The tensors of a `Stash` of `source`, of which dropout with this mask has made `x`."""
+    bits = BITS[state.stash]
+    found = _find(source, x.dtype, bits, inside=(False,))
+    if found is None:
+        rows = source.detach().to(x.dtype).reshape(-1, x.shape[-1])
+        found = _remembered(source, x.dtype, bits, Stash.of(rows, bits))
+    state.kept = _record(x, found, mask.bits.nbytes)
+    return *mask, *found
 
 
 def new_stash(
@@ -110,9 +199,9 @@ def new_stash(
     return stash
 
 
-def _record(x: Tensor, tensors: tuple[Tensor, ...]) -> Kept:
+def _record(x: Tensor, tensors: tuple[Tensor, ...], mask_bytes: int = 0) -> Kept:
     nbytes = sum(a.nbytes for a in tensors)
-    return Kept(x.nbytes, nbytes, weakref.ref(x), weakref.ref(tensors[0]))
+    return Kept(x.nbytes, nbytes, weakref.ref(x), weakref.ref(tensors[0]), mask_bytes=mask_bytes)
 
 
 def _basis_for(rows: Tensor, out_features: int, state: LayerState) -> Tensor | None:
@@ -148,33 +237,35 @@ def _keeper_of(x: Tensor) -> str:
 
 
 def _find(
-    source: Tensor, dtype: torch.dtype, bits: int, *, wants_inside: bool
+    source: Tensor, dtype: torch.dtype, bits: int, *, inside: tuple[bool, ...]
 ) -> tuple[Tensor, ...] | None:
-    """The tensors of a stash of the same numbers, if they are still there."""
-    for made in getattr(_recent, "made", ()):
+    """The tensors of a stash of the same numbers, if they are still there.
+
+    `inside`: whether a part of the rows may be kept beside it.
+    """
+    for made in _newest("stashes"):
         if made.source() is not source or made.version != source._version:
             continue
-        if made.dtype == dtype and made.bits == bits and made.has_inside >= wants_inside:
-            tensors = [one() for one in made.tensors]
-            if all(isinstance(one, Tensor) for one in tensors):
-                return tuple(tensors)
+        if made.dtype == dtype and made.bits == bits and made.has_inside in inside:
+            tensors = _alive(made.tensors)
+            if tensors is not None:
+                return tensors
     return None
 
 
-def _remember(source: Tensor, dtype: torch.dtype, bits: int, stash: Stash) -> None:
-    if source.is_inference():
-        return
-    made = _Made(
-        TensorWeakRef(source),
-        source._version,
-        dtype,
-        bits,
-        stash.inside is not None,
-        tuple(map(TensorWeakRef, stash.tensors)),
-    )
-    if not hasattr(_recent, "made"):
-        _recent.made = deque(maxlen=_MOST_REMEMBERED)
-    _recent.made.appendleft(made)
+def _remembered(source: Tensor, dtype: torch.dtype, bits: int, stash: Stash) -> tuple[Tensor, ...]:
+    """The tensors of a new stash, which later layers will find."""
+    if not source.is_inference():
+        made = _Made(
+            TensorWeakRef(source),
+            source._version,
+            dtype,
+            bits,
+            stash.inside is not None,
+            tuple(map(TensorWeakRef, stash.tensors)),
+        )
+        _newest("stashes").appendleft(made)
+    return stash.tensors
 
 
 def stash_of(tensors: Sequence[Tensor], state: LayerState, dtype: torch.dtype) -> Stash:

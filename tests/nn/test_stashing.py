@@ -106,7 +106,7 @@ def test_a_stash_goes_with_the_last_of_its_layers():
     model = layer()
     x = rows()
     y = model(x)
-    (kept,) = [one for one in stashing._recent.made if one.source() is x]
+    (kept,) = [one for one in stashing._recent.stashes if one.source() is x]
     assert kept.tensors[0]() is not None
     y.sum().backward()
     gc.collect()
