@@ -125,24 +125,22 @@ def choose_lora_layers(
     found: dict[str, nn.Module] = {}
     if lora is not None:
         found = {n: m for n, m in model.named_modules() if isinstance(m, lora.LoraLayer)}
-    twice = [quoted(name) for name, layer in found.items() if _is_converted(layer)]
-    if twice:
-        raise ValueError(
-            f"model is converted already: {', '.join(twice)}. Call revert_(model) first."
-        )
     obstacles = {name: _obstacles(layer) for name, layer in found.items()}
     taken = {
         name: layer
         for name, layer in found.items()
-        if "" in obstacles[name].values() and (filter_fn is None or filter_fn(layer, name))
+        if "" in obstacles[name] and (filter_fn is None or filter_fn(layer, name))
     }
-    others = [
-        f"{quoted(name)} ({', '.join(sorted(set(why.values()) - {''}))})"
-        for name, why in obstacles.items()
-        if any(why.values())
-    ]
-    if filter_fn is None and others:
-        warnings.warn(f"left as PEFT has them: {', '.join(others)}.", stacklevel=3)
+    twice = [quoted(name) for name, layer in taken.items() if _is_converted(layer)]
+    if twice:
+        raise ValueError(
+            f"model is converted already: {', '.join(twice)}. Call revert_(model) first, or leave "
+            "these layers out with filter_fn."
+        )
+    others = {name: ", ".join(sorted(why - {""})) for name, why in obstacles.items()}
+    named = [f"{quoted(name)} ({why})" for name, why in others.items() if why]
+    if filter_fn is None and named:
+        warnings.warn(f"left as PEFT has them: {', '.join(named)}.", stacklevel=3)
     chosen = apply_overrides(model, taken, config, overrides)
     if not chosen:
         raise ValueError(
@@ -176,15 +174,17 @@ def _is_converted(layer: Any) -> bool:
     )
 
 
-def _obstacles(layer: Any) -> dict[str, str]:
-    """Why an adapter of a layer of PEFT's stays as it is, by its name; "" if it need not."""
+def _obstacles(layer: Any) -> set[str]:
+    """Why adapters of a layer of PEFT's stay as they are; "" if there is one that need not."""
+    kind = layer.peft_class if isinstance(layer, MemAOPLora) else type(layer)
     lora = sys.modules["peft.tuners.lora.layer"]
-    if class_below_fsdp(type(layer)) is not lora.Linear:
-        return {"": type(layer).__name__}
-    return {adapter: _obstacle(layer, adapter) for adapter in layer.lora_A}
+    if class_below_fsdp(kind) is not lora.Linear:
+        return {kind.__name__}
+    return {_obstacle(layer, adapter) for adapter in layer.lora_A}
 
 
 def _obstacle(layer: Any, adapter: str) -> str:
+    """Why an adapter stays as it is; "" if it need not."""
     # PEFT before 0.16 had one variant and no name for it.
     variant = getattr(layer, "lora_variant", {}).get(adapter)
     if variant is not None:
@@ -192,14 +192,15 @@ def _obstacle(layer: Any, adapter: str) -> str:
     if layer.use_dora.get(adapter):
         return "DoRA"
     kind = type(layer.lora_A[adapter])
-    return "" if kind is nn.Linear else kind.__name__
+    return "" if kind in (nn.Linear, MemAOPLinear) else kind.__name__
 
 
 def _class_for(peft_class: type[nn.Module]) -> type[MemAOPLora]:
     """The subclass of a class of PEFT's and of `MemAOPLora`, made once."""
     if peft_class not in _classes:
-        name = f"MemAOPLora{peft_class.__name__}"
-        _classes[peft_class] = type(name, (MemAOPLora, peft_class), {"peft_class": peft_class})
+        own = {"peft_class": peft_class, "__module__": __name__}
+        bases = (MemAOPLora, peft_class)
+        _classes[peft_class] = type(f"MemAOPLora{peft_class.__name__}", bases, own)
     return _classes[peft_class]
 
 

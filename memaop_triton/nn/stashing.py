@@ -14,13 +14,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from memaop_triton.kernels.draws import draw_seed, draw_seed_tensor
 from memaop_triton.memory.kinds import SubspaceMemory, rows_to_compute
 from memaop_triton.memory.mask import Mask
 from memaop_triton.memory.stash import BITS, Stash
@@ -73,23 +74,22 @@ class _Made(NamedTuple):
 
 
 class _Origin(NamedTuple):
-    """What a tensor was made of a moment ago; it holds none of these tensors.
+    """What a tensor was made of, as an attribute of the tensor.
 
     Attributes:
-        made: The tensor.
-        version: Of it.
+        version: Of the tensor.
         source: What it was made of.
         source_version: Of that.
-        mask: The tensors of dropout's `Mask`; none if it was cast only.
+        mask: Of dropout between the two; `None` if it was cast only.
     """
 
-    made: TensorWeakRef
     version: int
     source: TensorWeakRef
     source_version: int
-    mask: tuple[TensorWeakRef, ...]
+    mask: Mask | None
 
 
+_ORIGIN = "_memaop_origin"
 _recent = threading.local()
 
 
@@ -107,45 +107,24 @@ def made_from(made: Tensor, source: Tensor, mask: Mask | None = None) -> None:
     first, mask_before = _origin_of(source)
     if mask_before is not None:  # two of them are one dropout with a mask that nobody has
         return
-    origin = _Origin(
-        TensorWeakRef(made),
-        made._version,
-        TensorWeakRef(first),
-        first._version,
-        tuple(map(TensorWeakRef, mask or ())),
-    )
-    _newest("origins").appendleft(origin)
+    origin = _Origin(made._version, TensorWeakRef(first), first._version, mask)
+    setattr(made, _ORIGIN, origin)
 
 
 def _origin_of(a: Tensor) -> tuple[Tensor, Mask | None]:
     """What `made_from` said; the tensor itself if that was nothing, or is not true any more."""
-    for origin in _newest("origins"):
-        if origin.made() is a and origin.version == a._version:
-            source, mask = origin.source(), _alive(origin.mask)
-            is_gone = not isinstance(source, Tensor) or mask is None
-            if is_gone or source._version != origin.source_version:
-                break
-            return source, Mask(*mask) if mask else None
+    origin: _Origin | None = getattr(a, _ORIGIN, None)
+    if origin is not None and origin.version == a._version:
+        source = origin.source()
+        if isinstance(source, Tensor) and source._version == origin.source_version:
+            return source, origin.mask
     return a, None
-
-
-def _alive(references: Iterable[TensorWeakRef]) -> tuple[Tensor, ...] | None:
-    """The tensors, if all of them still exist."""
-    tensors = [one() for one in references]
-    found = tuple(one for one in tensors if isinstance(one, Tensor))
-    return found if len(found) == len(tensors) else None
-
-
-def _newest(kind: str) -> deque[Any]:
-    """What this thread remembers of a kind, newest first."""
-    if not hasattr(_recent, kind):
-        setattr(_recent, kind, deque(maxlen=_MOST_REMEMBERED))
-    found: deque[Any] = getattr(_recent, kind)
-    return found
 
 
 def kept_of(x: Tensor, source: Tensor, weight: Tensor, state: LayerState) -> tuple[Tensor, ...]:
     """The tensors of a `Stash` of `x`; none if `x` itself is to be kept. Recorded in `state.kept`.
+
+    A seed is drawn in any case.
 
     Args:
         x: [..., N], as it is multiplied.
@@ -155,12 +134,14 @@ def kept_of(x: Tensor, source: Tensor, weight: Tensor, state: LayerState) -> tup
         state: Of a layer that has a stash.
     """
     if x.numel() == 0 or weight.shape[0] == 0:
+        skip_draw(x.device)
         return ()
     source, mask = _origin_of(source)
     keeper = _keeper_of(x) if x is source else ""
     if keeper:
         itself = weakref.ref(x)
         state.kept = Kept(x.nbytes, x.nbytes, itself, itself, keeper)
+        skip_draw(x.device)
         return ()
     if mask is not None:
         return _kept_beside_mask(x, source, mask, state)
@@ -171,6 +152,19 @@ def kept_of(x: Tensor, source: Tensor, weight: Tensor, state: LayerState) -> tup
         found = _remembered(source, x.dtype, bits, Stash.of(rows, bits, basis))
     state.kept = _record(x, found)
     return found
+
+
+def skip_draw(device: torch.device) -> None:
+    """Draw the seed of a stash that is not made.
+
+    Activation checkpointing runs a forward pass twice, from one state of the generator: without
+    gradients or without what autograd saves, and then with them. Only then do layers share a stash.
+    As every layer draws in both passes, what is drawn after it, as by dropout, is the same.
+    """
+    if device.type == "cuda":
+        draw_seed(device)  # without a launch
+    else:
+        draw_seed_tensor(device)  # also on a device without numbers
 
 
 def _kept_beside_mask(
@@ -243,13 +237,14 @@ def _find(
 
     `inside`: whether a part of the rows may be kept beside it.
     """
-    for made in _newest("stashes"):
+    for made in getattr(_recent, "made", ()):
         if made.source() is not source or made.version != source._version:
             continue
         if made.dtype == dtype and made.bits == bits and made.has_inside in inside:
-            tensors = _alive(made.tensors)
-            if tensors is not None:
-                return tensors
+            tensors = [one() for one in made.tensors]
+            if all(isinstance(one, Tensor) for one in tensors):
+                skip_draw(source.device)
+                return tuple(tensors)
     return None
 
 
@@ -264,7 +259,9 @@ def _remembered(source: Tensor, dtype: torch.dtype, bits: int, stash: Stash) -> 
             stash.inside is not None,
             tuple(map(TensorWeakRef, stash.tensors)),
         )
-        _newest("stashes").appendleft(made)
+        if not hasattr(_recent, "made"):
+            _recent.made = deque(maxlen=_MOST_REMEMBERED)
+        _recent.made.appendleft(made)
     return stash.tensors
 
 
