@@ -150,7 +150,9 @@ def revert_(model: M) -> M:
         ValueError: The model has none, or a layer was parametrised after it was converted. Nothing
             is reverted then.
     """
-    layers = {**dict(converted_layers(model)), **dict(converted_lora_layers(model))}
+    layers: dict[str, MemAOPLinear | MemAOPLora] = {}
+    layers.update(converted_layers(model))
+    layers.update(converted_lora_layers(model))
     if not layers:
         raise ValueError(f"model has no converted layer to revert: {type(model).__name__}.")
     for name, layer in layers.items():

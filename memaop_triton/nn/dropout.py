@@ -27,6 +27,7 @@ class MaskedDropout(nn.Dropout):
         """[..., N] to [..., N]."""
         if not self._keeps_bits_of(input):
             return super().forward(input)
+        dropped: Tensor
         dropped, *mask = _Dropout.apply(input, self.p)
         made_from(dropped, input, Mask(*mask))
         return dropped

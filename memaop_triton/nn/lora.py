@@ -73,7 +73,7 @@ class MemAOPLora(nn.Module):
         """Turn this layer back into that of PEFT; its A are layers of their own to revert."""
         for dropout in self.lora_dropout.values():
             if type(dropout) is MaskedDropout:
-                dropout.__class__ = nn.Dropout
+                dropout.__class__ = nn.Dropout  # type: ignore[assignment]
         del self.adapter_config
         self.__class__ = self.peft_class  # type: ignore[assignment]
 
