@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memaop_triton import MemAOPConfig, MemAOPLinear
+from memaop_triton.monitor.kept import kept_bytes
 from memaop_triton.nn.dropout import MaskedDropout
 
 ROWS, INPUTS, OUTPUTS = 96, 64, 4
@@ -136,7 +137,10 @@ def test_bytes_of_a_stash_and_a_mask_for_each_layer(layers):
     assert nbytes == STASH_BYTES + layers * MASK_BYTES
     kept = [one.layer_state.kept for one in model]
     assert len({id(one.stash) for one in kept}) == 1
-    assert all(one.mask_bytes == ROWS * INPUTS // 8 for one in kept)
+    counted = kept_bytes({str(i): one.layer_state for i, one in enumerate(model)}).values()
+    assert [one.ours for one in counted] == [
+        STASH_BYTES * (i == 0) + ROWS * INPUTS // 8 for i in range(layers)
+    ]
 
 
 def test_a_layer_without_dropout_shares_the_stash():

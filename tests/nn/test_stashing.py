@@ -317,6 +317,16 @@ def test_a_layer_without_data():
         assert ours(torch.empty(ROWS, SIZE, device="meta")).shape == (ROWS, SIZE)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_equal_models_are_compiled_one_after_the_other():
+    """The second one is traced with a symbolic handle."""
+    torch.compiler.reset()
+    for _ in range(3):
+        model = convert_(Attention(), MemAOPConfig(ratio=1, memory=None, stash="int4"))
+        torch.compile(model, backend="aot_eager", fullgraph=True)(rows()).sum().backward()
+        assert model.q.weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_leaves_dropout_what_it_is(reentrant):
     """Layers draw as many seeds in both forward passes, whether they share a stash or not."""
