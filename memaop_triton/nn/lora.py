@@ -23,12 +23,7 @@ from torch import Tensor, nn
 
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.nn.dropout import MaskedDropout
-from memaop_triton.nn.layer_choice import (
-    Filter,
-    apply_overrides,
-    check_arguments,
-    quoted,
-)
+from memaop_triton.nn.layer_choice import Filter, apply_overrides, check_arguments, quoted
 from memaop_triton.nn.linear import MemAOPLinear, class_below_fsdp
 from memaop_triton.nn.stashing import made_from
 
@@ -191,8 +186,10 @@ def _obstacle(layer: Any, adapter: str) -> str:
         return type(variant).__name__
     if layer.use_dora.get(adapter):
         return "DoRA"
-    kind = type(layer.lora_A[adapter])
-    return "" if kind in (nn.Linear, MemAOPLinear) else kind.__name__
+    a = layer.lora_A[adapter]
+    if "forward" in vars(a):  # as the hooks of accelerate replace it
+        return "a forward pass of its own"
+    return "" if type(a) in (nn.Linear, MemAOPLinear) else type(a).__name__
 
 
 def _class_for(peft_class: type[nn.Module]) -> type[MemAOPLora]:

@@ -187,6 +187,21 @@ def test_layers_that_are_not_linear_stay_and_are_named():
     assert [isinstance(m, MemAOPLora) for m in model.base_model.model] == [False, False, True]
 
 
+def test_other_classes_and_forward_passes_stay_and_are_named():
+    ours = make(target_modules=["q_proj", "up_proj"])
+    layers = ours.base_model.model.model.layers
+    other, patched = layers[0].self_attn.q_proj, layers[1].mlp.up_proj.lora_A["default"]
+    other.__class__ = type("Linear4bit", (peft.tuners.lora.Linear,), {})
+    patched.forward = lambda x: nn.functional.linear(x, patched.weight)
+    with pytest.warns(
+        UserWarning, match=r"q_proj' \(Linear4bit\), .*\(a forward pass of its own\)"
+    ):
+        convert_(ours, targets="lora")
+    assert [isinstance(m, MemAOPLora) for m in (other, layers[0].mlp.up_proj)] == [False, True]
+    assert not isinstance(patched, MemAOPLinear)
+    assert torch.equal(loss_of(ours), loss_of(make(target_modules=["q_proj", "up_proj"])))
+
+
 def test_a_conv1d_of_transformers_below_adapters():
     config = transformers.GPT2Config(vocab_size=TOKENS, n_embd=32, n_layer=1, n_head=2)
     settings = {"target_modules": ["c_attn"], "task_type": "CAUSAL_LM", "fan_in_fan_out": True}
