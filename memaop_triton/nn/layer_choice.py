@@ -39,7 +39,7 @@ def choose_layers(
     config = MemAOPConfig() if config is None else config
     overrides = check_arguments(model, config, overrides)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    of_peft = left_to_peft(model) if filter_fn is None else set()
+    of_peft = left_to_peft(model, linears) if filter_fn is None else set()
     linears = {n: m for n, m in linears.items() if n not in of_peft}
     is_taken = _is_plain_or_converted if filter_fn is None else filter_fn
     taken = {n: m for n, m in linears.items() if is_taken(m, n)}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 from torch import nn
 
 
-def left_to_peft(model: nn.Module) -> set[str]:
-    """Names of the linear layers that PEFT has frozen or put into its own layers.
+def left_to_peft(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Names of those layers of a model that PEFT has frozen or put into its own layers.
 
     Empty for a model without such layers. What PEFT trains as a whole (`modules_to_save`) is not
     among them.
@@ -20,10 +21,9 @@ def left_to_peft(model: nn.Module) -> set[str]:
     if not wrappers:
         return set()
     inside = {id(module) for wrapper in wrappers for module in wrapper.modules()}
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    return {n for n, m in linears.items() if id(m) in inside or _is_frozen(m)}
+    return {n for n, m in layers.items() if id(m) in inside or _is_frozen(m)}
 
 
-def _is_frozen(layer: nn.Linear) -> bool:
+def _is_frozen(layer: nn.Module) -> bool:
     weight = layer._parameters.get("weight")  # a parametrised one would be computed
     return weight is not None and not weight.requires_grad
