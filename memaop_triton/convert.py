@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from memaop_triton.auto.agreement import Processes
 from memaop_triton.auto.controller import control
 from memaop_triton.config import MemAOPConfig
+from memaop_triton.errors import check_name
 from memaop_triton.nn.coverage import Coverage, LowCoverageWarning, coverage_of
 from memaop_triton.nn.layer_choice import (
     Chosen,
@@ -20,6 +21,13 @@ from memaop_triton.nn.layer_choice import (
     choose_layers,
     converted_layers,
     naming,
+)
+from memaop_triton.nn.linear import MemAOPLayer
+from memaop_triton.nn.lora import (
+    DEFAULT_CONFIG,
+    MemAOPLora,
+    choose_lora_layers,
+    converted_lora_layers,
 )
 from memaop_triton.plan.planning import plan_chosen
 
@@ -34,6 +42,7 @@ def convert_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     overrides: Mapping[str, MemAOPConfig | None] | None = None,
     *,
+    targets: str = "linear",
     only_if_faster: bool = False,
     example_inputs: object = None,
     loss_fn: Callable[[Any], Tensor] | None = None,
@@ -55,16 +64,27 @@ def convert_(
     Layers whose configuration has `ratio="auto"` are decided about together: `memaop_triton.auto`
     says how, and `model_report` what came of it.
 
+    Of a model of PEFT, `targets="linear"` takes what is trained as a whole (`modules_to_save`) and
+    leaves frozen layers and adapters alone, unless `filter_fn` takes them. `targets="lora"` takes
+    the LoRA layers: A keeps a stash of its inputs, which layers with the same inputs share, and
+    the mask of its dropout in bits (`memaop_triton.nn.lora`). The model computes the same, and is
+    saved, loaded, merged and given more adapters as ever. What is not PEFT's plain LoRA of a linear
+    layer, by its class or by a variant such as DoRA, stays as it is, and a warning names it.
+
     Args:
         model: Any module; it may itself be a linear layer.
-        config: For every layer that `overrides` does not name; `MemAOPConfig(ratio="auto")` if
-            `None`.
+        config: For every layer that `overrides` does not name. By default
+            `MemAOPConfig(ratio="auto")`, and for LoRA layers `MemAOPConfig(ratio=1, memory="none",
+            stash="int4")`, by which dW is exact but for the rounding. Those take no memory, an
+            exact dX and no `ratio="auto"`.
         filter_fn: `filter_fn(module, fqn)`, called with every linear layer of the model (subclasses
-            included) and its qualified name; layers for which it is false stay dense. By default
-            the layers whose class is exactly `nn.Linear` or `Conv1D` (or was, before
-            `fully_shard`), and a warning names the others.
+            included), or every LoRA layer, and its qualified name; layers for which it is false
+            stay as they are. By default the layers whose class is exactly `nn.Linear` or `Conv1D`
+            (or was, before `fully_shard`), and a warning names the others.
         overrides: Configuration by name pattern (shell style, `"blocks.*.mlp.*"`), `None` to leave
             a layer dense. Of several patterns that match, the last one counts.
+        targets: `"linear"`, or `"lora"` for the LoRA layers of PEFT. A model can be converted for
+            one after the other.
         only_if_faster: Measure first, as `plan` does, and leave the layers dense that conversion
             would not make faster. The logger `memaop_triton.convert` names these layers (level
             INFO); if they are all layers, a warning says so. In a distributed run every process has
@@ -84,9 +104,22 @@ def convert_(
         ValueError: No layer is left to convert, a layer is converted already, a pattern matches
             nothing, or a layer has its own forward pass; `only_if_faster` without
             `example_inputs`, or the reverse, or with `ratio="auto"`; `process_group` without it,
-            or one that this process is not in; or as `plan`. Nothing is converted then.
+            or one that this process is not in; or as `plan`; `targets` is unknown, or `"lora"`
+            with one of these arguments or a configuration that is not for adapters. Nothing is
+            converted then.
         TypeError: `model` is not a module, or a configuration not a `MemAOPConfig`.
     """
+    check_name("targets", targets, ("linear", "lora"))
+    if targets == "lora":
+        if only_if_faster or example_inputs is not None or loss_fn is not None or process_group:
+            raise ValueError(
+                "targets='lora' saves memory and measures nothing: only_if_faster, example_inputs, "
+                "loss_fn and process_group have no meaning with it."
+            )
+        config = DEFAULT_CONFIG if config is None else config
+        for layer, layer_config in choose_lora_layers(model, config, filter_fn, overrides).values():
+            MemAOPLora.adopt_(layer, layer_config)
+        return model
     if only_if_faster and example_inputs is None:
         raise ValueError(
             "only_if_faster=True needs example_inputs, the model's inputs in a training step: "
@@ -128,13 +161,15 @@ def convert_(
 
 
 def revert_(model: M) -> M:
-    """Turn every converted layer of `model` back into the dense layer it was, in place.
+    """Turn every converted layer of `model` back into what it was, in place, those of PEFT too.
 
     Raises:
         ValueError: The model has none, or a layer was parametrised after it was converted. Nothing
             is reverted then.
     """
-    layers = dict(converted_layers(model))
+    layers: dict[str, MemAOPLayer | MemAOPLora] = {}
+    layers.update(converted_layers(model))
+    layers.update(converted_lora_layers(model))
     if not layers:
         raise ValueError(f"model has no converted layer to revert: {type(model).__name__}.")
     for name, layer in layers.items():

@@ -8,6 +8,8 @@ rounded,
     X = Z E + (X − Z E),  E ∝ Qᵀ
 
 and Z and E, bfloat16, are kept as they are: what they were rounded by is in the rest.
+
+What dropout made of X can be kept as a stash of X, which several layers share, and a `Mask`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from memaop_triton.dispatch import project_rows, restore_both, restore_rows, round_rows
 from memaop_triton.kernels.cpu.stash import Inside, RoundedRows
 from memaop_triton.kernels.cpu.torch_ops import score_dtype
+from memaop_triton.memory.mask import Mask
 
 #: Bits of a number by the name of the setting.
 BITS = {"int8": 8, "int4": 4}
@@ -38,19 +41,30 @@ class Stash:
         bits: Of a stored number.
         dtype: Of X.
         inside: What was taken out before.
+        mask: What dropout did to the rows afterwards; only where nothing was taken out.
 
     Attributes:
         shape: [M, N].
         inside: The part of the rows inside of a subspace; `None` if all of them were rounded.
+        mask: Applied to all rows that are restored, and to none of their norms.
     """
 
-    def __init__(self, stored: RoundedRows, bits: int, dtype: torch.dtype, inside: Inside) -> None:
+    def __init__(
+        self,
+        stored: RoundedRows,
+        bits: int,
+        dtype: torch.dtype,
+        inside: Inside,
+        mask: Mask | None = None,
+    ) -> None:
         self._stored = stored
         self._bits = bits
         self.dtype = dtype
         self.shape = torch.Size((len(stored.norms), inside.expand.shape[1]))
         self.inside = inside if inside.z.shape[1] else None
-        self._tensors = *stored, *inside
+        assert mask is None or self.inside is None
+        self.mask = mask
+        self._tensors = *(mask or ()), *stored, *inside
 
     @classmethod
     def of(
@@ -77,8 +91,9 @@ class Stash:
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor], bits: int, dtype: torch.dtype) -> Stash:
         """From what `tensors` gave."""
-        *stored, z, expand = tensors
-        return cls(RoundedRows(*stored), bits, dtype, Inside(z, expand))
+        *mask, numbers, scales, norms, seed, z, expand = tensors
+        stored = RoundedRows(numbers, scales, norms, seed)
+        return cls(stored, bits, dtype, Inside(z, expand), Mask(*mask) if mask else None)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -114,13 +129,15 @@ class Stash:
         self, g: Tensor, indices: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Rows less what is inside, [K, N], those of `g`, [K, P], and weights still to apply."""
-        return restore_both(self._stored, self._bits, self.shape[1], g, indices, weights)
+        x, g, weights = restore_both(self._stored, self._bits, self.shape[1], g, indices, weights)
+        return self._masked(x, indices), g, weights
 
     def rows(self, indices: Tensor) -> Tensor:
         """These rows, [K, N]."""
-        return restore_rows(
+        rows = restore_rows(
             self._stored, self._bits, self.shape[1], self.dtype, indices, self.inside
         )
+        return self._masked(rows, indices)
 
     def __getitem__(self, rows: slice) -> Tensor:
         first, end, step = rows.indices(self.shape[0])
@@ -153,3 +170,6 @@ class Stash:
             else:
                 product += (left.t() @ right).to(dtype)
         return product
+
+    def _masked(self, rows: Tensor, indices: Tensor) -> Tensor:
+        return rows if self.mask is None else self.mask.apply(rows, indices)

@@ -56,7 +56,7 @@ def kept_bytes(states: Mapping[str, LayerState]) -> dict[str, KeptBytes | None]:
             note = f"shared with {first_stash}"
         found[name] = KeptBytes(
             kept.input_bytes if first_input == name else 0,
-            kept.stash_bytes if first_stash == name else 0,
+            kept.mask_bytes + (kept.stash_bytes if first_stash == name else 0),
             note,
         )
     return found

@@ -14,7 +14,7 @@ from memaop_triton.config import MemAOPConfig
 from memaop_triton.memory.kinds import Memory, check_memory
 from memaop_triton.nn import ops as ops  # registers torch.ops.memaop_triton
 from memaop_triton.nn.layer_state import LayerState, state_for
-from memaop_triton.nn.stashing import kept_of
+from memaop_triton.nn.stashing import kept_of, skip_draw
 
 
 class _MemAOPLinearFunction(torch.autograd.Function):
@@ -268,6 +268,8 @@ def linear_of_state(
     if `x` was cast since.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        if state.stash != "exact" and weight.requires_grad and not torch.compiler.is_compiling():
+            skip_draw(x.device)
         return F.linear(x, weight, bias)
     handle, order = state.handle, state.order
     if handle.device != x.device:

@@ -7,7 +7,7 @@ import difflib
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 
@@ -20,7 +20,9 @@ from memaop_triton.nn.linear import (
     check_adoptable,
     class_below_fsdp,
 )
+from memaop_triton.nn.peft import left_to_peft
 
+M = TypeVar("M", bound=nn.Module)
 #: `filter_fn(module, fqn)`: whether a linear layer is taken.
 Filter = Callable[[nn.Module, str], bool]
 Chosen = dict[str, tuple[nn.Module, MemAOPConfig]]
@@ -77,9 +79,48 @@ def choose_layers(
             layer has a forward pass of its own.
         TypeError: `model` is not a module, or a configuration not a `MemAOPConfig`.
     """
+    config = MemAOPConfig() if config is None else config
+    overrides = check_arguments(model, config, overrides)
+    linears = {n: m for n, m in model.named_modules() if kind_of(m) is not None}
+    of_peft = left_to_peft(model, linears) if filter_fn is None else set()
+    linears = {n: m for n, m in linears.items() if n not in of_peft}
+    is_taken = _is_plain_or_converted if filter_fn is None else filter_fn
+    taken = {n: m for n, m in linears.items() if is_taken(m, n)}
+    twice = [quoted(name) for name, module in taken.items() if isinstance(module, MemAOPLayer)]
+    if twice:
+        raise ValueError(
+            f"model is converted already: {', '.join(twice)}. Call revert_(model) first, or leave "
+            "these layers out with filter_fn."
+        )
+    chosen = apply_overrides(model, taken, config, overrides)
+    others = [f"{quoted(n)} ({type(m).__name__})" for n, m in linears.items() if n not in taken]
+    if filter_fn is None and others:
+        warnings.warn(
+            f"left as they are, being subclasses of linear layers: {', '.join(others)}. "
+            "A filter_fn can take them.",
+            stacklevel=3,
+        )
+    if not chosen:
+        hint = f" {len(of_peft)} more are PEFT's: see convert_(targets='lora')." if of_peft else ""
+        raise ValueError(
+            f"model has no layer to convert: {len(linears)} linear layers in "
+            f"{type(model).__name__}, {len(taken)} taken by the filter, none left after overrides."
+            f"{hint}"
+        )
+    for name, (module, _) in chosen.items():
+        with naming(name):
+            kind = kind_of(module)
+            assert kind is not None
+            check_adoptable(module, kind.dense)
+    return chosen
+
+
+def check_arguments(
+    model: nn.Module, config: MemAOPConfig, overrides: Mapping[str, MemAOPConfig | None] | None
+) -> Mapping[str, MemAOPConfig | None]:
+    """Raise `TypeError` unless they are what `convert_` takes; returns `overrides`, not `None`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    config = MemAOPConfig() if config is None else config
     overrides = {} if overrides is None else overrides
     check_config(config)
     if not isinstance(overrides, Mapping):
@@ -89,35 +130,7 @@ def choose_layers(
             raise TypeError(
                 f"overrides[{pattern!r}] must be a MemAOPConfig or None, got {value!r}."
             )
-
-    linears = {n: m for n, m in model.named_modules() if kind_of(m) is not None}
-    is_taken = _is_plain_or_converted if filter_fn is None else filter_fn
-    taken = {n: m for n, m in linears.items() if is_taken(m, n)}
-    twice = [quoted(name) for name, module in taken.items() if isinstance(module, MemAOPLayer)]
-    if twice:
-        raise ValueError(
-            f"model is converted already: {', '.join(twice)}. Call revert_(model) first, or leave "
-            "these layers out with filter_fn."
-        )
-    chosen = _apply_overrides(model, taken, config, overrides)
-    others = [f"{quoted(n)} ({type(m).__name__})" for n, m in linears.items() if n not in taken]
-    if filter_fn is None and others:
-        warnings.warn(
-            f"left as they are, being subclasses of linear layers: {', '.join(others)}. "
-            "A filter_fn can take them.",
-            stacklevel=3,
-        )
-    if not chosen:
-        raise ValueError(
-            f"model has no layer to convert: {len(linears)} linear layers in "
-            f"{type(model).__name__}, {len(taken)} taken by the filter, none left after overrides."
-        )
-    for name, (module, _) in chosen.items():
-        with naming(name):
-            kind = kind_of(module)
-            assert kind is not None
-            check_adoptable(module, kind.dense)
-    return chosen
+    return overrides
 
 
 def converted_layers(model: nn.Module) -> Iterator[tuple[str, MemAOPLayer]]:
@@ -147,12 +160,17 @@ def _is_plain_or_converted(module: nn.Module, _: str) -> bool:
     return is_plain or isinstance(module, MemAOPLayer)
 
 
-def _apply_overrides(
+def apply_overrides(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, M],
     config: MemAOPConfig,
     overrides: Mapping[str, MemAOPConfig | None],
-) -> Chosen:
+) -> dict[str, tuple[M, MemAOPConfig]]:
+    """Layer and configuration by name, without those that an override leaves as they are.
+
+    Raises:
+        ValueError: A pattern matches none of these layers.
+    """
     configs: dict[str, MemAOPConfig | None] = dict.fromkeys(layers, config)
     # A module that is registered several times has several names.
     name_of = {id(module): name for name, module in layers.items()}

@@ -73,6 +73,7 @@ class Kept(NamedTuple):
         stash: A tensor of the stash; the inputs if they were kept as they are.
         keeper: Who keeps the inputs for its own backward pass, so that they were kept as they are;
             "" if there is a stash.
+        mask_bytes: Of the mask of dropout beside the stash, which is never shared.
     """
 
     input_bytes: int
@@ -80,6 +81,7 @@ class Kept(NamedTuple):
     input: weakref.ref[Tensor]
     stash: weakref.ref[Tensor]
     keeper: str = ""
+    mask_bytes: int = 0
 
 
 class LayerState:

@@ -196,7 +196,8 @@ def _stash(
 
 
 def _stash_fake(x: Tensor, handle: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
-    state = layer_state.find(handle.shape[0])
+    # A size that was different in an earlier graph is symbolic.
+    state = layer_state.find(int(handle.shape[0]))
     (rows, columns), rank = x.shape, _rank_of_stash(state)
     bits = BITS[state.stash]
     return (

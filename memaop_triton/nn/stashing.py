@@ -3,6 +3,10 @@
 A stash frees memory only if the inputs themselves go. They stay where the operation that made them
 needs them for its own backward pass, as a ReLU does its result: such inputs are kept as they are.
 What a later operation keeps is not known here; `plan` finds that out.
+
+An input that was cast or dropped out for one layer is made of a tensor that feeds others too. Who
+makes it says so (`made_from`), and the stash is one of that tensor: beside it, only the mask of
+dropout is the layer's own.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from memaop_triton.kernels.draws import draw_seed, draw_seed_tensor
 from memaop_triton.memory.kinds import SubspaceMemory, rows_to_compute
+from memaop_triton.memory.mask import Mask
 from memaop_triton.memory.stash import BITS, Stash
 from memaop_triton.nn.layer_state import Kept, LayerState
 
@@ -67,34 +73,111 @@ class _Made(NamedTuple):
     tensors: tuple[TensorWeakRef, ...]
 
 
+class _Origin(NamedTuple):
+    """What a tensor was made of, as an attribute of the tensor.
+
+    Attributes:
+        version: Of the tensor.
+        source: What it was made of.
+        source_version: Of that.
+        mask: Of dropout between the two; `None` if it was cast only.
+    """
+
+    version: int
+    source: TensorWeakRef
+    source_version: int
+    mask: Mask | None
+
+
+_ORIGIN = "_memaop_origin"
 _recent = threading.local()
+
+
+def made_from(made: Tensor, source: Tensor, mask: Mask | None = None) -> None:
+    """Say what a tensor that layers will be given was made of.
+
+    Args:
+        made: This tensor, [..., N].
+        source: Of the same shape; it may be of another dtype. If it was made of a third one, then
+            so was `made`.
+        mask: Of dropout, if it lies between the two.
+    """
+    if made.is_inference() or source.is_inference():
+        return
+    first, mask_before = _origin_of(source)
+    if mask_before is not None:  # two of them are one dropout with a mask that nobody has
+        return
+    origin = _Origin(made._version, TensorWeakRef(first), first._version, mask)
+    setattr(made, _ORIGIN, origin)
+
+
+def _origin_of(a: Tensor) -> tuple[Tensor, Mask | None]:
+    """What `made_from` said; the tensor itself if that was nothing, or is not true any more."""
+    origin: _Origin | None = getattr(a, _ORIGIN, None)
+    if origin is not None and origin.version == a._version:
+        source = origin.source()
+        if isinstance(source, Tensor) and source._version == origin.source_version:
+            return source, origin.mask
+    return a, None
 
 
 def kept_of(x: Tensor, source: Tensor, weight: Tensor, state: LayerState) -> tuple[Tensor, ...]:
     """The tensors of a `Stash` of `x`; none if `x` itself is to be kept. Recorded in `state.kept`.
 
+    A seed is drawn in any case.
+
     Args:
         x: [..., N], as it is multiplied.
-        source: The layer's argument, of which autocast may have made `x`.
+        source: The layer's argument, of which autocast may have made `x`; `made_from` may have said
+            what this was made of.
         weight: [P, N].
         state: Of a layer that has a stash.
     """
     if x.numel() == 0 or weight.shape[0] == 0:
+        skip_draw(x.device)
         return ()
+    source, mask = _origin_of(source)
     keeper = _keeper_of(x) if x is source else ""
     if keeper:
         itself = weakref.ref(x)
         state.kept = Kept(x.nbytes, x.nbytes, itself, itself, keeper)
+        skip_draw(x.device)
         return ()
+    if mask is not None:
+        return _kept_beside_mask(x, source, mask, state)
     rows = x.detach().reshape(-1, x.shape[-1])
     bits, basis = BITS[state.stash], _basis_for(rows, weight.shape[0], state)
-    found = _find(source, x.dtype, bits, wants_inside=basis is not None)
+    found = _find(source, x.dtype, bits, inside=(False, True) if basis is None else (True,))
     if found is None:
-        stash = Stash.of(rows, bits, basis)
-        _remember(source, x.dtype, bits, stash)
-        found = stash.tensors
+        found = _remembered(source, x.dtype, bits, Stash.of(rows, bits, basis))
     state.kept = _record(x, found)
     return found
+
+
+def skip_draw(device: torch.device) -> None:
+    """Draw the seed of a stash that is not made.
+
+    Activation checkpointing runs a forward pass twice, from one state of the generator: without
+    gradients or without what autograd saves, and then with them. Only then do layers share a stash.
+    As every layer draws in both passes, what is drawn after it, as by dropout, is the same.
+    """
+    if device.type == "cuda":
+        draw_seed(device)  # without a launch
+    else:
+        draw_seed_tensor(device)  # also on a device without numbers
+
+
+def _kept_beside_mask(
+    x: Tensor, source: Tensor, mask: Mask, state: LayerState
+) -> tuple[Tensor, ...]:
+    """The tensors of a `Stash` of `source`, of which dropout with this mask has made `x`."""
+    bits = BITS[state.stash]
+    found = _find(source, x.dtype, bits, inside=(False,))
+    if found is None:
+        rows = source.detach().to(x.dtype).reshape(-1, x.shape[-1])
+        found = _remembered(source, x.dtype, bits, Stash.of(rows, bits))
+    state.kept = _record(x, found, mask.bits.nbytes)
+    return *mask, *found
 
 
 def new_stash(
@@ -110,9 +193,9 @@ def new_stash(
     return stash
 
 
-def _record(x: Tensor, tensors: tuple[Tensor, ...]) -> Kept:
+def _record(x: Tensor, tensors: tuple[Tensor, ...], mask_bytes: int = 0) -> Kept:
     nbytes = sum(a.nbytes for a in tensors)
-    return Kept(x.nbytes, nbytes, weakref.ref(x), weakref.ref(tensors[0]))
+    return Kept(x.nbytes, nbytes, weakref.ref(x), weakref.ref(tensors[0]), mask_bytes=mask_bytes)
 
 
 def _basis_for(rows: Tensor, out_features: int, state: LayerState) -> Tensor | None:
@@ -148,33 +231,38 @@ def _keeper_of(x: Tensor) -> str:
 
 
 def _find(
-    source: Tensor, dtype: torch.dtype, bits: int, *, wants_inside: bool
+    source: Tensor, dtype: torch.dtype, bits: int, *, inside: tuple[bool, ...]
 ) -> tuple[Tensor, ...] | None:
-    """The tensors of a stash of the same numbers, if they are still there."""
+    """The tensors of a stash of the same numbers, if they are still there.
+
+    `inside`: whether a part of the rows may be kept beside it.
+    """
     for made in getattr(_recent, "made", ()):
         if made.source() is not source or made.version != source._version:
             continue
-        if made.dtype == dtype and made.bits == bits and made.has_inside >= wants_inside:
+        if made.dtype == dtype and made.bits == bits and made.has_inside in inside:
             tensors = [one() for one in made.tensors]
             if all(isinstance(one, Tensor) for one in tensors):
+                skip_draw(source.device)
                 return tuple(tensors)
     return None
 
 
-def _remember(source: Tensor, dtype: torch.dtype, bits: int, stash: Stash) -> None:
-    if source.is_inference():
-        return
-    made = _Made(
-        TensorWeakRef(source),
-        source._version,
-        dtype,
-        bits,
-        stash.inside is not None,
-        tuple(map(TensorWeakRef, stash.tensors)),
-    )
-    if not hasattr(_recent, "made"):
-        _recent.made = deque(maxlen=_MOST_REMEMBERED)
-    _recent.made.appendleft(made)
+def _remembered(source: Tensor, dtype: torch.dtype, bits: int, stash: Stash) -> tuple[Tensor, ...]:
+    """The tensors of a new stash, which later layers will find."""
+    if not source.is_inference():
+        made = _Made(
+            TensorWeakRef(source),
+            source._version,
+            dtype,
+            bits,
+            stash.inside is not None,
+            tuple(map(TensorWeakRef, stash.tensors)),
+        )
+        if not hasattr(_recent, "made"):
+            _recent.made = deque(maxlen=_MOST_REMEMBERED)
+        _recent.made.appendleft(made)
+    return stash.tensors
 
 
 def stash_of(tensors: Sequence[Tensor], state: LayerState, dtype: torch.dtype) -> Stash:

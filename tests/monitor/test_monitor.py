@@ -370,7 +370,9 @@ def test_a_stash_shows_the_figures_of_what_was_kept(side, ratio):
         with monitor(model, every=1) as watch:
             train(model, batches(200, dtype=torch.float64), lr=0)
             found[stash] = watch.read()["0"]
-    for name in ("batch_variance", "score_sum", "gradient_square", "sampling_variance"):
+    # The variance is that beside a basis, which both have drawn for themselves.
+    allowed = {"batch_variance": 0.3, "score_sum": 0.3, "gradient_square": 0.3}
+    for name, rel in (allowed | {"sampling_variance": 0.6}).items():
         ours, exact = getattr(found["int8"], name), getattr(found["exact"], name)
-        assert ours == pytest.approx(exact, rel=0.3), name
+        assert ours == pytest.approx(exact, rel=rel), name
     assert all(0 < figures.outside_subspace < 1 for figures in found.values())

@@ -313,3 +313,30 @@ def test_a_layer_without_data():
     ours = convert_(nn.Linear(SIZE, SIZE, device="meta"), INT4)
     y = ours(torch.empty(ROWS, SIZE, device="meta"))
     assert y.grad_fn.saved_tensors[2].shape == (ROWS, SIZE // 2)
+    with torch.no_grad():
+        assert ours(torch.empty(ROWS, SIZE, device="meta")).shape == (ROWS, SIZE)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_equal_models_are_compiled_one_after_the_other():
+    """The second one is traced with a symbolic handle."""
+    torch.compiler.reset()
+    for _ in range(2):
+        model = convert_(Attention(), MemAOPConfig(ratio=1, memory=None, stash="int4"))
+        torch.compile(model, backend="aot_eager", fullgraph=True)(rows()).sum().backward()
+        assert model.q.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_leaves_dropout_what_it_is(reentrant):
+    """Layers draw as many seeds in both forward passes, whether they share a stash or not."""
+    model, seen = convert_(Attention(), INT4), []
+
+    def block(x):
+        y = F.dropout(model(x))
+        seen.append(y == 0)
+        return y + model.q(F.relu(y))
+
+    checkpoint(block, rows(requires_grad=True), use_reentrant=reentrant).sum().backward()
+    first, again = seen
+    assert torch.equal(first, again)
