@@ -26,10 +26,10 @@ def model_report(model: nn.Module) -> str:
 
     Then, if layers have a stash, one line for each of them: what its last forward pass in training
     kept of the inputs for the backward pass, and what a dense layer would have kept. What layers
-    share counts once.
+    share counts once. A last line says the same of what `compress_saved` has rounded.
 
     Raises:
-        ValueError: No layer of `model` has `ratio="auto"` or a stash.
+        ValueError: No layer of `model` has `ratio="auto"` or a stash, nor is it compressed.
     """
     lines, kept = [], kept_lines(model)
     controllers = _controllers_of(model)
