@@ -1,10 +1,10 @@
-"""Which saved tensors of which operations bear rounding, and how they are found in a graph.
+"""Which saved tensors of which operations may be held in fewer bits, and how to find them.
 
 Rounding with a random error of mean zero leaves a gradient unbiased where that is linear in the
-saved tensor, and nearly so where it is smooth in it. It ruins what compares the saved tensor with
-something: the result of a ReLU, of which half is exactly zero, the places of a maximum. And what
-divides by it. So tensors are rounded by name of the operation that saved them, and an operation
-that is not listed here keeps what it saves as it is.
+saved tensor, and nearly so where it is smooth in it. It ruins the gradient of what compares the
+saved tensor with something, as a maximum, or divides by it; of a ReLU it leaves nothing, for half
+of its results are exactly zero, but that takes no more than their signs. So it depends on the
+operation that saved a tensor, and one that is not listed here keeps all as it is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from memaop_triton.memory.rounded import RoundedTensor
+from memaop_triton.memory.signs import SignBits
 
 _ATTENTION = ("query", "key", "value", "output")
 # By name of the node, and of what it has saved.
@@ -47,6 +50,14 @@ _ROUNDED = {
     "ScaledDotProductFlashAttentionBackward0": _ATTENTION,
     "ScaledDotProductEfficientAttentionBackward0": _ATTENTION,
     "ScaledDotProductCudnnAttentionBackward0": _ATTENTION,
+    # Only sizes are read.
+    "MaxPool2DWithIndicesBackward0": ("self",),
+    "AvgPool2DBackward0": ("self",),
+}
+_REDUCED_TO_SIGNS = {
+    "ReluBackward0": ("result",),
+    "LeakyReluBackward0": ("self",),
+    "LeakyReluBackward1": ("result",),
 }
 # Layers of ours save their inputs first, or `None` where they keep them in another form.
 _OUR_LAYERS = frozenset(("_EagerFunctionBackward", "_MemAOPLinearFunctionBackward"))
@@ -62,19 +73,22 @@ _STILL_A_PARAMETER = frozenset(
 _OF_A_LEAF = "torch::autograd::AccumulateGrad"
 
 
+Form = type[RoundedTensor] | type[SignBits]
+
+
 class Saved(NamedTuple):
     """What a node of the autograd graph has saved.
 
     Attributes:
         handle: PyTorch's, that takes hooks.
         tensor: The tensor.
-        bears_rounding: Whether it may be rounded, as far as the operation is concerned.
+        form: In which the operation can do with it; `None` stands for its own.
         read: Returns the tensor as the backward pass will get it.
     """
 
     handle: Any
     tensor: Tensor
-    bears_rounding: bool
+    form: Form | None
     read: Callable[[], Any]
 
     def is_unchanged(self) -> bool:
@@ -103,7 +117,6 @@ def new_nodes(outputs: Iterable[Tensor], visited: set[Any]) -> list[Any]:
 def saved_by(node: Any) -> Iterator[Saved]:
     """The tensors that `node` holds; none of those that somebody's hooks have taken over."""
     name = node.name()
-    rounded = _ROUNDED.get(name, ())
     for operand in _saved_operands(type(node)):
         try:
             handles = getattr(node, f"{_RAW}{operand}")
@@ -116,15 +129,19 @@ def saved_by(node: Any) -> Iterator[Saved]:
             tensor = handle.data
             if type(tensor) not in (Tensor, Parameter) or tensor.layout != torch.strided:
                 continue
+            form = _form_for(name, operand, place)
             if operand in _RESULTS:
-                bears, read = (
-                    operand in rounded,
-                    functools.partial(getattr, node, f"_saved_{operand}"),
-                )
+                read = functools.partial(getattr, node, f"_saved_{operand}")
             else:
-                bears = operand in rounded or (name in _OUR_LAYERS and place == 0)
-                bears, read = bears and _is_activation(tensor), handle.unpack
-            yield Saved(handle, tensor, bears, read)
+                form, read = form if _is_activation(tensor) else None, handle.unpack
+            yield Saved(handle, tensor, form, read)
+
+
+def _form_for(node: str, operand: str, place: int) -> Form | None:
+    if operand in _REDUCED_TO_SIGNS.get(node, ()):
+        return SignBits
+    is_ours = node in _OUR_LAYERS and place == 0
+    return RoundedTensor if is_ours or operand in _ROUNDED.get(node, ()) else None
 
 
 # A class of nodes for each operation, and one for each `autograd.Function`.

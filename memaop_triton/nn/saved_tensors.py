@@ -19,8 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from memaop_triton.dispatch import DTYPES
 from memaop_triton.memory.rounded import RoundedTensor, is_dense
+from memaop_triton.memory.signs import SignBits
 from memaop_triton.nn.functional import no_autocast
-from memaop_triton.nn.saved_operands import new_nodes, saved_by
+from memaop_triton.nn.saved_operands import Form, new_nodes, saved_by
 
 # Smaller tensors are not worth the calls.
 _LEAST_BYTES = 64 << 10
@@ -41,9 +42,10 @@ def compress_saved(model: nn.Module) -> CompressedSaved:
     Rounded are float16, bfloat16 and float32 tensors in at least 64 KiB of memory, on CPUs and CUDA
     devices, once each, that these operations save: matrix products and `einsum`, linear layers,
     convolutions, products of elements, layer, group, batch and RMS norm, GELU, SiLU, Mish, GLU,
-    sigmoid, tanh, softmax, `scaled_dot_product_attention`. Never Parameters, buffers, leaves, what
-    no gradient flows to (masks, batches), statistics, or a tensor that any other operation saves:
-    that frees nothing. A ReLU's result is one, because of its zeros.
+    sigmoid, tanh, softmax, `scaled_dot_product_attention`, pooling in two dimensions. A ReLU, leaky
+    or not, gets a bit a number, and its own gradient is exact. Never Parameters, buffers, leaves,
+    what no gradient flows to (masks, batches), statistics, or a tensor that any other operation
+    saves as well, because that would free nothing.
 
     Under activation checkpointing, offloading and other saved-tensor hooks nothing is rounded, nor
     what a region compiled by `torch.compile` saves. A tensor that is changed in place before it was
@@ -112,7 +114,7 @@ class CompressedSaved:
         forward = None if _is_traced_or_recomputed() else getattr(self._running, "forward", None)
         if forward is None:
             return
-        forward.round_behind(output)
+        forward.pack_behind(output)
         if forward.module is module:
             self._running.forward = None
             self.exact_bytes, self.held_bytes = forward.exact_bytes, forward.held_bytes
@@ -142,13 +144,13 @@ class _Place(NamedTuple):
 class _Packed(NamedTuple):
     """What is held in place of a saved tensor."""
 
-    rounded: RoundedTensor
+    numbers: RoundedTensor | SignBits
     shape: torch.Size
     stride: tuple[int, ...]
 
     def restore(self) -> Tensor:
-        with torch.no_grad(), no_autocast(self.rounded.device.type):
-            return self.rounded.restore(self.shape, self.stride)
+        with torch.no_grad(), no_autocast(self.numbers.device.type):
+            return self.numbers.restore(self.shape, self.stride)
 
 
 class _ForwardPass:
@@ -156,8 +158,8 @@ class _ForwardPass:
 
     Attributes:
         module: The outermost one.
-        exact_bytes: What was rounded so far, in bytes before.
-        held_bytes: And after.
+        exact_bytes: Of what was packed so far.
+        held_bytes: Of what it was packed into.
     """
 
     def __init__(self, module: nn.Module, inputs: Any) -> None:
@@ -168,24 +170,25 @@ class _ForwardPass:
         self._visited = {a.grad_fn for a in _tensors(inputs)}
         self._kept: set[int] = set()  # storages that are held as they are
         # No other storage gets the address of one to which there is a weak reference.
-        self._made: dict[_Place, tuple[StorageWeakRef, RoundedTensor]] = {}
+        self._storages: dict[_Place, StorageWeakRef] = {}
+        self._packed: dict[tuple[_Place, Form], RoundedTensor | SignBits] = {}
 
-    def round_behind(self, output: Any) -> None:
-        """Round what was saved on the way to `output` since the last call."""
+    def pack_behind(self, output: Any) -> None:
+        """Pack what was saved on the way to `output` since the last call."""
         wanted = []
         for node in new_nodes(_tensors(output), self._visited):
             for saved in saved_by(node):
-                if saved.bears_rounding and _is_worth_it(saved.tensor):
-                    wanted.append(saved)
+                if saved.form is not None and _is_worth_it(saved.tensor):
+                    wanted.append((saved, saved.form))
                 else:
                     self._kept.add(_storage(saved.tensor))
-        for saved in wanted:
+        for saved, form in wanted:
             # Beside what is held in any case bits would only add.
             if _storage(saved.tensor) not in self._kept and saved.is_unchanged():
-                packed = self._pack(saved.tensor.detach())
+                packed = self._pack(saved.tensor.detach(), form)
                 saved.handle.register_hooks(lambda _, packed=packed: packed, _Packed.restore)
 
-    def _pack(self, a: Tensor) -> _Packed:
+    def _pack(self, a: Tensor, form: Form) -> _Packed:
         is_whole = is_dense(a)
         dense = a if is_whole else a.contiguous()
         named = a.as_strided((a.numel(),), (1,)) if is_whole else a  # one name for all views of it
@@ -193,13 +196,14 @@ class _ForwardPass:
         place = _Place(
             storage.cdata, a.storage_offset(), named.shape, named.stride(), a.dtype, a._version
         )
-        if place not in self._made:
-            with torch.no_grad(), no_autocast(a.device.type):
-                rounded = RoundedTensor(dense)
-            self._made[place] = storage, rounded
+        if place not in self._storages:
+            self._storages[place] = storage
             self.exact_bytes += a.nbytes
-            self.held_bytes += rounded.nbytes
-        return _Packed(self._made[place][1], dense.shape, dense.stride())
+        if (place, form) not in self._packed:
+            with torch.no_grad(), no_autocast(a.device.type):
+                self._packed[place, form] = form(dense)
+            self.held_bytes += self._packed[place, form].nbytes
+        return _Packed(self._packed[place, form], dense.shape, dense.stride())
 
 
 def _is_traced_or_recomputed() -> bool:
