@@ -45,8 +45,8 @@ def compress_saved(model: nn.Module) -> CompressedSaved:
     sigmoid, tanh, softmax, `scaled_dot_product_attention`, pooling in two dimensions. A ReLU, leaky
     or not, gets a bit a number, and its own gradient is exact. Never Parameters, buffers, leaves,
     what no gradient flows to (masks, batches, and the factors of a dropout, which are floats on a
-    CPU), statistics, or a tensor that any other operation
-    saves as well, because that would free nothing.
+    CPU), statistics, or a tensor that any other operation saves as well, because that would free
+    nothing.
 
     Under activation checkpointing, offloading and other saved-tensor hooks nothing is rounded, nor
     what a region compiled by `torch.compile` saves. A tensor that is changed in place before it was

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -73,7 +73,8 @@ def test_bytes_of_convolutions():
 def test_a_leaf_and_its_views_stay_with_their_owner():
     model = nn.Sequential(nn.GELU(), nn.LayerNorm(SIZE))
     compressed = compress_saved(model)
-    for x in (rows().requires_grad_(), rows().requires_grad_().view(ROWS // 2, 2, SIZE)):
+    leaf = rows(2 * ROWS, SIZE).requires_grad_()
+    for x in (leaf, leaf.view(ROWS, 2, SIZE), leaf.split(ROWS)[1]):
         model(x)
         assert compressed.exact_bytes == x.nbytes  # the norm's input
     with torch.autocast("cpu"):
@@ -194,11 +195,19 @@ def test_nothing_is_rounded_under_checkpointing(use_reentrant):
     assert error < 0.01
 
 
-def test_other_saved_tensor_hooks_go_first():
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        torch.autograd.graph.save_on_cpu,
+        lambda: torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda a: a),
+    ],
+    ids=["offloading", "of tensors"],
+)
+def test_other_saved_tensor_hooks_go_first(hooks):
     model, x = block(causal=True), rows(8, 64, SIZE)
     exact = gradients(model, made(x))
     compressed = compress_saved(model)
-    with torch.autograd.graph.save_on_cpu():
+    with hooks():
         assert torch.equal(gradients(model, made(x)), exact)
     assert compressed.exact_bytes == 0
 
