@@ -10,7 +10,7 @@ operation that saved a tensor, and one that is not listed here keeps all as it i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -117,7 +117,7 @@ def new_nodes(outputs: Iterable[Tensor], visited: set[Any]) -> list[Any]:
 def saved_by(node: Any) -> Iterator[Saved]:
     """The tensors that `node` holds; none of those that somebody's hooks have taken over."""
     name = node.name()
-    for operand in _saved_operands(type(node)):
+    for operand in _saved_operands(node.__class__):
         try:
             handles = getattr(node, f"{_RAW}{operand}")
         except RuntimeError:  # the graph was freed
@@ -146,7 +146,7 @@ def _form_for(node: str, operand: str, place: int) -> Form | None:
 
 # A class of nodes for each operation, and one for each `autograd.Function`.
 @functools.lru_cache(maxsize=1024)
-def _saved_operands(kind: Hashable) -> tuple[str, ...]:
+def _saved_operands(kind: type) -> tuple[str, ...]:
     return tuple(name.removeprefix(_RAW) for name in dir(kind) if name.startswith(_RAW))
 
 
