@@ -1,10 +1,10 @@
 """Which saved tensors of which operations may be held in fewer bits, and how to find them.
 
 Rounding with a random error of mean zero leaves a gradient unbiased where that is linear in the
-saved tensor, and nearly so where it is smooth in it. It ruins the gradient of what compares the
-saved tensor with something, as a maximum, or divides by it; of a ReLU it leaves nothing, for half
-of its results are exactly zero, but that takes no more than their signs. So it depends on the
-operation that saved a tensor, and one that is not listed here keeps all as it is.
+saved tensor, and nearly so where it is smooth in it. It ruins the gradient of an operation that
+compares the saved tensor with something, as a maximum does, or divides by it, and that of a ReLU,
+half of whose results are exactly zero; but a ReLU takes no more than signs. So what is done with a
+tensor depends on the operation that saved it, and one that is not listed here keeps all as it is.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ _STILL_A_PARAMETER = frozenset(
     )
 )
 _OF_A_LEAF = "torch::autograd::AccumulateGrad"
-
 
 Form = type[RoundedTensor] | type[SignBits]
 

@@ -79,6 +79,8 @@ class CompressedSaved:
         self._running = threading.local()
         self._hooks: list[RemovableHandle] = []
         for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no such hooks
+                continue
             self._hooks += (
                 module.register_forward_pre_hook(self._enter, with_kwargs=True),
                 module.register_forward_hook(self._leave, always_call=True),

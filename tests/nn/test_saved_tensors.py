@@ -230,6 +230,26 @@ def test_compiled():
     assert compressed.exact_bytes == x.nbytes  # the last norm's input
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
+def test_scripted_and_traced_parts_and_what_is_converted_later():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(SIZE, SIZE), nn.Tanh()))
+    model, x = nn.Sequential(scripted, nn.Linear(SIZE, SIZE), nn.LayerNorm(SIZE)), rows()
+    with compress_saved(model) as compressed:
+        model(made(x))
+        assert compressed.exact_bytes >= x.nbytes  # the norm's input at least
+        convert_(model, MemAOPConfig(ratio=1, memory=None, stash="int4"))
+        model(made(x))
+        names = [
+            name for name, saved in held_exactly(model(made(x))) if saved.tensor.shape == x.shape
+        ]
+        assert "NativeLayerNormBackward0" not in names
+    assert not any(module._forward_hooks for module in model.modules())
+    plain = nn.Sequential(nn.Linear(SIZE, SIZE), nn.GELU())
+    with compress_saved(plain):
+        traced = torch.fx.symbolic_trace(plain)
+    assert [node.op for node in traced.graph.nodes][1:-1] == ["call_module"] * 2
+
+
 def test_copies_and_pickles_compress_with_their_own_tensors():
     model, x = block(causal=True), rows(8, 64, SIZE)
     exact = gradients(model, made(x))
