@@ -28,6 +28,7 @@ from memaop_triton.nn.functional import memaop_linear
 from memaop_triton.nn.layer_state import new_memory
 from memaop_triton.nn.linear import MemAOPLayer, MemAOPLinear
 from memaop_triton.nn.optim import attach_optimizer
+from memaop_triton.nn.saved_tensors import CompressedSaved, compress_saved
 from memaop_triton.nn.state import load_memory_state_dict, memory_state_dict, reset_memory
 from memaop_triton.plan.coverage import coverage
 from memaop_triton.plan.planning import plan
@@ -38,6 +39,7 @@ if _TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompressedSaved",
     "Coverage",
     "FactorAllGather",
     "LowCoverageWarning",
@@ -56,6 +58,7 @@ __all__ = [
     "allocate_",
     "attach_optimizer",
     "auto_freeze",
+    "compress_saved",
     "convert_",
     "coverage",
     "load_memory_state_dict",

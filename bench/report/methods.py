@@ -65,6 +65,13 @@ OURS = {
     "int4-all": Definition(
         "All rows, without a memory, from inputs kept in 4 bits a number.", True, "none"
     ),
+    "saved": Definition(
+        "Dense; what operations save for the backward pass is kept in 8 bits a number, rounded at "
+        "random (`compress_saved`).",
+        True,
+        "none",
+    ),
+    "int4-saved": Definition("As `int4` and `saved` at once.", True, "subspace"),
 }
 BASELINES = {
     "authors": Definition(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from memaop_triton import MemAOPConfig, convert_
+from memaop_triton import MemAOPConfig, compress_saved, convert_
 from memaop_triton.bench.measure import Clock, Method
 from memaop_triton.bench.report.methods import BASELINES, OURS
 from memaop_triton.bench.suites.memory_baselines import (
@@ -206,6 +206,8 @@ def steps(training: Training, device: str, dtype: torch.dtype) -> dict[str, Step
     changes: dict[str, Callable[[nn.Module], object]] = {
         "dense": lambda model: None,
         **{name: functools.partial(_convert, config=config) for name, config in ours.items()},
+        "saved": compress_saved,
+        "int4-saved": lambda model: compress_saved(_convert(model, ours["int4"])),
         "checkpoint": lambda model: checkpoint_(training.blocks(model)),
         "forward-wta": lambda model: sample_in_forward_(model, RATIO),
         "saved-int8": compress_saved_,
@@ -223,8 +225,8 @@ def methods(made: dict[str, Step], samples: int) -> list[Method]:
     return found
 
 
-def _convert(model: nn.Module, config: MemAOPConfig) -> None:
-    convert_(
+def _convert(model: nn.Module, config: MemAOPConfig) -> nn.Module:
+    return convert_(
         model, config, filter_fn=lambda layer, _: type(layer) is nn.Linear and _is_trained(layer)
     )
 

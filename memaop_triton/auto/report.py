@@ -28,7 +28,7 @@ def model_report(model: nn.Module) -> str:
 
     Then, if layers have a stash, one line for each of them: what its last forward pass in training
     kept of the inputs for the backward pass, and what a dense layer would have kept. What layers
-    share counts once.
+    share counts once. A last line says the same of what `compress_saved` has rounded.
 
     Last, the share of the weight gradients' FLOPs that all converted layers together compute, exact
     or not, and what was left, as `coverage` counts it: at the rows that were observed. What was
@@ -36,7 +36,7 @@ def model_report(model: nn.Module) -> str:
     observed it is the share of the weights' elements.
 
     Raises:
-        ValueError: No layer of `model` has `ratio="auto"` or a stash.
+        ValueError: No layer of `model` has `ratio="auto"` or a stash, nor is it compressed.
     """
     lines, kept = [], kept_lines(model)
     controllers = _controllers_of(model)

@@ -1,4 +1,7 @@
-"""What layers with a stash kept of their inputs between forward and backward pass, as numbers."""
+"""What was kept between forward and backward pass in a few bits, as numbers.
+
+By layers with a stash of their inputs, and by a model's other operations under `compress_saved`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import nn
 
 from memaop_triton.nn.layer_choice import converted_layers
 from memaop_triton.nn.layer_state import LayerState
+from memaop_triton.nn.saved_tensors import compressed_in
 
 #: Of the column of a table.
 HEADING = "kept, MiB (dense)"
@@ -63,7 +67,19 @@ def kept_bytes(states: Mapping[str, LayerState]) -> dict[str, KeptBytes | None]:
 
 
 def kept_lines(model: nn.Module) -> list[str]:
-    """A table of the layers that have a stash, with their sum; empty if none has one."""
+    """A table of the layers that have a stash, with their sum, and what `compress_saved` rounded.
+
+    Empty if no layer has one, and nothing is compressed.
+    """
+    return [*_stash_lines(model), *_compressed_lines(model)]
+
+
+def _compressed_lines(model: nn.Module) -> list[str]:
+    sums = (KeptBytes(one.exact_bytes, one.held_bytes) for one in compressed_in(model))
+    return [f"saved by operations, in 8 bits, MiB (as it was): {kept}" for kept in sums]
+
+
+def _stash_lines(model: nn.Module) -> list[str]:
     states = {name or "(the model)": one.layer_state for name, one in converted_layers(model)}
     layers = kept_bytes(states)
     if not layers:

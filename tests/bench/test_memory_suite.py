@@ -108,7 +108,7 @@ def test_every_way_to_train_holds_less_than_dense_and_makes_a_step(training):
     methods = {one.name: one for one in memory.methods(made, training.samples)}
     assert {name: one.role for name, one in methods.items()} == (
         {"dense": "dense"}
-        | dict.fromkeys(["int8", "int4", "int4-all"], "ours")
+        | dict.fromkeys(["int8", "int4", "int4-all", "saved", "int4-saved"], "ours")
         | dict.fromkeys(["checkpoint", "forward-wta", "saved-int8"], "baseline")
     )
     assert {*methods} - {"dense"} <= {*OURS, *BASELINES}
@@ -126,12 +126,13 @@ def test_every_way_to_train_holds_less_than_dense_and_makes_a_step(training):
         assert CLOCK.peak_bytes(methods[name].call) >= held[name]
     assert all(held[name] < held["dense"] for name in held if name != "dense"), held
     assert held["int4-all"] < held["int8"]
+    assert held["int4-saved"] < held["int4"]
     assert held["checkpoint"] == min(held.values())
 
 
 def test_the_peak_of_a_batch_grows_with_its_samples_and_nothing_else():
     """Twice the samples, twice the bytes, also where the optimizer takes most of a step's peak."""
-    training = memory.blocks("GPT", 64, 2, 32, 8, causal=True)
+    training = memory.blocks("GPT", 64, 2, 128, 8, causal=True)
     for name, step in memory.steps(training, "cpu", torch.float32).items():
         step(8)
         one, two, three = step.batch_peaks(CLOCK, 8, 4, 2)

@@ -11,10 +11,12 @@ from tests.distributed.checks import PAPER, converted
 from tests.distributed.fsdp import (
     ROUNDED,
     assert_rounds_only,
+    assert_rounds_what_is_saved,
     assert_trains_like_single_processes,
     blocks,
     linears,
     own_batch,
+    wide_blocks,
 )
 
 
@@ -64,3 +66,10 @@ def check_reverts_inside_the_wrapper():
 
 def check_inputs_in_a_few_bits():
     assert_rounds_only(wrapped(ROUNDED))
+
+
+def check_saved_tensors_in_a_few_bits():
+    for inside in (True, False):
+        for options in ({}, {"static_graph": True}, {"gradient_as_bucket_view": True}):
+            ours = DistributedDataParallel(wide_blocks(), **options)
+            assert_rounds_what_is_saved(ours, ours.module if inside else ours)
