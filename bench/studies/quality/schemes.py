@@ -181,7 +181,6 @@ _DECISIVE = {
     ROTATING: ("1/4",),
     "budget-allocated": _AT_EQUAL_TIME,
 }
-_NEARLY_ALWAYS_RIGHT = {**_DECISIVE, SHORTER: ("3/4", "1/2"), SMALLER: ("3/4", "1/2")}
 _OF_STASH = (WHOLE, RATIO)
 _FINE_TUNING = {**_DECISIVE, "subspace": (RATIO,), STASH: _OF_STASH, AUTO_STASH: (WHOLE,)}
 _WITH_LARGER_BATCHES = {"budget": ("1/8",), **_BOTH, **_DENSE_IN_LONG_TASKS, **_DECIDED}
@@ -192,8 +191,8 @@ _FEW_CELLS = {
     "gpt-128-256": _WITH_LARGER_BATCHES,
     "fashion-1024": _WITH_LARGER_BATCHES,
     "vit-512": _WITH_LARGER_BATCHES,
-    **dict.fromkeys(("mlp-mnist", "mlp-shifted"), _NEARLY_ALWAYS_RIGHT),
-    **dict.fromkeys(("mlp", "minilm-mean", "r8-mean", "gpt-prompted"), _DECISIVE),
+    "mlp-mnist": {**_DECISIVE, SHORTER: ("3/4", "1/2"), SMALLER: ("3/4", "1/2")},
+    **dict.fromkeys(("mlp", "mlp-shifted", "minilm-mean", "r8-mean", "gpt-prompted"), _DECISIVE),
     **dict.fromkeys(("minilm", "r8"), _FINE_TUNING),
 }
 LONG_TASKS = tuple(_FEW_CELLS)
