@@ -41,6 +41,7 @@ def test_rows_that_are_not_finite_are_marked(bits, half, device):
     check_not_finite(bits, half, device)
 
 
+@pytest.mark.slow  # in the interpreter
 @pytest.mark.parametrize("memory", MEMORIES, ids=str)
 @pytest.mark.parametrize("ratio", [1 / 4, 1])
 def test_gradients_are_right_in_the_mean(memory, ratio, device, shape, half, on_gpu):
