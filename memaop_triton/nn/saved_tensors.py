@@ -69,7 +69,8 @@ class CompressedSaved:
         model: As for `compress_saved`, which makes it.
 
     Attributes:
-        exact_bytes: What the tensors that the last forward pass has rounded take as they were.
+        exact_bytes: What the tensors that the last forward pass with gradients has rounded take as
+            they were.
         held_bytes: What is held in their place.
     """
 
@@ -120,7 +121,8 @@ class CompressedSaved:
         forward.pack_behind(output)
         if forward.module is module:
             self._running.forward = None
-            self.exact_bytes, self.held_bytes = forward.exact_bytes, forward.held_bytes
+            if torch.is_grad_enabled():
+                self.exact_bytes, self.held_bytes = forward.exact_bytes, forward.held_bytes
 
 
 def compressed_in(model: nn.Module) -> list[CompressedSaved]:
