@@ -257,6 +257,7 @@ def kernels():
     return names
 
 
+@pytest.mark.slow
 def test_the_smoke_stage_launches_every_kernel(place, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("MEMAOP_TRITON_BACKEND", "triton")

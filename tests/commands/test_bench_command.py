@@ -10,6 +10,8 @@ from memaop_triton.bench import run
 from memaop_triton.bench.report.data import load
 from memaop_triton.commands import cli
 
+pytestmark = pytest.mark.slow  # benchmarks are run
+
 KINDS = {
     "kernel",
     "dw",

@@ -85,6 +85,7 @@ def tuned_problems():
     ]
 
 
+@pytest.mark.slow
 def test_tune_shapes_tunes_every_kernel_that_the_layers_use(on_gpu, capsys):
     shown = told(capsys, "tune", "--shapes", "64x32x16", "--dtype", "float32", "--rank", "4")
     problems = tuned_problems()
@@ -130,6 +131,7 @@ def test_tune_follows_the_scores(on_gpu, capsys):
     assert all("N=48 P=0" in problem for problem in scored)
 
 
+@pytest.mark.slow
 def test_tune_a_model(on_gpu, capsys, monkeypatch):
     name = f"{__name__}:small_net"
     told(capsys, "tune", "--model", name, "--input", "4x16x32", "--rank", "4")

@@ -38,6 +38,7 @@ def test_products(name, shape, layout, due):
     check_product(name, shape, layout, due)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("powers", (64, 64)), ("condition 1e12", (100, 50)), ("rank 1", (4200, 3))],

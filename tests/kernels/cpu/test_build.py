@@ -51,6 +51,7 @@ def test_several_rows_are_drawn_at_a_time(tmp_path, capability, kind):
     assert re.search(r"divp[sd]\t", listing)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_narrower_registers_give_the_right_numbers(capability):

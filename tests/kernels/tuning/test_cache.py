@@ -55,6 +55,7 @@ def held(path):
     return config_cache.read(path).entries
 
 
+@pytest.mark.slow
 def test_writers_at_once_lose_no_entry_and_killed_ones_leave_a_file_that_loads(tmp_path):
     command = [sys.executable, "-m", "tests.kernels.tuning.cache_worker"]
     run(*command, MEMAOP_TRITON_CACHE_DIR=str(tmp_path))
