@@ -61,10 +61,10 @@ def demo(
         ),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Repetitions; default: 3, 1 for finetune.")
+        int | None, typer.Option(min=1, help="Repetitions; default: 2, 1 for finetune.")
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="mlp only. Default: 60 for digits, 3 for the others.")
+        int | None, typer.Option(min=1, help="mlp only. Default: 120 for digits, 3 for the others.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="finetune only. Default: 120.")] = None,
     batch_size: Annotated[
