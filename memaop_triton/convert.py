@@ -16,6 +16,7 @@ from memaop_triton.config import MemAOPConfig
 from memaop_triton.errors import check_name
 from memaop_triton.nn.coverage import Coverage, LowCoverageWarning, coverage_of
 from memaop_triton.nn.layer_choice import (
+    TARGETS,
     Chosen,
     adopt_,
     choose_layers,
@@ -42,18 +43,19 @@ def convert_(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     overrides: Mapping[str, MemAOPConfig | None] | None = None,
     *,
-    targets: str = "linear",
+    targets: str = "all",
     only_if_faster: bool = False,
     example_inputs: object = None,
     loss_fn: Callable[[Any], Tensor] | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> M:
-    """Convert the linear layers of `model`, in place.
+    """Convert the layers of `model`, in place.
 
-    These are `nn.Linear`, which becomes a `MemAOPLinear`, and `Conv1D` of Hugging Face's
-    transformers; both are `MemAOPLayer` then. A `LowCoverageWarning` says if more than half of the
-    model's weight gradients are out of reach, being those of experts or convolutions; `coverage`
-    shows by class what was left.
+    These are `nn.Linear`, which becomes a `MemAOPLinear`, `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`,
+    which become a `MemAOPConv1d` and so on unless they are depthwise, and `Conv1D` of Hugging
+    Face's transformers; all are `MemAOPLayer` then. A `LowCoverageWarning` says if more than half
+    of the model's weight gradients are out of reach, being those of other layers; `coverage` shows
+    by class what was left.
 
     By default the library finds out by measurements which of them are worth sampling, and how many
     rows: all start exact, as `nn.Linear` is, and stay so where dense is best.
@@ -64,7 +66,7 @@ def convert_(
     Layers whose configuration has `ratio="auto"` are decided about together: `memaop_triton.auto`
     says how, and `model_report` what came of it.
 
-    Of a model of PEFT, `targets="linear"` takes what is trained as a whole (`modules_to_save`) and
+    Of a model of PEFT it takes what is trained as a whole (`modules_to_save`) and
     leaves frozen layers and adapters alone, unless `filter_fn` takes them. `targets="lora"` takes
     the LoRA layers: A keeps a stash of its inputs, which layers with the same inputs share, and
     the mask of its dropout in bits (`memaop_triton.nn.lora`). The model computes the same, and is
@@ -72,19 +74,20 @@ def convert_(
     layer, by its class or by a variant such as DoRA, stays as it is, and a warning names it.
 
     Args:
-        model: Any module; it may itself be a linear layer.
-        config: For every layer that `overrides` does not name. By default
+        model: Any module; it may itself be such a layer.
+        config: For every layer that `overrides` does not name; a warning names the convolutions
+            that it is not for, which stay as they are. By default
             `MemAOPConfig(ratio="auto")`, and for LoRA layers `MemAOPConfig(ratio=1, memory="none",
             stash="int4")`, by which dW is exact but for the rounding. Those take no memory, an
             exact dX and no `ratio="auto"`.
-        filter_fn: `filter_fn(module, fqn)`, called with every linear layer of the model (subclasses
+        filter_fn: `filter_fn(module, fqn)`, called with every layer of these kinds (subclasses
             included), or every LoRA layer, and its qualified name; layers for which it is false
-            stay as they are. By default the layers whose class is exactly `nn.Linear` or `Conv1D`
-            (or was, before `fully_shard`), and a warning names the others.
+            stay as they are. By default the layers whose class is exactly one of these (or was,
+            before `fully_shard`), and a warning names the others.
         overrides: Configuration by name pattern (shell style, `"blocks.*.mlp.*"`), `None` to leave
             a layer dense. Of several patterns that match, the last one counts.
-        targets: `"linear"`, or `"lora"` for the LoRA layers of PEFT. A model can be converted for
-            one after the other.
+        targets: `"all"`; `"linear"` for `nn.Linear` and `Conv1D` of transformers only; or `"lora"`
+            for the LoRA layers of PEFT. A model can be converted for one after the other.
         only_if_faster: Measure first, as `plan` does, and leave the layers dense that conversion
             would not make faster. The logger `memaop_triton.convert` names these layers (level
             INFO); if they are all layers, a warning says so. In a distributed run every process has
@@ -109,7 +112,7 @@ def convert_(
             converted then.
         TypeError: `model` is not a module, or a configuration not a `MemAOPConfig`.
     """
-    check_name("targets", targets, ("linear", "lora"))
+    check_name("targets", targets, (*TARGETS, "lora"))
     if targets == "lora":
         if only_if_faster or example_inputs is not None or loss_fn is not None or process_group:
             raise ValueError(
@@ -131,7 +134,7 @@ def convert_(
             "measured."
         )
     config = MemAOPConfig(ratio="auto") if config is None else config
-    chosen = choose_layers(model, config, filter_fn, overrides)
+    chosen = choose_layers(model, config, filter_fn, overrides, targets)
     undecided = {name: found for name, found in chosen.items() if found[1].is_auto}
     if only_if_faster and undecided:
         raise ValueError(

@@ -119,9 +119,13 @@ def projection_rank_within(budget: float, m: int, n: int, p: int, refresh_every:
 def refresh_stride(m: int, rank: int) -> int:
     """Of `m` rows, every how many-th one a power iteration of this rank reads.
 
-    Odd, so that with sequences of equal length no position is left out every time.
+    Odd, and a larger one has no divisor in common with the usual sizes of images, so that no
+    position of sequences or images of equal size is left out every time.
     """
-    return m // max(_ROWS_PER_REFRESH, _ROWS_PER_DIMENSION * rank) | 1
+    stride = m // max(_ROWS_PER_REFRESH, _ROWS_PER_DIMENSION * rank) | 1
+    while stride > 10 and math.gcd(stride, 3 * 5 * 7) > 1:
+        stride -= 2
+    return stride
 
 
 def _subspace_flops(m: int, n: int, p: int, k: float, subspace: SubspaceCost) -> float:

@@ -225,9 +225,21 @@ def project_rows(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     for chunk, z_out, out in zip(*(a.split(step) for a in (x, z, norms)), strict=True):
         torch.mm(chunk, shrunk, out=z_out)
         out.copy_(row_norms(chunk))
+    return z, rest_beside(norms, z, scale, _rounding_of_products(x))
+
+
+def rest_beside(norms: Tensor, z: Tensor, scale: float, rounding: float) -> Tensor:
+    """Norms of what a basis leaves of each row, [M], in `score_dtype`.
+
+    Args:
+        norms: Of whole rows, [M].
+        z: X Q / scale, [M, q].
+        scale: s.
+        rounding: Relative, of the product. Where the difference drowns in it, the norm is its size.
+    """
     squared = norms.square()
     rest = squared - (scale * row_norms(z)).square()
-    return z, torch.maximum(rest, squared * _rounding_of_products(x)).sqrt()
+    return torch.maximum(rest, squared * rounding).sqrt()
 
 
 def _rounding_of_products(x: Tensor) -> float:

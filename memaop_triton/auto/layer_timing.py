@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from memaop_triton.auto.timing import SHORTEST_SECONDS, time_in_turn
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
-from memaop_triton.nn.functional import no_autocast
+from memaop_triton.nn.autograd import no_autocast
 from memaop_triton.nn.linear import MemAOPLinear
 
 _NEVER = 1 << 30

@@ -122,12 +122,14 @@ class StepObserver:
         self._shares.append(operands.k / rows)
         rank = memory.choice.max_rank if isinstance(memory, SubspaceMemory) else 0
         stride = refresh_stride(rows, rank)
-        few = x[::stride], g[::stride]
+        few = g[::stride]
         if isinstance(memory, SubspaceMemory) and rank:
-            curves = _curves_beside(memory, *few)
+            curves = _curves_beside(memory, x[::stride], few)
+        elif isinstance(x, Tensor):
+            curves = variance_curve(row_norms(x[::stride]) * row_norms(few))[None]
         else:
-            curves = variance_curve(row_norms(few[0]) * row_norms(few[1]))[None]
-        curves[:, 1] *= rows / len(few[0])
+            curves = variance_curve(x.scores(g)[::stride])[None]
+        curves[:, 1] *= rows / len(few)
         self._curves.append(curves.double())
         # Passes add up to the gradient that the optimizer sees.
         dw = dw.float() if dw.dtype != torch.float64 else dw

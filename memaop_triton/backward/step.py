@@ -16,7 +16,7 @@ from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels.cpu.torch_ops import Projection, selected_rows
 from memaop_triton.memory.kinds import Memory
-from memaop_triton.memory.stash import Stash
+from memaop_triton.memory.row_source import RowSource
 from memaop_triton.sampling.selection import Selection, cut, is_weighted, select, within
 
 
@@ -107,7 +107,7 @@ class Operands(NamedTuple):
     """What a step works on.
 
     Attributes:
-        inputs: X, [M, N], or what is kept of it.
+        inputs: X, [M, N], or what its rows can be made of.
         g: Gradient of the loss with respect to the output, [M, P].
         config: What to compute.
         k: Rows to select.
@@ -120,7 +120,7 @@ class Operands(NamedTuple):
             are those of then.
     """
 
-    inputs: Tensor | Stash
+    inputs: Tensor | RowSource
     g: Tensor
     config: MemAOPConfig
     k: int
@@ -133,7 +133,7 @@ class Operands(NamedTuple):
 
     @property
     def x(self) -> Tensor:
-        """The inputs, where they are still there."""
+        """The inputs, where they are a matrix."""
         assert isinstance(self.inputs, Tensor)
         return self.inputs
 
@@ -167,12 +167,19 @@ class Operands(NamedTuple):
     def norms_of_inputs(self) -> Tensor:
         """Of the rows of X, [M]."""
         x = self.inputs
-        return x.norms() if isinstance(x, Stash) else dispatch.row_norms(x)
+        return dispatch.row_norms(x) if isinstance(x, Tensor) else x.norms()
+
+    def scores_of_rows(self) -> Tensor:
+        """‖g_m‖·‖x_m‖ of whole rows, [M], without a memory."""
+        x, g = self.inputs, self.g
+        if isinstance(x, Tensor):
+            return dispatch.row_norms(x) * dispatch.row_norms(g)
+        return x.scores(g)
 
     def project_inputs(self, basis: Tensor) -> tuple[Tensor, Tensor]:
         """`dispatch.project_rows` of X."""
         x = self.inputs
-        return x.project(basis) if isinstance(x, Stash) else dispatch.project_rows(x, basis)
+        return dispatch.project_rows(x, basis) if isinstance(x, Tensor) else x.project(basis)
 
     def scores_of_whole_rows(self, scores: Tensor) -> Tensor:
         """Scores of whole rows, from those of the columns that were read here: [M]."""

@@ -6,17 +6,13 @@ subspace of the gradients' side take all of them, some at a time.
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 
-import torch
-from torch import Tensor
-
 from memaop_triton import dispatch
-from memaop_triton.backward import stash_torch
+from memaop_triton.backward.gathered import parts_for, product
 from memaop_triton.backward.scores import parts_to_score, product_of_norms
 from memaop_triton.backward.step import Gradients, Operands, ProjectedRows
-from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale, score_dtype
+from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
 from memaop_triton.memory.stash import Stash
 from memaop_triton.sampling.selection import Selection
@@ -57,7 +53,7 @@ def _without_subspace(operands: Operands, selection: Selection | None) -> Gradie
         scores = norms if config.scores == "grad" else product_of_norms(norms, stash.rest_norms)
         selection = parts.select(operands, operands.scores_of_whole_rows(scores))
     indices, weights = parts.weights_of(operands, selection)
-    dw = _product(operands, *stash.rest_and_rows_of(g, indices, weights))
+    dw = product(operands, *stash.rest_and_rows_of(g, indices, weights))
     operands.observe(selection, dw, scores)
     return Gradients(dw, operands.sum_rows())
 
@@ -73,7 +69,9 @@ def _beside_inputs(operands: Operands, selection: Selection | None) -> Gradients
     # What was stored has no part inside any more, so nothing is taken from it.
     expand = stash.inside.expand.t().to(g.dtype)
     projection = Projection(expand, z.new_zeros((len(indices), z.shape[1])), zg)
-    dw = _product(operands, *stash.rest_and_rows_of(g, indices, weights), projection)
+    dw = product(
+        operands, *stash.rest_and_rows_of(g, indices, weights), projection, are_whole=False
+    )
     projected = ProjectedRows(rest, z, zg, stash.shape[1]) if operands.is_observed else None
     operands.observe(selection, dw, scores, projected)
     return Gradients(dw, db)
@@ -93,43 +91,15 @@ def _beside_gradients(
     expand = basis * basis_scale(g.shape[1])
     projection = Projection(expand, z.index_select(0, indices), zx)
     rows = g.index_select(0, indices), stash.rows(indices)
-    dw = _product(operands, *rows, weights, projection, exchanged=True)
+    dw = product(operands, *rows, weights, projection, exchanged=True)
     projected = ProjectedRows(rest, z, zx, g.shape[1]) if operands.is_observed else None
     operands.observe(selection, dw, scores, projected)
     return Gradients(dw, operands.sum_rows())
 
 
-def _product(
-    operands: Operands,
-    a: Tensor,
-    b: Tensor,
-    weights: Tensor | None,
-    projection: Projection | None = None,
-    *,
-    exchanged: bool = False,
-) -> Tensor:
-    """dW by the parts' `product`, of rows that are collected where factors are."""
-    if operands.factors is not None:
-        ones = a.new_ones(len(a), dtype=score_dtype(a.dtype)) if weights is None else weights
-        every = Selection(torch.arange(len(a), device=a.device), ones)
-        operands.collect_factors(a, b, every, projection, exchanged=exchanged)
-    product = _parts_for(operands).product
-    dw: Tensor = product(operands, a, b, weights, projection, exchanged=exchanged)
-    return dw
-
-
 def _parts_for(operands: Operands) -> ModuleType:
-    """`stash_torch`, or `stash_triton`, which is imported only where it is used."""
     stash = _stash_of(operands)
-    rank = 0 if stash.inside is None else stash.inside.z.shape[1]
-    return _stash_triton() if dispatch.runs_triton(operands.g, rank=rank) else stash_torch
-
-
-@functools.cache
-def _stash_triton() -> ModuleType:
-    from memaop_triton.backward import stash_triton
-
-    return stash_triton
+    return parts_for(operands.g, 0 if stash.inside is None else stash.inside.z.shape[1])
 
 
 def _stash_of(operands: Operands) -> Stash:

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from memaop_triton.backward import steps_stash, steps_torch
+from memaop_triton.backward import steps_patches, steps_stash, steps_torch
 from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.backward.step import Factors, Gradients, Observer, Operands
 from memaop_triton.config import MemAOPConfig
@@ -24,6 +24,7 @@ from memaop_triton.memory.kinds import (
     check_memory,
     rows_to_compute,
 )
+from memaop_triton.memory.row_source import RowSource
 from memaop_triton.memory.stash import Stash
 from memaop_triton.sampling.selection import Selection
 
@@ -62,7 +63,7 @@ def weight_grad(
 
 
 def weight_and_bias_grad(
-    x: Tensor | Stash,
+    x: Tensor | RowSource,
     g: Tensor,
     config: MemAOPConfig,
     memory: Memory | None = None,
@@ -78,7 +79,7 @@ def weight_and_bias_grad(
     """`weight_grad`, and with `bias_grad` also the exact db = Σ_m g_m ([P]).
 
     Args:
-        x: Inputs, or what is kept of them.
+        x: Inputs, or what their rows can be made of, a `Stash` or `Patches`.
         shards: The processes that hold other columns of X or G: all select the same rows.
         factors: Receives the selected rows, weighted: two matrices whose product is dW; nothing
             where the gradient is exact.
@@ -104,10 +105,12 @@ def weight_and_bias_grad(
     operands = Operands(
         x, g, config, k, bias_grad, generator, shards, factors, observer, is_transposed
     )
-    if isinstance(x, Stash):
-        if k < rows:
+    if not isinstance(x, Tensor):
+        if k < rows and isinstance(x, Stash):
             return steps_stash.sampled(operands, memory, selection)
-        result = steps_stash.exact(operands)
+        if k < rows:
+            return steps_patches.sampled(operands, memory)
+        result = (steps_stash if isinstance(x, Stash) else steps_patches).exact(operands)
         if observer is not None:
             observer.observe_exact(operands, result.weight, memory)
         return result
@@ -143,7 +146,7 @@ def _steps_triton() -> ModuleType:
     return steps_triton
 
 
-def _check_operands(x: Tensor | Stash, g: Tensor) -> None:
+def _check_operands(x: Tensor | RowSource, g: Tensor) -> None:
     if not x.dtype.is_floating_point:
         raise TypeError(f"x must be of a floating-point dtype, got {x.dtype}.")
     if g.dtype != x.dtype:

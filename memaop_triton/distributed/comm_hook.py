@@ -25,7 +25,7 @@ from torch._C._distributed_c10d import GradBucket  # torch.distributed's, with i
 from torch.nn.parallel import DistributedDataParallel
 
 from memaop_triton.distributed.collected_factors import FACTOR_DTYPES, CollectedFactors
-from memaop_triton.nn.functional import no_autocast
+from memaop_triton.nn.autograd import no_autocast
 from memaop_triton.nn.layer_choice import converted_layers
 
 

@@ -19,7 +19,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from memaop_triton.dispatch import project_rows, restore_both, restore_rows, round_rows
+from memaop_triton.dispatch import (
+    project_rows,
+    restore_both,
+    restore_rows,
+    round_rows,
+    row_norms,
+)
 from memaop_triton.kernels.cpu.stash import Inside, RoundedRows
 from memaop_triton.kernels.cpu.torch_ops import score_dtype
 from memaop_triton.memory.mask import Mask
@@ -124,6 +130,10 @@ class Stash:
         # E's rows are orthogonal, of one length, to the rounding of bfloat16.
         length = torch.linalg.vector_norm(expand) / len(expand) ** 0.5
         return torch.hypot(self.rest_norms, length * torch.linalg.vector_norm(z, dim=1))
+
+    def scores(self, g: Tensor) -> Tensor:
+        """‖g_m‖·‖x_m‖ of whole rows, [M], for g [M, P]."""
+        return self.norms() * row_norms(g)
 
     def rest_and_rows_of(
         self, g: Tensor, indices: Tensor, weights: Tensor | None

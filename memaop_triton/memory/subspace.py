@@ -18,8 +18,8 @@ from memaop_triton.memory.basis import Basis, by_column
 from memaop_triton.memory.choice import Choice, SubspaceChoice
 from memaop_triton.memory.projection import GradProjection
 from memaop_triton.memory.refresh_clock import RefreshClock
+from memaop_triton.memory.row_source import RowSource
 from memaop_triton.memory.saved_state import check_fields, check_shape
-from memaop_triton.memory.stash import Stash
 
 #: Number of rows to assume before the first batch.
 MANY_ROWS = 1 << 20
@@ -226,7 +226,7 @@ class SubspaceMemory:
 
     def begin_step(
         self,
-        x: Tensor | Stash,
+        x: Tensor | RowSource,
         g: Tensor,
         config: MemAOPConfig,
         generator: torch.Generator | None = None,
@@ -260,7 +260,7 @@ class SubspaceMemory:
             if self._arrives_at_once(x.device):
                 self._choose(config)
 
-    def _some(self, a: Tensor | Stash) -> Tensor:
+    def _some(self, a: Tensor | RowSource) -> Tensor:
         """The rows of `a` that a power iteration reads."""
         return a[:: refresh_stride(a.shape[0], self.choice.max_rank)]
 
@@ -307,7 +307,7 @@ class SubspaceMemory:
         if is_alone or self.side != "grad":
             self._clock.refresh(self.bases["grad"], g, z)
 
-    def end_step(self, a: Tensor | Stash, z: Tensor | None = None) -> None:
+    def end_step(self, a: Tensor | RowSource, z: Tensor | None = None) -> None:
         """Count a step that projected `a`, X or G, to z ∝ A Q, and refresh Q when it is due.
 
         Of rows that were not projected, those which that takes are projected here.

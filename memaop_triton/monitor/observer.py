@@ -159,7 +159,7 @@ class LayerObserver:
         g, config = operands.g, operands.config
         self.rows, self.k = g.shape[0], operands.k
         if scores is None or config.row_memory is not None:
-            own = (operands.norms_of_inputs() * row_norms(g)).double()
+            own = operands.scores_of_rows().double()
         else:
             own = scores.double()
         s, zero = own if scores is None else scores.double(), own.new_zeros(())

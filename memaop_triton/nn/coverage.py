@@ -190,7 +190,7 @@ def _reason_to_leave(owner: nn.Module, weight: nn.Parameter) -> str:
             return _SUBCLASS
         return _CONVERTIBLE
     if isinstance(owner, _ConvNd):
-        return "a convolution"
+        return "a transposed convolution" if owner.transposed else "a depthwise convolution"
     if isinstance(owner, nn.MultiheadAttention):
         return "packed projections, computed without layers"
     if weight.dim() > 2:

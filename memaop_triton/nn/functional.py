@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from typing import Any
 
@@ -13,6 +12,16 @@ from torch.nn import functional as F
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.memory.kinds import Memory, check_memory
 from memaop_triton.nn import ops as ops  # registers torch.ops.memaop_triton
+from memaop_triton.nn.autograd import (
+    BATCHED,
+    autocast,
+    check_not_batched,
+    gradients_once,
+    handle_and_order,
+    is_autocast,
+    is_transformed,
+    wanted_gradients,
+)
 from memaop_triton.nn.layer_state import LayerState, state_for
 from memaop_triton.nn.stashing import kept_of, skip_draw
 
@@ -46,25 +55,16 @@ class _MemAOPLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        raise RuntimeError(_BATCHED)
+        raise RuntimeError(BATCHED)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *kept = ctx.saved_tensors
-        gradients: tuple[Tensor | None, ...]
         if kept and ctx.needs_input_grad[0]:
             _check_not_differentiated()
-        # Casts were made in the forward pass, in whichever autocast region backward is called.
-        if torch.is_grad_enabled() or _is_autocast(grad_output.device.type):
-            with torch.no_grad(), no_autocast(grad_output.device.type):
-                gradients = _backward(ctx, grad_output, x, weight, kept)
-        else:
-            gradients = _backward(ctx, grad_output, x, weight, kept)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            sources = (grad_output, x, weight)
-            gradients = tuple(
-                None if a is None else _DifferentiableOnce.apply(a, *sources) for a in gradients
-            )
+        gradients = gradients_once(
+            grad_output, (x, weight), lambda: _backward(ctx, grad_output, x, weight, kept)
+        )
         return *gradients, None, None, None, None, *(None for _ in kept)
 
 
@@ -88,80 +88,21 @@ class _EagerFunction(_MemAOPLinearFunction):
         return F.linear(*inputs[:3])
 
 
-class _DifferentiableOnce(torch.autograd.Function):
-    """A gradient as it is, still linked to what it was made of, so that a second one is refused.
-
-    Without the link autograd would return zero for a second derivative.
-    """
-
-    @staticmethod
-    def forward(gradient: Tensor, *sources: Tensor | None) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "the gradient of a MemAOPLinear cannot be differentiated again, because it is computed "
-            "from part of the rows: call .eval() on the layer, which makes it exact, or revert_ it."
-        )
-
-
 def _check_not_differentiated() -> None:
     """Refuse `create_graph=True` where nothing is left that would link a gradient to the inputs."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "create_graph=True asks for gradients that can be differentiated by the inputs of a "
-            "MemAOPLinear, but it keeps none of them: use stash='exact', or call .eval() on the "
+            "converted layer, but it keeps none of them: use stash='exact', or call .eval() on the "
             "layer."
         )
-
-
-_BATCHED = (
-    "a MemAOPLinear in training draws rows for each backward pass, so it cannot be batched by "
-    "torch.func.vmap, torch.func.jacrev, torch.autograd.functional.jacobian(vectorize=True) or "
-    "torch.autograd.grad(is_grads_batched=True): call .eval() on the layer, which makes its "
-    "gradients exact, or revert_ it."
-)
-
-
-def _wanted_gradients(ctx: Any) -> tuple[bool, bool, bool]:
-    """Whether this backward pass delivers the gradients of x, weight and bias.
-
-    `needs_input_grad` lists which inputs require a gradient. The engine delivers fewer of these
-    where `torch.autograd.grad` names some inputs, or where a pipeline schedule computes the
-    gradients of inputs and weights in two passes.
-    """
-    needed: tuple[bool, bool, bool] = ctx.needs_input_grad[:3]
-    if torch.compiler.is_compiling():  # a compiled backward pass is one piece
-        return needed
-    (x, _), (weight, _), (bias, _), *_ = ctx.next_functions
-    return (
-        needed[0] and _is_delivered(x),
-        needed[1] and _is_delivered(weight),
-        needed[2] and _is_delivered(bias),
-    )
-
-
-def _is_delivered(node: Any) -> bool:
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf whose gradient is returned, or no engine is running
-        return True
 
 
 def _backward(
     ctx: Any, grad_output: Tensor, x: Tensor | None, weight: Tensor | None, kept: list[Tensor]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if not torch.compiler.is_compiling():
-        # `torch.autograd.grad(is_grads_batched=True)` hands in many gradients as one tensor.
-        batching = torch._C._functorch
-        if batching.is_batchedtensor(grad_output) or batching.is_legacy_batchedtensor(grad_output):
-            raise RuntimeError(_BATCHED)
-    wants_x, wants_weight, wants_bias = _wanted_gradients(ctx)
+    check_not_batched(grad_output)
+    wants_x, wants_weight, wants_bias = wanted_gradients(ctx)
     g = _as_rows(grad_output)
     rows = _as_rows(x) if x is not None and wants_weight else g.new_empty(0)
     kept = kept if wants_weight else []
@@ -247,9 +188,9 @@ def prepared(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands checked, and cast under autocast."""
     device = x.device.type
-    if _is_autocast(device):
-        x, weight = _autocast(x), _autocast(weight)
-        bias = None if bias is None else _autocast(bias)
+    if is_autocast(device):
+        x, weight = autocast(x), _autocast(weight)
+        bias = None if bias is None else autocast(bias)
     _check_operands(x, weight, bias)
     return x, weight, bias
 
@@ -271,44 +212,21 @@ def linear_of_state(
         if state.stash != "exact" and weight.requires_grad and not torch.compiler.is_compiling():
             skip_draw(x.device)
         return F.linear(x, weight, bias)
-    handle, order = state.handle, state.order
-    if handle.device != x.device:
-        if torch.compiler.is_compiling():
-            handle, order = handle.to(x.device), order.to(x.device)
-        else:
-            state.move(x.device)
-            handle, order = state.handle, state.order
+    handle, order = handle_and_order(state, x.device)
     is_compiling = torch.compiler.is_compiling()
-    is_transformed = not is_compiling and torch._C._are_functorch_transforms_active()
+    transforms = is_transformed()
     kept: tuple[Tensor, ...] = ()
     # A transform differentiates gradients by the inputs, whether it uses that or not.
-    if state.stash != "exact" and weight.requires_grad and not is_transformed:
+    if state.stash != "exact" and weight.requires_grad and not transforms:
         if is_compiling:
             # Each for itself: draws cannot be shared between operators of a graph.
             rows, out_features = _as_rows(x.detach()), weight.shape[0]
             kept = torch.ops.memaop_triton.stash(rows, handle, out_features=out_features)
         else:
             kept = kept_of(x, x if source is None else source, weight, state)
-    function = _MemAOPLinearFunction if is_compiling or is_transformed else _EagerFunction
+    function = _MemAOPLinearFunction if is_compiling or transforms else _EagerFunction
     result: Tensor = function.apply(x, weight, bias, handle, order, state, memory, *kept)
     return result
-
-
-def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Switches autocast off for a type of device, if it is on."""
-    return (
-        torch.autocast(device, enabled=False) if _is_autocast(device) else contextlib.nullcontext()
-    )
-
-
-def _is_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _autocast(a: Tensor) -> Tensor:
-    """What autocast makes of an operand of a linear layer: float64 and integers stay."""
-    eligible = a.is_floating_point() and a.dtype != torch.float64
-    return a.to(torch.get_autocast_dtype(a.device.type)) if eligible else a
 
 
 def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
@@ -12,6 +13,8 @@ from typing import NamedTuple, TypeVar
 from torch import nn
 
 from memaop_triton.config import MemAOPConfig, check_config
+from memaop_triton.errors import check_name
+from memaop_triton.nn.conv import CONVOLUTIONS, MemAOPConv, checked_for, is_depthwise, obstacle_in
 from memaop_triton.nn.conv1d import MemAOPConv1D, conv1d_class
 from memaop_triton.nn.linear import (
     MemAOPLayer,
@@ -23,9 +26,11 @@ from memaop_triton.nn.linear import (
 from memaop_triton.nn.peft import left_to_peft
 
 M = TypeVar("M", bound=nn.Module)
-#: `filter_fn(module, fqn)`: whether a linear layer is taken.
+#: `filter_fn(module, fqn)`: whether a layer is taken.
 Filter = Callable[[nn.Module, str], bool]
 Chosen = dict[str, tuple[nn.Module, MemAOPConfig]]
+#: Which kinds of layers are meant: `"linear"` are `nn.Linear` and transformers' `Conv1D`.
+TARGETS = ("all", "linear")
 
 
 class Kind(NamedTuple):
@@ -36,25 +41,31 @@ class Kind(NamedTuple):
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
-    """That of a linear layer, dense or converted; `None` for any other module."""
+    """That of a layer that can be converted, or is; `None` for any other module."""
     if isinstance(layer, nn.Linear):
         return Kind(nn.Linear, MemAOPLinear)
     conv1d = conv1d_class()
     if conv1d is not None and isinstance(layer, conv1d):
         return Kind(conv1d, MemAOPConv1D)
+    for dense, ours in CONVOLUTIONS.items():
+        if isinstance(layer, dense) and not is_depthwise(layer):
+            return Kind(dense, ours)
     return None
 
 
 def sizes_of(layer: nn.Module) -> tuple[int, int]:
-    """N and P of a linear layer, dense or converted."""
+    """N and P of a layer that can be converted, or is."""
     if isinstance(layer, nn.Linear | MemAOPLayer):
         return layer.in_features, layer.out_features
-    weight = layer.get_parameter("weight")  # of a Conv1D
-    return weight.shape[0], weight.shape[1]
+    shape = layer.get_parameter("weight").shape
+    kind = kind_of(layer)
+    if kind is not None and kind.ours.is_transposed:
+        return shape[0], shape[1]
+    return math.prod(shape[1:]), shape[0]
 
 
 def adopt_(layer: nn.Module, config: MemAOPConfig) -> MemAOPLayer:
-    """Turn a dense linear layer into a converted one, in place.
+    """Turn a dense layer into a converted one, in place.
 
     Raises:
         ValueError: It has a forward pass of its own, or is converted already.
@@ -69,43 +80,52 @@ def choose_layers(
     config: MemAOPConfig | None,
     filter_fn: Filter | None,
     overrides: Mapping[str, MemAOPConfig | None] | None,
+    targets: str = "all",
 ) -> Chosen:
     """Layer and configuration by qualified name, for the arguments of `convert_`.
 
-    Only public functions call it, directly: its warning about subclasses names the user's line.
+    Only public functions call it, directly: its warnings name the user's line.
 
     Raises:
-        ValueError: No layer is left, a layer is converted already, a pattern matches nothing, or a
-            layer has a forward pass of its own.
+        ValueError: No layer is left, a layer is converted already, a pattern matches nothing, a
+            layer has a forward pass of its own, `targets` is unknown, or a configuration that was
+            meant for one layer is not for its kind.
         TypeError: `model` is not a module, or a configuration not a `MemAOPConfig`.
     """
     config = MemAOPConfig() if config is None else config
     overrides = check_arguments(model, config, overrides)
-    linears = {n: m for n, m in model.named_modules() if kind_of(m) is not None}
-    of_peft = left_to_peft(model, linears) if filter_fn is None else set()
-    linears = {n: m for n, m in linears.items() if n not in of_peft}
+    check_name("targets", targets, TARGETS)
+    layers = {n: m for n, m in model.named_modules() if _is_of(m, targets)}
+    of_peft = left_to_peft(model, layers) if filter_fn is None else set()
+    layers = {n: m for n, m in layers.items() if n not in of_peft}
     is_taken = _is_plain_or_converted if filter_fn is None else filter_fn
-    taken = {n: m for n, m in linears.items() if is_taken(m, n)}
+    taken = {n: m for n, m in layers.items() if is_taken(m, n)}
     twice = [quoted(name) for name, module in taken.items() if isinstance(module, MemAOPLayer)]
     if twice:
         raise ValueError(
             f"model is converted already: {', '.join(twice)}. Call revert_(model) first, or leave "
             "these layers out with filter_fn."
         )
-    chosen = apply_overrides(model, taken, config, overrides)
-    others = [f"{quoted(n)} ({type(m).__name__})" for n, m in linears.items() if n not in taken]
+    chosen, unfit = _fitting(apply_overrides(model, taken, config, overrides), config)
+    others = [f"{quoted(n)} ({type(m).__name__})" for n, m in layers.items() if n not in taken]
     if filter_fn is None and others:
         warnings.warn(
-            f"left as they are, being subclasses of linear layers: {', '.join(others)}. "
-            "A filter_fn can take them.",
+            f"left as they are, being subclasses: {', '.join(others)}. A filter_fn can take them.",
+            stacklevel=3,
+        )
+    if unfit:
+        warnings.warn(
+            f"left as they are, because {obstacle_in(config)} is not for convolutions: "
+            f"{', '.join(map(quoted, unfit))}. overrides can configure them, targets='linear' "
+            "leaves them out.",
             stacklevel=3,
         )
     if not chosen:
         hint = f" {len(of_peft)} more are PEFT's: see convert_(targets='lora')." if of_peft else ""
         raise ValueError(
-            f"model has no layer to convert: {len(linears)} linear layers in "
-            f"{type(model).__name__}, {len(taken)} taken by the filter, none left after overrides."
-            f"{hint}"
+            f"model has no layer to convert: {len(layers)} in {type(model).__name__} of the kinds "
+            f"that targets={targets!r} means, {len(taken)} taken by the filter, none left after "
+            f"overrides.{hint}"
         )
     for name, (module, _) in chosen.items():
         with naming(name):
@@ -113,6 +133,30 @@ def choose_layers(
             assert kind is not None
             check_adoptable(module, kind.dense)
     return chosen
+
+
+def _is_of(module: nn.Module, targets: str) -> bool:
+    kind = kind_of(module)
+    return kind is not None and (targets == "all" or not issubclass(kind.ours, MemAOPConv))
+
+
+def _fitting(chosen: Chosen, config: MemAOPConfig) -> tuple[Chosen, list[str]]:
+    """Layers with the configurations that their kinds have, and those that `config` is not for.
+
+    Raises:
+        ValueError: One that was given for single layers is not for them.
+    """
+    fitting, unfit = {}, []
+    for name, (module, wanted) in chosen.items():
+        kind = kind_of(module)
+        if kind is not None and issubclass(kind.ours, MemAOPConv):
+            if wanted is config and obstacle_in(config):
+                unfit.append(name)
+                continue
+            with naming(name):
+                wanted = checked_for(module, wanted)
+        fitting[name] = module, wanted
+    return fitting, unfit
 
 
 def check_arguments(

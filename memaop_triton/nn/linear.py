@@ -187,12 +187,24 @@ class MemAOPLayer(nn.Module):
             self.layer_state.controller.adopt(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if self.dense_class is nn.Linear:
+        if type(self) is self.kind:
             return super().__reduce_ex__(protocol)
         # Other classes of converted layers are made on demand and cannot be found by their names.
         return _blank, (self.dense_class, self.kind), self.__getstate__()
 
 
+_classes: dict[type[nn.Module], type[MemAOPLayer]] = {}
+_sharded_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[Any]] = {}
+
+
+def stands_for_dense(kind: type[L]) -> type[L]:
+    """Make a class the one that layers of exactly its `dense_class` become."""
+    kind.kind = kind
+    _classes[kind.dense_class] = kind
+    return kind
+
+
+@stands_for_dense
 class MemAOPLinear(MemAOPLayer, nn.Linear):
     """`torch.nn.Linear` whose backward pass is computed as configured by `config`.
 
@@ -229,12 +241,7 @@ class MemAOPLinear(MemAOPLayer, nn.Linear):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}.")
-        # Shallow, one level deeper than copy.copy: the dictionaries of parameters and hooks are
-        # copied, what they hold is shared.
-        twin = type(linear).__new__(type(linear))
-        for name, value in vars(linear).items():
-            vars(twin)[name] = value.copy() if isinstance(value, dict) else value
-        return cls.adopt_(twin, config)
+        return cls.adopt_(shallow_copy(linear), config)
 
     @staticmethod
     def adopt_(linear: nn.Linear, config: MemAOPConfig | None = None) -> MemAOPLinear:
@@ -259,6 +266,18 @@ class MemAOPLinear(MemAOPLayer, nn.Linear):
         if not self.training or self.layer_state.is_native:
             return F.linear(input, self.weight, self.bias)
         return self._compute(input, self.weight)
+
+
+def shallow_copy(layer: M) -> M:
+    """Another module with the same Parameters.
+
+    One level deeper than copy.copy: the dictionaries of parameters and hooks are copied, what they
+    hold is shared.
+    """
+    twin = type(layer).__new__(type(layer))
+    for name, value in vars(layer).items():
+        vars(twin)[name] = value.copy() if isinstance(value, dict) else value
+    return twin
 
 
 def traced(layer: MemAOPLayer, input: Any, dense: Callable[[Any], Any]) -> Any:
@@ -374,7 +393,3 @@ def _with_fsdp_of(sharded_class: type[nn.Module], below: type[M]) -> type[M]:
         no_deepcopy = {"__deepcopy__": vars(sharded_class)["__deepcopy__"]}
         _sharded_classes[key] = type(prefix + below.__name__, bases, no_deepcopy)
     return _sharded_classes[key]
-
-
-_classes: dict[type[nn.Module], type[MemAOPLayer]] = {nn.Linear: MemAOPLinear}
-_sharded_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[Any]] = {}

@@ -37,7 +37,7 @@ from memaop_triton.sampling.selection import Selection
 
 # Unsafe in the CUDA graphs that Inductor cuts a program into, because the operators keep tensors
 # from one step to the next: it runs them between two graphs, as in eager mode.
-_TAGS = (
+TAGS = (
     torch.Tag.pt2_compliant_tag,
     torch.Tag.nondeterministic_seeded,
     torch.Tag.cudagraph_unsafe,
@@ -224,7 +224,7 @@ for _name, _written, _compute, _fake in (
     ("memaop_triton::sampled_backward", ("order",), _sampled_backward, _sampled_backward_fake),
 ):
     _schema = torch.library.infer_schema(_compute, mutates_args=_written)
-    torch.library.define(_name, _schema, tags=_TAGS)
+    torch.library.define(_name, _schema, tags=TAGS)
     torch.library.impl(_name, "CompositeExplicitAutograd", _compute)
     torch.library.register_fake(_name, _fake)
 

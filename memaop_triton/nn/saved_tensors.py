@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from memaop_triton.dispatch import DTYPES
 from memaop_triton.memory.rounded import RoundedTensor, is_dense
 from memaop_triton.memory.signs import SignBits
-from memaop_triton.nn.functional import no_autocast
+from memaop_triton.nn.autograd import no_autocast
 from memaop_triton.nn.saved_operands import Form, new_nodes, saved_by
 
 # Smaller tensors are not worth the calls.

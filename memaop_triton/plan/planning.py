@@ -44,6 +44,7 @@ def plan(
     example_inputs: object,
     filter_fn: Filter | None = None,
     overrides: Mapping[str, MemAOPConfig | None] | None = None,
+    targets: str = "all",
     loss_fn: Callable[[Any], Tensor] | None = None,
     batches: Iterable[object] = (),
     time_budget: float = TIME_BUDGET,
@@ -73,6 +74,7 @@ def plan(
             tensor, a tuple of arguments, or a dictionary of keyword arguments.
         filter_fn: As for `convert_`.
         overrides: As for `convert_`.
+        targets: `"all"` or `"linear"`, as for `convert_`.
         loss_fn: From the model's output to a scalar loss. By default the loss in the output: itself
             if it is a scalar, the first of several, or what is named `"loss"`, as in models of
             Hugging Face. Without either, gradients are those of the sum of all floating-point
@@ -98,7 +100,7 @@ def plan(
     if not (time_budget > 0 and math.isfinite(time_budget)):
         raise ValueError(f"time_budget={time_budget} must be a positive number of seconds.")
     config = MemAOPConfig(ratio="auto") if config is None else config
-    chosen = choose_layers(model, config, filter_fn, overrides)
+    chosen = choose_layers(model, config, filter_fn, overrides, targets)
     return plan_chosen(model, chosen, example_inputs, loss_fn, time_budget, batches)
 
 

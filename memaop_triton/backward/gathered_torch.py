@@ -1,4 +1,4 @@
-"""What a step with a stash does besides restoring rows, in PyTorch or C; as in `stash_triton`."""
+"""What a step does besides gathering rows of X, in PyTorch or C; as in `gathered_triton`."""
 
 from __future__ import annotations
 
@@ -38,8 +38,12 @@ def product(
     projection: Projection | None = None,
     *,
     exchanged: bool = False,
+    are_whole: bool = True,
 ) -> Tensor:
-    """dW by `gather_gemm` of rows that were gathered; `exchanged` if `a` is of G."""
+    """dW by `gather_gemm` of rows that were gathered; `exchanged` if `a` is of G.
+
+    Of rows that are not whole, what is left is taken as it is: z is zero then.
+    """
     every = torch.arange(len(a), device=a.device)
     transposed = exchanged != operands.is_transposed
     dw = kernels.gather_gemm(a, b, every, weights, projection, transposed=transposed)

@@ -1,4 +1,4 @@
-"""What a step with a stash does besides restoring rows, by the Triton kernels; as `stash_torch`.
+"""What a step does besides gathering rows of X, by the Triton kernels; as `gathered_torch`.
 
 No value is read on the host, but where a block of rows is cut short.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memaop_triton.backward import stash_torch
+from memaop_triton.backward import gathered_torch
 from memaop_triton.backward.step import Operands, rows_and_weights
 from memaop_triton.kernels.cpu.torch_ops import Projection
 from memaop_triton.kernels.gpu import subspace
@@ -42,22 +42,25 @@ def product(
     projection: Projection | None = None,
     *,
     exchanged: bool = False,
+    are_whole: bool = True,
 ) -> Tensor:
     """dW of rows that were gathered; `exchanged` if `a` is of G.
 
-    Rows of X have no part inside of their subspace, rows of G still have theirs. A library's GEMM
-    takes both as they are; only float16, whose range weighted rows might leave, goes another way.
+    A library's GEMM takes the rows, less the part inside of a subspace if they still have it. Only
+    float16, whose range weighted rows might leave, goes another way.
     """
     if weights is not None and a.dtype == torch.float16:
-        return stash_torch.product(operands, a, b, weights, projection, exchanged=exchanged)
+        return gathered_torch.product(operands, a, b, weights, projection, exchanged=exchanged)
     if weights is not None:
         b = (b * weights.unsqueeze(1)).to(b.dtype)
     if projection is None:
         return operands.product(a, b)
     expand, z, zb = projection
     zb = zb.to(a.dtype)
+    if are_whole:
+        a = torch.addmm(a, z, expand.t(), alpha=-1)
     if exchanged:
-        a, b = b, torch.addmm(a, z, expand.t(), alpha=-1)
+        a, b = b, a
     inside = expand @ zb if exchanged else zb.t() @ expand.t()
     left, right = (a, b) if operands.is_transposed else (b, a)
     return operands.oriented(torch.addmm(operands.oriented(inside), left.t(), right))

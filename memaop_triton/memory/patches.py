@@ -1,0 +1,241 @@
+"""The rows that a convolution multiplies by its weight, without the matrix of them.
+
+Row m of X belongs to one position of the output. It holds the inputs under the kernel there, *its*
+patch, tap by tap and channel by channel: N = taps × channels columns, in the order of a weight in
+the memory format `channels_last`. All of X is as many times larger than the inputs as the kernel
+has taps per stride, so that only the rows that are asked for are gathered:
+
+- Squared norms of patches are sums of the squared norms of positions under the kernel, by one pass
+  over the inputs and a box filter over one number a position.
+- X Q is a convolution with the columns of Q as filters, and Aᵀ X the gradient of the weight of one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memaop_triton import dispatch
+from memaop_triton.kernels.cpu.torch_ops import basis_scale, rest_beside
+
+_EPS_OF_TF32 = 2.0**-10
+
+
+class Geometry(NamedTuple):
+    """Where a convolution puts its kernel, with one number for each dimension of space.
+
+    Attributes:
+        kernel_size: Taps.
+        stride: Between two positions of the output.
+        padding: Zeros at either end.
+        dilation: Between two taps.
+        groups: Of channels, each with an output of its own.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def padded(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Positions of inputs of these sizes with their padding."""
+        return tuple(n + 2 * pad for n, pad in zip(sizes, self.padding, strict=True))
+
+    def positions(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Positions of the output, for inputs of these sizes."""
+        every = zip(self.padded(sizes), self.kernel_size, self.stride, self.dilation, strict=True)
+        return tuple((n - gap * (k - 1) - 1) // step + 1 for n, k, step, gap in every)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether every patch is one position, and every position has one."""
+        return (
+            max(*self.kernel_size, *self.stride) == 1 and not any(self.padding) and self.groups == 1
+        )
+
+
+class Patches:
+    """X of a convolution, [M, N], or one for each group of channels.
+
+    Args:
+        inputs: [B, C, *sizes], floating point.
+        geometry: Of the convolution.
+
+    Attributes:
+        inputs: As given.
+        geometry: As given.
+        shape: [M, N], with M = B × positions of the output and N = taps × channels of a group.
+    """
+
+    def __init__(self, inputs: Tensor, geometry: Geometry) -> None:
+        self.inputs = inputs
+        self.geometry = geometry
+        self._positions = geometry.positions(tuple(inputs.shape[2:]))
+        channels = inputs.shape[1] // geometry.groups
+        columns = math.prod(geometry.kernel_size) * channels
+        self.shape = torch.Size((len(inputs) * math.prod(self._positions), columns))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers."""
+        return self.inputs.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.inputs.device
+
+    @property
+    def groups(self) -> int:
+        """Matrices of [M, N] side by side."""
+        return self.geometry.groups
+
+    @functools.cached_property
+    def _padded(self) -> Tensor:
+        """The inputs position after position, with the padding around them: [B, *padded, C]."""
+        by_position = self.inputs.movedim(1, -1)
+        padding = self.geometry.padding
+        if not any(padding):
+            return by_position.contiguous()
+        batch, *sizes, channels = by_position.shape
+        padded = by_position.new_empty((batch, *self.geometry.padded(tuple(sizes)), channels))
+        inner = padded
+        for dim, (size, pad) in enumerate(zip(sizes, padding, strict=True), start=1):
+            inner.narrow(dim, 0, pad).zero_()
+            inner.narrow(dim, pad + size, pad).zero_()
+            inner = inner.narrow(dim, pad, size)
+        inner.copy_(by_position)
+        return padded
+
+    def norms(self) -> Tensor:
+        """Norms of the rows, [M], or [M, groups] with several; in `score_dtype`."""
+        padded, groups = self._padded, self.groups
+        squares = dispatch.row_norms(padded.view(-1, padded.shape[-1] // groups)).square_()
+        sums = squares.view(*padded.shape[:-1], groups)
+        every = zip(
+            self._positions,
+            self.geometry.kernel_size,
+            self.geometry.stride,
+            self.geometry.dilation,
+            strict=True,
+        )
+        for dim, (count, taps, stride, gap) in enumerate(every, start=1):
+            before = (slice(None),) * dim
+            length = (count - 1) * stride + 1
+            ends = ((tap * gap, tap * gap + length) for tap in range(taps))
+            parts = [sums[(*before, slice(*both, stride))] for both in ends]
+            sums = functools.reduce(torch.add, parts)
+        norms = sums.sqrt()
+        return norms.reshape(-1) if groups == 1 else norms.reshape(-1, groups)
+
+    def scores(self, g: Tensor) -> Tensor:
+        """‖dW‖ of every row alone, √(Σ ‖x_c‖² ‖g_c‖²) over the groups: [M], for g [M, P].
+
+        +Inf for a row that is not finite.
+        """
+        norms, groups = self.norms(), self.groups
+        if groups == 1:
+            scores = norms * dispatch.row_norms(g)
+        else:
+            of_g = dispatch.row_norms(g.reshape(-1, g.shape[1] // groups)).view(-1, groups)
+            scores = torch.linalg.vector_norm(norms * of_g, dim=1)
+        return scores.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """These rows, [K, N], or [groups, K, N] with several."""
+        padded, geometry = self._padded, self.geometry
+        channels = padded.shape[-1]
+        # Taps of the last dimension that are neighbours lie side by side.
+        run = geometry.kernel_size[-1] if geometry.dilation[-1] == 1 else 1
+        first = (self._first_positions(indices).unsqueeze(1) + self._offsets(run)).flatten()
+        every = padded.numel() // channels
+        windows = padded.as_strided((every - run + 1, run * channels), (channels, 1))
+        picked = windows.index_select(0, first)
+        if self.groups == 1:
+            return picked.view(len(indices), -1)
+        taps = math.prod(geometry.kernel_size)
+        picked = picked.view(len(indices), taps, self.groups, channels // self.groups)
+        return picked.permute(2, 0, 1, 3).reshape(self.groups, len(indices), -1)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        first, end, step = rows.indices(self.shape[0])
+        return self.rows(torch.arange(first, end, step, device=self.device))
+
+    def _first_positions(self, rows: Tensor) -> Tensor:
+        """Of the padded inputs, that under the first tap of each row."""
+        first, left, distance = torch.zeros_like(rows), rows, 1
+        for dim in reversed(range(len(self._positions))):
+            count, stride = self._positions[dim], self.geometry.stride[dim]
+            first = first + (left % count) * (stride * distance)
+            left = left // count
+            distance *= self._padded.shape[1 + dim]
+        return first + left * distance
+
+    def _offsets(self, run: int) -> Tensor:
+        """Of the taps from the first one, of every `run` neighbours the first."""
+        offsets, distance = torch.zeros(1, dtype=torch.int64, device=self.device), 1
+        for dim in reversed(range(len(self._positions))):
+            taps = torch.arange(self.geometry.kernel_size[dim], device=self.device)
+            if dim == len(self._positions) - 1 and run > 1:
+                taps = taps[:1]
+            steps = taps * (self.geometry.dilation[dim] * distance)
+            offsets = (steps.unsqueeze(1) + offsets).flatten()
+            distance *= self._padded.shape[1 + dim]
+        return offsets
+
+    def project(self, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """`dispatch.project_rows` of all rows, for Q [N, q]: Z [M, q], and [M] norms. One group."""
+        rank = basis.shape[1]
+        scale = basis_scale(self.shape[1])
+        filters = self._as_weight((basis / scale).t())
+        geometry = self.geometry
+        z = torch.ops.aten.convolution(
+            self.inputs,
+            filters,
+            None,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            False,
+            [0] * len(geometry.stride),
+            1,
+        )
+        z = z.movedim(1, -1).reshape(-1, rank)
+        rounding = torch.finfo(self.dtype).eps
+        if z.is_cuda and self.dtype == torch.float32:
+            rounding = max(rounding, _EPS_OF_TF32)  # convolutions use it unless told not to
+        return z, rest_beside(self.norms(), z, scale, rounding)
+
+    def transposed_mm(self, a: Tensor) -> Tensor:
+        """Aᵀ X, [q, N], for a [M, q]: a product that takes every row. Groups divide the q."""
+        geometry, rank = self.geometry, a.shape[1]
+        maps = a.reshape(len(self.inputs), *self._positions, rank).movedim(-1, 1)
+        like = self._as_weight(a.new_empty((rank, self.shape[1])))
+        product = torch.ops.aten.convolution_backward(
+            maps,
+            self.inputs,
+            like,
+            None,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            False,
+            [0] * len(geometry.stride),
+            geometry.groups,
+            (False, True, False),
+        )[1]
+        return product.movedim(1, -1).reshape(rank, -1)
+
+    def _as_weight(self, rows: Tensor) -> Tensor:
+        """[q, N] in the order of a weight, [q, C, *kernel_size]."""
+        return as_weight(rows, self.geometry.kernel_size)
+
+
+def as_weight(rows: Tensor, kernel_size: tuple[int, ...]) -> Tensor:
+    """Rows of patches, [q, N], as a weight of a convolution, [q, C, *kernel_size]: a view."""
+    return rows.view(len(rows), *kernel_size, -1).movedim(-1, 1)

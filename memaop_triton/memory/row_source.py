@@ -1,0 +1,47 @@
+"""What a step needs of inputs that are no matrix: rows of X that are made when they are asked for."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class RowSource(Protocol):
+    """The rows of X, [M, N], in another form: kept in a few bits, or patches of a convolution."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[M, N]."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of X."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        ...
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Some of the rows."""
+        ...
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows by their numbers ([K] int64), [K, N]."""
+        ...
+
+    def norms(self) -> Tensor:
+        """Of all rows, [M], in `score_dtype`."""
+        ...
+
+    def scores(self, g: Tensor) -> Tensor:
+        """‖g_m‖·‖x_m‖ of all rows, [M], for g [M, P]."""
+        ...
+
+    def project(self, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """`dispatch.project_rows` of all rows, for Q [N, q]: Z [M, q], and [M] norms."""
+        ...

@@ -1,0 +1,106 @@
+"""The gradient of a convolution's weight as an operator, `torch.ops.memaop_triton.conv_weight_grad`.
+
+As the operators of `memaop_triton.nn.ops` it takes the handle of a `LayerState`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from memaop_triton.backward.weight_grad import weight_and_bias_grad
+from memaop_triton.flops import weight_grad_flops
+from memaop_triton.memory.kinds import SubspaceMemory, rows_to_compute
+from memaop_triton.memory.patches import Geometry, Patches, as_weight
+from memaop_triton.memory.row_source import RowSource
+from memaop_triton.nn import layer_state
+from memaop_triton.nn.ops import TAGS
+
+
+def _conv_weight_grad(
+    x: Tensor,
+    g: Tensor,
+    handle: Tensor,
+    order: Tensor,
+    *,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """dW [P, C/groups, *kernel_size] and db [P] from x [B, C, *sizes] and g [B, P, *positions].
+
+    db has shape [0] if it is not required.
+    """
+    state = layer_state.find(handle.shape[0])
+    numbers = (tuple(every) for every in (kernel_size, stride, padding, dilation))
+    geometry = Geometry(*numbers, groups)
+    gradients = weight_and_bias_grad(
+        rows_of(x, geometry),
+        by_position(g),
+        state.config,
+        state.memory,
+        bias_grad=bias_grad,
+        observer=state.step_observer or state.observer,
+    )
+    dw = as_weight(gradients.weight, geometry.kernel_size).contiguous()
+    if state.on_weight_grad is not None:
+        state.on_weight_grad(dw)
+    return dw, g.new_empty(0) if gradients.bias is None else gradients.bias
+
+
+def rows_of(x: Tensor, geometry: Geometry) -> Tensor | RowSource:
+    """The rows that a convolution of x, [B, C, *sizes], multiplies."""
+    return by_position(x) if geometry.is_pointwise else Patches(x, geometry)
+
+
+def by_position(a: Tensor) -> Tensor:
+    """[B, C, *sizes] as a matrix with a row for each position; a view of channels that are last."""
+    return a.movedim(1, -1).reshape(-1, a.shape[1])
+
+
+def _conv_weight_grad_fake(
+    x: Tensor,
+    g: Tensor,
+    *_: Any,
+    kernel_size: Sequence[int],
+    groups: int,
+    bias_grad: bool,
+    **__: Any,
+) -> tuple[Tensor, Tensor]:
+    p = g.shape[1]
+    dw = x.new_empty((p, x.shape[1] // groups, *kernel_size))
+    return dw, g.new_empty(p if bias_grad else 0)
+
+
+_NAME = "memaop_triton::conv_weight_grad"
+torch.library.define(
+    _NAME, torch.library.infer_schema(_conv_weight_grad, mutates_args=("order",)), tags=TAGS
+)
+torch.library.impl(_NAME, "CompositeExplicitAutograd", _conv_weight_grad)
+torch.library.register_fake(_NAME, _conv_weight_grad_fake)
+
+
+@register_flop_formula(torch.ops.memaop_triton.conv_weight_grad)
+def _flops(
+    x: torch.Size,
+    g: torch.Size,
+    handle: torch.Size,
+    *_: Any,
+    kernel_size: Sequence[int],
+    groups: int,
+    **__: Any,
+) -> int:
+    n = x[1] // groups * math.prod(kernel_size)
+    p, m = g[1], g[0] * math.prod(g[2:])
+    state = layer_state.find(handle[0])
+    k = rows_to_compute(state.config, state.memory, m, n, p)
+    subspace = state.memory.cost if isinstance(state.memory, SubspaceMemory) else None
+    return weight_grad_flops(m, n, p, k, subspace, state.config.numbers_scored(n, p))
