@@ -1,4 +1,4 @@
-"""What a step needs of inputs that are no matrix: rows of X that are made when they are asked for."""
+"""What a step needs of inputs that are no matrix: rows that are made when they are asked for."""
 
 from __future__ import annotations
 

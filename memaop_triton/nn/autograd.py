@@ -27,7 +27,7 @@ def check_not_batched(grad_output: Tensor) -> None:
             raise RuntimeError(BATCHED)
 
 
-class DifferentiableOnce(torch.autograd.Function):
+class _DifferentiableOnce(torch.autograd.Function):
     """A gradient as it is, still linked to what it was made of, so that a second one is refused.
 
     Without the link autograd would return zero for a second derivative.
@@ -44,8 +44,9 @@ class DifferentiableOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
-            "the gradient of a converted layer cannot be differentiated again, because it is computed "
-            "from part of the rows: call .eval() on the layer, which makes it exact, or revert_ it."
+            "the gradient of a converted layer cannot be differentiated again, because it is "
+            "computed from part of the rows: call .eval() on the layer, which makes it exact, or "
+            "revert_ it."
         )
 
 
@@ -66,7 +67,7 @@ def gradients_once(
         gradients = compute()
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return tuple(
-            None if a is None else DifferentiableOnce.apply(a, grad_output, *sources)
+            None if a is None else _DifferentiableOnce.apply(a, grad_output, *sources)
             for a in gradients
         )
     return gradients

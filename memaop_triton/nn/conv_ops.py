@@ -1,4 +1,4 @@
-"""The gradient of a convolution's weight as an operator, `torch.ops.memaop_triton.conv_weight_grad`.
+"""The gradient of a convolution's weight as an operator, `memaop_triton::conv_weight_grad`.
 
 As the operators of `memaop_triton.nn.ops` it takes the handle of a `LayerState`.
 """
