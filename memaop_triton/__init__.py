@@ -23,6 +23,7 @@ from memaop_triton.memory.kinds import ResidualMemory, SubspaceMemory
 from memaop_triton.monitor.allocate import allocate_
 from memaop_triton.monitor.monitor import Monitor, StarvedLayerWarning, monitor
 from memaop_triton.monitor.schedules import RatioScheduler
+from memaop_triton.nn.conv import MemAOPConv1d, MemAOPConv2d, MemAOPConv3d
 from memaop_triton.nn.coverage import Coverage, LowCoverageWarning
 from memaop_triton.nn.functional import memaop_linear
 from memaop_triton.nn.layer_state import new_memory
@@ -44,6 +45,9 @@ __all__ = [
     "FactorAllGather",
     "LowCoverageWarning",
     "MemAOPConfig",
+    "MemAOPConv1d",
+    "MemAOPConv2d",
+    "MemAOPConv3d",
     "MemAOPLayer",
     "MemAOPLinear",
     "Monitor",

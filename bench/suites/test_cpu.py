@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from memaop_triton import MemAOPConfig, convert_
+from memaop_triton import MemAOPConfig, convert_, new_memory
+from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.bench.measure import Method
 from memaop_triton.bench.suites import contenders
 from memaop_triton.bench.suites.problem import Problem
+from memaop_triton.memory.patches import Geometry, Patches, by_position
 
 LAYER = Problem(8192, 1024, 1024)
 
@@ -31,6 +33,41 @@ def test_cpu_weight_grad(compare, shape, inverse_ratio, setting):
         cold=True,
         wanted=contenders.wanted(problem),
     )
+
+
+@pytest.mark.parametrize("setting", ["priority", "default"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_cpu_convolution(compare, memory_format, setting):
+    """dW of 64 to 128 channels by 3 × 3 at 28 × 28 positions of 64 samples."""
+    geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1), groups=1)
+    x = torch.randn(64, 64, 28, 28).to(memory_format=memory_format)
+    g = torch.randn(64, 128, 28, 28).to(memory_format=memory_format)
+    weight = torch.empty(128, 64, 3, 3).to(memory_format=memory_format)
+    problem = Problem(64 * 28 * 28, weight[0].numel(), len(weight))
+    config = problem.config(**contenders.SETTINGS[setting])
+    memory = new_memory(config, problem.n, problem.p)
+
+    def dense():
+        where = geometry.stride, geometry.padding, geometry.dilation, False, [0, 0], 1
+        wanted = (False, True, False)
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *where, wanted)[1]
+
+    def unfold():
+        return by_position(g).t() @ nn.functional.unfold(x, 3, padding=1).mT.flatten(0, 1)
+
+    def ours():
+        patches = Patches(x, geometry)
+        return weight_and_bias_grad(patches, by_position(g), config, memory, bias_grad=False)
+
+    methods = [
+        Method("dense", "dense", "convolution_backward", dense),
+        Method("unfold", "baseline", "the matrix of patches, and one GEMM", unfold),
+        Method(setting, "ours", setting, ours, config.period),
+    ]
+    layout = "channels last" if memory_format is torch.channels_last else "channels first"
+    title = f"convolution dW {problem.details}, {layout},"
+    wanted = {setting: 3.0 if setting == "priority" else 2.0}
+    compare(problem, "dw", title, methods, wanted=wanted)
 
 
 @pytest.mark.parametrize("setting", ["default", "priority"])

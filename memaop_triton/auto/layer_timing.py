@@ -1,4 +1,4 @@
-"""Times of the backward pass of one linear layer, dense and converted in turn."""
+"""Times of the backward pass of one layer, dense and converted in turn."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from memaop_triton.auto.timing import SHORTEST_SECONDS, time_in_turn
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
+from memaop_triton.memory.patches import Convolution
 from memaop_triton.nn.autograd import no_autocast
-from memaop_triton.nn.linear import MemAOPLinear
+from memaop_triton.nn.conv import new_conv
+from memaop_triton.nn.layer_choice import adopt_
+from memaop_triton.nn.linear import MemAOPLayer, shallow_copy
 
 _NEVER = 1 << 30
 # Of the time for a layer. The additional time of its forward pass is small and quickly measured.
@@ -33,6 +36,7 @@ class Use(NamedTuple):
         needs_weight: Whether dW is required.
         needs_bias: Whether db is.
         needs_input: Whether dX is.
+        convolution: What it is a call of, if it is not one of a linear layer.
     """
 
     rows: int
@@ -43,14 +47,15 @@ class Use(NamedTuple):
     needs_weight: bool = True
     needs_bias: bool = True
     needs_input: bool = True
+    convolution: Convolution | None = None
 
 
 class Measurement(NamedTuple):
     """Seconds of one backward pass, in every round.
 
     Attributes:
-        dense: Of an `nn.Linear`.
-        ours: Of a `MemAOPLinear`, including the additional time of its forward pass.
+        dense: Of a dense layer.
+        ours: Of a converted one, including the additional time of its forward pass.
         memory_bytes: What its memory holds.
     """
 
@@ -85,11 +90,11 @@ def measure_each(
     """
     # This also switches gradients on, even if the caller has switched them off.
     with torch.inference_mode(False), no_autocast(use.device.type):
-        dense, x = _layer(use), _rows(use, use.in_features).requires_grad_(use.needs_input)
-        g = _rows(use, use.out_features)
+        dense, x = _layer(use), _inputs(use).requires_grad_(use.needs_input)
+        g = _gradients(use)
         ours = _layers_of(dense, configs, x, g)
-        beside = dense if exact is None else MemAOPLinear.from_linear(dense, exact)
-        timed: list[nn.Linear] = [beside, *ours]
+        beside = dense if exact is None else _converted(dense, exact)
+        timed: list[nn.Module] = [beside, *ours]
         # A refresh happens in one of `period` steps, too rarely to be in enough of the rounds. So
         # steps without any are timed, and beside them steps with one each.
         period = configs[0].period
@@ -114,47 +119,75 @@ def measure_each(
 
 
 def _layers_of(
-    dense: nn.Linear, configs: Sequence[MemAOPConfig], x: Tensor, g: Tensor
-) -> list[MemAOPLinear]:
+    dense: nn.Module, configs: Sequence[MemAOPConfig], x: Tensor, g: Tensor
+) -> list[MemAOPLayer]:
     """A layer for each configuration, with the weight of `dense`.
 
     A first step makes bases and chooses among them, which takes as long as many others. It is the
     same for all, but for the rows that are left beside a choice: one layer takes it.
     """
-    first = MemAOPLinear.from_linear(dense, configs[0])
+    first = _converted(dense, configs[0])
     if first.memory is not None:
         _backward(first, x, g)()
     return [first, *(_layer_of(dense, config, first.memory) for config in configs[1:])]
 
 
-def _layer_of(dense: nn.Linear, config: MemAOPConfig, memory: Memory | None) -> MemAOPLinear:
+def _converted(dense: nn.Module, config: MemAOPConfig) -> MemAOPLayer:
+    return adopt_(shallow_copy(dense), config)
+
+
+def _layer_of(dense: nn.Module, config: MemAOPConfig, memory: Memory | None) -> MemAOPLayer:
     """A layer with the weight of `dense` and a copy of a memory."""
-    layer = MemAOPLinear.from_linear(dense, config)
+    layer = _converted(dense, config)
     layer.layer_state.memory = copy.deepcopy(memory)
     return layer
 
 
-def _set_interval(layer: nn.Linear, refresh_every: int) -> None:
-    assert isinstance(layer, MemAOPLinear)
+def _set_interval(layer: nn.Module, refresh_every: int) -> None:
+    assert isinstance(layer, MemAOPLayer)
     if isinstance(layer.memory, SubspaceMemory):
         layer.memory.set_refresh_interval(refresh_every)
 
 
-def _layer(use: Use) -> nn.Linear:
-    layer = nn.Linear(use.in_features, use.out_features, device=use.device, dtype=use.dtype)
-    layer.weight.requires_grad_(use.needs_weight)
-    layer.bias.requires_grad_(use.needs_bias)
+def _layer(use: Use) -> nn.Module:
+    layer: nn.Module
+    if use.convolution is None:
+        layer = nn.Linear(use.in_features, use.out_features, device=use.device, dtype=use.dtype)
+    else:
+        layer = new_conv(use.convolution, use.out_features, device=use.device, dtype=use.dtype)
+    layer.get_parameter("weight").requires_grad_(use.needs_weight)
+    layer.get_parameter("bias").requires_grad_(use.needs_bias)
     return layer
 
 
-def _rows(use: Use, columns: int) -> Tensor:
-    return torch.randn(use.rows, columns, device=use.device, dtype=use.dtype)
+def _inputs(use: Use) -> Tensor:
+    if use.convolution is None:
+        return _random(use, use.rows, use.in_features)
+    return _maps(use, *use.convolution.inputs)
 
 
-def _backward(layer: nn.Linear, x: Tensor, g: Tensor) -> Callable[[], object]:
+def _gradients(use: Use) -> Tensor:
+    if use.convolution is None:
+        return _random(use, use.rows, use.out_features)
+    geometry, (batch, _, *sizes), _ = use.convolution
+    return _maps(use, batch, use.out_features, *geometry.positions(tuple(sizes)))
+
+
+def _maps(use: Use, batch: int, channels: int, *sizes: int) -> Tensor:
+    assert use.convolution is not None
+    if use.convolution.is_channels_last:
+        return _random(use, batch, *sizes, channels).movedim(-1, 1)
+    return _random(use, batch, channels, *sizes)
+
+
+def _random(use: Use, *sizes: int) -> Tensor:
+    return torch.randn(sizes, device=use.device, dtype=use.dtype)
+
+
+def _backward(layer: nn.Module, x: Tensor, g: Tensor) -> Callable[[], object]:
     # With `grad_outputs` PyTorch would import its symbolic shapes first, a third of a second.
-    wanted = [t for t in (layer.weight, layer.bias, x) if t.requires_grad]
-    is_stashing = isinstance(layer, MemAOPLinear) and layer.config.stash != "exact"
+    wanted = [t for t in (*layer.parameters(), x) if t.requires_grad]
+    is_stashing = isinstance(layer, MemAOPLayer) and layer.config.stash != "exact"
     if is_stashing:
         # A leaf would be kept as it is, and what else is kept hangs on the basis of the memory,
         # which the first backward pass makes.
@@ -178,14 +211,14 @@ class _Loss(torch.autograd.Function):
 
 
 def _forward_overhead(use: Use, config: MemAOPConfig, budget: float, shortest: float) -> float:
-    """Additional seconds of a `MemAOPLinear`'s forward pass.
+    """Additional seconds of a converted layer's forward pass.
 
     Measured on a tiny layer, unless it reads its inputs, to keep them in another form.
     """
     if config.stash == "exact":
-        use = use._replace(rows=1, in_features=8, out_features=8)
-    dense, x = _layer(use), _rows(use, use.in_features).requires_grad_()
-    ours = MemAOPLinear.from_linear(dense, config)
+        use = use._replace(rows=1, in_features=8, out_features=8, convolution=None)
+    dense, x = _layer(use), _inputs(use).requires_grad_()
+    ours = _converted(dense, config)
     times = time_in_turn([lambda: dense(x), lambda: ours(x)], use.device, budget, shortest)
     without, with_ours = map(statistics.median, times)
     return max(0.0, with_ours - without)

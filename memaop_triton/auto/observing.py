@@ -117,7 +117,17 @@ class StepObserver:
         x, g = operands.inputs, operands.g
         (rows, n), p = x.shape, g.shape[1]
         # dX is exact in any case, and does not count.
-        use = Use(rows, n, p, x.dtype, x.device, True, operands.bias_grad, needs_input=False)
+        patches = operands.patches
+        use = Use(
+            rows,
+            n,
+            p,
+            x.dtype,
+            x.device,
+            needs_bias=operands.bias_grad,
+            needs_input=False,
+            convolution=None if patches is None else patches.convolution,
+        )
         self._uses.append(use)
         self._shares.append(operands.k / rows)
         rank = memory.choice.max_rank if isinstance(memory, SubspaceMemory) else 0

@@ -16,6 +16,7 @@ from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels.cpu.torch_ops import Projection, selected_rows
 from memaop_triton.memory.kinds import Memory
+from memaop_triton.memory.patches import Patches
 from memaop_triton.memory.row_source import RowSource
 from memaop_triton.sampling.selection import Selection, cut, is_weighted, select, within
 
@@ -118,6 +119,7 @@ class Operands(NamedTuple):
         observer: Takes note of the step, if the layer is observed.
         is_transposed: Whether dW is to be a view of dWᵀ, [N, P] and contiguous, which the factors
             are those of then.
+        patches: Of a convolution, what X is made of.
     """
 
     inputs: Tensor | RowSource
@@ -130,6 +132,7 @@ class Operands(NamedTuple):
     factors: list[Factors] | None = None
     observer: Observer | None = None
     is_transposed: bool = False
+    patches: Patches | None = None
 
     @property
     def x(self) -> Tensor:

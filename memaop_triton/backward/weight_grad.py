@@ -24,6 +24,7 @@ from memaop_triton.memory.kinds import (
     check_memory,
     rows_to_compute,
 )
+from memaop_triton.memory.patches import Patches
 from memaop_triton.memory.row_source import RowSource
 from memaop_triton.memory.stash import Stash
 from memaop_triton.sampling.selection import Selection
@@ -86,6 +87,9 @@ def weight_and_bias_grad(
         observer: Records the step, unless the batch is empty or the memory is skipped.
         is_transposed: Return dW as a view of dWᵀ, [N, P], which is contiguous.
     """
+    patches = x if isinstance(x, Patches) else None
+    if patches is not None and patches.geometry.is_pointwise:
+        x = patches.matrix()
     _check_operands(x, g)
     check_memory(config, memory, x.shape[1], g.shape[1])
     (rows, n), p = x.shape, g.shape[1]
@@ -103,7 +107,7 @@ def weight_and_bias_grad(
         if (memory.side, memory.rank) != choice:
             k = rows_to_compute(config, memory, rows, n, p)
     operands = Operands(
-        x, g, config, k, bias_grad, generator, shards, factors, observer, is_transposed
+        x, g, config, k, bias_grad, generator, shards, factors, observer, is_transposed, patches
     )
     if not isinstance(x, Tensor):
         if k < rows and isinstance(x, Stash):

@@ -309,8 +309,12 @@ class _Exchange:
 
 
 def _may_be_gathered(weight: Tensor, world: int) -> bool:
-    """Whether a single row of the smallest dtype would be."""
-    return world > 1 and sum(weight.shape) * FACTOR_DTYPES[0].itemsize * world < weight.nbytes
+    """Whether a single row of the smallest dtype would be; of a convolution none are handed out."""
+    return (
+        world > 1
+        and weight.dim() == 2
+        and sum(weight.shape) * FACTOR_DTYPES[0].itemsize * world < weight.nbytes
+    )
 
 
 def _used_here(*tensors: Tensor) -> None:

@@ -59,6 +59,25 @@ class Geometry(NamedTuple):
         )
 
 
+class Convolution(NamedTuple):
+    """What one call of a convolution works on.
+
+    Attributes:
+        geometry: Where the kernel is put.
+        inputs: Sizes of the inputs, [B, C, *sizes].
+        is_channels_last: Whether the channels of a position are neighbours in memory.
+    """
+
+    geometry: Geometry
+    inputs: tuple[int, ...]
+    is_channels_last: bool
+
+
+def is_channels_last(a: Tensor) -> bool:
+    """Whether the channels of a position of [B, C, *sizes] are neighbours in memory."""
+    return a.movedim(1, -1).is_contiguous()
+
+
 class Patches:
     """X of a convolution, [M, N], or one for each group of channels.
 
@@ -94,6 +113,17 @@ class Patches:
     def groups(self) -> int:
         """Matrices of [M, N] side by side."""
         return self.geometry.groups
+
+    @property
+    def convolution(self) -> Convolution:
+        """Whose rows they are."""
+        inputs = self.inputs
+        return Convolution(self.geometry, tuple(inputs.shape), is_channels_last(inputs))
+
+    def matrix(self) -> Tensor:
+        """All rows, [M, N], where each of them is one position: a view, or a copy of the inputs."""
+        assert self.geometry.is_pointwise
+        return by_position(self.inputs)
 
     @functools.cached_property
     def _padded(self) -> Tensor:
@@ -234,6 +264,11 @@ class Patches:
     def _as_weight(self, rows: Tensor) -> Tensor:
         """[q, N] in the order of a weight, [q, C, *kernel_size]."""
         return as_weight(rows, self.geometry.kernel_size)
+
+
+def by_position(a: Tensor) -> Tensor:
+    """[B, C, *sizes] as a matrix with a row for each position; a view if channels are last."""
+    return a.movedim(1, -1).reshape(-1, a.shape[1])
 
 
 def as_weight(rows: Tensor, kernel_size: tuple[int, ...]) -> Tensor:

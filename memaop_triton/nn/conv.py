@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from memaop_triton.config import MemAOPConfig, check_config
-from memaop_triton.memory.patches import Geometry
+from memaop_triton.memory.patches import Convolution, Geometry, is_channels_last
 from memaop_triton.nn import conv_ops as conv_ops  # registers its operator
 from memaop_triton.nn.autograd import (
     BATCHED,
@@ -40,8 +40,6 @@ class MemAOPConv(MemAOPLayer):
     # Those of the dense class.
     in_channels: int
     kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: Any
     dilation: tuple[int, ...]
     groups: int
     padding_mode: str
@@ -73,22 +71,13 @@ class MemAOPConv(MemAOPLayer):
         if is_autocast(input.device.type):
             input, weight = autocast(input), autocast(weight)
             bias = None if bias is None else autocast(bias)
-        before, padding = self._padding()
         x = input if input.dim() == dims + 2 else input.unsqueeze(0)
+        before, geometry = _geometry_of(self)
         if before:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, before, mode=mode)
-        geometry = Geometry(self.kernel_size, self.stride, padding, self.dilation, self.groups)
         y = _conv_of_state(x, weight, bias, self.layer_state, geometry)
         return y if input.dim() == dims + 2 else y.squeeze(0)
-
-    def _padding(self) -> tuple[list[int], tuple[int, ...]]:
-        """What `F.pad` adds before, and what the convolution adds: as many zeros at either end."""
-        both = list(cast("list[int]", self._reversed_padding_repeated_twice))
-        first, last = both[::2][::-1], both[1::2][::-1]
-        if self.padding_mode != "zeros" or first != last:
-            return both, (0,) * len(self.kernel_size)
-        return [], tuple(first)
 
     def _set_config(self, config: MemAOPConfig) -> None:
         super()._set_config(checked_for(self, config))
@@ -157,6 +146,47 @@ CONVOLUTIONS: dict[type[nn.Module], type[MemAOPConv]] = {
     nn.Conv2d: MemAOPConv2d,
     nn.Conv3d: MemAOPConv3d,
 }
+
+
+def convolution_of(conv: _ConvNd, input: Tensor) -> Convolution:
+    """What a call of a layer, dense or converted, with this input works on."""
+    before, geometry = _geometry_of(conv)
+    dims = len(conv.kernel_size)
+    x = input if input.dim() == dims + 2 else input.unsqueeze(0)
+    around = [sum(both) for both in zip(before[::2], before[1::2], strict=True)][::-1]
+    sizes = (size + more for size, more in zip(x.shape[2:], around or [0] * dims, strict=True))
+    return Convolution(geometry, (*x.shape[:2], *sizes), is_channels_last(x))
+
+
+def new_conv(
+    convolution: Convolution, out_channels: int, *, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """A dense layer that makes such a call."""
+    (kernel_size, stride, padding, dilation, groups), (_, in_channels, *_), _ = convolution
+    dense: Any = list(CONVOLUTIONS)[len(kernel_size) - 1]
+    layer: nn.Module = dense(
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        device=device,
+        dtype=dtype,
+    )
+    return layer
+
+
+def _geometry_of(conv: Any) -> tuple[list[int], Geometry]:
+    """What `F.pad` adds before, and the convolution then: as many zeros at either end."""
+    around = list(conv._reversed_padding_repeated_twice)
+    first, last = around[::2][::-1], around[1::2][::-1]
+    before: list[int] = []
+    if conv.padding_mode != "zeros" or first != last:
+        before, first = around, [0] * len(first)
+    sizes = conv.kernel_size, conv.stride, tuple(first), conv.dilation
+    return before, Geometry(*sizes, conv.groups)
 
 
 def is_depthwise(conv: nn.Module) -> bool:

@@ -16,8 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.flops import weight_grad_flops
 from memaop_triton.memory.kinds import SubspaceMemory, rows_to_compute
-from memaop_triton.memory.patches import Geometry, Patches, as_weight
-from memaop_triton.memory.row_source import RowSource
+from memaop_triton.memory.patches import Geometry, Patches, as_weight, by_position
 from memaop_triton.nn import layer_state
 from memaop_triton.nn.ops import TAGS
 
@@ -43,7 +42,7 @@ def _conv_weight_grad(
     numbers = (tuple(every) for every in (kernel_size, stride, padding, dilation))
     geometry = Geometry(*numbers, groups)
     gradients = weight_and_bias_grad(
-        rows_of(x, geometry),
+        Patches(x, geometry),
         by_position(g),
         state.config,
         state.memory,
@@ -54,16 +53,6 @@ def _conv_weight_grad(
     if state.on_weight_grad is not None:
         state.on_weight_grad(dw)
     return dw, g.new_empty(0) if gradients.bias is None else gradients.bias
-
-
-def rows_of(x: Tensor, geometry: Geometry) -> Tensor | RowSource:
-    """The rows that a convolution of x, [B, C, *sizes], multiplies."""
-    return by_position(x) if geometry.is_pointwise else Patches(x, geometry)
-
-
-def by_position(a: Tensor) -> Tensor:
-    """[B, C, *sizes] as a matrix with a row for each position; a view of channels that are last."""
-    return a.movedim(1, -1).reshape(-1, a.shape[1])
 
 
 def _conv_weight_grad_fake(

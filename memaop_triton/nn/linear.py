@@ -342,7 +342,10 @@ def check_adoptable(layer: nn.Module, dense: type[nn.Module]) -> None:
 
 def has_own_forward(layer: nn.Module, dense: type[nn.Module]) -> bool:
     """Whether a layer computes something else than the class `dense`, of which it is."""
-    return type(layer).forward is not dense.forward or "forward" in vars(layer)
+    return any(
+        getattr(type(layer), name, None) is not getattr(dense, name, None) or name in vars(layer)
+        for name in ("forward", "_conv_forward")  # that of a convolution calls the second
+    )
 
 
 def _blank(dense_class: type[nn.Module], kind: type[MemAOPLayer]) -> MemAOPLayer:

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from memaop_triton.auto.layer_timing import Use
 from memaop_triton.auto.timing import elapsed, generators_restored
+from memaop_triton.nn.conv import convolution_of
 from memaop_triton.nn.coverage import trainable_weights
 from memaop_triton.nn.layer_choice import Chosen, adopt_, quoted, sizes_of
 from memaop_triton.nn.linear import MemAOPLayer
@@ -224,14 +226,17 @@ def _counting(name: str, uses: Counter[Use]) -> Callable[..., None]:
                 "the model before tensor parallelism or fully_shard divides it."
             )
         (x,) = args or kwargs.values()
+        n, p = sizes_of(layer)
         use = Use(
-            output.numel() // max(1, output.shape[-1]),
-            *sizes_of(layer),
+            output.numel() // max(1, p),
+            n,
+            p,
             output.dtype,
             output.device,
             weight.requires_grad,
             bias is not None and bias.requires_grad,
             x.requires_grad,
+            convolution_of(layer, x) if isinstance(layer, _ConvNd) else None,
         )
         output.register_hook(lambda _: uses.update([use]))
 

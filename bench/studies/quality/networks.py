@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from memaop_triton.bench.suites.models import TransformerBlock
 
@@ -71,6 +72,54 @@ class Vit:
     def build(self) -> nn.Module:
         """[B, side²] pixels to [B, classes]."""
         return _Vit(self)
+
+
+@dataclass(frozen=True)
+class ResNet:
+    """ResNet-18's four stages of two blocks on square grey images, weights as PyTorch draws them.
+
+    The first stage has `width` channels, and each next one twice as many at half the side. The stem
+    is a convolution of 3 × 3, as is usual for small images.
+    """
+
+    width: int
+    side: int = 28
+    classes: int = 10
+
+    def build(self) -> nn.Module:
+        """[B, side²] pixels to [B, classes]."""
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        layers["image"] = nn.Unflatten(1, (1, self.side, self.side))
+        layers["stem"] = _conv(1, self.width, 3)
+        layers["norm"], layers["relu"] = nn.BatchNorm2d(self.width), nn.ReLU()
+        inputs = self.width
+        for stage, factor in enumerate((1, 2, 4, 8), start=1):
+            outputs = factor * self.width
+            first = _Residual(inputs, outputs, 1 if stage == 1 else 2)
+            layers[f"stage{stage}"] = nn.Sequential(first, _Residual(outputs, outputs, 1))
+            inputs = outputs
+        layers["pool"], layers["flat"] = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        layers["head"] = nn.Linear(inputs, self.classes)
+        return nn.Sequential(layers)
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+
+
+class _Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = _conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.norm2 = _conv(outputs, outputs, 3), nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            shortcut = _conv(inputs, outputs, 1, stride)
+            self.shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
 def _blocks(width: int, depth: int, *, causal: bool) -> nn.Sequential:

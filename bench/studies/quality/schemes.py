@@ -192,6 +192,7 @@ _FEW_CELLS = {
     "fashion-1024": _WITH_LARGER_BATCHES,
     "vit-512": _WITH_LARGER_BATCHES,
     "mlp-mnist": {**_DECISIVE, SHORTER: ("3/4", "1/2"), SMALLER: ("3/4", "1/2")},
+    "resnet": {**_DECIDED, **_DENSE_BESIDE_AUTO},
     **dict.fromkeys(("mlp", "mlp-shifted", "minilm-mean", "r8-mean", "gpt-prompted"), _DECISIVE),
     **dict.fromkeys(("minilm", "r8"), _FINE_TUNING),
 }
