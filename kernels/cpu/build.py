@@ -52,6 +52,7 @@ _TYPES: dict[str, Any] = {
     "f": ctypes.c_float, "v": None,
 }  # fmt: skip
 _MATRIX = "pl"  # and the distance between its rows
+_ROWS = f"{_MATRIX} pp ll"  # of these, and what they are made of
 #: What every function returns and takes, a letter each as in `_TYPES`.
 _OF_A_KIND = {
     "row_norms": ("v", f"{_MATRIX} p ll i"),
@@ -61,7 +62,7 @@ _OF_A_KIND = {
     "product_room": ("l", "ll i"),
     "transposed_product": ("v", f"{_MATRIX} l {_MATRIX} pppp ll i"),
     "panel_size": ("l", "ll i"),
-    "gather_gemm": ("i", f"{_MATRIX} {_MATRIX} pp {_MATRIX} {_MATRIX} p pp lllll ii"),
+    "gather_gemm": ("i", f"{_ROWS} {_ROWS} p {_MATRIX} p {_MATRIX} p pp llll ii"),
     "stash_rows": ("v", f"{_MATRIX} {_MATRIX} {_MATRIX} l ppp u ll ii"),
     "restore_rows": ("v", f"ppp {_MATRIX} {_MATRIX} l {_MATRIX} u ll ii"),
     "step_room": ("l", "llll ii"),

@@ -20,6 +20,7 @@ from memaop_triton.kernels.cpu.library import (
     sizes_of,
     threads_for,
 )
+from memaop_triton.kernels.cpu.picked import Picked
 from memaop_triton.kernels.draws import draw_seed
 
 _MAX_RANK = 1024
@@ -154,36 +155,69 @@ def gather_gemm(
     Raises:
         IndexError: An index is not in [0, M).
     """
+    z_indices = indices.contiguous()
+    both = Picked(x, z_indices), Picked(g, z_indices)
+    return product(*both, weights, projection, z_indices, transposed=transposed)
+
+
+def product(
+    x: Picked,
+    g: Picked,
+    weights: Tensor | None = None,
+    projection: tuple[Tensor, Tensor, Tensor] | None = None,
+    z_indices: Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor | None:
+    """Σ_k w_k g_kᵀ x_k ([P, N]), or `None`, for K rows of either; the rest as for `gather_gemm`.
+
+    Args:
+        x: [K, N].
+        g: [K, P].
+        weights: [K].
+        projection: Of the rows of x.
+        z_indices: Rows of its z that belong to these, [K] int64; `None` if there are K of them.
+        transposed: Return [N, P].
+
+    Raises:
+        IndexError: A row is not within the matrix.
+    """
     # For a result smaller than a tile a GEMM has no advantage.
-    wanted = x.dtype == g.dtype and min(x.shape[1], g.shape[1]) >= LANES
+    wanted = x.lines.dtype == g.lines.dtype and min(x.columns, g.columns) >= LANES
     rank = 0 if projection is None else projection[1].shape[1]
     code = None
-    if wanted and rank <= _MAX_RANK and library.prefers_own_gemm(x.dtype):
+    if wanted and rank <= _MAX_RANK and library.prefers_own_gemm(x.lines.dtype):
         others = [] if weights is None else [weights]
         others += [] if projection is None else projection[1:]
-        code = code_for(x, g, *others)
+        code = code_for(x.lines, g.lines, *others)
     if code is None:
         return None
-    (rows, n), p, k = x.shape, g.shape[1], indices.numel()
-    out = x.new_empty((n, p) if transposed else (p, n), dtype=code.number)
+    n, p, k, dtype = x.columns, g.columns, x.count, x.lines.dtype
+    out = x.lines.new_empty((n, p) if transposed else (p, n), dtype=code.number)
     if k + rank == 0:
-        return out.zero_().to(x.dtype)
-    indices = indices.contiguous()
+        return out.zero_().to(dtype)
     weights = None if weights is None else weights.to(code.number).contiguous()
-    inside: tuple[int | None, ...] = (None, 0, None, 0, None)
+    inside: tuple[int | None, ...] = (None, 0, None, None, 0, None)
     if projection is not None:
         expand, z, zg = projection
         # Rows whose distance is a power of two would compete for a few sets of the cache.
         by_row = out.new_empty((rank, n + LANES))[:, :n].copy_(expand.t())
         z, zg = (a.to(code.number).contiguous() for a in (z, zg))
-        inside = (*matrix(z), *matrix(by_row), zg.data_ptr())
+        inside = (*matrix(z), address(z_indices), *matrix(by_row), zg.data_ptr())
     threads = gemm_threads(k + rank, n, p)
     panels = room_for(code.number, code.call("panel_size", n, p, threads))
     failed = code.call(
         "gather_gemm",
-        *(*matrix(x), *matrix(g), indices.data_ptr(), address(weights), *inside),
-        *(out.data_ptr(), panels.data_ptr(), rows, k, n, p, rank, transposed, threads),
+        *(*_source(x), *_source(g), address(weights), *inside),
+        *(out.data_ptr(), panels.data_ptr(), k, n, p, rank, transposed, threads),
     )
     if failed:
-        raise IndexError(f"indices must be in [0, {rows}), the rows of x.")
-    return out.to(x.dtype)
+        raise IndexError(f"indices must be in [0, {len(x.lines)}), the rows of x.")
+    return out.to(dtype)
+
+
+def _source(rows: Picked) -> tuple[int | None, ...]:
+    """As the C code takes them: lines, indices and offsets, the number of pieces and of lines."""
+    pieces = 1 if rows.offsets is None else len(rows.offsets)
+    where = matrix(rows.lines), address(rows.indices), address(rows.offsets)
+    return *where[0], *where[1:], pieces, len(rows.lines) - rows.run + 1

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from memaop_triton.kernels import env
 from memaop_triton.kernels.cpu import native
+from memaop_triton.kernels.cpu.picked import Picked
 
 # Two operands of one chunk, split over the cores, stay within a typical second-level cache.
 _CHUNK_BYTES = 1 << 20
@@ -155,6 +156,25 @@ def gather_gemm(
         left, right = (gx, gg) if transposed else (gg, gx)
         dw.addmm_(left.t(), right, beta=0 if start == 0 else 1)
     return dw
+
+
+def product(
+    x: Picked,
+    g: Picked,
+    weights: Tensor | None = None,
+    projection: Projection | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """`gather_gemm` of rows that are picked already, K of either, like those of the projection's z.
+
+    They are put together on the way, if the C code takes them.
+    """
+    found = native.product(x, g, weights, projection, transposed=transposed)
+    if found is not None:
+        return found
+    every = torch.arange(x.count, device=x.lines.device)
+    return gather_gemm(x.matrix(), g.matrix(), every, weights, projection, transposed=transposed)
 
 
 def selected_rows(

@@ -16,6 +16,7 @@ from torch import Tensor
 from memaop_triton import dispatch
 from memaop_triton.backward import gathered_torch
 from memaop_triton.backward.step import Operands
+from memaop_triton.kernels.cpu.picked import Picked
 from memaop_triton.kernels.cpu.torch_ops import Projection, score_dtype
 from memaop_triton.sampling.selection import Selection
 
@@ -39,8 +40,8 @@ def _triton() -> ModuleType:
 
 def product(
     operands: Operands,
-    a: Tensor,
-    b: Tensor,
+    a: Picked | Tensor,
+    b: Picked | Tensor,
     weights: Tensor | None,
     projection: Projection | None = None,
     *,
@@ -51,17 +52,20 @@ def product(
 
     Args:
         operands: Of the step.
-        a: Rows of X, [K, N], or of G, [K, P].
+        a: Rows of X, [K, N], or of G, [K, P], copied already or not.
         b: The same rows of the other.
         weights: [K]; `None` if all are 1.
         projection: Of the rows of `a`, if there is a subspace.
         exchanged: Whether `a` is of G.
         are_whole: Whether rows still have the part inside of the subspace. If not, z is zero.
     """
+    a, b = (rows if isinstance(rows, Picked) else Picked(rows) for rows in (a, b))
     if operands.factors is not None:
-        ones = a.new_ones(len(a), dtype=score_dtype(a.dtype)) if weights is None else weights
-        every = Selection(torch.arange(len(a), device=a.device), ones)
-        operands.collect_factors(a, b, every, projection, exchanged=exchanged)
+        a, b = Picked(a.matrix()), Picked(b.matrix())
+        like = operands.g.new_ones(a.count, dtype=score_dtype(operands.g.dtype))
+        ones = like if weights is None else weights
+        every = Selection(torch.arange(a.count, device=like.device), ones)
+        operands.collect_factors(a.lines, b.lines, every, projection, exchanged=exchanged)
     rank = 0 if projection is None or exchanged else projection.z.shape[1]
     parts = parts_for(operands.g, rank)
     dw: Tensor = parts.product(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from memaop_triton.backward.scores import product_of_norms
 from memaop_triton.backward.step import Operands, rows_and_weights
 from memaop_triton.kernels.cpu import torch_ops as kernels
+from memaop_triton.kernels.cpu.picked import Picked
 from memaop_triton.kernels.cpu.torch_ops import Projection
 from memaop_triton.sampling.selection import Selection
 
@@ -32,19 +32,18 @@ def project_gradient(
 
 def product(
     operands: Operands,
-    a: Tensor,
-    b: Tensor,
+    a: Picked,
+    b: Picked,
     weights: Tensor | None,
     projection: Projection | None = None,
     *,
     exchanged: bool = False,
     are_whole: bool = True,
 ) -> Tensor:
-    """dW by `gather_gemm` of rows that were gathered; `exchanged` if `a` is of G.
+    """dW of picked rows, [K, N] and [K, P]; `exchanged` if `a` is of G.
 
     Of rows that are not whole, what is left is taken as it is: z is zero then.
     """
-    every = torch.arange(len(a), device=a.device)
     transposed = exchanged != operands.is_transposed
-    dw = kernels.gather_gemm(a, b, every, weights, projection, transposed=transposed)
+    dw = kernels.product(a, b, weights, projection, transposed=transposed)
     return operands.oriented(dw)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memaop_triton.backward import gathered_torch
 from memaop_triton.backward.step import Operands, rows_and_weights
+from memaop_triton.kernels.cpu.picked import Picked
 from memaop_triton.kernels.cpu.torch_ops import Projection
 from memaop_triton.kernels.gpu import subspace
 from memaop_triton.sampling.selection import Selection
@@ -36,31 +37,31 @@ def project_gradient(
 
 def product(
     operands: Operands,
-    a: Tensor,
-    b: Tensor,
+    a: Picked,
+    b: Picked,
     weights: Tensor | None,
     projection: Projection | None = None,
     *,
     exchanged: bool = False,
     are_whole: bool = True,
 ) -> Tensor:
-    """dW of rows that were gathered; `exchanged` if `a` is of G.
+    """dW of picked rows, [K, N] and [K, P]; `exchanged` if `a` is of G.
 
     A library's GEMM takes the rows, less the part inside of a subspace if they still have it. Only
     float16, whose range weighted rows might leave, goes another way.
     """
-    if weights is not None and a.dtype == torch.float16:
+    if weights is not None and a.lines.dtype == torch.float16:
         return gathered_torch.product(operands, a, b, weights, projection, exchanged=exchanged)
+    of_a, of_b = a.matrix(), b.matrix()
     if weights is not None:
-        b = (b * weights.unsqueeze(1)).to(b.dtype)
+        of_b = (of_b * weights.unsqueeze(1)).to(of_b.dtype)
     if projection is None:
-        return operands.product(a, b)
+        return operands.product(of_a, of_b)
     expand, z, zb = projection
-    zb = zb.to(a.dtype)
+    zb = zb.to(of_a.dtype)
     if are_whole:
-        a = torch.addmm(a, z, expand.t(), alpha=-1)
-    if exchanged:
-        a, b = b, a
+        of_a = torch.addmm(of_a, z, expand.t(), alpha=-1)
+    x, g = (of_b, of_a) if exchanged else (of_a, of_b)
     inside = expand @ zb if exchanged else zb.t() @ expand.t()
-    left, right = (a, b) if operands.is_transposed else (b, a)
+    left, right = (x, g) if operands.is_transposed else (g, x)
     return operands.oriented(torch.addmm(operands.oriented(inside), left.t(), right))

@@ -13,6 +13,7 @@ from memaop_triton import dispatch
 from memaop_triton.backward.gathered import parts_for, product
 from memaop_triton.backward.scores import product_of_norms
 from memaop_triton.backward.step import Gradients, Operands, ProjectedRows
+from memaop_triton.kernels.cpu.picked import Picked
 from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale, score_dtype
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
 from memaop_triton.memory.patches import Patches
@@ -41,11 +42,10 @@ def _without_subspace(operands: Operands) -> Gradients:
     scores = patches.scores(g)
     selection = parts.select(operands, scores)
     indices, weights = parts.weights_of(operands, selection)
-    rows, rows_of_g = patches.rows(indices), g.index_select(0, indices)
     if patches.groups == 1:
-        dw = product(operands, rows, rows_of_g, weights)
+        dw = product(operands, patches.picked(indices), Picked(g, indices), weights)
     else:
-        dw = _product_of_groups(rows, rows_of_g, weights)
+        dw = _product_of_groups(patches.rows(indices), g.index_select(0, indices), weights)
     operands.observe(selection, dw, scores)
     return Gradients(dw, operands.sum_rows())
 
@@ -60,7 +60,7 @@ def _beside_inputs(operands: Operands, memory: SubspaceMemory) -> Gradients:
     indices, weights = parts.weights_of(operands, selection)
     expand = basis * basis_scale(patches.shape[1])
     projection = Projection(expand, z.index_select(0, indices), zg)
-    rows = patches.rows(indices), g.index_select(0, indices)
+    rows = patches.picked(indices), Picked(g, indices)
     dw = product(operands, *rows, weights, projection)
     projected = ProjectedRows(rest, z, zg, patches.shape[1]) if operands.is_observed else None
     operands.observe(selection, dw, scores, projected)
@@ -78,7 +78,7 @@ def _beside_gradients(operands: Operands, memory: SubspaceMemory) -> Gradients:
     indices, weights = parts.weights_of(operands, selection)
     expand = basis * basis_scale(g.shape[1])
     projection = Projection(expand, z.index_select(0, indices), zx)
-    rows = g.index_select(0, indices), patches.rows(indices)
+    rows = Picked(g, indices), patches.picked(indices)
     dw = product(operands, *rows, weights, projection, exchanged=True)
     projected = ProjectedRows(rest, z, zx, g.shape[1]) if operands.is_observed else None
     operands.observe(selection, dw, scores, projected)

@@ -12,6 +12,7 @@ from memaop_triton import dispatch
 from memaop_triton.backward.gathered import parts_for, product
 from memaop_triton.backward.scores import parts_to_score, product_of_norms
 from memaop_triton.backward.step import Gradients, Operands, ProjectedRows
+from memaop_triton.kernels.cpu.picked import Picked
 from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
 from memaop_triton.memory.stash import Stash
@@ -90,7 +91,7 @@ def _beside_gradients(
     indices, weights = parts.weights_of(operands, selection)
     expand = basis * basis_scale(g.shape[1])
     projection = Projection(expand, z.index_select(0, indices), zx)
-    rows = g.index_select(0, indices), stash.rows(indices)
+    rows = Picked(g, indices), stash.rows(indices)
     dw = product(operands, *rows, weights, projection, exchanged=True)
     projected = ProjectedRows(rest, z, zx, g.shape[1]) if operands.is_observed else None
     operands.observe(selection, dw, scores, projected)

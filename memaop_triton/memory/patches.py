@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from memaop_triton import dispatch
+from memaop_triton.kernels.cpu.picked import Picked
 from memaop_triton.kernels.cpu.torch_ops import basis_scale, rest_beside
 
 _EPS_OF_TF32 = 2.0**-10
@@ -178,19 +179,20 @@ class Patches:
 
     def rows(self, indices: Tensor) -> Tensor:
         """These rows, [K, N], or [groups, K, N] with several."""
-        padded, geometry = self._padded, self.geometry
-        channels = padded.shape[-1]
+        rows = self.picked(indices).matrix()
+        if self.groups == 1:
+            return rows
+        taps = math.prod(self.geometry.kernel_size)
+        of_groups = rows.view(len(indices), taps, self.groups, -1)
+        return of_groups.permute(2, 0, 1, 3).reshape(self.groups, len(indices), -1)
+
+    def picked(self, indices: Tensor) -> Picked:
+        """These rows of all channels, put together from the inputs when they are multiplied."""
+        geometry = self.geometry
         # Taps of the last dimension that are neighbours lie side by side.
         run = geometry.kernel_size[-1] if geometry.dilation[-1] == 1 else 1
-        first = (self._first_positions(indices).unsqueeze(1) + self._offsets(run)).flatten()
-        every = padded.numel() // channels
-        windows = padded.as_strided((every - run + 1, run * channels), (channels, 1))
-        picked = windows.index_select(0, first)
-        if self.groups == 1:
-            return picked.view(len(indices), -1)
-        taps = math.prod(geometry.kernel_size)
-        picked = picked.view(len(indices), taps, self.groups, channels // self.groups)
-        return picked.permute(2, 0, 1, 3).reshape(self.groups, len(indices), -1)
+        lines = self._padded.view(-1, self._padded.shape[-1])
+        return Picked(lines, self._first_positions(indices), self._offsets(run), run)
 
     def __getitem__(self, rows: slice) -> Tensor:
         first, end, step = rows.indices(self.shape[0])

@@ -420,6 +420,6 @@ def test_plan_monitor_and_report(channels_last):
     with monitor(model, every=1) as watching:
         for _ in range(3):
             loss(model(x)).backward()
-    diagnostics = watching.compute()
+    diagnostics = watching.read()
     assert set(diagnostics) == {"0", "1", "2", "4"}
     assert diagnostics["1"].rows == 288

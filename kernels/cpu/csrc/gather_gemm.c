@@ -17,15 +17,50 @@ enum { DEPTH = 576, AHEAD = 16 };
 /* Rows that are packed together, and the largest rank of a projection. */
 enum { TOGETHER = 4, MOST_RANK = 1024 };
 
-/* What is multiplied. The rows of the projection follow the selected ones.
- * x [.., n], g [.., p]; indices, weights (or null) [k]; z [.., rank] belongs to x; expand [rank, n]
- * and zg [rank, p] make x_m = ... + z_m expand, and z^T g. rank is 0 without a projection. */
+/* The selected rows of one operand. The r-th begins at line indices[r] of `total` ones, ld apart, or at
+ * line r if `indices` is null. It is that line; or, if `offsets` is not null, as many pieces of equal
+ * length, from so many lines later on each. */
 typedef struct {
-    const stored *x, *g;
+    const stored *first;
+    const int64_t *indices, *offsets;
+    long ld, pieces, total;
+} Source;
+
+/* What is multiplied. The rows of the projection follow the selected ones.
+ * x [.., n], g [.., p]; weights (or null) [k]; z [.., rank], whose row for the r-th one z_indices[r] says
+ * or, if null, is r, belongs to x; expand [rank, n] and zg [rank, p] make x_m = ... + z_m expand, and
+ * z^T g. rank is 0 without a projection. */
+typedef struct {
+    Source x, g;
     const number *weights, *z, *expand, *zg;
-    const int64_t *indices;
-    long ldx, ldg, ldz, lde, k, n, p, rank;
+    const int64_t *z_indices;
+    long ldz, lde, k, n, p, rank;
 } Rows;
+
+/* Whether all selected rows are among the lines. */
+static int are_within(const Source *source, long k) {
+    int64_t furthest = 0;
+    if (source->offsets != NULL)
+        for (long s = 0; s < source->pieces; s++)
+            furthest = source->offsets[s] > furthest ? source->offsets[s] : furthest;
+    for (long r = 0; r < k; r++) {
+        const int64_t line = source->indices == NULL ? r : source->indices[r];
+        if (line < 0 || line + furthest >= source->total)
+            return 0;
+    }
+    return 1;
+}
+
+/* The r-th selected row, of so many columns: where it lies, or put together or widened in `room`. */
+INLINE const number *selected_row(const Source *source, long r, number *room, long columns) {
+    const int64_t line = source->indices == NULL ? r : source->indices[r];
+    if (source->offsets == NULL)
+        return widened_row(source->first + line * source->ld, room, columns);
+    const long length = columns / source->pieces;
+    for (long s = 0; s < source->pieces; s++)
+        widen(source->first + (line + source->offsets[s]) * source->ld, room + s * length, length);
+    return room;
+}
 
 INLINE long panels_of(long columns, long width) { return (columns + width - 1) / width; }
 
@@ -85,13 +120,13 @@ INLINE void pack(const Rows *rows, long r, long t, long depth, number *x_panels,
     number weight[TOGETHER];
     for (int i = 0; i < count; i++) {
         const int selected = r + i < rows->k;
-        const long row = selected ? rows->indices[r + i] : r + i - rows->k;
-        x[i] = selected ? widened_row(rows->x + row * rows->ldx, room + i * rows->n, rows->n)
-                        : rows->expand + row * rows->lde;
-        z[i] = selected && rows->rank ? rows->z + row * rows->ldz : nothing;
-        g[i] = selected ? widened_row(rows->g + row * rows->ldg,
-                                      room + TOGETHER * rows->n + i * rows->p, rows->p)
-                        : rows->zg + row * rows->p;
+        const long basis = r + i - rows->k;
+        const long of_z = selected && rows->z_indices != NULL ? rows->z_indices[r + i] : r + i;
+        x[i] = selected ? selected_row(&rows->x, r + i, room + i * rows->n, rows->n)
+                        : rows->expand + basis * rows->lde;
+        z[i] = selected && rows->rank ? rows->z + of_z * rows->ldz : nothing;
+        g[i] = selected ? selected_row(&rows->g, r + i, room + TOGETHER * rows->n + i * rows->p, rows->p)
+                        : rows->zg + basis * rows->p;
         weight[i] = selected && rows->weights != NULL ? rows->weights[r + i] : 1;
     }
     for (long j = 0; j < rows->p; j += TALL)
@@ -156,33 +191,36 @@ static void multiply_panels(const Rows *rows, const number *x_panels, const numb
                               rows->p - i * TALL, rows->n - j * SIDE, transposed, add);
 }
 
-/* Numbers in the panels of a step, and in the rows that a thread has widened. */
+/* Numbers in the panels of a step, and in the rows that a thread has put together or widened. */
 INLINE long in_panels(long n, long p) {
     return DEPTH * (panels_of(n, SIDE) * SIDE + panels_of(p, TALL) * TALL);
 }
-INLINE long in_widened_rows(long n, long p) { return IS_WIDENED ? TOGETHER * (n + p) : 0; }
+INLINE long in_rows(long n, long p) { return TOGETHER * (n + p); }
 
 /* Numbers that `panels` below has to have room for. */
 long NAME(panel_size)(long n, long p, int threads) {
-    return in_panels(n, p) + threads * in_widened_rows(n, p);
+    return in_panels(n, p) + threads * in_rows(n, p);
 }
 
 /* out [p, n], or [n, p] if transposed, = the sum above. panels: room for `panel_size(n, p, threads)`
- * numbers, aligned as vectors. Returns 0, or 1 and nothing done if an index is not
- * below `total`. Every element is summed in the order of the rows, however many threads there are. */
-int NAME(gather_gemm)(const stored *x, long ldx, const stored *g, long ldg, const int64_t *indices,
-                      const number *weights, const number *z, long ldz, const number *expand, long lde,
-                      const number *zg, number *out, number *panels, long total, long k, long n, long p,
-                      long rank, int transposed, int threads) {
-    for (long r = 0; r < k; r++)
-        if (indices[r] < 0 || indices[r] >= total)
-            return 1;
-    const Rows rows = {x, g, weights, z, expand, zg, indices, ldx, ldg, ldz, lde, k, n, p, rank};
+ * numbers, aligned as vectors. Returns 0, or 1 and nothing done if a row of x or g is not among their
+ * lines. Every element is summed in the order of the rows, however many threads there are. */
+int NAME(gather_gemm)(const stored *x, long ldx, const int64_t *x_indices, const int64_t *x_offsets,
+                      long x_pieces, long x_total, const stored *g, long ldg, const int64_t *g_indices,
+                      const int64_t *g_offsets, long g_pieces, long g_total, const number *weights,
+                      const number *z, long ldz, const int64_t *z_indices, const number *expand, long lde,
+                      const number *zg, number *out, number *panels, long k, long n, long p, long rank,
+                      int transposed, int threads) {
+    const Source of_x = {x, x_indices, x_offsets, ldx, x_pieces, x_total};
+    const Source of_g = {g, g_indices, g_offsets, ldg, g_pieces, g_total};
+    if (!are_within(&of_x, k) || !are_within(&of_g, k))
+        return 1;
+    const Rows rows = {of_x, of_g, weights, z, expand, zg, z_indices, ldz, lde, k, n, p, rank};
     const long all = k + rank, steps = panels_of(all, DEPTH);
     const long tall = panels_of(p, TALL), wide = panels_of(n, SIDE);
     number *g_panels = panels + DEPTH * wide * SIDE;
     _Pragma("omp parallel if (threads > 1)") {
-        number *room = panels + in_panels(n, p) + omp_get_thread_num() * in_widened_rows(n, p);
+        number *room = panels + in_panels(n, p) + omp_get_thread_num() * in_rows(n, p);
         for (long step = 0; step < steps; step++) {
             const long start = all * step / steps, depth = all * (step + 1) / steps - start;
             const Share packed = share_of(depth, threads);

@@ -101,14 +101,19 @@ INLINE number total(vec v) {
     return sum;
 }
 
-/* `count` numbers from `from` on: where they lie, or widened into `room`. */
-INLINE const number *widened_row(const stored *from, number *room, long count) {
-#if IS_WIDENED
+/* `count` numbers from `from` on, widened into `room`. */
+INLINE void widen(const stored *from, number *room, long count) {
     long j = 0;
     for (; j + LANES <= count; j += LANES)
         *(loose *)(room + j) = load(from + j);
     for (; j < count; j++)
         room[j] = widened(from[j]);
+}
+
+/* The same, or where they lie if they need not be widened. */
+INLINE const number *widened_row(const stored *from, number *room, long count) {
+#if IS_WIDENED
+    widen(from, room, count);
     return room;
 #else
     (void)room, (void)count;

@@ -38,9 +38,11 @@ void NUMBER_NAME(choose)(const number *scores, int draws, uint64_t seed, key *ke
 
 /* gather_gemm.c */
 long NAME(panel_size)(long n, long p, int threads);
-int NAME(gather_gemm)(const stored *x, long ldx, const stored *g, long ldg, const int64_t *indices,
-                      const number *weights, const number *z, long ldz, const number *expand, long lde,
-                      const number *zg, number *out, number *panels, long total, long k, long n, long p,
-                      long rank, int transposed, int threads);
+int NAME(gather_gemm)(const stored *x, long ldx, const int64_t *x_indices, const int64_t *x_offsets,
+                      long x_pieces, long x_total, const stored *g, long ldg, const int64_t *g_indices,
+                      const int64_t *g_offsets, long g_pieces, long g_total, const number *weights,
+                      const number *z, long ldz, const int64_t *z_indices, const number *expand, long lde,
+                      const number *zg, number *out, number *panels, long k, long n, long p, long rank,
+                      int transposed, int threads);
 
 #endif

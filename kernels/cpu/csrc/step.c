@@ -106,6 +106,7 @@ void NAME(step)(stored *a, long lda, stored *b, long ldb, const stored *added_a,
     }
     NUMBER_NAME(choose)(scores, draws, seed, keys, rows, k, indices, weights);
     if (out != NULL)
-        NAME(gather_gemm)(a, lda, b, ldb, indices, draws ? weights : NULL, z, ldz, expand,
-                          n + PAD, zg, out, shared, rows, k, n, p, rank, transposed, gemm_threads);
+        NAME(gather_gemm)(a, lda, indices, NULL, 1, rows, b, ldb, indices, NULL, 1, rows,
+                          draws ? weights : NULL, z, ldz, indices, expand, n + PAD, zg, out, shared, k,
+                          n, p, rank, transposed, gemm_threads);
 }
