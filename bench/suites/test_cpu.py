@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from memaop_triton import MemAOPConfig, convert_, new_memory
-from memaop_triton.backward.weight_grad import weight_and_bias_grad
+from memaop_triton.backward.conv_grad import conv_weight_grad
 from memaop_triton.bench.measure import Method
 from memaop_triton.bench.suites import contenders
 from memaop_triton.bench.suites.problem import Problem
-from memaop_triton.memory.patches import Geometry, Patches, by_position
+from memaop_triton.memory.patches import Geometry, by_position
 
 LAYER = Problem(8192, 1024, 1024)
 
@@ -56,8 +56,7 @@ def test_cpu_convolution(compare, memory_format, setting):
         return by_position(g).t() @ nn.functional.unfold(x, 3, padding=1).mT.flatten(0, 1)
 
     def ours():
-        patches = Patches(x, geometry)
-        return weight_and_bias_grad(patches, by_position(g), config, memory, bias_grad=False)
+        return conv_weight_grad(x, g, geometry, config, memory, bias_grad=False)
 
     methods = [
         Method("dense", "dense", "convolution_backward", dense),

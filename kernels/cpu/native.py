@@ -48,6 +48,19 @@ def row_norms(a: Tensor) -> Tensor | None:
     return norms
 
 
+def position_norms(a: Tensor) -> Tensor | None:
+    """Norms over the channels of every position, [B L] for a [B, C, L], or `None`."""
+    code = code_for(a) if a.is_contiguous() else None
+    if code is None:
+        return None
+    samples, channels, positions = a.shape
+    norms = a.new_empty(samples * positions, dtype=code.number)
+    threads = min(samples, threads_for(samples * channels, positions))
+    pointers = a.data_ptr(), norms.data_ptr()
+    code.call("position_norms", *pointers, samples, channels, positions, threads)
+    return norms
+
+
 def accumulate_and_score(memory: Tensor, rows: Tensor, carry: Tensor) -> Tensor | None:
     """`memory` ← carry·memory + rows in place; the norms of its rows, or `None` (nothing done)."""
     same = memory.dtype == rows.dtype and memory.shape == rows.shape

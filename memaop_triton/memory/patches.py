@@ -245,9 +245,13 @@ class Patches:
 
     def transposed_mm(self, a: Tensor) -> Tensor:
         """Aᵀ X, [q, N], for a [M, q]: a product that takes every row. Groups divide the q."""
-        geometry, rank = self.geometry, a.shape[1]
-        maps = a.reshape(len(self.inputs), *self._positions, rank).movedim(-1, 1)
-        like = self._as_weight(a.new_empty((rank, self.shape[1])))
+        maps = a.reshape(len(self.inputs), *self._positions, a.shape[1]).movedim(-1, 1)
+        return self.product_with(maps)
+
+    def product_with(self, maps: Tensor) -> Tensor:
+        """The same for [B, q, *positions]: the gradient of the weight of a convolution to these."""
+        geometry, rank = self.geometry, maps.shape[1]
+        like = self._as_weight(maps.new_empty((rank, self.shape[1])))
         product = torch.ops.aten.convolution_backward(
             maps,
             self.inputs,

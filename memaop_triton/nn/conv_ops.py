@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from memaop_triton.backward.weight_grad import weight_and_bias_grad
+from memaop_triton.backward.conv_grad import conv_weight_grad
 from memaop_triton.flops import weight_grad_flops
 from memaop_triton.memory.kinds import SubspaceMemory, rows_to_compute
-from memaop_triton.memory.patches import Geometry, Patches, as_weight, by_position
+from memaop_triton.memory.patches import Geometry, as_weight
 from memaop_triton.nn import layer_state
 from memaop_triton.nn.ops import TAGS
 
@@ -41,9 +41,10 @@ def _conv_weight_grad(
     state = layer_state.find(handle.shape[0])
     numbers = (tuple(every) for every in (kernel_size, stride, padding, dilation))
     geometry = Geometry(*numbers, groups)
-    gradients = weight_and_bias_grad(
-        Patches(x, geometry),
-        by_position(g),
+    gradients = conv_weight_grad(
+        x,
+        g,
+        geometry,
         state.config,
         state.memory,
         bias_grad=bias_grad,

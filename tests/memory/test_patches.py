@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from memaop_triton.memory.patches import Patches
 from memaop_triton.nn.conv import convolution_of
-from tests.geometries import convolutions, patches_one_by_one
+from tests.convolutions import convolutions, patches_one_by_one
 
 
 def patches_of(layer, x):

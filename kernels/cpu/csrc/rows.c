@@ -31,6 +31,26 @@ void NAME(row_norms)(const stored *x, long ld, number *norms, long rows, long co
     }
 }
 
+/* norms[s, i] = |x_s,:,i| where channels come first: x [samples, channels, positions], contiguous. */
+void NAME(position_norms)(const stored *x, number *norms, long samples, long channels, long positions,
+                          int threads) {
+    _Pragma("omp parallel if (threads > 1)") {
+        const Share share = share_of(samples, threads);
+        for (long s = share.first; s < share.end; s++) {
+            number *sums = norms + s * positions;
+            memset(sums, 0, positions * sizeof *sums);
+            for (long c = 0; c < channels; c++) {
+                const stored *plane = x + (s * channels + c) * positions;
+                _Pragma("omp simd")
+                for (long i = 0; i < positions; i++)
+                    sums[i] += widened(plane[i]) * widened(plane[i]);
+            }
+            for (long i = 0; i < positions; i++)
+                sums[i] = SQRT(sums[i]);
+        }
+    }
+}
+
 /* Rows whose blocks are fetched ahead: hardware does not foresee where the next ones are. */
 enum { AHEAD = 8, LINE = 64 };
 

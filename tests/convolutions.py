@@ -1,4 +1,4 @@
-"""Geometries of convolutions that hypothesis draws, and the layers and inputs that have them."""
+"""Convolutions that hypothesis draws, with their inputs, and what is checked of them."""
 
 import itertools
 
@@ -68,3 +68,11 @@ def patches_one_by_one(x, geometry):
                 row.append(sample[(slice(None), *at)].view(geometry.groups, -1))
             rows.append(torch.cat(row, 1))
     return torch.stack(rows, 1)
+
+
+def gradients(layer, x, g=None):
+    """Of weight, bias (if there is one) and input."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    g = torch.ones_like(y) if g is None else g
+    return torch.autograd.grad(y, [*layer.parameters(), x], g)
