@@ -225,13 +225,14 @@ class Patches:
         rank = basis.shape[1]
         scale = basis_scale(self.shape[1])
         filters = self._as_weight((basis / scale).t())
-        geometry = self.geometry
+        norms = self.norms()
+        geometry, (inputs, padding) = self.geometry, self._as_laid_out()
         z = torch.ops.aten.convolution(
-            self.inputs,
+            inputs,
             filters,
             None,
             geometry.stride,
-            geometry.padding,
+            padding,
             geometry.dilation,
             False,
             [0] * len(geometry.stride),
@@ -241,7 +242,7 @@ class Patches:
         rounding = torch.finfo(self.dtype).eps
         if z.is_cuda and self.dtype == torch.float32:
             rounding = max(rounding, _EPS_OF_TF32)  # convolutions use it unless told not to
-        return z, rest_beside(self.norms(), z, scale, rounding)
+        return z, rest_beside(norms, z, scale, rounding)
 
     def transposed_mm(self, a: Tensor) -> Tensor:
         """Aᵀ X, [q, N], for a [M, q]: a product that takes every row. Groups divide the q."""
@@ -252,13 +253,14 @@ class Patches:
         """The same for [B, q, *positions]: the gradient of the weight of a convolution to these."""
         geometry, rank = self.geometry, maps.shape[1]
         like = self._as_weight(maps.new_empty((rank, self.shape[1])))
+        inputs, padding = self._as_laid_out()
         product = torch.ops.aten.convolution_backward(
             maps,
-            self.inputs,
+            inputs,
             like,
             None,
             geometry.stride,
-            geometry.padding,
+            padding,
             geometry.dilation,
             False,
             [0] * len(geometry.stride),
@@ -266,6 +268,12 @@ class Patches:
             (False, True, False),
         )[1]
         return product.movedim(1, -1).reshape(rank, -1)
+
+    def _as_laid_out(self) -> tuple[Tensor, tuple[int, ...]]:
+        """Inputs and padding of a convolution: where rows were read, what was laid out for them."""
+        if "_padded" in vars(self):
+            return self._padded.movedim(-1, 1), (0,) * len(self.geometry.padding)
+        return self.inputs, self.geometry.padding
 
     def _as_weight(self, rows: Tensor) -> Tensor:
         """[q, N] in the order of a weight, [q, C, *kernel_size]."""
