@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Picked(NamedTuple):
+@dataclass(frozen=True)
+class Picked:
     """K rows that lie in the lines of a matrix.
 
     Attributes:

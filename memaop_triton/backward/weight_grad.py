@@ -114,7 +114,8 @@ def weight_and_bias_grad(
             return steps_stash.sampled(operands, memory, selection)
         if k < rows:
             return steps_patches.sampled(operands, memory)
-        result = (steps_stash if isinstance(x, Stash) else steps_patches).exact(operands)
+        exact = steps_stash.exact if isinstance(x, Stash) else steps_patches.exact
+        result = exact(operands)
         if observer is not None:
             observer.observe_exact(operands, result.weight, memory)
         return result

@@ -254,7 +254,7 @@ class Patches:
         geometry, rank = self.geometry, maps.shape[1]
         like = self._as_weight(maps.new_empty((rank, self.shape[1])))
         inputs, padding = self._as_laid_out()
-        product = torch.ops.aten.convolution_backward(
+        product: Tensor = torch.ops.aten.convolution_backward(
             maps,
             inputs,
             like,

@@ -42,7 +42,6 @@ class MemAOPConv(MemAOPLayer):
     kernel_size: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    padding_mode: str
     out_channels: int
 
     @property
@@ -74,8 +73,8 @@ class MemAOPConv(MemAOPLayer):
         x = input if input.dim() == dims + 2 else input.unsqueeze(0)
         before, geometry = _geometry_of(self)
         if before:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, before, mode=mode)
+            mode = cast("str", self.padding_mode)
+            x = F.pad(x, before, mode="constant" if mode == "zeros" else mode)
         y = _conv_of_state(x, weight, bias, self.layer_state, geometry)
         return y if input.dim() == dims + 2 else y.squeeze(0)
 

@@ -39,8 +39,7 @@ def _conv_weight_grad(
     db has shape [0] if it is not required.
     """
     state = layer_state.find(handle.shape[0])
-    numbers = (tuple(every) for every in (kernel_size, stride, padding, dilation))
-    geometry = Geometry(*numbers, groups)
+    geometry = Geometry(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
     gradients = conv_weight_grad(
         x,
         g,
