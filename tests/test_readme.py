@@ -18,6 +18,7 @@ from memaop_triton import MemAOPLayer, revert_
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```python(?P<options>[^\n]*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+MEASURING = {"watching.md"}
 NEEDS = re.compile(r' title="Needs \w[^"]+"')
 
 
@@ -52,7 +53,14 @@ def is_converted(model):
 
 # Layers this small may stay dense.
 @pytest.mark.filterwarnings("ignore:nothing is converted:UserWarning")
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks_of(p)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.name in MEASURING else [], id=page.name)
+        for page in PAGES
+        if blocks_of(page)
+    ],
+)
 def test_every_block_of_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = Net()
@@ -65,7 +73,7 @@ def test_every_block_of_python_runs(page, tmp_path, monkeypatch):
         "path": tmp_path / "checkpoint.pt",
     }
     for block in blocks_of(page):
-        if "convert_(model" in block and is_converted(names["model"]):
+        if re.search(r"\bconvert_\(\s*model", block) and is_converted(names["model"]):
             revert_(names["model"])
         exec(compile(block, page.name, "exec"), names)
 
