@@ -55,3 +55,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: object) -> str:
 
     # What is in there is Markdown too, as in the repository.
     return _LINK.sub(turned, markdown).replace("<details>", '<details markdown="1">')
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Keep a number with its error bar and its unit in one line."""
+    return re.sub(r"(?<=\d) (?=[±%])|(?<=±) (?=\d)", "\N{NO-BREAK SPACE}", html)
