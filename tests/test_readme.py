@@ -22,15 +22,13 @@ MEASURING = {"watching.md"}
 NEEDS = re.compile(r' title="Needs \w[^"]+"')
 
 
+def fences_of(page):
+    return list(FENCE.finditer(page.read_text(encoding="utf-8")))
+
+
 def blocks_of(page):
-    """The blocks that run here; every other one has to say what it needs."""
-    runnable = []
-    for fence in FENCE.finditer(page.read_text(encoding="utf-8")):
-        if fence["options"]:
-            assert NEEDS.fullmatch(fence["options"]), fence[0]
-        else:
-            runnable.append(fence["code"])
-    return runnable
+    """The code of those that run here."""
+    return [fence["code"] for fence in fences_of(page) if not fence["options"]]
 
 
 class Net(nn.Module):
@@ -76,6 +74,14 @@ def test_every_block_of_python_runs(page, tmp_path, monkeypatch):
         if re.search(r"\bconvert_\(\s*model", block) and is_converted(names["model"]):
             revert_(names["model"])
         exec(compile(block, page.name, "exec"), names)
+
+
+def test_blocks_that_do_not_run_say_what_they_need():
+    for page in PAGES:
+        fences = fences_of(page)
+        assert len(fences) == page.read_text(encoding="utf-8").count("\n```python"), page
+        for fence in fences:
+            assert not fence["options"] or NEEDS.fullmatch(fence["options"]), fence[0]
 
 
 def test_pages_that_show_python_are_found():
