@@ -69,7 +69,7 @@ gpu-dry:
 # The documentation as a site, in build/site; a warning is an error. Material for MkDocs advertises
 # its successor unless told not to.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # What is published, in dist: the same bytes from every build of a commit, by the same setuptools.
 dist: $(VENV)/.publish
