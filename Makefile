@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint format bench sanitize kernel-report gpu gpu-dry clean
+.PHONY: demo test test-all lint format bench sanitize kernel-report gpu gpu-dry docs dist notes clean
 
 demo: $(VENV)/.demo
 	$(BIN)/memaop-triton demo --output results
@@ -66,8 +66,26 @@ gpu:
 gpu-dry:
 	$(FIRST_RUN) --dry $(if $(RESULTS),--results "$(RESULTS)")
 
+# The documentation as a site, in build/site; a warning is an error. Material for MkDocs advertises
+# its successor unless told not to.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What is published, in dist: the same bytes from every build of a commit, by the same setuptools.
+dist: $(VENV)/.publish
+	rm -rf dist
+	PIP_CONSTRAINT=$(abspath constraints.txt) SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
+		$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
+# The changelog's entry of a version, as the text of a release.
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+notes:
+	@awk '/^## / {found = found || on; on = index($$0, "## [$(VERSION)]") == 1; next} on \
+		{print} END {exit !(found || on)}' CHANGELOG.md
+
 clean:
-	rm -rf $(VENV) build results .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist results .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

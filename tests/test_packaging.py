@@ -1,7 +1,12 @@
 """The package works from a checkout, as an editable install and from a wheel, run anywhere."""
 
+import hashlib
+import os
+import shutil
 import subprocess
+import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -12,6 +17,7 @@ from memaop_triton.kernels.cpu import build
 from tests.processes import ROOT, run, run_python
 
 TORCH_OPS = Path("kernels") / "cpu" / "torch_ops.py"
+BUILD = (sys.executable, "-m", "build", "--no-isolation")
 # Shadowing `kernels` would break transformers, which imports the package of that name from PyPI.
 PROBE = """
 import importlib.util, memaop_triton, torch
@@ -117,6 +123,55 @@ def test_wheel(environment, sources, tmp_path):
     bench = ["bench", "--suite", "smoke", "--only", "overhead", "--output", "results"]
     output = run(environment.parent / "memaop-triton", *bench, cwd=tmp_path)
     assert "wrote results/smoke.html" in output
+
+
+@pytest.mark.slow
+def test_builds_have_the_same_bytes(sources, tmp_path):
+    """Of other copies at other times; also a wheel that is built from the source archive."""
+    found = []
+    for name, kinds in (("one", []), ("another", ["--sdist", "--wheel"])):
+        copy = tmp_path / name
+        shutil.copytree(sources, copy)
+        for path in copy.rglob("*"):
+            os.utime(path, (len(found) * 10**8, len(found) * 10**8))
+        command = [
+            sys.executable,
+            "-m",
+            "build",
+            "--no-isolation",
+            *kinds,
+            "--outdir",
+            "built",
+            ".",
+        ]
+        run(*command, cwd=copy, SOURCE_DATE_EPOCH="1700000000")
+        built = sorted((copy / "built").iterdir())
+        found.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in built})
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_source_archive(sources, tmp_path):
+    copy = tmp_path / "sources"
+    shutil.copytree(sources, copy)
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--sdist",
+        "--outdir",
+        tmp_path,
+        ".",
+    ]
+    run(*command, cwd=copy)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "pyproject.toml"} <= names
+    assert {f"kernels/cpu/csrc/{file.name}" for file in build.SOURCES} <= names
+    assert not any(name.startswith(("tests/", "docs/", "bench/results")) for name in names)
 
 
 def test_a_cpu_needs_no_accelerator_and_an_import_compiles_nothing(tmp_path):

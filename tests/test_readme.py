@@ -1,4 +1,10 @@
-"""README's Python runs as it stands."""
+"""The Python of README and of the documentation runs as it stands.
+
+The blocks of a page run one after the other, as a reader would type them. `model`, `batch`,
+`optimizer` and `path` are there from the start; before a block that converts a model, what an
+earlier one has converted is reverted. A block that cannot run here says what it needs in the title
+of its fence: ```python title="Needs a GPU".
+"""
 
 import re
 from pathlib import Path
@@ -7,38 +13,83 @@ import pytest
 import torch
 from torch import nn
 
-from memaop_triton import MemAOPLinear, revert_
+from memaop_triton import MemAOPLayer, revert_
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```python(?P<options>[^\n]*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+MEASURING = {"watching.md"}
+NEEDS = re.compile(r' title="Needs \w[^"]+"')
+
+
+def fences_of(page):
+    return list(FENCE.finditer(page.read_text(encoding="utf-8")))
+
+
+def blocks_of(page):
+    """The code of those that run here."""
+    return [fence["code"] for fence in fences_of(page) if not fence["options"]]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"mlp": nn.ModuleDict({"up": nn.Linear(256, 256)})}) for _ in range(2)
+        )
+        self.head = nn.Linear(256, 8)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block["mlp"]["up"](x)
+        return self.head(x)
+
+
+def is_converted(model):
+    return any(isinstance(module, MemAOPLayer) for module in model.modules())
 
 
 # Layers this small may stay dense.
 @pytest.mark.filterwarnings("ignore:nothing is converted:UserWarning")
-def test_every_block_of_python_runs(tmp_path):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(
-                nn.ModuleDict({"mlp": nn.ModuleDict({"up": nn.Linear(256, 256)})}) for _ in range(2)
-            )
-            self.head = nn.Linear(256, 8)
-
-        def forward(self, x):
-            for block in self.blocks:
-                x = block["mlp"]["up"](x)
-            return self.head(x)
-
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.name in MEASURING else [], id=page.name)
+        for page in PAGES
+        if blocks_of(page)
+    ],
+)
+def test_every_block_of_python_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     names = {
+        "torch": torch,
+        "nn": nn,
         "model": model,
         "batch": torch.randn(512, 256),
-        "optimizer": optimizer,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "path": tmp_path / "checkpoint.pt",
     }
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 2
-    for block in blocks:
-        exec(block, names)
-        if any(isinstance(module, MemAOPLinear) for module in model.modules()):
-            revert_(model)
+    for block in blocks_of(page):
+        if re.search(r"\bconvert_\(\s*model", block) and is_converted(names["model"]):
+            revert_(names["model"])
+        exec(compile(block, page.name, "exec"), names)
+
+
+def test_blocks_that_do_not_run_say_what_they_need():
+    for page in PAGES:
+        fences = fences_of(page)
+        assert len(fences) == page.read_text(encoding="utf-8").count("\n```python"), page
+        for fence in fences:
+            assert not fence["options"] or NEEDS.fullmatch(fence["options"]), fence[0]
+
+
+def test_pages_that_show_python_are_found():
+    assert {page.name for page in PAGES if blocks_of(page)} >= {
+        "README.md",
+        "index.md",
+        "memory.md",
+        "paper.md",
+        "settings.md",
+        "watching.md",
+    }
