@@ -60,7 +60,9 @@ _REDUCED_TO_SIGNS = {
     "LeakyReluBackward1": ("result",),
 }
 # Layers of ours save their inputs first, or `None` where they keep them in another form.
-_OUR_LAYERS = frozenset(("_EagerFunctionBackward", "_MemAOPLinearFunctionBackward"))
+_OUR_LAYERS = frozenset(
+    ("_EagerFunctionBackward", "_MemAOPLinearFunctionBackward", "_MemAOPConvFunctionBackward")
+)
 _RESULTS = frozenset(("result", "output"))
 _RAW = "_raw_saved_"
 # What a Parameter goes through before it is multiplied, autocast's copy included.

@@ -14,6 +14,7 @@ from memaop_triton import (
     MemAOPConfig,
     MemAOPConv2d,
     auto_freeze,
+    compress_saved,
     convert_,
     load_memory_state_dict,
     memory_state_dict,
@@ -24,6 +25,7 @@ from memaop_triton import (
 )
 from memaop_triton.auto import agenda
 from tests.convolutions import gradients
+from tests.nn.saving import held_exactly
 
 
 def test_autocast():
@@ -179,3 +181,19 @@ def test_the_library_decides(monkeypatch):
     auto_freeze(model)
     state = memory_state_dict(model)
     load_memory_state_dict(model, state)
+
+
+def test_inputs_are_compressed_with_those_of_other_operations():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 32, 3))
+    convert_(model, MemAOPConfig(ratio=1))
+    x = torch.randn(8, 3, 32, 32)
+    exact = gradients(model, x)[2]
+    held = [name for name, saved in held_exactly(model(x)) if saved.form is not None]
+    assert "_MemAOPConvFunctionBackward" in held
+    with compress_saved(model):
+        y = model(x)
+        assert not [name for name, saved in held_exactly(y) if saved.form is not None]
+        found = gradients(model, x)[2]
+    error = torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact)
+    assert 0 < error < 0.02
