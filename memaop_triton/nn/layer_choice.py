@@ -123,9 +123,9 @@ def choose_layers(
     if not chosen:
         hint = f" {len(of_peft)} more are PEFT's: see convert_(targets='lora')." if of_peft else ""
         raise ValueError(
-            f"model has no layer to convert: {len(layers)} in {type(model).__name__} of the kinds "
-            f"that targets={targets!r} means, {len(taken)} taken by the filter, none left after "
-            f"overrides.{hint}"
+            f"model has no layer to convert: {len(layers)} layers of targets={targets!r} in "
+            f"{type(model).__name__}, {len(taken)} taken by the filter, none left after overrides."
+            f"{hint}"
         )
     for name, (module, _) in chosen.items():
         with naming(name):
