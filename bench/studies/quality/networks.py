@@ -78,8 +78,8 @@ class Vit:
 class ResNet:
     """ResNet-18's four stages of two blocks on square grey images, weights as PyTorch draws them.
 
-    The first stage has `width` channels, and each next one twice as many at half the side. The stem
-    is a convolution of 3 × 3, as is usual for small images.
+    The stem is a convolution of 3 × 3 that halves the side. The first stage has `width` channels,
+    and each next one twice as many at half the side.
     """
 
     width: int
@@ -90,7 +90,7 @@ class ResNet:
         """[B, side²] pixels to [B, classes]."""
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         layers["image"] = nn.Unflatten(1, (1, self.side, self.side))
-        layers["stem"] = _conv(1, self.width, 3)
+        layers["stem"] = _conv(1, self.width, 3, stride=2)
         layers["norm"], layers["relu"] = nn.BatchNorm2d(self.width), nn.ReLU()
         inputs = self.width
         for stage, factor in enumerate((1, 2, 4, 8), start=1):

@@ -155,8 +155,8 @@ def _fine_tuning(name: str, data: str, title: str, steps: int, network: MiniLm) 
 
 
 def _resnet(name: str, batch: int, epochs: float, lr: float) -> Task:
-    title = f"Fashion-MNIST, ResNet-18 of width 32, Adam, {batch} images a step"
-    network, optimizer = ResNet(32), Optimizer("adam", lr, floor=0.0)
+    title = f"Fashion-MNIST, ResNet-18 of width 64, Adam, {batch} images a step"
+    network, optimizer = ResNet(64), Optimizer("adam", lr, floor=0.0)
     steps = _epochs(epochs, batch)
     return Task(name, title, "fashion_mnist", network, optimizer, batch, steps, "accuracy")
 
@@ -185,7 +185,7 @@ TASKS = {
         _deep_mlp("mlp", "fashion_mnist", "Fashion-MNIST", 2048, 8, 4e-3),
         _deep_mlp("mlp-mnist", "mnist", "MNIST", 1024, 4, 2e-3),
         _deep_mlp("mlp-shifted", "mnist-shifted", "MNIST shifted at random", 1024, 8, 2e-3),
-        _resnet("resnet", 256, 1, 2e-3),
+        _resnet("resnet", 256, 0.5, 2e-3),
         _fine_tuning("minilm", *_NEWS, MiniLm()),
         _fine_tuning("minilm-mean", *_NEWS, MiniLm(pooling="mean")),
         _fine_tuning("r8", *_R8, MiniLm(classes=8)),
