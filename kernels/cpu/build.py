@@ -57,6 +57,7 @@ _ROWS = f"{_MATRIX} pp ll"  # of these, and what they are made of
 _OF_A_KIND = {
     "row_norms": ("v", f"{_MATRIX} p ll i"),
     "position_norms": ("v", "pp lll i"),
+    "gather_positions": ("v", "ppp lll i"),
     "block_norms": ("v", f"{_MATRIX} l p lll i"),
     "accumulate": ("v", f"{_MATRIX} {_MATRIX} pp ll i"),
     "project": ("v", f"{_MATRIX} ppp f ll ii"),

@@ -61,6 +61,23 @@ def position_norms(a: Tensor) -> Tensor | None:
     return norms
 
 
+def gather_positions(a: Tensor, indices: Tensor) -> Tensor | None:
+    """The channels of some positions, [K, C] for a [B, C, L], or `None`.
+
+    Args:
+        a: [B, C, L].
+        indices: Sample times L plus position, [K] int64, in [0, B L).
+    """
+    code = code_for(a) if a.is_contiguous() else None
+    if code is None:
+        return None
+    (_, channels, positions), k = a.shape, len(indices)
+    out = a.new_empty((k, channels))
+    pointers = a.data_ptr(), indices.contiguous().data_ptr(), out.data_ptr()
+    code.call("gather_positions", *pointers, channels, positions, k, threads_for(k, channels))
+    return out
+
+
 def accumulate_and_score(memory: Tensor, rows: Tensor, carry: Tensor) -> Tensor | None:
     """`memory` ← carry·memory + rows in place; the norms of its rows, or `None` (nothing done)."""
     same = memory.dtype == rows.dtype and memory.shape == rows.shape

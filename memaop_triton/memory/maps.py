@@ -38,9 +38,12 @@ class Maps:
 
     def picked(self, indices: Tensor) -> Picked:
         """These rows, copied."""
-        of_sample = self.gradients.flatten(2)
-        positions = of_sample.shape[2]
-        return Picked(of_sample[indices // positions, :, indices % positions])
+        of_samples = self.gradients.flatten(2)
+        rows = native.gather_positions(of_samples, indices)
+        if rows is None:
+            positions = of_samples.shape[2]
+            rows = of_samples[indices // positions, :, indices % positions]
+        return Picked(rows)
 
     def sum_rows(self) -> Tensor:
         """[P]."""

@@ -51,6 +51,25 @@ void NAME(position_norms)(const stored *x, number *norms, long samples, long cha
     }
 }
 
+/* out[r] = x_s,:,i where r-th index is s * positions + i: x [samples, channels, positions], contiguous,
+ * out [k, channels]. Neighbours of one sample are taken together, so that a plane is read once. */
+void NAME(gather_positions)(const stored *x, const int64_t *indices, stored *out, long channels,
+                            long positions, long k, int threads) {
+    _Pragma("omp parallel if (threads > 1)") {
+        const Share share = share_of(k, threads);
+        long end;
+        for (long first = share.first; first < share.end; first = end) {
+            const int64_t sample = indices[first] / positions;
+            for (end = first + 1; end < share.end && indices[end] / positions == sample;)
+                end++;
+            const stored *planes = x + sample * channels * positions - sample * positions;
+            for (long c = 0; c < channels; c++)
+                for (long r = first; r < end; r++)
+                    out[r * channels + c] = planes[c * positions + indices[r]];
+        }
+    }
+}
+
 /* Rows whose blocks are fetched ahead: hardware does not foresee where the next ones are. */
 enum { AHEAD = 8, LINE = 64 };
 
