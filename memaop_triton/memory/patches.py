@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from memaop_triton import dispatch
+from memaop_triton.kernels import targets
 from memaop_triton.kernels.cpu.picked import Picked
 from memaop_triton.kernels.cpu.torch_ops import basis_scale, rest_beside
 
@@ -147,22 +148,22 @@ class Patches:
         """Norms of the rows, [M], or [M, groups] with several; in `score_dtype`."""
         padded, groups = self._padded, self.groups
         squares = dispatch.row_norms(padded.view(-1, padded.shape[-1] // groups)).square_()
-        sums = squares.view(*padded.shape[:-1], groups)
-        every = zip(
-            self._positions,
-            self.geometry.kernel_size,
-            self.geometry.stride,
-            self.geometry.dilation,
-            strict=True,
-        )
-        for dim, (count, taps, stride, gap) in enumerate(every, start=1):
-            before = (slice(None),) * dim
-            length = (count - 1) * stride + 1
-            ends = ((tap * gap, tap * gap + length) for tap in range(taps))
-            parts = [sums[(*before, slice(*both, stride))] for both in ends]
-            sums = functools.reduce(torch.add, parts)
+        sums = self._under_kernel(squares.view(*padded.shape[:-1], groups))
         norms = sums.sqrt()
         return norms.reshape(-1) if groups == 1 else norms.reshape(-1, groups)
+
+    def _under_kernel(self, a: Tensor) -> Tensor:
+        """Sums over the taps at every position: [B, *padded, groups] to [B, *positions, groups]."""
+        geometry = self.geometry
+        every = zip(
+            self._positions, geometry.kernel_size, geometry.stride, geometry.dilation, strict=True
+        )
+        for dim, (count, taps, step, gap) in enumerate(every, start=1):
+            before = (slice(None),) * dim
+            length = (count - 1) * step + 1
+            ends = ((tap * gap, tap * gap + length) for tap in range(taps))
+            a = functools.reduce(torch.add, [a[(*before, slice(*both, step))] for both in ends])
+        return a
 
     def scores(self, g: Tensor) -> Tensor:
         """‖dW‖ of every row alone, √(Σ ‖x_c‖² ‖g_c‖²) over the groups: [M], for g [M, P].
@@ -191,34 +192,18 @@ class Patches:
         geometry = self.geometry
         # Taps of the last dimension that are neighbours lie side by side.
         run = geometry.kernel_size[-1] if geometry.dilation[-1] == 1 else 1
-        lines = self._padded.view(-1, self._padded.shape[-1])
-        return Picked(lines, self._first_positions(indices), self._offsets(run), run)
+        sizes, channels = self._padded.shape[1:-1], self._padded.shape[-1]
+        # What is made while a graph is captured is not there any more afterwards.
+        lines_of = _lines_of.__wrapped__ if targets.is_capturing(self.device) else _lines_of
+        first, offsets = lines_of(geometry, self._positions, tuple(sizes), run, self.device)
+        positions = len(first)
+        of_sample = indices // positions * math.prod(sizes)
+        begins = of_sample + first.index_select(0, indices % positions)
+        return Picked(self._padded.view(-1, channels), begins, offsets, run)
 
     def __getitem__(self, rows: slice) -> Tensor:
         first, end, step = rows.indices(self.shape[0])
         return self.rows(torch.arange(first, end, step, device=self.device))
-
-    def _first_positions(self, rows: Tensor) -> Tensor:
-        """Of the padded inputs, that under the first tap of each row."""
-        first, left, distance = torch.zeros_like(rows), rows, 1
-        for dim in reversed(range(len(self._positions))):
-            count, stride = self._positions[dim], self.geometry.stride[dim]
-            first = first + (left % count) * (stride * distance)
-            left = left // count
-            distance *= self._padded.shape[1 + dim]
-        return first + left * distance
-
-    def _offsets(self, run: int) -> Tensor:
-        """Of the taps from the first one, of every `run` neighbours the first."""
-        offsets, distance = torch.zeros(1, dtype=torch.int64, device=self.device), 1
-        for dim in reversed(range(len(self._positions))):
-            taps = torch.arange(self.geometry.kernel_size[dim], device=self.device)
-            if dim == len(self._positions) - 1 and run > 1:
-                taps = taps[:1]
-            steps = taps * (self.geometry.dilation[dim] * distance)
-            offsets = (steps.unsqueeze(1) + offsets).flatten()
-            distance *= self._padded.shape[1 + dim]
-        return offsets
 
     def project(self, basis: Tensor) -> tuple[Tensor, Tensor]:
         """`dispatch.project_rows` of all rows, for Q [N, q]: Z [M, q], and [M] norms. One group."""
@@ -278,6 +263,32 @@ class Patches:
     def _as_weight(self, rows: Tensor) -> Tensor:
         """[q, N] in the order of a weight, [q, C, *kernel_size]."""
         return as_weight(rows, self.geometry.kernel_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _lines_of(
+    geometry: Geometry,
+    positions: tuple[int, ...],
+    sizes: tuple[int, ...],
+    run: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """In inputs of these sizes, padding included, as lines of channels, one sample's:
+
+    The line under the first tap at every position of the output, and how much further those of the
+    taps are, of every `run` neighbours the first.
+    """
+    first, offsets = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+    distance = 1
+    for dim in reversed(range(len(sizes))):
+        taps = geometry.kernel_size[dim]
+        taps = taps // run if dim == len(sizes) - 1 else taps
+        places = torch.arange(positions[dim], device=device) * (geometry.stride[dim] * distance)
+        steps = torch.arange(taps, device=device) * (geometry.dilation[dim] * distance)
+        first = (places.unsqueeze(1) + first).flatten()
+        offsets = (steps.unsqueeze(1) + offsets).flatten()
+        distance *= sizes[dim]
+    return first, offsets
 
 
 def by_position(a: Tensor) -> Tensor:
