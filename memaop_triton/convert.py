@@ -15,6 +15,7 @@ from memaop_triton.auto.controller import control
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.errors import check_name
 from memaop_triton.nn.coverage import Coverage, LowCoverageWarning, coverage_of
+from memaop_triton.nn.exposing import conceal_, exposed, hosts_of
 from memaop_triton.nn.layer_choice import (
     TARGETS,
     Chosen,
@@ -134,32 +135,34 @@ def convert_(
             "measured."
         )
     config = MemAOPConfig(ratio="auto") if config is None else config
-    chosen = choose_layers(model, config, filter_fn, overrides, targets)
-    undecided = {name: found for name, found in chosen.items() if found[1].is_auto}
-    if only_if_faster and undecided:
-        raise ValueError(
-            "only_if_faster=True measures a given number of rows: pass config=MemAOPConfig(...). "
-            "ratio='auto', the default, measures by itself, and leaves dense what would not gain."
-        )
-    if process_group is not None and not undecided:
-        raise ValueError(
-            "process_group has no meaning without ratio='auto': nothing else is decided by several "
-            "processes together."
-        )
-    if process_group is not None and dist.get_rank(process_group) < 0:
-        raise ValueError("process_group must be one that this process belongs to.")
-    covered = None
-    if only_if_faster:
-        chosen, covered = _faster_ones(model, chosen, example_inputs, loss_fn)
-    for module, layer_config in chosen.values():
-        exact = layer_config.spending(ratio=1.0) if layer_config.is_auto else layer_config
-        adopt_(module, exact)
-    if undecided:
-        control(undecided, Processes(process_group))
-    if covered is None:
-        _warn_if_low(coverage_of(model), "Converted layers")
-    else:
-        _warn_if_low(covered, "Layers that could be converted")
+    with exposed(model, targets, subclasses=filter_fn is not None):
+        chosen = choose_layers(model, config, filter_fn, overrides, targets)
+        undecided = {name: found for name, found in chosen.items() if found[1].is_auto}
+        if only_if_faster and undecided:
+            raise ValueError(
+                "only_if_faster=True measures a given number of rows: pass "
+                "config=MemAOPConfig(...). ratio='auto', the default, measures by itself, and "
+                "leaves dense what would not gain."
+            )
+        if process_group is not None and not undecided:
+            raise ValueError(
+                "process_group has no meaning without ratio='auto': nothing else is decided by "
+                "several processes together."
+            )
+        if process_group is not None and dist.get_rank(process_group) < 0:
+            raise ValueError("process_group must be one that this process belongs to.")
+        covered = None
+        if only_if_faster:
+            chosen, covered = _faster_ones(model, chosen, example_inputs, loss_fn)
+        for module, layer_config in chosen.values():
+            exact = layer_config.spending(ratio=1.0) if layer_config.is_auto else layer_config
+            adopt_(module, exact)
+        if undecided:
+            control(undecided, Processes(process_group))
+        if covered is None:
+            _warn_if_low(coverage_of(model), "Converted layers")
+        else:
+            _warn_if_low(covered, "Layers that could be converted")
     return model
 
 
@@ -175,11 +178,12 @@ def revert_(model: M) -> M:
     layers.update(converted_lora_layers(model))
     if not layers:
         raise ValueError(f"model has no converted layer to revert: {type(model).__name__}.")
-    for name, layer in layers.items():
+    for name, module in {**layers, **hosts_of(model)}.items():
         with naming(name):
-            layer.check_revertible()
+            module.check_revertible()
     for layer in layers.values():
         layer.revert_()
+    conceal_(model)
     return model
 
 

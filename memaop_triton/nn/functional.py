@@ -189,7 +189,7 @@ def prepared(
     """The operands checked, and cast under autocast."""
     device = x.device.type
     if is_autocast(device):
-        x, weight = autocast(x), _autocast(weight)
+        x, weight = autocast(x), autocast(weight)
         bias = None if bias is None else autocast(bias)
     _check_operands(x, weight, bias)
     return x, weight, bias
