@@ -18,7 +18,8 @@ from memaop_triton.backward.step import Observer, Operands, rows_and_weights
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels.cpu.torch_ops import selected_rows
 
-# That of the operands of PyTorch's grouped product.
+# Of the operands of PyTorch's grouped product.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ALIGNMENT_BYTES = 16
 
 
@@ -88,5 +89,10 @@ def _has_grouped_product(left: Tensor, right: Tensor) -> bool:
     """Whether PyTorch multiplies the groups in one kernel, without knowing their sizes."""
     if left.device.type != "cuda" or left.dtype != torch.bfloat16:
         return False
-    is_aligned = all(a.shape[1] * a.itemsize % _ALIGNMENT_BYTES == 0 for a in (left, right))
-    return is_aligned and torch.cuda.get_device_capability(left.device) >= (8, 0)
+    is_operand = is_grouped_operand(left.dtype, left.shape[1], right.shape[1])
+    return is_operand and torch.cuda.get_device_capability(left.device) >= (8, 0)
+
+
+def is_grouped_operand(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether `F.grouped_mm` takes matrices whose rows have these sizes."""
+    return dtype in _DTYPES and all(n * dtype.itemsize % _ALIGNMENT_BYTES == 0 for n in sizes)

@@ -86,7 +86,9 @@ class FactorAllGather:
         layers = {
             name: layer
             for name, layer in converted_layers(ddp.module)
-            if isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad
+            if isinstance(layer.weight, nn.Parameter)
+            and layer.weight.requires_grad
+            and layer.weight.dim() == 2
         }
         if not layers:
             raise ValueError(

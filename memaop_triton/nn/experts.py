@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memaop_triton.backward.experts import is_grouped_operand
 from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.nn import expert_ops as expert_ops  # registers its operator
 from memaop_triton.nn.autograd import (
@@ -154,9 +155,11 @@ def _backward(
 
 
 def _multiplied(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """x [R, N] times the matrix of its expert, of [E, N, P], by the product of transformers."""
-    product: Callable[..., Tensor] = sys.modules["transformers.integrations.moe"]._grouped_mm
-    return product(x, matrices, offs=ends)
+    """x [R, N] times the matrix of its expert, of [E, N, P], by a product of transformers."""
+    product: Callable[..., Tensor] = torch.ops.transformers.grouped_mm_fallback
+    if is_grouped_operand(matrices.dtype, *matrices.shape[1:]):
+        product = sys.modules["transformers.integrations.moe"]._grouped_mm
+    return product(x.to(matrices.dtype), matrices, offs=ends)
 
 
 class MemAOPExperts(Host):

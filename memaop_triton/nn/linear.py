@@ -204,7 +204,7 @@ class MemAOPLinear(MemAOPLayer, nn.Linear):
 
     # Left out by torch.jit.script, which makes a dense layer.
     __jit_ignored_attributes__ = ("dense_class", "is_transposed", "kind", "layer_state")
-    __jit_unused_properties__ = ("config", "memory")
+    __jit_unused_properties__ = ("config", "gradient_shape", "memory", "weight_parameter")
 
     def __init__(
         self,

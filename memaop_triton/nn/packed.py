@@ -127,8 +127,15 @@ class Host(Converted):
         """Whether one of its layers is."""
         return any(isinstance(layer, MemAOPLayer) for layer in self.children())
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        # Called by torch.jit.script, which would put what is returned into the model itself.
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: revert_(model) first, or "
+            "script a reverted copy."
+        )
+
     def conceal_(self) -> None:
-        """Turn it back into what it was, if none of its layers is converted."""
+        """Turn it back into what it was, without its projections."""
         for name in [n for n, child in self._modules.items() if isinstance(child, Projection)]:
             del self._modules[name]
         self._exchange_back()
