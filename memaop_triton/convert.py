@@ -1,4 +1,4 @@
-"""Converting the linear layers of a model, and reverting them."""
+"""Converting the layers of a model, and reverting them."""
 
 from __future__ import annotations
 
@@ -58,6 +58,13 @@ def convert_(
     of the model's weight gradients are out of reach, being those of other layers; `coverage` shows
     by class what was left.
 
+    Two kinds of modules multiply by weights of their own, and get a layer for each product:
+    `nn.MultiheadAttention` (`in_proj` where queries, keys and values are one tensor, otherwise
+    `q_proj`, `k_proj` and `v_proj`; and `out_proj`), and the experts of transformers
+    (`gate_up` or `up`, and `down`), which have no subspace. These layers have no Parameters: those
+    of the module stay where they are. `memaop_triton.nn.attention` and `memaop_triton.nn.experts`
+    say more.
+
     By default the library finds out by measurements which of them are worth sampling, and how many
     rows: all start exact, as `nn.Linear` is, and stay so where dense is best.
 
@@ -77,14 +84,16 @@ def convert_(
     Args:
         model: Any module; it may itself be such a layer.
         config: For every layer that `overrides` does not name; a warning names the convolutions
-            that it is not for, which stay as they are. By default
+            and experts that it is not for, which stay as they are. By default
             `MemAOPConfig(ratio="auto")`, and for LoRA layers `MemAOPConfig(ratio=1, memory="none",
             stash="int4")`, by which dW is exact but for the rounding. Those take no memory, an
             exact dX and no `ratio="auto"`.
         filter_fn: `filter_fn(module, fqn)`, called with every layer of these kinds (subclasses
             included), or every LoRA layer, and its qualified name; layers for which it is false
             stay as they are. By default the layers whose class is exactly one of these (or was,
-            before `fully_shard`), and a warning names the others.
+            before `fully_shard`), and a warning names the others. The layers of an attention or of
+            experts are called with their names in these. Subclasses of `nn.MultiheadAttention` have
+            such layers with a `filter_fn` only, and none with a forward pass of their own.
         overrides: Configuration by name pattern (shell style, `"blocks.*.mlp.*"`), `None` to leave
             a layer dense. Of several patterns that match, the last one counts.
         targets: `"all"`; `"linear"` for `nn.Linear` and `Conv1D` of transformers only; or `"lora"`

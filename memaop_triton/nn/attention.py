@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
@@ -22,6 +22,8 @@ from memaop_triton.nn.packed import Host, Projection, Source
 
 #: How a module is known to be called: with one tensor for queries, keys and values, or with others.
 SELF, CROSS = "self", "cross"
+
+_functional: Any = F  # whose private functions have no types
 
 
 class _Masks(NamedTuple):
@@ -49,6 +51,11 @@ class MemAOPMultiheadAttention(Host, nn.MultiheadAttention):
     """
 
     dense_class: type[nn.Module] = nn.MultiheadAttention
+
+    in_proj: Projection
+    q_proj: Projection
+    k_proj: Projection
+    v_proj: Projection
 
     def make_projections(self, *, role: str = "") -> Mapping[str, Projection]:
         """By name; `role` is one of `SELF` and `CROSS`, or "" if both are possible."""
@@ -85,54 +92,57 @@ class MemAOPMultiheadAttention(Host, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As that of `nn.MultiheadAttention`."""
+        options: dict[str, Any] = {
+            "key_padding_mask": key_padding_mask,
+            "need_weights": need_weights,
+            "attn_mask": attn_mask,
+            "average_attn_weights": average_attn_weights,
+            "is_causal": is_causal,
+        }
+        results: tuple[Tensor, Tensor | None]
         if isinstance(query, torch.fx.Proxy) and query.tracer.root is not self:
-            options = {
-                "key_padding_mask": key_padding_mask,
-                "need_weights": need_weights,
-                "attn_mask": attn_mask,
-                "average_attn_weights": average_attn_weights,
-                "is_causal": is_causal,
-            }
             path, operands = query.tracer.path_of_module(self), (query, key, value)
-            call: tuple[Tensor, Tensor | None]
-            call = query.tracer.create_proxy("call_module", path, operands, options)
-            return call
-        if not self.needs_layers():
-            return super().forward(
-                query,
-                key,
-                value,
-                key_padding_mask=key_padding_mask,
-                need_weights=need_weights,
-                attn_mask=attn_mask,
-                average_attn_weights=average_attn_weights,
-                is_causal=is_causal,
-            )
+            results = query.tracer.create_proxy("call_module", path, operands, options)
+        elif self.needs_layers():
+            results = self._by_layers(query, key, value, **options)
+        else:
+            results = super().forward(query, key, value, **options)
+        return results
+
+    def _by_layers(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         # PyTorch's own checks and conversions, so that errors and warnings are the same.
-        key_padding_mask = F._canonical_mask(
+        padding = _functional._canonical_mask(
             key_padding_mask,
             "key_padding_mask",
-            F._none_or_dtype(attn_mask),
+            _functional._none_or_dtype(attn_mask),
             "attn_mask",
             query.dtype,
         )
-        attn_mask = F._canonical_mask(attn_mask, "attn_mask", None, "", query.dtype, False)
-        is_batched = F._mha_shape_check(
-            query, key, value, key_padding_mask, attn_mask, self.num_heads
-        )
-        if is_causal and attn_mask is None:
+        mask = _functional._canonical_mask(attn_mask, "attn_mask", None, "", query.dtype, False)
+        is_batched = _functional._mha_shape_check(query, key, value, padding, mask, self.num_heads)
+        if is_causal and mask is None:
             raise RuntimeError("is_causal=True is a hint about attn_mask: pass that too.")
         if query.shape[-1] != self.embed_dim:
             raise ValueError(f"query has {query.shape[-1]} features, not {self.embed_dim}.")
-        if not is_batched and key_padding_mask is not None:
-            key_padding_mask = key_padding_mask.unsqueeze(0)
+        if not is_batched and padding is not None:
+            padding = padding.unsqueeze(0)
         q, k, v = self._projected(query, key, value, is_batched)
-        masks = self._masks(
-            q.shape, k.shape[0], attn_mask, key_padding_mask, is_causal and not need_weights
-        )
+        is_hint = is_causal and not need_weights
+        masks = self._masks(q.shape, k.shape[0], mask, padding, is_hint)
         k, v = self._with_additional_keys(k, v)
         rows, weights = self._attend(q, k, v, masks, need_weights)
-        y = self.out_proj(rows).view(q.shape)
+        y: Tensor = self.out_proj(rows).view(q.shape)
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if not is_batched:
@@ -154,13 +164,14 @@ class MemAOPMultiheadAttention(Host, nn.MultiheadAttention):
         biases: tuple[Tensor | None, ...] = (None, None, None)
         if self.in_proj_bias is not None:
             biases = self.in_proj_bias.chunk(3)
-        # What keys and values share stays one tensor, of which layers keep one stash.
-        key_first = self._sequence_first(key, is_batched)
-        value_first = key_first if value is key else self._sequence_first(value, is_batched)
+        # What is one tensor stays one, of which layers keep one stash.
+        keys = self._sequence_first(key, is_batched)
+        queries = keys if query is key else self._sequence_first(query, is_batched)
+        values = keys if value is key else self._sequence_first(value, is_batched)
         return (
-            self.q_proj(self._sequence_first(query, is_batched), weights[0], biases[0]),
-            self.k_proj(key_first, weights[1], biases[1]),
-            self.v_proj(value_first, weights[2], biases[2]),
+            self.q_proj(queries, weights[0], biases[0]),
+            self.k_proj(keys, weights[1], biases[1]),
+            self.v_proj(values, weights[2], biases[2]),
         )
 
     def _sequence_first(self, a: Tensor, is_batched: bool) -> Tensor:

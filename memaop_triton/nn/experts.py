@@ -62,8 +62,10 @@ class ExpertsProjection(Projection):
         self.num_experts = num_experts
         self.is_transposed = is_transposed
 
-    def forward(self, input: Tensor, weight: Tensor, ends: Tensor) -> Tensor:  # type: ignore[override]
-        """[R, in_features] to [R, out_features], sorted by expert, whose rows end at `ends`, [E]."""
+    def forward(  # type: ignore[override]
+        self, input: Tensor, weight: Tensor, ends: Tensor
+    ) -> Tensor:
+        """[R, in_features] to [R, out_features]: rows by expert, those of each end at `ends`."""
         return _multiplied(input, weight if self.is_transposed else weight.mT, ends)
 
 
@@ -88,8 +90,10 @@ class MemAOPExpertsProjection(MemAOPLayer, ExpertsProjection):
             rows, columns = columns, rows
         return self.num_experts * rows, columns
 
-    def forward(self, input: Tensor, weight: Tensor, ends: Tensor) -> Tensor:  # type: ignore[override]
-        """[R, in_features] to [R, out_features], sorted by expert, whose rows end at `ends`, [E]."""
+    def forward(  # type: ignore[override]
+        self, input: Tensor, weight: Tensor, ends: Tensor
+    ) -> Tensor:
+        """[R, in_features] to [R, out_features]: rows by expert, those of each end at `ends`."""
         state = self.layer_state
         matrices = weight if self.is_transposed else weight.mT
         is_sampled = self.training and not state.is_native and torch.is_grad_enabled()
@@ -174,6 +178,9 @@ class MemAOPExperts(Host):
     has_gate: bool
     has_bias: bool
     is_transposed: bool
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
     _is_expert_parallel: bool
 
     def make_projections(self, *, role: str = "") -> Mapping[str, Projection]:
@@ -192,7 +199,7 @@ class MemAOPExperts(Host):
 
     def layers(self) -> list[nn.Module]:
         """Both projections."""
-        return [self._modules[name] for name in self._names()]  # type: ignore[misc]
+        return [self.get_submodule(name) for name in self._names()]
 
     def _names(self) -> tuple[str, str]:
         return "gate_up" if self.has_gate else "up", "down"
@@ -216,12 +223,15 @@ class MemAOPExperts(Host):
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)
         y = y * top_k_weights.flatten()[order].unsqueeze(-1)
-        by_token = y[order.argsort()].unflatten(0, top_k_index.shape)
+        by_token: Tensor = y[order.argsort()].unflatten(0, top_k_index.shape)
         return by_token.sum(1).to(hidden_states.dtype)
 
     def _product(self, name: str, x: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
-        y: Tensor = self._modules[name](x, getattr(self, f"{name}_proj"), ends)  # type: ignore[misc]
-        return y + getattr(self, f"{name}_proj_bias")[expert] if self.has_bias else y
+        projection, weight = self.get_submodule(name), getattr(self, f"{name}_proj")
+        y: Tensor = projection(x, weight, ends)
+        if self.has_bias:
+            y = y + getattr(self, f"{name}_proj_bias")[expert]
+        return y
 
 
 def can_be_taken_apart(module: nn.Module) -> bool:

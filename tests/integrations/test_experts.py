@@ -326,7 +326,9 @@ def test_frozen_weights_and_inputs():
 )
 def test_what_is_only_for_linear_layers(config, setting):
     model = nn.ModuleDict({"linear": nn.Linear(64, 64), "experts": routed.experts()})
-    with pytest.warns(UserWarning, match=f"because {setting} is not for experts: 'experts.gate_up'"):
+    with pytest.warns(
+        UserWarning, match=f"because {setting} is not for experts: 'experts.gate_up'"
+    ):
         convert_(model, config)
     assert {name for name, _ in converted_layers(model)} == {"linear"}
     assert type(model["experts"]).__name__ == "MixtralExperts"
