@@ -61,10 +61,9 @@ def experts_weight_grad(
         return dw
     scores = operands.scores_of_rows()
     selection = operands.select(scores)
-    # In the order of the rows, which is that of the experts.
-    indices, places = selection.indices.sort()
-    weights = rows_and_weights(selection, config, drop=False)[1]
-    weights = None if weights is None else weights[places]
+    # Rows of weight 0 stay: how many there are is known on the device only.
+    indices, weights = rows_and_weights(selection, config, drop=False)
+    # Ascending as the rows of the experts are.
     selected_ends = torch.searchsorted(indices, ends.to(indices.dtype), out_int32=True)
     dw = _products(*selected_rows(x, g, indices, weights), selected_ends, is_transposed)
     operands.observe(selection, dw.flatten(0, 1), scores)

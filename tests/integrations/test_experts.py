@@ -155,6 +155,8 @@ def test_layers_and_names():
         "down",
     }
     assert module["b"].gate_up.weight is module["b"].gate_up_proj
+    shapes = [module[one].gate_up.gradient_shape for one in "ab"]
+    assert shapes == [(routed.EXPERTS * 48, routed.WIDTH), (routed.EXPERTS * routed.WIDTH, 48)]
     before = routed.experts()
     assert list(module["a"].state_dict()) == list(before.state_dict())
     revert_(module)
