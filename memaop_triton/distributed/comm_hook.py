@@ -86,9 +86,7 @@ class FactorAllGather:
         layers = {
             name: layer
             for name, layer in converted_layers(ddp.module)
-            if isinstance(layer.weight, nn.Parameter)
-            and layer.weight.requires_grad
-            and layer.weight.dim() == 2
+            if isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad
         }
         if not layers:
             raise ValueError(

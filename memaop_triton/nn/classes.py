@@ -61,7 +61,10 @@ def exchange_class(module: nn.Module, kind: type[Converted]) -> None:
 
 def has_own_forward(module: nn.Module, dense: type[nn.Module]) -> bool:
     """Whether a module computes something else than the class `dense`, of which it is."""
-    return type(module).forward is not dense.forward or "forward" in vars(module)
+    return any(
+        getattr(type(module), name, None) is not getattr(dense, name, None) or name in vars(module)
+        for name in ("forward", "_conv_forward")  # that of a convolution calls the second
+    )
 
 
 def shallow_copy(module: M) -> M:
