@@ -42,7 +42,7 @@ def experts(name="Mixtral", implementation="grouped_mm", dtype=torch.float32, **
 
 
 def tokens(seed=0, dtype=torch.float32, rows=TOKENS):
-    """Hidden states [rows, WIDTH], their experts [rows, TOP_K], some of which get few, and weights."""
+    """Hidden states [rows, WIDTH], their experts [rows, TOP_K], some with few rows, and weights."""
     draws = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, WIDTH, generator=draws).to(dtype)
     likely = torch.tensor([0.6, 0.25, 0.1, 0.05]).expand(rows, -1)

@@ -330,3 +330,14 @@ def test_layers_of_a_class_of_ours_are_named_by_it():
     made = inputs("self", {})
     found, expected = (step(lambda m: m(*made), m) for m in (model, attention()))
     assert_same(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_projections_of_one_tensor_share_a_stash():
+    model = convert_(attention(), MemAOPConfig(ratio=1 / 2, memory=None, stash="int8"))
+    query, _, value = inputs("values", {}, is_causal=True)
+    query, value = query.requires_grad_() * 1, value.requires_grad_() * 1
+    y = model(query, query, value)[0]
+    kept = {name: getattr(model, f"{name}_proj").layer_state.kept for name in "qkv"}
+    assert kept["q"].stash() is kept["k"].stash() is not None
+    assert kept["v"].stash() is not kept["q"].stash()
+    y.sum().backward()
