@@ -1,4 +1,4 @@
-"""Converting the linear layers of a model, and reverting them."""
+"""Converting the layers of a model, and reverting them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from memaop_triton.auto.controller import control
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.errors import check_name
 from memaop_triton.nn.coverage import Coverage, LowCoverageWarning, coverage_of
+from memaop_triton.nn.exposing import conceal_, exposed, hosts_of
 from memaop_triton.nn.layer_choice import (
     TARGETS,
     Chosen,
@@ -57,6 +58,13 @@ def convert_(
     of the model's weight gradients are out of reach, being those of other layers; `coverage` shows
     by class what was left.
 
+    Two kinds of modules multiply by weights of their own, and get a layer for each product:
+    `nn.MultiheadAttention` (`in_proj` where queries, keys and values are one tensor, otherwise
+    `q_proj`, `k_proj` and `v_proj`; and `out_proj`), and the experts of transformers
+    (`gate_up` or `up`, and `down`), which have no subspace. These layers have no Parameters: those
+    of the module stay where they are. `memaop_triton.nn.attention` and `memaop_triton.nn.experts`
+    say more.
+
     By default the library finds out by measurements which of them are worth sampling, and how many
     rows: all start exact, as `nn.Linear` is, and stay so where dense is best.
 
@@ -76,14 +84,16 @@ def convert_(
     Args:
         model: Any module; it may itself be such a layer.
         config: For every layer that `overrides` does not name; a warning names the convolutions
-            that it is not for, which stay as they are. By default
+            and experts that it is not for, which stay as they are. By default
             `MemAOPConfig(ratio="auto")`, and for LoRA layers `MemAOPConfig(ratio=1, memory="none",
             stash="int4")`, by which dW is exact but for the rounding. Those take no memory, an
             exact dX and no `ratio="auto"`.
         filter_fn: `filter_fn(module, fqn)`, called with every layer of these kinds (subclasses
             included), or every LoRA layer, and its qualified name; layers for which it is false
             stay as they are. By default the layers whose class is exactly one of these (or was,
-            before `fully_shard`), and a warning names the others.
+            before `fully_shard`), and a warning names the others. The layers of an attention or of
+            experts are called with their names in these. Subclasses of `nn.MultiheadAttention` have
+            such layers with a `filter_fn` only, and none with a forward pass of their own.
         overrides: Configuration by name pattern (shell style, `"blocks.*.mlp.*"`), `None` to leave
             a layer dense. Of several patterns that match, the last one counts.
         targets: `"all"`; `"linear"` for `nn.Linear` and `Conv1D` of transformers only; or `"lora"`
@@ -134,32 +144,34 @@ def convert_(
             "measured."
         )
     config = MemAOPConfig(ratio="auto") if config is None else config
-    chosen = choose_layers(model, config, filter_fn, overrides, targets)
-    undecided = {name: found for name, found in chosen.items() if found[1].is_auto}
-    if only_if_faster and undecided:
-        raise ValueError(
-            "only_if_faster=True measures a given number of rows: pass config=MemAOPConfig(...). "
-            "ratio='auto', the default, measures by itself, and leaves dense what would not gain."
-        )
-    if process_group is not None and not undecided:
-        raise ValueError(
-            "process_group has no meaning without ratio='auto': nothing else is decided by several "
-            "processes together."
-        )
-    if process_group is not None and dist.get_rank(process_group) < 0:
-        raise ValueError("process_group must be one that this process belongs to.")
-    covered = None
-    if only_if_faster:
-        chosen, covered = _faster_ones(model, chosen, example_inputs, loss_fn)
-    for module, layer_config in chosen.values():
-        exact = layer_config.spending(ratio=1.0) if layer_config.is_auto else layer_config
-        adopt_(module, exact)
-    if undecided:
-        control(undecided, Processes(process_group))
-    if covered is None:
-        _warn_if_low(coverage_of(model), "Converted layers")
-    else:
-        _warn_if_low(covered, "Layers that could be converted")
+    with exposed(model, targets, subclasses=filter_fn is not None):
+        chosen = choose_layers(model, config, filter_fn, overrides, targets)
+        undecided = {name: found for name, found in chosen.items() if found[1].is_auto}
+        if only_if_faster and undecided:
+            raise ValueError(
+                "only_if_faster=True measures a given number of rows: pass "
+                "config=MemAOPConfig(...). ratio='auto', the default, measures by itself, and "
+                "leaves dense what would not gain."
+            )
+        if process_group is not None and not undecided:
+            raise ValueError(
+                "process_group has no meaning without ratio='auto': nothing else is decided by "
+                "several processes together."
+            )
+        if process_group is not None and dist.get_rank(process_group) < 0:
+            raise ValueError("process_group must be one that this process belongs to.")
+        covered = None
+        if only_if_faster:
+            chosen, covered = _faster_ones(model, chosen, example_inputs, loss_fn)
+        for module, layer_config in chosen.values():
+            exact = layer_config.spending(ratio=1.0) if layer_config.is_auto else layer_config
+            adopt_(module, exact)
+        if undecided:
+            control(undecided, Processes(process_group))
+        if covered is None:
+            _warn_if_low(coverage_of(model), "Converted layers")
+        else:
+            _warn_if_low(covered, "Layers that could be converted")
     return model
 
 
@@ -175,11 +187,12 @@ def revert_(model: M) -> M:
     layers.update(converted_lora_layers(model))
     if not layers:
         raise ValueError(f"model has no converted layer to revert: {type(model).__name__}.")
-    for name, layer in layers.items():
+    for name, module in {**layers, **hosts_of(model)}.items():
         with naming(name):
-            layer.check_revertible()
+            module.check_revertible()
     for layer in layers.values():
         layer.revert_()
+    conceal_(model)
     return model
 
 

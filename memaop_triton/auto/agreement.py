@@ -131,7 +131,7 @@ class Processes:
 
         Args:
             observers: Of this process. A layer that has none here is not finite anywhere.
-            shapes: P and N of all layers, the same in all processes.
+            shapes: Of the gradients of all layers, the same in all processes.
             shares: K/M whose variances are wanted.
             copies: Of how many processes each draws the same numbers.
             device: Of the layers.
@@ -221,7 +221,7 @@ def divided_among(layer: MemAOPLayer) -> int:
     shards = layer.layer_state.shards
     if shards is not None:
         return dist.get_world_size(shards.group)
-    mesh = getattr(layer._parameters.get("weight"), "device_mesh", None)
+    mesh = getattr(layer.weight_parameter, "device_mesh", None)
     # `fully_shard` gathers the whole weight before the layer computes with it.
     if mesh is None or getattr(layer, "_is_fsdp_managed_module", False):
         return 1

@@ -43,6 +43,7 @@ from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels import targets
 from memaop_triton.nn.layer_state import LayerState
 from memaop_triton.nn.linear import MemAOPLayer
+from memaop_triton.nn.packed import weight_parameter_of
 
 _log = logging.getLogger("memaop_triton.auto")
 
@@ -104,7 +105,7 @@ class Controller:
         state.controller, state.name = self, name
         self._layers[name] = weakref.ref(layer)
         self._asked[name] = config
-        self._evidence.add_layer(name, config, (layer.out_features, layer.in_features))
+        self._evidence.add_layer(name, config, layer.gradient_shape)
         self.shares[name] = share
 
     # Copies. -------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ class Controller:
     def _first_weight(self) -> Tensor | None:
         """The first one that is trained: steps are those of its optimizer."""
         layers = [layer for find in self._layers.values() if (layer := find()) is not None]
-        weights = (layer._parameters.get("weight") for layer in layers)
+        weights = map(weight_parameter_of, layers)
         return next((w for w in weights if w is not None and w.requires_grad), None)
 
     def _ours(self) -> list[str]:

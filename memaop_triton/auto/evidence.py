@@ -50,7 +50,7 @@ class Evidence:
         self._savings = Savings()
 
     def add_layer(self, name: str, config: MemAOPConfig, shape: tuple[int, int]) -> None:
-        """A layer that nothing is known of; `shape` is P and N."""
+        """A layer that nothing is known of; `shape` is that of its gradient, mostly P and N."""
         self.seen[name] = deque(maxlen=LOOKS)
         self.configs[name] = {share: config.spending(ratio=share) for share in _OPTIONS}
         self.seconds[name] = dict.fromkeys(_OPTIONS, math.nan)

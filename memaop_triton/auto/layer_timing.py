@@ -15,9 +15,10 @@ from memaop_triton.config import MemAOPConfig
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
 from memaop_triton.memory.patches import Convolution
 from memaop_triton.nn.autograd import no_autocast
+from memaop_triton.nn.classes import shallow_copy
 from memaop_triton.nn.conv import new_conv
 from memaop_triton.nn.layer_choice import adopt_
-from memaop_triton.nn.linear import MemAOPLayer, shallow_copy
+from memaop_triton.nn.linear import MemAOPLayer
 
 _NEVER = 1 << 30
 # Of the time for a layer. The additional time of its forward pass is small and quickly measured.

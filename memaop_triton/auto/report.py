@@ -71,18 +71,22 @@ def auto_freeze(model: nn.Module) -> None:
 
 def _coverage(model: nn.Module) -> Coverage:
     """By the FLOPs of the newest observed step, if there was one."""
-    rows: dict[int, int] = {}
+    products: dict[int, int] = {}
+    rows: list[int] = []
     for _, layer in converted_layers(model):
-        state, weight = layer.layer_state, layer._parameters.get("weight")
+        state, weight = layer.layer_state, layer.weight_parameter
         seen = state.controller.seen[state.name] if isinstance(state.controller, Controller) else ()
         if seen and weight is not None:
             uses = seen[-1].uses
-            rows[id(weight)] = rows.get(id(weight), 0) + sum(use.rows for use in uses)
-    if not any(rows.values()):
+            rows.append(sum(use.rows for use in uses))
+            # Layers may share a weight, or have parts of it.
+            done = sum(use.rows * use.in_features * use.out_features for use in uses)
+            products[id(weight)] = products.get(id(weight), 0) + done
+    if not any(rows):
         return coverage_of(model)
-    most = statistics.median_low(rows.values())
+    most = statistics.median_low(rows)
     elements = elements_of_weights(model)
-    amounts = {weight: 2 * count * rows.get(weight, most) for weight, count in elements.items()}
+    amounts = {one: 2 * products.get(one, count * most) for one, count in elements.items()}
     found = coverage_of(model, amounts)
     return dataclasses.replace(found, is_estimate=bool(found.left))
 

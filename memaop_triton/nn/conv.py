@@ -30,8 +30,9 @@ from memaop_triton.nn.autograd import (
     is_autocast,
     wanted_gradients,
 )
+from memaop_triton.nn.classes import shallow_copy, stands_for_dense
 from memaop_triton.nn.layer_state import LayerState
-from memaop_triton.nn.linear import MemAOPLayer, adopt, shallow_copy, stands_for_dense, traced
+from memaop_triton.nn.linear import MemAOPLayer, adopt, traced
 
 
 class MemAOPConv(MemAOPLayer):

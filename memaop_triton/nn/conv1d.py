@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import cast
 
 import torch.fx
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class MemAOPConv1D(MemAOPLayer):
             return call
         if not self.training or self.layer_state.is_native:
             return dense(x)
-        return self._compute(x, self.weight.t())
+        return self._compute(x, self.weight.t(), cast("Tensor | None", self.bias))
 
     __repr__ = nn.Module.__repr__  # that of Conv1D shows its sizes only
 

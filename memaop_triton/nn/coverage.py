@@ -16,8 +16,11 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from memaop_triton.nn.classes import class_below_fsdp, has_own_forward
+from memaop_triton.nn.exposing import host_kind_of
 from memaop_triton.nn.layer_choice import kind_of
-from memaop_triton.nn.linear import MemAOPLayer, class_below_fsdp, has_own_forward
+from memaop_triton.nn.linear import MemAOPLayer
+from memaop_triton.nn.packed import Host, Projection
 
 ELEMENTS = "elements of the weight matrices"
 FLOPS = "FLOPs of the weight gradients"
@@ -168,13 +171,18 @@ def _owners_of(model: nn.Module) -> dict[int, list[nn.Module]]:
     """The modules that have a Parameter, by its id; embeddings last."""
     modules = dict(model.named_modules())
     attentions = [m for m in modules.values() if isinstance(m, nn.MultiheadAttention)]
-    # They compute with the weight of their last layer without calling the layer.
-    in_its_place: dict[int, nn.Module] = {id(one.out_proj): one for one in attentions}
+    # Unless converted they compute with the weight of their last layer without calling the layer.
+    in_its_place: dict[int, nn.Module] = {
+        id(one.out_proj): one for one in attentions if not isinstance(one, Host)
+    }
     owners: dict[int, list[nn.Module]] = {}
     for name, module in modules.items():
         parent = modules[_PARAMETRIZATIONS.sub("", name)]
         owner = in_its_place.get(id(parent)) or parent
-        for parameter in module._parameters.values():
+        parameters = list(module._parameters.values())
+        if isinstance(module, Projection):
+            parameters.append(module.weight_parameter)
+        for parameter in parameters:
             owners.setdefault(id(parameter), []).append(owner)
     for found in owners.values():
         found.sort(key=lambda module: isinstance(module, _TABLES))
@@ -191,14 +199,31 @@ def _reason_to_leave(owner: nn.Module, weight: nn.Parameter) -> str:
         return _CONVERTIBLE
     if isinstance(owner, _ConvNd):
         return "a transposed convolution" if owner.transposed else "a depthwise convolution"
+    host = host_kind_of(owner)
+    if host is not None or isinstance(owner, Host):
+        names = [name for name, parameter in owner._parameters.items() if parameter is weight]
+        if any("bias" in name for name in names):
+            return "biases"
+    if isinstance(owner, Host) or (host is not None and _is_exact(owner)):
+        return _CONVERTIBLE
+    if host is not None:
+        return _SUBCLASS
     if isinstance(owner, nn.MultiheadAttention):
-        return "packed projections, computed without layers"
+        return "has a forward pass of its own"
     if weight.dim() > 2:
         return f"Parameters of {weight.dim()} dimensions"
     return "not a linear layer"
 
 
+def _is_exact(host: nn.Module) -> bool:
+    """Whether a module is converted by default, as opposed to a subclass of an attention."""
+    is_attention = isinstance(host, nn.MultiheadAttention)
+    return not is_attention or class_below_fsdp(type(host)) is nn.MultiheadAttention
+
+
 def _class_name(module: nn.Module) -> str:
+    if isinstance(module, Host):
+        return class_below_fsdp(module.dense_class).__name__
     return class_below_fsdp(type(module)).__name__
 
 

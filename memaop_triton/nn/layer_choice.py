@@ -11,18 +11,21 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.errors import check_name
-from memaop_triton.nn.conv import CONVOLUTIONS, MemAOPConv, checked_for, is_depthwise, obstacle_in
+from memaop_triton.nn.attention import MemAOPMultiheadAttention
+from memaop_triton.nn.classes import class_below_fsdp
+from memaop_triton.nn.conv import CONVOLUTIONS, checked_for, is_depthwise, obstacle_in
 from memaop_triton.nn.conv1d import MemAOPConv1D, conv1d_class
-from memaop_triton.nn.linear import (
-    MemAOPLayer,
-    MemAOPLinear,
-    adopt,
-    check_adoptable,
-    class_below_fsdp,
+from memaop_triton.nn.experts import (
+    ExpertsProjection,
+    MemAOPExpertsProjection,
+    checked_for_experts,
 )
+from memaop_triton.nn.linear import MemAOPLayer, MemAOPLinear, adopt, check_adoptable
+from memaop_triton.nn.packed import MemAOPProjection, Projection
 from memaop_triton.nn.peft import left_to_peft
 
 M = TypeVar("M", bound=nn.Module)
@@ -34,28 +37,54 @@ TARGETS = ("all", "linear")
 
 
 class Kind(NamedTuple):
-    """A dense class whose layers can be converted, and what they become."""
+    """A dense class whose layers can be converted, and what they become.
+
+    Attributes:
+        dense: The class.
+        ours: What its layers become.
+        name: Of such layers, in messages.
+        is_linear: Whether `targets="linear"` means them too.
+        checked_for: Returns a configuration as a layer of this kind uses it, or raises; `None` if
+            every one is for them.
+        excludes: Whether a layer of the class cannot be converted all the same.
+    """
 
     dense: type[nn.Module]
     ours: type[MemAOPLayer]
+    name: str = "linear layers"
+    is_linear: bool = False
+    checked_for: Callable[[nn.Module, MemAOPConfig], MemAOPConfig] | None = None
+    excludes: Callable[[nn.Module], bool] = lambda layer: False
+
+
+def _is_unexpected(layer: nn.Module) -> bool:
+    return isinstance(layer, Projection) and not layer.is_expected
+
+
+# A subclass before the class that it is of.
+_KINDS = (
+    Kind(nn.Linear, MemAOPLinear, is_linear=True),
+    *(
+        Kind(dense, ours, "convolutions", checked_for=checked_for, excludes=is_depthwise)
+        for dense, ours in CONVOLUTIONS.items()
+    ),
+    Kind(ExpertsProjection, MemAOPExpertsProjection, "experts", checked_for=checked_for_experts),
+    Kind(Projection, MemAOPProjection, excludes=_is_unexpected),
+)
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """That of a layer that can be converted, or is; `None` for any other module."""
-    if isinstance(layer, nn.Linear):
-        return Kind(nn.Linear, MemAOPLinear)
     conv1d = conv1d_class()
     if conv1d is not None and isinstance(layer, conv1d):
-        return Kind(conv1d, MemAOPConv1D)
-    for dense, ours in CONVOLUTIONS.items():
-        if isinstance(layer, dense) and not is_depthwise(layer):
-            return Kind(dense, ours)
-    return None
+        return Kind(conv1d, MemAOPConv1D, is_linear=True)
+    found = next((kind for kind in _KINDS if isinstance(layer, kind.dense)), None)
+    return None if found is None or found.excludes(layer) else found
 
 
 def sizes_of(layer: nn.Module) -> tuple[int, int]:
     """N and P of a layer that can be converted, or is."""
-    if isinstance(layer, nn.Linear | MemAOPLayer):
+    if isinstance(layer, nn.Linear | Projection | MemAOPLayer):
         return layer.in_features, layer.out_features
     shape = layer.get_parameter("weight").shape
     kind = kind_of(layer)
@@ -84,7 +113,8 @@ def choose_layers(
 ) -> Chosen:
     """Layer and configuration by qualified name, for the arguments of `convert_`.
 
-    Only public functions call it, directly: its warnings name the user's line.
+    Only public functions call it, directly: its warnings name the user's line. Layers that hang
+    inside of others (`memaop_triton.nn.exposing`) are those that are exposed.
 
     Raises:
         ValueError: No layer is left, a layer is converted already, a pattern matches nothing, a
@@ -96,10 +126,10 @@ def choose_layers(
     overrides = check_arguments(model, config, overrides)
     check_name("targets", targets, TARGETS)
     layers = {n: m for n, m in model.named_modules() if _is_of(m, targets)}
+    plain = _plain_layers(model, layers)
     of_peft = left_to_peft(model, layers) if filter_fn is None else set()
     layers = {n: m for n, m in layers.items() if n not in of_peft}
-    is_taken = _is_plain_or_converted if filter_fn is None else filter_fn
-    taken = {n: m for n, m in layers.items() if is_taken(m, n)}
+    taken = {n: m for n, m in layers.items() if (filter_fn(m, n) if filter_fn else n in plain)}
     twice = [quoted(name) for name, module in taken.items() if isinstance(module, MemAOPLayer)]
     if twice:
         raise ValueError(
@@ -113,10 +143,10 @@ def choose_layers(
             f"left as they are, being subclasses: {', '.join(others)}. A filter_fn can take them.",
             stacklevel=3,
         )
-    if unfit:
+    for kind_name, names in unfit.items():
         warnings.warn(
-            f"left as they are, because {obstacle_in(config)} is not for convolutions: "
-            f"{', '.join(map(quoted, unfit))}. overrides can configure them, targets='linear' "
+            f"left as they are, because {obstacle_in(config)} is not for {kind_name}: "
+            f"{', '.join(map(quoted, names))}. overrides can configure them, targets='linear' "
             "leaves them out.",
             stacklevel=3,
         )
@@ -137,24 +167,46 @@ def choose_layers(
 
 def _is_of(module: nn.Module, targets: str) -> bool:
     kind = kind_of(module)
-    return kind is not None and (targets == "all" or not issubclass(kind.ours, MemAOPConv))
+    return kind is not None and (targets == "all" or kind.is_linear)
 
 
-def _fitting(chosen: Chosen, config: MemAOPConfig) -> tuple[Chosen, list[str]]:
-    """Layers with the configurations that their kinds have, and those that `config` is not for.
+def _plain_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the layers that are converted by default, or are already: those of no subclass.
+
+    The last layer of an attention is of a subclass that computes the same.
+    """
+    hosts = [module for module in model.modules() if isinstance(module, MemAOPMultiheadAttention)]
+    plain = {id(host.out_proj) for host in hosts}
+    return {
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, MemAOPLayer)
+        or class_below_fsdp(type(layer)) is _dense_class(layer)
+        or (id(layer) in plain and type(layer) is NonDynamicallyQuantizableLinear)
+    }
+
+
+def _dense_class(layer: nn.Module) -> type[nn.Module] | None:
+    kind = kind_of(layer)
+    return None if kind is None else kind.dense
+
+
+def _fitting(chosen: Chosen, config: MemAOPConfig) -> tuple[Chosen, dict[str, list[str]]]:
+    """Layers with the configurations that their kinds have, and by kind what `config` is not for.
 
     Raises:
         ValueError: One that was given for single layers is not for them.
     """
-    fitting, unfit = {}, []
+    fitting: Chosen = {}
+    unfit: dict[str, list[str]] = {}
     for name, (module, wanted) in chosen.items():
         kind = kind_of(module)
-        if kind is not None and issubclass(kind.ours, MemAOPConv):
+        if kind is not None and kind.checked_for is not None:
             if wanted is config and obstacle_in(config):
-                unfit.append(name)
+                unfit.setdefault(kind.name, []).append(name)
                 continue
             with naming(name):
-                wanted = checked_for(module, wanted)
+                wanted = kind.checked_for(module, wanted)
         fitting[name] = module, wanted
     return fitting, unfit
 
@@ -196,12 +248,6 @@ def naming(layer: str) -> Iterator[None]:
 def quoted(name: str) -> str:
     """A layer's name in a message; that of the model's root is empty."""
     return repr(name) if name else "the model itself"
-
-
-def _is_plain_or_converted(module: nn.Module, _: str) -> bool:
-    kind = kind_of(module)
-    is_plain = kind is not None and class_below_fsdp(type(module)) is kind.dense
-    return is_plain or isinstance(module, MemAOPLayer)
 
 
 def apply_overrides(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
-from typing import Any, Self, TypeGuard, TypeVar, cast
+from typing import Any, Self, TypeGuard, TypeVar
 
 import torch
 import torch.fx
@@ -14,14 +13,20 @@ from torch.nn import functional as F
 
 from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.memory.kinds import Memory, SubspaceMemory, new_memory
+from memaop_triton.nn.classes import (
+    Converted,
+    exchange_class,
+    has_own_forward,
+    shallow_copy,
+    stands_for_dense,
+)
 from memaop_triton.nn.functional import linear_of_state, prepared
 from memaop_triton.nn.layer_state import LayerState
 
-M = TypeVar("M", bound=nn.Module)
 L = TypeVar("L", bound="MemAOPLayer")
 
 
-class MemAOPLayer(nn.Module):
+class MemAOPLayer(Converted):
     """What all converted layers are: a dense layer with a backward pass as `config` configures it.
 
     Parameters, `state_dict` and forward pass are those of the dense layer. The approximation
@@ -29,10 +34,6 @@ class MemAOPLayer(nn.Module):
     Call `reset_memory` on a copy that is not trained, or it holds a copy of the memory too.
     """
 
-    #: What `revert_` turns the layer back into.
-    dense_class: type[nn.Module]
-    #: Whose forward pass it has.
-    kind: type[MemAOPLayer]
     #: Whether the weight is stored as [in_features, out_features].
     is_transposed = False
 
@@ -50,21 +51,22 @@ class MemAOPLayer(nn.Module):
         self.check_revertible()
         self.layer_state.release()
         del self.layer_state
-        self.__class__ = _dense_class_of(type(self))  # type: ignore[assignment]
-        return self
-
-    def check_revertible(self) -> None:
-        """Raise `ValueError` if `revert_` cannot restore the dense class."""
-        if _dense_class_of(type(self)) is None:
-            raise ValueError(
-                f"{type(self).__name__} was parametrised after it was converted: remove the "
-                "parametrizations first."
-            )
+        return self._exchange_back()
 
     @property
     def config(self) -> MemAOPConfig:
         """What the backward pass computes."""
         return self.layer_state.config
+
+    @property
+    def weight_parameter(self) -> nn.Parameter | None:
+        """What the gradient of the weight is one of; `None` if the weight is computed."""
+        return self._parameters.get("weight")
+
+    @property
+    def gradient_shape(self) -> tuple[int, int]:
+        """Of the matrix that observers are shown as dW."""
+        return self.out_features, self.in_features
 
     @property
     def memory(self) -> Memory | None:
@@ -74,7 +76,7 @@ class MemAOPLayer(nn.Module):
         between processes. Where the weight is divided by tensor parallelism, one for the columns of
         this process.
         """
-        weight = self._parameters.get("weight")
+        weight = self.weight_parameter
         # `fully_shard` gathers the whole weight before the layer computes with it.
         if _is_distributed(weight) and not getattr(self, "_is_fsdp_managed_module", False):
             from memaop_triton.nn import tensor_parallel
@@ -122,9 +124,9 @@ class MemAOPLayer(nn.Module):
         if isinstance(self.memory, SubspaceMemory):
             self.memory.change_budget(self.config)
 
-    def _compute(self, input: Tensor, weight: Tensor) -> Tensor:
+    def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The forward pass in training; `weight` is [out_features, in_features]."""
-        x, weight, bias = prepared(input, weight, cast("Tensor | None", self.bias))
+        x, weight, bias = prepared(input, weight, bias)
         if _is_distributed(weight) and torch.is_grad_enabled():
             from memaop_triton.nn import tensor_parallel
 
@@ -141,7 +143,9 @@ class MemAOPLayer(nn.Module):
         memory = new_memory(config, self.in_features, self.out_features)
         self.layer_state = LayerState(config, memory, is_transposed=self.is_transposed)
         # Not `self.weight`: a parametrised one would be computed.
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        parameter = self.weight_parameter
+        found = self.parameters() if parameter is None else iter([parameter])
+        device = next((p.device for p in found), torch.device("cpu"))
         self.layer_state.move(device)
 
     def extra_repr(self) -> str:
@@ -186,23 +190,6 @@ class MemAOPLayer(nn.Module):
         if self.layer_state.controller is not None:
             self.layer_state.controller.adopt(self)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if type(self) is self.kind:
-            return super().__reduce_ex__(protocol)
-        # Other classes of converted layers are made on demand and cannot be found by their names.
-        return _blank, (self.dense_class, self.kind), self.__getstate__()
-
-
-_classes: dict[type[nn.Module], type[MemAOPLayer]] = {}
-_sharded_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[Any]] = {}
-
-
-def stands_for_dense(kind: type[L]) -> type[L]:
-    """Make a class the one that layers of exactly its `dense_class` become."""
-    kind.kind = kind
-    _classes[kind.dense_class] = kind
-    return kind
-
 
 @stands_for_dense
 class MemAOPLinear(MemAOPLayer, nn.Linear):
@@ -217,7 +204,7 @@ class MemAOPLinear(MemAOPLayer, nn.Linear):
 
     # Left out by torch.jit.script, which makes a dense layer.
     __jit_ignored_attributes__ = ("dense_class", "is_transposed", "kind", "layer_state")
-    __jit_unused_properties__ = ("config", "memory")
+    __jit_unused_properties__ = ("config", "gradient_shape", "memory", "weight_parameter")
 
     def __init__(
         self,
@@ -265,19 +252,7 @@ class MemAOPLinear(MemAOPLayer, nn.Linear):
             return traced(self, input, lambda x: F.linear(x, self.weight, self.bias))
         if not self.training or self.layer_state.is_native:
             return F.linear(input, self.weight, self.bias)
-        return self._compute(input, self.weight)
-
-
-def shallow_copy(layer: M) -> M:
-    """Another module with the same Parameters.
-
-    One level deeper than copy.copy: the dictionaries of parameters and hooks are copied, what they
-    hold is shared.
-    """
-    twin = type(layer).__new__(type(layer))
-    for name, value in vars(layer).items():
-        vars(twin)[name] = value.copy() if isinstance(value, dict) else value
-    return twin
+        return self._compute(input, self.weight, self.bias)
 
 
 def traced(layer: MemAOPLayer, input: Any, dense: Callable[[Any], Any]) -> Any:
@@ -313,7 +288,7 @@ def adopt(
     config = MemAOPConfig() if config is None else config
     check_config(config)
     check_adoptable(layer, dense)
-    layer.__class__ = _class_for(type(layer), kind)
+    exchange_class(layer, kind)
     assert isinstance(layer, kind)
     layer._set_config(config)
     return layer
@@ -338,61 +313,3 @@ def check_adoptable(layer: nn.Module, dense: type[nn.Module]) -> None:
             f"{name} has a forward pass of its own, which conversion would replace: leave it out "
             "with filter_fn, or call memaop_linear inside it."
         )
-
-
-def has_own_forward(layer: nn.Module, dense: type[nn.Module]) -> bool:
-    """Whether a layer computes something else than the class `dense`, of which it is."""
-    return any(
-        getattr(type(layer), name, None) is not getattr(dense, name, None) or name in vars(layer)
-        for name in ("forward", "_conv_forward")  # that of a convolution calls the second
-    )
-
-
-def _blank(dense_class: type[nn.Module], kind: type[MemAOPLayer]) -> MemAOPLayer:
-    new_class = _class_for(dense_class, kind)
-    return new_class.__new__(new_class)
-
-
-def _class_for(dense_class: type[nn.Module], kind: type[MemAOPLayer]) -> type[MemAOPLayer]:
-    """The class that keeps everything of `dense_class` but its forward pass, which is `kind`'s."""
-    if dense_class not in _classes:
-        below = class_below_fsdp(dense_class)
-        new_class: type[MemAOPLayer]
-        if below is not dense_class:
-            new_class = _with_fsdp_of(dense_class, _class_for(below, kind))
-        else:
-            new_class = type(f"MemAOP{dense_class.__name__}", (kind, dense_class), {})
-        new_class.dense_class, new_class.kind = dense_class, kind
-        _classes[dense_class] = new_class
-    return _classes[dense_class]
-
-
-def _dense_class_of(converted_class: type[MemAOPLayer]) -> type[nn.Module] | None:
-    """What a class was before conversion; `None` if something else than FSDP came on top."""
-    dense_class = converted_class.dense_class
-    if converted_class is _classes[dense_class]:
-        return dense_class
-    if class_below_fsdp(converted_class) is _classes[dense_class]:
-        return _with_fsdp_of(converted_class, dense_class)
-    return None
-
-
-def class_below_fsdp(module_class: type[M]) -> type[M]:
-    """The class of a module before `fully_shard` was applied to it, by exchanging its class."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    bases = module_class.__bases__
-    if fsdp is not None and len(bases) == 2 and issubclass(bases[0], fsdp.FSDPModule):
-        below: type[M] = bases[1]
-        return below
-    return module_class
-
-
-def _with_fsdp_of(sharded_class: type[nn.Module], below: type[M]) -> type[M]:
-    """The class that `fully_shard` would have made of `below`, as it made `sharded_class`."""
-    key = (sharded_class, below)
-    if key not in _sharded_classes:
-        prefix = sharded_class.__name__.removesuffix(class_below_fsdp(sharded_class).__name__)
-        bases = (sharded_class.__bases__[0], below)
-        no_deepcopy = {"__deepcopy__": vars(sharded_class)["__deepcopy__"]}
-        _sharded_classes[key] = type(prefix + below.__name__, bases, no_deepcopy)
-    return _sharded_classes[key]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from memaop_triton.config import MemAOPConfig
+from memaop_triton.nn.classes import class_below_fsdp
 from memaop_triton.nn.dropout import MaskedDropout
 from memaop_triton.nn.layer_choice import (
     Filter,
@@ -30,7 +31,7 @@ from memaop_triton.nn.layer_choice import (
     check_arguments,
     quoted,
 )
-from memaop_triton.nn.linear import MemAOPLinear, class_below_fsdp
+from memaop_triton.nn.linear import MemAOPLinear
 from memaop_triton.nn.stashing import made_from
 
 #: Of adapters: exact but for the rounding of the stash.

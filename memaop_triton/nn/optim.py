@@ -66,6 +66,8 @@ def attach_optimizer(
 
 
 def _weight_parameters(layer: MemAOPLayer) -> list[nn.Parameter]:
-    """The Parameter `weight`, or what it is computed from (parametrised, pruned)."""
+    """The Parameter of the weight, or what it is computed from (parametrised, pruned)."""
+    if layer.weight_parameter is not None:
+        return [layer.weight_parameter]
     bias = ("bias", "parametrizations.bias.")
     return [p for name, p in layer.named_parameters() if not name.startswith(bias)]

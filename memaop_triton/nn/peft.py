@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from memaop_triton.nn.packed import weight_parameter_of
+
 
 def left_to_peft(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
     """Names of those layers of a model that PEFT has frozen or put into its own layers.
@@ -25,5 +27,5 @@ def left_to_peft(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
 
 
 def _is_frozen(layer: nn.Module) -> bool:
-    weight = layer._parameters.get("weight")  # a parametrised one would be computed
+    weight = weight_parameter_of(layer)
     return weight is not None and not weight.requires_grad

@@ -225,7 +225,7 @@ def _counting(name: str, uses: Counter[Use]) -> Callable[..., None]:
                 f"layer {quoted(name)}: its weight is a DTensor, divided among processes. Measure "
                 "the model before tensor parallelism or fully_shard divides it."
             )
-        (x,) = args or kwargs.values()
+        x = next(iter((*args, *kwargs.values())))  # what follows are a projection's weights
         n, p = sizes_of(layer)
         use = Use(
             output.numel() // max(1, p),

@@ -25,6 +25,7 @@ from memaop_triton.auto.layer_timing import Measurement, Use, measure
 from memaop_triton.auto.timing import generators_restored
 from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.nn.coverage import coverage_of
+from memaop_triton.nn.exposing import exposed
 from memaop_triton.nn.layer_choice import Chosen, Filter, choose_layers, sizes_of
 from memaop_triton.plan.deciding import LEAST_GAIN, decide
 from memaop_triton.plan.held import Held, measure_held
@@ -100,8 +101,9 @@ def plan(
     if not (time_budget > 0 and math.isfinite(time_budget)):
         raise ValueError(f"time_budget={time_budget} must be a positive number of seconds.")
     config = MemAOPConfig(ratio="auto") if config is None else config
-    chosen = choose_layers(model, config, filter_fn, overrides, targets)
-    return plan_chosen(model, chosen, example_inputs, loss_fn, time_budget, batches)
+    with exposed(model, targets, subclasses=filter_fn is not None):
+        chosen = choose_layers(model, config, filter_fn, overrides, targets)
+        return plan_chosen(model, chosen, example_inputs, loss_fn, time_budget, batches)
 
 
 def plan_chosen(

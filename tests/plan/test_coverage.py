@@ -130,19 +130,39 @@ def test_convolutions_count_at_every_position():
     assert found.left["Conv2d"].is_convertible
 
 
+class Attention(nn.MultiheadAttention):
+    def forward(self, *inputs, **options):
+        return super().forward(*inputs, **options)
+
+
 def test_attention_that_calls_no_layers_is_named():
     model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    model.self_attn = Attention(8, 2, dropout=0.0)
     with pytest.warns(UserWarning, match="NonDynamicallyQuantizableLinear"):
         convert_(model, EXACT)
     taken, left = 2 * 8 * 16, 4 * 8 * 8
     for found in (coverage(model), coverage(model, torch.randn(3, 5, 8))):
         assert found.share == taken / (taken + left)
-        assert list(found.left) == ["MultiheadAttention"]
-        assert found.left["MultiheadAttention"].parameters == 2
+        assert list(found.left) == ["Attention"]
+        assert found.left["Attention"].parameters == 2
+        assert found.left["Attention"].reason == "has a forward pass of its own"
     revert_(model)
     # Its last layer has no part in it, converted or not.
     convert_(model, EXACT, filter_fn=lambda module, name: True)
     assert coverage(model).share == taken / (taken + left)
+
+
+def test_attention_counts_by_its_projections():
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    left = coverage(model, torch.randn(3, 5, 8)).left["MultiheadAttention"]
+    assert left.reason == "can be converted"
+    assert left.is_convertible
+    convert_(model, EXACT, overrides={"self_attn.in_proj": None})
+    of_others, of_packed = 2 * 8 * 16 + 8 * 8, 3 * 8 * 8
+    for found in (coverage(model), coverage(model, torch.randn(3, 5, 8))):
+        assert found.share == of_others / (of_others + of_packed)
+        assert list(found.left) == ["MultiheadAttention"]
+        assert found.left["MultiheadAttention"].parameters == 1
 
 
 def test_a_weight_of_several_modules_counts_once_and_a_table_not_at_all():

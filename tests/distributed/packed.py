@@ -1,0 +1,78 @@
+"""Modules that are taken apart into layers, in two processes: DDP by factors, FSDP2."""
+
+import copy
+import itertools
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from memaop_triton import MemAOPConfig, convert_, coverage, revert_
+from memaop_triton.nn.attention import MemAOPMultiheadAttention
+from memaop_triton.nn.packed import Host
+from tests import routed
+from tests.distributed.checks import case, everywhere, whole
+from tests.distributed.comm_hook import N, Pair
+from tests.distributed.tensor_parallel_cases import rank
+
+HALF = MemAOPConfig(ratio=1 / 2, memory=None)
+
+
+class Attending(nn.Module):
+    """Rows that attend to each other, and to others of themselves."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.alike, self.crossed = (nn.MultiheadAttention(N, 4) for _ in range(2))
+
+    def forward(self, x):
+        y = self.alike(x, x, x, need_weights=False)[0]
+        return self.crossed(y, x, x, need_weights=False)[0]
+
+
+def check_factors_of_a_packed_weight_are_gathered_where_it_is_one_layer():
+    for settings in ({"memory": "none"}, {}):
+        pair = Pair(Attending, settings)
+        assert isinstance(pair.ours.module.alike, MemAOPMultiheadAttention)
+        # The parts of the other weight are not exchanged as factors.
+        pair.train(("alike.in_proj_weight", "alike.out_proj.weight", "crossed.out_proj.weight"))
+
+
+def gradients_of(model, call):
+    torch.manual_seed(rank())
+    model.zero_grad()
+    call(model).square().sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def check_a_fully_sharded_model_computes_what_it_does_alone():
+    torch.manual_seed(3)
+    models = {"attention": nn.TransformerDecoderLayer(16, 4, 32, dropout=0.0)}
+    if routed.has_transformers():
+        models["experts"] = nn.ModuleList([routed.experts()])
+    torch.manual_seed(10 + rank())
+    x, memory = torch.randn(6, 3, 16), torch.randn(5, 3, 16)
+    made = routed.tokens(seed=rank())
+    calls = {
+        "attention": lambda model: model(x, memory),
+        "experts": lambda model: model[0](*made),
+    }
+    for (name, model), convert_first in itertools.product(models.items(), (True, False)):
+        with case((name, convert_first)):
+            ours, call = copy.deepcopy(model), calls[name]
+            inner = ours.self_attn if name == "attention" else ours[0]
+            if convert_first:
+                convert_(ours, HALF)
+            fully_shard(inner)
+            if name == "attention":
+                fully_shard(ours)
+            if not convert_first:
+                convert_(ours, HALF)
+            assert isinstance(inner, Host)
+            assert coverage(ours).share == 1
+            expected = gradients_of(convert_(copy.deepcopy(model), HALF), call)
+            for key, gradient in gradients_of(ours, call).items():
+                torch.testing.assert_close(whole(gradient), everywhere(expected[key]).mean(0))
+            revert_(ours)
+            assert not isinstance(inner, Host)
