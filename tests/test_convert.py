@@ -137,8 +137,8 @@ def test_converting_twice_names_the_layers_and_changes_nothing():
 @pytest.mark.parametrize(
     ("convert", "error", "message"),
     [
-        (lambda m: convert_(nn.ReLU()), ValueError, "no layer to convert: 0 linear layers in ReLU"),
-        (lambda m: convert_(m, filter_fn=lambda *_: False), ValueError, "Sequential, 0 taken"),
+        (lambda m: convert_(nn.ReLU()), ValueError, "no layer to convert: 0 in ReLU"),
+        (lambda m: convert_(m, filter_fn=lambda *_: False), ValueError, "'all' means, 0 taken"),
         (lambda m: convert_(m, overrides={"*": None}), ValueError, "5 taken by .*, none left"),
         (
             lambda m: convert_(m, overrides={"head": OTHER, "blocks.0.dwn": None}),
