@@ -223,6 +223,52 @@ def test_inputs_without_a_batch_and_without_a_bias(dims):
     assert alone[1].shape == x[0].shape
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("padding", [0, "same"])
+def test_sizes_that_are_changed_after_construction(dims, padding):
+    """As by what turns strides of a trained network into dilations."""
+    dense = list(CONVOLUTIONS)[dims - 1](2, 3, 3, padding=padding, dtype=torch.float64)
+    ours = OURS[dims].from_conv(dense, MemAOPConfig(k=10_000, memory=None))
+    x = torch.randn(2, 2, *[9] * dims, dtype=torch.float64)
+    for layer in (dense, ours):
+        layer.dilation = (2,) * dims
+        if padding == 0:
+            layer.padding, layer.stride = 2, [2] * dims
+        layer.weight = nn.Parameter(torch.ones(3, 2, *[2] * dims, dtype=torch.float64))
+    assert torch.equal(ours(x), dense(x))
+    g = torch.randn_like(dense(x))
+    for found, exact in zip(gradients(ours, x, g), gradients(dense, x, g), strict=True):
+        assert_close(found, exact)
+
+
+def test_what_the_dense_layer_refuses(dims):
+    dense = list(CONVOLUTIONS)[dims - 1](1, 2, 3)
+    ours = OURS[dims].from_conv(dense, MemAOPConfig())
+    for sizes in ([5] * dims, [1, 1, 1, *[5] * dims], [2, 1, *[2] * dims], [2, 3, *[5] * dims]):
+        x = torch.randn(sizes)
+        with pytest.raises(RuntimeError) as of_dense:
+            dense(x)
+        with pytest.raises(RuntimeError) as of_ours:
+            ours(x)
+        assert str(of_ours.value) == str(of_dense.value)
+
+
+def test_complex_inputs_are_refused():
+    layer = MemAOPConv2d(3, 4, 3, dtype=torch.complex64)
+    with pytest.raises(TypeError, match=r"floating-point dtype, got torch\.complex64"):
+        layer(torch.randn(2, 3, 8, 8, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_rows_drawn(groups, dtype):
+    config = MemAOPConfig(ratio=1 / 4, selection="bernoulli", memory=None)
+    layer = MemAOPConv2d(4, 6, 3, groups=groups, dtype=dtype, config=config)
+    x = torch.randn(2, 4, 8, 8, dtype=dtype)
+    dw, *_ = gradients(layer, x, torch.zeros_like(layer(x)))
+    assert torch.equal(dw, torch.zeros_like(layer.weight))
+
+
 def test_an_empty_batch():
     layer = MemAOPConv2d(3, 4, 3)
     dw, db, dx = gradients(layer, torch.randn(0, 3, 8, 8))

@@ -68,6 +68,22 @@ def test_compiled_is_eager_to_rounding():
             assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:Using padding='same'")
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_scripted_and_traced_layers_are_dense(mode):
+    dense = nn.Conv2d(3, 4, 2, padding="same", padding_mode=mode)
+    model = nn.Sequential(MemAOPConv2d.from_conv(dense))
+    x = torch.randn(2, 3, 6, 6)
+    for made in (torch.jit.script(model), torch.jit.trace(model, x)):
+        file = io.BytesIO()
+        torch.jit.save(made, file)
+        file.seek(0)
+        loaded = torch.jit.load(file)
+        assert torch.equal(loaded(x), dense(x))
+        for found, exact in zip(gradients(loaded, x), gradients(dense, x), strict=True):
+            assert_close(found, exact)
+
+
 def test_parametrised_weight():
     layer = nn.Conv2d(3, 4, 3)
     parametrize.register_parametrization(layer, "weight", nn.Softplus())
