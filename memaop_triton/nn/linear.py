@@ -124,7 +124,7 @@ class MemAOPLayer(nn.Module):
 
     def _is_dense(self) -> bool:
         """Whether a call computes as the dense layer does; a trace of `torch.jit` holds that."""
-        return not self.training or self.layer_state.is_native or torch.jit.is_tracing()
+        return not self.training or self.layer_state.is_native or torch.jit._trace.is_tracing()
 
     def _compute(self, input: Tensor, weight: Tensor) -> Tensor:
         """The forward pass in training; `weight` is [out_features, in_features]."""
