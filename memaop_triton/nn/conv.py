@@ -72,7 +72,8 @@ class MemAOPConv(MemAOPLayer):
     def forward(self, input: Tensor) -> Tensor:
         """[B, in_channels, *sizes], or without B, to [B, out_channels, *positions]."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self._conv_forward(input, self.weight, self.bias)  # type: ignore[no-any-return, operator]
+            y: Tensor = self._conv_forward(input, self.weight, self.bias)  # type: ignore[operator]
+            return y
         else:  # noqa: RET505, TorchScript leaves out this branch, and nothing that follows it
             return self._forward(input)
 
