@@ -52,6 +52,7 @@ def test_checkpointing_and_a_layer_used_twice():
     assert torch.equal(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's
 def test_compiled_is_eager_to_rounding():
     torch.manual_seed(2)
@@ -131,7 +132,7 @@ def test_flops_are_counted():
     assert dense < counts[1] < 1.3 * dense
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels_last", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_plan_monitor_and_report(channels_last):
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
