@@ -46,4 +46,4 @@ class Picked:
         begins = (first.unsqueeze(1) + self.offsets).flatten()
         shape = len(self.lines) - self.run + 1, self.run * self.lines.shape[1]
         windows = self.lines.as_strided(shape, (self.lines.shape[1], 1))
-        return windows.index_select(0, begins).view(self.count, -1)
+        return windows.index_select(0, begins).view(self.count, self.columns)

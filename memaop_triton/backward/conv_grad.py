@@ -8,6 +8,7 @@ from memaop_triton.backward.scores import product_of_norms
 from memaop_triton.backward.step import Gradients, Observer, rows_and_weights
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.config import MemAOPConfig
+from memaop_triton.dispatch import runs_triton
 from memaop_triton.kernels.cpu import torch_ops as kernels
 from memaop_triton.memory.kinds import Memory
 from memaop_triton.memory.maps import Maps
@@ -55,13 +56,15 @@ def _without_matrix(
     """The same without G in the order of rows; `None` if that is no faster."""
     rows, n = patches.shape
     k = config.num_rows(rows, n, maps.shape[1])
-    db = maps.sum_rows() if bias_grad else None
     if k == rows:
-        return Gradients(patches.product_with(maps.gradients), db)
-    norms = maps.norms() if patches.groups == 1 else None
+        dw = patches.product_with(maps.gradients)
+        return Gradients(dw, maps.sum_rows() if bias_grad else None)
+    if patches.groups > 1 or runs_triton(maps.gradients):
+        return None
+    norms = maps.norms()
     if norms is None:
         return None
     selection = cut(select(product_of_norms(patches.norms(), norms), config, k), rows)
     indices, weights = rows_and_weights(selection, config)
     dw = kernels.product(patches.picked(indices), maps.picked(indices), weights)
-    return Gradients(dw, db)
+    return Gradients(dw, maps.sum_rows() if bias_grad else None)

@@ -92,7 +92,7 @@ def _product_of_groups(rows: Tensor, g: Tensor, weights: Tensor | None) -> Tenso
         # A weighted gradient may leave float16's range where the outer product does not.
         root = weights.sqrt().unsqueeze(1)
         rows, g = (rows * root).to(rows.dtype), (g * root).to(g.dtype)
-    of_groups = g.view(len(g), len(rows), -1).permute(1, 2, 0)
+    of_groups = g.unflatten(1, (len(rows), -1)).permute(1, 2, 0)
     return torch.bmm(of_groups, rows).flatten(0, 1)
 
 

@@ -184,8 +184,8 @@ class Patches:
         if self.groups == 1:
             return rows
         taps = math.prod(self.geometry.kernel_size)
-        of_groups = rows.view(len(indices), taps, self.groups, -1)
-        return of_groups.permute(2, 0, 1, 3).reshape(self.groups, len(indices), -1)
+        of_groups = rows.view(len(indices), taps, self.groups, self.shape[1] // taps)
+        return of_groups.permute(2, 0, 1, 3).flatten(2)
 
     def picked(self, indices: Tensor) -> Picked:
         """These rows of all channels, put together from the inputs when they are multiplied."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -32,7 +32,7 @@ from memaop_triton.nn.autograd import (
 )
 from memaop_triton.nn.classes import shallow_copy, stands_for_dense
 from memaop_triton.nn.layer_state import LayerState
-from memaop_triton.nn.linear import MemAOPLayer, adopt, traced
+from memaop_triton.nn.linear import MemAOPLayer, MemAOPLinear, adopt, traced
 
 
 class MemAOPConv(MemAOPLayer):
@@ -44,6 +44,14 @@ class MemAOPConv(MemAOPLayer):
     dilation: tuple[int, ...]
     groups: int
     out_channels: int
+
+    # Left out by torch.jit.script, which makes a dense layer.
+    __jit_ignored_attributes__ = MemAOPLinear.__jit_ignored_attributes__
+    __jit_unused_properties__ = (
+        *MemAOPLinear.__jit_unused_properties__,
+        "in_features",
+        "out_features",
+    )
 
     @property
     def in_features(self) -> int:  # type: ignore[override]
@@ -57,22 +65,36 @@ class MemAOPConv(MemAOPLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, in_channels, *sizes], or without B, to [B, out_channels, *positions]."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            y: Tensor = self._conv_forward(input, self.weight, self.bias)  # type: ignore[operator]
+            return y
+        else:  # noqa: RET505, TorchScript leaves out this branch, and nothing that follows it
+            return self._forward(input)
+
+    @torch.jit.unused
+    def _forward(self, input: Tensor) -> Tensor:
         dense: Callable[[Tensor], Tensor] = super().forward
         if isinstance(input, torch.fx.Proxy):
             call: Tensor = traced(self, input, dense)
             return call
-        if not self.training or self.layer_state.is_native:
+        dims = len(self.kernel_size)
+        if self._is_dense() or input.dim() not in (dims + 1, dims + 2):  # the latter raises
             return dense(input)
         return self._convolve(input)
 
     def _convolve(self, input: Tensor) -> Tensor:
+        if input.is_complex():
+            raise TypeError(
+                f"input must be of a floating-point dtype, got {input.dtype}: leave the layer "
+                "dense, with filter_fn."
+            )
         weight, bias = self.weight, cast("Tensor | None", self.bias)
         dims = len(self.kernel_size)
         if is_autocast(input.device.type):
             input, weight = autocast(input), autocast(weight)
             bias = None if bias is None else autocast(bias)
         x = input if input.dim() == dims + 2 else input.unsqueeze(0)
-        before, geometry = _geometry_of(self)
+        before, geometry = _geometry_of(self, weight)
         if before:
             mode = cast("str", self.padding_mode)
             x = F.pad(x, before, mode="constant" if mode == "zeros" else mode)
@@ -150,8 +172,8 @@ CONVOLUTIONS: dict[type[nn.Module], type[MemAOPConv]] = {
 
 def convolution_of(conv: _ConvNd, input: Tensor) -> Convolution:
     """What a call of a layer, dense or converted, with this input works on."""
-    before, geometry = _geometry_of(conv)
-    dims = len(conv.kernel_size)
+    before, geometry = _geometry_of(conv, conv.weight)
+    dims = len(geometry.kernel_size)
     x = input if input.dim() == dims + 2 else input.unsqueeze(0)
     around = [sum(both) for both in zip(before[::2], before[1::2], strict=True)][::-1]
     sizes = (size + more for size, more in zip(x.shape[2:], around or [0] * dims, strict=True))
@@ -178,15 +200,32 @@ def new_conv(
     return layer
 
 
-def _geometry_of(conv: Any) -> tuple[list[int], Geometry]:
-    """What `F.pad` adds before, and the convolution then: as many zeros at either end."""
-    around = list(conv._reversed_padding_repeated_twice)
-    first, last = around[::2][::-1], around[1::2][::-1]
+def _geometry_of(conv: Any, weight: Tensor) -> tuple[list[int], Geometry]:
+    """What `F.pad` adds before, and the convolution then: as many zeros at either end.
+
+    As the dense layer's attributes say when it is called: models change them after construction.
+    """
+    kernel_size = tuple(weight.shape[2:])
+    dims = len(kernel_size)
+    stride, dilation = _of_each(conv.stride, dims), _of_each(conv.dilation, dims)
     before: list[int] = []
-    if conv.padding_mode != "zeros" or first != last:
-        before, first = around, [0] * len(first)
-    sizes = conv.kernel_size, conv.stride, tuple(first), conv.dilation
-    return before, Geometry(*sizes, conv.groups)
+    padding: tuple[int, ...] = (0,) * dims
+    if conv.padding_mode != "zeros":
+        before = list(conv._reversed_padding_repeated_twice)
+    elif conv.padding == "same":
+        spans = [gap * (taps - 1) for gap, taps in zip(dilation, kernel_size, strict=True)]
+        padding = tuple(span // 2 for span in spans)
+        if any(span % 2 for span in spans):
+            before = [pad for span in reversed(spans) for pad in (span // 2, span - span // 2)]
+            padding = (0,) * dims
+    elif conv.padding != "valid":
+        padding = _of_each(conv.padding, dims)
+    return before, Geometry(kernel_size, stride, padding, dilation, conv.groups)
+
+
+def _of_each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    """A number for each dimension, from one for all of them or one each."""
+    return (value,) * dims if isinstance(value, int) else tuple(value)
 
 
 def is_depthwise(conv: nn.Module) -> bool:

@@ -46,7 +46,7 @@ class MemAOPConv1D(MemAOPLayer):
         if isinstance(x, torch.fx.Proxy):
             call: Tensor = traced(self, x, dense)
             return call
-        if not self.training or self.layer_state.is_native:
+        if self._is_dense():
             return dense(x)
         return self._compute(x, self.weight.t(), cast("Tensor | None", self.bias))
 

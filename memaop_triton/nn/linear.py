@@ -124,6 +124,10 @@ class MemAOPLayer(Converted):
         if isinstance(self.memory, SubspaceMemory):
             self.memory.change_budget(self.config)
 
+    def _is_dense(self) -> bool:
+        """Whether a call computes as the dense layer does; a trace of `torch.jit` holds that."""
+        return not self.training or self.layer_state.is_native or torch.jit._trace.is_tracing()
+
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The forward pass in training; `weight` is [out_features, in_features]."""
         x, weight, bias = prepared(input, weight, bias)
@@ -195,13 +199,11 @@ class MemAOPLayer(Converted):
 class MemAOPLinear(MemAOPLayer, nn.Linear):
     """`torch.nn.Linear` whose backward pass is computed as configured by `config`.
 
-    A scripted layer (`torch.jit.script`) is a dense one.
-
-    The arguments are those of `nn.Linear`, and `config`: `MemAOPConfig()` if `None`.
+    The arguments are those of `nn.Linear`, and `config`: `MemAOPConfig()` if `None`. A scripted or
+    traced layer (`torch.jit`) is a dense one.
     """
 
     dense_class: type[nn.Module] = nn.Linear
-
     # Left out by torch.jit.script, which makes a dense layer.
     __jit_ignored_attributes__ = ("dense_class", "is_transposed", "kind", "layer_state")
     __jit_unused_properties__ = ("config", "gradient_shape", "memory", "weight_parameter")
@@ -250,7 +252,7 @@ class MemAOPLinear(MemAOPLayer, nn.Linear):
     def _forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):
             return traced(self, input, lambda x: F.linear(x, self.weight, self.bias))
-        if not self.training or self.layer_state.is_native:
+        if self._is_dense():
             return F.linear(input, self.weight, self.bias)
         return self._compute(input, self.weight, self.bias)
 

@@ -8,7 +8,7 @@ def run(*files, nproc, folder):
 
 
 def test_in_two_processes(tmp_path):
-    files = "ddp", "fsdp", "tensor_parallel", "checkpoint", "auto", "transposed", "packed"
+    files = "ddp", "fsdp", "conv", "packed", "tensor_parallel", "checkpoint", "auto", "transposed"
     run(*files, nproc=2, folder=tmp_path)
 
 

@@ -30,7 +30,7 @@ OURS = {1: MemAOPConv1d, 2: MemAOPConv2d, 3: MemAOPConv3d}
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # PyTorch's, of a copy it makes
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(convolutions())
 def test_all_rows_are_the_dense_gradient(drawn):
     dense, x = drawn
@@ -73,6 +73,7 @@ def inputs_of(dims):
     return scale * (torch.randn(3, 4, *sizes, dtype=torch.float64) + 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("unbiased", "memory"), pairwise(UNBIASED, ["none", "input", "grad"]))
 def test_the_mean_is_dense(unbiased, memory, mean_agrees):
     kept = None if memory == "none" else Subspace(rank=2, side=memory, refresh_every=2)
@@ -91,7 +92,10 @@ def test_the_mean_is_dense(unbiased, memory, mean_agrees):
     assert torch.stack(draws).std(0).max() > 0
 
 
-@pytest.mark.parametrize(("groups", "kernel"), [(1, 3), (2, 3), (1, 1), (2, 1)])
+@pytest.mark.parametrize(
+    ("groups", "kernel"),
+    [(1, 3), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((2, 3), (1, 1), (2, 1)))],
+)
 def test_the_mean_is_dense_in_all_dimensions(dims, groups, kernel, mean_agrees):
     layer = layer_of(dims, MemAOPConfig(ratio=1 / 4), groups, kernel)
     x = inputs_of(dims)
@@ -221,6 +225,52 @@ def test_inputs_without_a_batch_and_without_a_bias(dims):
     alone, batched = gradients(layer, x[0]), gradients(layer, x[:1])
     assert_close(alone[0], batched[0])
     assert alone[1].shape == x[0].shape
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("padding", [0, "same"])
+def test_sizes_that_are_changed_after_construction(dims, padding):
+    """As by what turns strides of a trained network into dilations."""
+    dense = list(CONVOLUTIONS)[dims - 1](2, 3, 3, padding=padding, dtype=torch.float64)
+    ours = OURS[dims].from_conv(dense, MemAOPConfig(k=10_000, memory=None))
+    x = torch.randn(2, 2, *[9] * dims, dtype=torch.float64)
+    for layer in (dense, ours):
+        layer.dilation = (2,) * dims
+        if padding == 0:
+            layer.padding, layer.stride = 2, [2] * dims
+        layer.weight = nn.Parameter(torch.ones(3, 2, *[2] * dims, dtype=torch.float64))
+    assert torch.equal(ours(x), dense(x))
+    g = torch.randn_like(dense(x))
+    for found, exact in zip(gradients(ours, x, g), gradients(dense, x, g), strict=True):
+        assert_close(found, exact)
+
+
+def test_what_the_dense_layer_refuses(dims):
+    dense = list(CONVOLUTIONS)[dims - 1](1, 2, 3)
+    ours = OURS[dims].from_conv(dense, MemAOPConfig())
+    for sizes in ([5] * dims, [1, 1, 1, *[5] * dims], [2, 1, *[2] * dims], [2, 3, *[5] * dims]):
+        x = torch.randn(sizes)
+        with pytest.raises(RuntimeError) as of_dense:
+            dense(x)
+        with pytest.raises(RuntimeError) as of_ours:
+            ours(x)
+        assert str(of_ours.value) == str(of_dense.value)
+
+
+def test_complex_inputs_are_refused():
+    layer = MemAOPConv2d(3, 4, 3, dtype=torch.complex64)
+    with pytest.raises(TypeError, match=r"floating-point dtype, got torch\.complex64"):
+        layer(torch.randn(2, 3, 8, 8, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_rows_drawn(groups, dtype):
+    config = MemAOPConfig(ratio=1 / 4, selection="bernoulli", memory=None)
+    layer = MemAOPConv2d(4, 6, 3, groups=groups, dtype=dtype, config=config)
+    x = torch.randn(2, 4, 8, 8, dtype=dtype)
+    dw, *_ = gradients(layer, x, torch.zeros_like(layer(x)))
+    assert torch.equal(dw, torch.zeros_like(layer.weight))
 
 
 def test_an_empty_batch():

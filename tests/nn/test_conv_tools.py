@@ -54,6 +54,7 @@ def test_checkpointing_and_a_layer_used_twice():
     assert torch.equal(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's
 def test_compiled_is_eager_to_rounding():
     torch.manual_seed(2)
@@ -68,6 +69,22 @@ def test_compiled_is_eager_to_rounding():
             both.append(torch.autograd.grad(run(x).square().sum(), list(run.parameters())))
         for a, b in zip(*both, strict=True):
             assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:Using padding='same'")
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_scripted_and_traced_layers_are_dense(mode):
+    dense = nn.Conv2d(3, 4, 2, padding="same", padding_mode=mode)
+    model = nn.Sequential(MemAOPConv2d.from_conv(dense))
+    x = torch.randn(2, 3, 6, 6)
+    for made in (torch.jit.script(model), torch.jit.trace(model, x)):
+        file = io.BytesIO()
+        torch.jit.save(made, file)
+        file.seek(0)
+        loaded = torch.jit.load(file)
+        assert torch.equal(loaded(x), dense(x))
+        for found, exact in zip(gradients(loaded, x), gradients(dense, x), strict=True):
+            assert_close(found, exact)
 
 
 def test_parametrised_weight():
@@ -117,7 +134,7 @@ def test_flops_are_counted():
     assert dense < counts[1] < 1.3 * dense
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels_last", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_plan_monitor_and_report(channels_last):
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
