@@ -98,8 +98,8 @@ class MemAOPExpertsProjection(MemAOPLayer, ExpertsProjection):
         """[R, in_features] to [R, out_features]: rows by expert, those of each end at `ends`."""
         state = self.layer_state
         matrices = weight if self.is_transposed else weight.mT
-        is_sampled = self.training and not state.is_native and torch.is_grad_enabled()
-        if not is_sampled or torch.compiler.is_exporting():
+        is_dense = self._is_dense() or not torch.is_grad_enabled()
+        if is_dense or torch.compiler.is_exporting():
             return _multiplied(input, matrices, ends)
         handle, order = handle_and_order(state, input.device)
         y: Tensor = _ExpertsFunction.apply(

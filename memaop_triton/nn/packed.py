@@ -99,7 +99,7 @@ class MemAOPProjection(MemAOPLayer, Projection):
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., in_features] to [..., out_features], with what the host hands over."""
-        if not self.training or self.layer_state.is_native:
+        if self._is_dense():
             return F.linear(input, weight, bias)
         return self._compute(input, weight, bias)
 
@@ -116,8 +116,13 @@ class Host(Converted):
         raise NotImplementedError
 
     def needs_layers(self) -> bool:
-        """Whether it has to call them, because one does not compute as its dense class would."""
-        return self.training and not all(
+        """Whether it has to call them, because one does not compute as its dense class would.
+
+        A trace of `torch.jit` holds the dense forward pass.
+        """
+        if not self.training or torch.jit._trace.is_tracing():
+            return False
+        return not all(
             isinstance(layer, MemAOPLayer) and layer.layer_state.is_native
             for layer in self.layers()
         )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from memaop_triton import (
@@ -341,3 +342,13 @@ def test_projections_of_one_tensor_share_a_stash():
     assert kept["q"].stash() is kept["k"].stash() is not None
     assert kept["v"].stash() is not kept["q"].stash()
     y.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*deprecated:DeprecationWarning")
+def test_a_trace_holds_the_dense_forward_pass():
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    convert_(model, MemAOPConfig(ratio=1 / 4), filter_fn=lambda module, name: True)
+    x = torch.randn(2, 5, 8)
+    traced = torch.jit.trace(model, x)
+    assert "memaop" not in str(traced.inlined_graph).lower()
+    assert_close(traced(x), model(x))

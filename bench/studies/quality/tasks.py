@@ -185,7 +185,7 @@ TASKS = {
         _deep_mlp("mlp", "fashion_mnist", "Fashion-MNIST", 2048, 8, 4e-3),
         _deep_mlp("mlp-mnist", "mnist", "MNIST", 1024, 4, 2e-3),
         _deep_mlp("mlp-shifted", "mnist-shifted", "MNIST shifted at random", 1024, 8, 2e-3),
-        _resnet("resnet", 256, 0.5, 2e-3),
+        _resnet("resnet", 256, 0.5, 1e-3),
         _fine_tuning("minilm", *_NEWS, MiniLm()),
         _fine_tuning("minilm-mean", *_NEWS, MiniLm(pooling="mean")),
         _fine_tuning("r8", *_R8, MiniLm(classes=8)),
