@@ -345,6 +345,7 @@ def test_projections_of_one_tensor_share_a_stash():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the dense forward pass
 def test_a_trace_holds_the_dense_forward_pass():
     model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     convert_(model, MemAOPConfig(ratio=1 / 4), filter_fn=lambda module, name: True)
