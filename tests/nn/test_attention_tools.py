@@ -351,5 +351,6 @@ def test_a_trace_holds_the_dense_forward_pass():
     convert_(model, MemAOPConfig(ratio=1 / 4), filter_fn=lambda module, name: True)
     x = torch.randn(2, 5, 8)
     traced = torch.jit.trace(model, x)
-    assert "memaop" not in str(traced.inlined_graph).lower()
+    assert "PythonOp" not in str(traced.inlined_graph)
+    assert "^_" not in str(traced.inlined_graph)  # a function of autograd
     assert_close(traced(x), model(x))
