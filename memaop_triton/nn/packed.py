@@ -116,13 +116,8 @@ class Host(Converted):
         raise NotImplementedError
 
     def needs_layers(self) -> bool:
-        """Whether it has to call them, because one does not compute as its dense class would.
-
-        A trace of `torch.jit` holds the dense forward pass.
-        """
-        if not self.training or torch.jit._trace.is_tracing():
-            return False
-        return not all(
+        """Whether it has to call them, because one does not compute as its dense class would."""
+        return self.training and not all(
             isinstance(layer, MemAOPLayer) and layer.layer_state.is_native
             for layer in self.layers()
         )
