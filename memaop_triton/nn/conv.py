@@ -53,6 +53,10 @@ class MemAOPConv(MemAOPLayer):
         "out_features",
     )
 
+    def __init__(self, *args: Any, config: MemAOPConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._set_config(MemAOPConfig() if config is None else config)
+
     @property
     def in_features(self) -> int:  # type: ignore[override]
         """N, the length of a patch: input channels of a group times taps."""
@@ -130,10 +134,6 @@ class MemAOPConv1d(MemAOPConv, nn.Conv1d):
 
     dense_class: type[nn.Module] = nn.Conv1d
 
-    def __init__(self, *args: Any, config: MemAOPConfig | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._set_config(MemAOPConfig() if config is None else config)
-
 
 @stands_for_dense
 class MemAOPConv2d(MemAOPConv, nn.Conv2d):
@@ -144,10 +144,6 @@ class MemAOPConv2d(MemAOPConv, nn.Conv2d):
 
     dense_class: type[nn.Module] = nn.Conv2d
 
-    def __init__(self, *args: Any, config: MemAOPConfig | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._set_config(MemAOPConfig() if config is None else config)
-
 
 @stands_for_dense
 class MemAOPConv3d(MemAOPConv, nn.Conv3d):
@@ -157,10 +153,6 @@ class MemAOPConv3d(MemAOPConv, nn.Conv3d):
     """
 
     dense_class: type[nn.Module] = nn.Conv3d
-
-    def __init__(self, *args: Any, config: MemAOPConfig | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._set_config(MemAOPConfig() if config is None else config)
 
 
 CONVOLUTIONS: dict[type[nn.Module], type[MemAOPConv]] = {

@@ -285,14 +285,19 @@ def adopt(
         config: `MemAOPConfig()` if `None`.
 
     Raises:
-        ValueError: As `check_adoptable`.
+        ValueError: As `check_adoptable`, or `config` is not for such a layer, which stays as it is.
     """
     config = MemAOPConfig() if config is None else config
     check_config(config)
     check_adoptable(layer, dense)
+    before = layer.__class__
     exchange_class(layer, kind)
     assert isinstance(layer, kind)
-    layer._set_config(config)
+    try:
+        layer._set_config(config)
+    except ValueError:
+        layer.__class__ = before  # type: ignore[assignment]
+        raise
     return layer
 
 

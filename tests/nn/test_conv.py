@@ -22,6 +22,7 @@ from memaop_triton import (
     revert_,
 )
 from memaop_triton.nn.conv import CONVOLUTIONS
+from memaop_triton.nn.layer_choice import adopt_
 from tests.convolutions import convolutions, gradients
 from tests.pairwise import pairwise
 from tests.schemes import UNBIASED
@@ -197,6 +198,10 @@ def test_settings_that_are_not_for_convolutions(name):
     with pytest.warns(UserWarning, match=rf"{name} is not for convolutions: '0'"):
         convert_(model, config)
     assert type(model[0]) is nn.Conv2d
+    dense = nn.Conv2d(3, 4, 3)
+    with pytest.raises(ValueError, match=name):
+        adopt_(dense, config)
+    assert type(dense) is nn.Conv2d
     with pytest.raises(ValueError, match=rf"layer '0': {name}"):
         convert_(nn.Sequential(nn.Conv2d(3, 4, 3)), overrides={"0": config})
 
