@@ -1,0 +1,165 @@
+"""`transformers.Trainer` with converted layers: `MemAOPCallback`."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from memaop_triton import MemAOPConfig, load_memory_state_dict, memory_state_dict
+from memaop_triton.integrations.conversion import Conversion, attach, figures, start_empty
+from memaop_triton.nn.layer_choice import converted_layers
+
+
+class MemAOPCallback(transformers.TrainerCallback):
+    """Converts the model of a `Trainer`, saves what the layers remember, and logs what they do.
+
+    ::
+
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[MemAOPCallback()])
+        trainer.train()
+
+    *Conversion* happens when training begins, in place: Parameters stay, so an optimizer of before
+    is as good as one of later, and so are wrappers. *Row memories* follow the learning rate of the
+    optimizer, and the scale of a `GradScaler`.
+
+    *Checkpoints* get one more file for each process, `memaop_memory.pt` or, of several processes,
+    `memaop_memory_<rank>.pt`. The Trainer's own files are what they are for a dense model, and load
+    where this package is not installed. `trainer.train(resume_from_checkpoint=...)` continues from
+    memories and decisions too, bit for bit if the decisions are fixed (a given ratio, or after
+    `auto_freeze`). Where `save_only_model=True` or a hyperparameter search keeps the Trainer from
+    resuming, nothing is added.
+
+    *Logs* get the entries that `memaop_triton.integrations.conversion.figures` lists:
+    `memaop/coverage`, `memaop/sampled_share`, and with `ratio="auto"` what was decided. They are in
+    `trainer.state.log_history` and in what callbacks behind this one get. Reporters named by
+    `report_to` come before all others; to send them the entries, pass them as callbacks behind this
+    one: `report_to="none", callbacks=[MemAOPCallback(), TensorBoardCallback()]`.
+
+    Args:
+        config: As for `convert_`.
+        resume_from_checkpoint: The folder that `train` resumes from, because a Trainer does not
+            tell its callbacks. Needed only if it is not `checkpoint-<step>` in `output_dir`. What
+            belongs to other weights is never loaded.
+        arguments: Other arguments of `convert_`, such as `overrides` or `targets`.
+
+    Raises:
+        TypeError: `convert_` has no such argument.
+    """
+
+    def __init__(
+        self,
+        config: MemAOPConfig | None = None,
+        *,
+        resume_from_checkpoint: str | Path | None = None,
+        **arguments: Any,
+    ) -> None:
+        self._conversion = Conversion(config, arguments)
+        self._folder = resume_from_checkpoint
+        self._logged_step = -1
+
+    def on_train_begin(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        **others: Any,
+    ) -> None:
+        """Convert the model, tie its memories to the optimizer, and load what was saved."""
+        self._conversion.apply_(model)
+        # A scaler belongs to the wrapper that Accelerate puts around the optimizer.
+        attach(model, optimizer, getattr(optimizer, "scaler", None))
+        self._logged_step = -1
+        if state.global_step > 0:
+            self._resume(args, state, model)
+
+    def on_save(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        model: nn.Module,
+        **others: Any,
+    ) -> None:
+        """Write this process's memories and decisions beside the checkpoint of this step."""
+        memories = memory_state_dict(model)
+        if args.save_only_model or state.is_hyper_param_search or not memories:
+            return
+        path = _checkpoint_of(args, state) / _file_name(args)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        saved = {"world_size": args.world_size, "weights": _digest(model), "memories": memories}
+        torch.save(saved, path)
+
+    def on_log(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        logs: dict[str, float],
+        model: nn.Module,
+        **others: Any,
+    ) -> None:
+        """Add what is known about the gradients to the losses of training steps."""
+        if "loss" not in logs or self._logged_step == state.global_step:
+            return
+        self._logged_step = state.global_step
+        found = figures(model)
+        logs.update(found)
+        state.log_history[-1].update(found)
+
+    def _resume(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        model: nn.Module,
+    ) -> None:
+        if not memory_state_dict(model):
+            return
+        named = [self._folder, args.resume_from_checkpoint, _checkpoint_of(args, state)]
+        folders = [Path(folder) for folder in named if isinstance(folder, str | Path)]
+        digest = _digest(model)
+        for path in (folder / _file_name(args) for folder in folders):
+            if not path.is_file():
+                continue
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if saved["weights"] != digest:
+                continue
+            if saved["world_size"] == args.world_size:
+                load_memory_state_dict(model, saved["memories"])
+            else:
+                world = f"{saved['world_size']} processes saved the memories"
+                start_empty(model, f"{world} and {args.world_size} load them")
+            return
+        places = ", ".join(map(str, dict.fromkeys(folders)))
+        start_empty(
+            model,
+            f"no {_file_name(args)} of the weights of step {state.global_step} is in {places} "
+            "(MemAOPCallback(resume_from_checkpoint=...) names another folder)",
+        )
+
+
+def _checkpoint_of(args: transformers.TrainingArguments, state: transformers.TrainerState) -> Path:
+    assert args.output_dir is not None
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _file_name(args: transformers.TrainingArguments) -> str:
+    return "memaop_memory.pt" if args.world_size == 1 else f"memaop_memory_{args.process_index}.pt"
+
+
+def _digest(model: nn.Module) -> str:
+    """Tells the weights of one step of one training from all others, by one layer's."""
+    for _, layer in converted_layers(model):
+        for weight in layer.parameters(recurse=False):
+            if weight.requires_grad and weight.dim() > 1:
+                local = weight.to_local() if hasattr(weight, "to_local") else weight
+                numbers = local.detach().cpu().contiguous().flatten().view(torch.uint8)
+                return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()
+    return ""
