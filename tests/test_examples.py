@@ -31,6 +31,13 @@ def check_table(printed):
     assert all(0 < loss < 10 for loss in losses), printed
 
 
+pytestmark = [
+    # What PEFT and Lightning call of transformers and PyTorch.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, Leaf.* is deprecated:FutureWarning"),
+]
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """What an example prints, in this process, on data that need no files."""

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils import _pytree
 
 from memaop_triton import (
     MemAOPConfig,
@@ -98,30 +97,32 @@ def gather_state(model: nn.Module, **others: Any) -> dict[str, Any]:
     _, size = _rank_and_size()
     if size == 1:
         return {"processes": [mine]}
-    on_cpu = _pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), mine)
     processes: list[Any] = [None] * size
-    dist.all_gather_object(processes, on_cpu)
+    dist.all_gather_object(processes, _on_cpu(mine))
     return {"processes": processes}
 
 
-def load_gathered_state(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Load what `gather_state` gave, in every process its own.
+def own_part(state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What this process put into `gather_state`; `None` if other processes than now did."""
+    rank, size = _rank_and_size()
+    processes: list[Mapping[str, Any]] = state["processes"]
+    return processes[rank] if len(processes) == size else None
 
-    Returns:
-        What this process had; `None` if another number of processes saved it: memories then start
-        empty, and a warning says so.
+
+def load_gathered_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load the memories and decisions that `gather_state` gave, in every process its own.
+
+    If another number of processes saved them, memories start empty, and a warning says so.
 
     Raises:
         ValueError: As `load_memory_state_dict`.
     """
-    rank, size = _rank_and_size()
-    processes = state["processes"]
-    if len(processes) != size:
-        start_empty(model, f"{len(processes)} processes saved the memories and {size} load them")
-        return None
-    mine: Mapping[str, Any] = processes[rank]
-    load_memory_state_dict(model, mine["memories"])
-    return mine
+    own = own_part(state)
+    if own is not None:
+        load_memory_state_dict(model, own["memories"])
+        return
+    saved, size = len(state["processes"]), _rank_and_size()[1]
+    start_empty(model, f"{saved} processes saved the memories and {size} load them")
 
 
 def start_empty(model: nn.Module, reason: str) -> None:
@@ -170,6 +171,12 @@ def _trained_elements(layer: nn.Module) -> int:
     """Elements of a layer's own weight matrices, without those that are frozen."""
     own = layer.parameters(recurse=False)
     return sum(weight.numel() for weight in own if weight.requires_grad and weight.dim() > 1)
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _on_cpu(part) for name, part in value.items()}
+    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _rank_and_size() -> tuple[int, int]:

@@ -23,6 +23,7 @@ from memaop_triton.integrations.conversion import (
     gather_state,
     is_converted,
     load_gathered_state,
+    own_part,
     start_empty,
 )
 
@@ -79,6 +80,7 @@ class MemAOPCallback(_lightning().Callback):  # type: ignore[misc]
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Convert the model."""
         self._conversion.apply_(pl_module)
+        self._restore_generators(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Tie the memories to the optimizers, and load what a checkpoint had.
@@ -90,9 +92,7 @@ class MemAOPCallback(_lightning().Callback):  # type: ignore[misc]
         is_resuming, self._is_resuming = self._is_resuming, False
         self._logged_step = trainer.global_step
         if saved is not None:
-            mine = load_gathered_state(pl_module, saved)
-            if mine is not None:
-                _set_generators(pl_module, mine["generators"])
+            load_gathered_state(pl_module, saved)
         elif is_resuming:
             start_empty(pl_module, f"the checkpoint has no entry {_KEY!r}")
 
@@ -115,6 +115,17 @@ class MemAOPCallback(_lightning().Callback):  # type: ignore[misc]
         """Keep what was saved until training starts."""
         if trainer.state.fn == "fit":
             self._saved, self._is_resuming = checkpoint.get(_KEY), True
+            self._restore_generators(pl_module)
+
+    def _restore_generators(self, pl_module: nn.Module) -> None:
+        """Before Lightning makes the iterator of the data, which draws their order.
+
+        It does so after both the start of fitting and the reading of a checkpoint, which come in
+        either order.
+        """
+        own = None if self._saved is None else own_part(self._saved)
+        if own is not None:
+            _set_generators(pl_module, own["generators"])
 
 
 def _generators(model: nn.Module) -> dict[str, torch.Tensor]:

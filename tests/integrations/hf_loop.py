@@ -70,24 +70,23 @@ class Killed(transformers.TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def trainer(folder, steps, name="gpt2", callbacks=(), callback=None, **settings):
+def trainer(folder, steps, name="gpt2", callbacks=(), callback=None, model=None, **settings):
     """One that trains `build(name)` with converted layers, saves, and logs."""
     arguments = transformers.TrainingArguments(
         folder,
         max_steps=steps,
         per_device_train_batch_size=8,
-        learning_rate=1e-2,
         dataloader_pin_memory=False,
         disable_tqdm=True,
         report_to="none",
         use_cpu=True,
-        **({"save_steps": steps // 2, "logging_steps": 5} | settings),
+        **({"learning_rate": 1e-2, "save_steps": steps // 2, "logging_steps": 5} | settings),
     )
     transformers.set_seed(7)
     callback = callback or MemAOPCallback(CONFIGS[name])
     decided = [Decided()] if name == "decided" else []
     return transformers.Trainer(
-        build(name),
+        model or build(name),
         arguments,
         train_dataset=examples(name),
         callbacks=[callback, *decided, *callbacks],
@@ -97,8 +96,14 @@ def trainer(folder, steps, name="gpt2", callbacks=(), callback=None, **settings)
 def train(folder, steps, name="gpt2", resume_at=None, kill_at=None):
     """Train, from the checkpoint of a step if one is given, and return what came of it."""
     killed = [] if kill_at is None else [Killed(kill_at)]
-    run = trainer(folder, steps, name, killed)
-    run.train(None if resume_at is None else str(folder / f"checkpoint-{resume_at}"))
+    checkpoint = None if resume_at is None else str(folder / f"checkpoint-{resume_at}")
+    model = None
+    if checkpoint and name == "vit":
+        # A ViT is saved under older names, which `from_pretrained` translates; a Trainer of
+        # transformers 5.24 does not when it resumes, also with a dense model.
+        model = transformers.ViTForImageClassification.from_pretrained(checkpoint)
+    run = trainer(folder, steps, name, killed, model=model)
+    run.train(checkpoint)
     return outcome(run)
 
 

@@ -46,20 +46,21 @@ class Killed(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def loader():
+def loader(shuffle=True):
     draws = torch.Generator().manual_seed(5)
     x = torch.randn(16 * BATCHES, 12, generator=draws)
-    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=16, shuffle=True)
+    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=16, shuffle=shuffle)
 
 
 def trainer(folder, steps, callback=None, callbacks=(), **settings):
-    """One that saves a checkpoint at the end of every fifth epoch or half-way."""
+    """One that saves a checkpoint at the end of the epoch that ends half-way."""
     epochs = max(1, steps // (2 * BATCHES))
     saving = pl.callbacks.ModelCheckpoint(
         folder, filename="{step}", every_n_epochs=epochs, save_top_k=-1
     )
     return pl.Trainer(
-        max_steps=steps,
+        # Not max_steps: Lightning would take a checkpoint of an epoch's end for one of its middle.
+        max_epochs=steps // BATCHES,
         accelerator="cpu",
         devices=1,
         callbacks=[callback or MemAOPCallback(CONFIG), saving, *callbacks],

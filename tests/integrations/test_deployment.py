@@ -8,10 +8,13 @@ from torch import nn
 
 from memaop_triton import MemAOPConfig, MemAOPLinear, convert_, revert_
 
-DEPRECATED = pytest.mark.filterwarnings(
-    # PyTorch's, about its own quantisation.
-    "ignore:torch.ao.quantization is deprecated:DeprecationWarning"
-)
+# PyTorch's, about what it has now and is going to drop.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, Leaf.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.trace.*` is deprecated:DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,6 @@ def quantized(model):
     return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
-@DEPRECATED
 def test_a_reverted_model_is_quantised_as_a_dense_one(trained, x):
     ours, dense = trained
     found = quantized(revert_(copy.deepcopy(ours)))
@@ -48,7 +50,6 @@ def test_a_reverted_model_is_quantised_as_a_dense_one(trained, x):
     assert torch.equal(found(x), quantized(dense)(x))
 
 
-@DEPRECATED
 def test_a_converted_layer_is_no_nn_linear_for_dynamic_quantisation(trained, x):
     """It goes by the exact class, so `revert_` comes first."""
     ours, _ = trained

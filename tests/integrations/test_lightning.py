@@ -13,6 +13,13 @@ pl = pytest.importorskip(
 from memaop_triton.integrations.lightning import MemAOPCallback  # noqa: E402
 from tests.integrations import lightning_loop  # noqa: E402
 
+pytestmark = [
+    # What Lightning calls of PyTorch, and what it says of folders that several trainings share.
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, Leaf.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning"),
+]
+
 
 def test_a_resumed_training_equals_the_uninterrupted_one(tmp_path):
     whole = lightning_loop.train(tmp_path, 10)
@@ -103,7 +110,9 @@ def test_a_checkpoint_that_is_only_tested_is_not_loaded_later(tmp_path):
     callback = MemAOPCallback(lightning_loop.CONFIG)
     run = lightning_loop.trainer(tmp_path / "other", 5, callback)
     net.test_step = net.training_step
-    run.test(net, lightning_loop.loader(), ckpt_path=tmp_path / "step=5.ckpt", verbose=False)
+    run.test(
+        net, lightning_loop.loader(shuffle=False), ckpt_path=tmp_path / "step=5.ckpt", verbose=False
+    )
     assert callback._saved is None
 
 
