@@ -56,4 +56,5 @@ if rank == 0:
     weights = sum(p.numel() for p in ours.parameters() if p.dim() > 1)
     print(f"{dist.get_world_size()} processes, {weights:,} numbers of weights")
     show(found)
+dist.barrier()
 dist.destroy_process_group()

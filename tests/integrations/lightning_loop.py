@@ -13,6 +13,7 @@ from memaop_triton import MemAOPConfig, Rows, memory_state_dict
 from memaop_triton.integrations.lightning import MemAOPCallback
 
 BATCHES = 5
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 CONFIG = MemAOPConfig(ratio=1 / 4, selection="topk", memory=Rows(signed=True))
 
 
@@ -48,7 +49,7 @@ class Killed(pl.Callback):
 
 def loader(shuffle=True):
     draws = torch.Generator().manual_seed(5)
-    x = torch.randn(16 * BATCHES, 12, generator=draws)
+    x = torch.randn(16 * PROCESSES * BATCHES, 12, generator=draws)
     return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=16, shuffle=shuffle)
 
 
@@ -62,7 +63,8 @@ def trainer(folder, steps, callback=None, callbacks=(), **settings):
         # Not max_steps: Lightning would take a checkpoint of an epoch's end for one of its middle.
         max_epochs=steps // BATCHES,
         accelerator="cpu",
-        devices=1,
+        devices=PROCESSES,
+        strategy="ddp" if PROCESSES > 1 else "auto",
         callbacks=[callback or MemAOPCallback(CONFIG), saving, *callbacks],
         enable_progress_bar=False,
         enable_model_summary=False,

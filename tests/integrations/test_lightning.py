@@ -28,9 +28,10 @@ def test_a_resumed_training_equals_the_uninterrupted_one(tmp_path):
     assert differences(whole, resumed) == []
 
 
-@pytest.mark.slow  # three processes that import lightning
-def test_a_killed_training_goes_on_bit_for_bit(tmp_path):
-    assert_resumes_bit_for_bit("lightning_loop", tmp_path)
+@pytest.mark.slow  # two or four processes that import lightning
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_training_goes_on_bit_for_bit(processes, tmp_path):
+    assert_resumes_bit_for_bit("lightning_loop", tmp_path, nproc=processes)
 
 
 def test_a_checkpoint_of_a_dense_model_starts_with_empty_memories(tmp_path):
