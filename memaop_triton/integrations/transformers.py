@@ -61,22 +61,19 @@ class MemAOPCallback(transformers.TrainerCallback):
     ) -> None:
         self._conversion = Conversion(config, arguments)
         self._folder = resume_from_checkpoint
-        self._logged_step = -1
 
     def on_train_begin(
         self,
         args: transformers.TrainingArguments,
         state: transformers.TrainerState,
         control: transformers.TrainerControl,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        **others: Any,
+        **objects: Any,
     ) -> None:
         """Convert the model, tie its memories to the optimizer, and load what was saved."""
+        model, optimizer = objects["model"], objects["optimizer"]
         self._conversion.apply_(model)
         # A scaler belongs to the wrapper that Accelerate puts around the optimizer.
         attach(model, optimizer, getattr(optimizer, "scaler", None))
-        self._logged_step = -1
         if state.global_step > 0:
             self._resume(args, state, model)
 
@@ -85,34 +82,34 @@ class MemAOPCallback(transformers.TrainerCallback):
         args: transformers.TrainingArguments,
         state: transformers.TrainerState,
         control: transformers.TrainerControl,
-        model: nn.Module,
-        **others: Any,
+        **objects: Any,
     ) -> None:
         """Write this process's memories and decisions beside the checkpoint of this step."""
+        model: nn.Module = objects["model"]
         memories = memory_state_dict(model)
         if args.save_only_model or state.is_hyper_param_search or not memories:
             return
         path = _checkpoint_of(args, state) / _file_name(args)
         path.parent.mkdir(parents=True, exist_ok=True)
         saved = {"world_size": args.world_size, "weights": _digest(model), "memories": memories}
-        torch.save(saved, path)
+        # A training that is killed meanwhile leaves no file, and not a part of one.
+        partial = path.with_suffix(".partial")
+        torch.save(saved, partial)
+        partial.replace(path)
 
     def on_log(
         self,
         args: transformers.TrainingArguments,
         state: transformers.TrainerState,
         control: transformers.TrainerControl,
-        logs: dict[str, float],
-        model: nn.Module,
-        **others: Any,
+        **objects: Any,
     ) -> None:
         """Add what is known about the gradients to the losses of training steps."""
-        if "loss" not in logs or self._logged_step == state.global_step:
-            return
-        self._logged_step = state.global_step
-        found = figures(model)
-        logs.update(found)
-        state.log_history[-1].update(found)
+        logs: dict[str, float] = objects["logs"]
+        if "loss" in logs:
+            found = figures(objects["model"])
+            logs.update(found)
+            state.log_history[-1].update(found)
 
     def _resume(
         self,

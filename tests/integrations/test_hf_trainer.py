@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, MemAOPLayer, Subspace, convert_
+from memaop_triton import MemAOPConfig, MemAOPLayer, Subspace, convert_, memory_state_dict
 from tests.distributed.resume_worker import differences
 from tests.integrations.killing import assert_resumes_bit_for_bit, run_without_this_package
 
@@ -137,6 +137,14 @@ def test_row_memories_follow_the_learning_rate(tmp_path):
     memories = [m.memory for m in run.model.modules() if isinstance(m, MemAOPLayer)]
     assert memories
     assert {memory.learning_rate for memory in memories} == {run.lr_scheduler.get_last_lr()[0]}
+
+
+def test_the_library_sees_the_steps_of_the_optimizer(tmp_path):
+    run = hf_loop.trainer(tmp_path, 6, callback=MemAOPCallback(), save_steps=3)
+    run.train()
+    assert memory_state_dict(run.model)["ratio=auto 0"]["steps"] == 6
+    saved = torch.load(tmp_path / "checkpoint-3" / "memaop_memory.pt", weights_only=True)
+    assert saved["memories"]["ratio=auto 0"]["steps"] == 3
 
 
 def test_training_again_goes_on_with_what_was_converted(tmp_path):

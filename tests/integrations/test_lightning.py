@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memaop_triton import MemAOPConfig, MemAOPLayer, convert_
+from memaop_triton import MemAOPConfig, MemAOPLayer, convert_, memory_state_dict
 from tests.distributed.resume_worker import differences
 from tests.integrations.killing import assert_resumes_bit_for_bit, run_without_this_package
 
@@ -115,6 +115,12 @@ def test_a_checkpoint_that_is_only_tested_is_not_loaded_later(tmp_path):
         net, lightning_loop.loader(shuffle=False), ckpt_path=tmp_path / "step=5.ckpt", verbose=False
     )
     assert callback._saved is None
+
+
+def test_the_library_sees_the_steps_of_the_optimizer(tmp_path):
+    net = lightning_loop.Net()
+    lightning_loop.trainer(tmp_path, 5, MemAOPCallback()).fit(net, lightning_loop.loader())
+    assert memory_state_dict(net)["ratio=auto 0"]["steps"] == 5
 
 
 def test_arguments_are_those_of_convert(tmp_path):

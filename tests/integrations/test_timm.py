@@ -2,9 +2,17 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from memaop_triton import MemAOPConfig, MemAOPLinear, convert_, coverage, revert_
+from memaop_triton import (
+    MemAOPConfig,
+    MemAOPLinear,
+    attach_optimizer,
+    convert_,
+    coverage,
+    revert_,
+)
 
 try:
     import timm
@@ -20,24 +28,35 @@ def vit():
     )
 
 
-@pytest.mark.parametrize("memory", ["none", "subspace", "signed"])
-def test_a_vit_is_converted_and_trains(memory):
+@pytest.mark.parametrize(
+    "config",
+    [
+        MemAOPConfig(ratio=1 / 2),
+        MemAOPConfig(ratio=1 / 2, memory=None),
+        MemAOPConfig(ratio=1 / 2, stash="int4"),
+        MemAOPConfig.paper(ratio=1 / 2),
+    ],
+    ids=lambda config: f"{config.memory_name}-{config.stash}",
+)
+def test_a_vit_is_converted_and_trains(config):
     model = vit()
-    names, dense = list(model.state_dict()), type(model.blocks[0].mlp.fc1)
-    convert_(model, MemAOPConfig(ratio=1 / 2, memory=memory))
+    names = list(model.state_dict())
+    convert_(model, config)
     for block in model.blocks:
         layers = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
         assert all(isinstance(layer, MemAOPLinear) for layer in layers)
     assert coverage(model).share > 0.9
     assert list(model.state_dict()) == names
-    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    labels = torch.arange(16) % 4
+    images = torch.randn(16, 3, 16, 16) + torch.randn(4, 3, 16, 16)[labels]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    attach_optimizer(model, optimizer)
     losses = []
-    for _ in range(12):
+    for _ in range(15):
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.2
-    assert type(revert_(model).blocks[0].mlp.fc1) is dense
+    assert losses[-1] < 0.7 * losses[0]
+    assert type(revert_(model).blocks[0].mlp.fc1) is nn.Linear
