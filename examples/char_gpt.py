@@ -6,7 +6,7 @@ python examples/char_gpt.py --steps 600
 import copy
 
 import torch
-from side_by_side import arguments, rows_of_step, show, take_turns, text
+from side_by_side import arguments, one_by_one, rows_of_step, show, text
 from torch import nn
 from torch.nn import functional as F
 
@@ -59,7 +59,7 @@ def training(model):
     return step
 
 
-args = arguments(__doc__, steps=200)
+args = arguments(__doc__, steps=150)
 corpus = text()
 alphabet = sorted(set(corpus))
 number_of = {character: i for i, character in enumerate(alphabet)}
@@ -67,5 +67,5 @@ ids = torch.tensor([number_of[character] for character in corpus])
 
 dense = Gpt(len(alphabet))
 ours = convert_(copy.deepcopy(dense))  # the one line; ratio="auto" is the default
-show(take_turns(args.steps, dense=training(dense), converted=training(ours)))
+show(one_by_one(args.steps, dense=training(dense), converted=training(ours)))
 print(model_report(ours))

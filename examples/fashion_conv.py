@@ -7,7 +7,7 @@ import copy
 import warnings
 
 import torch
-from side_by_side import arguments, images, rows_of_step, show, take_turns
+from side_by_side import arguments, images, one_by_one, rows_of_step, show
 from torch import nn
 from torch.nn import functional as F
 
@@ -61,5 +61,5 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", LowCoverageWarning)
     ours = convert_(copy.deepcopy(dense))  # the one line
 print(coverage(ours, x_train[:BATCH]))
-show(take_turns(args.steps, dense=training(dense), converted=training(ours)))
+show(one_by_one(args.steps, dense=training(dense), converted=training(ours)))
 print(model_report(ours))

@@ -28,7 +28,7 @@ def generated(vocabulary=200, classes=4, count=512):
     return SimpleNamespace(x_train=x, y_train=y, x_test=x[:TESTED], y_test=y[:TESTED])
 
 
-args = arguments(__doc__, steps=60)
+args = arguments(__doc__, steps=20)
 folder = data_folder()
 if folder:
     data = load_texts("newsgroups20", folder, TOKENS)

@@ -48,10 +48,7 @@ def rows_of_step(step, count, size):
 
 
 def take_turns(steps, **trainings):
-    """Call `training(step)`, which returns the loss, for every training and step in turn.
-
-    Returns the losses and seconds of every training, by its name.
-    """
+    """Losses and seconds, by name, of every `training(step)`, called in turn for its loss."""
     found = {name: ([], []) for name in trainings}
     for step in range(steps):
         for name, training in trainings.items():
@@ -60,6 +57,12 @@ def take_turns(steps, **trainings):
             found[name][1].append(time.perf_counter() - start)
             found[name][0].append(loss)
     return found
+
+
+def one_by_one(steps, **trainings):
+    """The same, one after the other: `ratio="auto"` takes the time of whole steps itself."""
+    parts = [take_turns(steps, **{name: training}) for name, training in trainings.items()]
+    return {name: result for part in parts for name, result in part.items()}
 
 
 def show(found, **columns):
