@@ -63,6 +63,14 @@ def test_memories_of_another_training_are_not_loaded(tmp_path):
         run.train(str(tmp_path / "run" / "checkpoint-5"))
 
 
+def test_memories_of_another_number_of_processes_are_not_loaded(tmp_path):
+    hf_loop.train(tmp_path, 10)
+    path = tmp_path / "checkpoint-5" / "memaop_memory.pt"
+    torch.save(torch.load(path, weights_only=True) | {"world_size": 3}, path)
+    with pytest.warns(UserWarning, match="3 processes saved the memories and 1 load them"):
+        hf_loop.train(tmp_path, 10, resume_at=5)
+
+
 def test_files_of_a_checkpoint_are_those_of_a_dense_model(tmp_path):
     hf_loop.train(tmp_path / "ours", 2)
     hf_loop.trainer(tmp_path / "dense", 2, callback=DENSE()).train()
@@ -110,7 +118,11 @@ def test_what_is_logged(tmp_path):
     assert [entry["step"] for entry in logged] == [5, 10]
     found = logged[0]
     assert 0.9 < found["memaop/coverage"] <= 1
-    assert 0 < found["memaop/sampled_share"] < 1
+    layers = [m for m in run.model.modules() if isinstance(m, MemAOPLayer)]
+    elements = sum(layer.weight.numel() for layer in layers)
+    sampled = sum(m.weight.numel() for m in layers if m.config.ratio == hf_loop.SHARE)
+    assert 0 < sampled != elements - sampled
+    assert found["memaop/sampled_share"] == sampled / elements
     assert found["memaop/noise_to_signal"] == hf_loop.WORTH["noise"]
     assert found["memaop/predicted_speedup"] == hf_loop.WORTH["speedup"]
     assert found["memaop/predicted_progress"] == hf_loop.WORTH["progress"]

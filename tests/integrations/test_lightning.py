@@ -1,9 +1,12 @@
 """`MemAOPCallback` in Lightning's Trainer."""
 
+import importlib.util
+
 import pytest
 import torch
 
 from memaop_triton import MemAOPConfig, MemAOPLayer, convert_, memory_state_dict
+from tests.distributed.launch import succeeds
 from tests.distributed.resume_worker import differences
 from tests.integrations.killing import assert_resumes_bit_for_bit, run_without_this_package
 
@@ -131,6 +134,31 @@ def test_arguments_are_those_of_convert(tmp_path):
     assert not isinstance(net.net[3], MemAOPLayer)
     with pytest.raises(TypeError, match="no_such_argument"):
         MemAOPCallback(no_such_argument=1)
+
+
+@pytest.mark.slow  # a process that imports the other package
+def test_the_package_of_the_older_name():
+    if importlib.util.find_spec("pytorch_lightning") is None:
+        pytest.skip("pytorch_lightning is not installed, with which this is tested")
+    code = """
+import pytorch_lightning as pl, torch, warnings
+from memaop_triton.integrations.lightning import MemAOPCallback
+assert issubclass(MemAOPCallback, pl.Callback)
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 2)
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+quiet = {name: False for name in ("logger", "enable_checkpointing", "enable_progress_bar")}
+net = Net()
+trainer = pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[MemAOPCallback()], **quiet)
+trainer.fit(net, torch.utils.data.DataLoader(torch.randn(8, 4)))
+assert type(net.layer).__name__ == "MemAOPLinear"
+"""
+    succeeds("-c", code)
 
 
 def test_a_module_that_was_converted_before(tmp_path):
