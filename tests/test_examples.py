@@ -22,6 +22,7 @@ NEEDS = {
     "lightning_trainer": ("lightning",),
     "lora": ("peft",),
 }
+LONG = {"char_gpt", "hf_trainer", "lightning_trainer"}  # two or three seconds, much of it imports
 IN_PROCESSES = {"ddp_torchrun", "fsdp_torchrun"}
 TABLE = re.compile(
     r"^ +loss +ms a step.*\ndense +(\S+) +\S+.*\nconverted +(\S+) +\S+.*\nsaved: ", re.MULTILINE
@@ -55,7 +56,13 @@ def run(monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - IN_PROCESSES - {"side_by_side"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in LONG else [])
+        for name in sorted(set(NAMES) - IN_PROCESSES - {"side_by_side"})
+    ],
+)
 def test_a_few_steps(name, run):
     for module in NEEDS.get(name, ()):
         pytest.importorskip(module, reason=f"needs {module}, which is not installed")

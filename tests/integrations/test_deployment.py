@@ -66,6 +66,7 @@ def test_an_exported_program_is_that_of_a_dense_model(trained, x, strict):
     assert torch.equal(ours.module()(x), dense.module()(x))
 
 
+@pytest.mark.slow  # imports and registers all that ONNX has
 def test_an_onnx_model_is_that_of_a_dense_model(trained, x):
     for needed in ("onnx", "onnxscript"):
         pytest.importorskip(needed, reason=f"torch.onnx.export needs {needed}, not installed here")

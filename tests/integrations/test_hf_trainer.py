@@ -19,6 +19,8 @@ from memaop_triton.integrations.transformers import MemAOPCallback  # noqa: E402
 from tests.integrations import hf_loop  # noqa: E402
 
 DENSE = transformers.TrainerCallback
+# Each takes but a second; together they are too long for `make test`.
+SECOND_TRAINING = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", ["gpt2", "vit", "decided"])
@@ -37,6 +39,7 @@ def test_a_killed_training_goes_on_bit_for_bit(name, processes, tmp_path):
     assert_resumes_bit_for_bit("hf_loop", tmp_path, name, nproc=processes)
 
 
+@SECOND_TRAINING
 def test_memories_are_what_makes_it_the_same(tmp_path):
     whole = hf_loop.train(tmp_path, 10)
     (tmp_path / "checkpoint-5" / "memaop_memory.pt").unlink()
@@ -45,6 +48,7 @@ def test_memories_are_what_makes_it_the_same(tmp_path):
     assert "/memories" in " ".join(differences(whole, resumed))
 
 
+@SECOND_TRAINING
 def test_a_checkpoint_in_another_place(tmp_path):
     whole = hf_loop.train(tmp_path / "run", 10)
     moved = (tmp_path / "run" / "checkpoint-5").rename(tmp_path / "elsewhere")
@@ -54,6 +58,7 @@ def test_a_checkpoint_in_another_place(tmp_path):
     assert differences(whole, hf_loop.outcome(run)) == []
 
 
+@SECOND_TRAINING
 def test_memories_of_another_training_are_not_loaded(tmp_path):
     hf_loop.train(tmp_path / "run", 10)
     other = hf_loop.trainer(tmp_path / "other", 10, learning_rate=5e-3)
@@ -63,6 +68,7 @@ def test_memories_of_another_training_are_not_loaded(tmp_path):
         run.train(str(tmp_path / "run" / "checkpoint-5"))
 
 
+@SECOND_TRAINING
 def test_memories_of_another_number_of_processes_are_not_loaded(tmp_path):
     hf_loop.train(tmp_path, 10)
     path = tmp_path / "checkpoint-5" / "memaop_memory.pt"
@@ -71,6 +77,7 @@ def test_memories_of_another_number_of_processes_are_not_loaded(tmp_path):
         hf_loop.train(tmp_path, 10, resume_at=5)
 
 
+@SECOND_TRAINING
 def test_files_of_a_checkpoint_are_those_of_a_dense_model(tmp_path):
     hf_loop.train(tmp_path / "ours", 2)
     hf_loop.trainer(tmp_path / "dense", 2, callback=DENSE()).train()
@@ -159,6 +166,7 @@ def test_the_library_sees_the_steps_of_the_optimizer(tmp_path):
     assert saved["memories"]["ratio=auto 0"]["steps"] == 3
 
 
+@SECOND_TRAINING
 def test_training_again_goes_on_with_what_was_converted(tmp_path):
     run = hf_loop.trainer(tmp_path, 2, save_strategy="no")
     run.train()
@@ -167,6 +175,7 @@ def test_training_again_goes_on_with_what_was_converted(tmp_path):
     assert layers == [m for m in run.model.modules() if isinstance(m, MemAOPLayer)]
 
 
+@SECOND_TRAINING
 def test_a_model_that_was_converted_before(tmp_path):
     config = MemAOPConfig(ratio=1 / 2, memory=None)
     run = hf_loop.trainer(tmp_path, 2, callback=MemAOPCallback(), save_strategy="no")
@@ -179,6 +188,7 @@ def test_a_model_that_was_converted_before(tmp_path):
         run.train()
 
 
+@SECOND_TRAINING
 def test_every_model_of_model_init_is_converted(tmp_path):
     run = hf_loop.trainer(tmp_path, 2, save_strategy="no")
     run = transformers.Trainer(
