@@ -1,7 +1,7 @@
 """What the integrations share: a conversion that waits for its model, what is saved, and figures.
 
 What is saved holds tensors, numbers and strings only, so it can be read where this package is not
-installed, by `torch.load(..., weights_only=True)`.
+installed.
 """
 
 from __future__ import annotations

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from memaop_triton import MemAOPConfig, load_memory_state_dict, memory_state_dict
@@ -28,12 +32,13 @@ class MemAOPCallback(transformers.TrainerCallback):
     is as good as one of later, and so are wrappers. *Row memories* follow the learning rate of the
     optimizer, and the scale of a `GradScaler`.
 
-    *Checkpoints* get one more file for each process, `memaop_memory.pt` or, of several processes,
-    `memaop_memory_<rank>.pt`. The Trainer's own files are what they are for a dense model, and load
-    where this package is not installed. `trainer.train(resume_from_checkpoint=...)` continues from
-    memories and decisions too, bit for bit if the decisions are fixed (a given ratio, or after
-    `auto_freeze`). Where `save_only_model=True` or a hyperparameter search keeps the Trainer from
-    resuming, nothing is added.
+    *Checkpoints* get one more file for each process, `memaop_memory.safetensors` or, of several
+    processes, `memaop_memory_<rank>.safetensors`. The Trainer's own files are what they are for a
+    dense model, and load where this package is not installed.
+    `trainer.train(resume_from_checkpoint=...)` continues from memories and decisions too, bit for
+    bit if the decisions are fixed (a given ratio, or after `auto_freeze`). Where
+    `save_only_model=True` or a hyperparameter search keeps the Trainer from resuming, nothing is
+    added.
 
     *Logs* get the entries that `memaop_triton.integrations.conversion.figures` lists:
     `memaop/coverage`, `memaop/sampled_share`, and with `ratio="auto"` what was decided. They are in
@@ -91,11 +96,7 @@ class MemAOPCallback(transformers.TrainerCallback):
             return
         path = _checkpoint_of(args, state) / _file_name(args)
         path.parent.mkdir(parents=True, exist_ok=True)
-        saved = {"world_size": args.world_size, "weights": _digest(model), "memories": memories}
-        # A training that is killed meanwhile leaves no file, and not a part of one.
-        partial = path.with_suffix(".partial")
-        torch.save(saved, partial)
-        partial.replace(path)
+        _write(path, memories, world_size=str(args.world_size), weights=_digest(model))
 
     def on_log(
         self,
@@ -125,13 +126,13 @@ class MemAOPCallback(transformers.TrainerCallback):
         for path in (folder / _file_name(args) for folder in folders):
             if not path.is_file():
                 continue
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            if saved["weights"] != digest:
+            memories, facts = _read(path)
+            if facts["weights"] != digest:
                 continue
-            if saved["world_size"] == args.world_size:
-                load_memory_state_dict(model, saved["memories"])
+            if facts["world_size"] == str(args.world_size):
+                load_memory_state_dict(model, memories)
             else:
-                world = f"{saved['world_size']} processes saved the memories"
+                world = f"{facts['world_size']} processes saved the memories"
                 start_empty(model, f"{world} and {args.world_size} load them")
             return
         places = ", ".join(map(str, dict.fromkeys(folders)))
@@ -148,7 +149,33 @@ def _checkpoint_of(args: transformers.TrainingArguments, state: transformers.Tra
 
 
 def _file_name(args: transformers.TrainingArguments) -> str:
-    return "memaop_memory.pt" if args.world_size == 1 else f"memaop_memory_{args.process_index}.pt"
+    rank = "" if args.world_size == 1 else f"_{args.process_index}"
+    return f"memaop_memory{rank}.safetensors"
+
+
+def _write(path: Path, memories: Mapping[str, Mapping[str, Any]], **facts: str) -> None:
+    """Tensors as such, and everything else as JSON in the head of the file."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for layer, state in memories.items():
+        found = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        tensors |= {f"{layer}.{name}": value.contiguous() for name, value in found.items()}
+        plain[layer] = {name: value for name, value in state.items() if name not in found}
+    # A training that is killed meanwhile leaves no file, and not a part of one.
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, {"memories": json.dumps(plain), **facts})
+    partial.replace(path)
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """What `_write` wrote: memories, and facts by name."""
+    with safe_open(path, "pt") as file:
+        facts: dict[str, str] = file.metadata()
+        memories: dict[str, dict[str, Any]] = json.loads(facts.pop("memories"))
+        for key in file.keys():  # noqa: SIM118 - the file is no dictionary
+            layer, _, name = key.rpartition(".")
+            memories[layer][name] = file.get_tensor(key)
+    return memories, facts
 
 
 def _digest(model: nn.Module) -> str:

@@ -83,7 +83,9 @@ def trainer(folder, steps, name="gpt2", callbacks=(), callback=None, model=None,
         **({"learning_rate": 1e-2, "save_steps": steps // 2, "logging_steps": 5} | settings),
     )
     transformers.set_seed(7)
-    callback = callback or MemAOPCallback(CONFIGS[name])
+    # Row memories are not for a convolution, here that of the patches.
+    targets = {"targets": "linear"} if name == "vit" else {}
+    callback = callback or MemAOPCallback(CONFIGS[name], **targets)
     decided = [Decided()] if name == "decided" else []
     return transformers.Trainer(
         model or build(name),

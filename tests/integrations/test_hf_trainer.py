@@ -13,7 +13,8 @@ transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed, with which this is tested"
 )
 pytest.importorskip("accelerate", reason="accelerate is not installed, which a Trainer needs")
-from safetensors.torch import load_file  # noqa: E402 - installed with transformers
+from safetensors import safe_open  # noqa: E402 - installed with transformers
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from memaop_triton.integrations.transformers import MemAOPCallback  # noqa: E402
 from tests.integrations import hf_loop  # noqa: E402
@@ -42,8 +43,8 @@ def test_a_killed_training_goes_on_bit_for_bit(name, processes, tmp_path):
 @SECOND_TRAINING
 def test_memories_are_what_makes_it_the_same(tmp_path):
     whole = hf_loop.train(tmp_path, 10)
-    (tmp_path / "checkpoint-5" / "memaop_memory.pt").unlink()
-    with pytest.warns(UserWarning, match=r"no memaop_memory\.pt of the weights of step 5 is in"):
+    (tmp_path / "checkpoint-5" / "memaop_memory.safetensors").unlink()
+    with pytest.warns(UserWarning, match=r"no memaop_memory.* of the weights of step 5 is in"):
         resumed = hf_loop.train(tmp_path, 10, resume_at=5)
     assert "/memories" in " ".join(differences(whole, resumed))
 
@@ -71,8 +72,10 @@ def test_memories_of_another_training_are_not_loaded(tmp_path):
 @SECOND_TRAINING
 def test_memories_of_another_number_of_processes_are_not_loaded(tmp_path):
     hf_loop.train(tmp_path, 10)
-    path = tmp_path / "checkpoint-5" / "memaop_memory.pt"
-    torch.save(torch.load(path, weights_only=True) | {"world_size": 3}, path)
+    path = tmp_path / "checkpoint-5" / "memaop_memory.safetensors"
+    with safe_open(path, "pt") as file:
+        facts = file.metadata() | {"world_size": "3"}
+    save_file(load_file(path), path, facts)
     with pytest.warns(UserWarning, match="3 processes saved the memories and 1 load them"):
         hf_loop.train(tmp_path, 10, resume_at=5)
 
@@ -83,7 +86,7 @@ def test_files_of_a_checkpoint_are_those_of_a_dense_model(tmp_path):
     hf_loop.trainer(tmp_path / "dense", 2, callback=DENSE()).train()
     ours, dense = (tmp_path / name / "checkpoint-1" for name in ("ours", "dense"))
     added = {path.name for path in ours.iterdir()} - {path.name for path in dense.iterdir()}
-    assert added == {"memaop_memory.pt"}
+    assert added == {"memaop_memory.safetensors"}
     assert (ours / "config.json").read_text() == (dense / "config.json").read_text()
     shapes = [
         {name: (tensor.shape, tensor.dtype) for name, tensor in load_file(path).items()}
@@ -104,12 +107,13 @@ def test_a_checkpoint_loads_where_this_package_is_not_installed(name, model, tmp
         torch.save([inputs, run.model.eval()(**inputs).logits], tmp_path / "expected.pt")
     printed = run_without_this_package(f"""
 import torch, transformers
+from safetensors.torch import load_file
 folder = {str(tmp_path / "checkpoint-4")!r}
 inputs, expected = torch.load({str(tmp_path / "expected.pt")!r})
 model = transformers.{model}.from_pretrained(folder)
 assert torch.equal(model(**inputs).logits, expected)
-for file in ("optimizer.pt", "memaop_memory.pt"):
-    torch.load(folder + "/" + file, weights_only=True)
+torch.load(folder + "/optimizer.pt", weights_only=True)
+assert load_file(folder + "/memaop_memory.safetensors")
 print("loaded")
 """)
     assert printed.endswith("loaded")
@@ -162,8 +166,8 @@ def test_the_library_sees_the_steps_of_the_optimizer(tmp_path):
     run = hf_loop.trainer(tmp_path, 6, callback=MemAOPCallback(), save_steps=3)
     run.train()
     assert memory_state_dict(run.model)["ratio=auto 0"]["steps"] == 6
-    saved = torch.load(tmp_path / "checkpoint-3" / "memaop_memory.pt", weights_only=True)
-    assert saved["memories"]["ratio=auto 0"]["steps"] == 3
+    with safe_open(tmp_path / "checkpoint-3" / "memaop_memory.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["memories"])["ratio=auto 0"]["steps"] == 3
 
 
 @SECOND_TRAINING
