@@ -41,8 +41,9 @@ def vit():
 def test_a_vit_is_converted_and_trains(config):
     model = vit()
     names = list(model.state_dict())
-    # Row memories are not for a convolution, here that of the patches.
-    convert_(model, config, **({"targets": "linear"} if config.row_memory else {}))
+    # Row memories and stashes are not for a convolution, here that of the patches.
+    is_for_linear = config.row_memory is not None or config.stash != "exact"
+    convert_(model, config, **({"targets": "linear"} if is_for_linear else {}))
     for block in model.blocks:
         layers = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
         assert all(isinstance(layer, MemAOPLinear) for layer in layers)
