@@ -14,7 +14,7 @@ ORDER = [
     ("kernels.env", "kernels.targets", "kernels.draws"),
     ("kernels.tuning",),
     ("kernels.gpu", "kernels.cpu"),
-    ("config", "flops", "sampling", "reference", "dispatch", "errors", "units"),
+    ("config", "flops", "sampling", "reference", "dispatch", "errors"),
     ("memory",),
     ("backward",),
     ("nn",),
@@ -23,14 +23,14 @@ ORDER = [
     ("plan",),
     ("convert",),
     ("__init__",),
-    ("experiments",),
+    ("experiments", "integrations"),
     ("bench",),
     ("commands",),
     ("__main__",),
 ]
 LEVELS = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # Rooms of one level that know nothing of each other; those of the ground are one room.
-APART = {"kernels.gpu", "kernels.cpu", "monitor", "distributed"}
+APART = {"kernels.gpu", "kernels.cpu", "monitor", "distributed", "experiments", "integrations"}
 # (importing module, imported module): why this one import goes upwards.
 ALLOWED_UPWARDS = {
     ("bench.studies.quality.commands", "commands.common"): "its own command line, never installed",

@@ -9,7 +9,7 @@ from memaop_triton.bench.report.charts import bars
 from memaop_triton.bench.report.data import Case, Method, Run
 from memaop_triton.bench.report.document import NOTHING, Bullets, Cell, Chart, Section, Table
 from memaop_triton.bench.report.methods import ordered
-from memaop_triton.units import human_bytes
+from memaop_triton.monitor.units import human_bytes
 
 #: In which the largest batch has to fit.
 AVAILABLE_BYTES = 16 << 30

@@ -10,7 +10,7 @@ from memaop_triton.bench.report.data import Case, Method, Spread
 from memaop_triton.bench.report.document import NOTHING, Cell, Table
 from memaop_triton.bench.report.findings import WANTED_SHARE
 from memaop_triton.bench.report.methods import definition, methods_of
-from memaop_triton.units import human_bytes
+from memaop_triton.monitor.units import human_bytes
 
 
 def speedups(found: Sequence[Row]) -> Table:

@@ -10,9 +10,9 @@ from torch import nn
 from memaop_triton.auto.controller import Controller
 from memaop_triton.auto.worth import EXACT
 from memaop_triton.monitor.kept import kept_lines
+from memaop_triton.monitor.units import milliseconds
 from memaop_triton.nn.coverage import Coverage, coverage_of, elements_of_weights
 from memaop_triton.nn.layer_choice import converted_layers
-from memaop_triton.units import milliseconds
 
 _NO_AUTO_LAYER = "no layer of model has ratio='auto': convert_(model, MemAOPConfig(ratio='auto'))."
 

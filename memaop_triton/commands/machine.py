@@ -17,7 +17,7 @@ from memaop_triton.commands.common import JsonPath, write_json
 from memaop_triton.kernels import targets
 from memaop_triton.kernels.cpu import build, library, processor
 from memaop_triton.kernels.env import allows_tf32, cache_folder
-from memaop_triton.units import human_bytes
+from memaop_triton.monitor.units import human_bytes
 
 #: Facts by name, in sections by title.
 Report = dict[str, dict[str, str]]

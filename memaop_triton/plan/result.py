@@ -12,8 +12,8 @@ import torch
 
 from memaop_triton.auto.worth import EXACT, Worth
 from memaop_triton.config import MemAOPConfig
+from memaop_triton.monitor.units import human_bytes, milliseconds
 from memaop_triton.nn.coverage import Coverage
-from memaop_triton.units import human_bytes, milliseconds
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -13,7 +13,7 @@ import memaop_triton
 from memaop_triton import dispatch
 from memaop_triton.commands import cli, machine
 from memaop_triton.kernels.cpu import library
-from memaop_triton.units import human_bytes, milliseconds
+from memaop_triton.monitor.units import human_bytes, milliseconds
 from tests.test_dispatch import OnGpu
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from memaop_triton.experiments.demo.training import Result, Training
 from memaop_triton.experiments.numbers import finite, mean_sd, plus_minus
-from memaop_triton.units import human_bytes
+from memaop_triton.monitor.units import human_bytes
 
 
 def table(results: list[Result], training: Training) -> Table:
