@@ -160,6 +160,7 @@ def statuses(folder):
     return {one["name"]: one["status"] for one in records.ended(records.read(folder), "smoke")}
 
 
+@pytest.mark.slow
 def test_a_stage_is_ended_at_its_limit_and_says_where_it_was(stand_in, tmp_path):
     stand_in("note('a', 'begun'); note('a', 'passed'); note('b', 'begun'); time.sleep(100)")
     start = time.monotonic()
@@ -180,6 +181,7 @@ def test_a_process_that_dies_is_followed_by_one_that_goes_on_behind_its_case(sta
     assert statuses(tmp_path) == {"a": "passed", "b": "died", "c": "passed"}
 
 
+@pytest.mark.slow
 def test_a_case_that_is_stuck_is_given_up(stand_in, tmp_path):
     stand_in(
         "for name in 'ab':\n"

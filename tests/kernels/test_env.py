@@ -36,6 +36,7 @@ print(dict(machine._pytorch())["float32 products on a GPU"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_how_float32_is_multiplied_follows_every_setting(setting):
     """In a process of its own: PyTorch has no way back from a mix of old and new settings."""

@@ -22,6 +22,7 @@ def assembly(source, kind, capability, folder):
     return listing.read_text()
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 assembly")
 @pytest.mark.parametrize("kind", build.KINDS)
