@@ -18,7 +18,7 @@ from memaop_triton import MemAOPLayer, revert_
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```python(?P<options>[^\n]*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
-MEASURING = {"watching.md"}
+LONG = {"watching.md", "integrations.md"}
 NEEDS = re.compile(r' title="Needs \w[^"]+"')
 
 
@@ -45,16 +45,59 @@ class Net(nn.Module):
         return self.head(x)
 
 
+def of_trainers(folder):
+    """What a user of transformers or Lightning has at hand, tiny."""
+    reason = "an optional extra that is not installed"
+    transformers = pytest.importorskip("transformers", reason=reason)
+    lightning = pytest.importorskip("lightning.pytorch", reason=reason)
+    pytest.importorskip("accelerate", reason=reason)
+    config = transformers.GPT2Config(
+        vocab_size=50, n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    ids = torch.randint(50, (8, 8))
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(16, 16)
+
+        def training_step(self, batch, _):
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return {
+        "gpt2": transformers.GPT2LMHeadModel(config),
+        "arguments": transformers.TrainingArguments(
+            str(folder / "trainer"), max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True
+        ),
+        "texts": [{"input_ids": one, "labels": one} for one in ids],
+        "module": Module(),
+        "loader": torch.utils.data.DataLoader(torch.randn(8, 16), batch_size=4),
+        "quiet": {
+            "max_steps": 2,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "accelerator": "cpu",
+        },
+    }
+
+
 def is_converted(model):
     return any(isinstance(module, MemAOPLayer) for module in model.modules())
 
 
 # Layers this small may stay dense.
 @pytest.mark.filterwarnings("ignore:nothing is converted:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, Leaf:FutureWarning")  # Lightning's
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")  # of its loader
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[pytest.mark.slow] if page.name in MEASURING else [], id=page.name)
+        pytest.param(page, marks=[pytest.mark.slow] if page.name in LONG else [], id=page.name)
         for page in PAGES
         if blocks_of(page)
     ],
@@ -69,7 +112,10 @@ def test_every_block_of_python_runs(page, tmp_path, monkeypatch):
         "batch": torch.randn(512, 256),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "path": tmp_path / "checkpoint.pt",
+        "folder": tmp_path / "checkpoint",
     }
+    if page.name == "integrations.md":
+        names |= of_trainers(tmp_path)
     for block in blocks_of(page):
         if re.search(r"\bconvert_\(\s*model", block) and is_converted(names["model"]):
             revert_(names["model"])

@@ -23,6 +23,9 @@ _LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)#\s]+)((?:#[^)]*)?\))")
 def places() -> dict[Path, str]:
     """Where on the site the files lie that do not belong to docs/, by their paths."""
     found = {ROOT / f"{name}.md": f"{name.lower()}.md" for name in _DOCUMENTS}
+    found[ROOT / "examples" / "README.md"] = "examples/index.md"
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        found[path] = f"examples/{path.name}"
     for pattern in ("*.md", "*.html", "quality/*.md", "quality/*.html", "quality/*.svg"):
         for path in sorted(RESULTS.glob(pattern)):
             found[path] = f"results/{path.relative_to(RESULTS).as_posix()}"
