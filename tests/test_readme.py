@@ -75,14 +75,6 @@ def of_trainers(folder):
         "texts": [{"input_ids": one, "labels": one} for one in ids],
         "module": Module(),
         "loader": torch.utils.data.DataLoader(torch.randn(8, 16), batch_size=4),
-        "quiet": {
-            "max_steps": 2,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "accelerator": "cpu",
-        },
     }
 
 
@@ -94,6 +86,8 @@ def is_converted(model):
 @pytest.mark.filterwarnings("ignore:nothing is converted:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, Leaf:FutureWarning")  # Lightning's
 @pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")  # of its loader
+@pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*ensorboard.*:UserWarning")  # which it would log to
 @pytest.mark.parametrize(
     "page",
     [
