@@ -1,9 +1,10 @@
-"""Sampled weight gradients for PyTorch linear layers, with a memory of what was left out.
+"""Sampled weight gradients for PyTorch layers, with a memory of what was left out.
 
-The weight gradient of a linear layer is a sum of outer products, one per row of the batch. The
-layers of this package compute a few of them and may keep the others for later steps (Mem-AOP-GD,
-arXiv 2110.09164), which makes the backward pass cheaper. `convert_` converts the linear layers of a
-model; `MemAOPConfig` sets how many rows are computed, how they are chosen and what is kept.
+The weight gradient of a linear layer is a sum of outer products, one per row of the batch; that of
+a convolution, one per position. The layers of this package compute a few of them and may keep the
+others for later steps (Mem-AOP-GD, arXiv 2110.09164), which makes the backward pass cheaper.
+`convert_` converts the layers of a model; `MemAOPConfig` sets how many rows are computed, how they
+are chosen and what is kept.
 """
 
 from pathlib import Path as _Path

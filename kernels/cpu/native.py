@@ -72,8 +72,8 @@ def gather_positions(a: Tensor, indices: Tensor) -> Tensor | None:
     if code is None:
         return None
     (_, channels, positions), k = a.shape, len(indices)
-    out = a.new_empty((k, channels))
-    pointers = a.data_ptr(), indices.contiguous().data_ptr(), out.data_ptr()
+    out, indices = a.new_empty((k, channels)), indices.contiguous()
+    pointers = a.data_ptr(), indices.data_ptr(), out.data_ptr()
     code.call("gather_positions", *pointers, channels, positions, k, threads_for(k, channels))
     return out
 
@@ -185,9 +185,8 @@ def gather_gemm(
     Raises:
         IndexError: An index is not in [0, M).
     """
-    z_indices = indices.contiguous()
-    both = Picked(x, z_indices), Picked(g, z_indices)
-    return product(*both, weights, projection, z_indices, transposed=transposed)
+    both = Picked(x, indices), Picked(g, indices)
+    return product(*both, weights, projection, indices, transposed=transposed)
 
 
 def product(
@@ -223,6 +222,8 @@ def product(
     if code is None:
         return None
     n, p, k, dtype = x.columns, g.columns, x.count, x.lines.dtype
+    x, g = x.in_order(), g.in_order()  # alive until the call has returned
+    z_indices = None if z_indices is None else z_indices.contiguous()
     out = x.lines.new_empty((n, p) if transposed else (p, n), dtype=code.number)
     if k + rank == 0:
         return out.zero_().to(dtype)
@@ -242,7 +243,10 @@ def product(
         *(out.data_ptr(), panels.data_ptr(), k, n, p, rank, transposed, threads),
     )
     if failed:
-        raise IndexError(f"indices must be in [0, {len(x.lines)}), the rows of x.")
+        raise IndexError(
+            f"a row is beyond the lines that it is picked from: indices of x must be in "
+            f"[0, {len(x.lines)}), those of g in [0, {len(g.lines)})."
+        )
     return out.to(dtype)
 
 

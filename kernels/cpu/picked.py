@@ -36,6 +36,12 @@ class Picked:
         pieces = 1 if self.offsets is None else len(self.offsets)
         return pieces * self.run * self.lines.shape[1]
 
+    def in_order(self) -> Picked:
+        """The same, with indices and offsets that lie one after another in memory."""
+        indices = None if self.indices is None else self.indices.contiguous()
+        offsets = None if self.offsets is None else self.offsets.contiguous()
+        return Picked(self.lines, indices, offsets, self.run)
+
     def matrix(self) -> Tensor:
         """The rows, [K, columns], copied unless they are all lines."""
         if self.offsets is None:

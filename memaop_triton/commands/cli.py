@@ -14,7 +14,7 @@ from memaop_triton.errors import CommandError
 
 PROGRAM = "memaop-triton"
 
-app = typer.Typer(add_completion=False, help="A cheaper backward pass for PyTorch linear layers.")
+app = typer.Typer(add_completion=False, help="A cheaper backward pass for PyTorch.")
 
 
 def _show_version(wanted: bool) -> None:

@@ -195,7 +195,8 @@ class Patches:
         sizes, channels = self._padded.shape[1:-1], self._padded.shape[-1]
         # What is made while a graph is captured is not there any more afterwards.
         lines_of = _lines_of.__wrapped__ if targets.is_capturing(self.device) else _lines_of
-        first, offsets = lines_of(geometry, self._positions, tuple(sizes), run, self.device)
+        where = geometry, self._positions, tuple(sizes), run, self.device, _stream(self.device)
+        first, offsets = lines_of(*where)
         positions = len(first)
         of_sample = indices // positions * math.prod(sizes)
         begins = of_sample + first.index_select(0, indices % positions)
@@ -265,13 +266,22 @@ class Patches:
         return as_weight(rows, self.geometry.kernel_size)
 
 
-@functools.lru_cache(maxsize=256)
+def _stream(device: torch.device) -> int:
+    """The number of the stream that works on a device: another one would have to wait."""
+    if device.type == "cpu":
+        return 0
+    number: int = torch.accelerator.current_stream(device).stream_id
+    return number
+
+
+@functools.lru_cache(maxsize=64)
 def _lines_of(
     geometry: Geometry,
     positions: tuple[int, ...],
     sizes: tuple[int, ...],
     run: int,
     device: torch.device,
+    stream: int,
 ) -> tuple[Tensor, Tensor]:
     """In inputs of these sizes, padding included, as lines of channels, one sample's:
 

@@ -24,6 +24,7 @@ from memaop_triton.nn import conv_ops as conv_ops  # registers its operator
 from memaop_triton.nn.autograd import (
     BATCHED,
     autocast,
+    caches_signature,
     check_not_batched,
     gradients_once,
     handle_and_order,
@@ -254,6 +255,7 @@ def obstacle_in(config: MemAOPConfig) -> str:
     return "" if config.scores == "norms" else f"scores={config.scores!r}"
 
 
+@caches_signature
 class _MemAOPConvFunction(torch.autograd.Function):
     """A convolution with the approximate backward pass; touches the memory in backward only."""
 

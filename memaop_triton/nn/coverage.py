@@ -212,7 +212,7 @@ def _reason_to_leave(owner: nn.Module, weight: nn.Parameter) -> str:
         return "has a forward pass of its own"
     if weight.dim() > 2:
         return f"Parameters of {weight.dim()} dimensions"
-    return "not a linear layer"
+    return "of no kind that is converted"
 
 
 def _is_exact(host: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from memaop_triton.nn import ops as ops  # registers torch.ops.memaop_triton
 from memaop_triton.nn.autograd import (
     BATCHED,
     autocast,
+    caches_signature,
     check_not_batched,
     gradients_once,
     handle_and_order,
@@ -26,6 +26,7 @@ from memaop_triton.nn.layer_state import LayerState, state_for
 from memaop_triton.nn.stashing import kept_of, skip_draw
 
 
+@caches_signature
 class _MemAOPLinearFunction(torch.autograd.Function):
     """y = x Wᵀ + b, with the approximate backward pass; touches the memory in backward only."""
 
@@ -66,12 +67,6 @@ class _MemAOPLinearFunction(torch.autograd.Function):
             grad_output, (x, weight), lambda: _backward(ctx, grad_output, x, weight, kept)
         )
         return *gradients, None, None, None, None, *(None for _ in kept)
-
-
-# autograd.Function.apply calls inspect.signature(forward) on every call; a cached one saves 20 µs.
-_MemAOPLinearFunction.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
-    _MemAOPLinearFunction.forward
-)
 
 
 class _EagerFunction(_MemAOPLinearFunction):

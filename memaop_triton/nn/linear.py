@@ -295,7 +295,7 @@ def adopt(
     assert isinstance(layer, kind)
     try:
         layer._set_config(config)
-    except ValueError:
+    except BaseException:
         layer.__class__ = before  # type: ignore[assignment]
         raise
     return layer

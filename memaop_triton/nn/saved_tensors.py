@@ -37,7 +37,8 @@ def compress_saved(model: nn.Module) -> CompressedSaved:
     Outputs and loss do not change. Gradients stay unbiased where they are linear in what was saved:
     those of weights. Where they are smooth in it, as in a GELU or in an attention, whose weights
     are computed again from rounded queries and keys, a bias remains of the order of the error's
-    square. It goes with `stash="int4"`, which takes less for the inputs of linear layers.
+    square. It goes with `stash="int4"`, which takes less for the inputs of linear
+    layers.
 
     Rounded are float16, bfloat16 and float32 tensors in at least 64 KiB of memory, on CPUs and CUDA
     devices, once each, that these operations save: matrix products and `einsum`, linear layers,

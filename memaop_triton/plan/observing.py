@@ -1,4 +1,4 @@
-"""One forward and backward pass of a model, to record which gradients its linear layers compute.
+"""One forward and backward pass of a model, to record which gradients its layers compute.
 
 The model is the same afterwards: `untouched` restores whatever a training step changes in it.
 """

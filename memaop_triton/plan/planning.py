@@ -50,7 +50,7 @@ def plan(
     batches: Iterable[object] = (),
     time_budget: float = TIME_BUDGET,
 ) -> Plan:
-    """Measure which linear layers of `model` `convert_` would make faster, and by how much.
+    """Measure which layers of `model` `convert_` would make faster, and by how much.
 
     With `ratio="auto"`, the default, it shows before training what the library would decide: the
     noise V/D and the time of each share of the rows, and the choice that promises most of dense's

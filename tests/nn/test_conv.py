@@ -271,11 +271,13 @@ def test_complex_inputs_are_refused():
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_no_rows_drawn(groups, dtype):
-    config = MemAOPConfig(ratio=1 / 4, selection="bernoulli", memory=None)
+    config = MemAOPConfig(k=1, selection="bernoulli", memory=None)
     layer = MemAOPConv2d(4, 6, 3, groups=groups, dtype=dtype, config=config)
     x = torch.randn(2, 4, 8, 8, dtype=dtype)
-    dw, *_ = gradients(layer, x, torch.zeros_like(layer(x)))
-    assert torch.equal(dw, torch.zeros_like(layer.weight))
+    drawn = [gradients(layer, x)[0].count_nonzero().item() for _ in range(30)]
+    # Of 72 rows one is drawn in the mean, and none more than once in three.
+    assert min(drawn) == 0
+    assert max(drawn) > 0
 
 
 def test_an_empty_batch():

@@ -84,7 +84,7 @@ def test_it_takes_rows_of_any_stride_and_repeats(dtype, off, way):
 @needs_compiler
 @pytest.mark.parametrize("index", [-1, 30])
 def test_it_reads_nothing_outside(index, own_gemm):
-    with pytest.raises(IndexError, match=r"indices must be in \[0, 30\)"):
+    with pytest.raises(IndexError, match=r"indices of x must be in \[0, 30\)"):
         native.gather_gemm(torch.randn(30, 16), torch.randn(30, 16), torch.tensor([0, index]))
 
 
