@@ -18,11 +18,17 @@ from tests.distributed.resume_worker import differences
 FOLDER = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 NEEDS = {
+    "accelerate_loop": ("accelerate",),
     "hf_trainer": ("transformers", "accelerate"),
     "lightning_trainer": ("lightning",),
     "lora": ("peft",),
 }
-LONG = {"char_gpt", "hf_trainer", "lightning_trainer"}  # two or three seconds, much of it imports
+LONG = {
+    "accelerate_loop",
+    "char_gpt",
+    "hf_trainer",
+    "lightning_trainer",
+}  # two or three seconds, much of it imports
 IN_PROCESSES = {"ddp_torchrun", "fsdp_torchrun"}
 TABLE = re.compile(
     r"^ +loss +ms a step.*\ndense +(\S+) +\S+.*\nconverted +(\S+) +\S+.*\nsaved: ", re.MULTILINE
@@ -32,6 +38,8 @@ TABLE = re.compile(
 def check_table(printed):
     losses = [float(loss) for loss in TABLE.search(printed).groups()]
     assert all(0 < loss < 10 for loss in losses), printed
+    # After so few steps from the same weights.
+    assert losses[1] == pytest.approx(losses[0], rel=0.2), printed
 
 
 pytestmark = [
