@@ -108,6 +108,10 @@ def test_every_block_of_python_runs(page, tmp_path, monkeypatch):
         "path": tmp_path / "checkpoint.pt",
         "folder": tmp_path / "checkpoint",
     }
+    if page.name == "memory.md":
+        peft = pytest.importorskip("peft", reason="an optional extra that is not installed")
+        adapters = peft.LoraConfig(r=2, target_modules=["up"])
+        names["peft_model"] = peft.get_peft_model(Net(), adapters)
     if page.name == "integrations.md":
         names |= of_trainers(tmp_path)
     for block in blocks_of(page):
