@@ -22,6 +22,7 @@ from memaop_triton import (
 from memaop_triton.auto import clock
 from memaop_triton.nn.attention import MemAOPMultiheadAttention
 from memaop_triton.nn.layer_choice import converted_layers
+from memaop_triton.nn.packed import expose_
 from tests.attending import (
     BATCH,
     EXACT,
@@ -255,6 +256,9 @@ def test_what_cannot_be_taken_apart_leaves_all_as_they_were(monkeypatch):
         convert_(model, HALF)
     assert repr(model) == before
     assert [type(one) for one in model[:2]] == [nn.MultiheadAttention] * 2
+    with pytest.raises(RuntimeError, match="no projections"):
+        expose_(model[1], MemAOPMultiheadAttention)
+    assert type(model[1]) is nn.MultiheadAttention
 
 
 def test_other_calls_than_expected_are_exact():
