@@ -120,6 +120,8 @@ def check_gathered_projections_are_not_divided():
             layers = dict(converted_layers(model))
             assert len(layers) >= 2
             assert all(divided_among(layer) == 1 for layer in layers.values())
+            # PyTorch's compiler asks for this beside the other mark.
+            assert all(layer._fsdp_use_orig_params for layer in layers.values())
             assert "ratio=auto" in repr(model)
 
 
