@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memaop_triton.backward.gathered import parts_for
 from memaop_triton.backward.step import Observer, Operands, rows_and_weights
 from memaop_triton.config import MemAOPConfig
 from memaop_triton.kernels.cpu.torch_ops import selected_rows
@@ -60,7 +61,7 @@ def experts_weight_grad(
             observer.observe_exact(operands, dw.flatten(0, 1), None)
         return dw
     scores = operands.scores_of_rows()
-    selection = operands.select(scores)
+    selection = parts_for(g).select(operands, scores)
     # Rows of weight 0 stay: how many there are is known on the device only.
     indices, weights = rows_and_weights(selection, config, drop=False)
     # Ascending as the rows of the experts are.

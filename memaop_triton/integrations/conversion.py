@@ -7,6 +7,7 @@ installed.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -27,6 +28,7 @@ from memaop_triton import (
 from memaop_triton.auto.controller import Controller
 from memaop_triton.auto.worth import EXACT
 from memaop_triton.nn.layer_choice import converted_layers
+from memaop_triton.nn.linear import MemAOPLayer
 from memaop_triton.nn.lora import converted_lora_layers
 
 #: The prefix of `figures`.
@@ -150,10 +152,10 @@ def figures(model: nn.Module) -> dict[str, float]:
     """
     layers = [layer for _, layer in converted_layers(model)]
     result = {f"{PREFIX}/coverage": coverage(model).share}
-    elements = {layer: _trained_elements(layer) for layer in layers}
-    if any(elements.values()):
-        sampled = sum(n for layer, n in elements.items() if layer.config.ratio != EXACT)
-        result[f"{PREFIX}/sampled_share"] = sampled / sum(elements.values())
+    elements = _trained_elements(layers)
+    if elements:
+        sampled = _trained_elements(one for one in layers if one.config.ratio != EXACT)
+        result[f"{PREFIX}/sampled_share"] = sampled / elements
     found = dict.fromkeys(layer.layer_state.controller for layer in layers)
     controllers = [one for one in found if isinstance(one, Controller)]
     for number, one in enumerate(controllers):
@@ -167,10 +169,21 @@ def figures(model: nn.Module) -> dict[str, float]:
     return result
 
 
-def _trained_elements(layer: nn.Module) -> int:
-    """Elements of a layer's own weight matrices, without those that are frozen."""
-    own = layer.parameters(recurse=False)
-    return sum(weight.numel() for weight in own if weight.requires_grad and weight.dim() > 1)
+def _trained_elements(layers: Iterable[MemAOPLayer]) -> int:
+    """Elements of the layers' weights that are not frozen, each once.
+
+    A projection has a part of a Parameter. More layers may share one than it has parts, because
+    those for another way of calling an attention are layers too.
+    """
+    weights: dict[int, nn.Parameter] = {}
+    elements: dict[int, int] = {}
+    for layer in layers:
+        weight = layer.weight_parameter
+        if weight is not None and weight.requires_grad:
+            weights[id(weight)] = weight
+            own = math.prod(layer.gradient_shape)
+            elements[id(weight)] = elements.get(id(weight), 0) + own
+    return sum(min(elements[key], weight.numel()) for key, weight in weights.items())
 
 
 def _on_cpu(value: Any) -> Any:

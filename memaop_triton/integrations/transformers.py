@@ -179,11 +179,17 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
 
 
 def _digest(model: nn.Module) -> str:
-    """Tells the weights of one step of one training from all others, by one layer's."""
+    """Tells the weights of one step of one training from all others, by one layer's.
+
+    Of what this process has of them, where they are divided.
+    """
     for _, layer in converted_layers(model):
-        for weight in layer.parameters(recurse=False):
-            if weight.requires_grad and weight.dim() > 1:
-                local = weight.to_local() if hasattr(weight, "to_local") else weight
-                numbers = local.detach().cpu().contiguous().flatten().view(torch.uint8)
-                return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()
+        weight = layer.weight_parameter
+        if weight is None or not weight.requires_grad:
+            continue
+        local = weight.to_local() if hasattr(weight, "to_local") else weight
+        # It may be no row of this one.
+        if local.numel():
+            numbers = local.detach().cpu().contiguous().flatten().view(torch.uint8)
+            return hashlib.sha256(numbers.numpy().tobytes()).hexdigest()
     return ""

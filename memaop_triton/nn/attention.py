@@ -17,11 +17,18 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memaop_triton.nn.classes import stands_for_dense
+from memaop_triton.nn.classes import has_own_forward, stands_for_dense
 from memaop_triton.nn.packed import Host, Projection, Source
 
 #: How a module is known to be called: with one tensor for queries, keys and values, or with others.
 SELF, CROSS = "self", "cross"
+
+# Attentions in layers of `nn.Transformer`, and the methods that call them.
+_PLACES = (
+    (nn.TransformerEncoderLayer, "self_attn", "_sa_block", SELF),
+    (nn.TransformerDecoderLayer, "self_attn", "_sa_block", SELF),
+    (nn.TransformerDecoderLayer, "multihead_attn", "_mha_block", CROSS),
+)
 
 _functional: Any = F  # whose private functions have no types
 
@@ -249,13 +256,15 @@ class MemAOPMultiheadAttention(Host, nn.MultiheadAttention):
 
 
 def roles_of(model: nn.Module) -> dict[int, str]:
-    """How attentions are called by id, of those whose role in a layer of `nn.Transformer` tells."""
+    """How attentions are called by id, of those whose role in a layer of `nn.Transformer` tells.
+
+    It tells nothing in a layer whose forward pass, or the part of it in question, is its own.
+    """
     roles = {}
     for module in model.modules():
-        for dense in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
-            if isinstance(module, dense) and type(module)._sa_block is dense._sa_block:
-                roles[id(module.self_attn)] = SELF
-        dense = nn.TransformerDecoderLayer
-        if isinstance(module, dense) and type(module)._mha_block is dense._mha_block:
-            roles[id(module.multihead_attn)] = CROSS
+        for dense, name, block, role in _PLACES:
+            if not isinstance(module, dense) or has_own_forward(module, dense):
+                continue
+            if getattr(type(module), block) is getattr(dense, block):
+                roles[id(module.get_submodule(name))] = role
     return roles

@@ -37,7 +37,14 @@ from memaop_triton.nn.packed import Host, Projection, Source
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What the decorator of transformers notes about a class of experts.
-_NOTES = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")
+_NOTES = (
+    "has_gate",
+    "has_bias",
+    "is_transposed",
+    "num_experts",
+    "_apply_gate",
+    "_is_expert_parallel",
+)
 
 
 class ExpertsProjection(Projection):
@@ -237,8 +244,16 @@ class MemAOPExperts(Host):
 
 
 def can_be_taken_apart(module: nn.Module) -> bool:
-    """Whether a module is one of experts that compute by the registry of transformers."""
-    if "transformers.integrations.moe" not in sys.modules or "forward" in vars(module):
+    """Whether a module is one of experts that compute by the registry of transformers.
+
+    And whether all that a converted one needs of that library is in its release.
+    """
+    registry = sys.modules.get("transformers.integrations.moe")
+    if registry is None or "forward" in vars(module):
+        return False
+    if not hasattr(registry, "_grouped_mm"):
+        return False
+    if not hasattr(torch.ops.transformers, "grouped_mm_fallback"):
         return False
     # What the decorator of transformers makes of a forward pass refers to the registry.
     code = getattr(type(module).forward, "__code__", None)

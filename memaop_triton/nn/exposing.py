@@ -24,21 +24,25 @@ def exposed(model: nn.Module, targets: str, *, subclasses: bool = False) -> Iter
         targets: As for `convert_`: nothing is exposed unless it is `"all"`.
         subclasses: Also expose subclasses that have no forward pass of their own.
     """
-    if targets == "all" and isinstance(model, nn.Module):
-        roles = roles_of(model)
-        for module in list(model.modules()):
-            kind = host_kind_of(module)
-            if kind is MemAOPMultiheadAttention:
-                is_exact = class_below_fsdp(type(module)) is nn.MultiheadAttention
-                if is_exact or subclasses:
-                    expose_(module, kind, roles.get(id(module), ""))
-            elif kind is not None:
-                expose_(module, kind)
     try:
+        if targets == "all" and isinstance(model, nn.Module):
+            _expose_(model, subclasses)
         yield
     finally:
         if isinstance(model, nn.Module):
             conceal_(model)
+
+
+def _expose_(model: nn.Module, subclasses: bool) -> None:
+    roles = roles_of(model)
+    for module in list(model.modules()):
+        kind = host_kind_of(module)
+        if kind is MemAOPMultiheadAttention:
+            is_exact = class_below_fsdp(type(module)) is nn.MultiheadAttention
+            if is_exact or subclasses:
+                expose_(module, kind, roles.get(id(module), ""))
+        elif kind is not None:
+            expose_(module, kind)
 
 
 def host_kind_of(module: nn.Module) -> type[Host] | None:

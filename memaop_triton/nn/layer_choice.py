@@ -177,12 +177,13 @@ def _plain_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]
     """
     hosts = [module for module in model.modules() if isinstance(module, MemAOPMultiheadAttention)]
     plain = {id(host.out_proj) for host in hosts}
+    own = {n: class_below_fsdp(type(layer)) for n, layer in layers.items()}
     return {
         name
         for name, layer in layers.items()
         if isinstance(layer, MemAOPLayer)
-        or class_below_fsdp(type(layer)) is _dense_class(layer)
-        or (id(layer) in plain and type(layer) is NonDynamicallyQuantizableLinear)
+        or own[name] is _dense_class(layer)
+        or (id(layer) in plain and own[name] is NonDynamicallyQuantizableLinear)
     }
 
 

@@ -76,14 +76,15 @@ class MemAOPLayer(Converted):
         between processes. Where the weight is divided by tensor parallelism, one for the columns of
         this process.
         """
-        weight = self.weight_parameter
+        memory, weight = self.layer_state.memory, self.weight_parameter
         # `fully_shard` gathers the whole weight before the layer computes with it.
-        if _is_distributed(weight) and not getattr(self, "_is_fsdp_managed_module", False):
+        is_gathered = getattr(self, "_is_fsdp_managed_module", False)
+        if memory is not None and _is_distributed(weight) and not is_gathered:
             from memaop_triton.nn import tensor_parallel
 
             outputs_first = weight.t() if self.is_transposed else weight
             self.layer_state.fit(*tensor_parallel.local_sizes(outputs_first))
-        return self.layer_state.memory
+        return memory
 
     def set_ratio_(self, ratio: float) -> None:
         """Compute this share of the rows from the next backward pass on, whole blocks as before.

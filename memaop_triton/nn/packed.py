@@ -19,6 +19,10 @@ from torch.nn import functional as F
 from memaop_triton.nn.classes import Converted, exchange_class, stands_for_dense
 from memaop_triton.nn.linear import MemAOPLayer
 
+# What `fully_shard` notes about the modules that it finds, of which it gathers the whole weights.
+# That a host has them counts for projections that are made afterwards.
+_MARKS_OF_FSDP = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
+
 
 class Source(NamedTuple):
     """Where the weight of a `Projection` is.
@@ -150,14 +154,20 @@ def weight_parameter_of(layer: nn.Module) -> nn.Parameter | None:
 
 def expose_(module: nn.Module, kind: type[Host], role: str = "") -> None:
     """Turn a module into a host, with dense projections; nothing happens if a name is taken."""
-    plain = type(module)
+    plain, is_host = type(module), False
     exchange_class(module, kind)
     assert isinstance(module, Host)
-    made = module.make_projections(role=role)
-    if any(hasattr(module, name) for name in made):
-        module.__class__ = plain  # type: ignore[assignment]
+    try:
+        made = module.make_projections(role=role)
+        is_host = not any(hasattr(module, name) for name in made)
+    finally:
+        if not is_host:
+            module.__class__ = plain  # type: ignore[assignment]
+    if not is_host:
         return
+    marks = {name: value for name, value in vars(module).items() if name in _MARKS_OF_FSDP}
     for name, projection in made.items():
+        vars(projection).update(marks)
         module._modules[name] = projection.train(module.training)
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from memaop_triton import MemAOPConfig
-from memaop_triton.backward import experts
+from memaop_triton.backward import experts, gathered
 from memaop_triton.backward.experts import experts_weight_grad
+from memaop_triton.backward.step import Operands
 from tests.schemes import UNBIASED, flat_config, label
 
 ENDS = torch.tensor([10, 10, 25, 40], dtype=torch.int32)  # the second has no row
@@ -53,6 +54,27 @@ def test_one_selection_takes_the_largest_rows_of_all_experts(batch):
     left = scores.argsort()[:-12]
     x[left] = 0
     torch.testing.assert_close(experts_weight_grad(*batch, ENDS, config), dense(x, g))
+
+
+@pytest.mark.parametrize("has_kernel", [False, True])
+def test_the_host_looks_at_the_draws_only_where_a_block_is_cut_short(
+    batch, has_kernel, monkeypatch
+):
+    cut = []
+
+    def recorded(self, scores, *, cut_short=True):
+        cut.append(cut_short)
+        return original(self, scores)
+
+    original = Operands.select
+    monkeypatch.setattr(Operands, "select", recorded)
+    if has_kernel:
+        pytest.importorskip("triton")
+        monkeypatch.setattr(experts, "parts_for", lambda g: gathered._triton())
+    config = MemAOPConfig(ratio=1 / 2, memory=None, block_rows=16)
+    for rows in (32, 40):
+        experts_weight_grad(*(a[:rows] for a in batch), ENDS.clamp(max=rows), config)
+    assert cut == ([False, True] if has_kernel else [True, True])
 
 
 def test_rows_are_as_many_whatever_the_router_does(batch, monkeypatch):

@@ -120,6 +120,23 @@ def test_experts_are_named(experts):
     assert set(found.left) == {"MixtralExperts", "MixtralTopKRouter"}
 
 
+@pytest.mark.parametrize("missing", ["_grouped_mm", "grouped_mm_fallback", "_is_expert_parallel"])
+def test_experts_of_a_release_that_is_unlike_this_one_stay_and_are_named(missing, monkeypatch):
+    model = mixtral()
+    if missing == "_grouped_mm":
+        monkeypatch.delattr("transformers.integrations.moe._grouped_mm")
+    elif missing == "grouped_mm_fallback":
+        monkeypatch.setattr(torch.ops, "transformers", SimpleNamespace())
+    else:
+        for layer in model.model.layers:
+            del layer.mlp.experts._is_expert_parallel
+    with pytest.warns(LowCoverageWarning):
+        convert_(model, MemAOPConfig())
+    left = coverage(model).left["MixtralExperts"]
+    assert left.reason == "Parameters of 3 dimensions"
+    assert not left.is_convertible
+
+
 def test_exact_gradients_are_those_of_transformers_bit_for_bit():
     model, inputs = gpt2(), batch()
     logits, expected = step(model, inputs)

@@ -20,7 +20,9 @@ from memaop_triton import (
     revert_,
 )
 from memaop_triton.auto import clock
+from memaop_triton.nn.attention import MemAOPMultiheadAttention
 from memaop_triton.nn.layer_choice import converted_layers
+from memaop_triton.nn.packed import expose_
 from tests.attending import (
     BATCH,
     EXACT,
@@ -194,6 +196,69 @@ def test_layers_of_transformers_train_and_evaluate(batch_first):
         *(f"self_attn.{name}" for name in ("in_proj", "out_proj")),
         *(f"multihead_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
     }
+
+
+def test_a_layer_that_calls_its_attention_in_its_own_way_gets_all_layers():
+    class Positioned(nn.TransformerDecoderLayer):
+        """Queries and keys have positions added, and values have not."""
+
+        def forward(self, x, memory):
+            x = self.self_attn(x + 1, x + 1, x)[0]
+            return self.multihead_attn(x, memory, memory)[0]
+
+    class Blocks(nn.TransformerDecoderLayer):
+        def _sa_block(self, x, *args, **kwargs):
+            return self.self_attn(x + 1, x + 1, x)[0]
+
+    settings = {"dropout": 0.0, "dtype": torch.float64}
+    every, crossed = {"in_proj", "q_proj", "k_proj", "v_proj"}, {"q_proj", "k_proj", "v_proj"}
+    of_kinds = {Positioned: (every, every), Blocks: (every, crossed)}
+    for kind, (of_self, of_other) in of_kinds.items():
+        dense = kind(WIDTH, HEADS, 32, **settings)
+        ours = convert_(copy.deepcopy(dense), NO_MEMORY)
+        names = layer_names(ours)
+        assert names - {"linear1", "linear2"} == {
+            *(f"self_attn.{name}" for name in of_self | {"out_proj"}),
+            *(f"multihead_attn.{name}" for name in of_other | {"out_proj"}),
+        }
+        batch = [torch.randn(rows, 4, WIDTH, dtype=torch.float64) for rows in (4, 6)]
+        # What is called is sampled.
+        exact, sampled = (
+            step(lambda m, batch=batch: m(*batch), model)[1]["self_attn.in_proj_weight"].chunk(3)
+            for model in (dense, ours)
+        )
+        assert not any(map(torch.allclose, exact, sampled))
+    outside = nn.TransformerEncoderLayer(WIDTH, HEADS, 32)
+    outside.forward = lambda x: outside.self_attn(x + 1, x + 1, x)[0]
+    assert {f"self_attn.{name}" for name in every} < layer_names(convert_(outside, NO_MEMORY))
+
+
+def test_an_attention_that_has_a_name_of_ours_stays():
+    model = nn.ModuleList([attention(), attention()])
+    model[1].register_buffer("q_proj", torch.zeros(1))
+    with pytest.warns(UserWarning, match="left as they are, being subclasses: '1.out_proj'"):
+        convert_(model, HALF)
+    assert [type(one) for one in model] == [MemAOPMultiheadAttention, nn.MultiheadAttention]
+
+
+def test_what_cannot_be_taken_apart_leaves_all_as_they_were(monkeypatch):
+    model = nn.ModuleList([attention(), attention(), nn.Linear(4, 4)])
+    original = MemAOPMultiheadAttention.make_projections
+
+    def failing(module, **options):
+        if module is model[1]:
+            raise RuntimeError("no projections")
+        return original(module, **options)
+
+    before = repr(model)
+    monkeypatch.setattr(MemAOPMultiheadAttention, "make_projections", failing)
+    with pytest.raises(RuntimeError, match="no projections"):
+        convert_(model, HALF)
+    assert repr(model) == before
+    assert [type(one) for one in model[:2]] == [nn.MultiheadAttention] * 2
+    with pytest.raises(RuntimeError, match="no projections"):
+        expose_(model[1], MemAOPMultiheadAttention)
+    assert type(model[1]) is nn.MultiheadAttention
 
 
 def test_other_calls_than_expected_are_exact():
