@@ -74,7 +74,17 @@ class MemAOPCallback(transformers.TrainerCallback):
         control: transformers.TrainerControl,
         **objects: Any,
     ) -> None:
-        """Convert the model, tie its memories to the optimizer, and load what was saved."""
+        """Convert the model, tie its memories to the optimizer, and load what was saved.
+
+        Raises:
+            RuntimeError: One process trains on several GPUs.
+        """
+        if args.n_gpu > 1:
+            raise RuntimeError(
+                "one process with several GPUs trains copies of the model by nn.DataParallel, in "
+                "which converted layers do not work: start a process for each GPU, by torchrun or "
+                "accelerate launch, or show this one a single GPU by CUDA_VISIBLE_DEVICES."
+            )
         model, optimizer = objects["model"], objects["optimizer"]
         self._conversion.apply_(model)
         # A scaler belongs to the wrapper that Accelerate puts around the optimizer.

@@ -24,6 +24,7 @@ from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.nn import expert_ops as expert_ops  # registers its operator
 from memaop_triton.nn.autograd import (
     BATCHED,
+    caches_signature,
     check_not_batched,
     gradients_once,
     handle_and_order,
@@ -118,6 +119,7 @@ class MemAOPExpertsProjection(MemAOPLayer, ExpertsProjection):
         super()._set_config(checked_for_experts(self, config))
 
 
+@caches_signature
 class _ExpertsFunction(torch.autograd.Function):
     """y_m = W_e x_m for the expert e of each row m, with the approximate weight gradient."""
 

@@ -1,6 +1,7 @@
 """`MemAOPCallback` in the Trainer of transformers."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,12 @@ print("loaded")
 
 
 INPUTS = {"gpt2": ["input_ids"], "vit": ["pixel_values"]}
+
+
+def test_several_gpus_in_one_process_are_refused():
+    args = SimpleNamespace(n_gpu=2)
+    with pytest.raises(RuntimeError, match="start a process for each GPU"):
+        MemAOPCallback().on_train_begin(args, None, None, model=None, optimizer=None)
 
 
 def test_what_is_logged(tmp_path):
