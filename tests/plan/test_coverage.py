@@ -196,7 +196,7 @@ def test_a_table_that_the_model_multiplies_by_counts_once_that_is_seen():
     assert coverage(model).share == 1
     found = coverage(model, torch.arange(8))
     assert found.share == N / (N + 50)
-    assert found.left["Embedding"].reason == "not a linear layer"
+    assert found.left["Embedding"].reason == "of no kind that is converted"
     assert not found.is_estimate
 
 
