@@ -31,7 +31,7 @@ OURS = {1: MemAOPConv1d, 2: MemAOPConv2d, 3: MemAOPConv3d}
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")  # PyTorch's, of a copy it makes
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(convolutions())
 def test_all_rows_are_the_dense_gradient(drawn):
     dense, x = drawn
