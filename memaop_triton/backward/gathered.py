@@ -15,9 +15,11 @@ from torch import Tensor
 
 from memaop_triton import dispatch
 from memaop_triton.backward import gathered_torch
-from memaop_triton.backward.step import Operands
+from memaop_triton.backward.scores import product_of_norms
+from memaop_triton.backward.step import Gradients, Operands, ProjectedRows
 from memaop_triton.kernels.cpu.picked import Picked
-from memaop_triton.kernels.cpu.torch_ops import Projection, score_dtype
+from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale, score_dtype
+from memaop_triton.memory.kinds import SubspaceMemory
 from memaop_triton.sampling.selection import Selection
 
 
@@ -40,8 +42,8 @@ def _triton() -> ModuleType:
 
 def product(
     operands: Operands,
-    a: Picked | Tensor,
-    b: Picked | Tensor,
+    a: Picked,
+    b: Picked,
     weights: Tensor | None,
     projection: Projection | None = None,
     *,
@@ -52,14 +54,13 @@ def product(
 
     Args:
         operands: Of the step.
-        a: Rows of X, [K, N], or of G, [K, P], copied already or not.
+        a: Rows of X, [K, N], or of G, [K, P].
         b: The same rows of the other.
         weights: [K]; `None` if all are 1.
         projection: Of the rows of `a`, if there is a subspace.
         exchanged: Whether `a` is of G.
         are_whole: Whether rows still have the part inside of the subspace. If not, z is zero.
     """
-    a, b = (rows if isinstance(rows, Picked) else Picked(rows) for rows in (a, b))
     if operands.factors is not None:
         a, b = Picked(a.matrix()), Picked(b.matrix())
         like = operands.g.new_ones(a.count, dtype=score_dtype(operands.g.dtype))
@@ -72,3 +73,29 @@ def product(
         operands, a, b, weights, projection, exchanged=exchanged, are_whole=are_whole
     )
     return dw
+
+
+def beside_gradients(
+    operands: Operands, memory: SubspaceMemory, selection: Selection | None = None
+) -> Gradients:
+    """A step beside a subspace of the gradients' side, which takes every row of X.
+
+    `selection` takes the place of scores.
+    """
+    x, g, parts = operands.inputs, operands.g, parts_for(operands.g)
+    assert not isinstance(x, Tensor)
+    basis = memory.basis_of(g)
+    z, rest = dispatch.project_rows(g, basis)
+    scores = product_of_norms(rest, x.norms())
+    zx = x.transposed_mm(z).to(score_dtype(g.dtype))
+    if selection is None:
+        selection = parts.select(operands, operands.scores_of_whole_rows(scores))
+    indices, weights = parts.weights_of(operands, selection)
+    expand = basis * basis_scale(g.shape[1])
+    projection = Projection(expand, z.index_select(0, indices), zx)
+    rows = Picked(g, indices), x.picked(indices)
+    dw = product(operands, *rows, weights, projection, exchanged=True)
+    projected = ProjectedRows(rest, z, zx, g.shape[1]) if operands.is_observed else None
+    operands.observe(selection, dw, scores, projected)
+    memory.end_step(g, z)
+    return Gradients(dw, operands.sum_rows())

@@ -9,12 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memaop_triton import dispatch
-from memaop_triton.backward.gathered import parts_for, product
-from memaop_triton.backward.scores import product_of_norms
+from memaop_triton.backward.gathered import beside_gradients, parts_for, product
 from memaop_triton.backward.step import Gradients, Operands, ProjectedRows
 from memaop_triton.kernels.cpu.picked import Picked
-from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale, score_dtype
+from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
 from memaop_triton.memory.patches import Patches
 
@@ -33,7 +31,7 @@ def sampled(operands: Operands, memory: Memory | None) -> Gradients:
         if memory is not None:
             memory.end_step(operands.g)
         return gradients
-    beside = _beside_inputs if memory.side == "input" else _beside_gradients
+    beside = _beside_inputs if memory.side == "input" else beside_gradients
     return beside(operands, memory)
 
 
@@ -66,24 +64,6 @@ def _beside_inputs(operands: Operands, memory: SubspaceMemory) -> Gradients:
     operands.observe(selection, dw, scores, projected)
     memory.end_step(patches)
     return Gradients(dw, db)
-
-
-def _beside_gradients(operands: Operands, memory: SubspaceMemory) -> Gradients:
-    patches, g, parts = _patches_of(operands), operands.g, parts_for(operands.g)
-    basis = memory.basis_of(g)
-    z, rest = dispatch.project_rows(g, basis)
-    scores = product_of_norms(rest, patches.norms())
-    zx = patches.transposed_mm(z).to(score_dtype(g.dtype))
-    selection = parts.select(operands, scores)
-    indices, weights = parts.weights_of(operands, selection)
-    expand = basis * basis_scale(g.shape[1])
-    projection = Projection(expand, z.index_select(0, indices), zx)
-    rows = Picked(g, indices), patches.picked(indices)
-    dw = product(operands, *rows, weights, projection, exchanged=True)
-    projected = ProjectedRows(rest, z, zx, g.shape[1]) if operands.is_observed else None
-    operands.observe(selection, dw, scores, projected)
-    memory.end_step(g, z)
-    return Gradients(dw, operands.sum_rows())
 
 
 def _product_of_groups(rows: Tensor, g: Tensor, weights: Tensor | None) -> Tensor:

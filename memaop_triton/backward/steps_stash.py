@@ -9,11 +9,10 @@ from __future__ import annotations
 from types import ModuleType
 
 from memaop_triton import dispatch
-from memaop_triton.backward.gathered import parts_for, product
+from memaop_triton.backward.gathered import beside_gradients, parts_for, product
 from memaop_triton.backward.scores import parts_to_score, product_of_norms
 from memaop_triton.backward.step import Gradients, Operands, ProjectedRows
-from memaop_triton.kernels.cpu.picked import Picked
-from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale
+from memaop_triton.kernels.cpu.torch_ops import Projection
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
 from memaop_triton.memory.stash import Stash
 from memaop_triton.sampling.selection import Selection
@@ -35,8 +34,8 @@ def sampled(operands: Operands, memory: Memory | None, selection: Selection | No
     assert memory is None or isinstance(memory, SubspaceMemory)
     stash, g = _stash_of(operands), operands.g
     if memory is not None and memory.side == "grad" and memory.rank:
-        gradients = _beside_gradients(operands, memory, selection)
-    elif stash.inside is not None:
+        return beside_gradients(operands, memory, selection)
+    if stash.inside is not None:
         gradients = _beside_inputs(operands, selection)
     else:
         gradients = _without_subspace(operands, selection)
@@ -76,26 +75,6 @@ def _beside_inputs(operands: Operands, selection: Selection | None) -> Gradients
     projected = ProjectedRows(rest, z, zg, stash.shape[1]) if operands.is_observed else None
     operands.observe(selection, dw, scores, projected)
     return Gradients(dw, db)
-
-
-def _beside_gradients(
-    operands: Operands, memory: SubspaceMemory, selection: Selection | None
-) -> Gradients:
-    stash, g, parts = _stash_of(operands), operands.g, _parts_for(operands)
-    basis = memory.basis_of(g)
-    z, rest = dispatch.project_rows(g, basis)
-    zx = stash.transposed_mm(z)
-    scores = product_of_norms(rest, stash.norms())
-    if selection is None:
-        selection = parts.select(operands, operands.scores_of_whole_rows(scores))
-    indices, weights = parts.weights_of(operands, selection)
-    expand = basis * basis_scale(g.shape[1])
-    projection = Projection(expand, z.index_select(0, indices), zx)
-    rows = Picked(g, indices), stash.rows(indices)
-    dw = product(operands, *rows, weights, projection, exchanged=True)
-    projected = ProjectedRows(rest, z, zx, g.shape[1]) if operands.is_observed else None
-    operands.observe(selection, dw, scores, projected)
-    return Gradients(dw, operands.sum_rows())
 
 
 def _parts_for(operands: Operands) -> ModuleType:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memaop_triton.kernels.cpu import native
 from memaop_triton.kernels.cpu.picked import Picked
-from memaop_triton.memory.patches import by_position, is_channels_last
+from memaop_triton.memory.patches import is_channels_last
 
 
 class Maps:
@@ -25,10 +25,6 @@ class Maps:
         self.gradients = gradients
         channels = gradients.shape[1]
         self.shape = torch.Size((gradients.numel() // max(1, channels), channels))
-
-    def matrix(self) -> Tensor:
-        """All rows, [M, P]: a view if channels are last, else a copy."""
-        return by_position(self.gradients)
 
     def norms(self) -> Tensor | None:
         """Of the rows, [M]; `None` if it is no faster to make the matrix first."""

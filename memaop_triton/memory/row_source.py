@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from memaop_triton.kernels.cpu.picked import Picked
+
 
 class RowSource(Protocol):
     """The rows of X, [M, N], in another form: kept in a few bits, or patches of a convolution."""
@@ -30,8 +32,8 @@ class RowSource(Protocol):
         """Some of the rows."""
         ...
 
-    def rows(self, indices: Tensor) -> Tensor:
-        """Rows by their numbers ([K] int64), [K, N]."""
+    def picked(self, indices: Tensor) -> Picked:
+        """Rows by their numbers ([K] int64), [K, N], made when they are multiplied or before."""
         ...
 
     def norms(self) -> Tensor:
@@ -40,6 +42,10 @@ class RowSource(Protocol):
 
     def scores(self, g: Tensor) -> Tensor:
         """‖g_m‖·‖x_m‖ of all rows, [M], for g [M, P]."""
+        ...
+
+    def transposed_mm(self, a: Tensor) -> Tensor:
+        """Aᵀ X, [q, N], for a [M, q]: a product that takes every row."""
         ...
 
     def project(self, basis: Tensor) -> tuple[Tensor, Tensor]:

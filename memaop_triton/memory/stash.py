@@ -26,6 +26,7 @@ from memaop_triton.dispatch import (
     round_rows,
     row_norms,
 )
+from memaop_triton.kernels.cpu.picked import Picked
 from memaop_triton.kernels.cpu.stash import Inside, RoundedRows
 from memaop_triton.kernels.cpu.torch_ops import score_dtype
 from memaop_triton.memory.mask import Mask
@@ -137,10 +138,10 @@ class Stash:
 
     def rest_and_rows_of(
         self, g: Tensor, indices: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Picked, Picked, Tensor | None]:
         """Rows less what is inside, [K, N], those of `g`, [K, P], and weights still to apply."""
         x, g, weights = restore_both(self._stored, self._bits, self.shape[1], g, indices, weights)
-        return self._masked(x, indices), g, weights
+        return Picked(self._masked(x, indices)), Picked(g), weights
 
     def rows(self, indices: Tensor) -> Tensor:
         """These rows, [K, N]."""
@@ -148,6 +149,10 @@ class Stash:
             self._stored, self._bits, self.shape[1], self.dtype, indices, self.inside
         )
         return self._masked(rows, indices)
+
+    def picked(self, indices: Tensor) -> Picked:
+        """These rows, restored."""
+        return Picked(self.rows(indices))
 
     def __getitem__(self, rows: slice) -> Tensor:
         first, end, step = rows.indices(self.shape[0])

@@ -12,12 +12,21 @@ from torch import Tensor
 
 from memaop_triton.nn.layer_state import LayerState
 
-BATCHED = (
+_BATCHED = (
     "a converted layer in training draws rows for each backward pass, so it cannot be batched by "
     "torch.func.vmap, torch.func.jacrev, torch.autograd.functional.jacobian(vectorize=True) or "
     "torch.autograd.grad(is_grads_batched=True): call .eval() on the layer, which makes its "
     "gradients exact, or revert_ it."
 )
+
+
+class LayerFunction(torch.autograd.Function):
+    """Of a converted layer: no transform can batch it."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        """Refuse."""
+        raise RuntimeError(_BATCHED)
 
 
 F = TypeVar("F", bound=type[torch.autograd.Function])
@@ -34,7 +43,7 @@ def check_not_batched(grad_output: Tensor) -> None:
     if not torch.compiler.is_compiling():
         batching = torch._C._functorch
         if batching.is_batchedtensor(grad_output) or batching.is_legacy_batchedtensor(grad_output):
-            raise RuntimeError(BATCHED)
+            raise RuntimeError(_BATCHED)
 
 
 class _DifferentiableOnce(torch.autograd.Function):

@@ -22,7 +22,7 @@ from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.memory.patches import Convolution, Geometry, is_channels_last
 from memaop_triton.nn import conv_ops as conv_ops  # registers its operator
 from memaop_triton.nn.autograd import (
-    BATCHED,
+    LayerFunction,
     autocast,
     caches_signature,
     check_not_batched,
@@ -256,7 +256,7 @@ def obstacle_in(config: MemAOPConfig) -> str:
 
 
 @caches_signature
-class _MemAOPConvFunction(torch.autograd.Function):
+class _MemAOPConvFunction(LayerFunction):
     """A convolution with the approximate backward pass; touches the memory in backward only."""
 
     @staticmethod
@@ -277,10 +277,6 @@ class _MemAOPConvFunction(torch.autograd.Function):
         ctx.input_shape = x.shape
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        raise RuntimeError(BATCHED)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

@@ -14,11 +14,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memaop_triton.backward.conv_grad import conv_weight_grad
-from memaop_triton.flops import weight_grad_flops
-from memaop_triton.memory.kinds import SubspaceMemory, rows_to_compute
 from memaop_triton.memory.patches import Geometry, as_weight
 from memaop_triton.nn import layer_state
-from memaop_triton.nn.ops import TAGS
+from memaop_triton.nn.ops import flops_of_state, register_operator
 
 
 def _conv_weight_grad(
@@ -69,12 +67,9 @@ def _conv_weight_grad_fake(
     return dw, g.new_empty(p if bias_grad else 0)
 
 
-_NAME = "memaop_triton::conv_weight_grad"
-torch.library.define(
-    _NAME, torch.library.infer_schema(_conv_weight_grad, mutates_args=("order",)), tags=TAGS
+register_operator(
+    "memaop_triton::conv_weight_grad", _conv_weight_grad, _conv_weight_grad_fake, writes=["order"]
 )
-torch.library.impl(_NAME, "CompositeExplicitAutograd", _conv_weight_grad)
-torch.library.register_fake(_NAME, _conv_weight_grad_fake)
 
 
 @register_flop_formula(torch.ops.memaop_triton.conv_weight_grad)
@@ -88,8 +83,4 @@ def _flops(
     **__: Any,
 ) -> int:
     n = x[1] // groups * math.prod(kernel_size)
-    p, m = g[1], g[0] * math.prod(g[2:])
-    state = layer_state.find(handle[0])
-    k = rows_to_compute(state.config, state.memory, m, n, p)
-    subspace = state.memory.cost if isinstance(state.memory, SubspaceMemory) else None
-    return weight_grad_flops(m, n, p, k, subspace, state.config.numbers_scored(n, p))
+    return flops_of_state(layer_state.find(handle[0]), g[0] * math.prod(g[2:]), n, g[1])

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memaop_triton.backward.experts import experts_weight_grad
-from memaop_triton.flops import weight_grad_flops
 from memaop_triton.nn import layer_state
-from memaop_triton.nn.ops import TAGS
+from memaop_triton.nn.ops import flops_of_state, register_operator
 
 
 def _experts_weight_grad(
@@ -45,19 +44,16 @@ def _experts_weight_grad_fake(
     return x.new_empty((ends.shape[0], *sizes))
 
 
-_NAME = "memaop_triton::experts_weight_grad"
-torch.library.define(
-    _NAME, torch.library.infer_schema(_experts_weight_grad, mutates_args=("order",)), tags=TAGS
+register_operator(
+    "memaop_triton::experts_weight_grad",
+    _experts_weight_grad,
+    _experts_weight_grad_fake,
+    writes=["order"],
 )
-torch.library.impl(_NAME, "CompositeExplicitAutograd", _experts_weight_grad)
-torch.library.register_fake(_NAME, _experts_weight_grad_fake)
 
 
 @register_flop_formula(torch.ops.memaop_triton.experts_weight_grad)
 def _flops(
     x: torch.Size, g: torch.Size, ends: torch.Size, handle: torch.Size, *_: Any, **__: Any
 ) -> int:
-    (rows, n), p = x, g[1]
-    config = layer_state.find(handle[0]).config
-    k = config.num_rows(rows, n, p)
-    return weight_grad_flops(rows, n, p, k, None, config.numbers_scored(n, p))
+    return flops_of_state(layer_state.find(handle[0]), x[0], x[1], g[1])

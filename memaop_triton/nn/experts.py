@@ -23,7 +23,7 @@ from memaop_triton.backward.experts import is_grouped_operand
 from memaop_triton.config import MemAOPConfig, check_config
 from memaop_triton.nn import expert_ops as expert_ops  # registers its operator
 from memaop_triton.nn.autograd import (
-    BATCHED,
+    LayerFunction,
     caches_signature,
     check_not_batched,
     gradients_once,
@@ -120,7 +120,7 @@ class MemAOPExpertsProjection(MemAOPLayer, ExpertsProjection):
 
 
 @caches_signature
-class _ExpertsFunction(torch.autograd.Function):
+class _ExpertsFunction(LayerFunction):
     """y_m = W_e x_m for the expert e of each row m, with the approximate weight gradient."""
 
     @staticmethod
@@ -140,10 +140,6 @@ class _ExpertsFunction(torch.autograd.Function):
         x, weight, ends, ctx.handle, ctx.order, ctx.state, ctx.is_transposed = inputs
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, ends)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        raise RuntimeError(BATCHED)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

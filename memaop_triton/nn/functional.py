@@ -12,7 +12,7 @@ from memaop_triton.config import MemAOPConfig
 from memaop_triton.memory.kinds import Memory, check_memory
 from memaop_triton.nn import ops as ops  # registers torch.ops.memaop_triton
 from memaop_triton.nn.autograd import (
-    BATCHED,
+    LayerFunction,
     autocast,
     caches_signature,
     check_not_batched,
@@ -27,7 +27,7 @@ from memaop_triton.nn.stashing import kept_of, skip_draw
 
 
 @caches_signature
-class _MemAOPLinearFunction(torch.autograd.Function):
+class _MemAOPLinearFunction(LayerFunction):
     """y = x Wᵀ + b, with the approximate backward pass; touches the memory in backward only."""
 
     @staticmethod
@@ -53,10 +53,6 @@ class _MemAOPLinearFunction(torch.autograd.Function):
         ctx.approximates_dx = needs_x and state.config.grad_input is not None
         x = x if needs_weight and not kept else None
         ctx.save_for_backward(x, weight if needs_x else None, *kept)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        raise RuntimeError(BATCHED)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:

@@ -8,7 +8,7 @@ is returned with shape [0]. `stash` is what a compiled forward pass keeps of its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from memaop_triton.sampling.selection import Selection
 
 # Unsafe in the CUDA graphs that Inductor cuts a program into, because the operators keep tensors
 # from one step to the next: it runs them between two graphs, as in eager mode.
-TAGS = (
+_TAGS = (
     torch.Tag.pt2_compliant_tag,
     torch.Tag.nondeterministic_seeded,
     torch.Tag.cudagraph_unsafe,
@@ -218,15 +218,21 @@ def _rank_of_stash(state: LayerState) -> int:
     return memory.choice.max_rank if "input" in memory.bases else 0
 
 
-for _name, _written, _compute, _fake in (
-    ("memaop_triton::stash", (), _stash, _stash_fake),
-    ("memaop_triton::weight_grad", ("order",), _weight_grad, _weight_grad_fake),
-    ("memaop_triton::sampled_backward", ("order",), _sampled_backward, _sampled_backward_fake),
-):
-    _schema = torch.library.infer_schema(_compute, mutates_args=_written)
-    torch.library.define(_name, _schema, tags=TAGS)
-    torch.library.impl(_name, "CompositeExplicitAutograd", _compute)
-    torch.library.register_fake(_name, _fake)
+def register_operator(
+    name: str, compute: Callable[..., Any], fake: Callable[..., Any], *, writes: Sequence[str] = ()
+) -> None:
+    """Make `compute` an operator of PyTorch, of whose results `fake` has shapes and dtypes."""
+    schema = torch.library.infer_schema(compute, mutates_args=tuple(writes))
+    torch.library.define(name, schema, tags=_TAGS)
+    torch.library.impl(name, "CompositeExplicitAutograd", compute)
+    torch.library.register_fake(name, fake)
+
+
+register_operator("memaop_triton::stash", _stash, _stash_fake)
+register_operator("memaop_triton::weight_grad", _weight_grad, _weight_grad_fake, writes=["order"])
+register_operator(
+    "memaop_triton::sampled_backward", _sampled_backward, _sampled_backward_fake, writes=["order"]
+)
 
 
 # What `FlopCounterMode` reports: products of matrices, as for PyTorch's own operators.
@@ -242,7 +248,11 @@ def _flops_of_weight_grad(
     **__: Any,
 ) -> int:
     (m, p), n = g, kept[-1][1] if kept else x[1]
-    state = layer_state.find(handle[0])
+    return flops_of_state(layer_state.find(handle[0]), m, n, p)
+
+
+def flops_of_state(state: LayerState, m: int, n: int, p: int) -> int:
+    """Of a layer's weight gradient from so many rows of these lengths."""
     k = rows_to_compute(state.config, state.memory, m, n, p)
     subspace = state.memory.cost if isinstance(state.memory, SubspaceMemory) else None
     return weight_grad_flops(m, n, p, k, subspace, state.config.numbers_scored(n, p))

@@ -37,6 +37,7 @@ def test_norms_are_those_of_whole_rows_and_of_what_was_rounded(stash):
     torch.testing.assert_close(made.norms(), made[:].norm(dim=1), rtol=0.01, atol=0)
     g, weights = torch.randn(ROWS, 3, dtype=torch.float64), torch.rand(ROWS)
     rest, rows, left = made.rest_and_rows_of(g, every, weights)
+    rest, rows = rest.matrix(), rows.matrix()
     torch.testing.assert_close(made.rest_norms, rest.norm(dim=1))
     assert torch.equal(rows, g)
     assert left is weights
