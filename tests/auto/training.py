@@ -1,5 +1,6 @@
 """A training whose time is computed instead of measured."""
 
+import itertools
 from types import SimpleNamespace
 
 import torch
@@ -10,6 +11,12 @@ from memaop_triton.auto import clock
 from memaop_triton.auto.savings import Savings
 
 N = 16
+
+
+def steps_of_a_second(monkeypatch):
+    """Every step of an optimizer takes a second of the clock, on a machine that is busy too."""
+    fake = SimpleNamespace(perf_counter=itertools.count(0.0).__next__)
+    monkeypatch.setattr(clock, "time", fake)
 
 
 class Training:

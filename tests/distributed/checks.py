@@ -13,12 +13,14 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from memaop_triton import MemAOPConfig, convert_
 from memaop_triton.auto import agenda
+from tests.auto.training import steps_of_a_second
 
 PAPER = MemAOPConfig.paper(k=4)
 
@@ -29,7 +31,8 @@ def run(files):
     # PyTorch's own: on its hooks and compilers, on what DCP does with `requires_grad`.
     warnings.filterwarnings("ignore", module="torch")
     torch.set_num_threads(1)
-    agenda.LEFT_ALONE = 0.0  # trainings of real seconds are over before
+    agenda.LEFT_ALONE = 0.0  # the first seconds are looked at too
+    steps_of_a_second(pytest.MonkeyPatch())
     dist.init_process_group("gloo")
     for file in files:
         module = importlib.import_module(f"tests.distributed.{file}")

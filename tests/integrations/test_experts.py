@@ -1,9 +1,7 @@
 """Experts of transformers, which are Parameters of three dimensions."""
 
 import copy
-import itertools
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,11 +19,11 @@ from memaop_triton import (
     plan,
     revert_,
 )
-from memaop_triton.auto import clock
 from memaop_triton.nn import expert_ops
 from memaop_triton.nn.experts import MemAOPExperts
 from memaop_triton.nn.layer_choice import converted_layers
 from tests import routed
+from tests.auto.training import steps_of_a_second
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed, with which this is tested"
@@ -199,8 +197,7 @@ def test_training_lowers_the_loss():
 
 
 def test_by_default_the_library_decides(monkeypatch):
-    # Steps of a second each: the fifth one is observed.
-    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=itertools.count(0.0).__next__))
+    steps_of_a_second(monkeypatch)  # the fifth one is observed
     dense = language_model("Mixtral")
     model = convert_(copy.deepcopy(dense))
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, dense)]

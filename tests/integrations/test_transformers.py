@@ -1,7 +1,6 @@
 """Models of Hugging Face's transformers, built from their configurations."""
 
 import copy
-import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +16,8 @@ from memaop_triton import (
     plan,
     revert_,
 )
-from memaop_triton.auto import clock
 from memaop_triton.nn.conv1d import MemAOPConv1D
+from tests.auto.training import steps_of_a_second
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed, with which this is tested"
@@ -211,8 +210,7 @@ def test_plan_and_report(monkeypatch):
     found = plan(model, MemAOPConfig(ratio=1 / 4), example_inputs=inputs, time_budget=0.01)
     assert len(found.layers) == 9
     assert found.coverage.share == 1
-    # Steps of a second each: the fifth one is observed.
-    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=itertools.count(0.0).__next__))
+    steps_of_a_second(monkeypatch)  # the fifth one is observed
     convert_(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(6):

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from memaop_triton import (
     plan,
     revert_,
 )
-from memaop_triton.auto import clock
 from memaop_triton.nn.attention import MemAOPMultiheadAttention
 from memaop_triton.nn.layer_choice import converted_layers
 from memaop_triton.nn.packed import expose_
@@ -41,6 +39,7 @@ from tests.attending import (
     step,
     transformer,
 )
+from tests.auto.training import steps_of_a_second
 
 MASKS = ("nothing", "padding", "later", "causal", "causal and padding", "each head", "both")
 SETTINGS = [
@@ -290,8 +289,7 @@ def test_a_transformer_is_covered():
 
 
 def test_by_default_the_library_decides(monkeypatch):
-    # Steps of a second each: the fifth one is observed.
-    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=itertools.count(0.0).__next__))
+    steps_of_a_second(monkeypatch)  # the fifth one is observed
     model = convert_(transformer(), overrides={"*.linear1": None})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(6):

@@ -2,10 +2,8 @@
 
 import copy
 import io
-import itertools
 import pickle
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,13 +25,13 @@ from memaop_triton import (
     plan,
     revert_,
 )
-from memaop_triton.auto import clock
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
 from memaop_triton.bench.measure import Clock
 from memaop_triton.memory.kinds import new_memory
 from memaop_triton.memory.stash import Stash
 from memaop_triton.nn.conv1d import MemAOPConv1D
 from memaop_triton.nn.layer_state import LayerState
+from tests.auto.training import steps_of_a_second
 from tests.schemes import LEGAL, flat_config, label
 from tests.transposed import Conv1D, register, twin_of
 
@@ -287,8 +285,7 @@ def test_plan_measures_it_and_auto_observes(conv, monkeypatch):
     found = plan(model, MemAOPConfig(ratio=1 / 8), example_inputs={"input": x}, time_budget=0.01)
     assert [layer.shape for layer in found.layers] == [f"{M}×{N}×{P}", f"{M}×{P}×8"]
     assert found.coverage.share == 1.0
-    # Steps of a second each: the fifth one is observed.
-    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=itertools.count(0.0).__next__))
+    steps_of_a_second(monkeypatch)  # the fifth one is observed
     convert_(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for x in batches(10):

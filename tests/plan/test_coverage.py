@@ -1,9 +1,7 @@
 """What converted layers compute of a model, by elements and by FLOPs, and who says so."""
 
-import itertools
 import json
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from memaop_triton import (
     plan,
     revert_,
 )
-from memaop_triton.auto import clock
+from tests.auto.training import steps_of_a_second
 
 # Sizes that the grouped product takes.
 EXPERTS, N, P, TOKENS = 4, 8, 16, 12
@@ -327,8 +325,7 @@ def test_a_report_counts_the_rows_that_were_observed(monkeypatch):
             return self[2](self[1](self[0](x)).mean(1))
 
     model = Pooled(nn.Linear(N, N), nn.Conv1d(3, 3, 1), nn.Linear(N, P))
-    # Steps of a second each: the fifth one is observed.
-    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=itertools.count(0.0).__next__))
+    steps_of_a_second(monkeypatch)  # the fifth one is observed
     convert_(model, MemAOPConfig(ratio="auto", memory=None), targets="linear")
     assert "Converted layers compute 96 % of the elements" in model_report(model).splitlines()[-1]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
