@@ -59,6 +59,15 @@ def describe(
     }
 
 
+def here() -> tuple[str, int]:
+    """What times of a CPU belong to: its name with its vector instructions, and the threads.
+
+    Names alone do not tell: virtual machines call generations of processors by one.
+    """
+    name = f"{processor_name()} {torch.backends.cpu.get_cpu_capability()}"
+    return name, torch.get_num_threads()
+
+
 def gemm_gflops(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """Rate of Gᵀ X with M = N = P = `size`, in 10⁹ operations a second."""
     x, g = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

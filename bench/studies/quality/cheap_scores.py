@@ -23,6 +23,7 @@ from torch import Tensor
 from memaop_triton import MemAOPConfig
 from memaop_triton.backward.scores import misses_columns, parts_to_score, with_floor
 from memaop_triton.backward.weight_grad import weight_and_bias_grad
+from memaop_triton.bench.machine import here
 from memaop_triton.bench.studies.quality import data
 from memaop_triton.bench.studies.quality.capture import Rows, capture
 from memaop_triton.bench.studies.quality.schemes import value_of
@@ -30,7 +31,6 @@ from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.config import SCORES
 from memaop_triton.dispatch import row_norms
 from memaop_triton.flops import columns_read, numbers_read
-from memaop_triton.kernels.cpu.processor import processor_name
 from memaop_triton.kernels.targets import TARGETS, Target
 from memaop_triton.kernels.tuning.cache import replace_file
 from memaop_triton.kernels.tuning.config import Problem
@@ -159,7 +159,7 @@ def measured(rounds: int = 30) -> Iterator[Time]:
             for scores, ours in seconds.items():
                 shares = [a / b for a, b in zip(ours, seconds["norms"], strict=True)]
                 yield Time(
-                    f"{processor_name()}, {torch.get_num_threads()} threads",
+                    "{}, {} threads".format(*here()),
                     " x ".join(map(str, shape)),
                     ratio,
                     scores,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from memaop_triton.auto.controller import Controller
+from memaop_triton.bench.machine import here
 from memaop_triton.bench.studies.quality import data, tables
 from memaop_triton.bench.studies.quality.batches import Batch
 from memaop_triton.bench.studies.quality.flops import UNKNOWN
@@ -22,7 +23,6 @@ from memaop_triton.bench.studies.quality.running import Job, keep
 from memaop_triton.bench.studies.quality.schemes import WHOLE, Cell
 from memaop_triton.bench.studies.quality.store import Run, Store
 from memaop_triton.bench.studies.quality.training import Trainer, curve_points, train
-from memaop_triton.kernels.cpu.processor import processor_name
 from memaop_triton.nn.layer_choice import converted_layers
 
 # Of a burst. Its first steps find other data in the caches and are not counted.
@@ -37,7 +37,7 @@ class Decided(NamedTuple):
         scheme: Of those that decide.
         seed: Of the run.
         code: Of task and configuration.
-        cpu: Model name.
+        cpu: Its name and vector instructions.
         threads: Of PyTorch.
         steps: Of the run.
         sampled: Of these, how many had a layer that sampled.
@@ -95,8 +95,7 @@ def do(
         cell.scheme,
         seed,
         cell.code,
-        processor_name(),
-        torch.get_num_threads(),
+        *here(),
         len(outcome.step_seconds),
         len(sampled),
         min(sampled, default=0),

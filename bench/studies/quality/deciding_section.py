@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean
 
 from memaop_triton.bench.report import text
@@ -55,8 +56,31 @@ def deciding_section(results: Results) -> Section:
         "time to dense's loss",
     )
     caption = "Difference of auto to dense at equal seconds, and what was decided."
-    blocks: list[Block] = [*INTRODUCTION, Table(head, tuple(rows), 1, caption=caption)]
+    blocks: list[Block] = [
+        *INTRODUCTION,
+        _machines(results),
+        Table(head, tuple(rows), 1, caption=caption),
+    ]
     return Section("decided", title, blocks)
+
+
+def _machines(results: Results) -> str:
+    """Where runs took place: what is gained hangs on it."""
+    seeds: dict[tuple[str, int], dict[str, list[int]]] = {}
+    for task, lines in results.decided.items():
+        for seed, line in sorted(lines.items()):
+            here = seeds.setdefault((line.cpu, line.threads), {}).setdefault(task, [])
+            here.append(seed)
+    most = max(seeds, key=lambda machine: sum(map(len, seeds[machine].values())))
+    said = [f"On {most[0]} with {text.count(most[1], 'thread')}"]
+    for machine in sorted(seeds.keys() - {most}):
+        runs = (f"{task} {_listed(of)}" for task, of in seeds[machine].items())
+        said.append(f"on {machine[0]} with {text.count(machine[1], 'thread')} {', '.join(runs)}")
+    return "; ".join(said) + "."
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return f"(seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})"
 
 
 def _row(results: Results, task: Task) -> tuple[Entry, ...]:

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import torch
 
+from memaop_triton.bench.machine import here
 from memaop_triton.bench.studies.quality import data, tables
 from memaop_triton.bench.studies.quality.batches import Batch
 from memaop_triton.bench.studies.quality.schemes import Cell
 from memaop_triton.bench.studies.quality.tasks import TASKS
 from memaop_triton.bench.studies.quality.training import ALLOCATE_EVERY, Trainer
-from memaop_triton.kernels.cpu.processor import processor_name
 
 WARM_UP = 4
 ROUNDS = 32
@@ -32,7 +32,7 @@ class StepTime(NamedTuple):
         scheme: Its name.
         ratio: As in `"1/8"`.
         code: Of task and configuration.
-        cpu: Model name.
+        cpu: Its name and vector instructions.
         threads: Of PyTorch.
         rounds: Each the time of a few steps under the scheme and of as many dense ones, in turns.
         dense: Median, dense.
@@ -71,8 +71,8 @@ class StepTime(NamedTuple):
 
 def is_timed(cell: Cell, times: Sequence[StepTime]) -> bool:
     """Whether one of the times is of this cell, machine and number of threads."""
-    here = (cell.code, processor_name(), torch.get_num_threads())
-    return any(one.cell == cell and (one.code, one.cpu, one.threads) == here for one in times)
+    wanted = (cell.code, *here())
+    return any(one.cell == cell and (one.code, one.cpu, one.threads) == wanted for one in times)
 
 
 def add(path: Path, time: StepTime) -> None:
@@ -107,8 +107,7 @@ def measure(cell: Cell, data_dir: Path | None, rounds: int | None = None) -> Ste
     dense, ours = (_means(seconds[kind][warm_up:], period) for kind in (True, False))
     shares = [one / other for one, other in zip(ours, dense, strict=True)]
     values = (*_quartiles(dense, 1e3), *_quartiles(ours, 1e3), *_quartiles(shares))
-    here = (processor_name(), torch.get_num_threads())
-    return StepTime(*cell, cell.code, *here, rounds, *values)
+    return StepTime(*cell, cell.code, *here(), rounds, *values)
 
 
 def _means(seconds: Sequence[float], period: int) -> list[float]:

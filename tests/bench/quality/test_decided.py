@@ -59,6 +59,7 @@ def test_a_run_is_kept_with_its_times_beside_dense(store, source, monkeypatch):
     dense = train(Trainer(tiny.TASK, None, 3), source)
     assert dense.score.loss == pytest.approx(run.loss, rel=1e-5)
     assert len(dense.step_seconds) == 20
+    assert kept.cpu.endswith(torch.backends.cpu.get_cpu_capability())
     assert found._replace(dense=0, ms=0, share=0) == kept._replace(dense=0, ms=0, share=0)
 
 
@@ -98,6 +99,18 @@ def test_verdicts_are_by_the_worse_end_of_the_interval(
     assert (time.text, time.sub) == (f"{share:.3f}", "50 % of steps sampled")
     assert (fewer.text, smaller.text, shown.text) == (difference, "–", verdict)
     assert said.text == "1.20, 1.10"
+
+
+def test_runs_on_other_machines_are_named(store):
+    """Names alone do not tell: what the library decides hangs on the vector instructions too."""
+    lines = [line(seed, 0.9) for seed in (0, 1, 2)]
+    lines += [line(3, 0.9, cpu="A CPU AVX2"), line(4, 0.9, cpu="A CPU AVX2", threads=1)]
+    tables.update(decided.path_in(store), Decided, lines, lambda one: one.seed)
+    *_, where, _ = deciding_section(results.load(store.folder)).blocks
+    assert where == (
+        "On A CPU with 2 threads; on A CPU AVX2 with 1 thread tiny (seed 4); "
+        "on A CPU AVX2 with 2 threads tiny (seed 3)."
+    )
 
 
 def test_a_task_with_nothing_but_decisions_has_a_page(store):
