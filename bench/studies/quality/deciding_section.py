@@ -69,8 +69,8 @@ def _machines(results: Results) -> str:
     seeds: dict[tuple[str, int], dict[str, list[int]]] = {}
     for task, lines in results.decided.items():
         for seed, line in sorted(lines.items()):
-            here = seeds.setdefault((line.cpu, line.threads), {}).setdefault(task, [])
-            here.append(seed)
+            of_machine = seeds.setdefault((line.cpu, line.threads), {})
+            of_machine.setdefault(task, []).append(seed)
     most = max(seeds, key=lambda machine: sum(map(len, seeds[machine].values())))
     said = [f"On {most[0]} with {text.count(most[1], 'thread')}"]
     for machine in sorted(seeds.keys() - {most}):
