@@ -27,12 +27,15 @@ from memaop_triton.kernels.env import cache_folder
 _log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent / "csrc"
-HEADERS = tuple(_FOLDER / name for name in ("lanes.h", "passes.h", "draws.h"))
+HEADERS = tuple(_FOLDER / name for name in ("lanes.h", "passes.h", "ahead.h", "draws.h"))
 #: How matrices of rows may be stored, and the flag that compiles a file for these.
 KINDS = {"f32": "-DKIND_F32", "f64": "-DKIND_F64", "bf16": "-DKIND_BF16"}
 SOURCES = tuple(
     _FOLDER / f"{name}.c"
-    for name in ("rows", "projection", "gather_gemm", "selection", "step", "stash")
+    for name in (
+        *("rows", "positions", "projection", "transposed"),
+        *("gather_gemm", "selection", "step", "stash"),
+    )
 )
 # Not -march=native: machines with different processors may share a cache directory.
 VECTOR_FLAGS = {
@@ -58,11 +61,13 @@ _OF_A_KIND = {
     "row_norms": ("v", f"{_MATRIX} p ll i"),
     "position_norms": ("v", "pp lll i"),
     "gather_positions": ("v", "ppp lll i"),
+    "lay_out": ("v", "ppp i ll lll lll li"),
+    "project_positions": ("v", "pppp f llll i"),
     "block_norms": ("v", f"{_MATRIX} l p lll i"),
     "accumulate": ("v", f"{_MATRIX} {_MATRIX} pp ll i"),
     "project": ("v", f"{_MATRIX} ppp f ll ii"),
     "product_room": ("l", "ll i"),
-    "transposed_product": ("v", f"{_MATRIX} l {_MATRIX} pppp ll i"),
+    "transposed_product": ("i", f"{_MATRIX} l {_ROWS} pppp ll i"),
     "panel_size": ("l", "ll i"),
     "gather_gemm": ("i", f"{_ROWS} {_ROWS} p {_MATRIX} p {_MATRIX} p pp llll ii"),
     "stash_rows": ("v", f"{_MATRIX} {_MATRIX} {_MATRIX} l ppp u ll ii"),

@@ -48,36 +48,6 @@ def row_norms(a: Tensor) -> Tensor | None:
     return norms
 
 
-def position_norms(a: Tensor) -> Tensor | None:
-    """Norms over the channels of every position, [B L] for a [B, C, L], or `None`."""
-    code = code_for(a) if a.is_contiguous() else None
-    if code is None:
-        return None
-    samples, channels, positions = a.shape
-    norms = a.new_empty(samples * positions, dtype=code.number)
-    threads = min(samples, threads_for(samples * channels, positions))
-    pointers = a.data_ptr(), norms.data_ptr()
-    code.call("position_norms", *pointers, samples, channels, positions, threads)
-    return norms
-
-
-def gather_positions(a: Tensor, indices: Tensor) -> Tensor | None:
-    """The channels of some positions, [K, C] for a [B, C, L], or `None`.
-
-    Args:
-        a: [B, C, L].
-        indices: Sample times L plus position, [K] int64, in [0, B L).
-    """
-    code = code_for(a) if a.is_contiguous() else None
-    if code is None:
-        return None
-    (_, channels, positions), k = a.shape, len(indices)
-    out, indices = a.new_empty((k, channels)), indices.contiguous()
-    pointers = a.data_ptr(), indices.data_ptr(), out.data_ptr()
-    code.call("gather_positions", *pointers, channels, positions, k, threads_for(k, channels))
-    return out
-
-
 def accumulate_and_score(memory: Tensor, rows: Tensor, carry: Tensor) -> Tensor | None:
     """`memory` ← carry·memory + rows in place; the norms of its rows, or `None` (nothing done)."""
     same = memory.dtype == rows.dtype and memory.shape == rows.shape
@@ -115,28 +85,34 @@ def project(x: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, Tensor] | N
 
 
 def transposed_mm(
-    z: Tensor, a: Tensor, norms: Tensor | None = None, sums: Tensor | None = None
+    z: Tensor, a: Tensor | Picked, norms: Tensor | None = None, sums: Tensor | None = None
 ) -> Tensor | None:
     """Zᵀ A ([q, N]) for z [M, q] and a [M, N], or `None` and nothing done.
 
     Fills `norms` ([M], in `score_dtype` like the product) with |a_i| and `sums` ([N], in the dtype
     of `a`) with the sum of the rows of `a`.
+
+    Raises:
+        IndexError: A row of `a` is not among its lines.
     """
-    wanted = z.dtype == a.dtype and z.shape[1] in range(4, 65, 4) and a.shape[1] >= LANES
-    code = code_for(z, a) if wanted else None
+    rows = (Picked(a) if isinstance(a, Tensor) else a).in_order()
+    rank, columns = z.shape[1], rows.columns
+    wanted = z.dtype == rows.lines.dtype and rank in range(4, 65, 4) and rows.length >= LANES
+    code = code_for(z, rows.lines) if wanted else None
     if code is None:
         return None
     z = z.to(code.number).contiguous()
-    rank, columns = z.shape[1], a.shape[1]
-    *size, threads = sizes_of(a, rank)
-    product = a.new_empty((rank, columns), dtype=code.number)
+    threads = threads_for(rows.count, columns, rank)
+    product = z.new_empty((rank, columns))
     exact_sums = None if sums is None else sums.to(code.number)
     room = room_for(code.number, code.call("product_room", rank, columns, threads))
-    code.call(
+    failed = code.call(
         "transposed_product",
-        *(*matrix(z), rank, *matrix(a), product.data_ptr(), room.data_ptr()),
-        *(address(norms), address(exact_sums), *size, threads),
+        *(*matrix(z), rank, *_source(rows), product.data_ptr(), room.data_ptr()),
+        *(address(norms), address(exact_sums), rows.count, columns, threads),
     )
+    if failed:
+        raise IndexError(f"a row is beyond the {len(rows.lines)} lines that it is picked from.")
     if sums is not None and exact_sums is not None:
         sums.copy_(exact_sums)
     return product

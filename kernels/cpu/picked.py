@@ -33,8 +33,12 @@ class Picked:
     @property
     def columns(self) -> int:
         """Numbers of a row."""
-        pieces = 1 if self.offsets is None else len(self.offsets)
-        return pieces * self.run * self.lines.shape[1]
+        return self.length * (1 if self.offsets is None else len(self.offsets))
+
+    @property
+    def length(self) -> int:
+        """Numbers of a piece."""
+        return self.run * self.lines.shape[1]
 
     def in_order(self) -> Picked:
         """The same, with indices and offsets that lie one after another in memory."""
@@ -50,6 +54,6 @@ class Picked:
         if first is None:
             first = torch.arange(self.count, device=self.lines.device)
         begins = (first.unsqueeze(1) + self.offsets).flatten()
-        shape = len(self.lines) - self.run + 1, self.run * self.lines.shape[1]
+        shape = len(self.lines) - self.run + 1, self.length
         windows = self.lines.as_strided(shape, (self.lines.shape[1], 1))
         return windows.index_select(0, begins).view(self.count, self.columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memaop_triton.kernels.cpu import native
+from memaop_triton.kernels.cpu import positions
 from memaop_triton.kernels.cpu.picked import Picked
 from memaop_triton.memory.patches import is_channels_last
 
@@ -30,15 +30,15 @@ class Maps:
         """Of the rows, [M]; `None` if it is no faster to make the matrix first."""
         if is_channels_last(self.gradients):
             return None
-        return native.position_norms(self.gradients.flatten(2))
+        return positions.position_norms(self.gradients.flatten(2))
 
     def picked(self, indices: Tensor) -> Picked:
         """These rows, copied."""
         of_samples = self.gradients.flatten(2)
-        rows = native.gather_positions(of_samples, indices)
+        rows = positions.gather_positions(of_samples, indices)
         if rows is None:
-            positions = of_samples.shape[2]
-            rows = of_samples[indices // positions, :, indices % positions]
+            count = of_samples.shape[2]
+            rows = of_samples[indices // count, :, indices % count]
         return Picked(rows)
 
     def sum_rows(self) -> Tensor:

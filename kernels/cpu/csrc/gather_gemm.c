@@ -17,15 +17,6 @@ enum { DEPTH = 576, AHEAD = 16 };
 /* Rows that are packed together, and the largest rank of a projection. */
 enum { TOGETHER = 4, MOST_RANK = 1024 };
 
-/* The selected rows of one operand. The r-th begins at line indices[r] of `total` ones, ld apart, or at
- * line r if `indices` is null. It is that line; or, if `offsets` is not null, as many pieces of equal
- * length, from so many lines later on each. */
-typedef struct {
-    const stored *first;
-    const int64_t *indices, *offsets;
-    long ld, pieces, total;
-} Source;
-
 /* What is multiplied. The rows of the projection follow the selected ones.
  * x [.., n], g [.., p]; weights (or null) [k]; z [.., rank], whose row for the r-th one z_indices[r] says
  * or, if null, is r, belongs to x; expand [rank, n] and zg [rank, p] make x_m = ... + z_m expand, and
@@ -36,20 +27,6 @@ typedef struct {
     const int64_t *z_indices;
     long ldz, lde, k, n, p, rank;
 } Rows;
-
-/* Whether all selected rows are among the lines. */
-static int are_within(const Source *source, long k) {
-    int64_t furthest = 0;
-    if (source->offsets != NULL)
-        for (long s = 0; s < source->pieces; s++)
-            furthest = source->offsets[s] > furthest ? source->offsets[s] : furthest;
-    for (long r = 0; r < k; r++) {
-        const int64_t line = source->indices == NULL ? r : source->indices[r];
-        if (line < 0 || line + furthest >= source->total)
-            return 0;
-    }
-    return 1;
-}
 
 /* The r-th selected row, of so many columns: where it lies, or put together or widened in `room`. */
 INLINE const number *selected_row(const Source *source, long r, number *room, long columns) {

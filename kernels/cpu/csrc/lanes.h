@@ -101,6 +101,21 @@ INLINE number total(vec v) {
     return sum;
 }
 
+/* |row|^2. Four sums, so that a multiply-add does not wait for the one before it. */
+INLINE number square(const stored *row, long columns) {
+    vec sums[4] = {{0}};
+    long j = 0;
+    for (; j + 4 * LANES <= columns; j += 4 * LANES)
+        for (int v = 0; v < 4; v++) {
+            const vec part = load(row + j + v * LANES);
+            sums[v] += part * part;
+        }
+    number sum = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; j < columns; j++)
+        sum += widened(row[j]) * widened(row[j]);
+    return sum;
+}
+
 /* `count` numbers from `from` on, widened into `room`. */
 INLINE void widen(const stored *from, number *room, long count) {
     long j = 0;

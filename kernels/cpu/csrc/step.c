@@ -95,7 +95,8 @@ void NAME(step)(stored *a, long lda, stored *b, long ldb, const stored *added_a,
         NAME(project)(a, lda, shrunk, z, rest, scale, rows, n, groups, a_threads);
         if (IS_WIDENED)
             round_all(z, rows * ldz, a_threads);
-        NAME(transposed_product)(z, ldz, rank, b, ldb, zg, shared, scores, sums, rows, p, b_threads);
+        NAME(transposed_product)(z, ldz, rank, b, ldb, NULL, NULL, 1, rows, zg, shared, scores, sums, rows, p,
+                                 b_threads);
     } else {
         score_rows(a, lda, added_a, ld_added_a, carry, rest, rows, n, a_threads);
         score_rows(b, ldb, added_b, ld_added_b, carry, scores, rows, p, b_threads);
