@@ -14,7 +14,8 @@ from memaop_triton.backward.conv_grad import conv_weight_grad
 from memaop_triton.bench.measure import Method
 from memaop_triton.bench.suites import contenders
 from memaop_triton.bench.suites.problem import Problem
-from memaop_triton.memory.patches import Geometry, by_position
+from memaop_triton.memory.maps import by_position
+from memaop_triton.memory.patches import Geometry
 
 LAYER = Problem(8192, 1024, 1024)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from memaop_triton.kernels.cpu.library import code_for, threads_for
@@ -68,9 +67,7 @@ def project_positions(a: Tensor, basis: Tensor, scale: float) -> tuple[Tensor, T
     norms = z.new_empty(len(z))
     pointers = a.data_ptr(), padded.data_ptr(), z.data_ptr(), norms.data_ptr()
     threads = threads_for(samples * positions, channels)
-    code.call(
-        "project_positions", *pointers, scale, samples, channels, positions, columns, threads
-    )
+    code.call("project_positions", *pointers, scale, samples, channels, positions, columns, threads)
     return z[:, :rank].to(a.dtype), norms
 
 

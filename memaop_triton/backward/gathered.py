@@ -63,12 +63,12 @@ def product(
     """
     if operands.factors is not None:
         a, b = Picked(a.matrix()), Picked(b.matrix())
-        like = operands.g.new_ones(a.count, dtype=score_dtype(operands.g.dtype))
+        like = operands.like_g.new_ones(a.count, dtype=score_dtype(operands.like_g.dtype))
         ones = like if weights is None else weights
         every = Selection(torch.arange(a.count, device=like.device), ones)
         operands.collect_factors(a.lines, b.lines, every, projection, exchanged=exchanged)
     rank = 0 if projection is None or exchanged else projection.z.shape[1]
-    parts = parts_for(operands.g, rank)
+    parts = parts_for(operands.like_g, rank)
     dw: Tensor = parts.product(
         operands, a, b, weights, projection, exchanged=exchanged, are_whole=are_whole
     )
@@ -82,20 +82,20 @@ def beside_gradients(
 
     `selection` takes the place of scores.
     """
-    x, g, parts = operands.inputs, operands.g, parts_for(operands.g)
+    x, like, parts = operands.inputs, operands.like_g, parts_for(operands.like_g)
     assert not isinstance(x, Tensor)
-    basis = memory.basis_of(g)
-    z, rest = dispatch.project_rows(g, basis)
+    basis, columns = memory.basis_of(like), operands.gradients.shape[1]
+    z, rest = operands.project_gradients(basis)
     scores = product_of_norms(rest, x.norms())
-    zx = x.transposed_mm(z).to(score_dtype(g.dtype))
+    zx = x.transposed_mm(z).to(score_dtype(like.dtype))
     if selection is None:
         selection = parts.select(operands, operands.scores_of_whole_rows(scores))
     indices, weights = parts.weights_of(operands, selection)
-    expand = basis * basis_scale(g.shape[1])
+    expand = basis * basis_scale(columns)
     projection = Projection(expand, z.index_select(0, indices), zx)
-    rows = Picked(g, indices), x.picked(indices)
+    rows = operands.pick_gradients(indices), x.picked(indices)
     dw = product(operands, *rows, weights, projection, exchanged=True)
-    projected = ProjectedRows(rest, z, zx, g.shape[1]) if operands.is_observed else None
+    projected = ProjectedRows(rest, z, zx, columns) if operands.is_observed else None
     operands.observe(selection, dw, scores, projected)
-    memory.end_step(g, z)
+    memory.end_step(operands.gradients, z)
     return Gradients(dw, operands.sum_rows())

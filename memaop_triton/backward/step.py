@@ -14,8 +14,10 @@ from memaop_triton import dispatch
 from memaop_triton.backward.scores import misses_columns, parts_to_score, with_floor
 from memaop_triton.backward.shards import ProcessShards
 from memaop_triton.config import MemAOPConfig
+from memaop_triton.kernels.cpu.picked import Picked
 from memaop_triton.kernels.cpu.torch_ops import Projection, selected_rows
 from memaop_triton.memory.kinds import Memory
+from memaop_triton.memory.maps import Maps
 from memaop_triton.memory.patches import Patches
 from memaop_triton.memory.row_source import RowSource
 from memaop_triton.sampling.selection import Selection, cut, is_weighted, select, within
@@ -109,7 +111,8 @@ class Operands(NamedTuple):
 
     Attributes:
         inputs: X, [M, N], or what its rows can be made of.
-        g: Gradient of the loss with respect to the output, [M, P].
+        gradients: G, the gradient of the loss with respect to the output, [M, P], or the maps that
+            its rows are made of.
         config: What to compute.
         k: Rows to select.
         bias_grad: Whether the sum of the rows of G is wanted too.
@@ -123,7 +126,7 @@ class Operands(NamedTuple):
     """
 
     inputs: Tensor | RowSource
-    g: Tensor
+    gradients: Tensor | Maps
     config: MemAOPConfig
     k: int
     bias_grad: bool = False
@@ -139,6 +142,16 @@ class Operands(NamedTuple):
         """The inputs, where they are a matrix."""
         assert isinstance(self.inputs, Tensor)
         return self.inputs
+
+    @property
+    def g(self) -> Tensor:
+        """G as a matrix, which is made of maps when it is first asked for."""
+        return self.gradients if isinstance(self.gradients, Tensor) else self.gradients.matrix
+
+    @property
+    def like_g(self) -> Tensor:
+        """Some tensor that has the dtype and the device of G."""
+        return self.gradients if isinstance(self.gradients, Tensor) else self.gradients.gradients
 
     @property
     def is_observed(self) -> bool:
@@ -160,7 +173,10 @@ class Operands(NamedTuple):
 
     def sum_rows(self) -> Tensor | None:
         """The bias gradient by a pass of its own, if it is wanted."""
-        return self.g.sum(0) if self.bias_grad else None
+        if not self.bias_grad:
+            return None
+        g = self.gradients
+        return g.sum(0) if isinstance(g, Tensor) else g.sum_rows()
 
     def parts_to_score(self, *, whole_grad: bool = False) -> tuple[Tensor | None, Tensor]:
         """What the configuration's scores read of X and G, as `scores.parts_to_score` says."""
@@ -184,10 +200,22 @@ class Operands(NamedTuple):
         x = self.inputs
         return dispatch.project_rows(x, basis) if isinstance(x, Tensor) else x.project(basis)
 
+    def project_gradients(self, basis: Tensor) -> tuple[Tensor, Tensor]:
+        """`dispatch.project_rows` of G."""
+        g = self.gradients
+        return dispatch.project_rows(g, basis) if isinstance(g, Tensor) else g.project(basis)
+
+    def pick_gradients(self, indices: Tensor) -> Picked:
+        """Rows of G by their numbers ([K] int64)."""
+        g = self.gradients
+        return Picked(g, indices) if isinstance(g, Tensor) else g.picked(indices)
+
     def scores_of_whole_rows(self, scores: Tensor) -> Tensor:
         """Scores of whole rows, from those of the columns that were read here: [M]."""
         whole = scores if self.shards is None else self.shards.all_reduce_scores(scores)
-        is_partial = misses_columns(self.config.scores, self.inputs.shape[1], self.g.shape[1])
+        is_partial = misses_columns(
+            self.config.scores, self.inputs.shape[1], self.gradients.shape[1]
+        )
         return with_floor(whole) if is_partial else whole
 
     def select(self, scores: Tensor, *, cut_short: bool = True) -> Selection:

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from memaop_triton.backward.gathered import beside_gradients, parts_for, product
 from memaop_triton.backward.step import Gradients, Operands, ProjectedRows
-from memaop_triton.kernels.cpu.picked import Picked
 from memaop_triton.kernels.cpu.torch_ops import Projection, basis_scale
 from memaop_triton.memory.kinds import Memory, SubspaceMemory
+from memaop_triton.memory.maps import Maps
 from memaop_triton.memory.patches import Patches
 
 
 def exact(operands: Operands) -> Gradients:
     """dW from all rows."""
-    dw = _patches_of(operands).transposed_mm(operands.g)
+    dw = _patches_of(operands).product_with(_maps_of(operands).gradients)
     return Gradients(dw, operands.sum_rows())
 
 
@@ -29,36 +29,35 @@ def sampled(operands: Operands, memory: Memory | None) -> Gradients:
     if memory is None or not memory.rank:
         gradients = _without_subspace(operands)
         if memory is not None:
-            memory.end_step(operands.g)
+            memory.end_step(_maps_of(operands))
         return gradients
     beside = _beside_inputs if memory.side == "input" else beside_gradients
     return beside(operands, memory)
 
 
 def _without_subspace(operands: Operands) -> Gradients:
-    patches, g, parts = _patches_of(operands), operands.g, parts_for(operands.g)
-    scores = patches.scores(g)
+    patches, maps, parts = _patches_of(operands), _maps_of(operands), parts_for(operands.like_g)
+    scores = patches.scores(maps)
     selection = parts.select(operands, scores)
     indices, weights = parts.weights_of(operands, selection)
     if patches.groups == 1:
-        dw = product(operands, patches.picked(indices), Picked(g, indices), weights)
+        dw = product(operands, patches.picked(indices), maps.picked(indices), weights)
     else:
-        dw = _product_of_groups(patches.rows(indices), g.index_select(0, indices), weights)
+        dw = _product_of_groups(patches.rows(indices), maps.picked(indices).matrix(), weights)
     operands.observe(selection, dw, scores)
     return Gradients(dw, operands.sum_rows())
 
 
 def _beside_inputs(operands: Operands, memory: SubspaceMemory) -> Gradients:
-    patches, g = _patches_of(operands), operands.g
-    parts = parts_for(g, memory.rank)
-    basis = memory.basis_of(g)
+    patches, parts = _patches_of(operands), parts_for(operands.like_g, memory.rank)
+    basis = memory.basis_of(operands.like_g)
     z, rest = patches.project(basis)
     zg, scores, db = parts.project_gradient(operands, z, rest)
     selection = parts.select(operands, scores)
     indices, weights = parts.weights_of(operands, selection)
     expand = basis * basis_scale(patches.shape[1])
     projection = Projection(expand, z.index_select(0, indices), zg)
-    rows = patches.picked(indices), Picked(g, indices)
+    rows = patches.picked(indices), operands.pick_gradients(indices)
     dw = product(operands, *rows, weights, projection)
     projected = ProjectedRows(rest, z, zg, patches.shape[1]) if operands.is_observed else None
     operands.observe(selection, dw, scores, projected)
@@ -79,3 +78,8 @@ def _product_of_groups(rows: Tensor, g: Tensor, weights: Tensor | None) -> Tenso
 def _patches_of(operands: Operands) -> Patches:
     assert isinstance(operands.inputs, Patches)
     return operands.inputs
+
+
+def _maps_of(operands: Operands) -> Maps:
+    assert isinstance(operands.gradients, Maps)
+    return operands.gradients

@@ -24,6 +24,7 @@ from memaop_triton.memory.kinds import (
     check_memory,
     rows_to_compute,
 )
+from memaop_triton.memory.maps import Maps
 from memaop_triton.memory.patches import Patches
 from memaop_triton.memory.row_source import RowSource
 from memaop_triton.memory.stash import Stash
@@ -65,7 +66,7 @@ def weight_grad(
 
 def weight_and_bias_grad(
     x: Tensor | RowSource,
-    g: Tensor,
+    g: Tensor | Maps,
     config: MemAOPConfig,
     memory: Memory | None = None,
     *,
@@ -81,6 +82,7 @@ def weight_and_bias_grad(
 
     Args:
         x: Inputs, or what their rows can be made of, a `Stash` or `Patches`.
+        g: As there; with `Patches` the maps that its rows are made of.
         shards: The processes that hold other columns of X or G: all select the same rows.
         factors: Receives the selected rows, weighted: two matrices whose product is dW; nothing
             where the gradient is exact.
@@ -90,10 +92,12 @@ def weight_and_bias_grad(
     patches = x if isinstance(x, Patches) else None
     if patches is not None and patches.geometry.is_pointwise:
         x = patches.matrix()
+        g = g.matrix if isinstance(g, Maps) else g
     _check_operands(x, g)
     check_memory(config, memory, x.shape[1], g.shape[1])
     (rows, n), p = x.shape, g.shape[1]
     if 0 in (rows, n, p):
+        g = g.matrix if isinstance(g, Maps) else g
         dw = g.new_zeros((n, p)).t() if is_transposed else g.new_zeros((p, n))
         return Gradients(dw, g.sum(0) if bias_grad else None)
     is_skipped = isinstance(memory, ResidualMemory) and memory.is_paused
@@ -125,7 +129,7 @@ def weight_and_bias_grad(
     if isinstance(memory, ResidualMemory) and not is_skipped and not is_untouched:
         result = step.with_row_memory(operands, memory)
     elif k == rows:
-        result = Gradients(operands.product(x, g), operands.sum_rows())
+        result = Gradients(operands.product(x, operands.g), operands.sum_rows())
         if observer is not None:
             observer.observe_exact(operands, result.weight, memory)
     elif isinstance(memory, SubspaceMemory) and memory.rank:
@@ -151,12 +155,12 @@ def _steps_triton() -> ModuleType:
     return steps_triton
 
 
-def _check_operands(x: Tensor | RowSource, g: Tensor) -> None:
+def _check_operands(x: Tensor | RowSource, g: Tensor | Maps) -> None:
     if not x.dtype.is_floating_point:
         raise TypeError(f"x must be of a floating-point dtype, got {x.dtype}.")
     if g.dtype != x.dtype:
         raise TypeError(f"g is {g.dtype} but x is {x.dtype}: they must agree.")
-    if len(x.shape) != 2 or g.dim() != 2 or x.shape[0] != g.shape[0]:
+    if len(x.shape) != 2 or len(g.shape) != 2 or x.shape[0] != g.shape[0]:
         raise ValueError(
             f"x must be [M, N] and g [M, P], got {tuple(x.shape)} and {tuple(g.shape)}: flatten "
             "the leading dimensions into rows."

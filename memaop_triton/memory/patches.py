@@ -21,8 +21,10 @@ from torch import Tensor
 
 from memaop_triton import dispatch
 from memaop_triton.kernels import targets
+from memaop_triton.kernels.cpu import native, positions
 from memaop_triton.kernels.cpu.picked import Picked
 from memaop_triton.kernels.cpu.torch_ops import basis_scale, rest_beside
+from memaop_triton.memory.maps import Maps, by_position, is_channels_last
 
 _EPS_OF_TF32 = 2.0**-10
 
@@ -75,11 +77,6 @@ class Convolution(NamedTuple):
     is_channels_last: bool
 
 
-def is_channels_last(a: Tensor) -> bool:
-    """Whether the channels of a position of [B, C, *sizes] are neighbours in memory."""
-    return a.movedim(1, -1).is_contiguous()
-
-
 class Patches:
     """X of a convolution, [M, N], or one for each group of channels.
 
@@ -128,12 +125,23 @@ class Patches:
         return by_position(self.inputs)
 
     @functools.cached_property
-    def _padded(self) -> Tensor:
-        """The inputs position after position, with the padding around them: [B, *padded, C]."""
-        by_position = self.inputs.movedim(1, -1)
-        padding = self.geometry.padding
-        if not any(padding):
-            return by_position.contiguous()
+    def _laid_out(self) -> tuple[Tensor, Tensor]:
+        """The inputs position after position, with the padding around them: [B, *padded, C].
+
+        And the squared norms of a group's channels there, [B, *padded, groups] in `score_dtype`.
+        """
+        padding, groups = self.geometry.padding, self.groups
+        is_copied = any(padding) or not is_channels_last(self.inputs)
+        both = positions.lay_out(self.inputs, padding, groups) if is_copied else None
+        if both is not None:
+            return both
+        padded = self._copied() if is_copied else self.inputs.movedim(1, -1)
+        squares = dispatch.row_norms(padded.view(-1, padded.shape[-1] // groups)).square_()
+        return padded, squares.view(*padded.shape[:-1], groups)
+
+    def _copied(self) -> Tensor:
+        """What is laid out, in PyTorch."""
+        by_position, padding = self.inputs.movedim(1, -1), self.geometry.padding
         batch, *sizes, channels = by_position.shape
         padded = by_position.new_empty((batch, *self.geometry.padded(tuple(sizes)), channels))
         inner = padded
@@ -146,11 +154,8 @@ class Patches:
 
     def norms(self) -> Tensor:
         """Norms of the rows, [M], or [M, groups] with several; in `score_dtype`."""
-        padded, groups = self._padded, self.groups
-        squares = dispatch.row_norms(padded.view(-1, padded.shape[-1] // groups)).square_()
-        sums = self._under_kernel(squares.view(*padded.shape[:-1], groups))
-        norms = sums.sqrt()
-        return norms.reshape(-1) if groups == 1 else norms.reshape(-1, groups)
+        norms = self._under_kernel(self._laid_out[1]).sqrt()
+        return norms.reshape(-1) if self.groups == 1 else norms.reshape(-1, self.groups)
 
     def _under_kernel(self, a: Tensor) -> Tensor:
         """Sums over the taps at every position: [B, *padded, groups] to [B, *positions, groups]."""
@@ -165,15 +170,16 @@ class Patches:
             a = functools.reduce(torch.add, [a[(*before, slice(*both, step))] for both in ends])
         return a
 
-    def scores(self, g: Tensor) -> Tensor:
+    def scores(self, g: Tensor | Maps) -> Tensor:
         """‖dW‖ of every row alone, √(Σ ‖x_c‖² ‖g_c‖²) over the groups: [M], for g [M, P].
 
         +Inf for a row that is not finite.
         """
         norms, groups = self.norms(), self.groups
         if groups == 1:
-            scores = norms * dispatch.row_norms(g)
+            scores = norms * (g.norms() if isinstance(g, Maps) else dispatch.row_norms(g))
         else:
+            g = g.matrix if isinstance(g, Maps) else g
             of_g = dispatch.row_norms(g.reshape(-1, g.shape[1] // groups)).view(-1, groups)
             scores = torch.linalg.vector_norm(norms * of_g, dim=1)
         return scores.nan_to_num_(nan=torch.inf, posinf=torch.inf)
@@ -189,18 +195,37 @@ class Patches:
 
     def picked(self, indices: Tensor) -> Picked:
         """These rows of all channels, put together from the inputs when they are multiplied."""
+        first, offsets, run = self._lines()
+        count = len(first)
+        of_sample = indices // count * self._lines_of_sample
+        begins = of_sample + first.index_select(0, indices % count)
+        return self._picked(begins, offsets, run)
+
+    def _every_row(self) -> Picked:
+        """`picked` of all rows."""
+        first, offsets, run = self._lines()
+        samples = torch.arange(len(self.inputs), device=self.device).unsqueeze(1)
+        return self._picked((samples * self._lines_of_sample + first).flatten(), offsets, run)
+
+    def _picked(self, begins: Tensor, offsets: Tensor, run: int) -> Picked:
+        padded = self._laid_out[0]
+        return Picked(padded.view(-1, padded.shape[-1]), begins, offsets, run)
+
+    @property
+    def _lines_of_sample(self) -> int:
+        """Positions of one sample's inputs, padding included."""
+        return math.prod(self.geometry.padded(tuple(self.inputs.shape[2:])))
+
+    def _lines(self) -> tuple[Tensor, Tensor, int]:
+        """`_lines_of` these inputs, and its `run`."""
         geometry = self.geometry
         # Taps of the last dimension that are neighbours lie side by side.
         run = geometry.kernel_size[-1] if geometry.dilation[-1] == 1 else 1
-        sizes, channels = self._padded.shape[1:-1], self._padded.shape[-1]
         # What is made while a graph is captured is not there any more afterwards.
         lines_of = _lines_of.__wrapped__ if targets.is_capturing(self.device) else _lines_of
-        where = geometry, self._positions, tuple(sizes), run, self.device, _stream(self.device)
-        first, offsets = lines_of(*where)
-        positions = len(first)
-        of_sample = indices // positions * math.prod(sizes)
-        begins = of_sample + first.index_select(0, indices % positions)
-        return Picked(self._padded.view(-1, channels), begins, offsets, run)
+        sizes = geometry.padded(tuple(self.inputs.shape[2:]))
+        where = geometry, self._positions, sizes, run, self.device, _stream(self.device)
+        return *lines_of(*where), run
 
     def __getitem__(self, rows: slice) -> Tensor:
         first, end, step = rows.indices(self.shape[0])
@@ -232,6 +257,9 @@ class Patches:
 
     def transposed_mm(self, a: Tensor) -> Tensor:
         """Aᵀ X, [q, N], for a [M, q]: a product that takes every row. Groups divide the q."""
+        product = native.transposed_mm(a, self._every_row()) if self.groups == 1 else None
+        if product is not None:
+            return product
         maps = a.reshape(len(self.inputs), *self._positions, a.shape[1]).movedim(-1, 1)
         return self.product_with(maps)
 
@@ -257,8 +285,8 @@ class Patches:
 
     def _as_laid_out(self) -> tuple[Tensor, tuple[int, ...]]:
         """Inputs and padding of a convolution: where rows were read, what was laid out for them."""
-        if "_padded" in vars(self):
-            return self._padded.movedim(-1, 1), (0,) * len(self.geometry.padding)
+        if "_laid_out" in vars(self):
+            return self._laid_out[0].movedim(-1, 1), (0,) * len(self.geometry.padding)
         return self.inputs, self.geometry.padding
 
     def _as_weight(self, rows: Tensor) -> Tensor:
@@ -299,11 +327,6 @@ def _lines_of(
         offsets = (steps.unsqueeze(1) + offsets).flatten()
         distance *= sizes[dim]
     return first, offsets
-
-
-def by_position(a: Tensor) -> Tensor:
-    """[B, C, *sizes] as a matrix with a row for each position; a view if channels are last."""
-    return a.movedim(1, -1).reshape(-1, a.shape[1])
 
 
 def as_weight(rows: Tensor, kernel_size: tuple[int, ...]) -> Tensor:

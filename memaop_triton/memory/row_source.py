@@ -1,4 +1,4 @@
-"""What a step needs of inputs that are no matrix: rows that are made when they are asked for."""
+"""What a step needs of a matrix that is none: rows that are made when they are asked for."""
 
 from __future__ import annotations
 
@@ -10,27 +10,31 @@ from torch import Tensor
 from memaop_triton.kernels.cpu.picked import Picked
 
 
-class RowSource(Protocol):
-    """The rows of X, [M, N], in another form: kept in a few bits, or patches of a convolution."""
+class SomeRows(Protocol):
+    """The rows of X or G in another form, of which some can be had."""
 
     @property
     def shape(self) -> torch.Size:
-        """[M, N]."""
+        """[M, N] or [M, P]."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of X."""
+        """Of the numbers."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Where they are."""
         ...
 
     def __getitem__(self, rows: slice) -> Tensor:
         """Some of the rows."""
         ...
+
+
+class RowSource(SomeRows, Protocol):
+    """The rows of X, [M, N], in another form: kept in a few bits, or patches of a convolution."""
 
     def picked(self, indices: Tensor) -> Picked:
         """Rows by their numbers ([K] int64), [K, N], made when they are multiplied or before."""

@@ -18,7 +18,7 @@ from memaop_triton.memory.basis import Basis, by_column
 from memaop_triton.memory.choice import Choice, SubspaceChoice
 from memaop_triton.memory.projection import GradProjection
 from memaop_triton.memory.refresh_clock import RefreshClock
-from memaop_triton.memory.row_source import RowSource
+from memaop_triton.memory.row_source import SomeRows
 from memaop_triton.memory.saved_state import check_fields, check_shape
 
 #: Number of rows to assume before the first batch.
@@ -226,8 +226,8 @@ class SubspaceMemory:
 
     def begin_step(
         self,
-        x: Tensor | RowSource,
-        g: Tensor,
+        x: Tensor | SomeRows,
+        g: Tensor | SomeRows,
         config: MemAOPConfig,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -235,7 +235,7 @@ class SubspaceMemory:
 
         Args:
             x: [M, N], or what is kept of it.
-            g: [M, P].
+            g: [M, P], or the same of it.
             config: The layer's.
             generator: Source of the first bases.
 
@@ -256,11 +256,11 @@ class SubspaceMemory:
         every *= REFRESHES_PER_CHOICE
         is_new = self.choice.measured is None and self.choice.arriving is None
         if is_new or (step > 0 and step % every == 0):
-            self.choice.measure(self.bases, self._some(x), self._some(g), len(g), not is_first)
+            self.choice.measure(self.bases, self._some(x), self._some(g), g.shape[0], not is_first)
             if self._arrives_at_once(x.device):
                 self._choose(config)
 
-    def _some(self, a: Tensor | RowSource) -> Tensor:
+    def _some(self, a: Tensor | SomeRows) -> Tensor:
         """The rows of `a` that a power iteration reads."""
         return a[:: refresh_stride(a.shape[0], self.choice.max_rank)]
 
@@ -307,7 +307,7 @@ class SubspaceMemory:
         if is_alone or self.side != "grad":
             self._clock.refresh(self.bases["grad"], g, z)
 
-    def end_step(self, a: Tensor | RowSource, z: Tensor | None = None) -> None:
+    def end_step(self, a: Tensor | SomeRows, z: Tensor | None = None) -> None:
         """Count a step that projected `a`, X or G, to z ∝ A Q, and refresh Q when it is due.
 
         Of rows that were not projected, those which that takes are projected here.

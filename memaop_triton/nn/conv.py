@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from memaop_triton.config import MemAOPConfig, check_config
-from memaop_triton.memory.patches import Convolution, Geometry, is_channels_last
+from memaop_triton.memory.maps import is_channels_last
+from memaop_triton.memory.patches import Convolution, Geometry
 from memaop_triton.nn import conv_ops as conv_ops  # registers its operator
 from memaop_triton.nn.autograd import (
     LayerFunction,

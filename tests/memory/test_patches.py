@@ -44,6 +44,25 @@ def test_product_with_all_rows(drawn):
     assert_close(patches.transposed_mm(a), (of_groups @ rows).flatten(0, 1))
 
 
+@pytest.mark.parametrize(
+    ("layer", "sizes"),
+    [
+        (torch.nn.Conv2d(16, 8, 3, padding=1), (9, 6)),
+        (torch.nn.Conv2d(24, 8, 3, stride=2, dilation=2, padding=2), (11, 8)),
+        (torch.nn.Conv1d(16, 8, 5), (40,)),
+        (torch.nn.Conv3d(16, 8, (1, 2, 3), stride=(1, 2, 1)), (3, 4, 7)),
+        (torch.nn.Conv2d(3, 8, 7), (9, 9)),  # pieces that are too short for the C code
+    ],
+    ids=str,
+)
+def test_product_with_all_rows_of_many_channels(layer, sizes):
+    x = torch.randn(3, layer.in_channels, *sizes)
+    patches, (rows,) = patches_of(layer, x)
+    for columns in (4, 16, 6):
+        a = torch.randn(len(rows), columns)
+        assert_close(patches.transposed_mm(a), a.t() @ rows, rtol=1e-4, atol=1e-4)
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(convolutions(groups=(1,), paddings=("zeros",)))
 def test_projection(drawn):

@@ -106,6 +106,28 @@ def test_the_mean_is_dense_in_all_dimensions(dims, groups, kernel, mean_agrees):
     mean_agrees(draws, gradients(layer, x, g)[0])
 
 
+@pytest.mark.parametrize("memory", ["none", "input", "grad"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_order_in_memory_changes_nothing(memory, stride, mean_agrees):
+    kept = None if memory == "none" else Subspace(rank=4, side=memory)
+    layer = MemAOPConv2d(
+        16, 24, 3, stride=stride, padding=1, config=MemAOPConfig(k=40, memory=kept)
+    ).double()
+    x = torch.randn(4, 16, 9, 8, dtype=torch.float64)
+    g = torch.randn_like(layer(x))
+    before = copy.deepcopy(layer.memory)
+    found = []
+    for order in (torch.channels_last, torch.contiguous_format):
+        layer.layer_state.memory = copy.deepcopy(before)
+        layer.to(memory_format=order)
+        torch.manual_seed(5)
+        both = (t.to(memory_format=order) for t in (x, g))
+        found.append(gradients(layer, *both)[0].contiguous())
+    assert_close(*found)
+    draws = [gradients(layer, x, g)[0] for _ in range(200)]
+    mean_agrees(draws, gradients(layer.eval(), x, g)[0])
+
+
 def test_blocks_of_neighbours():
     layer = layer_of(2, MemAOPConfig(k=16, memory=None, block_rows=16, selection="topk"))
     x = inputs_of(2)
