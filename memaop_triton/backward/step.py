@@ -146,7 +146,7 @@ class Operands(NamedTuple):
     @property
     def g(self) -> Tensor:
         """G as a matrix, which is made of maps when it is first asked for."""
-        return self.gradients if isinstance(self.gradients, Tensor) else self.gradients.matrix
+        return self.gradients if isinstance(self.gradients, Tensor) else self.gradients.matrix()
 
     @property
     def like_g(self) -> Tensor:

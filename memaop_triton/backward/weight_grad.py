@@ -92,12 +92,12 @@ def weight_and_bias_grad(
     patches = x if isinstance(x, Patches) else None
     if patches is not None and patches.geometry.is_pointwise:
         x = patches.matrix()
-        g = g.matrix if isinstance(g, Maps) else g
+        g = g.matrix() if isinstance(g, Maps) else g
     _check_operands(x, g)
     check_memory(config, memory, x.shape[1], g.shape[1])
     (rows, n), p = x.shape, g.shape[1]
     if 0 in (rows, n, p):
-        g = g.matrix if isinstance(g, Maps) else g
+        g = g.matrix() if isinstance(g, Maps) else g
         dw = g.new_zeros((n, p)).t() if is_transposed else g.new_zeros((p, n))
         return Gradients(dw, g.sum(0) if bias_grad else None)
     is_skipped = isinstance(memory, ResidualMemory) and memory.is_paused

@@ -56,15 +56,18 @@ class Maps:
         """Where they are."""
         return self.gradients.device
 
-    @functools.cached_property
     def matrix(self) -> Tensor:
-        """All rows, [M, P]: a view, or a copy of the gradients."""
+        """All rows, [M, P]: a view, or a copy of the gradients, made once."""
+        return self._matrix
+
+    @functools.cached_property
+    def _matrix(self) -> Tensor:
         return by_position(self.gradients)
 
     @property
     def _planes(self) -> Tensor | None:
         """[B, P, positions] for the C code; `None` where the matrix is there, or better."""
-        is_made = "matrix" in vars(self) or is_channels_last(self.gradients)
+        is_made = "_matrix" in vars(self) or is_channels_last(self.gradients)
         if is_made or dispatch.runs_triton(self.gradients):
             return None
         return self.gradients.flatten(2)
@@ -73,7 +76,7 @@ class Maps:
         """Of the rows, [M], in `score_dtype`."""
         planes = self._planes
         norms = None if planes is None else positions.position_norms(planes)
-        return dispatch.row_norms(self.matrix) if norms is None else norms
+        return dispatch.row_norms(self.matrix()) if norms is None else norms
 
     def project(self, basis: Tensor) -> tuple[Tensor, Tensor]:
         """`dispatch.project_rows` of all rows, for Q [P, q]: Z [M, q], and [M] norms."""
@@ -81,13 +84,13 @@ class Maps:
         both = None
         if planes is not None:
             both = positions.project_positions(planes, basis / scale, scale)
-        return dispatch.project_rows(self.matrix, basis) if both is None else both
+        return dispatch.project_rows(self.matrix(), basis) if both is None else both
 
     def picked(self, indices: Tensor) -> Picked:
         """These rows, copied where there is no matrix."""
         planes = self._planes
         rows = None if planes is None else positions.gather_positions(planes, indices)
-        return Picked(self.matrix, indices) if rows is None else Picked(rows)
+        return Picked(self.matrix(), indices) if rows is None else Picked(rows)
 
     def __getitem__(self, rows: slice) -> Tensor:
         first, end, step = rows.indices(self.shape[0])

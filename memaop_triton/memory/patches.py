@@ -179,7 +179,7 @@ class Patches:
         if groups == 1:
             scores = norms * (g.norms() if isinstance(g, Maps) else dispatch.row_norms(g))
         else:
-            g = g.matrix if isinstance(g, Maps) else g
+            g = g.matrix() if isinstance(g, Maps) else g
             of_g = dispatch.row_norms(g.reshape(-1, g.shape[1] // groups)).view(-1, groups)
             scores = torch.linalg.vector_norm(norms * of_g, dim=1)
         return scores.nan_to_num_(nan=torch.inf, posinf=torch.inf)
