@@ -257,9 +257,10 @@ class Patches:
 
     def transposed_mm(self, a: Tensor) -> Tensor:
         """Aᵀ X, [q, N], for a [M, q]: a product that takes every row. Groups divide the q."""
-        product = native.transposed_mm(a, self._every_row()) if self.groups == 1 else None
-        if product is not None:
-            return product
+        if a.is_cpu and self.groups == 1:
+            product = native.transposed_mm(a, self._every_row())
+            if product is not None:
+                return product
         maps = a.reshape(len(self.inputs), *self._positions, a.shape[1]).movedim(-1, 1)
         return self.product_with(maps)
 

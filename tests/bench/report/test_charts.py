@@ -1,6 +1,7 @@
 """What the charts show, and what becomes of a figure in the page and in a file."""
 
 import math
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from memaop_triton.bench.report import charts, figures, text
 from memaop_triton.bench.report.analysis import Field
 from memaop_triton.bench.report.data import load
+from memaop_triton.bench.report.methods import OURS
 from tests.bench.report import made
 
 
@@ -28,6 +30,15 @@ def test_a_mark_or_a_bar_is_where_its_speedup_is(saved):
     widths = {tip.split(":")[0]: bar.get_width() for tip, bar in tips(figure).items()}
     assert widths == pytest.approx({"default": 1.5, "topk": 4.0})
     assert ">cost $x^2$ &amp; &lt;b&gt;</text>" in figures.svg(figure, "bars")
+
+
+def test_every_method_has_a_colour_on_a_light_and_a_dark_page(saved):
+    run = load(saved([made.step("a net", dict.fromkeys(OURS, 2.0))]))
+    picture = figures.svg(charts.bars(run.cases), "bars", themed=True)
+    colours = re.findall(r"--([\w-]+): #", figures.STYLE_SHEET)
+    for name in OURS:
+        assert f"var(--{name})" in picture
+        assert colours.count(name) == 2
 
 
 def test_marks_lie_under_the_roofs_by_what_they_took(saved):
