@@ -129,6 +129,12 @@ def matrix(a: Tensor) -> tuple[int, int]:
     return a.data_ptr(), a.stride(0)
 
 
+def apart(a: Tensor, number: torch.dtype) -> Tensor:
+    """A copy whose rows are no power of two apart: these would compete for few sets of a cache."""
+    rows, columns = a.shape
+    return a.new_empty((rows, columns + LANES), dtype=number)[:, :columns].copy_(a)
+
+
 def sizes_of(a: Tensor, rank: int = 0) -> tuple[int, int, int]:
     """Rows, columns, and the number of threads to use, where each holds `rank` sums a column."""
     rows, columns = a.shape

@@ -13,6 +13,7 @@ from memaop_triton.kernels.cpu import library
 from memaop_triton.kernels.cpu.library import (
     LANES,
     address,
+    apart,
     code_for,
     gemm_threads,
     matrix,
@@ -207,8 +208,7 @@ def product(
     inside: tuple[int | None, ...] = (None, 0, None, None, 0, None)
     if projection is not None:
         expand, z, zg = projection
-        # Rows whose distance is a power of two would compete for a few sets of the cache.
-        by_row = out.new_empty((rank, n + LANES))[:, :n].copy_(expand.t())
+        by_row = apart(expand.t(), code.number)
         z, zg = (a.to(code.number).contiguous() for a in (z, zg))
         inside = (*matrix(z), address(z_indices), *matrix(by_row), zg.data_ptr())
     threads = gemm_threads(k + rank, n, p)

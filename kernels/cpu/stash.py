@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memaop_triton.kernels.cpu.library import address, code_for, matrix, threads_for
+from memaop_triton.kernels.cpu.library import address, apart, code_for, matrix, threads_for
 from memaop_triton.kernels.cpu.torch_ops import score_dtype
 from memaop_triton.kernels.draws import draw_seed_tensor
 
@@ -175,7 +175,7 @@ def _plain(inside: Inside | None, number: torch.dtype) -> Inside | None:
     """As the C code takes it, `None` if there is nothing inside. To be kept until it was read."""
     if inside is None or inside.z.shape[1] == 0:
         return None
-    return Inside(*(a.to(number).contiguous() for a in inside))
+    return Inside(inside.z.to(number).contiguous(), apart(inside.expand, number))
 
 
 def _arguments(inside: Inside | None) -> tuple[int | None, ...]:

@@ -100,16 +100,20 @@ static Sizes sizes_of(long columns, int bits) {
 /* block += sign z E for `width` columns of E, from `expand` on. */
 INLINE void add_projection(Block *block, const number *z, const number *expand, long lde, long rank,
                            int width, const number sign) {
-    for (long r = 0; r < rank; r++) {
-        const number factor = sign * z[r];
-        const number *row = expand + r * lde;
-        if (width == WIDE)
+    if (width == WIDE) {
+        vec sums[PARTS]; /* which stay in registers, unlike the parts of a block */
+        for (int part = 0; part < PARTS; part++)
+            sums[part] = block->parts[part];
+        for (long r = 0; r < rank; r++, expand += lde)
             for (int part = 0; part < PARTS; part++)
-                block->parts[part] += factor * ((const loose *)row)[part];
-        else
-            for (int i = 0; i < width; i++)
-                block->values[i] += factor * row[i];
+                sums[part] += sign * z[r] * ((const loose *)expand)[part];
+        for (int part = 0; part < PARTS; part++)
+            block->parts[part] = sums[part];
+        return;
     }
+    for (long r = 0; r < rank; r++, expand += lde)
+        for (int i = 0; i < width; i++)
+            block->values[i] += sign * z[r] * expand[i];
 }
 
 /* The upper half of a float that is at least `most`, and no more than a 128th larger; of a NaN if
