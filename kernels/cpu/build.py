@@ -30,13 +30,9 @@ _FOLDER = Path(__file__).parent / "csrc"
 HEADERS = tuple(_FOLDER / name for name in ("lanes.h", "passes.h", "ahead.h", "draws.h"))
 #: How matrices of rows may be stored, and the flag that compiles a file for these.
 KINDS = {"f32": "-DKIND_F32", "f64": "-DKIND_F64", "bf16": "-DKIND_BF16"}
-SOURCES = tuple(
-    _FOLDER / f"{name}.c"
-    for name in (
-        *("rows", "positions", "projection", "transposed"),
-        *("gather_gemm", "selection", "step", "stash"),
-    )
-)
+_PASSES = ("rows", "positions", "projection", "transposed")
+_OTHERS = ("gather_gemm", "selection", "step", "stash")
+SOURCES = tuple(_FOLDER / f"{name}.c" for name in _PASSES + _OTHERS)
 # Not -march=native: machines with different processors may share a cache directory.
 VECTOR_FLAGS = {
     "AVX512": [

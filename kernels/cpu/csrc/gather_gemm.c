@@ -72,7 +72,6 @@ static void pack_end_of_x(const Rows *rows, const number *row, const number *z, 
 
 /* Compilers copy TALL columns one by one, unless the code uses these vector types. */
 _Static_assert(TALL % 4 == 0 || TALL % 4 == 2, "fours, and a two at most");
-typedef number four __attribute__((vector_size(4 * sizeof(number)), aligned(sizeof(number))));
 typedef number two __attribute__((vector_size(2 * sizeof(number)), aligned(sizeof(number))));
 
 INLINE void pack_g(const number *row, number weight, long count, number *to) {

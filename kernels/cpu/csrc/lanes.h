@@ -61,6 +61,7 @@ enum { LANES = BYTES / sizeof(number) };
 
 typedef number vec __attribute__((vector_size(BYTES)));
 typedef number loose __attribute__((vector_size(BYTES), aligned(sizeof(number)))); /* anywhere */
+typedef number four __attribute__((vector_size(4 * sizeof(number)), aligned(sizeof(number))));
 
 /* A number as it is computed with, LANES of them, and back: rounded to nearest, ties to even. */
 #if IS_WIDENED

@@ -52,13 +52,11 @@ enum { FOUR = 4 };
 enum { CHANNELS = 64 / sizeof(stored), POSITIONS = 256 };
 
 typedef stored quad __attribute__((vector_size(FOUR * sizeof(stored)), aligned(sizeof(stored))));
-typedef number four __attribute__((vector_size(FOUR * sizeof(number)), aligned(sizeof(number))));
-typedef key chosen __attribute__((vector_size(FOUR * sizeof(number))));
+typedef key four_keys __attribute__((vector_size(FOUR * sizeof(number))));
 
 INLINE four widened_quad(quad some) {
 #if IS_WIDENED
-    const chosen bits = __builtin_convertvector(some, chosen) << 16;
-    return (four)bits;
+    return (four)(__builtin_convertvector(some, four_keys) << 16);
 #else
     return some;
 #endif

@@ -104,7 +104,7 @@ INLINE void project_strip(const stored *x, long ldx, const number *basis, number
         };                                                                                         \
         _Pragma("omp parallel if (threads > 1)") {                                                 \
             const Share share = share_of(rows, threads);                                           \
-            for (long first = share.first; first < share.end; first += STRIP)                  \
+            for (long first = share.first; first < share.end; first += STRIP)                      \
                 project_strip(x, ldx, basis, z, norms, scale, first, share.end, columns, GROUPS,   \
                               TOGETHER, TILE);                                                     \
         }                                                                                          \

@@ -60,12 +60,14 @@ INLINE void transposed_tile(const number *z, long ldz, const stored *a, long lda
             ((loose *)(out + c * ldo))[v] = sum[c][v];
 }
 
-/* out[j] += sum over `rows` rows of a panel. */
-INLINE void sum_panel(const number *panel, number *out, long rows) {
+/* out[j] += sum over `rows` rows of a panel, or of the squares of its numbers. */
+INLINE void sum_panel(const number *panel, number *out, long rows, const int squares) {
     vec sum[WIDE] = {{0}};
     for (long i = 0; i < rows; i++)
-        for (int v = 0; v < WIDE; v++)
-            sum[v] += ((const loose *)(panel + i * SIDE))[v];
+        for (int v = 0; v < WIDE; v++) {
+            const vec part = ((const loose *)(panel + i * SIDE))[v];
+            sum[v] += squares ? part * part : part;
+        }
     for (int v = 0; v < WIDE; v++)
         ((loose *)out)[v] += sum[v];
 }
@@ -106,21 +108,9 @@ INLINE void transposed_strip(const number *z, long ldz, long z_columns, const st
             transposed_panel(z, ldz, z_columns, from, lda, lines, columns - t, panel, squares, out + t,
                              ldo, count, &next, 1 + next.rows / tiles);
             if (sums != NULL)
-                sum_panel(panel, sums + t, count);
+                sum_panel(panel, sums + t, count, 0);
         }
     }
-}
-
-/* out[j] += sum over `rows` rows of the squares of a panel. */
-INLINE void sum_squares(const number *panel, number *out, long rows) {
-    vec sum[WIDE] = {{0}};
-    for (long i = 0; i < rows; i++)
-        for (int v = 0; v < WIDE; v++) {
-            const vec part = ((const loose *)(panel + i * SIDE))[v];
-            sum[v] += part * part;
-        }
-    for (int v = 0; v < WIDE; v++)
-        ((loose *)out)[v] += sum[v];
 }
 
 /* Numbers from one row of a thread's sums below to the next. */
@@ -204,7 +194,7 @@ void NAME(project_positions)(const stored *x, const number *basis, number *z, nu
     const long blocks = (positions + BLOCK - 1) / BLOCK;
     _Pragma("omp parallel if (threads > 1)") {
         _Alignas(64) number panel[STRIP * SIDE], tile[MOST * BLOCK], squares[BLOCK];
-        vec of_channels[STRIP] = {{0}};
+        vec of_channels[STRIP] = {{0}}; /* sums of squares that nobody asks for */
         const Share share = share_of(samples * blocks, threads);
         for (long b = share.first; b < share.end; b++) {
             const long sample = b / blocks, first = b % blocks * BLOCK;
@@ -228,7 +218,7 @@ void NAME(project_positions)(const stored *x, const number *basis, number *z, nu
                     transposed_panel(basis + c * z_columns, z_columns, z_columns, strip + t, positions,
                                      NULL, width - t, panel, of_channels, tile + t, BLOCK, count, &next,
                                      1 + next.rows / tiles);
-                    sum_squares(panel, squares + t, count);
+                    sum_panel(panel, squares + t, count, 1);
                 }
             }
             const long row = sample * positions + first;
